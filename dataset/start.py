@@ -1,0 +1,85 @@
+"""A small Llama from nothing: a SentencePiece tokenizer trained on a file's texts, and random weights to go with it.
+
+    python dataset/start.py --train_file train.json --save_dir DIR --vocab_size 512 --dim 192 --n_layers 4 --n_heads 4
+
+DIR is a Hugging Face folder that `transformers` loads too. For tests, quickstarts and laptops.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, the repository's root is not on the path
+
+from src.cli import run
+
+
+def main(
+    train_file: str,
+    save_dir: str,
+    vocab_size: int = 512,
+    dim: int = 192,
+    n_layers: int = 4,
+    n_heads: int = 4,
+    n_kv_heads: int | None = None,
+    hidden_dim: int | None = None,
+    max_seq_len: int = 512,
+    seed: int = 0,
+):
+    """Train the tokenizer, draw the weights, write the folder.
+
+    Args:
+        train_file: rows with "instruction" and "output", whose texts the tokenizer learns from.
+        save_dir: the folder to write; replaced as a whole when it already holds a checkpoint.
+        vocab_size: entries of the tokenizer and the model.
+        dim: width of the hidden state, a multiple of 2 * n_heads.
+        n_layers: blocks.
+        n_heads: attention heads.
+        n_kv_heads: key-value heads; n_heads when not given.
+        hidden_dim: width of the feed-forward layer; 8/3 of dim, rounded up to 32, when not given.
+        max_seq_len: the context it is made for.
+        seed: of the weights.
+    """
+    import sentencepiece
+    from safetensors.torch import save_file
+
+    from src.checkpoint.folder import check_replaceable, whole_folder
+    from src.checkpoint.source import generalised, to_halves, to_hf_name
+    from src.checkpoint.write import hf_config
+    from src.data.rows import read_solver_rows
+    from src.errors import UserError
+    from src.models.config import ModelConfig
+    from src.models.init import random_tensor
+    from src.models.layout import tensor_table
+    from src.models.llama import ROTARY
+
+    if dim % (2 * n_heads) or n_heads % (n_kv_heads or n_heads):
+        raise UserError(f"--dim {dim} --n_heads {n_heads} --n_kv_heads {n_kv_heads}: dim must be a multiple of 2 * n_heads, "
+                        "and n_heads of n_kv_heads")
+    rows = read_solver_rows(train_file)
+    texts = [row["instruction"] for row in rows] + [text for row in rows for text in row["outputs"]]
+    folder = check_replaceable(save_dir)
+    hidden_dim = hidden_dim or -(-dim * 8 // 3 // 32) * 32
+    config = ModelConfig(dim, n_layers, n_heads, n_kv_heads or n_heads, dim // n_heads, hidden_dim, vocab_size,
+                         max_seq_len=max_seq_len)
+    tensors = {}
+    for name, spec in tensor_table(config).items():
+        tensor = random_tensor(name, spec, 0.02, seed)
+        tensors[to_hf_name(name)] = to_halves(tensor, config.head_dim) if generalised(name) in ROTARY else tensor
+    with whole_folder(folder) as new:
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(texts), model_prefix=str(new / "tokenizer"), vocab_size=vocab_size, model_type="bpe",
+                split_digits=True, byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+                user_defined_symbols=["\n", "<<", ">>", "####"], minloglevel=2, num_threads=1)
+        except RuntimeError as error:
+            raise UserError(f"--vocab_size {vocab_size}: no tokenizer of that size from {train_file}: {error}") from None
+        (new / "tokenizer.vocab").unlink()
+        save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
+        (new / "config.json").write_text(json.dumps(hf_config(config, "float32"), indent=1) + "\n")
+    count = sum(tensor.numel() for tensor in tensors.values())
+    print(f"wrote {folder}: {count:,} parameters, vocabulary {vocab_size}")
+
+
+if __name__ == "__main__":
+    run(main)

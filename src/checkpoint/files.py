@@ -1,0 +1,87 @@
+"""Tensors in files, read a slice at a time: `.safetensors`, and torch's `.pth` / `.bin` memory-mapped."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from src.errors import UserError
+
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+
+
+class TensorFile:
+    """A file of named tensors, opened lazily. Only plain tensors are ever unpickled (`weights_only=True`)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.is_file():
+            raise UserError(f"{path}: no such file")
+        try:
+            if path.suffix == ".safetensors":
+                self._handle = safe_open(path, framework="pt")
+                self.keys = list(self._handle.keys())
+            else:
+                self._tensors = _unpickle(path)
+                self.keys = list(self._tensors)
+        except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"{path}: cannot be read as {path.suffix[1:]}, is it damaged or cut short? ({reason})") from None
+
+    @property
+    def lazy(self) -> bool:
+        return self.path.suffix == ".safetensors"
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self._handle.get_slice(key).get_shape() if self.lazy else self._tensors[key].shape)
+
+    def read(self, key: str, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
+        """The tensor, or its [start, stop) along `dim`. Torch files give views of the mapped file."""
+        if not self.lazy:
+            tensor = self._tensors[key]
+            return tensor if dim is None else tensor.narrow(dim, start, stop - start)
+        if dim is None:
+            return self._handle.get_tensor(key)
+        return self._handle.get_slice(key)[(slice(None),) * dim + (slice(start, stop),)]
+
+
+def _unpickle(path: Path) -> dict[str, Tensor]:
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError as error:
+        if "mmap can only be used" not in str(error):
+            raise
+        loaded = torch.load(path, map_location="cpu", weights_only=True)  # torch's format before 1.6
+    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise UserError(f"{path}: holds no plain dictionary of tensors; export the model's state_dict alone")
+    return loaded
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file of a checkpoint."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({str(error).splitlines()[0]})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds a {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def indexed_files(folder: Path, index: Path) -> dict[str, Path]:
+    """Which file holds each tensor, by an index's `weight_map`. Names may not lead out of the folder."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index}: no weight_map in it")
+    root = folder.resolve()
+    for key, name in weight_map.items():
+        # Links inside a hub cache point to its blobs: the name must stay in the folder, the link may not climb by name.
+        if not isinstance(name, str) or os.path.isabs(name) or ".." in Path(name).parts or Path(name).name != name:
+            raise UserError(f"{index}: {key} lies in {name!r}, which is outside the folder")
+        if not (root / name).is_file():
+            raise UserError(f"{index}: {key} lies in {name}, which is missing from {folder}")
+    return {key: folder / name for key, name in weight_map.items()}

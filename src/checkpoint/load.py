@@ -1,0 +1,32 @@
+"""A checkpoint's slices into this rank's model."""
+
+import torch
+
+from src.checkpoint.source import Checkpoint
+from src.errors import UserError
+from src.models.init import random_tensor
+from src.models.layout import TensorSpec, check_degree
+from src.models.transformer import Transformer, build
+from src.parallel.setup import Parallel
+
+
+@torch.no_grad()
+def load_model(
+    checkpoint: Checkpoint, parallel: Parallel, dtype: torch.dtype, head: str | None = None, seed: int = 0
+) -> Transformer:
+    """This rank's model with the checkpoint's weights.
+
+    head "score" on a language model's checkpoint leaves `output` aside and starts the scalar head from N(0, 1/(dim + 1))
+    (N Implementation Details of RLHF with PPO); every other weight must come from the checkpoint.
+    """
+    config = checkpoint.config.with_head(head or checkpoint.config.head)
+    if config.head == "lm" and checkpoint.config.head == "score":
+        raise UserError(f"{checkpoint.folder} is a verifier: it has a score head and no output layer, it cannot generate")
+    check_degree(config, parallel.mp_size)
+    model = build(config, parallel.device, dtype)
+    for name, parameter in model.named_parameters():
+        if name == "score.weight" and checkpoint.config.head == "lm":
+            parameter.copy_(random_tensor(name, TensorSpec((1, config.dim)), (config.dim + 1) ** -0.5, seed))
+        else:
+            parameter.copy_(checkpoint.local(name, parallel.mp_rank, parallel.mp_size))
+    return model

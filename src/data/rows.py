@@ -1,0 +1,278 @@
+"""Reading the user's data files and writing ours: `.json` (a list of objects) or `.jsonl` (one object per line).
+
+Rows stay plain dicts and keep their extra keys. Everything wrong with a file is one `UserError` that names
+file:line, the field, what it holds, what it must hold and how a row looks; no row is dropped or repaired in silence.
+"""
+import difflib
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from src.errors import UserError
+
+_SHOWN_PROBLEMS = 5
+_UNUSABLE = re.compile("[\0\ud800-\udfff]")  # what no tokenizer and no UTF-8 file can hold
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a field may hold: in words, as an example, and as a test."""
+    words: str
+    example: str
+    accepts: Callable[[Any], bool]
+
+
+def _is_string(value) -> bool:
+    return isinstance(value, str) and not _UNUSABLE.search(value)
+
+
+def _is_text(value) -> bool:
+    return _is_string(value) and bool(value.strip())
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+STRING = Kind("a string", '"..."', _is_string)
+TEXT = Kind("a non-blank string", '"..."', _is_text)
+TEXTS = Kind("a non-blank string or a list of them", '"..." or ["...", "..."]',
+             lambda v: _is_text(v) or isinstance(v, list) and bool(v) and all(map(_is_text, v)))
+LABEL = Kind("a non-blank string or a finite number", '"..." or 1', lambda v: _is_text(v) or _is_number(v))
+INDEX = Kind("a whole number from 0", "0", lambda v: type(v) is int and v >= 0)
+
+
+def read_solver_rows(path: str | Path) -> list[dict]:
+    """Rows `{"instruction", "output", "label"?}`; adds `outputs`, the accepted outputs as a list of strings."""
+    rows = read_rows(path, {"instruction": TEXT, "output": TEXTS}, {"label": LABEL})
+    for row in rows:
+        row["outputs"] = as_list(row["output"])
+    return rows
+
+
+def read_prompt_rows(path: str | Path) -> list[dict]:
+    """Rows `{"instruction", "output"?, "label"?}`: a prompt, with or without what it should lead to."""
+    return read_rows(path, {"instruction": TEXT}, {"output": TEXTS, "label": LABEL})
+
+
+def read_verifier_rows(path: str | Path) -> list[dict]:
+    """Rows `{"instruction", "chosen", "rejected"}`; both sides come back as non-empty lists of strings."""
+    rows = read_rows(path, {"instruction": TEXT, "chosen": TEXTS, "rejected": TEXTS})
+    for row in rows:
+        row["chosen"], row["rejected"] = as_list(row["chosen"]), as_list(row["rejected"])
+    return rows
+
+
+def as_list(value: str | list[str]) -> list[str]:
+    """A string as a list of one; a list as it is."""
+    return value if isinstance(value, list) else [value]
+
+
+def read_rows(path: str | Path, required: dict[str, Kind], optional: dict[str, Kind] | None = None) -> list[dict]:
+    """All rows of `path`, each with every `required` field, and each field of the kind given for it.
+
+    An `optional` field may be missing, not null. Raises `UserError`, with the first few problems and their count.
+    """
+    text, optional = _read_text(path), optional or {}
+    elements = {".json": _array_elements, ".jsonl": _line_elements}[Path(path).suffix]
+    rows, problems = [], []
+    for line, value in elements(text):
+        rows.append(value)
+        problems += [f"{path}:{line}: {problem}" for problem in _row_problems(value, required, optional)]
+    if problems:
+        shown = "\n".join(f"  {problem}" for problem in problems[:_SHOWN_PROBLEMS])
+        hidden = len(problems) - _SHOWN_PROBLEMS
+        more = f"\n  ... and {hidden} more" if hidden > 0 else ""
+        raise UserError(f"{path}: {len(problems)} problem{'s' * (len(problems) > 1)}:\n{shown}{more}\n"
+                        f"A row looks like {_example(required, optional)}")
+    if not rows:
+        raise UserError(f"{path}: holds no rows; it needs at least one like {_example(required, optional)}")
+    return rows
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as JSON, a list with one element per line. Atomic; `ValueError` at NaN and infinity."""
+    if isinstance(value, list):
+        _write_text(path, "[\n" + ",\n".join(map(_dumps, value)) + "\n]\n")
+    else:
+        _write_text(path, _dumps(value, indent=2) + "\n")
+
+
+def write_jsonl(path: str | Path, rows: list[dict]) -> None:
+    """Write one row per line. Atomic; `ValueError` at NaN and infinity."""
+    _write_text(path, "".join(_dumps(row) + "\n" for row in rows))
+
+
+# ---- text in and out -------------------------------------------------------------------------------------------------
+
+def _read_text(path) -> str:
+    if Path(path).suffix not in (".json", ".jsonl"):
+        raise UserError(f"{path}: a data file must end in .json (a list of objects) or .jsonl (one object per line), "
+                        f"not {Path(path).suffix or 'nothing'!r}")
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}{_nearest_file(path)}") from error
+    if not data.strip():
+        raise UserError(f"{path}: is empty; it needs at least one row")
+    if b"\0" in data:
+        raise UserError(f"{path}:{_line_of(data, data.index(0))}: holds a NUL byte; save it as UTF-8 text "
+                        "(UTF-16 and half-written files look like this)")
+    try:
+        return data.decode("utf-8-sig")  # -sig: some editors put a byte-order mark first
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}:{_line_of(data, error.start)}: byte 0x{data[error.start]:02x} is not UTF-8; "
+                        "save the file as UTF-8") from error
+
+
+def _nearest_file(path) -> str:
+    folder = Path(path).parent
+    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    near = difflib.get_close_matches(Path(path).name, names, n=1)
+    return f"; did you mean {folder / near[0]}?" if near and near[0] != Path(path).name else ""
+
+
+def _line_of(data: bytes, position: int) -> int:
+    return data.count(b"\n", 0, position) + 1
+
+
+def _dumps(value, **how) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, **how)
+
+
+def _write_text(path, text: str) -> None:
+    path = Path(path)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(unfinished, "wb") as file:
+            # An unpaired surrogate has no UTF-8 form; its backslash form is the JSON escape for it.
+            file.write(text.encode("utf-8", "backslashreplace"))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+    finally:
+        if unfinished.exists():
+            unfinished.unlink()
+
+
+# ---- text to elements ------------------------------------------------------------------------------------------------
+
+class _Broken(Exception):
+    """The text is not JSON at `line`; takes an element's place among the values."""
+
+    def __init__(self, line: int, why: str):
+        super().__init__(why)
+        self.line = line
+
+
+def _refuse_constant(name: str):
+    raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def _line_elements(text: str) -> Iterator[tuple[int, Any]]:
+    for line, row in enumerate(text.split("\n"), start=1):  # splitlines() would also cut at U+2028 inside strings
+        if row.strip():
+            try:
+                value, end = _decode(row, _SPACE.match(row).end(), line)
+                if row[end:].strip():
+                    raise _Broken(line, f"column {end + 1}: text after the object; write one object per line")
+                yield line, value
+            except _Broken as broken:
+                yield line, broken
+
+
+def _array_elements(text: str) -> Iterator[tuple[int, Any]]:
+    """Decodes one element at a time, because the line on which each starts is wanted."""
+    def skip_space(at, line):
+        end = _SPACE.match(text, at).end()
+        return end, line + text.count("\n", at, end)
+
+    try:
+        at, line = skip_space(0, 1)
+        if not text.startswith("[", at):
+            raise _Broken(line, "the file must be one list [...] of objects; with one object per line, name it .jsonl")
+        at, line = skip_space(at + 1, line)
+        closed = text.startswith("]", at)
+        while not closed:
+            value, end = _decode(text, at, line)
+            yield line, value
+            at, line = skip_space(end, line + text.count("\n", at, end))
+            closed = text.startswith("]", at)
+            if not closed:
+                if not text.startswith(",", at):
+                    raise _Broken(line, 'not JSON: expected "," or "]" after the element before')
+                at, line = skip_space(at + 1, line)
+        at, line = skip_space(at + 1, line)
+        if at < len(text):
+            raise _Broken(line, "text after the list's closing ]")
+    except _Broken as broken:
+        yield broken.line, broken
+
+
+def _decode(text: str, start: int, line: int) -> tuple[Any, int]:
+    """The JSON value at `start`, which is on `line`, and where it ends; `_Broken` if there is none."""
+    try:
+        return _DECODER.raw_decode(text, start)
+    except json.JSONDecodeError as error:
+        at = line + text.count("\n", start, error.pos)
+        raise _Broken(at, f"not JSON: {error.msg} (column {error.colno})") from None
+    except RecursionError:
+        raise _Broken(line, "not usable: nested too deeply") from None
+    except ValueError as error:  # NaN, or an integer of thousands of digits
+        raise _Broken(line, f"not usable: {error}") from None
+
+
+# ---- elements to rows ------------------------------------------------------------------------------------------------
+
+def _row_problems(value, required: dict[str, Kind], optional: dict[str, Kind]) -> Iterator[str]:
+    if isinstance(value, _Broken):
+        yield str(value)
+    elif not isinstance(value, dict):
+        yield f"expected an object {{...}}, found {_describe(value)}"
+    else:
+        for field, kind in {**required, **optional}.items():
+            if field in value:
+                if not kind.accepts(value[field]):
+                    yield f'field "{field}": expected {kind.words}, found {_describe(value[field])}'
+            elif field in required:
+                names = ", ".join(json.dumps(name[:40]) for name in list(value)[:8]) or "no fields"
+                yield f'field "{field}" is missing: expected {kind.words}; the row has {names}'
+
+
+def _describe(value) -> str:
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return json.dumps(value)
+        case int() | float():
+            return f"the number {value}" if abs(value) < 1e15 else "a huge number"
+        case str() if _UNUSABLE.search(value):
+            return "a string with a NUL or an unpaired surrogate"
+        case str():
+            return f"the string {json.dumps(value[:40])}" if value.strip() else "a blank string"
+        case []:
+            return "an empty list"
+        case list():
+            odd = next((i for i, item in enumerate(value) if not _is_text(item)), None)
+            return "a list" if odd is None else f"a list whose item {odd} is {_describe(value[odd])}"
+        case _:
+            return "an object"
+
+
+def _example(required: dict[str, Kind], optional: dict[str, Kind]) -> str:
+    fields = [f'"{field}": {kind.example}' for field, kind in required.items()]
+    fields += [f'"{field}": {kind.example} (optional)' for field, kind in optional.items()]
+    return "{" + ", ".join(fields) + "}"

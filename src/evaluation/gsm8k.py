@@ -1,0 +1,106 @@
+"""Grading GSM8K responses: the three public rules, all on the same text, and a numeric comparison beside them.
+
+official          OpenAI grade-school-math, `dataset.py`: first `#### N`, commas removed, string equality
+strict_match      lm-evaluation-harness `gsm8k` version 3: first `#### N`, both sides normalised
+flexible_extract  the same task: last number anywhere, both sides normalised
+numeric           ours, beside the rules and never instead of them: `#### N`, else the last number, equal in value
+
+Responses are written by models, so nothing here executes, nests or converts more than a bounded piece of them.
+"""
+import re
+from decimal import Decimal
+
+from src.errors import UserError
+
+RULES = ("official", "strict_match", "flexible_extract")
+
+# Of a longer text only the first (for `####`) or the last (for the last number) so many characters are scanned.
+_SCANNED = 65_536
+_MARKED = re.compile(r"#### (\-?[0-9\.\,]+)")
+_LOOSE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
+_BARE = re.compile(r"-?[0-9.,]*[0-9][0-9.,]*")
+_NUMBER = re.compile(r"-?(?:[0-9]{1,18}(?:\.[0-9]{0,9})?|\.[0-9]{1,9})")  # no exponent: 1e3000000 must stay text
+
+
+def extract(rule: str, text: str) -> str | None:
+    """The answer that `rule` takes from `text`, in the form it is compared in; None if there is none."""
+    if rule == "flexible_extract":
+        found = _LOOSE.findall(text[-_SCANNED:])
+        return _harness_form(found[-1][0] or found[-1][1]) if found else None
+    marked = _MARKED.search(text[:_SCANNED])
+    if marked is None:
+        return None
+    return {"official": _official_form, "strict_match": _harness_form}[rule](marked[1])
+
+
+def grade(response: str, gold: str) -> dict[str, bool]:
+    """Whether `response` is right by each of `RULES`, and by value as `numeric`.
+
+    `gold` is an answer text with `#### N`, or the bare N. Raises `UserError` if it is neither.
+    """
+    gold = _gold_text(gold)
+    right = {rule: extract(rule, response) == _reference(rule, gold) for rule in RULES}
+    answer = extract("official", response) or extract("flexible_extract", response)
+    value = _number(answer)
+    right["numeric"] = value is not None and value == _number(_reference("official", gold))
+    return right
+
+
+def score(responses: list[str], golds: list[str], truncated: list[bool] | None = None) -> tuple[dict, list[dict]]:
+    """(summary, per_row): `n`, the accuracy in [0, 1] by each rule and `numeric`, and counts.
+
+    `unparsed` counts responses without an official `#### N`, `truncated` those cut by the token limit: both stay in
+    the denominator. A row holds what `grade` returns and `answer`, the official one or None.
+    """
+    if len(responses) != len(golds) or truncated is not None and len(truncated) != len(responses):
+        raise ValueError(f"{len(responses)} responses, {len(golds)} golds, "
+                         f"{'no' if truncated is None else len(truncated)} truncation flags")
+    if not responses:
+        raise UserError("there is nothing to score: 0 responses")
+    rows = [{**grade(response, gold), "answer": extract("official", response)}
+            for response, gold in zip(responses, golds)]
+    n = len(rows)
+    summary = {"n": n} | {rule: sum(row[rule] for row in rows) / n for rule in (*RULES, "numeric")}
+    summary["unparsed"] = sum(row["answer"] is None for row in rows)
+    summary["truncated"] = sum(truncated or [])
+    return summary, rows
+
+
+def gold_of(row: dict) -> str:
+    """The gold of a row: its `label`, or else its `answer` (the official files), or else its first `output`."""
+    for field in ("label", "answer", "output"):
+        gold = row.get(field)
+        if isinstance(gold, list) and gold:
+            gold = gold[0]
+        if isinstance(gold, float) and gold.is_integer():
+            gold = int(gold)  # a label 18.0 means 18, which the rules would not see in its digits
+        if isinstance(gold, (str, int, float)):
+            return str(gold)
+    raise UserError(f'a row without a gold answer: it needs "label", "answer" or "output", and has {sorted(row)}')
+
+
+def _gold_text(gold: str) -> str:
+    text = gold.strip() if "####" in gold else "#### " + gold.strip().replace("$", "")
+    if _MARKED.search(text) is None or ("####" not in gold and not _BARE.fullmatch(text[5:])):
+        raise UserError(f"gold answer {gold[-60:]!r} is neither a number nor a text with '#### N'; GSM8K needs one")
+    return text
+
+
+def _reference(rule: str, gold: str) -> str:
+    # The harness normalises the whole gold text; OpenAI extracts from it as from a response.
+    return _official_form(_MARKED.search(gold)[1]) if rule == "official" else _harness_form(gold)
+
+
+def _official_form(answer: str) -> str:
+    return answer.strip().replace(",", "")
+
+
+def _harness_form(answer: str) -> str:
+    """The harness' `regexes_to_ignore` in their order: `,`, `$`, everything to the last `#### `, one trailing `.`."""
+    answer = answer.strip().replace(",", "").replace("$", "")
+    # rpartition is what re.sub("(?s).*#### ", "") does, without its quadratic time.
+    return answer.rpartition("#### ")[2].removesuffix(".").lower()
+
+
+def _number(text: str | None) -> Decimal | None:
+    return Decimal(text) if text and _NUMBER.fullmatch(text) else None

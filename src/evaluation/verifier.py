@@ -1,0 +1,43 @@
+"""A verifier's scores and its accuracy on pairs."""
+
+import torch
+import torch.distributed as dist
+
+from src.logs import RunLog
+from src.models.batch import Batch, Sequence, micro_batches, sequence_scores
+from src.models.transformer import Transformer
+from src.parallel.setup import Parallel
+from src.trainer.verifier import Comparison, margins
+
+
+@torch.no_grad()
+def score_all(
+    model: Transformer, parallel: Parallel, sequences: list[Sequence], max_batch_size: int, log: RunLog
+) -> torch.Tensor:
+    """The score of each sequence, [sequences] on the host, the same on every rank. Shared among data-parallel ranks."""
+    scores = torch.zeros(len(sequences), device=parallel.device)
+    groups = micro_batches([len(s.tokens) for s in sequences], max_batch_size)
+    with log.progress(len(sequences), "scoring", unit="text") as bar:
+        for number, rows in enumerate(groups):
+            if number % parallel.dp_size == parallel.dp_rank:
+                scores[rows] = sequence_scores(model, Batch.of([sequences[i] for i in rows], parallel.device))
+            bar.update(len(rows), tokens=sum(len(sequences[i].tokens) for i in rows))
+    dist.all_reduce(scores, group=parallel.dp_group)
+    return scores.cpu()
+
+
+def evaluate_pairs(
+    model: Transformer, parallel: Parallel, comparisons: list[Comparison], max_batch_size: int, log: RunLog
+) -> tuple[dict, list[dict]]:
+    """(summary, rows): the share of pairs in which the chosen side scores higher, and each comparison's scores.
+
+    `accuracy` counts every pair once; a tie is not right.
+    """
+    sequences = [s for c in comparisons for s in c.chosen + c.rejected]
+    scores = score_all(model, parallel, sequences, max_batch_size, log)
+    sizes = [(len(c.chosen), len(c.rejected)) for c in comparisons]
+    pairs = torch.cat(margins(scores, sizes))
+    parts = iter(scores.split([n for size in sizes for n in size]))
+    rows = [{"chosen": next(parts).tolist(), "rejected": next(parts).tolist()} for _ in sizes]
+    summary = {"n": len(comparisons), "pairs": len(pairs), "accuracy": float((pairs > 0).double().mean())}
+    return {**summary, "margin": float(pairs.mean())}, rows

@@ -1,0 +1,99 @@
+"""What the scripts read before any work, checked on every rank and refused with one voice."""
+
+from dataclasses import dataclass
+
+from src.checkpoint.source import Checkpoint, check_model_type
+from src.data.rows import LABEL, TEXT, TEXTS, read_rows, read_solver_rows, read_verifier_rows
+from src.data.tokenizer import Tokenizer, check_vocabulary
+from src.errors import UserError
+from src.evaluation.tasks import Task, find_task
+from src.models.batch import Sequence
+from src.models.layout import check_degree
+from src.parallel.setup import Parallel
+from src.trainer.verifier import Comparison
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint whose files were looked through, and its tokenizer."""
+
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer
+
+
+def open_model(
+    ckpt_dir: str,
+    parallel: Parallel,
+    tokenizer_file: str | None = None,
+    config_file: str | None = None,
+    model_type: str | None = None,
+) -> Model:
+    """Open a checkpoint and find its tokenizer. Raises UserError when they do not fit each other, or the degree."""
+    checkpoint = Checkpoint.open(ckpt_dir, config_file)
+    check_model_type(checkpoint.config, model_type)
+    check_degree(checkpoint.config, parallel.mp_size)
+    tokenizer = Tokenizer.find(checkpoint.folder, tokenizer_file)
+    check_vocabulary(tokenizer, checkpoint.config.vocab_size)
+    return Model(checkpoint, tokenizer)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A task and its rows; `golds` are the right answers."""
+
+    task: Task
+    rows: list[dict]
+    instructions: list[str]
+    golds: list[str]
+
+
+def read_evaluation(task: str, label_file: str) -> Evaluation:
+    """A task's label file: rows `{"instruction", "label"}` as `dataset/build.py` writes them, or the official files'."""
+    found = find_task(task)
+    fields = {"instruction": TEXT, "question": TEXT, "label": LABEL, "output": TEXTS, "answer": TEXT}
+    rows = read_rows(label_file, {}, fields)
+    instructions = [row.get("instruction") or row.get("question") for row in rows]
+    if None in instructions:
+        number = instructions.index(None)
+        raise UserError(f'{label_file}: row {number} (from 0) has no "instruction" (or "question")')
+    golds = [found.gold_of(row) for row in rows]
+    for gold in golds:
+        found.grade("", gold)  # a gold that the task's rules cannot read is refused here, not after an epoch
+    return Evaluation(found, rows, instructions, golds)
+
+
+def encode(tokenizer: Tokenizer, instruction: str, output: str) -> Sequence:
+    """Prompt and response as ids: BOS, the instruction, the output, EOS."""
+    prompt = tokenizer.prompt_ids(instruction)
+    return Sequence(prompt + tokenizer.response_ids(output), len(prompt))
+
+
+def within(lengths: list[int], max_seq_len: int, strict: bool, what: str) -> tuple[list[bool], str | None]:
+    """Which lengths fit into max_seq_len, and a warning that counts the others; UserError when `strict`, or none fits."""
+    fits = [length <= max_seq_len for length in lengths]
+    if all(fits):
+        return fits, None
+    message = f"{fits.count(False)} of {len(fits)} {what} are longer than --max_seq_len {max_seq_len} (up to {max(lengths)})"
+    if strict or not any(fits):
+        raise UserError(f"{message}; raise it to {max(lengths)} or shorten them")
+    return fits, f"{message} and are left out"
+
+
+def solver_sequences(path: str, tokenizer: Tokenizer, max_seq_len: int, strict: bool) -> tuple[list[Sequence], str | None]:
+    """Training sequences of a solver file, each accepted output a row of its own; and a warning, or None."""
+    rows = read_solver_rows(path)
+    sequences = [encode(tokenizer, row["instruction"], output) for row in rows for output in row["outputs"]]
+    fits, warning = within([len(s.tokens) for s in sequences], max_seq_len, strict, f"rows of {path}")
+    return [s for s, fit in zip(sequences, fits) if fit], warning
+
+
+def comparisons(path: str, tokenizer: Tokenizer, max_seq_len: int, strict: bool) -> tuple[list[Comparison], str | None]:
+    """Training comparisons of a verifier file; and a warning, or None."""
+    rows = read_verifier_rows(path)
+    found = [
+        Comparison(*([encode(tokenizer, row["instruction"], text) for text in row[side]] for side in ("chosen", "rejected")))
+        for row in rows
+    ]
+    longest = [max(len(s.tokens) for s in c.chosen + c.rejected) for c in found]
+    fits, warning = within(longest, max_seq_len, strict, f"rows of {path}")
+    return [c for c, fit in zip(found, fits) if fit], warning

@@ -1,0 +1,149 @@
+"""One run's log: lines for people, JSON lines for programs, TensorBoard for curves. Rank 0 only."""
+
+import functools
+import importlib.metadata
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from datetime import datetime
+from types import SimpleNamespace
+
+from tqdm import tqdm
+
+from src.errors import UserError
+
+PLAIN_INTERVAL_S = 10.0  # between progress lines where stderr is not a terminal
+ENVIRONMENT = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")  # no other is logged
+PACKAGES = ("torch", "transformers", "fairscale")
+SECRET = re.compile(r"(^|_)token$|secret|password|api_key", re.IGNORECASE)  # hf_token, not max_new_tokens
+
+
+class RunLog:
+    """Context manager; on every rank but 0 each method does nothing.
+
+    Lines go to stderr and `log_dir/name.log`, records to `log_dir/name.jsonl`, event files to `log_dir`;
+    with `log_dir` None only stderr is written. Files are appended to: a resumed run keeps its past.
+    """
+
+    def __init__(self, log_dir: str | None, name: str, settings: dict, rank: int):
+        self.log_dir, self.name, self.settings, self.rank = log_dir, name, settings, rank
+        self._lines = self._records = None
+
+    def __enter__(self):
+        if self.rank == 0 and self.log_dir is not None:
+            try:
+                os.makedirs(self.log_dir, exist_ok=True)
+                self._lines, self._records = (
+                    open(os.path.join(self.log_dir, self.name + suffix), "a", buffering=1, encoding="utf-8")
+                    for suffix in (".log", ".jsonl"))
+            except OSError as error:
+                raise UserError(f"cannot write the log {error.filename}: {error.strerror}") from error
+            self._record("start", settings=plain(self.settings), git=_git_revision(),
+                         versions={"python": sys.version.split()[0]} | {p: _version(p) for p in PACKAGES},
+                         environment={k: os.environ[k] for k in ENVIRONMENT if k in os.environ})
+        return self
+
+    def __exit__(self, kind, error, _):
+        if self._records is not None:
+            outcome = f"stopped by {kind.__name__}: {error}" if kind else "finished"
+            self._write(outcome)  # to the file alone: an error reaches stderr by itself
+            self._record("end", outcome=outcome)
+            if "_tensorboard" in vars(self):
+                self._tensorboard.close()
+            self._lines.close()
+            self._records.close()
+            self._lines = self._records = None
+
+    def info(self, message):
+        """Write a line for people."""
+        if self.rank == 0:
+            for line in self._write(message):
+                tqdm.write(line, file=sys.stderr)  # above a bar, not through it
+
+    def warning(self, message):
+        """Write a line that begins with WARNING."""
+        self.info(f"WARNING {message}")
+
+    def scalars(self, step, values, prefix="train"):
+        """Record {name: number} at `step`; NaN and infinities become null in the JSON."""
+        if self._records is not None:
+            numbers = {f"{prefix}/{name}": float(value) for name, value in values.items()}
+            self._record("scalars", step=step, **{k: v if math.isfinite(v) else None for k, v in numbers.items()})
+            for name, number in numbers.items():
+                self._tensorboard.add_scalar(name, number, step)
+
+    def text(self, step, name, text):
+        """Record a text, such as a sample, at `step`."""
+        if self._records is not None:
+            self._record("text", step=step, name=name, text=text)
+            self._tensorboard.add_text(name, text, step)
+
+    def progress(self, total, description, unit="it"):
+        """A `Progress` over `total` units (None: unknown); plain lines where stderr is not a terminal."""
+        style = dict(file=sys.stderr, dynamic_ncols=True)
+        if not sys.stderr.isatty():
+            lines = SimpleNamespace(write=lambda text: self.info(text.strip()))  # no carriage returns
+            style = dict(file=lines, mininterval=PLAIN_INTERVAL_S, miniters=1, position=0)
+        return Progress(total=total, desc=description, unit=unit, disable=self.rank != 0, **style)
+
+    def _write(self, message):
+        lines = [f"{datetime.now():%Y-%m-%d %H:%M:%S} rank {self.rank} {line}" for line in str(message).splitlines()]
+        if self._lines:
+            self._lines.writelines(line + "\n" for line in lines)
+        return lines
+
+    def _record(self, event, **fields):
+        now = datetime.now().astimezone().isoformat(timespec="milliseconds")
+        self._records.write(json.dumps({"event": event, "time": now, **fields}, allow_nan=False) + "\n")
+
+    @functools.cached_property
+    def _tensorboard(self):
+        from torch.utils.tensorboard import SummaryWriter  # seconds to import
+        return SummaryWriter(self.log_dir)
+
+
+class Progress(tqdm):
+    """A tqdm bar (a context manager) that also shows tokens per second."""
+
+    tokens = 0
+
+    def update(self, n=1, tokens=0, **shown):
+        """Advance by `n` units and `tokens` tokens; `shown` (loss=...) stands beside the bar."""
+        if not self.disable:
+            self.tokens += tokens
+            if self.tokens:
+                shown["tokens/s"] = self.tokens / max(self.format_dict["elapsed"], 1e-9)
+            self.set_postfix(shown, refresh=False)
+            super().update(n)
+
+
+def plain(value, name=""):
+    """`value` as valid JSON: secrets redacted by `name`, non-finite numbers null, other objects as text."""
+    if SECRET.search(name) and value is not None:
+        return "<redacted>"
+    if isinstance(value, dict):
+        return {str(key): plain(item, str(key)) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, (str, int, float, type(None))) else str(value)
+
+
+def _version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_revision():
+    """The commit this code is at; None outside a git checkout or without git."""
+    try:
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=os.path.dirname(__file__), capture_output=True)
+    except FileNotFoundError:
+        return None
+    return git.stdout.decode().strip() if git.returncode == 0 else None

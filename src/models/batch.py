@@ -1,0 +1,78 @@
+"""Queries and responses as one packed batch, and what is read off the model at their tokens."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from src.models.attention import Packed, gather_rows
+from src.models.transformer import Transformer
+from src.parallel.vocab import token_logprobs
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """Token ids of a prompt followed by its response; the response's are `tokens[prompt_length:]`."""
+
+    tokens: list[int]
+    prompt_length: int
+
+    @property
+    def response_length(self) -> int:
+        return len(self.tokens) - self.prompt_length
+
+
+class Batch:
+    """N tokens of some sequences end to end, R of them response tokens.
+
+    tokens: [N]; layout: where each sequence lies; rows: [R], for each response token the row *before* it, whose hidden
+    state predicts it; targets: [R], the response tokens themselves; responses: each sequence's response length.
+    """
+
+    def __init__(self, tokens: Tensor, lengths: list[int], prompt_lengths: list[int]) -> None:
+        self.tokens, self.layout = tokens, Packed(lengths, tokens.device)
+        self.responses = [length - prompt for length, prompt in zip(lengths, prompt_lengths)]
+        ends = torch.tensor(lengths).cumsum(0)
+        self.rows = end_to_end(ends - torch.tensor(self.responses) - 1, self.responses).to(tokens.device)
+        self.targets = tokens[self.rows + 1]
+
+    @classmethod
+    def of(cls, sequences: list[Sequence], device: torch.device) -> "Batch":
+        tokens = torch.tensor([token for s in sequences for token in s.tokens], device=device)
+        return cls(tokens, [len(s.tokens) for s in sequences], [s.prompt_length for s in sequences])
+
+    @property
+    def ends(self) -> Tensor:
+        """The row of each sequence's last token, [sequences]."""
+        return self.layout.ends
+
+
+def end_to_end(starts: Tensor, lengths: list[int]) -> Tensor:
+    """The ranges [start, start + length) laid end to end: [n] → [Σ lengths]. On the host."""
+    size = torch.tensor(lengths)
+    offset = starts - (size.cumsum(0) - size)
+    return torch.arange(int(size.sum())) + offset.repeat_interleave(size)
+
+
+def response_logprobs(model: Transformer, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Log-probability of every response token, and the entropy of the distribution it was one of; [R] each, fp32."""
+    hidden = model(batch.tokens, batch.layout)
+    return token_logprobs(model.logits(gather_rows(hidden, batch.rows)), batch.targets, temperature)
+
+
+def response_values(model: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The score head before every response token, [R], and at each sequence's last token, [sequences]; fp32."""
+    scores = model.scores(model(batch.tokens, batch.layout))
+    return gather_rows(scores, batch.rows), gather_rows(scores, batch.ends)
+
+
+def sequence_scores(model: Transformer, batch: Batch) -> Tensor:
+    """The score head at each sequence's last token, [sequences], fp32."""
+    hidden = model(batch.tokens, batch.layout)
+    return model.scores(gather_rows(hidden, batch.ends))
+
+
+def micro_batches(lengths: list[int], max_batch_size: int) -> list[list[int]]:
+    """Indices of `lengths` in groups of at most `max_batch_size`, alike in length, the longest first."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    return [order[i : i + max_batch_size] for i in range(0, len(order), max_batch_size)]

@@ -1,0 +1,113 @@
+"""Processes, devices and groups: what torchrun started, and how it is divided.
+
+Ranks are laid out as [data parallel, model parallel]: neighbours share a model. The groups are made here, with a
+timeout each, and handed to FairScale, whose own initialiser clamps a wrong degree in silence, prints, and makes groups
+that wait for half an hour.
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Callable, TypeVar
+
+import torch
+import torch.distributed as dist
+from fairscale.nn.model_parallel import initialize as fairscale_groups
+
+from src.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """Where this process stands. `mp_*`: among the ranks that share one model; `dp_*`: among the models."""
+
+    rank: int
+    world_size: int
+    mp_rank: int
+    mp_size: int
+    dp_rank: int
+    dp_size: int
+    device: torch.device
+    mp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start(model_parallel_size: int | None = None, timeout: float = 1800) -> Parallel:
+    """Join the process group (one process needs no launcher) and divide it.
+
+    model_parallel_size: ranks per model, all of them by default; `timeout`: seconds a collective may take.
+    Raises UserError when the degree does not divide the number of ranks.
+    """
+    limit = timedelta(seconds=timeout)
+    device = pick_device()
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=limit)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    mp = world if model_parallel_size is None else model_parallel_size
+    if mp < 1 or world % mp:
+        raise UserError(
+            f"--model_parallel_size {mp} does not divide the {world} rank{'s' * (world > 1)} of this run: "
+            f"start a multiple of {mp} ranks (torchrun --nproc_per_node N) or give a divisor of {world}"
+        )
+    if device.type == "cpu":
+        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+    grid = torch.arange(world).view(-1, mp)
+    mp_group = _own_group(grid.tolist(), rank, limit)
+    dp_group = _own_group(grid.T.tolist(), rank, limit)
+    fairscale_groups._MODEL_PARALLEL_GROUP = mp_group
+    fairscale_groups._DATA_PARALLEL_GROUP = dp_group
+    return Parallel(rank, world, rank % mp, mp, rank // mp, world // mp, device, mp_group, dp_group)
+
+
+def _own_group(divisions: list[list[int]], rank: int, limit: timedelta) -> dist.ProcessGroup:
+    groups = [dist.new_group(ranks, timeout=limit) for ranks in divisions]  # every rank must make every group
+    return next(group for ranks, group in zip(divisions, groups) if rank in ranks)
+
+
+def stop() -> None:
+    """Leave the process group, after all ranks have come here."""
+    if dist.is_initialized():
+        dist.barrier()
+        fairscale_groups.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def pick_device() -> torch.device:
+    """The local rank's GPU where there is one, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
+
+
+def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """bf16, fp16 or fp32 by name; by default bf16 on a GPU and fp32 on the CPU."""
+    name = name or ("bf16" if device.type == "cuda" else "fp32")
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+
+
+def agreed(check: Callable[[], T]) -> T:
+    """Run `check` on every rank; if any raises UserError, all raise the first rank's, so that none is left waiting."""
+    result, problem = None, None
+    try:
+        result = check()
+    except UserError as error:
+        problem = str(error)
+    problems = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    first = next((p for p in problems if p is not None), None)
+    if first is not None:
+        raise UserError(first)
+    return result

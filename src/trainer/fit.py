@@ -1,0 +1,116 @@
+"""The training loop of solver and verifier: epochs, batches, steps, evaluations."""
+
+import random
+from dataclasses import dataclass
+from typing import Callable, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from src.errors import UserError
+from src.logs import RunLog
+from src.models.batch import micro_batches
+from src.models.transformer import Transformer
+from src.parallel.setup import Parallel
+from src.trainer.optimizer import Optimizer, lr_at
+
+POOL = 64  # batches among which rows are sorted by length
+
+
+class Objective(Protocol):
+    """What is trained: rows, how much each counts, and the loss of some of them."""
+
+    lengths: list[int]  # tokens of each row
+    weights: list[int]  # what each row adds to the denominator of the loss
+    stats: tuple[str, ...]  # names of what `loss` returns to be logged, "loss" among them
+
+    def loss(self, model: Transformer, rows: list[int], denominator: float) -> tuple[Tensor, dict[str, float]]:
+        """The rows' share of the loss (their sum over the whole batch's denominator), and sums to be logged."""
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """batch = max_batch_size × accumulation_steps × data-parallel ranks rows per optimizer step."""
+
+    lr: float
+    epochs: int
+    max_batch_size: int
+    accumulation_steps: int = 1
+    warmup: float = 0.03
+    schedule: str = "cosine"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.epochs, self.max_batch_size, self.accumulation_steps) < 1 or self.lr <= 0 or not 0 <= self.warmup < 1:
+            raise UserError(
+                f"--lr {self.lr} --epochs {self.epochs} --max_batch_size {self.max_batch_size} --accumulation_steps "
+                f"{self.accumulation_steps} --warmup {self.warmup}: lr must be positive, the counts 1 or more, warmup in [0, 1)"
+            )
+
+
+def epoch_batches(lengths: list[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Every row once, in batches alike in length, in an order fixed by seed and epoch alone.
+
+    Rows are shuffled, sorted by length inside pools of batches, cut, and the batches shuffled again.
+    """
+    generator = random.Random(f"{seed}/epoch {epoch}")
+    order = list(range(len(lengths)))
+    generator.shuffle(order)
+    batches = []
+    for start in range(0, len(order), batch_size * POOL):
+        pool = sorted(order[start : start + batch_size * POOL], key=lambda i: lengths[i])
+        batches += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
+    generator.shuffle(batches)
+    return batches
+
+
+def share_of(batch: list[int], lengths: list[int], parallel: Parallel, max_batch_size: int) -> list[list[int]]:
+    """This data-parallel rank's rows of a batch, in micro-batches. Dealt by length, so that all get alike."""
+    order = sorted(batch, key=lambda i: (-lengths[i], i))
+    mine = order[parallel.dp_rank :: parallel.dp_size]
+    return [[mine[i] for i in group] for group in micro_batches([lengths[i] for i in mine], max_batch_size)]
+
+
+def fit(
+    model: Transformer,
+    optimizer: Optimizer,
+    objective: Objective,
+    settings: FitSettings,
+    parallel: Parallel,
+    log: RunLog,
+    evaluate: Callable[[int], None],
+) -> list[dict[str, float]]:
+    """Train; `evaluate(epoch)` is called before the first epoch (0) and after every one. Returns each step's scalars."""
+    batch_size = settings.max_batch_size * settings.accumulation_steps * parallel.dp_size
+    steps_per_epoch = -(-len(objective.lengths) // batch_size)
+    total, step, history = steps_per_epoch * settings.epochs, 0, []
+    evaluate(0)
+    for epoch in range(1, settings.epochs + 1):
+        with log.progress(steps_per_epoch, f"epoch {epoch}/{settings.epochs}", unit="step") as bar:
+            for batch in epoch_batches(objective.lengths, batch_size, settings.seed, epoch):
+                denominator = sum(objective.weights[i] for i in batch)
+                sums: dict[str, float] = {}
+                for rows in share_of(batch, objective.lengths, parallel, settings.max_batch_size):
+                    loss, stats = objective.loss(model, rows, denominator)
+                    optimizer.backward(loss)
+                    for name, value in {"loss": float(loss), **stats}.items():
+                        sums[name] = sums.get(name, 0.0) + value
+                lr = lr_at(step, total, settings.lr, settings.warmup, settings.schedule)
+                scalars = {**summed(sums, objective.stats, parallel), "lr": lr, **optimizer.step(lr)}
+                step += 1
+                if scalars["skipped"]:
+                    log.warning(f"step {step}: the gradient norm is {scalars['grad_norm']}, the step is skipped")
+                history.append(scalars)
+                log.scalars(step, scalars)
+                tokens = sum(objective.lengths[i] for i in batch)
+                bar.update(1, tokens=tokens, loss=scalars["loss"], lr=lr)
+        evaluate(epoch)
+    return history
+
+
+def summed(sums: dict[str, float], names: tuple[str, ...], parallel: Parallel) -> dict[str, float]:
+    """The named sums, 0 where this rank has none, added over the data-parallel ranks."""
+    values = torch.tensor([sums.get(name, 0.0) for name in names], dtype=torch.float64, device=parallel.device)
+    dist.all_reduce(values, group=parallel.dp_group)
+    return dict(zip(names, values.tolist()))
