@@ -101,7 +101,7 @@ def main(
         if warning:
             log.warning(warning)
         log.info(f"{len(sequences)} rows; ranks: {parallel.mp_size} model-parallel × {parallel.dp_size} data-parallel")
-        model = load_model(opened.checkpoint, parallel, pick_dtype(dtype, parallel.device))
+        model = load_model(opened.checkpoint, parallel, pick_dtype(dtype, parallel.device), head="lm")
         model.recompute = checkpoint_activations
         if lora_rank > 0:
             add_lora(model, lora_rank, lora_alpha, seed, parallel)

@@ -18,9 +18,9 @@ NAMES = ("Ada Amy Ben Dan Eva Finn Gus Hana Ivan Jack Kim Lena Leo Maya Mia Nina
 ITEMS = ("apples balls beads books cards coins cookies cups eggs flowers keys kites lemons marbles nuts pears pencils "
          "pens plums shells stamps stickers stones toys").split()
 
-RANGES = {**dict.fromkeys("jkm", (2, 9)), "n": (3, 20), **dict.fromkeys("xyz", (5, 60))}  # by a number's letter
-SMALLEST, LARGEST = 2, 199                                                                # of every result
-TEST_SHARE = 10                                                                           # one problem in so many
+RANGES = {**dict.fromkeys("jkmn", (2, 9)), **dict.fromkeys("xyz", (2, 20))}  # by a number's letter
+SMALLEST, LARGEST = 2, 99                                                    # of every result
+TEST_SHARE = 10                                                              # one problem in so many
 
 _OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 

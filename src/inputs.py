@@ -1,15 +1,17 @@
 """What the scripts read before any work, checked on every rank and refused with one voice."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from src.checkpoint.source import Checkpoint, check_model_type
-from src.data.rows import LABEL, TEXT, TEXTS, read_rows, read_solver_rows, read_verifier_rows
+from src.data.rows import LABEL, TEXT, TEXTS, read_prompt_rows, read_rows, read_solver_rows, read_verifier_rows
 from src.data.tokenizer import Tokenizer, check_vocabulary
 from src.errors import UserError
 from src.evaluation.tasks import Task, find_task
 from src.models.batch import Sequence
 from src.models.layout import check_degree
 from src.parallel.setup import Parallel
+from src.ppo.buffer import Prompt
 from src.trainer.verifier import Comparison
 
 
@@ -97,3 +99,36 @@ def comparisons(path: str, tokenizer: Tokenizer, max_seq_len: int, strict: bool)
     longest = [max(len(s.tokens) for s in c.chosen + c.rejected) for c in found]
     fits, warning = within(longest, max_seq_len, strict, f"rows of {path}")
     return [c for c, fit in zip(found, fits) if fit], warning
+
+
+def check_writable(path: str, suffix: str) -> None:
+    """Raise UserError when a file to be written has another suffix, is a folder, or has no folder to lie in."""
+    target = Path(path)
+    if target.suffix != suffix:
+        raise UserError(f"{path}: a {suffix} file is written; name it so")
+    if target.is_dir():
+        raise UserError(f"{path}: is a folder; name a file")
+    existing = next(parent for parent in target.absolute().parents if parent.exists())
+    if not existing.is_dir():
+        raise UserError(f"{path}: {existing} is a file, not a folder")
+
+
+def check_same_tokenizer(actor: Model, other: Model) -> None:
+    """Raise UserError when two roles read the same ids as different texts."""
+    if actor.tokenizer.path.read_bytes() != other.tokenizer.path.read_bytes():
+        raise UserError(f"{actor.tokenizer.path} and {other.tokenizer.path} differ: the models must share their tokenizer")
+
+
+def ppo_prompts(path: str, tokenizer: Tokenizer, rule: Task | None, max_seq_len: int) -> tuple[list[Prompt], str | None]:
+    """PPO's prompts; for a rule, with their right answers, which must be there and readable. And a warning, or None."""
+    prompts = []
+    for number, row in enumerate(read_prompt_rows(path)):
+        try:
+            gold = rule.gold_of(row) if rule else ""
+            if rule:
+                rule.grade("", gold)
+        except UserError as error:
+            raise UserError(f"{path}: row {number} (from 0): {error}") from None
+        prompts.append(Prompt(tokenizer.prompt_ids(row["instruction"]), gold))
+    fits, warning = within([len(p.tokens) + 1 for p in prompts], max_seq_len, False, f"prompts of {path}, with one token more,")
+    return [p for p, fit in zip(prompts, fits) if fit], warning

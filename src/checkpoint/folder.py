@@ -9,7 +9,7 @@ from typing import Iterator
 from src.checkpoint.source import TOKENIZER_FILES
 from src.errors import UserError
 
-_OURS = ("consolidated*", "params.json", "model*.safetensors*", "config.json", "adapter", *TOKENIZER_FILES)
+_OURS = ("consolidated*", "params.json", "model*.safetensors*", "config.json", "adapter", "ppo_state.json", *TOKENIZER_FILES)
 
 
 def check_replaceable(path: str) -> Path:

@@ -1,9 +1,7 @@
 """Evaluations inside a training run: before the first epoch (0) and after each, written beside the log."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from src.data.rows import write_json, write_jsonl
 from src.data.tokenizer import Tokenizer
 from src.errors import UserError
 from src.evaluation.solver import evaluate_solver, headline, write_results
@@ -76,5 +74,4 @@ class VerifierEvaluation:
         log.info(f"after epoch {epoch}: pair accuracy {100 * summary['accuracy']:.1f} % on {summary['pairs']} pairs")
         log.scalars(epoch, {"accuracy": summary["accuracy"], "margin": summary["margin"]}, prefix="eval")
         if parallel.is_main:
-            write_json(Path(log.log_dir) / f"results-epoch-{epoch}.json", {**summary, "settings": settings})
-            write_jsonl(Path(log.log_dir) / f"predictions-epoch-{epoch}.jsonl", rows)
+            write_results(log.log_dir, summary, rows, settings, f"-epoch-{epoch}")

@@ -1,10 +1,9 @@
 """A verifier's scores and its accuracy on pairs."""
 
 import torch
-import torch.distributed as dist
 
 from src.logs import RunLog
-from src.models.batch import Batch, Sequence, micro_batches, sequence_scores
+from src.models.batch import Batch, Sequence, over_ranks, sequence_scores
 from src.models.transformer import Transformer
 from src.parallel.setup import Parallel
 from src.trainer.verifier import Comparison, margins
@@ -14,16 +13,13 @@ from src.trainer.verifier import Comparison, margins
 def score_all(
     model: Transformer, parallel: Parallel, sequences: list[Sequence], max_batch_size: int, log: RunLog
 ) -> torch.Tensor:
-    """The score of each sequence, [sequences] on the host, the same on every rank. Shared among data-parallel ranks."""
-    scores = torch.zeros(len(sequences), device=parallel.device)
-    groups = micro_batches([len(s.tokens) for s in sequences], max_batch_size)
+    """The score of each sequence, [sequences] on the host, the same on every rank."""
+
+    def score(rows: list[int]) -> list[float]:
+        return sequence_scores(model, Batch.of([sequences[i] for i in rows], parallel.device)).tolist()
+
     with log.progress(len(sequences), "scoring", unit="text") as bar:
-        for number, rows in enumerate(groups):
-            if number % parallel.dp_size == parallel.dp_rank:
-                scores[rows] = sequence_scores(model, Batch.of([sequences[i] for i in rows], parallel.device))
-            bar.update(len(rows), tokens=sum(len(sequences[i].tokens) for i in rows))
-    dist.all_reduce(scores, group=parallel.dp_group)
-    return scores.cpu()
+        return torch.tensor(over_ranks(score, [len(s.tokens) for s in sequences], max_batch_size, parallel, bar))
 
 
 def evaluate_pairs(

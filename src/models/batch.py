@@ -1,13 +1,18 @@
 """Queries and responses as one packed batch, and what is read off the model at their tokens."""
 
 from dataclasses import dataclass
+from typing import Callable, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from src.models.attention import Packed, gather_rows
 from src.models.transformer import Transformer
+from src.parallel.setup import Parallel
 from src.parallel.vocab import token_logprobs
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -76,3 +81,22 @@ def micro_batches(lengths: list[int], max_batch_size: int) -> list[list[int]]:
     """Indices of `lengths` in groups of at most `max_batch_size`, alike in length, the longest first."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     return [order[i : i + max_batch_size] for i in range(0, len(order), max_batch_size)]
+
+
+def over_ranks(
+    compute: Callable[[list[int]], list[T]], lengths: list[int], max_batch_size: int, parallel: Parallel, progress
+) -> list[T]:
+    """A result for every row: `compute` is given micro-batches of row numbers, shared among the data-parallel ranks.
+
+    lengths: tokens of each row; progress: a `Progress`. Every rank gets all results, in the rows' order.
+    """
+    results: dict[int, T] = {}
+    for number, rows in enumerate(micro_batches(lengths, max_batch_size)):
+        if number % parallel.dp_size == parallel.dp_rank:
+            results.update(zip(rows, compute(rows)))
+        progress.update(len(rows), tokens=sum(lengths[i] for i in rows))
+    if parallel.dp_size > 1:
+        parts = [None] * parallel.dp_size
+        dist.all_gather_object(parts, results, group=parallel.dp_group)
+        results = {i: result for part in parts for i, result in part.items()}
+    return [results[i] for i in range(len(lengths))]

@@ -9,6 +9,14 @@ from src.models.attention import Packed
 from src.models.batch import Batch, end_to_end
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """A query's ids, and the right answer where the data has one."""
+
+    tokens: list[int]
+    gold: str = ""
+
+
 @dataclass
 class RolloutBuffer:
     """B sequences, N tokens in all, R of them response tokens. What is known grows phase by phase.

@@ -20,7 +20,7 @@ from src.models.batch import micro_batches, response_logprobs, response_values
 from src.models.transformer import Transformer
 from src.parallel.setup import Parallel
 from src.ppo.advantages import gae, token_rewards, whiten
-from src.ppo.buffer import RolloutBuffer
+from src.ppo.buffer import Prompt, RolloutBuffer
 from src.ppo.loss import policy_loss, value_loss
 from src.trainer.optimizer import Optimizer
 
@@ -70,14 +70,6 @@ class KLController:
         if self.target is not None:
             error = min(max(mean_kl / self.target - 1, -0.2), 0.2)
             self.kl_coef *= 1 + error * samples / self.horizon
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A query's ids, and the right answer where the data has one."""
-
-    tokens: list[int]
-    gold: str = ""
 
 
 class PPO:

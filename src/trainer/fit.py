@@ -15,8 +15,6 @@ from src.models.transformer import Transformer
 from src.parallel.setup import Parallel
 from src.trainer.optimizer import Optimizer, lr_at
 
-POOL = 64  # batches among which rows are sorted by length
-
 
 class Objective(Protocol):
     """What is trained: rows, how much each counts, and the loss of some of them."""
@@ -49,20 +47,15 @@ class FitSettings:
             )
 
 
-def epoch_batches(lengths: list[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """Every row once, in batches alike in length, in an order fixed by seed and epoch alone.
+def epoch_batches(n_rows: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Every row once, in random batches, in an order fixed by seed and epoch alone.
 
-    Rows are shuffled, sorted by length inside pools of batches, cut, and the batches shuffled again.
+    Batches are not sorted by length, which would sort them by content: packing makes that needless. Inside a batch,
+    `share_of` puts rows alike in length into the same micro-batch.
     """
-    generator = random.Random(f"{seed}/epoch {epoch}")
-    order = list(range(len(lengths)))
-    generator.shuffle(order)
-    batches = []
-    for start in range(0, len(order), batch_size * POOL):
-        pool = sorted(order[start : start + batch_size * POOL], key=lambda i: lengths[i])
-        batches += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
-    generator.shuffle(batches)
-    return batches
+    order = list(range(n_rows))
+    random.Random(f"{seed}/epoch {epoch}").shuffle(order)
+    return [order[i : i + batch_size] for i in range(0, n_rows, batch_size)]
 
 
 def share_of(batch: list[int], lengths: list[int], parallel: Parallel, max_batch_size: int) -> list[list[int]]:
@@ -88,13 +81,13 @@ def fit(
     evaluate(0)
     for epoch in range(1, settings.epochs + 1):
         with log.progress(steps_per_epoch, f"epoch {epoch}/{settings.epochs}", unit="step") as bar:
-            for batch in epoch_batches(objective.lengths, batch_size, settings.seed, epoch):
+            for batch in epoch_batches(len(objective.lengths), batch_size, settings.seed, epoch):
                 denominator = sum(objective.weights[i] for i in batch)
                 sums: dict[str, float] = {}
                 for rows in share_of(batch, objective.lengths, parallel, settings.max_batch_size):
                     loss, stats = objective.loss(model, rows, denominator)
                     optimizer.backward(loss)
-                    for name, value in {"loss": float(loss), **stats}.items():
+                    for name, value in {"loss": float(loss.detach()), **stats}.items():
                         sums[name] = sums.get(name, 0.0) + value
                 lr = lr_at(step, total, settings.lr, settings.warmup, settings.schedule)
                 scalars = {**summed(sums, objective.stats, parallel), "lr": lr, **optimizer.step(lr)}

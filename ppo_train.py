@@ -1,0 +1,234 @@
+"""Proximal policy optimisation of a solver with a verifier's scores, a rule's verdicts, or both.
+
+    torchrun --nproc_per_node 8 ppo_train.py --actor_ckpt_dir SOLVER --actor_save_dir OUT --critic_ckpt_dir VERIFIER \
+        --critic_save_dir OUT2 --reward_model_ckpt_dir VERIFIER --train_file train.json --max_batch_size 6 --max_buffer_size 96
+
+Rows of the train file: {"instruction": "...", "label": "..."}; the label is needed for --reward rule and both. Policy,
+value, reference and reward model all stay in memory; nothing is read from disk between the phases. What the code must
+satisfy, and the meaning of every logged number: docs/ppo.md.
+"""
+
+from typing import Literal
+
+from src.cli import run
+
+
+def main(
+    actor_ckpt_dir: str,
+    actor_save_dir: str,
+    critic_ckpt_dir: str,
+    critic_save_dir: str,
+    train_file: str,
+    reward_model_ckpt_dir: str | None = None,
+    reward: Literal["verifier", "rule", "both"] = "verifier",
+    verifier_weight: float = 1.0,
+    rule_weight: float = 1.0,
+    model_type: str | None = None,
+    tokenizer_file: str | None = None,
+    config_file: str | None = None,
+    max_batch_size: int = 6,
+    max_buffer_size: int = 96,
+    samples_per_prompt: int = 1,
+    rollout_batch_size: int = 384,
+    max_seq_len: int = 1024,
+    max_new_tokens: int = 256,
+    temperature: float = 1.0,
+    lr: float = 1e-6,
+    critic_lr: float = 5e-6,
+    warmup: float = 0.0,
+    schedule: Literal["cosine", "linear", "constant"] = "constant",
+    epochs: int = 1,
+    iterations: int | None = None,
+    ppo_epochs: int = 4,
+    mini_batches: int = 4,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    cliprange: float = 0.2,
+    cliprange_value: float = 0.2,
+    vf_coef: float = 0.1,
+    kl_coef: float | None = None,
+    kl_target: float | None = None,
+    kl_horizon: float = 10000.0,
+    truncated: Literal["bootstrap", "zero", "penalty"] = "bootstrap",
+    truncation_penalty: float = 1.0,
+    max_grad_norm: float = 1.0,
+    weight_decay: float = 0.0,
+    lora_rank: int = -1,
+    lora_alpha: float = 16.0,
+    checkpoint_activations: bool = False,
+    task: str | None = None,
+    label_file: str | None = None,
+    eval_batch_size: int = 384,
+    log_dir: str | None = None,
+    dtype: Literal["bf16", "fp16", "fp32"] | None = None,
+    seed: int = 0,
+    model_parallel_size: int | None = None,
+    timeout: float = 1800.0,
+):
+    """Train, and evaluate before the first and after every epoch when --task and --label_file are given.
+
+    Args:
+        actor_ckpt_dir: the solver to start from; also the reference.
+        actor_save_dir: the folder for the trained policy; replaced as a whole when it already holds a checkpoint.
+        critic_ckpt_dir: what the value model starts from: the verifier, usually.
+        critic_save_dir: the folder for the trained value model.
+        train_file: .json or .jsonl rows with "instruction", and "label" for a rule.
+        reward_model_ckpt_dir: the verifier whose scores are the reward.
+        reward: verifier, rule (1 for a right answer, else 0), or both.
+        verifier_weight: of the verifier's score in the reward.
+        rule_weight: of the rule's verdict in the reward.
+        model_type: a name such as llama-2-7b to check the actor's sizes against.
+        tokenizer_file: found in actor_ckpt_dir when not given.
+        config_file: the actor's params.json or config.json; found in actor_ckpt_dir when not given.
+        max_batch_size: sequences in one forward and backward, per data-parallel rank.
+        max_buffer_size: rollouts per iteration, over all ranks.
+        samples_per_prompt: rollouts of each prompt.
+        rollout_batch_size: sequences generated at a time, at most.
+        max_seq_len: prompt and response together; prompts that leave no room are left out and counted.
+        max_new_tokens: of one response.
+        temperature: of sampling, and of every log-probability.
+        lr: the policy's highest learning rate.
+        critic_lr: the value model's.
+        warmup: share of the iterations in which the learning rates rise.
+        schedule: how they fall afterwards.
+        epochs: passes over the train file.
+        iterations: stop after this many, whatever the epochs.
+        ppo_epochs: passes over each buffer of rollouts.
+        mini_batches: optimizer steps per pass.
+        gamma: discount.
+        lam: of generalised advantage estimation.
+        cliprange: the probability ratio is clipped to 1 ± this.
+        cliprange_value: values are clipped to the old ones ± this.
+        vf_coef: weight of the value loss.
+        kl_coef: weight of the KL penalty in the reward; 0.05, or where the actor's own PPO run left off, when not given.
+        kl_target: steer kl_coef towards this KL (nats per response).
+        kl_horizon: how slowly, in responses.
+        truncated: what follows a response cut at max_new_tokens: its value (bootstrap), nothing (zero), or nothing and a
+            penalty on its score.
+        truncation_penalty: that penalty.
+        max_grad_norm: each model's gradient is scaled down to this norm.
+        weight_decay: AdamW's, on matrices.
+        lora_rank: rank of the policy's and the value model's adapters; -1 trains all weights.
+        lora_alpha: the adapter's output is scaled by lora_alpha / lora_rank.
+        checkpoint_activations: keep block inputs only and compute the rest again in backward.
+        task: what to evaluate on, such as GSM8K; also whose rule --reward rule applies (GSM8K when not given).
+        label_file: the task's rows.
+        eval_batch_size: sequences generated at a time in evaluations, at most.
+        log_dir: for the log, TensorBoard events and evaluation results; ACTOR_SAVE_DIR-logs when not given.
+        dtype: of weights and activations; bf16 on a GPU and fp32 on the CPU when not given.
+        seed: of everything random.
+        model_parallel_size: ranks per model; all of them when not given.
+        timeout: seconds that a collective may take before the run is given up.
+    """
+    settings = dict(locals())
+    from src.checkpoint.folder import check_replaceable
+    from src.checkpoint.load import load_model
+    from src.checkpoint.save import save_model
+    from src.errors import UserError
+    from src.evaluation.tasks import find_task
+    from src.evaluation.training import SolverEvaluation
+    from src.generation.engine import Engine
+    from src.generation.sampling import Sampling
+    from src.inputs import check_same_tokenizer, open_model, ppo_prompts
+    from src.logs import RunLog
+    from src.models.lora import add_lora
+    from src.parallel.setup import agreed, pick_dtype, start, stop
+    from src.ppo.fit import Schedule, fit, read_kl_coef, write_state
+    from src.ppo.rewards import RuleReward, VerifierReward
+    from src.ppo.trainer import PPO, KLController, PPOSettings
+    from src.trainer.optimizer import Optimizer
+
+    sampling = Sampling(max_new_tokens, temperature, seed=seed)
+    plan = Schedule(lr, critic_lr, warmup, schedule, epochs, iterations, samples_per_prompt, seed)
+    ppo_settings = PPOSettings(
+        max_batch_size,
+        max_buffer_size,
+        mini_batches,
+        ppo_epochs,
+        gamma,
+        lam,
+        cliprange,
+        cliprange_value,
+        vf_coef,
+        truncated,
+        truncation_penalty,
+        seed,
+    )
+    if temperature == 0:
+        raise UserError("--temperature 0: PPO learns from samples; give a temperature above 0")
+    if max_buffer_size % samples_per_prompt:
+        raise UserError(f"--max_buffer_size {max_buffer_size} is no multiple of --samples_per_prompt {samples_per_prompt}")
+    if reward != "rule" and reward_model_ckpt_dir is None:
+        raise UserError(f"--reward {reward} needs --reward_model_ckpt_dir; without a verifier: --reward rule")
+    parallel = start(model_parallel_size, timeout)
+
+    def read_inputs():
+        for folder in (actor_save_dir, critic_save_dir):
+            check_replaceable(folder)
+        actor = open_model(actor_ckpt_dir, parallel, tokenizer_file, config_file, model_type)
+        critic = open_model(critic_ckpt_dir, parallel)
+        verifier = open_model(reward_model_ckpt_dir, parallel) if reward != "rule" else None
+        for other in filter(None, (critic, verifier)):
+            check_same_tokenizer(actor, other)
+        if verifier is not None and verifier.checkpoint.config.head != "score":
+            raise UserError(f"{reward_model_ckpt_dir}: is a solver, without a score head; verifier_train.py makes a verifier of it")
+        evaluation = SolverEvaluation.read(task, label_file, eval_batch_size, max_new_tokens, max_seq_len)
+        rule = find_task(task or "GSM8K") if reward != "verifier" else None
+        prompts, warning = ppo_prompts(train_file, actor.tokenizer, rule, max_seq_len)
+        return actor, critic, verifier, evaluation, rule, prompts, warning
+
+    actor, critic, verifier, evaluation, rule, prompts, warning = agreed(read_inputs)
+    with RunLog(log_dir or f"{actor_save_dir.rstrip('/')}-logs", "ppo_train", settings, parallel.rank) as log:
+        if warning:
+            log.warning(warning)
+        kl = KLController(read_kl_coef(actor_ckpt_dir) if kl_coef is None else kl_coef, kl_target, kl_horizon)
+        log.info(
+            f"{len(prompts)} prompts; ranks: {parallel.mp_size} model-parallel × {parallel.dp_size} data-parallel; "
+            f"kl_coef {kl.kl_coef}"
+        )
+        number_type = pick_dtype(dtype, parallel.device)
+        policy = load_model(actor.checkpoint, parallel, number_type, head="lm")
+        reference = load_model(actor.checkpoint, parallel, number_type, head="lm").requires_grad_(False)
+        value = load_model(critic.checkpoint, parallel, number_type, head="score", seed=seed)
+        rewards = []
+        if verifier is not None:
+            scorer = load_model(verifier.checkpoint, parallel, number_type, head="score").requires_grad_(False)
+            rewards.append((verifier_weight, VerifierReward(scorer)))
+        if rule is not None:
+            rewards.append((rule_weight, RuleReward(rule, actor.tokenizer)))
+        for model in (policy, value):
+            model.recompute = checkpoint_activations
+            if lora_rank > 0:
+                add_lora(model, lora_rank, lora_alpha, seed, parallel)
+
+        ppo = PPO(
+            policy,
+            value,
+            reference,
+            rewards,
+            Optimizer(policy, parallel, weight_decay, max_grad_norm, eps=1e-5),
+            Optimizer(value, parallel, weight_decay, max_grad_norm, eps=1e-5),
+            Engine(policy, parallel, rollout_batch_size, max_seq_len),
+            sampling,
+            {actor.tokenizer.eos_id},
+            kl,
+            ppo_settings,
+            parallel,
+        )
+        fit(
+            ppo,
+            prompts,
+            plan,
+            log,
+            lambda epoch: evaluation.run(epoch, policy, actor.tokenizer, parallel, log, settings),
+        )
+        save_model(policy, parallel, actor_save_dir, actor.checkpoint.folder)
+        save_model(value, parallel, critic_save_dir, critic.checkpoint.folder)
+        if parallel.is_main:
+            write_state(actor_save_dir, kl.kl_coef)
+        log.info(f"saved the policy to {actor_save_dir} and the value model to {critic_save_dir}")
+    stop()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,104 @@
+"""Measure a solver on a task: one greedy answer per question, graded by all of the task's public rules.
+
+    torchrun --nproc_per_node 8 solver_evaluate.py --task GSM8K --ckpt_dir CKPT --log_dir LOGS --label_file test.json \
+        --model_type llama-1-7b --max_batch_size 384
+    python solver_evaluate.py --task GSM8K --label_file test.json --prediction_file preds.jsonl --log_dir LOGS
+
+The second form grades texts that are there already ({"output": "..."} per row, in the label file's order), without a
+model. LOGS gets results.json (each accuracy, truncated, unparsed, settings) and predictions.jsonl. An answer that cannot be
+parsed counts as wrong.
+"""
+
+from typing import Literal
+
+from src.cli import run
+
+
+def main(
+    task: str,
+    label_file: str,
+    log_dir: str,
+    ckpt_dir: str | None = None,
+    prediction_file: str | None = None,
+    model_type: str | None = None,
+    tokenizer_file: str | None = None,
+    config_file: str | None = None,
+    max_batch_size: int = 384,
+    max_seq_len: int = 1024,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    dtype: Literal["bf16", "fp16", "fp32"] | None = None,
+    seed: int = 0,
+    model_parallel_size: int | None = None,
+    timeout: float = 1800.0,
+):
+    """Generate (or read) the answers, grade them, write the results.
+
+    Args:
+        task: what to evaluate on: GSM8K.
+        label_file: the task's rows: "instruction" and "label", as dataset/build.py writes them, or the official files'.
+        log_dir: for results.json and predictions.jsonl.
+        ckpt_dir: the solver: shards for any degree, or a Hugging Face folder.
+        prediction_file: texts to grade instead, {"output"} per row.
+        model_type: a name such as llama-2-7b to check the sizes against.
+        tokenizer_file: found in ckpt_dir when not given.
+        config_file: params.json or config.json; found in ckpt_dir when not given.
+        max_batch_size: sequences generated at a time, at most.
+        max_seq_len: prompt and answer together.
+        max_new_tokens: of one answer.
+        temperature: 0 takes the likeliest token.
+        top_p: sample from the smallest set of tokens with this much probability.
+        top_k: sample from this many likeliest tokens; 0 is all.
+        dtype: of weights and activations; bf16 on a GPU and fp32 on the CPU when not given.
+        seed: fixes the samples when temperature is above 0.
+        model_parallel_size: ranks per model; all of them when not given.
+        timeout: seconds that a collective may take before the run is given up.
+    """
+    settings = dict(locals())
+    from src.data.rows import STRING, read_rows
+    from src.errors import UserError
+    from src.evaluation.solver import evaluate_solver, graded, headline, write_results
+    from src.generation.engine import Engine
+    from src.generation.sampling import Sampling
+    from src.inputs import open_model, read_evaluation
+    from src.logs import RunLog
+    from src.parallel.setup import agreed, pick_dtype, start, stop
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
+    if (ckpt_dir is None) == (prediction_file is None):
+        raise UserError("give --ckpt_dir to generate answers, or --prediction_file to grade existing ones: one of the two")
+    if max_batch_size < 1:
+        raise UserError(f"--max_batch_size {max_batch_size}: at least 1 is needed")
+    parallel = start(model_parallel_size, timeout)
+
+    def read_inputs():
+        data = read_evaluation(task, label_file)
+        if ckpt_dir is not None:
+            return data, open_model(ckpt_dir, parallel, tokenizer_file, config_file, model_type), None
+        texts = [row["output"] for row in read_rows(prediction_file, {"output": STRING})]
+        if len(texts) != len(data.rows):
+            raise UserError(f"{prediction_file} has {len(texts)} rows and {label_file} {len(data.rows)}: one for each is needed")
+        return data, None, texts
+
+    data, opened, texts = agreed(read_inputs)
+    with RunLog(log_dir, "solver_evaluate", settings, parallel.rank) as log:
+        if opened is None:
+            summary, predictions = graded(data.task, data.instructions, data.golds, texts)
+        else:
+            from src.checkpoint.load import load_model
+
+            model = load_model(opened.checkpoint, parallel, pick_dtype(dtype, parallel.device), head="lm")
+            engine = Engine(model, parallel, max_batch_size, max_seq_len)
+            summary, predictions = evaluate_solver(
+                engine, opened.tokenizer, data.task, data.instructions, data.golds, sampling, log
+            )
+        if parallel.is_main:
+            write_results(log_dir, summary, predictions, settings)
+        log.info(headline(summary))
+    stop()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,109 @@
+"""Generate outputs for a file of instructions.
+
+    torchrun --nproc_per_node 8 solver_generate.py --ckpt_dir CKPT --input_file rows.jsonl --output_file out.jsonl
+
+Rows in: {"instruction": "..."}; anything else in a row is ignored. Rows out, in the input's order, --num_samples for each:
+{"index", "instruction", "output", "tokens", "logprobs", "stop_reason"}; index counts the input's rows from 0.
+"""
+
+from typing import Literal
+
+from src.cli import run
+
+
+def main(
+    ckpt_dir: str,
+    input_file: str,
+    output_file: str,
+    model_type: str | None = None,
+    tokenizer_file: str | None = None,
+    config_file: str | None = None,
+    max_batch_size: int = 384,
+    max_seq_len: int = 1024,
+    max_new_tokens: int = 256,
+    num_samples: int = 1,
+    max_rows: int | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    dtype: Literal["bf16", "fp16", "fp32"] | None = None,
+    seed: int = 0,
+    model_parallel_size: int | None = None,
+    timeout: float = 1800.0,
+):
+    """Write one line per sample.
+
+    Args:
+        ckpt_dir: the solver: shards for any degree, or a Hugging Face folder.
+        input_file: .json or .jsonl rows with "instruction".
+        output_file: .jsonl to write.
+        model_type: a name such as llama-2-7b to check the sizes against.
+        tokenizer_file: found in ckpt_dir when not given.
+        config_file: params.json or config.json; found in ckpt_dir when not given.
+        max_batch_size: sequences generated at a time, at most.
+        max_seq_len: prompt and output together.
+        max_new_tokens: of one output.
+        num_samples: outputs per instruction; they differ when temperature is above 0.
+        max_rows: only the first rows of the input.
+        temperature: 0 takes the likeliest token.
+        top_p: sample from the smallest set of tokens with this much probability.
+        top_k: sample from this many likeliest tokens; 0 is all.
+        dtype: of weights and activations; bf16 on a GPU and fp32 on the CPU when not given.
+        seed: fixes the samples, whatever the batch and the ranks.
+        model_parallel_size: ranks per model; all of them when not given.
+        timeout: seconds that a collective may take before the run is given up.
+    """
+    from src.checkpoint.load import load_model
+    from src.data.rows import read_prompt_rows, write_jsonl
+    from src.errors import UserError
+    from src.generation.engine import Engine, generate_sharded
+    from src.generation.sampling import Sampling
+    from src.inputs import check_writable, open_model
+    from src.logs import RunLog
+    from src.parallel.setup import agreed, pick_dtype, start, stop
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
+    if num_samples < 1 or max_batch_size < 1 or (max_rows is not None and max_rows < 1):
+        raise UserError(
+            f"--num_samples {num_samples} --max_batch_size {max_batch_size} --max_rows {max_rows}: each must be 1 or more"
+        )
+    parallel = start(model_parallel_size, timeout)
+
+    def read_inputs():
+        check_writable(output_file, ".jsonl")
+        opened = open_model(ckpt_dir, parallel, tokenizer_file, config_file, model_type)
+        return opened, read_prompt_rows(input_file)[:max_rows]
+
+    opened, rows = agreed(read_inputs)
+    with RunLog(None, "solver_generate", {}, parallel.rank) as log:
+        model = load_model(opened.checkpoint, parallel, pick_dtype(dtype, parallel.device), head="lm")
+        engine = Engine(model, parallel, max_batch_size, max_seq_len)
+        asked = [(i, row["instruction"]) for i, row in enumerate(rows) for _ in range(num_samples)]
+        prompts = [opened.tokenizer.prompt_ids(instruction) for _, instruction in asked]
+        with log.progress(len(prompts), "generating", unit="output") as bar:
+            completions = generate_sharded(
+                engine,
+                prompts,
+                sampling,
+                {opened.tokenizer.eos_id},
+                on_tokens=lambda done, new: bar.update(done, tokens=new),
+            )
+        if parallel.is_main:
+            lines = [
+                {
+                    "index": index,
+                    "instruction": instruction,
+                    "output": opened.tokenizer.decode(c.tokens),
+                    "tokens": c.tokens,
+                    "logprobs": c.logprobs,
+                    "stop_reason": c.stop_reason,
+                }
+                for (index, instruction), c in zip(asked, completions)
+            ]
+            write_jsonl(output_file, lines)
+        log.info(f"wrote {len(prompts)} outputs to {output_file}")
+    stop()
+
+
+if __name__ == "__main__":
+    run(main)

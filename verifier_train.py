@@ -1,0 +1,122 @@
+"""Train a verifier (reward model) on pairs of outputs, one better than the other; tensor- and data-parallel.
+
+    torchrun --nproc_per_node 8 verifier_train.py --ckpt_dir CKPT --save_dir OUT --train_file train.json \
+        --model_type llama-1-7b --max_batch_size 6 --lora_rank -1
+
+Rows of the train file: {"instruction": "...", "chosen": "..." or [...], "rejected": "..." or [...]}. CKPT is a solver's
+checkpoint (the scalar head starts at random) or a verifier's. OUT becomes shards for this run's degree.
+"""
+
+from typing import Literal
+
+from src.cli import run
+
+
+def main(
+    ckpt_dir: str,
+    save_dir: str,
+    train_file: str,
+    model_type: str | None = None,
+    tokenizer_file: str | None = None,
+    config_file: str | None = None,
+    max_batch_size: int = 6,
+    accumulation_steps: int = 1,
+    max_seq_len: int = 1024,
+    strict_length: bool = False,
+    lr: float = 1e-5,
+    epochs: int = 1,
+    warmup: float = 0.03,
+    schedule: Literal["cosine", "linear", "constant"] = "cosine",
+    weight_decay: float = 0.0,
+    max_grad_norm: float = 1.0,
+    lora_rank: int = -1,
+    lora_alpha: float = 16.0,
+    checkpoint_activations: bool = False,
+    task: str | None = None,
+    label_file: str | None = None,
+    eval_batch_size: int = 64,
+    log_dir: str | None = None,
+    dtype: Literal["bf16", "fp16", "fp32"] | None = None,
+    seed: int = 0,
+    model_parallel_size: int | None = None,
+    timeout: float = 1800.0,
+):
+    """Train, and evaluate before the first and after every epoch when --label_file is given.
+
+    Args:
+        ckpt_dir: the model to start from: shards for any degree, or a Hugging Face folder.
+        save_dir: the folder to write; replaced as a whole when it already holds a checkpoint.
+        train_file: .json or .jsonl rows with "instruction", "chosen" and "rejected".
+        model_type: a name such as llama-2-7b to check the sizes against.
+        tokenizer_file: found in ckpt_dir when not given.
+        config_file: params.json or config.json; found in ckpt_dir when not given.
+        max_batch_size: rows in one forward and backward, both sides of each, per data-parallel rank.
+        accumulation_steps: micro-batches per optimizer step.
+        max_seq_len: rows with more tokens are left out and counted.
+        strict_length: refuse such rows instead.
+        lr: the highest learning rate.
+        epochs: passes over the train file.
+        warmup: share of the steps in which the learning rate rises.
+        schedule: how it falls afterwards.
+        weight_decay: AdamW's, on matrices.
+        max_grad_norm: the gradient is scaled down to this norm.
+        lora_rank: rank of the adapter; -1 trains all weights.
+        lora_alpha: the adapter's output is scaled by lora_alpha / lora_rank.
+        checkpoint_activations: keep block inputs only and compute the rest again in backward.
+        task: a name for the evaluation in the log.
+        label_file: held-out rows like the train file's; the share of pairs that the verifier ranks right is measured.
+        eval_batch_size: sequences scored in one forward.
+        log_dir: for the log, TensorBoard events and evaluation results; SAVE_DIR-logs when not given.
+        dtype: of weights and activations; bf16 on a GPU and fp32 on the CPU when not given.
+        seed: of everything random.
+        model_parallel_size: ranks per model; all of them when not given.
+        timeout: seconds that a collective may take before the run is given up.
+    """
+    settings = dict(locals())
+    from src.checkpoint.folder import check_replaceable
+    from src.checkpoint.load import load_model
+    from src.checkpoint.save import save_model
+    from src.evaluation.training import VerifierEvaluation
+    from src.inputs import comparisons, open_model
+    from src.logs import RunLog
+    from src.models.lora import add_lora
+    from src.parallel.setup import agreed, pick_dtype, start, stop
+    from src.trainer.fit import FitSettings, fit
+    from src.trainer.optimizer import Optimizer
+    from src.trainer.verifier import VerifierObjective
+
+    fit_settings = FitSettings(lr, epochs, max_batch_size, accumulation_steps, warmup, schedule, seed)
+    parallel = start(model_parallel_size, timeout)
+
+    def read_inputs():
+        check_replaceable(save_dir)
+        opened = open_model(ckpt_dir, parallel, tokenizer_file, config_file, model_type)
+        evaluation = VerifierEvaluation.read(label_file, opened.tokenizer, eval_batch_size, max_seq_len, strict_length)
+        return opened, evaluation, *comparisons(train_file, opened.tokenizer, max_seq_len, strict_length)
+
+    opened, evaluation, pairs, warning = agreed(read_inputs)
+    with RunLog(log_dir or f"{save_dir.rstrip('/')}-logs", "verifier_train", settings, parallel.rank) as log:
+        for message in filter(None, (warning, evaluation.warning)):
+            log.warning(message)
+        log.info(f"{len(pairs)} rows; ranks: {parallel.mp_size} model-parallel × {parallel.dp_size} data-parallel")
+        model = load_model(opened.checkpoint, parallel, pick_dtype(dtype, parallel.device), head="score", seed=seed)
+        model.recompute = checkpoint_activations
+        if lora_rank > 0:
+            add_lora(model, lora_rank, lora_alpha, seed, parallel)
+
+        fit(
+            model,
+            Optimizer(model, parallel, weight_decay, max_grad_norm),
+            VerifierObjective(pairs, parallel.device),
+            fit_settings,
+            parallel,
+            log,
+            lambda epoch: evaluation.run(epoch, model, parallel, log, settings),
+        )
+        save_model(model, parallel, save_dir, opened.checkpoint.folder)
+        log.info(f"saved to {save_dir}")
+    stop()
+
+
+if __name__ == "__main__":
+    run(main)
