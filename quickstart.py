@@ -1,0 +1,114 @@
+"""The whole job on a laptop: data, tokenizer, a small Llama, SFT, a verifier, PPO, and what each step brought.
+
+    make quickstart                 (or: python quickstart.py --seed 0 --work_dir runs/quickstart-0)
+
+Every step is the real script with its real flags, printed before it runs: copy a line to run that step alone.
+"""
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from src.cli import run
+
+ROOT = Path(__file__).resolve().parent
+
+
+class Stages:
+    """Runs the commands, and keeps the minutes of each stage."""
+
+    def __init__(self, ranks: int) -> None:
+        self.ranks, self.seconds = ranks, {}
+
+    def run(self, stage: str, script: str, **flags) -> None:
+        """A script in this process's Python, alone."""
+        self._run(stage, [sys.executable], script.split(), flags)
+
+    def torchrun(self, stage: str, script: str, **flags) -> None:
+        """A script on all ranks."""
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(self.ranks)]
+        self._run(stage, launcher, [script], flags)
+
+    def _run(self, stage: str, launcher: list[str], script: list[str], flags: dict) -> None:
+        arguments = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+        shown = ["torchrun", *launcher[3:]] if len(launcher) > 1 else ["python"]
+        print(f"\n[{stage}] {shlex.join([*shown, *script, *arguments])}", flush=True)
+        began = time.perf_counter()
+        code = subprocess.run([*launcher, *script, *arguments], cwd=ROOT).returncode
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
+        if code:
+            sys.exit(f"quickstart stopped: {stage} ended with exit code {code}; the line above shows the command")
+
+
+def main(seed: int = 0, work_dir: str | None = None, ranks: int = 2):
+    """Run everything and print the table.
+
+    Args:
+        seed: of the data, the weights and the training.
+        work_dir: where everything goes; runs/quickstart-SEED when not given.
+        ranks: model-parallel ranks.
+    """
+    work = Path(work_dir or f"runs/quickstart-{seed}")
+    data, base, shards, sft = work / "data", work / "base", work / "base-shards", work / "sft"
+    verifier, policy, critic = work / "verifier", work / "ppo", work / "ppo-critic"
+    train, test, stages = data / "train.json", data / "test.json", Stages(ranks)
+    answers = {"max_new_tokens": 90, "max_seq_len": 256}
+    began = time.perf_counter()
+
+    stages.run("data", "dataset/build.py arithmetic", save_dir=data, n_train=20000, n_test=600, seed=seed)
+    stages.run("start", "dataset/start.py", train_file=train, save_dir=base, dim=128, n_layers=2, seed=seed)
+    stages.run("start", "checkpoint_split.py", ckpt_file=base, save_path=shards, n=ranks)
+    stages.torchrun(
+        "SFT", "solver_train.py", ckpt_dir=shards, save_dir=sft, train_file=train, max_batch_size=32, lr=3e-3, epochs=3,
+        task="GSM8K", label_file=test, seed=seed, **answers,
+    )
+    stages.torchrun("evaluate", "solver_evaluate.py", task="GSM8K", ckpt_dir=sft, log_dir=work / "sft-evaluation",
+                    label_file=test, **answers)
+    for part, file, rows in (("train", train, 7000), ("test", test, 600)):
+        samples = work / f"samples-{part}.jsonl"
+        stages.torchrun("sample", "solver_generate.py", ckpt_dir=sft, input_file=file, output_file=samples, max_rows=rows,
+                        num_samples=4, temperature=1.0, seed=seed, **answers)
+        stages.run("sample", "dataset/build.py pairs", train_file=file, predictions=samples,
+                   save_file=data / f"pairs-{part}.json")
+    stages.torchrun(
+        "verifier", "verifier_train.py", ckpt_dir=sft, save_dir=verifier, train_file=data / "pairs-train.json",
+        max_batch_size=32, lr=1e-3, epochs=2, label_file=data / "pairs-test.json", seed=seed, max_seq_len=256,
+    )
+    stages.torchrun(
+        "PPO", "ppo_train.py", actor_ckpt_dir=sft, actor_save_dir=policy, critic_ckpt_dir=verifier, critic_save_dir=critic,
+        reward_model_ckpt_dir=verifier, train_file=train, max_batch_size=64, max_buffer_size=256, iterations=45,
+        lr=1.5e-4, critic_lr=5e-4, ppo_epochs=2, kl_coef=0.1, seed=seed, **answers,
+    )
+    stages.torchrun("evaluate", "solver_evaluate.py", task="GSM8K", ckpt_dir=policy, log_dir=work / "ppo-evaluation",
+                    label_file=test, **answers)
+    stages.run("merge", "checkpoint_merge.py", ckpt_dir=policy, save_dir=work / "ppo-huggingface")
+
+    minutes = (time.perf_counter() - began) / 60
+    results = {
+        "solver before training": _accuracy(work / "sft-logs" / "results-epoch-0.json"),
+        "solver after SFT": _accuracy(work / "sft-evaluation" / "results.json"),
+        "solver after PPO": _accuracy(work / "ppo-evaluation" / "results.json"),
+        "verifier (pairs)": _accuracy(work / "verifier-logs" / "results-epoch-2.json"),
+    }
+    summary = {"seed": seed, "accuracy": results, "seconds": stages.seconds, "minutes": minutes}
+    (ROOT / work / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    print(f"\nSeed {seed}: accuracy on held-out problems (GSM8K's official rule)")
+    for name, accuracy in results.items():
+        print(f"  {name:24} {100 * accuracy:5.1f} %")
+    print("Minutes")
+    for stage, seconds in stages.seconds.items():
+        print(f"  {stage:24} {seconds / 60:5.1f}")
+    print(f"  {'all':24} {minutes:5.1f}")
+    print(f"Everything lies in {work}: {sft.name}, {verifier.name}, {policy.name} and {critic.name} (shards), "
+          f"ppo-huggingface (for transformers), *-logs (TensorBoard), *-evaluation (predictions), summary.json")
+
+
+def _accuracy(path: Path) -> float:
+    return json.loads((ROOT / path).read_text())["accuracy"]
+
+
+if __name__ == "__main__":
+    run(main)
