@@ -1,5 +1,5 @@
 # Two commands do everything: `make quickstart` and `make test`. The rest is for those who change the code.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 SEED ?= 0
 VENV := .venv
 

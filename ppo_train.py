@@ -161,6 +161,9 @@ def main(
     if reward != "rule" and reward_model_ckpt_dir is None:
         raise UserError(f"--reward {reward} needs --reward_model_ckpt_dir; without a verifier: --reward rule")
     parallel = start(model_parallel_size, timeout)
+    if max_buffer_size < parallel.dp_size:
+        raise UserError(f"--max_buffer_size {max_buffer_size}: the {parallel.dp_size} data-parallel ranks share the rollouts, "
+                        "and each needs one: raise it, or --model_parallel_size")
 
     def read_inputs():
         for folder in (actor_save_dir, critic_save_dir):

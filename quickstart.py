@@ -59,15 +59,15 @@ def main(seed: int = 0, work_dir: str | None = None, ranks: int = 2):
     began = time.perf_counter()
 
     stages.run("data", "dataset/build.py arithmetic", save_dir=data, n_train=20000, n_test=600, seed=seed)
-    stages.run("start", "dataset/start.py", train_file=train, save_dir=base, dim=128, n_layers=2, seed=seed)
+    stages.run("start", "dataset/start.py", train_file=train, save_dir=base, dim=96, n_layers=2, seed=seed)
     stages.run("start", "checkpoint_split.py", ckpt_file=base, save_path=shards, n=ranks)
     stages.torchrun(
-        "SFT", "solver_train.py", ckpt_dir=shards, save_dir=sft, train_file=train, max_batch_size=32, lr=3e-3, epochs=3,
+        "SFT", "solver_train.py", ckpt_dir=shards, save_dir=sft, train_file=train, max_batch_size=32, lr=4e-3, beta2=0.99, epochs=4,
         task="GSM8K", label_file=test, seed=seed, **answers,
     )
     stages.torchrun("evaluate", "solver_evaluate.py", task="GSM8K", ckpt_dir=sft, log_dir=work / "sft-evaluation",
                     label_file=test, **answers)
-    for part, file, rows in (("train", train, 7000), ("test", test, 600)):
+    for part, file, rows in (("train", train, 4000), ("test", test, 600)):
         samples = work / f"samples-{part}.jsonl"
         stages.torchrun("sample", "solver_generate.py", ckpt_dir=sft, input_file=file, output_file=samples, max_rows=rows,
                         num_samples=4, temperature=1.0, seed=seed, **answers)
@@ -79,8 +79,8 @@ def main(seed: int = 0, work_dir: str | None = None, ranks: int = 2):
     )
     stages.torchrun(
         "PPO", "ppo_train.py", actor_ckpt_dir=sft, actor_save_dir=policy, critic_ckpt_dir=verifier, critic_save_dir=critic,
-        reward_model_ckpt_dir=verifier, train_file=train, max_batch_size=64, max_buffer_size=256, iterations=45,
-        lr=1.5e-4, critic_lr=5e-4, ppo_epochs=2, kl_coef=0.1, seed=seed, **answers,
+        reward_model_ckpt_dir=verifier, train_file=train, max_batch_size=64, max_buffer_size=256, iterations=40,
+        lr=2e-4, critic_lr=5e-4, ppo_epochs=2, kl_coef=0.1, seed=seed, **answers,
     )
     stages.torchrun("evaluate", "solver_evaluate.py", task="GSM8K", ckpt_dir=policy, log_dir=work / "ppo-evaluation",
                     label_file=test, **answers)

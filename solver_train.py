@@ -28,6 +28,7 @@ def main(
     warmup: float = 0.03,
     schedule: Literal["cosine", "linear", "constant"] = "cosine",
     weight_decay: float = 0.0,
+    beta2: float = 0.999,
     max_grad_norm: float = 1.0,
     lora_rank: int = -1,
     lora_alpha: float = 16.0,
@@ -60,6 +61,7 @@ def main(
         warmup: share of the steps in which the learning rate rises.
         schedule: how it falls afterwards.
         weight_decay: AdamW's, on matrices.
+        beta2: AdamW's decay of the squared gradient's mean; lower adapts faster.
         max_grad_norm: the gradient is scaled down to this norm.
         lora_rank: rank of the adapter; -1 trains all weights.
         lora_alpha: the adapter's output is scaled by lora_alpha / lora_rank.
@@ -108,7 +110,7 @@ def main(
 
         fit(
             model,
-            Optimizer(model, parallel, weight_decay, max_grad_norm),
+            Optimizer(model, parallel, weight_decay, max_grad_norm, betas=(0.9, beta2)),
             SolverObjective(sequences, parallel.device),
             fit_settings,
             parallel,

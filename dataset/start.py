@@ -1,6 +1,6 @@
 """A small Llama from nothing: a SentencePiece tokenizer trained on a file's texts, and random weights to go with it.
 
-    python dataset/start.py --train_file train.json --save_dir DIR --vocab_size 900 --dim 128 --n_layers 2 --n_heads 4
+    python dataset/start.py --train_file train.json --save_dir DIR --vocab_size 900 --dim 96 --n_layers 2 --n_heads 4
 
 DIR is a Hugging Face folder that `transformers` loads too. For tests, quickstarts and laptops.
 """
@@ -22,7 +22,7 @@ def main(
     train_file: str,
     save_dir: str,
     vocab_size: int = 900,
-    dim: int = 128,
+    dim: int = 96,
     n_layers: int = 2,
     n_heads: int = 4,
     n_kv_heads: int | None = None,

@@ -7,7 +7,9 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Callable, TypeVar
 
+T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -29,7 +31,6 @@ def start(n: int, script: Path | str, *args: str, timeout: float = 240) -> subpr
     env.update(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", PYTHONUNBUFFERED="1")
     command = [sys.executable]
     if n > 1:
-        env["TORCH_DISTRIBUTED_DEBUG"] = "DETAIL"
         command += ["-m", "torch.distributed.run", "--nnodes", "1", "--nproc_per_node", str(n),
                     "--master_addr", "127.0.0.1", "--master_port", str(_free_port())]
     command += [str(ROOT / script), *map(str, args)]
@@ -50,6 +51,24 @@ def launch(n: int, script: Path | str, *args: str, timeout: float = 240) -> subp
     assert done.returncode == 0, (f"{script} on {n} ranks ended with {done.returncode}\n--- stdout\n"
                                   f"{_tail(done.stdout)}\n--- stderr\n{_tail(done.stderr)}")
     return done
+
+
+def once(run: Callable[[int], T]) -> Callable[[int], T]:
+    """`run(n)` at most once for each n: the first call's result, or its failure, again and again."""
+    known = {}
+
+    def remembered(n: int) -> T:
+        if n not in known:
+            try:
+                known[n] = run(n), None
+            except Exception as error:
+                known[n] = None, error
+        result, error = known[n]
+        if error is not None:
+            raise error
+        return result
+
+    return remembered
 
 
 def _tail(text: str, lines: int = 60) -> str:

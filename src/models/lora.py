@@ -35,9 +35,12 @@ class LoRA(nn.Module):
         self.lora_a.model_parallel, self.lora_b.model_parallel = self.row_parallel, not self.row_parallel
 
     def forward(self, x: Tensor) -> Tensor:
-        low = F.linear(x, self.lora_a)
-        # The rank-sized product is complete on every rank before B: forward on a row layer, backward on a column layer.
-        low = reduce_from_model_parallel_region(low) if self.row_parallel else copy_to_model_parallel_region(low)
+        # The caller has copied a column layer's x to the ranks and sums its gradient over them, so the adapter's part of that
+        # gradient stays partial like the base's; only A, which every rank holds whole, needs its own gradient summed.
+        if self.row_parallel:
+            low = reduce_from_model_parallel_region(F.linear(x, self.lora_a))
+        else:
+            low = F.linear(x, copy_to_model_parallel_region(self.lora_a))
         return self.base(x) + F.linear(low, self.lora_b) * self.scale
 
     def delta(self) -> Tensor:

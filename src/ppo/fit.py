@@ -1,5 +1,6 @@
 """PPO's outer loop: which prompts, which learning rates, when to evaluate, what to log."""
 
+import itertools
 import json
 import random
 from dataclasses import dataclass
@@ -41,28 +42,29 @@ class Schedule:
             )
 
 
-def prompt_batches(n_prompts: int, per_iteration: int, seed: int) -> Iterator[tuple[int, list[int]]]:
-    """(epoch from 1, prompt numbers) of each iteration, without end; every epoch shuffles all prompts anew."""
-    epoch = 0
-    while True:
-        epoch += 1
+def prompt_batches(n_prompts: int, per_iteration: int, seed: int) -> Iterator[list[int]]:
+    """Prompt numbers for each iteration, without end. Every pass shuffles all prompts anew; batches are always full."""
+    waiting: list[int] = []
+    for epoch in itertools.count(1):
         order = list(range(n_prompts))
         random.Random(f"{seed}/prompts/epoch {epoch}").shuffle(order)
-        for start in range(0, n_prompts, per_iteration):
-            yield epoch, order[start : start + per_iteration]
+        waiting += order
+        while len(waiting) >= per_iteration:
+            yield waiting[:per_iteration]
+            waiting = waiting[per_iteration:]
 
 
 def fit(
     ppo: PPO, prompts: list[Prompt], plan: Schedule, log: RunLog, evaluate: Callable[[int], None]
 ) -> list[dict[str, float]]:
     """Run the iterations; `evaluate(epoch)` before the first, after every epoch, and at the end. Returns what was logged."""
-    per_iteration = min(ppo.settings.max_buffer_size // plan.samples_per_prompt, len(prompts))
+    per_iteration = ppo.settings.max_buffer_size // plan.samples_per_prompt
     per_epoch = -(-len(prompts) // per_iteration)
     total = plan.iterations or per_epoch * plan.epochs
     history: list[dict[str, float]] = []
     evaluate(0)
     with log.progress(total, "PPO", unit="iteration") as bar:
-        for number, (epoch, chosen) in zip(range(total), prompt_batches(len(prompts), per_iteration, plan.seed)):
+        for number, chosen in zip(range(total), prompt_batches(len(prompts), per_iteration, plan.seed)):
             batch = [prompts[i] for i in chosen for _ in range(plan.samples_per_prompt)]
             lr, critic_lr = (
                 lr_at(number, total, rate, plan.warmup, plan.schedule) for rate in (plan.lr, plan.critic_lr)
@@ -75,7 +77,7 @@ def fit(
             tokens = int(stats["response_length"] * len(batch))
             bar.update(1, tokens=tokens, **{name: stats[name] for name in SHOWN})
             if number + 1 == total or (number + 1) % per_epoch == 0:
-                evaluate(epoch)
+                evaluate(-(-(number + 1) // per_epoch))
     return history
 
 

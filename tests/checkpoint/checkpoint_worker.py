@@ -1,0 +1,41 @@
+"""One rank of tests/checkpoint/test_checkpoint.py: loads each checkpoint and writes down what this rank then holds.
+
+    checkpoint_worker.py OUT TOKENS NAME=FOLDER …
+
+OUT/NAME.RANK.safetensors: every parameter, and the outputs on TOKENS.json's sequences: this rank's logits, or the scores.
+"""
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from src.checkpoint.load import load_model
+from src.checkpoint.save import save_model
+from src.checkpoint.source import Checkpoint
+from src.models.attention import Packed
+from src.models.batch import Batch, Sequence, sequence_scores
+from src.parallel.setup import start, stop
+
+
+def main(out: str, tokens: str, *named: str) -> None:
+    parallel = start(timeout=120)
+    rows = json.loads(Path(tokens).read_text())
+    for name, folder in (pair.split("=", 1) for pair in named):
+        checkpoint = Checkpoint.open(folder)
+        model = load_model(checkpoint, parallel, torch.float32)
+        batch = Batch.of([Sequence(row, 1) for row in rows], parallel.device)
+        with torch.no_grad():
+            if checkpoint.config.head == "score":
+                outputs = sequence_scores(model, batch)
+            else:
+                outputs = model.logits(model(batch.tokens, Packed([len(row) for row in rows])))
+        held = {key: parameter.detach().contiguous() for key, parameter in model.named_parameters()}
+        save_file(held | {"outputs": outputs.contiguous()}, Path(out) / f"{name}.{parallel.rank}.safetensors")
+        save_model(model, parallel, str(Path(out) / f"{name}-saved"), checkpoint.folder)
+    stop()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,83 @@
+"""One rank of tests/generation/test_generation.py: generates by each of the test's recipes, and draws with `choose`.
+
+    generation_worker.py MODEL RECIPES OUT
+
+RECIPES.json: {"prompts", "recipes": {name: {...}}, "choices": {name: {...}}}; OUT.json: what came of each.
+"""
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from src.checkpoint.load import load_model
+from src.checkpoint.source import Checkpoint
+from src.generation.engine import Engine, generate_sharded
+from src.generation.sampling import Sampling, choose
+from src.models.batch import Batch, Sequence, response_logprobs
+from src.parallel.setup import start, stop
+from src.parallel.vocab import vocab_range
+
+
+def run_recipe(models, parallel, prompts, recipe) -> dict:
+    model = models[recipe.get("dtype", "float32")]
+    order = recipe.get("order") or list(range(len(prompts)))
+    engine = Engine(model, parallel, recipe["slots"], recipe.get("max_seq_len", 200))
+    told = []
+    completions = generate_sharded(
+        engine,
+        [prompts[i] for i in order],
+        Sampling(**recipe["sampling"]),
+        set(recipe.get("stop_ids", ())),
+        recipe.get("samples"),
+        on_tokens=lambda finished, new: told.append((finished, new)),
+    )
+    result = {
+        "tokens": [c.tokens for c in completions],
+        "logprobs": [c.logprobs for c in completions],
+        "stop_reason": [c.stop_reason for c in completions],
+        "told": [sum(column) for column in zip(*told)],
+        "steps": len(told),
+    }
+    if "temperature" in recipe["sampling"]:
+        sequences = [Sequence(prompts[i] + c.tokens, len(prompts[i])) for i, c in zip(order, completions)]
+        temperature = recipe["sampling"]["temperature"] or 1.0
+        batch = Batch.of(sequences, parallel.device)
+        with torch.no_grad():
+            scored = response_logprobs(model, batch, temperature)[0].split(batch.responses)
+        result["scored"] = [row.tolist() for row in scored]
+    return result
+
+
+def run_choice(parallel, choice) -> list[int]:
+    """Many draws from one row of logits, told apart by their sample (or step)."""
+    logits = torch.tensor(choice["logits"])
+    first, last = vocab_range(logits.numel() // parallel.mp_size)
+    n = choice["draws"]
+    numbers, same = torch.arange(n), torch.full((n,), 3)
+    samples, steps = (same, numbers) if choice["by_step"] else (numbers, same)
+    tokens, logprobs = choose(logits[first:last].expand(n, -1), Sampling(**choice["sampling"]), samples, steps)
+    return [tokens.tolist(), logprobs.tolist()]
+
+
+def main(folder: str, recipes: str, out: str) -> None:
+    parallel = start(timeout=120)
+    given = json.loads(Path(recipes).read_text())
+    checkpoint = Checkpoint.open(folder)
+    load = lambda where: {name: load_model(checkpoint, where, getattr(torch, name)) for name in ("float32", "bfloat16")}
+    models = load(parallel)
+    torch.set_num_threads(1)  # tiny matrices: a second thread only waits
+    results = {name: run_recipe(models, parallel, given["prompts"], recipe) for name, recipe in given["recipes"].items()}
+    results["choices"] = {name: run_choice(parallel, choice) for name, choice in given["choices"].items()}
+    if parallel.world_size == 4:  # once more as two models of two ranks each, which share the prompts
+        parallel = start(2, timeout=120)
+        models = load(parallel)
+        for name in given["sharded"]:
+            results[f"sharded {name}"] = run_recipe(models, parallel, given["prompts"], given["recipes"][name])
+    if parallel.is_main:
+        Path(out).write_text(json.dumps(results))
+    stop()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

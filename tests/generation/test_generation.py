@@ -1,0 +1,306 @@
+"""Generation: greedy is transformers' greedy; samples depend on the seed alone and follow the softmax."""
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from sentencepiece import SentencePieceProcessor
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from src.errors import UserError
+from src.generation.sampling import Sampling, uniforms
+from tests.launch import launch, once
+
+DEGREES = (1, 2, 4)
+VOCABULARY, NEW, SAMPLED = 96, 64, 12
+PROMPT_LENGTHS = [5, 1, 23, 9, 14, 2, 40, 9]
+PROMPTS = [[1, *torch.randint(3, VOCABULARY, (n - 1,), generator=torch.Generator().manual_seed(n + i)).tolist()]
+           for i, n in enumerate(PROMPT_LENGTHS)]
+REVERSED = list(reversed(range(len(PROMPTS))))
+KINDS = {
+    "plain": dict(temperature=1.3),
+    "top_k": dict(temperature=1.1, top_k=7),
+    "top_p": dict(temperature=1.6, top_p=0.7),
+    "top_k_top_p": dict(temperature=1.6, top_k=12, top_p=0.8),
+}
+WAYS = {  # the same samples, served differently
+    "a slot each": dict(slots=16),
+    "three slots": dict(slots=3),
+    "the other way round": dict(slots=5, order=REVERSED, samples=REVERSED),
+}
+CHOICE_LOGITS = torch.linspace(-2.5, 2.5, 32)[torch.randperm(32, generator=torch.Generator().manual_seed(1))].tolist()
+DRAWS = 20000
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    config = LlamaConfig(hidden_size=64, num_attention_heads=8, num_key_value_heads=4, intermediate_size=172,
+                         vocab_size=VOCABULARY, num_hidden_layers=2, initializer_range=0.2, max_position_embeddings=256,
+                         tie_word_embeddings=False)
+    torch.manual_seed(4)
+    path = tmp_path_factory.mktemp("generation") / "hf"
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def hf(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+
+
+@pytest.fixture(scope="module")
+def greedy(hf) -> list[list[int]]:
+    """transformers' own greedy continuations, 64 tokens each."""
+    hf.generation_config.eos_token_id = None
+    return [hf.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=NEW, do_sample=False,
+                        pad_token_id=0)[0, len(prompt):].tolist() for prompt in PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def stop_id(greedy) -> int:
+    """A token that ends some of the prompts' continuations early, and others not at all."""
+    first = lambda token: [row.index(token) if token in row else NEW for row in greedy]
+    early = lambda token: sum(0 < at < NEW - 1 for at in first(token))
+    return max((t for t in range(VOCABULARY) if NEW in first(t)), key=early)
+
+
+@pytest.fixture(scope="module")
+def output(folder, stop_id, tmp_path_factory):
+    root = tmp_path_factory.mktemp("generation-out")
+    greedily = dict(temperature=0.0, max_new_tokens=NEW)
+    recipes = {
+        "greedy": dict(slots=3, sampling=greedily),
+        "greedy, a slot each": dict(slots=16, sampling=greedily),
+        "stop": dict(slots=3, sampling=greedily, stop_ids=[stop_id]),
+        "limits": dict(slots=2, sampling=greedily, max_seq_len=23),
+        "short": dict(slots=3, sampling=dict(max_new_tokens=1)),
+        "bf16": dict(slots=3, sampling=dict(max_new_tokens=SAMPLED, temperature=1.0, seed=3), dtype="bfloat16"),
+        "bf16 greedy": dict(slots=3, sampling=dict(max_new_tokens=SAMPLED, temperature=0.0), dtype="bfloat16"),
+        "other seed": dict(slots=16, sampling=dict(max_new_tokens=SAMPLED, seed=8, **KINDS["plain"])),
+        "one prompt": dict(slots=1, order=[0] * 5, sampling=dict(max_new_tokens=SAMPLED, seed=7, **KINDS["plain"])),
+    }
+    for kind, settings in KINDS.items():
+        for way, served in WAYS.items():
+            recipes[f"{kind}, {way}"] = dict(served, sampling=dict(max_new_tokens=SAMPLED, seed=7, **settings))
+    choices = {f"{kind} by {'step' if by_step else 'sample'}": dict(
+        logits=CHOICE_LOGITS, draws=DRAWS, by_step=by_step, sampling=dict(seed=5 + by_step, **settings))
+        for kind, settings in KINDS.items() for by_step in (False, True)}
+    given = dict(prompts=PROMPTS, recipes=recipes, choices=choices, sharded=["greedy, a slot each", "top_p, a slot each"])
+    (root / "recipes.json").write_text(json.dumps(given))
+
+    @once
+    def run(n: int) -> dict:
+        launch(n, "tests/generation/generation_worker.py", str(folder), str(root / "recipes.json"), str(root / f"{n}.json"))
+        return json.loads((root / f"{n}.json").read_text())
+
+    return run
+
+
+@pytest.fixture(scope="module", params=DEGREES)
+def made(request, output) -> dict:
+    return output(request.param)
+
+
+def kept_logprobs(logits: np.ndarray, temperature: float, top_k: int = 0, top_p: float = 1.0, **_) -> np.ndarray:
+    """Log-probabilities after temperature, then top-k, then top-p, token by token; −inf for what is left out. [V]"""
+    z = logits.astype(np.float64) / temperature
+    order = sorted(range(len(z)), key=lambda i: -z[i])[: top_k or None]
+    weights = np.exp(z[order] - z[order[0]])
+    weights /= weights.sum()
+    kept, mass = [], 0.0
+    for token, weight in zip(order, weights):
+        if mass >= top_p:
+            break
+        kept.append(token)
+        mass += weight
+    result = np.full(len(z), -np.inf)
+    result[kept] = z[kept] - np.log(np.exp(z[kept] - z[order[0]]).sum()) - z[order[0]]
+    return result
+
+
+@pytest.mark.parametrize("recipe", ("greedy", "greedy, a slot each"))
+def test_greedy_is_transformers(made, greedy, recipe):
+    assert made[recipe]["tokens"] == greedy
+    assert set(made[recipe]["stop_reason"]) == {"length"}
+
+
+def test_greedy_and_samples_shared_among_two_models(output, greedy):
+    made = output(4)
+    assert made["sharded greedy, a slot each"]["tokens"] == greedy
+    assert made["sharded top_p, a slot each"]["tokens"] == made["top_p, a slot each"]["tokens"]
+
+
+def test_stop_token_is_kept_as_the_last(made, greedy, stop_id):
+    stopped = 0
+    for tokens, reason, whole in zip(made["stop"]["tokens"], made["stop"]["stop_reason"], greedy):
+        if stop_id in whole:
+            stopped += 1
+            assert reason == "stop" and tokens == whole[: whole.index(stop_id) + 1]
+        else:
+            assert reason == "length" and tokens == whole
+    assert 0 < stopped < len(greedy)
+
+
+def test_a_finished_slot_takes_the_next_prompt_at_once(made):
+    lengths = [len(tokens) for tokens in made["stop"]["tokens"]]
+    in_batches_of_3 = sum(max(lengths[i] for i in group) for group in np.array_split(np.argsort([-n for n in PROMPT_LENGTHS]), 3))
+    assert made["stop"]["steps"] <= in_batches_of_3 + len(lengths)
+    for recipe in ("stop", "greedy", "limits"):
+        assert made[recipe]["told"][1] == sum(map(len, made[recipe]["tokens"])), "every new token is told once"
+    assert made["stop"]["told"][0] == len(PROMPTS)
+
+
+def test_prompt_and_response_stay_within_max_seq_len(made, greedy):
+    for prompt, tokens, reason, whole in zip(PROMPTS, made["limits"]["tokens"], made["limits"]["stop_reason"], greedy):
+        assert reason == "length" and tokens == whole[: max(0, 23 - len(prompt))]
+    assert all(len(tokens) == 1 for tokens in made["short"]["tokens"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_samples_depend_on_the_seed_alone(made, output, kind):
+    wanted = output(1)[f"{kind}, a slot each"]["tokens"]
+    for way, served in WAYS.items():
+        order = served.get("order", range(len(PROMPTS)))
+        assert made[f"{kind}, {way}"]["tokens"] == [wanted[i] for i in order], way
+    assert all(len(tokens) == SAMPLED for tokens in wanted)
+
+
+def test_samples_differ_with_the_seed_and_among_one_prompts(made):
+    assert made["other seed"]["tokens"] != made["plain, a slot each"]["tokens"]
+    assert len(set(map(tuple, made["one prompt"]["tokens"]))) == 5
+    assert made["one prompt"]["tokens"][0] == made["plain, a slot each"]["tokens"][0], "sample 0 of prompt 0 either way"
+
+
+@pytest.mark.parametrize("recipe", ("greedy", "stop", "plain, three slots", "plain, the other way round"))
+def test_logprobs_are_the_full_forwards(made, recipe):
+    for ours, scored in zip(made[recipe]["logprobs"], made[recipe]["scored"]):
+        np.testing.assert_allclose(ours, scored, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_lie_in_the_kept_set_with_their_logprobs(made, hf, kind):
+    """Against transformers' logits and an independent cut."""
+    recipe = made[f"{kind}, three slots"]
+    cut = 0
+    for prompt, tokens, logprobs in zip(PROMPTS, recipe["tokens"], recipe["logprobs"]):
+        with torch.no_grad():
+            rows = hf(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].numpy()
+        for row, token, logprob in zip(rows, tokens, logprobs):
+            kept = kept_logprobs(row, **KINDS[kind])
+            cut += np.isinf(kept).sum()
+            assert abs(kept[token] - logprob) <= 1e-4
+    assert (cut > 0) == (kind != "plain")
+
+
+def test_bf16(made):
+    for recipe in ("bf16", "bf16 greedy"):
+        assert all(len(tokens) == SAMPLED and max(tokens) < VOCABULARY and min(tokens) >= 0 for tokens in made[recipe]["tokens"])
+        logprobs = np.array(made[recipe]["logprobs"])
+        assert np.isfinite(logprobs).all() and (logprobs <= 1e-3).all()
+        np.testing.assert_allclose(logprobs, made[recipe]["scored"], atol=0.25)
+
+
+@pytest.mark.parametrize("by", ("sample", "step"))
+@pytest.mark.parametrize("kind", KINDS)
+def test_draws_follow_the_softmax(made, kind, by):
+    tokens, logprobs = made["choices"][f"{kind} by {by}"]
+    wanted = kept_logprobs(np.array(CHOICE_LOGITS, dtype=np.float32), **KINDS[kind])
+    counts = np.bincount(tokens, minlength=32)
+    inside = np.isfinite(wanted)
+    assert not counts[~inside].any()
+    np.testing.assert_allclose(logprobs, wanted[tokens], atol=1e-5)
+    expected = DRAWS * np.exp(wanted[inside])
+    freedom = inside.sum() - 1
+    chi_square = ((counts[inside] - expected) ** 2 / expected).sum()
+    assert chi_square < freedom + 4 * math.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_draws_are_the_same_at_every_degree(made, output, kind):
+    for by in ("sample", "step"):
+        assert made["choices"][f"{kind} by {by}"][0] == output(1)["choices"][f"{kind} by {by}"][0]
+
+
+def test_uniforms_are_uniform_and_independent():
+    """Successive steps of one sample, and one step of successive samples and seeds, fill the square evenly."""
+    n, bins = 60000, 8
+    numbers, zero = torch.arange(n), torch.zeros(n, dtype=torch.long)
+    pairs = {
+        "steps": (uniforms(1, zero, numbers), uniforms(1, zero, numbers + 1)),
+        "samples": (uniforms(1, numbers, zero), uniforms(1, numbers + 1, zero)),
+        "sample and step": (uniforms(1, numbers, numbers), uniforms(1, numbers + 1, numbers)),
+        "seeds": (uniforms(1, numbers, zero), uniforms(2, numbers, zero)),
+    }
+    for what, (x, y) in pairs.items():
+        assert 0 <= x.min() and x.max() < 1
+        cells = torch.bincount((x * bins).long() * bins + (y * bins).long(), minlength=bins * bins).double()
+        chi_square = ((cells - n / bins**2) ** 2 / (n / bins**2)).sum().item()
+        assert chi_square < 63 + 4 * math.sqrt(2 * 63), what
+
+
+@pytest.mark.parametrize("wrong", (dict(temperature=-0.1), dict(top_p=0.0), dict(top_p=1.1), dict(top_k=-1), dict(max_new_tokens=0)))
+def test_impossible_settings_are_refused(wrong):
+    with pytest.raises(UserError, match=f"--{next(iter(wrong))} {next(iter(wrong.values()))}"):
+        Sampling(**wrong)
+
+
+# --- the scripts, on a model and tokenizer made by dataset/start.py
+
+SCORED = [("Add 3 and 4.", "3+4=7\n#### 7"), ("Name a colour that you like very much, please.", "blue"), ("2*5?", "2*5=<<2*5=10>>10"),
+          ("Count", "one two three four five six seven"), ("2*5?", "é☃")]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A solver with its tokenizer, and rows to score."""
+    root = tmp_path_factory.mktemp("scripts")
+    rows = [{"instruction": f"{q} ({i})", "output": a} for i in range(8) for q, a in SCORED]
+    (root / "train.json").write_text(json.dumps(rows))
+    (root / "rows.jsonl").write_text("".join(json.dumps(dict(instruction=q, output=a)) + "\n" for q, a in SCORED))
+    launch(1, "dataset/start.py", "--train_file", str(root / "train.json"), "--save_dir", str(root / "model"), "--vocab_size",
+           "480", "--dim", "64", "--n_heads", "4", "--n_kv_heads", "2")
+    return root
+
+
+def read_lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("ranks", (1, 2))
+def test_solver_score_is_transformers(small, tmp_path, ranks):
+    launch(ranks, "solver_score.py", "--ckpt_dir", str(small / "model"), "--input_file", str(small / "rows.jsonl"),
+           "--output_file", str(tmp_path / "out.jsonl"), "--max_batch_size", "2")
+    found = read_lines(tmp_path / "out.jsonl")
+    model = AutoModelForCausalLM.from_pretrained(small / "model", attn_implementation="eager").eval()
+    pieces = SentencePieceProcessor(model_file=str(small / "model" / "tokenizer.model"))
+    assert len(found) == len(SCORED)
+    for (instruction, output), row in zip(SCORED, found):
+        prompt, response = [1, *pieces.encode(instruction)], [*pieces.encode(output), 2]
+        assert row["prompt_tokens"] == prompt and row["tokens"] == response
+        with torch.no_grad():
+            logs = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
+        wanted = logs[torch.arange(len(response)), response]
+        np.testing.assert_allclose(row["logprobs"], wanted, atol=1e-4, rtol=0)
+        assert abs(row["sum"] - wanted.sum().item()) <= 1e-3
+
+
+def test_solver_generate_rows(small, tmp_path):
+    """Two models of a rank each; every row's samples in the input's order, and one's own logprobs are what it scores."""
+    launch(2, "solver_generate.py", "--ckpt_dir", str(small / "model"), "--input_file", str(small / "rows.jsonl"),
+           "--output_file", str(tmp_path / "out.jsonl"), "--num_samples", "3", "--temperature", "0.9", "--max_new_tokens", "10",
+           "--max_batch_size", "4", "--seed", "5", "--model_parallel_size", "1")
+    found = read_lines(tmp_path / "out.jsonl")
+    assert [(row["index"], row["instruction"]) for row in found] == [(i, q) for i, (q, _) in enumerate(SCORED) for _ in range(3)]
+    for i in range(len(SCORED)):
+        assert len({tuple(row["tokens"]) for row in found[3 * i : 3 * i + 3]}) == 3
+    model = AutoModelForCausalLM.from_pretrained(small / "model", attn_implementation="eager").eval()
+    pieces = SentencePieceProcessor(model_file=str(small / "model" / "tokenizer.model"))
+    for row in found:
+        assert row["stop_reason"] == ("stop" if row["tokens"][-1] == 2 else "length")
+        assert row["output"] == pieces.decode([token for token in row["tokens"] if token not in (1, 2)])
+        prompt = [1, *pieces.encode(row["instruction"])]
+        with torch.no_grad():
+            rows = model(torch.tensor([prompt + row["tokens"]])).logits[0, len(prompt) - 1 : -1]
+        wanted = (rows.double() / 0.9).log_softmax(-1)[torch.arange(len(row["tokens"])), row["tokens"]]
+        np.testing.assert_allclose(row["logprobs"], wanted, atol=1e-4, rtol=0)

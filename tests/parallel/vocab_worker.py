@@ -1,0 +1,49 @@
+"""One rank of tests/parallel/test_vocab.py: `token_logprobs` of this rank's columns.
+
+    vocab_worker.py CASES OUT
+
+CASES.safetensors: "<case>/logits" [N, V], ".../targets", ".../temperature", ".../up" [2, N] (the gradients that come from
+above). Rank 0 writes to OUT.safetensors the values and, columns joined, the gradients, each by the same case.
+"""
+import sys
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from src.parallel.setup import start, stop
+from src.parallel.vocab import token_logprobs, vocab_range
+
+
+def whole(columns, parallel):
+    parts = [torch.empty_like(columns) for _ in range(parallel.mp_size)]
+    dist.all_gather(parts, columns.contiguous(), group=parallel.mp_group)
+    return torch.cat(parts, -1)
+
+
+def main(cases: str, out: str) -> None:
+    dist.set_debug_level(dist.DebugLevel.DETAIL)  # checks that every rank issues the same collectives
+    parallel = start(timeout=120)
+    given, results = load_file(cases), {}
+    for case in sorted({key.split("/")[0] for key in given}):
+        logits, targets, up = (given[f"{case}/{field}"] for field in ("logits", "targets", "up"))
+        temperature = given[f"{case}/temperature"].item()
+        first, last = vocab_range(logits.size(-1) // parallel.mp_size)
+        for use, weights in {"both": (1, 1), "logprobs": (1, None), "entropy": (None, 1)}.items():
+            mine = logits[:, first:last].clone().requires_grad_()
+            before = mine.detach().clone()
+            values = token_logprobs(mine, targets, temperature)
+            sum((value * row).sum() for value, row, weight in zip(values, up, weights) if weight).backward()
+            kept = torch.tensor([torch.equal(mine.detach(), before), mine.grad.dtype == logits.dtype])
+            results |= {
+                f"{case}/{use}/values": torch.stack([value.detach() for value in values]),
+                f"{case}/{use}/grad": whole(mine.grad, parallel),
+                f"{case}/{use}/kept": whole(kept.byte(), parallel),
+            }
+    if parallel.is_main:
+        save_file({key: value.contiguous() for key, value in results.items()}, out)
+    stop()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,441 @@
+"""The scripts end to end on a tiny model: what they write, that a seed fixes it, and how they refuse wrong input."""
+
+import contextlib
+import io
+import json
+import runpy
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from src.checkpoint.source import Checkpoint
+from src.evaluation.tasks import find_task
+from src.parallel.setup import stop
+from tests.launch import ROOT, launch
+
+GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
+RULES = ("official", "strict_match", "flexible_extract", "numeric")
+
+
+def call(script: str, *arguments) -> SimpleNamespace:
+    """A script on one rank, as `python script` would run it, in this process: (code, out, err)."""
+    out, err, before = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv, code = [script, *map(str, arguments)], 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as end:
+        code = end.code
+    finally:
+        sys.argv = before
+        if dist.is_initialized():
+            stop()
+    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
+
+
+def must(script: str, *arguments) -> SimpleNamespace:
+    done = call(script, *arguments)
+    assert done.code == 0, done.err
+    return done
+
+
+def flags(**values) -> list[str]:
+    return [part for name, value in values.items() for part in (f"--{name}", str(value))]
+
+
+def rows_of(path: Path) -> list[dict]:
+    text = path.read_text()
+    return json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """A checkpoint's whole tensors, however it is cut."""
+    checkpoint = Checkpoint.open(str(folder))
+    return {name: checkpoint.read(name).clone() for name in checkpoint.table}
+
+
+def same_bits(a: Path, b: Path) -> bool:
+    a, b = tensors(a), tensors(b)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def solver_flags(base: Path, save_dir: Path, **more) -> list[str]:
+    """Training at the command line of a user; few rows, three steps an epoch."""
+    return flags(**dict(
+        ckpt_dir=base / "shards", save_dir=save_dir, train_file=base / "data" / "train.json", max_batch_size=8,
+        accumulation_steps=3, epochs=2, lr=1e-2, task="GSM8K", label_file=base / "data" / "test.json",
+        max_new_tokens=12, eval_batch_size=3) | more)
+
+
+def ppo_flags(base: Path, save_dir: Path, **more) -> list[str]:
+    verifier = base / "verifier"
+    return flags(**dict(
+        actor_ckpt_dir=base / "solver", actor_save_dir=save_dir / "policy", critic_ckpt_dir=verifier,
+        critic_save_dir=save_dir / "value", reward_model_ckpt_dir=verifier, train_file=base / "data" / "train.json",
+        max_batch_size=4, max_buffer_size=8, samples_per_prompt=2, iterations=2, mini_batches=2, ppo_epochs=2,
+        max_new_tokens=6, lr=1e-3, critic_lr=1e-3) | more)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """Everything a user would make, once: data, a model, its shards, and at two ranks all the trainers in a row."""
+    base = tmp_path_factory.mktemp("scripts")
+    must("dataset/build.py", "arithmetic", *flags(save_dir=base / "data", n_train=60, n_test=7))
+    must("dataset/start.py", *flags(train_file=base / "data" / "train.json", save_dir=base / "start", vocab_size=430,
+                                    dim=32, n_layers=1, n_heads=4))
+    must("checkpoint_split.py", *flags(ckpt_file=base / "start", save_path=base / "shards", n=2))
+    launch(2, "solver_train.py", *solver_flags(base, base / "solver"))
+    commands = [
+        ["solver_train.py", *solver_flags(base, base / "solver again")],
+        ["solver_train.py", *solver_flags(base, base / "lora", lora_rank=4, epochs=1)],
+        ["solver_generate.py", *flags(ckpt_dir=base / "solver", input_file=base / "data" / "train.json", max_rows=8,
+                                      output_file=base / "samples.jsonl", num_samples=2, temperature=1.0, max_new_tokens=8)],
+        ["dataset/build.py", "pairs", *flags(train_file=base / "data" / "train.json", predictions=base / "samples.jsonl",
+                                             save_file=base / "pairs.json")],
+        ["verifier_train.py", *flags(ckpt_dir=base / "solver", save_dir=base / "verifier", train_file=base / "pairs.json",
+                                     label_file=base / "data" / "verifier_test.json", max_batch_size=4, lr=1e-3)],
+        ["verifier_evaluate.py", *flags(ckpt_dir=base / "verifier", label_file=base / "data" / "verifier_test.json",
+                                        log_dir=base / "verifier-evaluated")],
+        ["ppo_train.py", *ppo_flags(base, base / "ppo", reward="both", task="GSM8K", label_file=base / "data" / "test.json")],
+        ["solver_evaluate.py", *flags(task="GSM8K", ckpt_dir=base / "ppo" / "policy", log_dir=base / "evaluated",
+                                      label_file=base / "data" / "test.json", max_new_tokens=12)],
+    ]
+    (base / "commands.json").write_text(json.dumps(commands))
+    launch(2, "tests/script_chain.py", base / "commands.json")
+    return base
+
+
+# --- what a run leaves ----------------------------------------------------------------------------------------------
+
+
+def scalars(folder: Path, name: str, prefix: str) -> list[dict]:
+    records = rows_of(folder / f"{name}.jsonl")
+    assert records[0]["event"] == "start" and records[-1]["event"] == "end" and records[-1]["outcome"] == "finished"
+    return [r for r in records if r["event"] == "scalars" and any(key.startswith(prefix) for key in r)]
+
+
+def has_events(folder: Path) -> bool:
+    return any(file.stat().st_size for file in folder.glob("events.out.tfevents.*"))
+
+
+def test_solver_training_logs_every_step_and_evaluates_every_epoch(base):
+    logs = base / "solver-logs"
+    steps = scalars(logs, "solver_train", "train/")
+    assert [s["step"] for s in steps] == [1, 2, 3, 4, 5, 6]
+    assert {"train/loss", "train/lr", "train/grad_norm", "train/skipped"} <= set(steps[0])
+    assert steps[-1]["train/loss"] < steps[0]["train/loss"] - 0.1
+    assert [s["step"] for s in scalars(logs, "solver_train", "eval/")] == [0, 1, 2]
+    start = rows_of(logs / "solver_train.jsonl")[0]
+    assert start["settings"]["lr"] == 1e-2 and start["settings"]["train_file"] == str(base / "data" / "train.json")
+    for epoch in (0, 1, 2):
+        assert json.loads((logs / f"results-epoch-{epoch}.json").read_text())["n"] == 7
+        assert len(rows_of(logs / f"predictions-epoch-{epoch}.jsonl")) == 7
+    assert has_events(logs) and "saved to" in (logs / "solver_train.log").read_text()
+    assert sorted(f.name for f in (base / "solver").iterdir()) == [
+        "consolidated.00.pth", "consolidated.01.pth", "params.json", "tokenizer.model"]
+
+
+def test_the_same_seed_twice_gives_the_same_bits(base):
+    assert same_bits(base / "solver", base / "solver again")
+    assert not same_bits(base / "solver", base / "shards"), "nothing was trained"
+    losses = [[s["train/loss"] for s in scalars(base / f"{name}-logs", "solver_train", "train/")] for name in ("solver", "solver again")]
+    assert losses[0] == losses[1]
+
+
+def test_lora_leaves_an_adapter_and_shards_that_hold_it_already(base, tmp_path):
+    """PEFT's merge of the base model and the adapter is the merged checkpoint."""
+    from peft import PeftModel
+    from transformers import LlamaForCausalLM
+
+    assert {f.name for f in (base / "lora" / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    must("checkpoint_merge.py", *flags(ckpt_dir=base / "lora", save_dir=tmp_path / "merged"))
+    ours = LlamaForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    start = LlamaForCausalLM.from_pretrained(base / "start")
+    before = {name: p.clone() for name, p in start.state_dict().items()}
+    theirs = PeftModel.from_pretrained(start, base / "lora" / "adapter").merge_and_unload().state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in ours)
+    moved = {name for name in ours if not torch.equal(ours[name], before[name])}
+    assert moved == {name for name in ours if "_proj" in name}
+
+
+def test_generation_writes_every_sample_in_order(base):
+    rows, train = rows_of(base / "samples.jsonl"), rows_of(base / "data" / "train.json")
+    assert [r["index"] for r in rows] == [i for i in range(8) for _ in range(2)]
+    assert all(r["instruction"] == train[r["index"]]["instruction"] for r in rows)
+    assert all(len(r["tokens"]) == len(r["logprobs"]) <= 8 and r["stop_reason"] in ("stop", "length") for r in rows)
+    assert any(a["tokens"] != b["tokens"] for a, b in zip(rows[::2], rows[1::2]))
+    assert {"instruction", "chosen", "rejected"} == set(rows_of(base / "pairs.json")[0])
+
+
+def test_the_verifier_s_training_and_evaluation(base):
+    from transformers import LlamaForSequenceClassification
+
+    logs = base / "verifier-logs"
+    assert {"train/loss", "train/accuracy"} <= set(scalars(logs, "verifier_train", "train/")[0])
+    assert [s["step"] for s in scalars(logs, "verifier_train", "eval/")] == [0, 1] and has_events(logs)
+    results = json.loads((base / "verifier-evaluated" / "results.json").read_text())
+    rows = rows_of(base / "verifier-evaluated" / "predictions.jsonl")
+    assert results["n"] == results["pairs"] == len(rows) == 7
+    assert results["accuracy"] == sum(r["chosen"][0] > r["rejected"][0] for r in rows) / 7
+    last = json.loads((logs / "results-epoch-1.json").read_text())
+    assert last["accuracy"] == results["accuracy"] and last["margin"] == pytest.approx(results["margin"], abs=1e-5)
+
+    must("checkpoint_merge.py", *flags(ckpt_dir=base / "verifier", save_dir=base / "verifier merged"))
+    model = LlamaForSequenceClassification.from_pretrained(base / "verifier merged")
+    tokenizer = __import__("sentencepiece").SentencePieceProcessor(model_file=str(base / "start" / "tokenizer.model"))
+    pair = rows_of(base / "data" / "verifier_test.json")[0]
+    ids = [1, *tokenizer.encode(pair["instruction"]), *tokenizer.encode(pair["chosen"]), 2]
+    with torch.no_grad():
+        assert float(model(input_ids=torch.tensor([ids])).logits) == pytest.approx(rows[0]["chosen"][0], abs=1e-5)
+
+
+def test_ppo_leaves_policy_value_and_a_log_of_what_matters(base):
+    logs, policy = base / "ppo" / "policy-logs", base / "ppo" / "policy"
+    steps = scalars(logs, "ppo_train", "ppo/")
+    assert [s["step"] for s in steps] == [1, 2] and has_events(logs)
+    line_26 = {"reward", "reward/verifier", "reward/rule", "kl", "kl_max", "entropy", "response_length", "truncated", "clipfrac",
+               "approxkl", "policy_loss", "value_loss", "explained_variance", "policy_grad_norm", "value_grad_norm",
+               "tokens_per_s/generate", "tokens_per_s/update", "logprob_drift", "kl_coef", "lr", "critic_lr"}
+    assert line_26 <= {key.removeprefix("ppo/") for key in steps[0]}
+    assert all(s[f"ppo/{name}"] is not None for s in steps for name in line_26)
+    assert steps[0]["ppo/kl"] == 0 and steps[1]["ppo/kl"] != 0, "the reference is the policy's start, and stays there"
+    assert steps[0]["ppo/optimizer_steps"] == 4
+    assert json.loads((policy / "ppo_state.json").read_text()) == {"kl_coef": 0.05}
+    # sixty prompts at four an iteration: two iterations end inside the first epoch
+    assert [s["step"] for s in scalars(logs, "ppo_train", "eval/")] == [0, 1]
+    assert not same_bits(policy, base / "solver") and not same_bits(base / "ppo" / "value", base / "verifier")
+    assert "score.weight" in tensors(base / "ppo" / "value") and "output.weight" in tensors(policy)
+
+
+def test_evaluation_writes_results_and_predictions(base):
+    results = json.loads((base / "evaluated" / "results.json").read_text())
+    assert {"task", "accuracy", "n", "unparsed", "truncated", "settings", *RULES} == set(results)
+    assert results["task"] == "GSM8K" and results["n"] == 7 and results["accuracy"] == results["official"]
+    assert results["settings"]["max_new_tokens"] == 12
+    predictions, test = rows_of(base / "evaluated" / "predictions.jsonl"), rows_of(base / "data" / "test.json")
+    assert [(p["index"], p["instruction"], p["gold"]) for p in predictions] == [
+        (i, row["instruction"], row["label"]) for i, row in enumerate(test)]
+    assert all(isinstance(p["output"], str) and set(RULES) <= set(p) for p in predictions)
+
+
+def test_a_trained_solver_loads_in_transformers_and_says_the_same(base, tmp_path):
+    from transformers import LlamaForCausalLM
+
+    must("checkpoint_merge.py", *flags(ckpt_dir=base / "solver", save_dir=tmp_path / "merged"))
+    assert same_bits(tmp_path / "merged", base / "solver")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "merged")
+    must("solver_generate.py", *flags(ckpt_dir=base / "solver", input_file=base / "data" / "test.json", max_rows=1,
+                                      output_file=tmp_path / "greedy.jsonl", max_new_tokens=6))
+    said = rows_of(tmp_path / "greedy.jsonl")[0]
+    tokenizer = __import__("sentencepiece").SentencePieceProcessor(model_file=str(tmp_path / "merged" / "tokenizer.model"))
+    ids = torch.tensor([[1, *tokenizer.encode(said["instruction"])]])
+    theirs = model.generate(ids, do_sample=False, max_new_tokens=6)[0, ids.size(1) :].tolist()
+    assert theirs[: len(said["tokens"])] == said["tokens"]
+
+
+# --- one rank -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reward", ["verifier", "rule"])
+def test_ppo_with_either_reward_alone_and_a_seed_twice(base, tmp_path, reward, monkeypatch):
+    """Also: Adam's eps is the recipe's (docs/ppo.md, line 24)."""
+    from src.trainer import optimizer
+
+    made, real = [], optimizer.Optimizer
+
+    class Spied(real):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+    monkeypatch.setattr(optimizer, "Optimizer", Spied)
+    more = {} if reward == "verifier" else {"rule_weight": 3.0}
+    for name in ("a", "b"):
+        arguments = ppo_flags(base, tmp_path / name, reward=reward, iterations=1, kl_coef=0.2, **more)
+        if reward == "rule":  # needs no verifier
+            at = arguments.index("--reward_model_ckpt_dir")
+            del arguments[at : at + 2]
+        must("ppo_train.py", *arguments)
+    assert same_bits(tmp_path / "a" / "policy", tmp_path / "b" / "policy")
+    assert same_bits(tmp_path / "a" / "value", tmp_path / "b" / "value")
+    assert [o.adam.defaults["eps"] for o in made] == [1e-5] * 4
+    step = scalars(tmp_path / "a" / "policy-logs", "ppo_train", "ppo/")[0]
+    assert {key for key in step if key.startswith("ppo/reward/")} == {f"ppo/reward/{reward}"}
+    assert step["ppo/reward"] == pytest.approx(step[f"ppo/reward/{reward}"] * more.get("rule_weight", 1.0))
+    assert step["ppo/kl_coef"] == 0.2
+    assert json.loads((tmp_path / "a" / "policy" / "ppo_state.json").read_text()) == {"kl_coef": 0.2}
+
+
+def test_ppo_goes_on_with_the_coefficient_that_an_earlier_run_left(base, tmp_path):
+    shutil.copytree(base / "solver", tmp_path / "actor")
+    (tmp_path / "actor" / "ppo_state.json").write_text('{"kl_coef": 0.123}')
+    must("ppo_train.py", *ppo_flags(base, tmp_path / "out", actor_ckpt_dir=tmp_path / "actor", iterations=1, kl_target=1.0,
+                                    kl_horizon=10.0, truncated="zero"))
+    assert scalars(tmp_path / "out" / "policy-logs", "ppo_train", "ppo/")[0]["ppo/kl_coef"] == 0.123
+    # KL 0 on the first batch is 100 % below the target: the error is clipped to -0.2, over 8 samples of 10
+    left = json.loads((tmp_path / "out" / "policy" / "ppo_state.json").read_text())["kl_coef"]
+    assert left == pytest.approx(0.123 * (1 - 0.2 * 8 / 10))
+
+
+def test_rows_that_are_too_long_are_counted_or_refused(base, tmp_path):
+    train = rows_of(base / "data" / "train.json")[:6]
+    (tmp_path / "train.json").write_text(json.dumps([*train, {"instruction": "long " * 200, "output": "1"}]))
+    given = dict(train_file=tmp_path / "train.json", epochs=1, max_seq_len=300)
+    done = must("solver_train.py", *solver_flags(base, tmp_path / "out", **given))
+    assert "1 of 7 rows of" in done.err and "left out" in done.err
+    done = call("solver_train.py", *solver_flags(base, tmp_path / "strict", **given, strict_length="true"))
+    assert done.code == 2 and "1 of 7 rows" in done.err and not (tmp_path / "strict").exists()
+
+
+@pytest.mark.parametrize("source", ["arithmetic", "gsm8k"])
+def test_gold_answers_score_full_marks_by_every_rule_without_a_model(base, tmp_path, source):
+    if source == "gsm8k" and not (GSM8K / "test.jsonl").is_file():
+        pytest.skip("the official GSM8K test.jsonl is not beside the repository")
+    labels = base / "data" / "test.json" if source == "arithmetic" else GSM8K / "test.jsonl"
+    answers = [row.get("answer") or row["output"] for row in rows_of(labels)]
+    (tmp_path / "predictions.jsonl").write_text("".join(json.dumps({"output": text}) + "\n" for text in answers))
+    must("solver_evaluate.py", *flags(task="GSM8K", label_file=labels, prediction_file=tmp_path / "predictions.jsonl",
+                                      log_dir=tmp_path / "logs"))
+    results = json.loads((tmp_path / "logs" / "results.json").read_text())
+    assert results["n"] == len(answers) and results["unparsed"] == 0
+    assert [results[rule] for rule in (*RULES, "accuracy")] == [1.0] * 5
+    assert len(rows_of(tmp_path / "logs" / "predictions.jsonl")) == len(answers)
+
+
+def test_wrong_and_empty_predictions_count_as_wrong(base, tmp_path):
+    labels = rows_of(base / "data" / "test.json")
+    texts = [labels[0]["output"], "", "#### 99999", *["no number"] * (len(labels) - 3)]
+    (tmp_path / "predictions.jsonl").write_text("".join(json.dumps({"output": text}) + "\n" for text in texts))
+    must("solver_evaluate.py", *flags(task="GSM8K", label_file=base / "data" / "test.json",
+                                      prediction_file=tmp_path / "predictions.jsonl", log_dir=tmp_path / "logs"))
+    results = json.loads((tmp_path / "logs" / "results.json").read_text())
+    assert [results[rule] for rule in RULES] == [pytest.approx(1 / 7)] * 4 and results["unparsed"] == 5
+    graded = rows_of(tmp_path / "logs" / "predictions.jsonl")
+    assert [row["official"] for row in graded] == [find_task("GSM8K").grade(t, r["label"])["official"] for t, r in zip(texts, labels)]
+
+
+# --- wrong input ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wrong(base):
+    """Files and folders with something wrong in each."""
+    folder = base / "wrong"
+    folder.mkdir()
+    good = {"instruction": "1 + 1?", "output": "#### 2", "label": "2"}
+    (folder / "malformed.jsonl").write_text(json.dumps(good) + '\n{"instruction": "1 + 1?", "output": 2}\n')
+    (folder / "broken.json").write_text('[\n{"instruction": "a", "output": "b"},\n{"instruction": "c" "output"}\n]')
+    (folder / "empty.json").write_text("[]")
+    (folder / "unlabelled.jsonl").write_text(json.dumps(good) + '\n{"instruction": "2 + 2?"}\n')
+    (folder / "one.jsonl").write_text('{"output": "#### 2"}\n')
+    shutil.copytree(base / "shards", folder / "hole")
+    (folder / "hole" / "consolidated.01.pth").rename(folder / "hole" / "consolidated.02.pth")
+    shutil.copytree(base / "shards", folder / "cut short")
+    shard = folder / "cut short" / "consolidated.01.pth"
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    (folder / "foreign").mkdir()
+    (folder / "foreign" / "thesis.tex").write_text("")
+    must("dataset/start.py", *flags(train_file=base / "data" / "train.json", save_dir=folder / "other", vocab_size=440,
+                                    dim=32, n_layers=1, n_heads=4))
+    shutil.copytree(base / "verifier", folder / "verifier of another")
+    shutil.copyfile(folder / "other" / "tokenizer.model", folder / "larger.model")
+    (folder / "verifier of another" / "tokenizer.model").write_bytes(_smaller_tokenizer(base, folder))
+    return folder
+
+
+def _smaller_tokenizer(base: Path, folder: Path) -> bytes:
+    must("dataset/start.py", *flags(train_file=base / "data" / "train.json", save_dir=folder / "smaller", vocab_size=424,
+                                    dim=32, n_layers=1, n_heads=4))
+    return (folder / "smaller" / "tokenizer.model").read_bytes()
+
+
+# id: (script, flags changed from the good command line, what the message must say). {} is the folder of wrong things.
+SOLVER = {
+    "missing file": (dict(train_file="{}/nope.json"), "nope.json: cannot be read: No such file or directory"),
+    "another suffix": (dict(train_file="{}/x.csv"), "must end in .json"),
+    "malformed row": (dict(train_file="{}/malformed.jsonl"), 'malformed.jsonl:2: field "output"'),
+    "not JSON": (dict(train_file="{}/broken.json"), "broken.json:3: not JSON"),
+    "empty data set": (dict(train_file="{}/empty.json"), "empty.json: holds no rows"),
+    "no checkpoint": (dict(ckpt_dir="{}/nowhere"), "nowhere: no such file or folder"),
+    "shards with a hole": (dict(ckpt_dir="{}/hole"), "consolidated.01.pth missing"),
+    "shard cut short": (dict(ckpt_dir="{}/cut short"), "consolidated.01.pth: cannot be read"),
+    "degree that does not fit the ranks": (dict(model_parallel_size=2), "--model_parallel_size 2 does not divide the 1 rank"),
+    "misspelt flag": (dict(lrr=1e-3), "--lrr: unknown flag; did you mean --lr?"),
+    "value of another type": (dict(epochs="two"), "--epochs: must be an integer, got 'two'"),
+    "other model_type": (dict(model_type="llama-1-7b"), "dim 32 (a llama-1-7b has 4096)"),
+    "unknown model_type": (dict(model_type="llama-9"), "--model_type llama-9: unknown"),
+    "tokenizer too large": (dict(tokenizer_file="{}/larger.model"), "has 440 entries, the model 430"),
+    "no tokenizer": (dict(tokenizer_file="{}/none.model"), "none.model: not there"),
+    "task without labels": (dict(label_file=None), "--task GSM8K --label_file None: evaluation needs both"),
+    "labels without task": (dict(task=None), "evaluation needs both"),
+    "unknown task": (dict(task="GSM9K"), "unknown task 'GSM9K'; did you mean 'GSM8K'?"),
+    "all rows too long": (dict(max_seq_len=3), "60 of 60 rows of"),
+    "no learning rate": (dict(lr=0), "--lr 0.0"),
+    "folder of something else": (dict(save_dir="{}/foreign"), "holds thesis.tex"),
+}
+PPO = {
+    "solver given as reward model": (dict(reward_model_ckpt_dir="{}/../solver"), "is a solver, without a score head"),
+    "another tokenizer": (dict(reward_model_ckpt_dir="{}/verifier of another"), "the models must share their tokenizer"),
+    "rule without labels": (dict(reward="rule", train_file="{}/unlabelled.jsonl"), "row 1 (from 0): a row without a gold answer"),
+    "verifier without a model": (dict(reward_model_ckpt_dir=None), "--reward verifier needs --reward_model_ckpt_dir"),
+    "greedy": (dict(temperature=0), "--temperature 0"),
+    "buffer no multiple of the samples": (dict(samples_per_prompt=3), "no multiple of --samples_per_prompt 3"),
+    "unknown reward": (dict(reward="rules"), "did you mean rule?"),
+    "verifier given as solver": (dict(actor_ckpt_dir="{}/../verifier"), "is a verifier"),
+    "no room for an answer": (dict(max_seq_len=4), "60 of 60 prompts of"),
+}
+
+
+def changed(arguments: list[str], change: dict, folder: Path) -> list[str]:
+    given = dict(zip(arguments[::2], arguments[1::2]))
+    for name, value in change.items():
+        given[f"--{name}"] = None if value is None else str(value).format(folder)
+    return [part for name, value in given.items() if value is not None for part in (name, value)]
+
+
+def refused(done: SimpleNamespace, message: str) -> None:
+    assert done.code == 2 and message in done.err, done.err
+    assert done.err.count("error:") == 1 and done.err.startswith("error: ") and "Traceback" not in done.err
+
+
+@pytest.mark.parametrize("case", SOLVER)
+def test_solver_training_refuses(base, wrong, tmp_path, case):
+    change, message = SOLVER[case]
+    refused(call("solver_train.py", *changed(solver_flags(base, tmp_path / "out"), change, wrong)), message)
+    assert not list(tmp_path.iterdir()), "something was written"
+    assert [f.name for f in (wrong / "foreign").iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("case", PPO)
+def test_ppo_refuses(base, wrong, tmp_path, case):
+    change, message = PPO[case]
+    done = call("ppo_train.py", *changed(ppo_flags(base, tmp_path / "out"), change, wrong))
+    if case == "verifier given as solver":  # found when the weights are loaded: the log is open by then
+        assert done.code == 2 and message in done.err and "Traceback" not in done.err
+        assert not (tmp_path / "out" / "policy").exists()
+        return
+    refused(done, message)
+    assert not list(tmp_path.iterdir()), "something was written"
+
+
+@pytest.mark.parametrize("script, given, message", [
+    ("verifier_train.py", dict(ckpt_dir="{}/../shards", save_dir="{}/out", train_file="{}/malformed.jsonl"), 'malformed.jsonl:1: field "chosen" is missing'),
+    ("verifier_evaluate.py", dict(ckpt_dir="{}/../solver", label_file="{}/../pairs.json", log_dir="{}/out"), "is a solver, without a score head"),
+    ("verifier_evaluate.py", dict(ckpt_dir="{}/../verifier", label_file="{}/../pairs.json"), "give --label_file with --log_dir"),
+    ("solver_generate.py", dict(ckpt_dir="{}/../solver", input_file="{}/malformed.jsonl", output_file="{}/out.txt"), "a .jsonl file is written"),
+    ("solver_evaluate.py", dict(task="GSM8K", label_file="{}/../data/test.json", log_dir="{}/out", prediction_file="{}/one.jsonl"), "has 1 rows and"),
+    ("solver_evaluate.py", dict(task="GSM8K", label_file="{}/../data/test.json", log_dir="{}/out"), "one of the two"),
+    ("solver_evaluate.py", dict(task="GSM8K", label_file="{}/unlabelled.jsonl", log_dir="{}/out", prediction_file="{}/one.jsonl"), "without a gold answer"),
+    ("checkpoint_split.py", dict(ckpt_file="{}/../start", save_path="{}/out", n=3), "--n 3 does not divide this model's"),
+    ("checkpoint_merge.py", dict(ckpt_dir="{}/hole", save_dir="{}/out"), "consolidated.01.pth missing"),
+    ("dataset/start.py", dict(train_file="{}/../data/train.json", save_dir="{}/out", vocab_size=50), "--vocab_size 50: no tokenizer of that size"),
+])
+def test_the_other_scripts_refuse(wrong, script, given, message):
+    refused(call(script, *changed([], given, wrong)), message)
+    assert not list(wrong.glob("out*")) and not list(wrong.glob(".tmp*")), "something was written"

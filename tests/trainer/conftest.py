@@ -1,0 +1,39 @@
+"""One run per number of ranks, shared by all the tests of the trainers."""
+
+import pytest
+import torch
+
+from src.parallel.setup import start, stop
+from tests.launch import launch
+from tests.trainer.tiny import save_llama
+from tests.trainer.worker import all_checks
+
+LAYOUTS = {"one rank": "1-1", "TP 2": "2-2", "DP 2": "2-1", "TP 4": "4-4", "TP 2, DP 2": "4-2"}
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trainers")
+    save_llama(folder / "lm", "lm", 0)
+    save_llama(folder / "score", "score", 1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def results(folder):
+    """Layout → what the worker found there."""
+    all_checks(folder, [1])
+    launch(2, "tests/trainer/worker.py", str(folder), "2", "1")
+    launch(4, "tests/trainer/worker.py", str(folder), "4", "2")
+    return {name: torch.load(folder / f"{file}.pt") for name, file in LAYOUTS.items()}
+
+
+@pytest.fixture(params=LAYOUTS)
+def layout(request):
+    return request.param
+
+
+@pytest.fixture
+def parallel():
+    yield start(1)
+    stop()

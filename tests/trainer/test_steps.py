@@ -1,0 +1,189 @@
+"""Whole training steps at every division of the ranks, against transformers, PEFT and torch's own AdamW and clipping."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from src.checkpoint.save import save_model
+from src.models.lora import add_lora
+from src.parallel.setup import start, stop
+from src.trainer.fit import epoch_batches
+from src.trainer.optimizer import Optimizer
+from src.trainer.solver import SolverObjective
+from tests.trainer import worker
+from tests.trainer.tiny import apart, ours, padded, some_sequences, theirs, whole_weights
+
+TOLERANCE = 1e-5
+
+
+def lr_of(step: int, total: int) -> float:
+    """Linear warm-up over half the steps, then half a cosine; written from the formula."""
+    warm = math.ceil(worker.WARMUP * total)
+    if step < warm:
+        return worker.LR * (step + 1) / warm
+    return worker.LR * (1 + math.cos(math.pi * (step - warm) / (total - warm))) / 2
+
+
+def reference(model, loss_of, batches):
+    """Each step's (loss, gradient norm), and the weights after the first and the last; PEFT's adapters are merged in."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() > 1], "weight_decay": worker.WEIGHT_DECAY},
+        {"params": [p for p in trained if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    adam = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.999), eps=1e-8)
+    steps, weights = [], []
+    for step, rows in enumerate(batches):
+        loss = loss_of(model, rows)
+        adam.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(trained, worker.MAX_GRAD_NORM)
+        for group in adam.param_groups:
+            group["lr"] = lr_of(step, len(batches))
+        adam.step()
+        steps.append((float(loss.detach()), float(norm)))
+        weights.append(merged(model))
+    return {"steps": steps, "first": weights[0], "weights": weights[-1]}
+
+
+def merged(model) -> dict[str, torch.Tensor]:
+    if not hasattr(model, "peft_config"):
+        return {name: p.detach().clone() for name, p in model.state_dict().items()}
+    model.merge_adapter()
+    state = {k: v.detach().clone() for k, v in model.get_base_model().state_dict().items() if "lora_" not in k}
+    model.unmerge_adapter()
+    return {name.replace(".base_layer", ""): tensor for name, tensor in state.items()}
+
+
+def solver_loss(model, rows):
+    """The mean over output tokens: prompts and pads carry the label -100."""
+    sequences = some_sequences(worker.ROWS)
+    chosen = [sequences[i] for i in rows]
+    ids, mask = padded([s.tokens for s in chosen])
+    labels = ids.masked_fill(mask == 0, -100)
+    for row, sequence in zip(labels, chosen):
+        row[: sequence.prompt_length] = -100
+    logits = model(input_ids=ids, attention_mask=mask).logits
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+
+
+def verifier_loss(model, rows):
+    """-log sigmoid(chosen - rejected), averaged over a comparison's pairs and then over comparisons."""
+    total = 0.0
+    for comparison in (worker.comparisons()[i] for i in rows):
+        ids, mask = padded([s.tokens for s in comparison.chosen + comparison.rejected])
+        scores = model(input_ids=ids, attention_mask=mask).logits.squeeze(-1)
+        n = len(comparison.chosen)
+        pairs = [-torch.log(1 / (1 + torch.exp(r - c))) for c in scores[:n] for r in scores[n:]]
+        total = total + sum(pairs) / len(pairs)
+    return total / len(rows)
+
+
+@pytest.fixture(scope="module")
+def expected(folder, tmp_path_factory):
+    solver_batches = epoch_batches(worker.ROWS, worker.BATCH, worker.SEED, 1)
+    verifier_batches = epoch_batches(worker.COMPARISONS, worker.VERIFIER_BATCH, worker.SEED, 1)
+    return {
+        "full": reference(theirs(folder / "lm"), solver_loss, solver_batches),
+        "lora": reference(peft_model(folder, tmp_path_factory.mktemp("adapter")), solver_loss, solver_batches),
+        "verifier": reference(theirs(folder / "score"), verifier_loss, verifier_batches),
+    }
+
+
+def peft_model(folder, saved):
+    """PEFT's model with our adapter as it starts: random A, zero B."""
+    from peft import PeftModel
+
+    parallel = start(1)
+    model = ours(folder / "lm", parallel)
+    add_lora(model, worker.LORA_RANK, worker.LORA_ALPHA, worker.LORA_SEED, parallel)
+    save_model(model, parallel, str(saved / "start"), folder)
+    stop()
+    return PeftModel.from_pretrained(theirs(folder / "lm"), saved / "start" / "adapter", is_trainable=True)
+
+
+RUNS = [*worker.SOLVER_RUNS, *worker.VERIFIER_RUNS]
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_losses_norms_and_weights_are_the_reference_s(results, expected, layout, run):
+    got, want = results[layout][run], expected[run.split(",")[0]]
+    assert len(got["history"]) == len(want["steps"])
+    for number, (step, (loss, norm)) in enumerate(zip(got["history"], want["steps"])):
+        assert step["loss"] == pytest.approx(loss, rel=TOLERANCE)
+        assert step["grad_norm"] == pytest.approx(norm, rel=TOLERANCE)
+        assert step["lr"] == pytest.approx(lr_of(number, len(want["steps"])), rel=1e-12)
+        assert step["skipped"] == 0
+    assert apart(got["first"], want["first"]) < TOLERANCE
+    assert apart(got["weights"], want["weights"]) < TOLERANCE
+
+
+def test_the_runs_above_train_and_clip(expected, folder):
+    """Otherwise they would agree on nothing: every matrix moves far more than the tolerance, and norms are clipped."""
+    for run, start in (("full", "lm"), ("lora", "lm"), ("verifier", "score")):
+        before = dict(theirs(folder / start).named_parameters())
+        moved = {k: float((v - before[k]).norm() / before[k].norm()) for k, v in expected[run]["weights"].items()}
+        moving = [k for k in moved if "_proj" in k] if run == "lora" else moved
+        assert min(moved[k] for k in moving) > 30 * TOLERANCE
+        assert any(norm > worker.MAX_GRAD_NORM for _, norm in expected[run]["steps"])
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_replicated_weights_stay_the_same_bits_on_every_rank(results, layout, run):
+    assert results[layout][run]["alike"]
+
+
+def test_recomputed_activations_change_nothing(results, layout):
+    a, b = results[layout]["full"], results[layout]["full, micro-batches, recomputed"]
+    assert apart(a["weights"], b["weights"]) < 1e-6
+
+
+def test_evaluation_is_called_before_the_first_and_after_every_epoch(results):
+    assert results["one rank"]["full"]["evaluated"] == [0, 1]
+
+
+def test_accuracy_of_a_verifier_step_is_the_share_of_pairs_ranked_right(results, layout, folder):
+    """At the first step, whose weights are known."""
+    model, rows = theirs(folder / "score"), epoch_batches(worker.COMPARISONS, worker.VERIFIER_BATCH, worker.SEED, 1)[0]
+    shares = []
+    for c in (worker.comparisons()[i] for i in rows):
+        ids, mask = padded([s.tokens for s in c.chosen + c.rejected])
+        with torch.no_grad():
+            scores = model(input_ids=ids, attention_mask=mask).logits.squeeze(-1).tolist()
+        pairs = [a > b for a in scores[: len(c.chosen)] for b in scores[len(c.chosen) :]]
+        shares.append(sum(pairs) / len(pairs))
+    for run in worker.VERIFIER_RUNS:
+        assert results[layout][run]["history"][0]["accuracy"] == pytest.approx(sum(shares) / len(shares), abs=1e-6)
+
+
+def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all(results, layout):
+    """Ours whole or another rank's shard: all skip, all say so, no weight moves, and the next step is as if it had not been."""
+    ranks = results[layout]["poisoned"]["ranks"]
+    assert len(ranks) == int({"one rank": 1, "TP 2": 2, "DP 2": 2}.get(layout, 4))
+    for skipped, norms, unchanged in ranks:
+        assert skipped == [0, 1, 1, 0] and unchanged == [True, True, False]
+        assert [math.isfinite(norm) for norm in norms] == [True, False, False, True]
+    assert apart(results[layout]["poisoned"]["weights"], results["one rank"]["poisoned"]["weights"]) < TOLERANCE
+
+
+def test_after_skipped_steps_training_goes_on_as_without_them(results, folder):
+    parallel = start(1)
+    model = ours(folder / "lm", parallel)
+    optimizer, objective = Optimizer(model, parallel), SolverObjective(some_sequences(4), parallel.device)
+    for _ in range(2):
+        optimizer.backward(objective.loss(model, [0, 1, 2, 3], sum(objective.weights))[0])
+        optimizer.step(1e-3)
+    weights = whole_weights(model, parallel)
+    stop()
+    assert apart(results["one rank"]["poisoned"]["weights"], weights) < 1e-7
+
+
+def test_every_pair_counts_at_any_division(results, layout):
+    assert results[layout]["pairs"]["alike"]
+    ours_, one = results[layout]["pairs"], results["one rank"]["pairs"]
+    assert {k: ours_["summary"][k] for k in ("n", "pairs", "accuracy")} == {k: one["summary"][k] for k in ("n", "pairs", "accuracy")}
+    for a, b in zip(ours_["rows"], one["rows"]):
+        for side in ("chosen", "rejected"):
+            assert a[side] == pytest.approx(b[side], rel=TOLERANCE, abs=TOLERANCE)

@@ -1,0 +1,90 @@
+"""Tiny random Llamas made by transformers, and a trained model of ours brought back to transformers' names."""
+
+import random
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from src.checkpoint.load import load_model
+from src.checkpoint.save import merged_weights
+from src.checkpoint.source import Checkpoint, generalised, to_halves, to_hf_name
+from src.models.batch import Sequence
+from src.models.layout import tensor_table
+from src.models.llama import ROTARY
+from src.models.transformer import Transformer
+from src.parallel.setup import Parallel
+
+VOCAB = 64
+PAD = 0  # never inside a sequence: transformers' classifier finds the last token by it
+EOS = 2
+
+
+def save_llama(folder: Path, head: str = "lm", seed: int = 0) -> Path:
+    """A Hugging Face folder with large enough weights for every part to matter; grouped heads, degrees 1, 2 and 4."""
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification  # seconds that workers save
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=8,
+        num_key_value_heads=4, max_position_embeddings=64, initializer_range=0.2, rms_norm_eps=1e-5,
+        tie_word_embeddings=False, pad_token_id=PAD, bos_token_id=1, eos_token_id=EOS, num_labels=1,
+    )
+    model = (LlamaForCausalLM if head == "lm" else LlamaForSequenceClassification)(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 1:
+                weight.add_(0.2 * torch.randn(weight.shape))  # norms that are not all one
+    model.save_pretrained(folder)
+    return folder
+
+
+def theirs(folder: Path):
+    """The folder's model as transformers runs it, in fp32."""
+    from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+
+    scored = "SequenceClassification" in (Path(folder) / "config.json").read_text()
+    kind = LlamaForSequenceClassification if scored else LlamaForCausalLM
+    return kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+
+
+def ours(folder: Path, parallel: Parallel, dtype: torch.dtype = torch.float32, head: str | None = None, seed: int = 0):
+    return load_model(Checkpoint.open(str(folder)), parallel, dtype, head, seed)
+
+
+def whole_weights(model: Transformer, parallel: Parallel) -> dict[str, torch.Tensor]:
+    """All ranks' weights put together, adapters merged in, in transformers' names and row order."""
+    parts = [None] * parallel.mp_size
+    dist.all_gather_object(parts, merged_weights(model), group=parallel.mp_group)
+    table = tensor_table(model.config)
+    whole = {}
+    for name in parts[0]:
+        dim = table[name].dim
+        tensor = parts[0][name] if dim is None else torch.cat([part[name] for part in parts], dim)
+        whole[to_hf_name(name)] = to_halves(tensor, model.config.head_dim) if generalised(name) in ROTARY else tensor
+    return whole
+
+
+def some_sequences(n: int, seed: int = 0) -> list[Sequence]:
+    """Prompts of 2 to 7 tokens, responses of 1 to 8 that end with EOS; many lengths, no pad."""
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(n):
+        prompt = [1, *(rng.randrange(3, VOCAB) for _ in range(rng.randrange(1, 7)))]
+        response = [rng.randrange(3, VOCAB) for _ in range(rng.randrange(0, 8))] + [EOS]
+        rows.append(Sequence(prompt + response, len(prompt)))
+    return rows
+
+
+def padded(sequences: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids with pads on the right, and the attention mask."""
+    longest = max(map(len, sequences))
+    ids = torch.tensor([s + [PAD] * (longest - len(s)) for s in sequences])
+    mask = torch.tensor([[1] * len(s) + [0] * (longest - len(s)) for s in sequences])
+    return ids, mask
+
+
+def apart(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """The largest relative distance (norm of the difference over the norm) between tensors of the same name."""
+    assert a.keys() == b.keys()
+    return max(float((a[k].double() - b[k].double()).norm() / b[k].double().norm().clamp_min(1e-12)) for k in a)

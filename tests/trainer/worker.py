@@ -1,0 +1,144 @@
+"""Every check of the trainers that needs ranks, on the ranks that started it; the results are asserted on by pytest.
+
+    torchrun --nproc_per_node N tests/trainer/worker.py FOLDER MP_SIZE [MP_SIZE ...]
+
+FOLDER holds the models `lm` and `score`; FOLDER/N-MP.pt gets the results of each division of the N ranks.
+"""
+
+import random
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from src.evaluation.verifier import evaluate_pairs
+from src.logs import RunLog
+from src.models.lora import add_lora
+from src.parallel.setup import Parallel, start, stop
+from src.trainer.fit import FitSettings, fit
+from src.trainer.optimizer import Optimizer
+from src.trainer.solver import SolverObjective
+from src.trainer.verifier import Comparison, VerifierObjective
+from tests.trainer.tiny import ours, some_sequences, whole_weights
+
+ROWS, BATCH, LR, WARMUP = 17, 6, 2e-3, 0.5  # three steps, the last of five rows: uneven at two data-parallel ranks
+WEIGHT_DECAY, MAX_GRAD_NORM = 0.1, 0.5
+LORA_RANK, LORA_ALPHA, LORA_SEED = 4, 8.0, 3
+SEED = 5
+
+# name: (micro-batches per step at one data-parallel rank, LoRA, activation checkpointing)
+SOLVER_RUNS = {
+    "full": (1, False, False),
+    "full, micro-batches, recomputed": (3, False, True),
+    "lora": (1, True, False),
+    "lora, micro-batches": (6, True, False),
+}
+VERIFIER_RUNS = {"verifier": 1, "verifier, micro-batches": 4}
+COMPARISONS, VERIFIER_BATCH = 7, 4
+
+
+def comparisons() -> list[Comparison]:
+    """One to three responses on each side."""
+    rng, found = random.Random(1), []
+    for i in range(COMPARISONS):
+        chosen, rejected = rng.randrange(1, 4), rng.randrange(1, 4)
+        rows = some_sequences(chosen + rejected, seed=100 + i)
+        found.append(Comparison(rows[:chosen], rows[chosen:]))
+    return found
+
+
+def solver_run(folder: Path, parallel: Parallel, micro: int, lora: bool, recompute: bool) -> dict:
+    model = ours(folder / "lm", parallel)
+    model.recompute = recompute
+    if lora:
+        add_lora(model, LORA_RANK, LORA_ALPHA, LORA_SEED, parallel)
+    optimizer = Optimizer(model, parallel, WEIGHT_DECAY, MAX_GRAD_NORM)
+    objective = SolverObjective(some_sequences(ROWS), parallel.device)
+    return trained(model, optimizer, objective, settings(BATCH, micro, parallel), parallel)
+
+
+def verifier_run(folder: Path, parallel: Parallel, micro: int) -> dict:
+    model = ours(folder / "score", parallel)
+    objective = VerifierObjective(comparisons(), parallel.device)
+    optimizer = Optimizer(model, parallel, WEIGHT_DECAY, MAX_GRAD_NORM)
+    return trained(model, optimizer, objective, settings(VERIFIER_BATCH, micro, parallel), parallel)
+
+
+def settings(batch: int, micro: int, parallel: Parallel) -> FitSettings:
+    """The same rows per step whatever the division."""
+    share = batch // parallel.dp_size
+    per_micro = max(1, share // micro)
+    return FitSettings(LR, 1, per_micro, share // per_micro, WARMUP, "cosine", SEED)
+
+
+def trained(model, optimizer, objective, plan: FitSettings, parallel: Parallel) -> dict:
+    """Losses, norms and weights after the first and the last step; and whether replicated weights stayed the same bits."""
+    evaluated, first, step = [], [], optimizer.step
+
+    def step_and_look(lr: float) -> dict:
+        result = step(lr)
+        if not first:
+            first.append(whole_weights(model, parallel))
+        return result
+
+    optimizer.step = step_and_look
+    with RunLog(None, "test", {}, rank=1) as log:
+        history = fit(model, optimizer, objective, plan, parallel, log, evaluated.append)
+    replicated = {n: p.detach() for n, p in model.named_parameters() if not p.model_parallel}
+    every = [None] * parallel.world_size
+    dist.all_gather_object(every, replicated)
+    alike = all(torch.equal(other[n], replicated[n]) for other in every for n in replicated)
+    weights = whole_weights(model, parallel)
+    return {"history": history, "evaluated": evaluated, "first": first[0], "weights": weights, "alike": alike}
+
+
+# gradient → the parameter that goes bad and what its gradient becomes
+POISONS = (None, ("layers.0.attention.wq.weight", torch.nan), ("norm.weight", torch.inf), None)
+
+
+def poisoned(folder: Path, parallel: Parallel) -> dict:
+    """A good step, two with a gradient that is not finite on the last rank alone, and a good one again."""
+    model = ours(folder / "lm", parallel)
+    optimizer = Optimizer(model, parallel)
+    objective = SolverObjective(some_sequences(4), parallel.device)
+    results, weights = [], []
+    for poison in POISONS:
+        hook = None
+        if poison and parallel.rank == parallel.world_size - 1:
+            name, value = poison
+            hook = model.get_parameter(name).register_hook(lambda grad: torch.full_like(grad, value))
+        mine = [i for i in range(4) if i % parallel.dp_size == parallel.dp_rank]
+        optimizer.backward(objective.loss(model, mine, sum(objective.weights))[0])
+        if hook is not None:
+            hook.remove()
+        results.append(optimizer.step(1e-3))
+        weights.append({n: p.detach().clone() for n, p in model.named_parameters()})
+    same = [all(torch.equal(a[n], b[n]) for n in a) for a, b in zip(weights, weights[1:])]
+    report = [None] * parallel.world_size
+    dist.all_gather_object(report, ([r["skipped"] for r in results], [r["grad_norm"] for r in results], same))
+    return {"ranks": report, "weights": whole_weights(model, parallel)}
+
+
+def measure(folder: Path, parallel: Parallel) -> dict:
+    with RunLog(None, "test", {}, rank=1) as log:
+        summary, rows = evaluate_pairs(ours(folder / "score", parallel), parallel, comparisons(), 3, log)
+    every = [None] * parallel.world_size
+    dist.all_gather_object(every, (summary, rows))
+    return {"summary": summary, "rows": rows, "alike": all(other == (summary, rows) for other in every)}
+
+
+def all_checks(folder: Path, mp_sizes: list[int]) -> None:
+    for mp_size in mp_sizes:
+        parallel = start(mp_size, timeout=120)
+        results = {name: solver_run(folder, parallel, *run) for name, run in SOLVER_RUNS.items()}
+        results |= {name: verifier_run(folder, parallel, micro) for name, micro in VERIFIER_RUNS.items()}
+        results["poisoned"] = poisoned(folder, parallel)
+        results["pairs"] = measure(folder, parallel)
+        if parallel.is_main:
+            torch.save(results, folder / f"{parallel.world_size}-{mp_size}.pt")
+    stop()
+
+
+if __name__ == "__main__":
+    all_checks(Path(sys.argv[1]), [int(size) for size in sys.argv[2:]])
