@@ -99,7 +99,7 @@ def main(
         lam: of generalised advantage estimation.
         cliprange: the probability ratio is clipped to 1 ± this.
         cliprange_value: values are clipped to the old ones ± this.
-        vf_coef: weight of the value loss.
+        vf_coef: weight of the value loss (the value model has its own optimizer: it acts through clipping and Adam's ε).
         kl_coef: weight of the KL penalty in the reward; 0.05, or where the actor's own PPO run left off, when not given.
         kl_target: steer kl_coef towards this KL (nats per response).
         kl_horizon: how slowly, in responses.
@@ -121,15 +121,15 @@ def main(
         timeout: seconds that a collective may take before the run is given up.
     """
     settings = dict(locals())
-    from src.checkpoint.folder import check_replaceable
+    from src.checkpoint.folder import check_apart
     from src.checkpoint.load import load_model
-    from src.checkpoint.save import save_model
+    from src.checkpoint.save import check_save, save_model
     from src.errors import UserError
     from src.evaluation.tasks import find_task
     from src.evaluation.training import SolverEvaluation
     from src.generation.engine import Engine
     from src.generation.sampling import Sampling
-    from src.inputs import check_same_tokenizer, open_model, ppo_prompts
+    from src.inputs import check_flags, check_same_tokenizer, open_model, ppo_prompts
     from src.logs import RunLog
     from src.models.lora import add_lora
     from src.parallel.setup import agreed, pick_dtype, start, stop
@@ -138,6 +138,7 @@ def main(
     from src.ppo.trainer import PPO, KLController, PPOSettings
     from src.trainer.optimizer import Optimizer
 
+    check_flags(settings)
     sampling = Sampling(max_new_tokens, temperature, seed=seed)
     plan = Schedule(lr, critic_lr, warmup, schedule, epochs, iterations, samples_per_prompt, seed)
     ppo_settings = PPOSettings(
@@ -165,12 +166,21 @@ def main(
         raise UserError(f"--max_buffer_size {max_buffer_size}: the {parallel.dp_size} data-parallel ranks share the rollouts, "
                         "and each needs one: raise it, or --model_parallel_size")
 
+    number_type, logs = pick_dtype(dtype, parallel.device), log_dir or f"{actor_save_dir.rstrip('/')}-logs"
+
     def read_inputs():
-        for folder in (actor_save_dir, critic_save_dir):
-            check_replaceable(folder)
+        read = {
+            "actor_ckpt_dir": actor_ckpt_dir,
+            "critic_ckpt_dir": critic_ckpt_dir,
+            "reward_model_ckpt_dir": reward_model_ckpt_dir,
+            "train_file": train_file,
+        }
+        check_apart({"actor_save_dir": actor_save_dir, "critic_save_dir": critic_save_dir}, {**read, "log_dir": logs})
         actor = open_model(actor_ckpt_dir, parallel, tokenizer_file, config_file, model_type)
-        critic = open_model(critic_ckpt_dir, parallel)
-        verifier = open_model(reward_model_ckpt_dir, parallel) if reward != "rule" else None
+        critic = open_model(critic_ckpt_dir, parallel, tokenizer_file)
+        verifier = open_model(reward_model_ckpt_dir, parallel, tokenizer_file) if reward != "rule" else None
+        check_save(actor_save_dir, actor.checkpoint, number_type)
+        check_save(critic_save_dir, critic.checkpoint, number_type)
         for other in filter(None, (critic, verifier)):
             check_same_tokenizer(actor, other)
         if verifier is not None and verifier.checkpoint.config.head != "score":
@@ -178,18 +188,17 @@ def main(
         evaluation = SolverEvaluation.read(task, label_file, eval_batch_size, max_new_tokens, max_seq_len)
         rule = find_task(task or "GSM8K") if reward != "verifier" else None
         prompts, warning = ppo_prompts(train_file, actor.tokenizer, rule, max_seq_len)
-        return actor, critic, verifier, evaluation, rule, prompts, warning
+        kl = KLController(read_kl_coef(actor_ckpt_dir) if kl_coef is None else kl_coef, kl_target, kl_horizon)
+        return actor, critic, verifier, evaluation, rule, prompts, warning, kl
 
-    actor, critic, verifier, evaluation, rule, prompts, warning = agreed(read_inputs)
-    with RunLog(log_dir or f"{actor_save_dir.rstrip('/')}-logs", "ppo_train", settings, parallel.rank) as log:
+    actor, critic, verifier, evaluation, rule, prompts, warning, kl = agreed(read_inputs)
+    with RunLog(logs, "ppo_train", settings, parallel.rank) as log:
         if warning:
             log.warning(warning)
-        kl = KLController(read_kl_coef(actor_ckpt_dir) if kl_coef is None else kl_coef, kl_target, kl_horizon)
         log.info(
             f"{len(prompts)} prompts; ranks: {parallel.mp_size} model-parallel × {parallel.dp_size} data-parallel; "
             f"kl_coef {kl.kl_coef}"
         )
-        number_type = pick_dtype(dtype, parallel.device)
         policy = load_model(actor.checkpoint, parallel, number_type, head="lm")
         reference = load_model(actor.checkpoint, parallel, number_type, head="lm").requires_grad_(False)
         value = load_model(critic.checkpoint, parallel, number_type, head="score", seed=seed)
@@ -225,8 +234,8 @@ def main(
             log,
             lambda epoch: evaluation.run(epoch, policy, actor.tokenizer, parallel, log, settings),
         )
-        save_model(policy, parallel, actor_save_dir, actor.checkpoint.folder)
-        save_model(value, parallel, critic_save_dir, critic.checkpoint.folder)
+        save_model(policy, parallel, actor_save_dir, actor.checkpoint.folder, actor.tokenizer.path)
+        save_model(value, parallel, critic_save_dir, critic.checkpoint.folder, critic.tokenizer.path)
         if parallel.is_main:
             write_state(actor_save_dir, kl.kl_coef)
         log.info(f"saved the policy to {actor_save_dir} and the value model to {critic_save_dir}")

@@ -6,6 +6,7 @@ Every step is the real script with its real flags, printed before it runs: copy 
 """
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -29,7 +30,7 @@ class Stages:
 
     def torchrun(self, stage: str, script: str, **flags) -> None:
         """A script on all ranks."""
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(self.ranks)]
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(self.ranks)]
         self._run(stage, launcher, [script], flags)
 
     def _run(self, stage: str, launcher: list[str], script: list[str], flags: dict) -> None:
@@ -37,7 +38,8 @@ class Stages:
         shown = ["torchrun", *launcher[3:]] if len(launcher) > 1 else ["python"]
         print(f"\n[{stage}] {shlex.join([*shown, *script, *arguments])}", flush=True)
         began = time.perf_counter()
-        code = subprocess.run([*launcher, *script, *arguments], cwd=ROOT).returncode
+        on_cpu = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}  # the same job everywhere, with or without a GPU
+        code = subprocess.run([*launcher, *script, *arguments], cwd=ROOT, env=on_cpu).returncode
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
         if code:
             sys.exit(f"quickstart stopped: {stage} ended with exit code {code}; the line above shows the command")

@@ -62,15 +62,14 @@ def main(
     from src.evaluation.solver import evaluate_solver, graded, headline, write_results
     from src.generation.engine import Engine
     from src.generation.sampling import Sampling
-    from src.inputs import open_model, read_evaluation
+    from src.inputs import check_flags, open_model, read_evaluation
     from src.logs import RunLog
     from src.parallel.setup import agreed, pick_dtype, start, stop
 
+    check_flags(settings)
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
     if (ckpt_dir is None) == (prediction_file is None):
         raise UserError("give --ckpt_dir to generate answers, or --prediction_file to grade existing ones: one of the two")
-    if max_batch_size < 1:
-        raise UserError(f"--max_batch_size {max_batch_size}: at least 1 is needed")
     parallel = start(model_parallel_size, timeout)
 
     def read_inputs():

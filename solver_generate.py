@@ -53,20 +53,17 @@ def main(
         model_parallel_size: ranks per model; all of them when not given.
         timeout: seconds that a collective may take before the run is given up.
     """
+    settings = dict(locals())
     from src.checkpoint.load import load_model
     from src.data.rows import read_prompt_rows, write_jsonl
-    from src.errors import UserError
     from src.generation.engine import Engine, generate_sharded
     from src.generation.sampling import Sampling
-    from src.inputs import check_writable, open_model
+    from src.inputs import check_flags, check_writable, open_model
     from src.logs import RunLog
     from src.parallel.setup import agreed, pick_dtype, start, stop
 
+    check_flags(settings)
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
-    if num_samples < 1 or max_batch_size < 1 or (max_rows is not None and max_rows < 1):
-        raise UserError(
-            f"--num_samples {num_samples} --max_batch_size {max_batch_size} --max_rows {max_rows}: each must be 1 or more"
-        )
     parallel = start(model_parallel_size, timeout)
 
     def read_inputs():
@@ -75,7 +72,7 @@ def main(
         return opened, read_prompt_rows(input_file)[:max_rows]
 
     opened, rows = agreed(read_inputs)
-    with RunLog(None, "solver_generate", {}, parallel.rank) as log:
+    with RunLog(None, "solver_generate", settings, parallel.rank) as log:
         model = load_model(opened.checkpoint, parallel, pick_dtype(dtype, parallel.device), head="lm")
         engine = Engine(model, parallel, max_batch_size, max_seq_len)
         asked = [(i, row["instruction"]) for i, row in enumerate(rows) for _ in range(num_samples)]

@@ -43,18 +43,20 @@ def main(
         model_parallel_size: ranks per model; all of them when not given.
         timeout: seconds that a collective may take before the run is given up.
     """
+    settings = dict(locals())
     import torch
 
     from src.checkpoint.load import load_model
     from src.data.rows import TEXT, read_rows, write_jsonl
     from src.errors import UserError
-    from src.inputs import check_writable, encode, open_model, within
+    from src.inputs import check_flags, check_writable, encode, open_model, within
     from src.logs import RunLog
     from src.models.batch import Batch, over_ranks, response_logprobs
     from src.parallel.setup import agreed, pick_dtype, start, stop
 
-    if temperature <= 0 or max_batch_size < 1:
-        raise UserError(f"--temperature {temperature} --max_batch_size {max_batch_size}: both must be above 0")
+    check_flags(settings)
+    if temperature == 0:
+        raise UserError("--temperature 0: the log-probabilities of a greedy choice are 0 or minus infinity; give one above 0")
     parallel = start(model_parallel_size, timeout)
 
     def read_inputs():
@@ -66,7 +68,7 @@ def main(
         return opened, sequences
 
     opened, sequences = agreed(read_inputs)
-    with RunLog(None, "solver_score", {}, parallel.rank) as log, torch.no_grad():
+    with RunLog(None, "solver_score", settings, parallel.rank) as log, torch.no_grad():
         model = load_model(opened.checkpoint, parallel, pick_dtype(dtype, parallel.device), head="lm")
 
         def score(rows: list[int]) -> list[list[float]]:

@@ -77,11 +77,11 @@ def main(
         timeout: seconds that a collective may take before the run is given up.
     """
     settings = dict(locals())
-    from src.checkpoint.folder import check_replaceable
+    from src.checkpoint.folder import check_apart
     from src.checkpoint.load import load_model
-    from src.checkpoint.save import save_model
+    from src.checkpoint.save import check_save, save_model
     from src.evaluation.training import SolverEvaluation
-    from src.inputs import open_model, solver_sequences
+    from src.inputs import check_flags, open_model, solver_sequences
     from src.logs import RunLog
     from src.models.lora import add_lora
     from src.parallel.setup import agreed, pick_dtype, start, stop
@@ -89,21 +89,25 @@ def main(
     from src.trainer.optimizer import Optimizer
     from src.trainer.solver import SolverObjective
 
+    check_flags(settings)
     fit_settings = FitSettings(lr, epochs, max_batch_size, accumulation_steps, warmup, schedule, seed)
     parallel = start(model_parallel_size, timeout)
 
+    number_type, logs = pick_dtype(dtype, parallel.device), log_dir or f"{save_dir.rstrip('/')}-logs"
+
     def read_inputs():
-        check_replaceable(save_dir)
+        check_apart({"save_dir": save_dir}, {"ckpt_dir": ckpt_dir, "train_file": train_file, "log_dir": logs})
         opened = open_model(ckpt_dir, parallel, tokenizer_file, config_file, model_type)
+        check_save(save_dir, opened.checkpoint, number_type)
         evaluation = SolverEvaluation.read(task, label_file, eval_batch_size, max_new_tokens, max_seq_len)
         return opened, evaluation, *solver_sequences(train_file, opened.tokenizer, max_seq_len, strict_length)
 
     opened, evaluation, sequences, warning = agreed(read_inputs)
-    with RunLog(log_dir or f"{save_dir.rstrip('/')}-logs", "solver_train", settings, parallel.rank) as log:
+    with RunLog(logs, "solver_train", settings, parallel.rank) as log:
         if warning:
             log.warning(warning)
         log.info(f"{len(sequences)} rows; ranks: {parallel.mp_size} model-parallel × {parallel.dp_size} data-parallel")
-        model = load_model(opened.checkpoint, parallel, pick_dtype(dtype, parallel.device), head="lm")
+        model = load_model(opened.checkpoint, parallel, number_type, head="lm")
         model.recompute = checkpoint_activations
         if lora_rank > 0:
             add_lora(model, lora_rank, lora_alpha, seed, parallel)
@@ -117,7 +121,7 @@ def main(
             log,
             lambda epoch: evaluation.run(epoch, model, opened.tokenizer, parallel, log, settings),
         )
-        save_model(model, parallel, save_dir, opened.checkpoint.folder)
+        save_model(model, parallel, save_dir, opened.checkpoint.folder, opened.tokenizer.path)
         log.info(f"saved to {save_dir}")
     stop()
 

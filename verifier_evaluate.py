@@ -55,15 +55,14 @@ def main(
     from src.errors import UserError
     from src.evaluation.solver import write_results
     from src.evaluation.verifier import evaluate_pairs, score_all
-    from src.inputs import check_writable, comparisons, encode, open_model, within
+    from src.inputs import check_flags, check_writable, comparisons, encode, open_model, within
     from src.logs import RunLog
     from src.parallel.setup import agreed, pick_dtype, start, stop
 
+    check_flags(settings)
     measure, score = (label_file, log_dir), (input_file, output_file)
     if (None in measure) == (None in score) or any(None in pair and pair != (None, None) for pair in (measure, score)):
         raise UserError("give --label_file with --log_dir to measure, or --input_file with --output_file to score")
-    if max_batch_size < 1:
-        raise UserError(f"--max_batch_size {max_batch_size}: at least 1 is needed")
     parallel = start(model_parallel_size, timeout)
 
     def read_inputs():

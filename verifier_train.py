@@ -65,7 +65,7 @@ def main(
         lora_rank: rank of the adapter; -1 trains all weights.
         lora_alpha: the adapter's output is scaled by lora_alpha / lora_rank.
         checkpoint_activations: keep block inputs only and compute the rest again in backward.
-        task: a name for the evaluation in the log.
+        task: what the evaluation is called in the log and in TensorBoard.
         label_file: held-out rows like the train file's; the share of pairs that the verifier ranks right is measured.
         eval_batch_size: sequences scored in one forward.
         log_dir: for the log, TensorBoard events and evaluation results; SAVE_DIR-logs when not given.
@@ -75,11 +75,11 @@ def main(
         timeout: seconds that a collective may take before the run is given up.
     """
     settings = dict(locals())
-    from src.checkpoint.folder import check_replaceable
+    from src.checkpoint.folder import check_apart
     from src.checkpoint.load import load_model
-    from src.checkpoint.save import save_model
+    from src.checkpoint.save import check_save, save_model
     from src.evaluation.training import VerifierEvaluation
-    from src.inputs import comparisons, open_model
+    from src.inputs import check_flags, comparisons, open_model
     from src.logs import RunLog
     from src.models.lora import add_lora
     from src.parallel.setup import agreed, pick_dtype, start, stop
@@ -87,21 +87,25 @@ def main(
     from src.trainer.optimizer import Optimizer
     from src.trainer.verifier import VerifierObjective
 
+    check_flags(settings)
     fit_settings = FitSettings(lr, epochs, max_batch_size, accumulation_steps, warmup, schedule, seed)
     parallel = start(model_parallel_size, timeout)
 
+    number_type, logs = pick_dtype(dtype, parallel.device), log_dir or f"{save_dir.rstrip('/')}-logs"
+
     def read_inputs():
-        check_replaceable(save_dir)
+        check_apart({"save_dir": save_dir}, {"ckpt_dir": ckpt_dir, "train_file": train_file, "log_dir": logs})
         opened = open_model(ckpt_dir, parallel, tokenizer_file, config_file, model_type)
-        evaluation = VerifierEvaluation.read(label_file, opened.tokenizer, eval_batch_size, max_seq_len, strict_length)
+        check_save(save_dir, opened.checkpoint, number_type)
+        evaluation = VerifierEvaluation.read(task, label_file, opened.tokenizer, eval_batch_size, max_seq_len, strict_length)
         return opened, evaluation, *comparisons(train_file, opened.tokenizer, max_seq_len, strict_length)
 
     opened, evaluation, pairs, warning = agreed(read_inputs)
-    with RunLog(log_dir or f"{save_dir.rstrip('/')}-logs", "verifier_train", settings, parallel.rank) as log:
+    with RunLog(logs, "verifier_train", settings, parallel.rank) as log:
         for message in filter(None, (warning, evaluation.warning)):
             log.warning(message)
         log.info(f"{len(pairs)} rows; ranks: {parallel.mp_size} model-parallel × {parallel.dp_size} data-parallel")
-        model = load_model(opened.checkpoint, parallel, pick_dtype(dtype, parallel.device), head="score", seed=seed)
+        model = load_model(opened.checkpoint, parallel, number_type, head="score", seed=seed)
         model.recompute = checkpoint_activations
         if lora_rank > 0:
             add_lora(model, lora_rank, lora_alpha, seed, parallel)
@@ -115,7 +119,7 @@ def main(
             log,
             lambda epoch: evaluation.run(epoch, model, parallel, log, settings),
         )
-        save_model(model, parallel, save_dir, opened.checkpoint.folder)
+        save_model(model, parallel, save_dir, opened.checkpoint.folder, opened.tokenizer.path)
         log.info(f"saved to {save_dir}")
     stop()
 

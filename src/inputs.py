@@ -15,6 +15,39 @@ from src.ppo.buffer import Prompt
 from src.trainer.verifier import Comparison
 
 
+# Flag → the smallest and the largest value that make sense, and whether the smallest itself does.
+RANGES = {
+    **dict.fromkeys(("max_batch_size", "accumulation_steps", "eval_batch_size", "rollout_batch_size", "max_new_tokens"), (1, 10**7, True)),
+    **dict.fromkeys(("epochs", "iterations", "max_buffer_size", "samples_per_prompt", "num_samples", "max_rows"), (1, 10**9, True)),
+    **dict.fromkeys(("mini_batches", "ppo_epochs", "model_parallel_size"), (1, 10**6, True)),
+    **dict.fromkeys(("lr", "critic_lr", "max_grad_norm", "lora_alpha", "kl_target", "kl_horizon"), (0, 1e9, False)),
+    **dict.fromkeys(("weight_decay", "kl_coef", "vf_coef", "truncation_penalty", "temperature"), (0, 1e6, True)),
+    **dict.fromkeys(("verifier_weight", "rule_weight"), (-1e6, 1e6, True)),
+    **dict.fromkeys(("beta2", "warmup"), (0, 0.999999, True)),
+    **dict.fromkeys(("cliprange", "cliprange_value"), (0, 1e6, False)),
+    **dict.fromkeys(("gamma", "lam"), (0, 1, True)),
+    "max_seq_len": (2, 10**7, True),
+    "lora_rank": (1, 10**5, True),
+    "timeout": (0, 10**7, False),
+    "seed": (0, 2**63 - 1, True),
+}
+
+
+def check_flags(settings: dict) -> None:
+    """Raise UserError, naming all of them, when numeric flags are out of range. `settings`: a script's flags."""
+    wrong = []
+    for name, value in settings.items():
+        if name not in RANGES or value is None or (name == "lora_rank" and value == -1):
+            continue
+        low, high, closed = RANGES[name]
+        if not (low <= value <= high and (closed or value > low)):
+            bound = f"at least {low}" if closed else f"above {low}"
+            also = " (or -1, to train all weights)" if name == "lora_rank" else ""
+            wrong.append(f"--{name} {value}: must be {bound} and at most {high:g}{also}")
+    if wrong:
+        raise UserError("\n  ".join(wrong))
+
+
 @dataclass(frozen=True)
 class Model:
     """A checkpoint whose files were looked through, and its tokenizer."""

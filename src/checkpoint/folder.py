@@ -13,10 +13,18 @@ _OURS = ("consolidated*", "params.json", "model*.safetensors*", "config.json", "
 
 
 def check_replaceable(path: str) -> Path:
-    """Raise UserError when `path` holds anything but a checkpoint: saving replaces the folder as a whole."""
-    folder = Path(path)
+    """The folder to save to, resolved. Raises UserError when it holds anything but a checkpoint, or cannot be replaced.
+
+    Saving writes a folder beside it and renames that into its place.
+    """
+    folder = Path(path).resolve()
     if folder.is_file():
         raise UserError(f"{folder}: is a file, a folder is needed to save to")
+    if folder.is_mount():
+        raise UserError(f"{folder}: is a mount point, which cannot be replaced as a whole: name a folder inside it")
+    above = next(parent for parent in folder.parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UserError(f"{folder}: {above} is not a folder that can be written to")
     if folder.is_dir():
         ours = {file for pattern in _OURS for file in folder.glob(pattern)}
         foreign = sorted(file.name for file in set(folder.iterdir()) - ours)
@@ -26,6 +34,34 @@ def check_replaceable(path: str) -> Path:
                 "choose an empty or new folder"
             )
     return folder
+
+
+def check_apart(saved: dict[str, str], others: dict[str, str | None]) -> None:
+    """Raise UserError when a folder to save to (flag → path) is, holds or lies in another one, or holds what is read or logged.
+
+    What lies in a folder that is saved to is lost when it is replaced.
+    """
+    paths = {flag: Path(path).resolve() for flag, path in (saved | others).items() if path is not None}
+    for flag in saved:
+        for other, path in paths.items():
+            inside = paths[flag] in (path, *path.parents)
+            if other != flag and (inside or (other in saved and path in paths[flag].parents)):
+                raise UserError(f"--{flag} {saved[flag]} and --{other} {(saved | others)[other]} overlap: saving would remove what "
+                                "the other holds; choose another folder")
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raise UserError when the disk has less than `needed` bytes free for a new folder beside the old."""
+    above = next(parent for parent in folder.parents if parent.exists())
+    free = shutil.disk_usage(above).free
+    if free < needed:
+        raise UserError(f"{folder}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free: make room or save elsewhere")
+
+
+def find_tokenizer(folder: Path) -> Path | None:
+    """The tokenizer's file in a checkpoint's folder, or beside the folder, where Meta's downloads have it."""
+    places = [place / name for place in (folder, folder.resolve().parent) for name in ("tokenizer.model", "tokenizer.json")]
+    return next((path for path in places if path.is_file()), None)
 
 
 def temporary_of(folder: Path) -> Path:
@@ -69,8 +105,11 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
 
 
-def copy_side_files(source: Path, target: Path) -> None:
-    """The tokenizer's and generation's files that lie beside the weights."""
+def copy_side_files(source: Path, target: Path, tokenizer: Path | None = None) -> None:
+    """The tokenizer's and generation's files that lie with the weights; `tokenizer`: the one in use, where it is another."""
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+    tokenizer = tokenizer or find_tokenizer(source)
+    if tokenizer is not None:
+        shutil.copyfile(tokenizer, target / f"tokenizer{tokenizer.suffix}")

@@ -7,7 +7,7 @@ from src.errors import UserError
 from src.models.init import random_tensor
 from src.models.layout import TensorSpec, check_degree
 from src.models.transformer import Transformer, build
-from src.parallel.setup import Parallel
+from src.parallel.setup import Parallel, agreed
 
 
 @torch.no_grad()
@@ -29,4 +29,12 @@ def load_model(
             parameter.copy_(random_tensor(name, TensorSpec((1, config.dim)), (config.dim + 1) ** -0.5, seed))
         else:
             parameter.copy_(checkpoint.local(name, parallel.mp_rank, parallel.mp_size))
+    agreed(lambda: _check_finite(model, checkpoint))
     return model
+
+
+def _check_finite(model: Transformer, checkpoint: Checkpoint) -> None:
+    # The extremes of a tensor are NaN or infinite if anything in it is, and are found without a mask of its size.
+    bad = [name for name, p in model.named_parameters() if not torch.stack(torch.aminmax(p)).isfinite().all()]
+    if bad:
+        raise UserError(f"{checkpoint.folder}: NaN or infinite weights in {', '.join(bad[:3])} ({len(bad)} tensors)")

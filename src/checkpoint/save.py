@@ -1,6 +1,7 @@
 """A model in training to consolidated shards: merged weights, and the LoRA adapter beside them in PEFT's format."""
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -8,13 +9,21 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from src.checkpoint.folder import copy_side_files, fresh_temporary, publish, temporary_of
-from src.checkpoint.source import generalised, to_halves, to_hf_name
+from src.checkpoint.folder import (
+    check_replaceable,
+    check_space,
+    copy_side_files,
+    fresh_temporary,
+    publish,
+    temporary_of,
+)
+from src.checkpoint.source import Checkpoint, generalised, to_halves, to_hf_name
 from src.checkpoint.write import shard_name, write_params
+from src.errors import UserError
 from src.models.llama import ROTARY
 from src.models.lora import lora_layers
 from src.models.transformer import Transformer
-from src.parallel.setup import Parallel
+from src.parallel.setup import Parallel, agreed
 
 
 @torch.no_grad()
@@ -53,26 +62,48 @@ def whole_adapter(model: Transformer, parallel: Parallel) -> dict[str, Tensor]:
     return adapter
 
 
-def save_model(model: Transformer, parallel: Parallel, save_dir: str, beside: Path) -> None:
-    """Write the model to `save_dir` from all its ranks; `beside`: the folder whose tokenizer files go along.
+def save_model(
+    model: Transformer, parallel: Parallel, save_dir: str, beside: Path, tokenizer: Path | None = None
+) -> None:
+    """Write the model to `save_dir` from all its ranks; `beside`: the folder it came from, whose side files go along.
 
-    The folder appears whole or not at all, and replaces an older one only then.
+    tokenizer: the file in use, where it does not lie there. The folder appears whole or not at all, and replaces an older
+    one only then. Raises UserError on every rank when any cannot write.
     """
-    folder = Path(save_dir)
-    target = fresh_temporary(folder) if parallel.is_main else temporary_of(folder)
-    dist.barrier()
-    if parallel.dp_rank == 0:
-        torch.save(merged_weights(model), target / shard_name(parallel.mp_rank))
-    adapter = whole_adapter(model, parallel)
+    folder = Path(save_dir).resolve()
+    target, adapter = temporary_of(folder), whole_adapter(model, parallel)
+
+    def write() -> None:
+        try:
+            if parallel.dp_rank == 0:
+                torch.save(merged_weights(model), target / shard_name(parallel.mp_rank))
+            if parallel.is_main:
+                write_params(model.config, target)
+                copy_side_files(beside, target, tokenizer)
+                if adapter:
+                    _write_adapter(model, adapter, target / "adapter", beside)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            raise UserError(f"{target}: writing failed ({str(error).splitlines()[0]}); {folder} is as it was") from error
+
     if parallel.is_main:
-        write_params(model.config, target)
-        copy_side_files(beside, target)
-        if adapter:
-            _write_adapter(model, adapter, target / "adapter", beside)
+        fresh_temporary(folder)
     dist.barrier()
+    try:
+        agreed(write)
+    except UserError:
+        if parallel.is_main:
+            shutil.rmtree(target, ignore_errors=True)
+        raise
     if parallel.is_main:
         publish(folder)
     dist.barrier()
+
+
+def check_save(save_dir: str, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    """Raise UserError, before any work, when a model like the checkpoint's could not be saved to `save_dir`."""
+    folder = check_replaceable(save_dir)
+    numbers = sum(torch.Size(spec.shape).numel() for spec in checkpoint.table.values())
+    check_space(folder, numbers * dtype.itemsize)
 
 
 def _write_adapter(model: Transformer, adapter: dict[str, Tensor], folder: Path, base: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from src.checkpoint.folder import copy_side_files, whole_folder
+from src.checkpoint.folder import check_space, copy_side_files, whole_folder
 from src.checkpoint.source import Checkpoint, generalised, to_halves, to_hf_name
 from src.models.config import ModelConfig, params_of
 from src.models.layout import check_degree
@@ -29,6 +29,7 @@ def write_params(config: ModelConfig, folder: Path) -> None:
 def split(checkpoint: Checkpoint, save_path: Path, n: int) -> None:
     """Write `n` consolidated shards with `params.json` and the tokenizer's files. Peak memory: one shard."""
     check_degree(checkpoint.config, n, "--n")
+    check_space(save_path, sum(_bytes(checkpoint, name) for name in checkpoint.table))
     with whole_folder(save_path) as folder:
         for rank in range(n):
             names = tqdm(checkpoint.table, desc=f"shard {rank + 1} of {n}", unit="tensor")
@@ -43,6 +44,7 @@ def split(checkpoint: Checkpoint, save_path: Path, n: int) -> None:
 def merge(checkpoint: Checkpoint, save_dir: Path, pad_id: int = 0) -> None:
     """Write a Hugging Face folder that `transformers` loads, every tensor bit for bit. Peak memory: one output file."""
     files = list(_by_file(checkpoint))
+    check_space(save_dir, sum(_bytes(checkpoint, name) for name in checkpoint.table))
     with whole_folder(save_dir) as folder:
         weight_map, progress = {}, tqdm(total=len(checkpoint.table), desc="merging", unit="tensor")
         for number, names in enumerate(files, 1):

@@ -6,6 +6,7 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer as RustTokenizer
 
 from src.checkpoint.files import read_json
+from src.checkpoint.folder import find_tokenizer
 from src.errors import UserError
 
 
@@ -37,12 +38,13 @@ class Tokenizer:
 
     @classmethod
     def find(cls, folder: Path, tokenizer_file: str | None = None) -> "Tokenizer":
-        """The named file, else the `tokenizer.model` or `tokenizer.json` of the checkpoint's folder."""
-        candidates = [Path(tokenizer_file)] if tokenizer_file else [folder / "tokenizer.model", folder / "tokenizer.json"]
-        for path in candidates:
-            if path.is_file():
-                return cls(path)
-        raise UserError(f"{' and '.join(map(str, candidates))}: not there; name the tokenizer by --tokenizer_file")
+        """The named file, else the one that lies with the checkpoint."""
+        path = Path(tokenizer_file) if tokenizer_file else find_tokenizer(folder)
+        if path is None:
+            raise UserError(f"{folder}: no tokenizer.model or tokenizer.json there; name the tokenizer by --tokenizer_file")
+        if not path.is_file():
+            raise UserError(f"--tokenizer_file {path}: no such file")
+        return cls(path)
 
     def prompt_ids(self, text: str) -> list[int]:
         return [self.bos_id, *self._encode(text)]
@@ -51,8 +53,8 @@ class Tokenizer:
         return [*self._encode(text), self.eos_id]
 
     def decode(self, ids: list[int]) -> str:
-        """Text of the ids, special tokens left out."""
-        return self._decode([i for i in ids if i not in (self.bos_id, self.eos_id)])
+        """Text of the ids, without special tokens and ids that only the model's padded vocabulary has."""
+        return self._decode([i for i in ids if i not in (self.bos_id, self.eos_id) and i < self.vocab_size])
 
 
 def _special_ids(rust: RustTokenizer, path: Path) -> tuple[int, int]:

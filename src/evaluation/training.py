@@ -56,22 +56,23 @@ class SolverEvaluation:
 class VerifierEvaluation:
     """Accuracy on held-out pairs; does nothing when no label file was given."""
 
+    task: str
     pairs: list[Comparison] | None
     warning: str | None
     batch_size: int
 
     @classmethod
     def read(
-        cls, label_file: str | None, tokenizer: Tokenizer, batch_size: int, max_seq_len: int, strict: bool
+        cls, task: str | None, label_file: str | None, tokenizer: Tokenizer, batch_size: int, max_seq_len: int, strict: bool
     ) -> "VerifierEvaluation":
         pairs, warning = comparisons(label_file, tokenizer, max_seq_len, strict) if label_file else (None, None)
-        return cls(pairs, warning, batch_size)
+        return cls(task or "pairs", pairs, warning, batch_size)
 
     def run(self, epoch: int, model: Transformer, parallel: Parallel, log: RunLog, settings: dict) -> None:
         if self.pairs is None:
             return
         summary, rows = evaluate_pairs(model, parallel, self.pairs, self.batch_size, log)
-        log.info(f"after epoch {epoch}: pair accuracy {100 * summary['accuracy']:.1f} % on {summary['pairs']} pairs")
-        log.scalars(epoch, {"accuracy": summary["accuracy"], "margin": summary["margin"]}, prefix="eval")
+        log.info(f"after epoch {epoch}: {self.task}, pair accuracy {100 * summary['accuracy']:.1f} % on {summary['pairs']} pairs")
+        log.scalars(epoch, {"accuracy": summary["accuracy"], "margin": summary["margin"]}, prefix=f"eval/{self.task}")
         if parallel.is_main:
             write_results(log.log_dir, summary, rows, settings, f"-epoch-{epoch}")

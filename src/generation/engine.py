@@ -163,9 +163,15 @@ class Engine:
 def _free_bytes(device: torch.device) -> int:
     """Memory that this rank may take: the GPU's free bytes, or its share of the host's."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept_by_torch = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept_by_torch
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ranks_here
+    try:
+        lines = dict(line.split(":", 1) for line in open("/proc/meminfo"))
+        available = int(lines["MemAvailable"].split()[0]) * 1024
+    except OSError:  # not Linux
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return available // ranks_here
 
 
 def generate_sharded(
@@ -181,7 +187,12 @@ def generate_sharded(
     by_length = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     mine = by_length[parallel.dp_rank :: parallel.dp_size]
     ids = [samples[i] if samples else i for i in mine]
-    completions = engine.generate([prompts[i] for i in mine], sampling, stop_ids, ids, on_tokens)
+
+    def report(finished: int, new_tokens: int) -> None:  # the other ranks are about as far
+        if on_tokens:
+            on_tokens(finished * parallel.dp_size, new_tokens * parallel.dp_size)
+
+    completions = engine.generate([prompts[i] for i in mine], sampling, stop_ids, ids, report)
     if parallel.dp_size == 1:
         gathered = [list(zip(mine, completions))]
     else:

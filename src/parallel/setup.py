@@ -61,7 +61,8 @@ def start(model_parallel_size: int | None = None, timeout: float = 1800) -> Para
         )
     if device.type == "cpu":
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(max(1, cores // local_world))
     grid = torch.arange(world).view(-1, mp)
     mp_group = _own_group(grid.tolist(), rank, limit)
     dp_group = _own_group(grid.T.tolist(), rank, limit)
@@ -84,10 +85,16 @@ def stop() -> None:
 
 
 def pick_device() -> torch.device:
-    """The local rank's GPU where there is one, else the CPU."""
+    """The local rank's GPU where there are any, else the CPU. Raises UserError when this rank has none of its own."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > gpus:
+        raise UserError(
+            f"{os.environ['LOCAL_WORLD_SIZE']} ranks were started on a machine with {gpus} GPU{'s' * (gpus > 1)}: start "
+            f"--nproc_per_node {gpus}, or run on the CPU with CUDA_VISIBLE_DEVICES= in front"
+        )
+    device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
 

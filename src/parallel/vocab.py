@@ -50,8 +50,9 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_logprobs: Tensor, grad_entropy: Tensor):
         p, local_target, here, entropy = ctx.saved_tensors
-        grad = torch.zeros_like(p)
-        if grad_logprobs is not None:
+        if grad_logprobs is None:
+            grad = torch.zeros_like(p)
+        else:
             grad = p * -grad_logprobs.unsqueeze(-1)
             grad.scatter_add_(-1, local_target.unsqueeze(-1), (grad_logprobs * here).unsqueeze(-1))
         if grad_entropy is not None:

@@ -89,4 +89,9 @@ def write_state(folder: str, kl_coef: float) -> None:
 def read_kl_coef(folder: str) -> float:
     """Where an earlier PPO run of this policy left kl_coef, or the default."""
     path = Path(folder) / STATE_FILE
-    return float(read_json(path)["kl_coef"]) if path.is_file() else DEFAULT_KL_COEF
+    if not path.is_file():
+        return DEFAULT_KL_COEF
+    kl_coef = read_json(path).get("kl_coef")
+    if not isinstance(kl_coef, (int, float)) or not 0 <= kl_coef < 1e6:
+        raise UserError(f"{path}: kl_coef is {kl_coef!r}, a number from 0 is expected; or give --kl_coef")
+    return float(kl_coef)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from src.data.tokenizer import Tokenizer
+from src.evaluation.solver import cut_at
 from src.evaluation.tasks import Task
 from src.models.batch import sequence_scores
 from src.models.transformer import Transformer
@@ -39,5 +40,6 @@ class RuleReward:
     def __call__(self, buffer: RolloutBuffer, micro_batches: list[list[int]], golds: list[str]) -> Tensor:
         tokens = buffer.tokens.split(buffer.lengths)
         texts = [self.tokenizer.decode(t[p:].tolist()) for t, p in zip(tokens, buffer.prompt_lengths)]
+        texts = [cut_at(text, self.task.stop) for text in texts]  # as the evaluation reads them
         right = [self.task.grade(text, gold)[self.task.metric] for text, gold in zip(texts, golds)]
         return torch.tensor(right, dtype=torch.float32, device=buffer.tokens.device)

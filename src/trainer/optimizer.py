@@ -6,10 +6,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from src.errors import UserError
 from src.models.transformer import Transformer
 from src.parallel.setup import Parallel
 
 GOOD_STEPS_TO_DOUBLE = 1000  # of the fp16 loss scale
+MAX_SKIPPED = 30  # steps in a row; a loss scale of 2^16 has come down to nothing by then
 
 
 def lr_at(step: int, total: int, lr: float, warmup: float, schedule: str) -> float:
@@ -45,7 +47,7 @@ class Optimizer:
         groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
         self.adam = torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, eps=eps, fused=True)
         fp16 = any(p.dtype == torch.float16 for p in self.parameters)
-        self.loss_scale, self.good_steps = (2.0**16 if fp16 else 1.0), 0
+        self.fp16, self.loss_scale, self.good_steps, self.skipped_in_a_row = fp16, (2.0**16 if fp16 else 1.0), 0, 0
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of one micro-batch's loss, in fp32."""
@@ -81,6 +83,12 @@ class Optimizer:
             for parameter, master in zip(self.parameters, self.masters):
                 if master is not parameter:
                     parameter.copy_(master)
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        if self.skipped_in_a_row == MAX_SKIPPED:
+            raise UserError(
+                f"the gradient norm was not finite ({norm}) in {MAX_SKIPPED} steps in a row: the run is stopped, nothing is "
+                "saved; a lower --lr or --dtype fp32 may help"
+            )
         self._rescale(skipped)
         for master in self.masters:
             master.grad = None
@@ -96,7 +104,7 @@ class Optimizer:
 
     def _rescale(self, skipped: bool) -> None:
         """fp16: halve the loss scale when gradients overflow, double it after a long run without."""
-        if self.loss_scale == 1.0:
+        if not self.fp16:
             return
         self.good_steps = 0 if skipped else self.good_steps + 1
         if skipped:
