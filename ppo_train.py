@@ -176,15 +176,15 @@ def main(
             "train_file": train_file,
         }
         check_apart({"actor_save_dir": actor_save_dir, "critic_save_dir": critic_save_dir}, {**read, "log_dir": logs})
-        actor = open_model(actor_ckpt_dir, parallel, tokenizer_file, config_file, model_type)
+        actor = open_model(actor_ckpt_dir, parallel, tokenizer_file, config_file, model_type, head="lm")
         critic = open_model(critic_ckpt_dir, parallel, tokenizer_file)
-        verifier = open_model(reward_model_ckpt_dir, parallel, tokenizer_file) if reward != "rule" else None
+        verifier = None
+        if reward != "rule":
+            verifier = open_model(reward_model_ckpt_dir, parallel, tokenizer_file, head="score")
         check_save(actor_save_dir, actor.checkpoint, number_type)
         check_save(critic_save_dir, critic.checkpoint, number_type)
         for other in filter(None, (critic, verifier)):
             check_same_tokenizer(actor, other)
-        if verifier is not None and verifier.checkpoint.config.head != "score":
-            raise UserError(f"{reward_model_ckpt_dir}: is a solver, without a score head; verifier_train.py makes a verifier of it")
         evaluation = SolverEvaluation.read(task, label_file, eval_batch_size, max_new_tokens, max_seq_len)
         rule = find_task(task or "GSM8K") if reward != "verifier" else None
         prompts, warning = ppo_prompts(train_file, actor.tokenizer, rule, max_seq_len)

@@ -38,7 +38,11 @@ class Stages:
         shown = ["torchrun", *launcher[3:]] if len(launcher) > 1 else ["python"]
         print(f"\n[{stage}] {shlex.join([*shown, *script, *arguments])}", flush=True)
         began = time.perf_counter()
-        on_cpu = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}  # the same job everywhere, with or without a GPU
+        on_cpu = {  # the same job everywhere, with or without a GPU
+            **os.environ,
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": str(max(1, os.cpu_count() // (self.ranks if len(launcher) > 1 else 1))),
+        }
         code = subprocess.run([*launcher, *script, *arguments], cwd=ROOT, env=on_cpu).returncode
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
         if code:

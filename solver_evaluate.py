@@ -75,7 +75,7 @@ def main(
     def read_inputs():
         data = read_evaluation(task, label_file)
         if ckpt_dir is not None:
-            return data, open_model(ckpt_dir, parallel, tokenizer_file, config_file, model_type), None
+            return data, open_model(ckpt_dir, parallel, tokenizer_file, config_file, model_type, head="lm"), None
         texts = [row["output"] for row in read_rows(prediction_file, {"output": STRING})]
         if len(texts) != len(data.rows):
             raise UserError(f"{prediction_file} has {len(texts)} rows and {label_file} {len(data.rows)}: one for each is needed")

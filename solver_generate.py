@@ -68,7 +68,7 @@ def main(
 
     def read_inputs():
         check_writable(output_file, ".jsonl")
-        opened = open_model(ckpt_dir, parallel, tokenizer_file, config_file, model_type)
+        opened = open_model(ckpt_dir, parallel, tokenizer_file, config_file, model_type, head="lm")
         return opened, read_prompt_rows(input_file)[:max_rows]
 
     opened, rows = agreed(read_inputs)

@@ -61,7 +61,7 @@ def main(
 
     def read_inputs():
         check_writable(output_file, ".jsonl")
-        opened = open_model(ckpt_dir, parallel, tokenizer_file, config_file, model_type)
+        opened = open_model(ckpt_dir, parallel, tokenizer_file, config_file, model_type, head="lm")
         rows = read_rows(input_file, {"instruction": TEXT, "output": TEXT})
         sequences = [encode(opened.tokenizer, row["instruction"], row["output"]) for row in rows]
         within([len(s.tokens) for s in sequences], max_seq_len, True, f"rows of {input_file}")

@@ -97,7 +97,7 @@ def main(
 
     def read_inputs():
         check_apart({"save_dir": save_dir}, {"ckpt_dir": ckpt_dir, "train_file": train_file, "log_dir": logs})
-        opened = open_model(ckpt_dir, parallel, tokenizer_file, config_file, model_type)
+        opened = open_model(ckpt_dir, parallel, tokenizer_file, config_file, model_type, head="lm")
         check_save(save_dir, opened.checkpoint, number_type)
         evaluation = SolverEvaluation.read(task, label_file, eval_batch_size, max_new_tokens, max_seq_len)
         return opened, evaluation, *solver_sequences(train_file, opened.tokenizer, max_seq_len, strict_length)

@@ -66,9 +66,7 @@ def main(
     parallel = start(model_parallel_size, timeout)
 
     def read_inputs():
-        opened = open_model(ckpt_dir, parallel, tokenizer_file, config_file, model_type)
-        if opened.checkpoint.config.head != "score":
-            raise UserError(f"{ckpt_dir}: is a solver, without a score head; verifier_train.py makes a verifier of it")
+        opened = open_model(ckpt_dir, parallel, tokenizer_file, config_file, model_type, head="score")
         if label_file is not None:
             return opened, *comparisons(label_file, opened.tokenizer, max_seq_len, strict_length)
         check_writable(output_file, ".jsonl")

@@ -62,9 +62,17 @@ def open_model(
     tokenizer_file: str | None = None,
     config_file: str | None = None,
     model_type: str | None = None,
+    head: str | None = None,
 ) -> Model:
-    """Open a checkpoint and find its tokenizer. Raises UserError when they do not fit each other, or the degree."""
+    """Open a checkpoint and find its tokenizer. Raises UserError when they do not fit each other, or the degree.
+
+    head: "lm" or "score" when the checkpoint must have it.
+    """
     checkpoint = Checkpoint.open(ckpt_dir, config_file)
+    if head == "score" != checkpoint.config.head:
+        raise UserError(f"{ckpt_dir}: is a solver, without a score head; verifier_train.py makes a verifier of it")
+    if head == "lm" != checkpoint.config.head:
+        raise UserError(f"{ckpt_dir}: is a verifier, without an output layer, and cannot generate; give a solver")
     check_model_type(checkpoint.config, model_type)
     check_degree(checkpoint.config, parallel.mp_size)
     tokenizer = Tokenizer.find(checkpoint.folder, tokenizer_file)

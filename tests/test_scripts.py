@@ -339,6 +339,13 @@ def wrong(base):
     shutil.copytree(base / "shards", folder / "cut short")
     shard = folder / "cut short" / "consolidated.01.pth"
     shard.write_bytes(shard.read_bytes()[:-1000])
+    shutil.copytree(base / "shards", folder / "fine")
+    shutil.copytree(base / "shards", folder / "NaN")
+    shard = torch.load(folder / "NaN" / "consolidated.01.pth")
+    shard["norm.weight"][3] = torch.nan
+    for rank in (0, 1):
+        shard_file = folder / "NaN" / f"consolidated.{rank:02d}.pth"
+        torch.save(torch.load(shard_file) | {"norm.weight": shard["norm.weight"]}, shard_file)
     (folder / "foreign").mkdir()
     (folder / "foreign" / "thesis.tex").write_text("")
     must("dataset/start.py", *flags(train_file=base / "data" / "train.json", save_dir=folder / "other", vocab_size=440,
@@ -371,12 +378,15 @@ SOLVER = {
     "other model_type": (dict(model_type="llama-1-7b"), "dim 32 (a llama-1-7b has 4096)"),
     "unknown model_type": (dict(model_type="llama-9"), "--model_type llama-9: unknown"),
     "tokenizer too large": (dict(tokenizer_file="{}/larger.model"), "has 440 entries, the model 430"),
-    "no tokenizer": (dict(tokenizer_file="{}/none.model"), "none.model: not there"),
+    "no tokenizer": (dict(tokenizer_file="{}/none.model"), "none.model: no such file"),
     "task without labels": (dict(label_file=None), "--task GSM8K --label_file None: evaluation needs both"),
     "labels without task": (dict(task=None), "evaluation needs both"),
     "unknown task": (dict(task="GSM9K"), "unknown task 'GSM9K'; did you mean 'GSM8K'?"),
     "all rows too long": (dict(max_seq_len=3), "60 of 60 rows of"),
     "no learning rate": (dict(lr=0), "--lr 0.0"),
+    "several out of range": (dict(lr=0, warmup=1.5, lora_rank=0), "--lora_rank 0: must be at least 1"),
+    "saving over what is read": (dict(ckpt_dir="{}/fine", save_dir="{}/fine"), "overlap: saving would remove"),
+    "NaN weights": (dict(ckpt_dir="{}/NaN"), "NaN or infinite weights in norm.weight"),
     "folder of something else": (dict(save_dir="{}/foreign"), "holds thesis.tex"),
 }
 PPO = {
@@ -407,9 +417,15 @@ def refused(done: SimpleNamespace, message: str) -> None:
 @pytest.mark.parametrize("case", SOLVER)
 def test_solver_training_refuses(base, wrong, tmp_path, case):
     change, message = SOLVER[case]
-    refused(call("solver_train.py", *changed(solver_flags(base, tmp_path / "out"), change, wrong)), message)
+    done = call("solver_train.py", *changed(solver_flags(base, tmp_path / "out"), change, wrong))
+    if case == "NaN weights":  # found when the weights are loaded: the log is open by then
+        assert done.code == 2 and done.err.count("error:") == 1 and message in done.err and "Traceback" not in done.err
+        assert not (tmp_path / "out").exists()
+        return
+    refused(done, message)
     assert not list(tmp_path.iterdir()), "something was written"
     assert [f.name for f in (wrong / "foreign").iterdir()] == ["thesis.tex"]
+    assert same_bits(wrong / "fine", base / "shards")
 
 
 @pytest.mark.parametrize("case", PPO)
@@ -417,7 +433,7 @@ def test_ppo_refuses(base, wrong, tmp_path, case):
     change, message = PPO[case]
     done = call("ppo_train.py", *changed(ppo_flags(base, tmp_path / "out"), change, wrong))
     if case == "verifier given as solver":  # found when the weights are loaded: the log is open by then
-        assert done.code == 2 and message in done.err and "Traceback" not in done.err
+        assert done.code == 2 and done.err.count("error:") == 1 and message in done.err and "Traceback" not in done.err
         assert not (tmp_path / "out" / "policy").exists()
         return
     refused(done, message)

@@ -21,7 +21,7 @@ def load_model(
     """
     config = checkpoint.config.with_head(head or checkpoint.config.head)
     if config.head == "lm" and checkpoint.config.head == "score":
-        raise UserError(f"{checkpoint.folder} is a verifier: it has a score head and no output layer, it cannot generate")
+        raise ValueError(f"{checkpoint.folder} has a score head and no output layer")
     check_degree(config, parallel.mp_size)
     model = build(config, parallel.device, dtype)
     for name, parameter in model.named_parameters():

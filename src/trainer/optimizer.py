@@ -95,12 +95,12 @@ class Optimizer:
         return {"grad_norm": norm, "skipped": float(skipped)}
 
     def _grad_norm(self) -> Tensor:
-        """√ of the sum of squares over all ranks of the model, replicated parameters counted once."""
+        """√ of the sum of squares over all ranks of the model, replicated parameters counted once; the same on every rank."""
         squares = torch.stack([m.grad.double().square().sum() for m in self.masters])
-        sharded = torch.tensor(self.sharded, device=squares.device)
-        local = (squares * sharded).sum()
-        dist.all_reduce(local, group=self.parallel.mp_group)
-        return (local + (squares * ~sharded).sum()).sqrt()
+        share = torch.tensor([1.0 if s else 1.0 / self.parallel.mp_size for s in self.sharded], device=squares.device)
+        total = (squares * share).sum()
+        dist.all_reduce(total, group=self.parallel.mp_group)
+        return total.sqrt()
 
     def _rescale(self, skipped: bool) -> None:
         """fp16: halve the loss scale when gradients overflow, double it after a long run without."""

@@ -21,7 +21,7 @@ from src.models.llama import PRESETS
 from tests.launch import launch, start
 
 DIM, HEADS, FFN, VOCABULARY, LAYERS, HEAD_DIM = 64, 8, 88, 96, 2, 8
-ROWS = [[1, 7, 30, 95, 4], [1, 50], [1, 9, 9, 12, 80, 44, 3, 17]]
+ROWS = [[1, 7, 30, 95, 4], [1, 50], [1, 9, 9, 12, 80, 44, 3, 95]]  # one ends in the vocabulary's last id
 
 
 def hf_model(dtype=torch.float32, tied=False, verifier=False, kv_heads=HEADS, **more):
@@ -380,7 +380,7 @@ def test_a_hole_in_the_row_of_shards(tmp_path, hf):
 def test_the_last_shard_missing(tmp_path, hf):
     split(Checkpoint.open(str(hf)), tmp_path / "shards", 4)
     (tmp_path / "shards" / "consolidated.03.pth").unlink()
-    with pytest.raises(UserError, match=r"has shape \[96, 16\], expected \[96, 21\]|does not divide|expected"):
+    with pytest.raises(UserError, match=r"tok_embeddings.weight has shape \[96, 16\], expected \[96, 21\]"):
         Checkpoint.open(str(tmp_path / "shards"))
 
 
@@ -576,6 +576,7 @@ def test_split_holds_one_shard_and_one_tensor_at_most(tmp_path, kind):
     total, largest = sum(t.nbytes for t in tensors.values()), max(t.nbytes for t in tensors.values())
     assert total > 300e6
     done = launch(1, "tests/checkpoint/memory_worker.py", str(tmp_path / "hf"), str(tmp_path / "shards"), "8")
+    written = sum(file.stat().st_size for file in (tmp_path / "shards").iterdir())
+    shutil.rmtree(tmp_path)  # 620 MB are not kept for later
     assert int(done.stdout) <= total / 8 + largest + 25e6
-    shutil.rmtree(tmp_path / "hf")
-    shutil.rmtree(tmp_path / "shards")
+    assert written < 1.02 * total

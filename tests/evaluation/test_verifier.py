@@ -18,7 +18,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def parallel():
-    yield start(1)
+    parallel = start(1)
+    torch.set_num_threads(1)  # tensors this small only wait for more
+    yield parallel
     stop()
 
 

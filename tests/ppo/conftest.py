@@ -37,5 +37,7 @@ def layout(request):
 
 @pytest.fixture
 def parallel():
-    yield start(1)
+    parallel = start(1)
+    torch.set_num_threads(1)  # tensors this small only wait for more
+    yield parallel
     stop()

@@ -233,6 +233,10 @@ def test_line_20_the_coefficient_is_kept_beside_the_policy(tmp_path):
     assert read_kl_coef(str(tmp_path)) == DEFAULT_KL_COEF
     write_state(str(tmp_path), 0.1234567890123)
     assert read_kl_coef(str(tmp_path)) == 0.1234567890123
+    for bad in ('{}', '{"kl_coef": "much"}', '{"kl_coef": -1}'):
+        (tmp_path / "ppo_state.json").write_text(bad)
+        with pytest.raises(UserError, match="kl_coef"):
+            read_kl_coef(str(tmp_path))
 
 
 @pytest.mark.parametrize("epochs, minibatches", [(1, 1), (3, 1), (1, 4), (2, 3)])
@@ -299,12 +303,13 @@ def test_the_verifier_s_reward_is_transformers_classifier_s(folder, parallel):
 
 
 def test_the_rule_s_reward_is_the_grader_s(folder, parallel):
-    """On the response's text alone, by the task's headline rule."""
-    task, texts = find_task("GSM8K"), {7: "so #### 12", 8: "it is 12", 9: "#### 13", 10: ""}
+    """On the response's text alone, by the task's headline rule, up to where the task ends an answer."""
+    task, texts = find_task("GSM8K"), {7: "so #### 12", 8: "it is 12", 9: "#### 13", 10: "Question: 6 + 6? #### 12"}
     tokenizer = SimpleNamespace(decode=lambda ids: texts[ids[0]])
     buffer = buffer_of(parallel, [[7, EOS], [8], [9, EOS], [10]], [False, True, False, False])
     got = RuleReward(task, tokenizer)(buffer, [[0, 1, 2, 3]], ["12"] * 4)
-    assert got.tolist() == [float(task.grade(text, "12")["official"]) for text in texts.values()] == [1.0, 0.0, 0.0, 0.0]
+    assert got.tolist() == [float(task.grade(text.split("Question:")[0], "12")["official"]) for text in texts.values()]
+    assert got.tolist() == [1.0, 0.0, 0.0, 0.0]
     assert got.dtype == torch.float32
 
 
@@ -334,13 +339,13 @@ def outer(plan):
     return ppo.calls, evaluated
 
 
-def test_epochs_take_every_prompt_with_all_its_samples_and_evaluate():
+def test_every_pass_takes_every_prompt_with_all_its_samples_in_full_batches():
     calls, evaluated = outer(schedule())
     assert [number for number, *_ in calls] == list(range(6)) and evaluated == [0, 1, 2]
-    for epoch in (calls[:3], calls[3:]):
-        assert sorted(i for _, batch, *_ in epoch for i in batch) == sorted([*range(5)] * 2)
-        assert all(batch[::2] == batch[1::2] for _, batch, *_ in epoch)
-    assert [c[1] for c in calls[:3]] != [c[1] for c in calls[3:]], "not reshuffled"
+    assert all(len(batch) == 4 and batch[::2] == batch[1::2] for _, batch, *_ in calls)
+    drawn = [i for _, batch, *_ in calls for i in batch[::2]]
+    assert sorted(drawn[:5]) == sorted(drawn[5:10]) == list(range(5))
+    assert drawn[:5] != drawn[5:10], "not reshuffled"
     for number, _, lr, critic_lr in calls:
         assert lr == pytest.approx(1e-3 * (1 - number / 6)) and critic_lr == pytest.approx(2 * lr)
 
@@ -351,13 +356,14 @@ def test_iterations_end_the_run_early_or_go_on(iterations, evaluated):
     assert len(calls) == iterations and seen == evaluated
 
 
-def test_the_prompts_order_is_the_seed_s():
-    def order(seed):
-        stream = prompt_batches(9, 4, seed)
+def test_the_prompts_order_is_the_seed_s_and_batches_are_full():
+    def order(seed, n_prompts=9):
+        stream = prompt_batches(n_prompts, 4, seed)
         return [next(stream) for _ in range(6)]
 
     assert order(1) == order(1) != order(2)
-    assert [epoch for epoch, _ in order(1)] == [1, 1, 1, 2, 2, 2]
+    assert all(len(batch) == 4 for n in (2, 4, 9) for batch in order(1, n))
+    assert sorted(i for batch in order(1, 3) for i in batch) == sorted([0, 1, 2] * 8), "fewer prompts than a batch"
 
 
 def test_line_24_defaults_are_the_recipe_s():

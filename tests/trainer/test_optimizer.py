@@ -78,11 +78,11 @@ def test_fp32_masters_keep_updates_that_bf16_would_lose(folder, parallel):
     optimizer = Optimizer(model, parallel)
     index = next(i for i, p in enumerate(optimizer.parameters) if p is model.norm.weight)
     weight, start = model.norm.weight, model.norm.weight.detach().float().clone()
-    push(model, optimizer, 2e-5)
+    push(model, optimizer, 1e-4)
     assert torch.equal(weight.float(), start), "one step is too small to be seen in bf16"
-    for _ in range(499):
-        push(model, optimizer, 2e-5)
-    # Adam's step on a constant slope is the learning rate: 500 of them make 0.01.
+    for _ in range(99):
+        push(model, optimizer, 1e-4)
+    # Adam's step on a constant slope is the learning rate: 100 of them make 0.01.
     assert torch.allclose(optimizer.masters[index], start - 0.01, atol=2e-5)
     for parameter, master in zip(optimizer.parameters, optimizer.masters):
         assert master.dtype == torch.float32 and torch.equal(parameter, master.bfloat16())
@@ -122,6 +122,9 @@ def test_fp16_halves_its_loss_scale_on_overflow_and_doubles_it_after_a_long_run(
     second = push(model, optimizer, 1e-2)
     assert second["skipped"] == 0 and second["grad_norm"] == pytest.approx(math.sqrt(model.config.dim)), "not unscaled"
     assert torch.allclose(model.norm.weight.float(), before.float() - 1e-2, atol=1e-3)
+    master = optimizer.masters[next(i for i, p in enumerate(optimizer.parameters) if p is model.norm.weight)]
+    clipped = 1 / math.sqrt(model.config.dim)  # Adam would hide a gradient that is still scaled; its mean does not
+    assert torch.allclose(optimizer.adam.state[master]["exp_avg"], torch.full_like(master, 0.1 * clipped), rtol=1e-4)
     assert optimizer.loss_scale == 2.0**15
     push(model, optimizer, 1e-2)
     push(model, optimizer, 1e-2)
@@ -132,6 +135,16 @@ def test_other_dtypes_have_no_loss_scale(folder, parallel):
     optimizer = Optimizer(ours(folder / "lm", parallel), parallel)
     optimizer.parameters[0].grad = torch.full_like(optimizer.parameters[0], torch.nan)
     assert optimizer.step(1e-3)["skipped"] == 1 and optimizer.loss_scale == 1.0
+
+
+def test_too_many_skipped_steps_in_a_row_stop_the_run(folder, parallel, monkeypatch):
+    monkeypatch.setattr(optimizer_module, "MAX_SKIPPED", 3)
+    model = ours(folder / "lm", parallel)
+    optimizer = Optimizer(model, parallel)
+    for scale in (torch.nan, torch.nan, 1.0, torch.nan, torch.inf):  # a good step starts the count anew
+        push(model, optimizer, 1e-3, scale)
+    with pytest.raises(UserError, match="3 steps in a row"):
+        push(model, optimizer, 1e-3, torch.nan)
 
 
 def test_gradients_do_not_leak_into_the_next_step(folder, parallel):
