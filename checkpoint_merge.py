@@ -19,12 +19,13 @@ def main(ckpt_dir: str, save_dir: str, config_file: str | None = None, model_typ
         config_file: the model's params.json or config.json; found beside the checkpoint when not given.
         model_type: a name such as llama-2-7b to check the sizes against.
     """
-    from src.checkpoint.folder import check_replaceable
+    from src.checkpoint.folder import check_apart, check_replaceable
     from src.checkpoint.source import Checkpoint, check_model_type
     from src.checkpoint.write import merge
 
     if int(os.environ.get("RANK", 0)) != 0:
         return  # started by torchrun with several ranks: one does the work
+    check_apart({"save_dir": save_dir}, {"ckpt_dir": ckpt_dir})
     checkpoint = Checkpoint.open(ckpt_dir, config_file)
     check_model_type(checkpoint.config, model_type)
     merge(checkpoint, check_replaceable(save_dir))

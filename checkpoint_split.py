@@ -21,7 +21,7 @@ def main(ckpt_file: str, save_path: str, n: int = 8, config_file: str | None = N
         config_file: the model's params.json or config.json; found beside the checkpoint when not given.
         model_type: a name such as llama-2-7b to check the sizes against.
     """
-    from src.checkpoint.folder import check_replaceable
+    from src.checkpoint.folder import check_apart, check_replaceable
     from src.checkpoint.source import Checkpoint, check_model_type
     from src.checkpoint.write import split
     from src.errors import UserError
@@ -30,6 +30,7 @@ def main(ckpt_file: str, save_path: str, n: int = 8, config_file: str | None = N
         raise UserError(f"--n {n}: at least one shard is needed")
     if int(os.environ.get("RANK", 0)) != 0:
         return  # started by torchrun with several ranks: one does the work
+    check_apart({"save_path": save_path}, {"ckpt_file": ckpt_file})
     checkpoint = Checkpoint.open(ckpt_file, config_file)
     check_model_type(checkpoint.config, model_type)
     split(checkpoint, check_replaceable(save_path), n)

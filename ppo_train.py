@@ -129,7 +129,7 @@ def main(
     from src.evaluation.training import SolverEvaluation
     from src.generation.engine import Engine
     from src.generation.sampling import Sampling
-    from src.inputs import check_flags, check_same_tokenizer, open_model, ppo_prompts
+    from src.inputs import check_flags, check_log_dir, check_same_tokenizer, open_model, ppo_prompts
     from src.logs import RunLog
     from src.models.lora import add_lora
     from src.parallel.setup import agreed, pick_dtype, start, stop
@@ -175,6 +175,7 @@ def main(
             "reward_model_ckpt_dir": reward_model_ckpt_dir,
             "train_file": train_file,
         }
+        check_log_dir(logs, actor_ckpt_dir, critic_ckpt_dir, reward_model_ckpt_dir)
         check_apart({"actor_save_dir": actor_save_dir, "critic_save_dir": critic_save_dir}, {**read, "log_dir": logs})
         actor = open_model(actor_ckpt_dir, parallel, tokenizer_file, config_file, model_type, head="lm")
         critic = open_model(critic_ckpt_dir, parallel, tokenizer_file)
@@ -192,27 +193,27 @@ def main(
         return actor, critic, verifier, evaluation, rule, prompts, warning, kl
 
     actor, critic, verifier, evaluation, rule, prompts, warning, kl = agreed(read_inputs)
+    policy = load_model(actor.checkpoint, parallel, number_type, head="lm")
+    reference = load_model(actor.checkpoint, parallel, number_type, head="lm").requires_grad_(False)
+    value = load_model(critic.checkpoint, parallel, number_type, head="score", seed=seed)
+    rewards = []
+    if verifier is not None:
+        scorer = load_model(verifier.checkpoint, parallel, number_type, head="score").requires_grad_(False)
+        rewards.append((verifier_weight, VerifierReward(scorer)))
+    if rule is not None:
+        rewards.append((rule_weight, RuleReward(rule, actor.tokenizer)))
+    for model in (policy, value):
+        model.recompute = checkpoint_activations
+        if lora_rank > 0:
+            add_lora(model, lora_rank, lora_alpha, seed, parallel)
+
     with RunLog(logs, "ppo_train", settings, parallel.rank) as log:
         if warning:
-            log.warning(warning)
+            log.warning(f"{warning} and are left out")
         log.info(
             f"{len(prompts)} prompts; ranks: {parallel.mp_size} model-parallel × {parallel.dp_size} data-parallel; "
             f"kl_coef {kl.kl_coef}"
         )
-        policy = load_model(actor.checkpoint, parallel, number_type, head="lm")
-        reference = load_model(actor.checkpoint, parallel, number_type, head="lm").requires_grad_(False)
-        value = load_model(critic.checkpoint, parallel, number_type, head="score", seed=seed)
-        rewards = []
-        if verifier is not None:
-            scorer = load_model(verifier.checkpoint, parallel, number_type, head="score").requires_grad_(False)
-            rewards.append((verifier_weight, VerifierReward(scorer)))
-        if rule is not None:
-            rewards.append((rule_weight, RuleReward(rule, actor.tokenizer)))
-        for model in (policy, value):
-            model.recompute = checkpoint_activations
-            if lora_rank > 0:
-                add_lora(model, lora_rank, lora_alpha, seed, parallel)
-
         ppo = PPO(
             policy,
             value,

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from src.cli import run
+from src.errors import UserError
 
 ROOT = Path(__file__).resolve().parent
 
@@ -57,6 +58,8 @@ def main(seed: int = 0, work_dir: str | None = None, ranks: int = 2):
         work_dir: where everything goes; runs/quickstart-SEED when not given.
         ranks: model-parallel ranks.
     """
+    if ranks not in (1, 2, 4):
+        raise UserError(f"--ranks {ranks}: the small model has 4 heads; 1, 2 or 4 ranks can share them")
     work = Path(work_dir or f"runs/quickstart-{seed}")
     data, base, shards, sft = work / "data", work / "base", work / "base-shards", work / "sft"
     verifier, policy, critic = work / "verifier", work / "ppo", work / "ppo-critic"

@@ -57,12 +57,13 @@ def main(
         timeout: seconds that a collective may take before the run is given up.
     """
     settings = dict(locals())
+    from src.checkpoint.load import load_model
     from src.data.rows import STRING, read_rows
     from src.errors import UserError
     from src.evaluation.solver import evaluate_solver, graded, headline, write_results
     from src.generation.engine import Engine
     from src.generation.sampling import Sampling
-    from src.inputs import check_flags, open_model, read_evaluation
+    from src.inputs import check_flags, check_log_dir, open_model, read_evaluation, within
     from src.logs import RunLog
     from src.parallel.setup import agreed, pick_dtype, start, stop
 
@@ -73,22 +74,26 @@ def main(
     parallel = start(model_parallel_size, timeout)
 
     def read_inputs():
+        check_log_dir(log_dir, ckpt_dir)
         data = read_evaluation(task, label_file)
         if ckpt_dir is not None:
-            return data, open_model(ckpt_dir, parallel, tokenizer_file, config_file, model_type, head="lm"), None
+            opened = open_model(ckpt_dir, parallel, tokenizer_file, config_file, model_type, head="lm")
+            lengths = [len(opened.tokenizer.prompt_ids(text)) + 1 for text in data.instructions]
+            return data, opened, None, within(lengths, max_seq_len, False, f"prompts of {label_file}, with one token more,")[1]
         texts = [row["output"] for row in read_rows(prediction_file, {"output": STRING})]
         if len(texts) != len(data.rows):
             raise UserError(f"{prediction_file} has {len(texts)} rows and {label_file} {len(data.rows)}: one for each is needed")
-        return data, None, texts
+        return data, None, texts, None
 
-    data, opened, texts = agreed(read_inputs)
+    data, opened, texts, warning = agreed(read_inputs)
+    if opened is not None:
+        model = load_model(opened.checkpoint, parallel, pick_dtype(dtype, parallel.device), head="lm")
     with RunLog(log_dir, "solver_evaluate", settings, parallel.rank) as log:
+        if warning:
+            log.warning(f"{warning}: they count as wrong")
         if opened is None:
             summary, predictions = graded(data.task, data.instructions, data.golds, texts)
         else:
-            from src.checkpoint.load import load_model
-
-            model = load_model(opened.checkpoint, parallel, pick_dtype(dtype, parallel.device), head="lm")
             engine = Engine(model, parallel, max_batch_size, max_seq_len)
             summary, predictions = evaluate_solver(
                 engine, opened.tokenizer, data.task, data.instructions, data.golds, sampling, log

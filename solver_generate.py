@@ -58,7 +58,7 @@ def main(
     from src.data.rows import read_prompt_rows, write_jsonl
     from src.generation.engine import Engine, generate_sharded
     from src.generation.sampling import Sampling
-    from src.inputs import check_flags, check_writable, open_model
+    from src.inputs import check_flags, check_writable, open_model, within
     from src.logs import RunLog
     from src.parallel.setup import agreed, pick_dtype, start, stop
 
@@ -67,12 +67,16 @@ def main(
     parallel = start(model_parallel_size, timeout)
 
     def read_inputs():
-        check_writable(output_file, ".jsonl")
+        check_writable(output_file, ".jsonl", input_file)
         opened = open_model(ckpt_dir, parallel, tokenizer_file, config_file, model_type, head="lm")
-        return opened, read_prompt_rows(input_file)[:max_rows]
+        rows = read_prompt_rows(input_file)[:max_rows]
+        lengths = [len(opened.tokenizer.prompt_ids(row["instruction"])) + 1 for row in rows]
+        return opened, rows, within(lengths, max_seq_len, False, f"prompts of {input_file}, with one token more,")[1]
 
-    opened, rows = agreed(read_inputs)
+    opened, rows, warning = agreed(read_inputs)
     with RunLog(None, "solver_generate", settings, parallel.rank) as log:
+        if warning:
+            log.warning(f"{warning}: their outputs are empty")
         model = load_model(opened.checkpoint, parallel, pick_dtype(dtype, parallel.device), head="lm")
         engine = Engine(model, parallel, max_batch_size, max_seq_len)
         asked = [(i, row["instruction"]) for i, row in enumerate(rows) for _ in range(num_samples)]

@@ -60,7 +60,7 @@ def main(
     parallel = start(model_parallel_size, timeout)
 
     def read_inputs():
-        check_writable(output_file, ".jsonl")
+        check_writable(output_file, ".jsonl", input_file)
         opened = open_model(ckpt_dir, parallel, tokenizer_file, config_file, model_type, head="lm")
         rows = read_rows(input_file, {"instruction": TEXT, "output": TEXT})
         sequences = [encode(opened.tokenizer, row["instruction"], row["output"]) for row in rows]

@@ -55,7 +55,7 @@ def main(
     from src.errors import UserError
     from src.evaluation.solver import write_results
     from src.evaluation.verifier import evaluate_pairs, score_all
-    from src.inputs import check_flags, check_writable, comparisons, encode, open_model, within
+    from src.inputs import check_flags, check_log_dir, check_writable, comparisons, encode, open_model, within
     from src.logs import RunLog
     from src.parallel.setup import agreed, pick_dtype, start, stop
 
@@ -68,17 +68,18 @@ def main(
     def read_inputs():
         opened = open_model(ckpt_dir, parallel, tokenizer_file, config_file, model_type, head="score")
         if label_file is not None:
+            check_log_dir(log_dir, ckpt_dir)
             return opened, *comparisons(label_file, opened.tokenizer, max_seq_len, strict_length)
-        check_writable(output_file, ".jsonl")
+        check_writable(output_file, ".jsonl", input_file)
         rows = read_rows(input_file, {"instruction": TEXT, "output": TEXT})
         sequences = [encode(opened.tokenizer, row["instruction"], row["output"]) for row in rows]
         return opened, sequences, within([len(s.tokens) for s in sequences], max_seq_len, True, f"rows of {input_file}")[1]
 
     opened, items, warning = agreed(read_inputs)
+    model = load_model(opened.checkpoint, parallel, pick_dtype(dtype, parallel.device), head="score")
     with RunLog(log_dir, "verifier_evaluate", settings, parallel.rank) as log:
         if warning:
-            log.warning(warning)
-        model = load_model(opened.checkpoint, parallel, pick_dtype(dtype, parallel.device), head="score")
+            log.warning(f"{warning} and are left out")
         if label_file is not None:
             summary, rows = evaluate_pairs(model, parallel, items, max_batch_size, log)
             if parallel.is_main:

@@ -79,7 +79,7 @@ def main(
     from src.checkpoint.load import load_model
     from src.checkpoint.save import check_save, save_model
     from src.evaluation.training import VerifierEvaluation
-    from src.inputs import check_flags, comparisons, open_model
+    from src.inputs import check_flags, check_log_dir, comparisons, open_model
     from src.logs import RunLog
     from src.models.lora import add_lora
     from src.parallel.setup import agreed, pick_dtype, start, stop
@@ -94,6 +94,7 @@ def main(
     number_type, logs = pick_dtype(dtype, parallel.device), log_dir or f"{save_dir.rstrip('/')}-logs"
 
     def read_inputs():
+        check_log_dir(logs, ckpt_dir)
         check_apart({"save_dir": save_dir}, {"ckpt_dir": ckpt_dir, "train_file": train_file, "log_dir": logs})
         opened = open_model(ckpt_dir, parallel, tokenizer_file, config_file, model_type)
         check_save(save_dir, opened.checkpoint, number_type)
@@ -101,11 +102,11 @@ def main(
         return opened, evaluation, *comparisons(train_file, opened.tokenizer, max_seq_len, strict_length)
 
     opened, evaluation, pairs, warning = agreed(read_inputs)
+    model = load_model(opened.checkpoint, parallel, number_type, head="score", seed=seed)
     with RunLog(logs, "verifier_train", settings, parallel.rank) as log:
         for message in filter(None, (warning, evaluation.warning)):
-            log.warning(message)
+            log.warning(f"{message} and are left out")
         log.info(f"{len(pairs)} rows; ranks: {parallel.mp_size} model-parallel × {parallel.dp_size} data-parallel")
-        model = load_model(opened.checkpoint, parallel, number_type, head="score", seed=seed)
         model.recompute = checkpoint_activations
         if lora_rank > 0:
             add_lora(model, lora_rank, lora_alpha, seed, parallel)

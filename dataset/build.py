@@ -58,6 +58,10 @@ def pairs(train_file: str, predictions: str, save_file: str, max_per_side: int =
 
     predictions: a file of `{"index": row of train_file from 0, "output": sample}`, any number of them per index.
     """
+    if Path(save_file).resolve() in (Path(train_file).resolve(), Path(predictions).resolve()):
+        raise UserError(f"--save_file {save_file}: is read and would be overwritten; write to another file")
+    if Path(save_file).suffix != ".json":
+        raise UserError(f"--save_file {save_file}: a .json file is written; name it so")
     rows, counts = pairs_of(read_solver_rows(train_file), predictions, max_per_side, gold_when_none_right)
     write_json(save_file, rows)
     print(f"{save_file}: {len(rows)} rows; {counts}")

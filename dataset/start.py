@@ -57,6 +57,11 @@ def main(
     from src.models.layout import tensor_table
     from src.models.llama import ROTARY
 
+    sizes = {"vocab_size": vocab_size, "dim": dim, "n_layers": n_layers, "n_heads": n_heads, "n_kv_heads": n_kv_heads,
+             "hidden_dim": hidden_dim, "max_seq_len": max_seq_len}
+    wrong = [f"--{name} {size}" for name, size in sizes.items() if size is not None and not 1 <= size <= 10**6]
+    if wrong:
+        raise UserError(f"{', '.join(wrong)}: sizes lie between 1 and a million")
     if dim % (2 * n_heads) or n_heads % (n_kv_heads or n_heads):
         raise UserError(f"--dim {dim} --n_heads {n_heads} --n_kv_heads {n_kv_heads}: dim must be a multiple of 2 * n_heads, "
                         "and n_heads of n_kv_heads")

@@ -1,5 +1,6 @@
 """What the scripts read before any work, checked on every rank and refused with one voice."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +41,8 @@ def check_flags(settings: dict) -> None:
         if name not in RANGES or value is None or (name == "lora_rank" and value == -1):
             continue
         low, high, closed = RANGES[name]
+        if name == "temperature" and 0 < value < 1e-3:
+            wrong.append(f"--temperature {value}: must be 0 or at least 0.001")
         if not (low <= value <= high and (closed or value > low)):
             bound = f"at least {low}" if closed else f"above {low}"
             also = " (or -1, to train all weights)" if name == "lora_rank" else ""
@@ -119,7 +122,7 @@ def within(lengths: list[int], max_seq_len: int, strict: bool, what: str) -> tup
     message = f"{fits.count(False)} of {len(fits)} {what} are longer than --max_seq_len {max_seq_len} (up to {max(lengths)})"
     if strict or not any(fits):
         raise UserError(f"{message}; raise it to {max(lengths)} or shorten them")
-    return fits, f"{message} and are left out"
+    return fits, message
 
 
 def solver_sequences(path: str, tokenizer: Tokenizer, max_seq_len: int, strict: bool) -> tuple[list[Sequence], str | None]:
@@ -142,16 +145,28 @@ def comparisons(path: str, tokenizer: Tokenizer, max_seq_len: int, strict: bool)
     return [c for c, fit in zip(found, fits) if fit], warning
 
 
-def check_writable(path: str, suffix: str) -> None:
-    """Raise UserError when a file to be written has another suffix, is a folder, or has no folder to lie in."""
+def check_log_dir(log_dir: str, *read: str | None) -> None:
+    """Raise UserError when a log folder cannot be made or written to, or is a folder that is read."""
+    folder = Path(log_dir).resolve()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"--log_dir {log_dir}: {existing} is not a folder that can be written to")
+    if any(path is not None and Path(path).resolve() == folder for path in read):
+        raise UserError(f"--log_dir {log_dir}: is a checkpoint that is read; logs need a folder of their own")
+
+
+def check_writable(path: str, suffix: str, *read: str) -> None:
+    """Raise UserError when a file to be written has another suffix, is a folder, is itself read, or has no folder to lie in."""
     target = Path(path)
+    if any(Path(other).resolve() == target.resolve() for other in read):
+        raise UserError(f"{path}: is read and would be overwritten; write to another file")
     if target.suffix != suffix:
         raise UserError(f"{path}: a {suffix} file is written; name it so")
     if target.is_dir():
         raise UserError(f"{path}: is a folder; name a file")
     existing = next(parent for parent in target.absolute().parents if parent.exists())
-    if not existing.is_dir():
-        raise UserError(f"{path}: {existing} is a file, not a folder")
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"{path}: {existing} is not a folder that can be written to")
 
 
 def check_same_tokenizer(actor: Model, other: Model) -> None:

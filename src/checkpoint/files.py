@@ -39,6 +39,13 @@ class TensorFile:
     def shape(self, key: str) -> tuple[int, ...]:
         return tuple(self._handle.get_slice(key).get_shape() if self.lazy else self._tensors[key].shape)
 
+    def dtype(self, key: str) -> torch.dtype | None:
+        """None when it is not one that weights have here: fp32, bf16 or fp16."""
+        if self.lazy:
+            return {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}.get(self._handle.get_slice(key).get_dtype())
+        kind = self._tensors[key].dtype
+        return kind if kind in (torch.float32, torch.bfloat16, torch.float16) else None
+
     def read(self, key: str, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
         """The tensor, or its [start, stop) along `dim`. Torch files give views of the mapped file."""
         if not self.lazy:
@@ -56,7 +63,9 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
         if "mmap can only be used" not in str(error):
             raise
         loaded = torch.load(path, map_location="cpu", weights_only=True)  # torch's format before 1.6
-    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+    if not isinstance(loaded, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in loaded.items()
+    ):
         raise UserError(f"{path}: holds no plain dictionary of tensors; export the model's state_dict alone")
     return loaded
 

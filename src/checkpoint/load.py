@@ -3,7 +3,6 @@
 import torch
 
 from src.checkpoint.source import Checkpoint
-from src.errors import UserError
 from src.models.init import random_tensor
 from src.models.layout import TensorSpec, check_degree
 from src.models.transformer import Transformer, build
@@ -17,24 +16,22 @@ def load_model(
     """This rank's model with the checkpoint's weights.
 
     head "score" on a language model's checkpoint leaves `output` aside and starts the scalar head from N(0, 1/(dim + 1))
-    (N Implementation Details of RLHF with PPO); every other weight must come from the checkpoint.
+    (N Implementation Details of RLHF with PPO); every other weight must come from the checkpoint. Raises UserError, on every
+    rank, when one is not finite.
     """
     config = checkpoint.config.with_head(head or checkpoint.config.head)
     if config.head == "lm" and checkpoint.config.head == "score":
         raise ValueError(f"{checkpoint.folder} has a score head and no output layer")
     check_degree(config, parallel.mp_size)
     model = build(config, parallel.device, dtype)
-    for name, parameter in model.named_parameters():
-        if name == "score.weight" and checkpoint.config.head == "lm":
-            parameter.copy_(random_tensor(name, TensorSpec((1, config.dim)), (config.dim + 1) ** -0.5, seed))
-        else:
-            parameter.copy_(checkpoint.local(name, parallel.mp_rank, parallel.mp_size))
-    agreed(lambda: _check_finite(model, checkpoint))
+
+    def fill() -> None:
+        for name, parameter in model.named_parameters():
+            if name == "score.weight" and checkpoint.config.head == "lm":
+                parameter.copy_(random_tensor(name, TensorSpec((1, config.dim)), (config.dim + 1) ** -0.5, seed))
+            else:
+                local = checkpoint.local(name, parallel.mp_rank, parallel.mp_size)
+                parameter.copy_(checkpoint.check_finite(name, local))
+
+    agreed(fill)
     return model
-
-
-def _check_finite(model: Transformer, checkpoint: Checkpoint) -> None:
-    # The extremes of a tensor are NaN or infinite if anything in it is, and are found without a mask of its size.
-    bad = [name for name, p in model.named_parameters() if not torch.stack(torch.aminmax(p)).isfinite().all()]
-    if bad:
-        raise UserError(f"{checkpoint.folder}: NaN or infinite weights in {', '.join(bad[:3])} ({len(bad)} tensors)")

@@ -60,7 +60,13 @@ class Checkpoint:
     @classmethod
     def open(cls, path: str, config_file: str | None = None) -> "Checkpoint":
         """path: a Hugging Face folder, a folder of consolidated shards, or one tensor file. Raises UserError."""
-        path = Path(path)
+        try:
+            return cls._open(Path(path), config_file)
+        except OSError as error:
+            raise UserError(f"{error.filename or path}: cannot be read ({error.strerror or error})") from None
+
+    @classmethod
+    def _open(cls, path: Path, config_file: str | None) -> "Checkpoint":
         if not path.exists():
             raise UserError(f"{path}: no such file or folder")
         folder = path if path.is_dir() else path.parent
@@ -74,6 +80,12 @@ class Checkpoint:
             parts = [{key: file for key in file.keys} for file in opened]
         hf = any(key.startswith("model.") or key == "lm_head.weight" for key in parts[0])
         return cls(folder, _config(folder, config_file), parts, hf)
+
+    def check_finite(self, name: str, tensor: Tensor) -> Tensor:
+        """The tensor, unless it holds NaN or infinity: then UserError. Its extremes tell, without a mask of its size."""
+        if not torch.stack(torch.aminmax(tensor)).isfinite().all():
+            raise UserError(f"{self.folder}: NaN or infinite weights in {name}; the checkpoint is damaged")
+        return tensor
 
     @property
     def dtype(self) -> torch.dtype:
@@ -140,6 +152,9 @@ class Checkpoint:
                     problems.append(f"{where}{key} is missing")
                     continue
                 found, expected = part[key].shape(key), spec.local_shape(n)
+                kind, first = part[key].dtype(key), self.parts[0].get(key, part[key]).dtype(key)
+                if kind is None or kind != first:
+                    problems.append(f"{where}{part[key].path.name}: {key} is {kind or 'no fp32, bf16 or fp16'}, expected {first or 'one'}")
                 if found != expected:
                     problems.append(f"{where}{part[key].path.name}: {key} has shape {list(found)}, expected {list(expected)}")
             for key in part.keys() - wanted.keys():
@@ -156,7 +171,10 @@ def _consolidated(folder: Path) -> list[Path]:
     for path in folder.glob("consolidated*"):
         match = re.fullmatch(r"consolidated(?:\.(\d+))?\.(pth|safetensors)", path.name)
         if match:
-            found[int(match[1] or 0)] = path
+            number = int(match[1] or 0)
+            if number in found:
+                raise UserError(f"{folder}: {found[number].name} and {path.name} are both shard {number}; remove one")
+            found[number] = path
     holes = sorted(set(range(max(found, default=-1) + 1)) - found.keys())
     if holes:
         names = ", ".join(f"consolidated.{i:02d}.pth" for i in holes)

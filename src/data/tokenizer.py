@@ -29,8 +29,10 @@ class Tokenizer:
                 rust = RustTokenizer.from_file(str(path))
                 self._encode = lambda text: rust.encode(text, add_special_tokens=False).ids
                 self._decode = lambda ids: rust.decode(ids, skip_special_tokens=True)
-                self.vocab_size = rust.get_vocab_size()
+                self.vocab_size = max(rust.get_vocab().values()) + 1
                 self.bos_id, self.eos_id = _special_ids(rust, path)
+            if min(self.bos_id, self.eos_id) < 0:
+                raise UserError(f"{path}: has no BOS or EOS; a model needs both")
         except UserError:
             raise
         except Exception as error:  # both libraries raise bare Exception or RuntimeError for a damaged file
@@ -64,7 +66,9 @@ def _special_ids(rust: RustTokenizer, path: Path) -> tuple[int, int]:
     ids = []
     for key, usual in (("bos_token", "<s>"), ("eos_token", "</s>")):
         token = named.get(key) or usual
-        token = token["content"] if isinstance(token, dict) else token
+        token = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(token, str):
+            raise UserError(f"{beside}: {key} is {named.get(key)!r}, a token's text is expected")
         if rust.token_to_id(token) is None:
             raise UserError(f"{path}: {key} {token!r} is not in the vocabulary; tokenizer_config.json names it")
         ids.append(rust.token_to_id(token))

@@ -60,5 +60,5 @@ def check_degree(config: ModelConfig, n: int, flag: str = "--model_parallel_size
     counts = {s.what: s.shape[s.dim] // s.unit for s in tensor_table(config).values() if s.dim is not None}
     bad = [f"{count} {what}" for what, count in counts.items() if count % n]
     if bad:
-        fits = [d for d in range(1, max(n, 8) + 1) if all(count % d == 0 for count in counts.values())]
+        fits = [d for d in range(1, min(counts.values()) + 1) if all(count % d == 0 for count in counts.values())]
         raise UserError(f"{flag} {n} does not divide this model's {', '.join(bad)}; degrees that fit: {fits}")
