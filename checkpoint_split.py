@@ -2,6 +2,9 @@
 
     python checkpoint_split.py --ckpt_file CKPT --save_path DIR --n 8
 
+Under torchrun (one rank does the work): torchrun -- checkpoint_split.py …; without the --, torchrun's own parser refuses --n
+as an ambiguous abbreviation of its flags.
+
 CKPT is a Hugging Face folder, one .bin / .pth / .safetensors file with its config beside it, or a folder of
 consolidated.*.pth for any degree. Splitting is for speed of loading: every script also reads CKPT as it is.
 """
