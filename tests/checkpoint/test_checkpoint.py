@@ -462,7 +462,10 @@ def test_index_that_is_wrong(tmp_path, hf, index, message):
     (dict(vocab_size=100), r"expected \[100, 32\]"),
     (dict(tie_word_embeddings=True), "unknown tensor output.weight"),
     (dict(n_heads=0), "n_heads is 0"), (dict(dim="64"), "dim is '64'"), (dict(n_kv_heads=3), "8 heads cannot share 3 kv heads"),
-    (dict(norm_eps=None), "norm_eps is None"), (dict(head="value"), "unknown head 'value'")), ids=str)
+    (dict(norm_eps=None), "no 'norm_eps'"), (dict(head="value"), "unknown head 'value'"),
+    (dict(use_scaled_rope=True), "use_scaled_rope is set"), (dict(moe={"num_experts": 8}), "moe is set"),
+    (dict(hidden_dim=None, multiple_of="256"), "multiple_of is '256'"), (dict(head_dim=0), "head_dim is 0"),
+    (dict(n_layers=10**9), "n_layers is 1000000000")), ids=str)
 def test_params_that_contradict_the_tensors(tmp_path, hf, change, message):
     split(Checkpoint.open(str(hf)), tmp_path / "shards", 2)
     file = tmp_path / "shards" / "params.json"
@@ -472,8 +475,14 @@ def test_params_that_contradict_the_tensors(tmp_path, hf, change, message):
 
 
 @pytest.mark.parametrize("change, message", (
-    (dict(model_type="gpt2"), "model_type is 'gpt2'"), (dict(attention_bias=True), "attention_bias is true"),
-    (dict(rope_parameters={"rope_type": "llama3", "rope_theta": 1e4}), "rope scaling 'llama3' is not supported"),
+    (dict(model_type="gpt2"), "model_type is 'gpt2'"), (dict(attention_bias=True), "attention_bias is set"),
+    (dict(rope_parameters={"rope_type": "llama3", "rope_theta": 1e4}), "rope scaling 'llama3', which is not supported"),
+    (dict(rope_scaling={"type": "linear", "factor": 2}), "rope scaling 'linear', which is not supported"),
+    (dict(rope_parameters="x"), "rope_parameters is 'x'"), (dict(quantization_config={"bits": 4}), "quantization_config is set"),
+    (dict(architectures="LlamaForCausalLM"), "a list of names is expected"), (dict(architectures=5), "a list of names is expected"),
+    (dict(tie_word_embeddings="yes"), "tie_word_embeddings is 'yes'"), (dict(head_dim=0), "head_dim is 0"),
+    (dict(hidden_size="32", head_dim=None), "hidden_size is '32'"), (dict(num_attention_heads=0), "num_attention_heads is 0"),
+    (dict(rope_theta=float("inf")), "rope_theta is inf"), (dict(num_hidden_layers=10**9), "n_layers is 1000000000"),
     (dict(hidden_act="gelu"), "hidden_act is 'gelu'"),
     (dict(architectures=["LlamaForSequenceClassification"], id2label={"0": "a", "1": "b"}), "has 2 labels")), ids=str)
 def test_hugging_face_models_that_are_not_this_one(tmp_path, hf, change, message):
