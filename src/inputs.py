@@ -18,9 +18,9 @@ from src.trainer.verifier import Comparison
 
 # Flag → the smallest and the largest value that make sense, and whether the smallest itself does.
 RANGES = {
-    **dict.fromkeys(("max_batch_size", "accumulation_steps", "eval_batch_size", "rollout_batch_size", "max_new_tokens"), (1, 10**7, True)),
-    **dict.fromkeys(("epochs", "iterations", "max_buffer_size", "samples_per_prompt", "num_samples", "max_rows"), (1, 10**9, True)),
-    **dict.fromkeys(("mini_batches", "ppo_epochs", "model_parallel_size"), (1, 10**6, True)),
+    **dict.fromkeys(("max_batch_size", "eval_batch_size", "rollout_batch_size", "accumulation_steps"), (1, 10**7, True)),
+    **dict.fromkeys(("max_new_tokens", "max_buffer_size", "samples_per_prompt", "num_samples", "max_rows"), (1, 10**7, True)),
+    **dict.fromkeys(("epochs", "iterations", "mini_batches", "ppo_epochs", "model_parallel_size"), (1, 10**7, True)),
     **dict.fromkeys(("lr", "critic_lr", "max_grad_norm", "lora_alpha", "kl_target", "kl_horizon"), (0, 1e9, False)),
     **dict.fromkeys(("weight_decay", "kl_coef", "vf_coef", "truncation_penalty", "temperature"), (0, 1e6, True)),
     **dict.fromkeys(("verifier_weight", "rule_weight"), (-1e6, 1e6, True)),

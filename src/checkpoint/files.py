@@ -11,6 +11,7 @@ from torch import Tensor
 
 from src.errors import UserError
 
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # by their names in safetensors
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
 
@@ -42,9 +43,9 @@ class TensorFile:
     def dtype(self, key: str) -> torch.dtype | None:
         """None when it is not one that weights have here: fp32, bf16 or fp16."""
         if self.lazy:
-            return {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}.get(self._handle.get_slice(key).get_dtype())
+            return DTYPES.get(self._handle.get_slice(key).get_dtype())
         kind = self._tensors[key].dtype
-        return kind if kind in (torch.float32, torch.bfloat16, torch.float16) else None
+        return kind if kind in DTYPES.values() else None
 
     def read(self, key: str, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
         """The tensor, or its [start, stop) along `dim`. Torch files give views of the mapped file."""

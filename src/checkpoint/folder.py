@@ -46,8 +46,10 @@ def check_apart(saved: dict[str, str], others: dict[str, str | None]) -> None:
         for other, path in paths.items():
             inside = paths[flag] in (path, *path.parents)
             if other != flag and (inside or (other in saved and path in paths[flag].parents)):
-                raise UserError(f"--{flag} {saved[flag]} and --{other} {(saved | others)[other]} overlap: saving would remove what "
-                                "the other holds; choose another folder")
+                raise UserError(
+                    f"--{flag} {saved[flag]} and --{other} {(saved | others)[other]} overlap: saving would remove what the other "
+                    "holds; choose another folder"
+                )
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -55,7 +57,9 @@ def check_space(folder: Path, needed: int) -> None:
     above = next(parent for parent in folder.parents if parent.exists())
     free = shutil.disk_usage(above).free
     if free < needed:
-        raise UserError(f"{folder}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free: make room or save elsewhere")
+        raise UserError(
+            f"{folder}: {needed / 1e9:.3f} GB are needed and {free / 1e9:.3f} GB are free: make room or save elsewhere"
+        )
 
 
 def find_tokenizer(folder: Path) -> Path | None:

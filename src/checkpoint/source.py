@@ -154,7 +154,8 @@ class Checkpoint:
                 found, expected = part[key].shape(key), spec.local_shape(n)
                 kind, first = part[key].dtype(key), self.parts[0].get(key, part[key]).dtype(key)
                 if kind is None or kind != first:
-                    problems.append(f"{where}{part[key].path.name}: {key} is {kind or 'no fp32, bf16 or fp16'}, expected {first or 'one'}")
+                    found_kind, expected_kind = kind or "no fp32, bf16 or fp16", first or "one of them"
+                    problems.append(f"{where}{part[key].path.name}: {key} is {found_kind}, expected {expected_kind}")
                 if found != expected:
                     problems.append(f"{where}{part[key].path.name}: {key} has shape {list(found)}, expected {list(expected)}")
             for key in part.keys() - wanted.keys():
