@@ -70,17 +70,18 @@ def main(
         check_writable(output_file, ".jsonl", input_file)
         opened = open_model(ckpt_dir, parallel, tokenizer_file, config_file, model_type, head="lm")
         rows = read_prompt_rows(input_file)[:max_rows]
-        lengths = [len(opened.tokenizer.prompt_ids(row["instruction"])) + 1 for row in rows]
-        return opened, rows, within(lengths, max_seq_len, False, f"prompts of {input_file}, with one token more,")[1]
+        prompts = [opened.tokenizer.prompt_ids(row["instruction"]) for row in rows]
+        what = f"prompts of {input_file}, with one token more,"
+        return opened, rows, prompts, within([len(prompt) + 1 for prompt in prompts], max_seq_len, False, what)[1]
 
-    opened, rows, warning = agreed(read_inputs)
+    opened, rows, prompts, warning = agreed(read_inputs)
     with RunLog(None, "solver_generate", settings, parallel.rank) as log:
         if warning:
             log.warning(f"{warning}: their outputs are empty")
         model = load_model(opened.checkpoint, parallel, pick_dtype(dtype, parallel.device), head="lm")
         engine = Engine(model, parallel, max_batch_size, max_seq_len)
         asked = [(i, row["instruction"]) for i, row in enumerate(rows) for _ in range(num_samples)]
-        prompts = [opened.tokenizer.prompt_ids(instruction) for _, instruction in asked]
+        prompts = [prompt for prompt in prompts for _ in range(num_samples)]
         with log.progress(len(prompts), "generating", unit="output") as bar:
             completions = generate_sharded(
                 engine,

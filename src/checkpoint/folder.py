@@ -110,10 +110,14 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 def copy_side_files(source: Path, target: Path, tokenizer: Path | None = None) -> None:
-    """The tokenizer's and generation's files that lie with the weights; `tokenizer`: the one in use, where it is another."""
-    for name in TOKENIZER_FILES:
+    """The tokenizer's and generation's files that lie with the weights; `tokenizer`: the one in use, where it is another.
+
+    Another tokenizer goes alone: beside the weights' own, it would not be the one that is found again.
+    """
+    tokenizer = tokenizer or find_tokenizer(source)
+    own = tokenizer is None or tokenizer.resolve().parent == source.resolve()
+    for name in TOKENIZER_FILES if own else ("generation_config.json",):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-    tokenizer = tokenizer or find_tokenizer(source)
-    if tokenizer is not None:
+    if not own:
         shutil.copyfile(tokenizer, target / f"tokenizer{tokenizer.suffix}")

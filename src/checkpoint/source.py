@@ -13,7 +13,7 @@ from torch import Tensor
 from src.checkpoint.files import SUFFIXES, TensorFile, indexed_files, read_json
 from src.errors import UserError
 from src.models.config import SIZES, ModelConfig, config_from_hf, config_from_params
-from src.models.layout import TensorSpec, tensor_table
+from src.models.layout import tensor_table
 from src.models.llama import COMPUTED, HF_NAMES, PRESETS, ROTARY
 
 TOKENIZER_FILES = (

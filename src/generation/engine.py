@@ -6,6 +6,7 @@ The running sequences always fill the first n slots, so that decoding works on s
 import os
 from collections import deque
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Callable
 
 import torch
@@ -167,7 +168,7 @@ def _free_bytes(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0] + kept_by_torch
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     try:
-        lines = dict(line.split(":", 1) for line in open("/proc/meminfo"))
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         available = int(lines["MemAvailable"].split()[0]) * 1024
     except OSError:  # not Linux
         available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

@@ -6,7 +6,6 @@ import torch
 from src.evaluation import verifier
 from src.evaluation.verifier import evaluate_pairs, score_all
 from src.logs import RunLog
-from src.parallel.setup import start, stop
 from src.trainer.verifier import Comparison
 from tests.trainer.tiny import ours, padded, save_llama, some_sequences, theirs
 
@@ -14,14 +13,6 @@ from tests.trainer.tiny import ours, padded, save_llama, some_sequences, theirs
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return save_llama(tmp_path_factory.mktemp("verifier") / "score", "score", 1)
-
-
-@pytest.fixture
-def parallel():
-    parallel = start(1)
-    torch.set_num_threads(1)  # tensors this small only wait for more
-    yield parallel
-    stop()
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from src.ppo.fit import DEFAULT_KL_COEF, Schedule, fit, prompt_batches, read_kl_
 from src.ppo.loss import value_loss
 from src.ppo.rewards import RuleReward, VerifierReward
 from src.ppo.trainer import PPOSettings
-from tests.ppo.worker import STOPS, TEMPERATURE, Parity, Recorder, make_ppo, prompts
+from tests.ppo.worker import TEMPERATURE, Recorder, make_ppo, prompts
 from tests.trainer.tiny import EOS, ours, padded, some_sequences, theirs
 
 

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from src.parallel.setup import start, stop
 from tests.launch import launch
 from tests.trainer.tiny import save_llama
 from tests.trainer.worker import all_checks
@@ -31,11 +30,3 @@ def results(folder):
 @pytest.fixture(params=LAYOUTS)
 def layout(request):
     return request.param
-
-
-@pytest.fixture
-def parallel():
-    parallel = start(1)
-    torch.set_num_threads(1)  # tensors this small only wait for more
-    yield parallel
-    stop()

@@ -1,0 +1,14 @@
+"""What tests of several parts share."""
+
+import pytest
+import torch
+
+from src.parallel.setup import start, stop
+
+
+@pytest.fixture
+def parallel():
+    parallel = start(1)
+    torch.set_num_threads(1)  # tensors this small only wait for more
+    yield parallel
+    stop()
