@@ -26,6 +26,7 @@ def main(
     model_type: str | None = None,
     tokenizer_file: str | None = None,
     config_file: str | None = None,
+    use_chat_template: bool = False,
     max_batch_size: int = 6,
     max_buffer_size: int = 96,
     samples_per_prompt: int = 1,
@@ -55,6 +56,10 @@ def main(
     weight_decay: float = 0.0,
     lora_rank: int = -1,
     lora_alpha: float = 16.0,
+    lora_targets: list[str] | None = None,
+    quantize: Literal["nf4", "int8"] | None = None,
+    freeze_layers: int = 0,
+    router_aux_loss_coef: float | None = None,
     checkpoint_activations: bool = False,
     task: str | None = None,
     label_file: str | None = None,
@@ -80,6 +85,7 @@ def main(
         model_type: a name such as llama-2-7b to check the actor's sizes against.
         tokenizer_file: found in actor_ckpt_dir when not given.
         config_file: the actor's params.json or config.json; found in actor_ckpt_dir when not given.
+        use_chat_template: write each instruction as a user's turn, by the checkpoint's chat template or the family's.
         max_batch_size: sequences in one forward and backward, per data-parallel rank.
         max_buffer_size: rollouts per iteration, over all ranks.
         samples_per_prompt: rollouts of each prompt.
@@ -110,6 +116,10 @@ def main(
         weight_decay: AdamW's, on matrices.
         lora_rank: rank of the policy's and the value model's adapters; -1 trains all weights.
         lora_alpha: the adapter's output is scaled by lora_alpha / lora_rank.
+        lora_targets: layers to adapt, of wq,wk,wv,wo,w1,w2,w3; all of them when not given (with experts: attention's).
+        quantize: keep the frozen weights in 4 or 8 bits; needs --lora_rank.
+        freeze_layers: train neither the embedding nor this many layers from the bottom.
+        router_aux_loss_coef: weight of the experts' load-balancing loss; the model's own when not given.
         checkpoint_activations: keep block inputs only and compute the rest again in backward.
         task: what to evaluate on, such as GSM8K; also whose rule --reward rule applies (GSM8K when not given).
         label_file: the task's rows.
@@ -129,13 +139,21 @@ def main(
     from src.evaluation.training import SolverEvaluation
     from src.generation.engine import Engine
     from src.generation.sampling import Sampling
-    from src.inputs import check_flags, check_log_dir, check_same_tokenizer, open_model, ppo_prompts
+    from src.inputs import (
+        check_flags,
+        check_log_dir,
+        check_model_flags,
+        check_same_tokenizer,
+        lora_of,
+        open_model,
+        ppo_prompts,
+    )
     from src.logs import RunLog
-    from src.models.lora import add_lora
     from src.parallel.setup import agreed, pick_dtype, start, stop
     from src.ppo.fit import Schedule, fit, read_kl_coef, write_state
     from src.ppo.rewards import RuleReward, VerifierReward
     from src.ppo.trainer import PPO, KLController, PPOSettings
+    from src.trainer.fit import prepare
     from src.trainer.optimizer import Optimizer
 
     check_flags(settings)
@@ -177,11 +195,15 @@ def main(
         }
         check_log_dir(logs, actor_ckpt_dir, critic_ckpt_dir, reward_model_ckpt_dir)
         check_apart({"actor_save_dir": actor_save_dir, "critic_save_dir": critic_save_dir}, {**read, "log_dir": logs})
-        actor = open_model(actor_ckpt_dir, parallel, tokenizer_file, config_file, model_type, head="lm")
-        critic = open_model(critic_ckpt_dir, parallel, tokenizer_file)
+        chat = {"use_chat_template": use_chat_template}
+        actor = open_model(actor_ckpt_dir, parallel, tokenizer_file, config_file, model_type, head="lm", **chat)
+        critic = open_model(critic_ckpt_dir, parallel, tokenizer_file, **chat)
         verifier = None
         if reward != "rule":
-            verifier = open_model(reward_model_ckpt_dir, parallel, tokenizer_file, head="score")
+            verifier = open_model(reward_model_ckpt_dir, parallel, tokenizer_file, head="score", **chat)
+        for model in (actor, critic):
+            check_model_flags(settings, model.checkpoint)
+        loras = [lora_of(settings, model.checkpoint) for model in (actor, critic)]
         check_save(actor_save_dir, actor.checkpoint, number_type)
         check_save(critic_save_dir, critic.checkpoint, number_type)
         for other in filter(None, (critic, verifier)):
@@ -190,22 +212,20 @@ def main(
         rule = find_task(task or "GSM8K") if reward != "verifier" else None
         prompts, warning = ppo_prompts(train_file, actor.tokenizer, rule, max_seq_len)
         kl = KLController(read_kl_coef(actor_ckpt_dir) if kl_coef is None else kl_coef, kl_target, kl_horizon)
-        return actor, critic, verifier, evaluation, rule, prompts, warning, kl
+        return actor, critic, verifier, loras, evaluation, rule, prompts, warning, kl
 
-    actor, critic, verifier, evaluation, rule, prompts, warning, kl = agreed(read_inputs)
-    policy = load_model(actor.checkpoint, parallel, number_type, head="lm")
-    reference = load_model(actor.checkpoint, parallel, number_type, head="lm").requires_grad_(False)
-    value = load_model(critic.checkpoint, parallel, number_type, head="score", seed=seed)
+    actor, critic, verifier, loras, evaluation, rule, prompts, warning, kl = agreed(read_inputs)
+    policy = load_model(actor.checkpoint, parallel, number_type, "lm", seed, quantize, loras[0])
+    reference = load_model(actor.checkpoint, parallel, number_type, "lm", seed, quantize).requires_grad_(False)
+    value = load_model(critic.checkpoint, parallel, number_type, "score", seed, quantize, loras[1])
     rewards = []
     if verifier is not None:
-        scorer = load_model(verifier.checkpoint, parallel, number_type, head="score").requires_grad_(False)
+        scorer = load_model(verifier.checkpoint, parallel, number_type, "score", seed, quantize).requires_grad_(False)
         rewards.append((verifier_weight, VerifierReward(scorer)))
     if rule is not None:
         rewards.append((rule_weight, RuleReward(rule, actor.tokenizer)))
     for model in (policy, value):
-        model.recompute = checkpoint_activations
-        if lora_rank > 0:
-            add_lora(model, lora_rank, lora_alpha, seed, parallel)
+        prepare(model, settings)
 
     with RunLog(logs, "ppo_train", settings, parallel.rank) as log:
         if warning:
@@ -223,7 +243,7 @@ def main(
             Optimizer(value, parallel, weight_decay, max_grad_norm, eps=1e-5),
             Engine(policy, parallel, rollout_batch_size, max_seq_len),
             sampling,
-            {actor.tokenizer.eos_id},
+            actor.tokenizer.stop_ids,
             kl,
             ppo_settings,
             parallel,
@@ -235,8 +255,8 @@ def main(
             log,
             lambda epoch: evaluation.run(epoch, policy, actor.tokenizer, parallel, log, settings),
         )
-        save_model(policy, parallel, actor_save_dir, actor.checkpoint.folder, actor.tokenizer.path)
-        save_model(value, parallel, critic_save_dir, critic.checkpoint.folder, critic.tokenizer.path)
+        save_model(policy, parallel, actor_save_dir, actor.checkpoint, actor.tokenizer.path)
+        save_model(value, parallel, critic_save_dir, critic.checkpoint, critic.tokenizer.path)
         if parallel.is_main:
             write_state(actor_save_dir, kl.kl_coef)
         log.info(f"saved the policy to {actor_save_dir} and the value model to {critic_save_dir}")

@@ -23,6 +23,9 @@ def main(
     model_type: str | None = None,
     tokenizer_file: str | None = None,
     config_file: str | None = None,
+    adapter_dir: str | None = None,
+    use_chat_template: bool = False,
+    quantize: Literal["nf4", "int8"] | None = None,
     max_batch_size: int = 384,
     max_seq_len: int = 1024,
     max_new_tokens: int = 256,
@@ -45,6 +48,9 @@ def main(
         model_type: a name such as llama-2-7b to check the sizes against.
         tokenizer_file: found in ckpt_dir when not given.
         config_file: params.json or config.json; found in ckpt_dir when not given.
+        adapter_dir: a LoRA adapter in PEFT's format to add to the weights.
+        use_chat_template: write each instruction as a user's turn, by the checkpoint's chat template or the family's.
+        quantize: keep the linear layers' weights in 4 or 8 bits.
         max_batch_size: sequences generated at a time, at most.
         max_seq_len: prompt and answer together.
         max_new_tokens: of one answer.
@@ -77,7 +83,7 @@ def main(
         check_log_dir(log_dir, ckpt_dir)
         data = read_evaluation(task, label_file)
         if ckpt_dir is not None:
-            opened = open_model(ckpt_dir, parallel, tokenizer_file, config_file, model_type, head="lm")
+            opened = open_model(ckpt_dir, parallel, tokenizer_file, config_file, model_type, "lm", adapter_dir, use_chat_template)
             lengths = [len(opened.tokenizer.prompt_ids(text)) + 1 for text in data.instructions]
             return data, opened, None, within(lengths, max_seq_len, False, f"prompts of {label_file}, with one token more,")[1]
         texts = [row["output"] for row in read_rows(prediction_file, {"output": STRING})]
@@ -87,7 +93,7 @@ def main(
 
     data, opened, texts, warning = agreed(read_inputs)
     if opened is not None:
-        model = load_model(opened.checkpoint, parallel, pick_dtype(dtype, parallel.device), head="lm")
+        model = load_model(opened.checkpoint, parallel, pick_dtype(dtype, parallel.device), "lm", seed, quantize)
     with RunLog(log_dir, "solver_evaluate", settings, parallel.rank) as log:
         if warning:
             log.warning(f"{warning}: they count as wrong")

@@ -18,6 +18,9 @@ def main(
     model_type: str | None = None,
     tokenizer_file: str | None = None,
     config_file: str | None = None,
+    adapter_dir: str | None = None,
+    use_chat_template: bool = False,
+    quantize: Literal["nf4", "int8"] | None = None,
     max_batch_size: int = 384,
     max_seq_len: int = 1024,
     max_new_tokens: int = 256,
@@ -40,6 +43,9 @@ def main(
         model_type: a name such as llama-2-7b to check the sizes against.
         tokenizer_file: found in ckpt_dir when not given.
         config_file: params.json or config.json; found in ckpt_dir when not given.
+        adapter_dir: a LoRA adapter in PEFT's format to add to the weights.
+        use_chat_template: write each instruction as a user's turn, by the checkpoint's chat template or the family's.
+        quantize: keep the linear layers' weights in 4 or 8 bits.
         max_batch_size: sequences generated at a time, at most.
         max_seq_len: prompt and output together.
         max_new_tokens: of one output.
@@ -68,7 +74,7 @@ def main(
 
     def read_inputs():
         check_writable(output_file, ".jsonl", input_file)
-        opened = open_model(ckpt_dir, parallel, tokenizer_file, config_file, model_type, head="lm")
+        opened = open_model(ckpt_dir, parallel, tokenizer_file, config_file, model_type, "lm", adapter_dir, use_chat_template)
         rows = read_prompt_rows(input_file)[:max_rows]
         prompts = [opened.tokenizer.prompt_ids(row["instruction"]) for row in rows]
         what = f"prompts of {input_file}, with one token more,"
@@ -78,7 +84,7 @@ def main(
     with RunLog(None, "solver_generate", settings, parallel.rank) as log:
         if warning:
             log.warning(f"{warning}: their outputs are empty")
-        model = load_model(opened.checkpoint, parallel, pick_dtype(dtype, parallel.device), head="lm")
+        model = load_model(opened.checkpoint, parallel, pick_dtype(dtype, parallel.device), "lm", seed, quantize).eval()
         engine = Engine(model, parallel, max_batch_size, max_seq_len)
         asked = [(i, row["instruction"]) for i, row in enumerate(rows) for _ in range(num_samples)]
         prompts = [prompt for prompt in prompts for _ in range(num_samples)]
@@ -87,7 +93,7 @@ def main(
                 engine,
                 prompts,
                 sampling,
-                {opened.tokenizer.eos_id},
+                opened.tokenizer.stop_ids,
                 on_tokens=lambda done, new: bar.update(done, tokens=new),
             )
         if parallel.is_main:

@@ -18,6 +18,9 @@ def main(
     model_type: str | None = None,
     tokenizer_file: str | None = None,
     config_file: str | None = None,
+    adapter_dir: str | None = None,
+    use_chat_template: bool = False,
+    quantize: Literal["nf4", "int8"] | None = None,
     max_batch_size: int = 64,
     max_seq_len: int = 1024,
     temperature: float = 1.0,
@@ -35,6 +38,9 @@ def main(
         model_type: a name such as llama-2-7b to check the sizes against.
         tokenizer_file: found in ckpt_dir when not given.
         config_file: params.json or config.json; found in ckpt_dir when not given.
+        adapter_dir: a LoRA adapter in PEFT's format to add to the weights.
+        use_chat_template: write each instruction as a user's turn, by the checkpoint's chat template or the family's.
+        quantize: keep the linear layers' weights in 4 or 8 bits.
         max_batch_size: sequences in one forward.
         max_seq_len: longer rows are refused.
         temperature: divides the logits before the softmax.
@@ -61,7 +67,7 @@ def main(
 
     def read_inputs():
         check_writable(output_file, ".jsonl", input_file)
-        opened = open_model(ckpt_dir, parallel, tokenizer_file, config_file, model_type, head="lm")
+        opened = open_model(ckpt_dir, parallel, tokenizer_file, config_file, model_type, "lm", adapter_dir, use_chat_template)
         rows = read_rows(input_file, {"instruction": TEXT, "output": TEXT})
         sequences = [encode(opened.tokenizer, row["instruction"], row["output"]) for row in rows]
         within([len(s.tokens) for s in sequences], max_seq_len, True, f"rows of {input_file}")
@@ -69,7 +75,7 @@ def main(
 
     opened, sequences = agreed(read_inputs)
     with RunLog(None, "solver_score", settings, parallel.rank) as log, torch.no_grad():
-        model = load_model(opened.checkpoint, parallel, pick_dtype(dtype, parallel.device), head="lm")
+        model = load_model(opened.checkpoint, parallel, pick_dtype(dtype, parallel.device), "lm", seed, quantize).eval()
 
         def score(rows: list[int]) -> list[list[float]]:
             batch = Batch.of([sequences[i] for i in rows], parallel.device)

@@ -22,6 +22,9 @@ def main(
     model_type: str | None = None,
     tokenizer_file: str | None = None,
     config_file: str | None = None,
+    adapter_dir: str | None = None,
+    use_chat_template: bool = False,
+    quantize: Literal["nf4", "int8"] | None = None,
     max_batch_size: int = 64,
     max_seq_len: int = 1024,
     strict_length: bool = False,
@@ -41,6 +44,9 @@ def main(
         model_type: a name such as llama-2-7b to check the sizes against.
         tokenizer_file: found in ckpt_dir when not given.
         config_file: params.json or config.json; found in ckpt_dir when not given.
+        adapter_dir: a LoRA adapter in PEFT's format to add to the weights.
+        use_chat_template: write each instruction as a user's turn, by the checkpoint's chat template or the family's.
+        quantize: keep the linear layers' weights in 4 or 8 bits.
         max_batch_size: sequences in one forward.
         max_seq_len: pairs with longer sequences are left out and counted; longer rows of --input_file are refused.
         strict_length: refuse such pairs too.
@@ -66,7 +72,7 @@ def main(
     parallel = start(model_parallel_size, timeout)
 
     def read_inputs():
-        opened = open_model(ckpt_dir, parallel, tokenizer_file, config_file, model_type, head="score")
+        opened = open_model(ckpt_dir, parallel, tokenizer_file, config_file, model_type, "score", adapter_dir, use_chat_template)
         if label_file is not None:
             check_log_dir(log_dir, ckpt_dir)
             return opened, *comparisons(label_file, opened.tokenizer, max_seq_len, strict_length)
@@ -76,7 +82,7 @@ def main(
         return opened, sequences, within([len(s.tokens) for s in sequences], max_seq_len, True, f"rows of {input_file}")[1]
 
     opened, items, warning = agreed(read_inputs)
-    model = load_model(opened.checkpoint, parallel, pick_dtype(dtype, parallel.device), head="score")
+    model = load_model(opened.checkpoint, parallel, pick_dtype(dtype, parallel.device), "score", seed, quantize)
     with RunLog(log_dir, "verifier_evaluate", settings, parallel.rank) as log:
         if warning:
             log.warning(f"{warning} and are left out")

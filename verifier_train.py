@@ -19,6 +19,8 @@ def main(
     model_type: str | None = None,
     tokenizer_file: str | None = None,
     config_file: str | None = None,
+    adapter_dir: str | None = None,
+    use_chat_template: bool = False,
     max_batch_size: int = 6,
     accumulation_steps: int = 1,
     max_seq_len: int = 1024,
@@ -32,6 +34,11 @@ def main(
     max_grad_norm: float = 1.0,
     lora_rank: int = -1,
     lora_alpha: float = 16.0,
+    lora_dropout: float | None = None,
+    lora_targets: list[str] | None = None,
+    quantize: Literal["nf4", "int8"] | None = None,
+    freeze_layers: int = 0,
+    router_aux_loss_coef: float | None = None,
     checkpoint_activations: bool = False,
     task: str | None = None,
     label_file: str | None = None,
@@ -51,6 +58,8 @@ def main(
         model_type: a name such as llama-2-7b to check the sizes against.
         tokenizer_file: found in ckpt_dir when not given.
         config_file: params.json or config.json; found in ckpt_dir when not given.
+        adapter_dir: a LoRA adapter in PEFT's format: trained on with --lora_rank, else added to the weights first.
+        use_chat_template: write each instruction as a user's turn, by the checkpoint's chat template or the family's.
         max_batch_size: rows in one forward and backward, both sides of each, per data-parallel rank.
         accumulation_steps: micro-batches per optimizer step.
         max_seq_len: rows with more tokens are left out and counted.
@@ -64,6 +73,11 @@ def main(
         max_grad_norm: the gradient is scaled down to this norm.
         lora_rank: rank of the adapter; -1 trains all weights.
         lora_alpha: the adapter's output is scaled by lora_alpha / lora_rank.
+        lora_dropout: share of the adapter's inputs that are dropped in training.
+        lora_targets: layers to adapt, of wq,wk,wv,wo,w1,w2,w3; all of them when not given (with experts: attention's).
+        quantize: keep the frozen weights in 4 or 8 bits; needs --lora_rank.
+        freeze_layers: train neither the embedding nor this many layers from the bottom.
+        router_aux_loss_coef: weight of the experts' load-balancing loss; the model's own when not given.
         checkpoint_activations: keep block inputs only and compute the rest again in backward.
         task: what the evaluation is called in the log and in TensorBoard.
         label_file: held-out rows like the train file's; the share of pairs that the verifier ranks right is measured.
@@ -79,11 +93,10 @@ def main(
     from src.checkpoint.load import load_model
     from src.checkpoint.save import check_save, save_model
     from src.evaluation.training import VerifierEvaluation
-    from src.inputs import check_flags, check_log_dir, comparisons, open_model
+    from src.inputs import check_flags, check_log_dir, check_model_flags, comparisons, lora_of, open_model
     from src.logs import RunLog
-    from src.models.lora import add_lora
     from src.parallel.setup import agreed, pick_dtype, start, stop
-    from src.trainer.fit import FitSettings, fit
+    from src.trainer.fit import FitSettings, fit, prepare
     from src.trainer.optimizer import Optimizer
     from src.trainer.verifier import VerifierObjective
 
@@ -94,23 +107,23 @@ def main(
     number_type, logs = pick_dtype(dtype, parallel.device), log_dir or f"{save_dir.rstrip('/')}-logs"
 
     def read_inputs():
-        check_log_dir(logs, ckpt_dir)
-        check_apart({"save_dir": save_dir}, {"ckpt_dir": ckpt_dir, "train_file": train_file, "log_dir": logs})
-        opened = open_model(ckpt_dir, parallel, tokenizer_file, config_file, model_type)
+        check_log_dir(logs, ckpt_dir, adapter_dir)
+        read = {"ckpt_dir": ckpt_dir, "adapter_dir": adapter_dir, "train_file": train_file}
+        check_apart({"save_dir": save_dir}, {**read, "log_dir": logs})
+        opened = open_model(ckpt_dir, parallel, tokenizer_file, config_file, model_type, None, adapter_dir, use_chat_template)
+        check_model_flags(settings, opened.checkpoint)
         check_save(save_dir, opened.checkpoint, number_type)
         evaluation = VerifierEvaluation.read(task, label_file, opened.tokenizer, eval_batch_size, max_seq_len, strict_length)
-        return opened, evaluation, *comparisons(train_file, opened.tokenizer, max_seq_len, strict_length)
+        lora = lora_of(settings, opened.checkpoint)
+        return opened, lora, evaluation, *comparisons(train_file, opened.tokenizer, max_seq_len, strict_length)
 
-    opened, evaluation, pairs, warning = agreed(read_inputs)
-    model = load_model(opened.checkpoint, parallel, number_type, head="score", seed=seed)
+    opened, lora, evaluation, pairs, warning = agreed(read_inputs)
+    model = load_model(opened.checkpoint, parallel, number_type, "score", seed, quantize, lora)
     with RunLog(logs, "verifier_train", settings, parallel.rank) as log:
         for message in filter(None, (warning, evaluation.warning)):
             log.warning(f"{message} and are left out")
         log.info(f"{len(pairs)} rows; ranks: {parallel.mp_size} model-parallel × {parallel.dp_size} data-parallel")
-        model.recompute = checkpoint_activations
-        if lora_rank > 0:
-            add_lora(model, lora_rank, lora_alpha, seed, parallel)
-
+        prepare(model, settings)
         fit(
             model,
             Optimizer(model, parallel, weight_decay, max_grad_norm, betas=(0.9, beta2)),
@@ -120,7 +133,7 @@ def main(
             log,
             lambda epoch: evaluation.run(epoch, model, parallel, log, settings),
         )
-        save_model(model, parallel, save_dir, opened.checkpoint.folder, opened.tokenizer.path)
+        save_model(model, parallel, save_dir, opened.checkpoint, opened.tokenizer.path)
         log.info(f"saved to {save_dir}")
     stop()
 

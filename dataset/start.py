@@ -48,14 +48,13 @@ def main(
     from safetensors.torch import save_file
 
     from src.checkpoint.folder import check_replaceable, whole_folder
-    from src.checkpoint.source import generalised, to_halves, to_hf_name
-    from src.checkpoint.write import hf_config
+    from src.checkpoint.names import hf_tensors
     from src.data.rows import read_solver_rows
     from src.errors import UserError
     from src.models.config import ModelConfig
+    from src.models.hf_config import hf_config
     from src.models.init import initial_std, random_tensor
     from src.models.layout import tensor_table
-    from src.models.llama import ROTARY
 
     sizes = {"vocab_size": vocab_size, "dim": dim, "n_layers": n_layers, "n_heads": n_heads, "n_kv_heads": n_kv_heads,
              "hidden_dim": hidden_dim, "max_seq_len": max_seq_len}
@@ -74,7 +73,7 @@ def main(
     tensors = {}
     for name, spec in tensor_table(config).items():
         tensor = random_tensor(name, spec, initial_std(name, spec, n_layers), seed)
-        tensors[to_hf_name(name)] = to_halves(tensor, config.head_dim) if generalised(name) in ROTARY else tensor
+        tensors |= hf_tensors(name, tensor, config)
     with whole_folder(folder) as new:
         try:
             sentencepiece.SentencePieceTrainer.train(
@@ -85,7 +84,7 @@ def main(
             raise UserError(f"--vocab_size {vocab_size}: no tokenizer of that size from {train_file}: {error}") from None
         (new / "tokenizer.vocab").unlink()
         save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
-        (new / "config.json").write_text(json.dumps(hf_config(config, "float32"), indent=1) + "\n")
+        (new / "config.json").write_text(json.dumps(hf_config(config, "float32", {"bos_token_id": 1, "eos_token_id": 2}), indent=1) + "\n")
     count = sum(tensor.numel() for tensor in tensors.values())
     print(f"wrote {folder}: {count:,} parameters, vocabulary {vocab_size}")
 

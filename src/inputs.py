@@ -1,7 +1,7 @@
 """What the scripts read before any work, checked on every rank and refused with one voice."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from src.checkpoint.source import Checkpoint, check_model_type
@@ -10,7 +10,7 @@ from src.data.tokenizer import Tokenizer, check_vocabulary
 from src.errors import UserError
 from src.evaluation.tasks import Task, find_task
 from src.models.batch import Sequence
-from src.models.layout import check_degree
+from src.models.lora import LoRAConfig, default_targets
 from src.parallel.setup import Parallel
 from src.ppo.buffer import Prompt
 from src.trainer.verifier import Comparison
@@ -27,6 +27,9 @@ RANGES = {
     **dict.fromkeys(("beta2", "warmup"), (0, 0.999999, True)),
     **dict.fromkeys(("cliprange", "cliprange_value"), (0, 1e6, False)),
     **dict.fromkeys(("gamma", "lam"), (0, 1, True)),
+    "lora_dropout": (0, 0.999, True),
+    "freeze_layers": (0, 10**4, True),
+    "router_aux_loss_coef": (0, 1e3, True),
     "max_seq_len": (2, 10**7, True),
     "lora_rank": (1, 10**5, True),
     "timeout": (0, 10**7, False),
@@ -66,21 +69,57 @@ def open_model(
     config_file: str | None = None,
     model_type: str | None = None,
     head: str | None = None,
+    adapter_dir: str | None = None,
+    use_chat_template: bool = False,
 ) -> Model:
-    """Open a checkpoint and find its tokenizer. Raises UserError when they do not fit each other, or the degree.
+    """Open a checkpoint and find its tokenizer. Raises UserError when they do not fit each other.
 
-    head: "lm" or "score" when the checkpoint must have it.
+    head: "lm" or "score" when the checkpoint must have it; adapter_dir: an adapter in PEFT's format to add to it.
     """
-    checkpoint = Checkpoint.open(ckpt_dir, config_file)
+    checkpoint = Checkpoint.open(ckpt_dir, config_file, adapter_dir)
     if head == "score" != checkpoint.config.head:
         raise UserError(f"{ckpt_dir}: is a solver, without a score head; verifier_train.py makes a verifier of it")
     if head == "lm" != checkpoint.config.head:
         raise UserError(f"{ckpt_dir}: is a verifier, without an output layer, and cannot generate; give a solver")
     check_model_type(checkpoint.config, model_type)
-    check_degree(checkpoint.config, parallel.mp_size)
-    tokenizer = Tokenizer.find(checkpoint.folder, tokenizer_file)
+    tokenizer = Tokenizer.find(checkpoint.folder, tokenizer_file, use_chat_template, model_type or checkpoint.config.family)
     check_vocabulary(tokenizer, checkpoint.config.vocab_size)
     return Model(checkpoint, tokenizer)
+
+
+def lora_of(settings: dict, checkpoint: Checkpoint) -> LoRAConfig | None:
+    """The adapter to train by a script's flags (None: all weights). Raises UserError when the flags contradict each other.
+
+    With --adapter_dir and --lora_rank the adapter is trained on; with --adapter_dir alone it is part of the weights.
+    """
+    rank, adapter = settings["lora_rank"], checkpoint.adapter
+    given = {name: settings.get(name) for name in ("lora_dropout", "lora_targets")}
+    if rank == -1:
+        idle = [f"--{name}" for name, value in given.items() if value]
+        if idle:
+            raise UserError(f"{', '.join(idle)}: has no effect without --lora_rank")
+        if settings["quantize"]:
+            raise UserError(f"--quantize {settings['quantize']}: quantised weights cannot be trained; give --lora_rank too")
+        return None
+    if adapter is None:
+        targets = tuple(given["lora_targets"] or default_targets(checkpoint.config))
+        return LoRAConfig(rank, settings["lora_alpha"], given["lora_dropout"] or 0.0, targets)
+    if rank != adapter.lora.rank or (given["lora_targets"] and set(given["lora_targets"]) != set(adapter.lora.targets)):
+        raise UserError(
+            f"--lora_rank {rank}: {adapter.folder} has rank {adapter.lora.rank} on {','.join(adapter.lora.targets)}; give these "
+            "to train it on, or leave --lora_rank out to train all weights with the adapter added in"
+        )
+    dropout = adapter.lora.dropout if given["lora_dropout"] is None else given["lora_dropout"]
+    return replace(adapter.lora, dropout=dropout)
+
+
+def check_model_flags(settings: dict, checkpoint: Checkpoint) -> None:
+    """Raise UserError for flags that this model has nothing to do with."""
+    config = checkpoint.config
+    if settings.get("freeze_layers", 0) > config.n_layers:
+        raise UserError(f"--freeze_layers {settings['freeze_layers']}: the model has {config.n_layers} layers")
+    if settings.get("router_aux_loss_coef") is not None and not config.n_experts:
+        raise UserError(f"--router_aux_loss_coef {settings['router_aux_loss_coef']}: the model has no experts to balance")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from src.checkpoint.source import Checkpoint
 from src.evaluation.tasks import find_task
@@ -93,6 +94,10 @@ def base(tmp_path_factory):
     commands = [
         ["solver_train.py", *solver_flags(base, base / "solver again")],
         ["solver_train.py", *solver_flags(base, base / "lora", lora_rank=4, epochs=1)],
+        ["solver_train.py", *solver_flags(base, base / "qlora", lora_rank=4, epochs=1, quantize="nf4", lora_targets="wq,w2",
+                                          lora_dropout=0.1)],
+        ["solver_train.py", *solver_flags(base, base / "lora on", lora_rank=4, epochs=1, lr=1e-9, ckpt_dir=base / "start",
+                                          adapter_dir=base / "lora" / "adapter")],
         ["solver_generate.py", *flags(ckpt_dir=base / "solver", input_file=base / "data" / "train.json", max_rows=8,
                                       output_file=base / "samples.jsonl", num_samples=2, temperature=1.0, max_new_tokens=8)],
         ["dataset/build.py", "pairs", *flags(train_file=base / "data" / "train.json", predictions=base / "samples.jsonl",
@@ -162,6 +167,82 @@ def test_lora_leaves_an_adapter_and_shards_that_hold_it_already(base, tmp_path):
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in ours)
     moved = {name for name in ours if not torch.equal(ours[name], before[name])}
     assert moved == {name for name in ours if "_proj" in name}
+
+
+def test_an_adapter_is_trained_on_from_where_it_was(base):
+    """At a learning rate of nothing: the same adapter on the base model that was given in another format."""
+    a, b = tensors(base / "lora on"), tensors(base / "lora")
+    assert all(torch.allclose(a[name], b[name], atol=1e-6) for name in a)
+    a, b = (load_file(base / name / "adapter" / "adapter_model.safetensors") for name in ("lora on", "lora"))
+    assert a.keys() == b.keys() and all(torch.allclose(a[name], b[name], atol=1e-6) for name in a)
+
+
+def test_qlora_adapts_its_targets_and_saves_the_base_s_own_weights(base, tmp_path):
+    """The frozen weights were quantised in training alone."""
+    trained, before = tensors(base / "qlora"), tensors(base / "shards")
+    moved = {name for name in trained if not torch.equal(trained[name], before[name])}
+    assert moved == {"layers.0.attention.wq.weight", "layers.0.feed_forward.w2.weight"}
+    config = json.loads((base / "qlora" / "adapter" / "adapter_config.json").read_text())
+    assert (config["target_modules"], config["lora_dropout"], config["r"]) == (["down_proj", "q_proj"], 0.1, 4)
+
+
+def greedy_of(base: Path, out: Path, **more) -> list[dict]:
+    must("solver_generate.py", *flags(**dict(input_file=base / "data" / "test.json", output_file=out, max_new_tokens=4) | more))
+    return rows_of(out)
+
+
+def test_an_adapter_is_added_when_it_is_named(base, tmp_path):
+    merged = greedy_of(base, tmp_path / "merged.jsonl", ckpt_dir=base / "lora")
+    apart = greedy_of(base, tmp_path / "apart.jsonl", ckpt_dir=base / "start", adapter_dir=base / "lora" / "adapter")
+    alone = greedy_of(base, tmp_path / "alone.jsonl", ckpt_dir=base / "start")
+    assert [r["tokens"] for r in merged] == [r["tokens"] for r in apart]
+    for a, b, c in zip(merged, apart, alone):
+        assert a["logprobs"] == pytest.approx(b["logprobs"], abs=1e-4) and a["logprobs"][0] != pytest.approx(c["logprobs"][0], abs=1e-3)
+    must("checkpoint_merge.py", *flags(ckpt_dir=base / "start", adapter_dir=base / "lora" / "adapter", save_dir=tmp_path / "hf"))
+    a, b = tensors(tmp_path / "hf"), tensors(base / "lora")
+    assert all(torch.allclose(a[name], b[name], atol=1e-6) for name in a)
+
+
+@pytest.mark.parametrize("kind, near", [("nf4", 0.5), ("int8", 0.05)])
+def test_quantised_generation_is_near_the_whole_one(base, tmp_path, kind, near):
+    """And keeps a trained adapter beside the quantised weights."""
+    given = dict(ckpt_dir=base / "start", adapter_dir=base / "lora" / "adapter")
+    whole, quantised = (greedy_of(base, tmp_path / f"{q}.jsonl", **given, **more)
+                        for q, more in (("whole", {}), (kind, {"quantize": kind})))
+    first = [(a["logprobs"][0], b["logprobs"][0]) for a, b in zip(whole, quantised) if a["tokens"][0] == b["tokens"][0]]
+    assert first and all(abs(a - b) < near for a, b in first) and any(a != b for a, b in first)
+
+
+def test_frozen_layers_stay_as_they_were(base, tmp_path):
+    must("solver_train.py", *solver_flags(base, tmp_path / "out", epochs=1, freeze_layers=1, task="GSM8K"))
+    trained, before = tensors(tmp_path / "out"), tensors(base / "shards")
+    assert {name for name in trained if not torch.equal(trained[name], before[name])} == {"norm.weight", "output.weight"}
+
+
+def test_a_chat_template_writes_the_turns(base, tmp_path):
+    """Prompt and response ids are those of the whole conversation, and generation stops at the end of the turn."""
+    shutil.copytree(base / "solver", tmp_path / "solver")
+    (tmp_path / "solver" / "chat_template.jinja").write_text(
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}Q: {{ m.content }} A:{% else %} {{ m.content }}"
+        "{{ eos_token }}{% endif %}{% endfor %}")
+    (tmp_path / "rows.json").write_text(json.dumps([{"instruction": "2 + 3", "output": "5"}]))
+    for name, more in (("chat", {"use_chat_template": True}), ("plain", {})):
+        must("solver_score.py", *flags(ckpt_dir=tmp_path / "solver", input_file=tmp_path / "rows.json",
+                                       output_file=tmp_path / f"{name}.jsonl", **more))
+    sp = __import__("sentencepiece").SentencePieceProcessor(model_file=str(tmp_path / "solver" / "tokenizer.model"))
+    chat, plain = rows_of(tmp_path / "chat.jsonl")[0], rows_of(tmp_path / "plain.jsonl")[0]
+    assert chat["prompt_tokens"] == [1, *sp.encode("Q: 2 + 3 A:")] and plain["prompt_tokens"] == [1, *sp.encode("2 + 3")]
+    assert chat["tokens"] == [*sp.encode("5"), 2] == plain["tokens"]
+    must("checkpoint_merge.py", *flags(ckpt_dir=tmp_path / "solver", save_dir=tmp_path / "hf"))
+    assert (tmp_path / "hf" / "chat_template.jinja").read_text() == (tmp_path / "solver" / "chat_template.jinja").read_text()
+
+
+def test_a_dry_run_needs_no_weights_and_writes_nothing(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = must("checkpoint_split.py", *flags(model_type="llama-2-70b", n=8), "--dry_run").out
+    assert "68,976,648,192 parameters" in said and "[1024, 8192]" in said and "17,246,470,144 bytes" in said
+    said = must("checkpoint_split.py", *flags(ckpt_file=base / "solver", n=3), "--dry_run").out
+    assert "each of 3 ranks" in said and not list(tmp_path.iterdir())
 
 
 def test_generation_writes_every_sample_in_order(base):
@@ -387,6 +468,14 @@ SOLVER = {
     "several out of range": (dict(lr=0, warmup=1.5, lora_rank=0), "--lora_rank 0: must be at least 1"),
     "saving over what is read": (dict(ckpt_dir="{}/fine", save_dir="{}/fine"), "overlap: saving would remove"),
     "NaN weights": (dict(ckpt_dir="{}/NaN"), "NaN or infinite weights in norm.weight"),
+    "dropout without an adapter": (dict(lora_dropout=0.1), "--lora_dropout: has no effect without --lora_rank"),
+    "quantised and trained": (dict(quantize="nf4"), "quantised weights cannot be trained; give --lora_rank"),
+    "unknown target": (dict(lora_rank=2, lora_targets="wq,q_proj"), "--lora_targets wq,q_proj: choose from wq,wk"),
+    "more frozen layers than there are": (dict(freeze_layers=2), "--freeze_layers 2: the model has 1 layers"),
+    "balance without experts": (dict(router_aux_loss_coef=0.1), "the model has no experts to balance"),
+    "no adapter there": (dict(adapter_dir="{}/fine"), "adapter_config.json: not there"),
+    "adapter of another rank": (dict(adapter_dir="{}/../lora/adapter", lora_rank=2), "has rank 4 on wq,wk,wv,wo,w1,w2,w3"),
+    "chat without a template": (dict(use_chat_template=True), "chat_template.jinja"),
     "folder of something else": (dict(save_dir="{}/foreign"), "holds thesis.tex"),
 }
 PPO = {
@@ -440,7 +529,10 @@ def test_ppo_refuses(base, wrong, tmp_path, case):
     ("solver_evaluate.py", dict(task="GSM8K", label_file="{}/../data/test.json", log_dir="{}/out", prediction_file="{}/one.jsonl"), "has 1 rows and"),
     ("solver_evaluate.py", dict(task="GSM8K", label_file="{}/../data/test.json", log_dir="{}/out"), "one of the two"),
     ("solver_evaluate.py", dict(task="GSM8K", label_file="{}/unlabelled.jsonl", log_dir="{}/out", prediction_file="{}/one.jsonl"), "without a gold answer"),
-    ("checkpoint_split.py", dict(ckpt_file="{}/../start", save_path="{}/out", n=3), "--n 3 does not divide this model's"),
+    ("checkpoint_split.py", dict(ckpt_file="{}/../start", save_path="{}/out", n=0), "--n 0: at least one shard is needed"),
+    ("checkpoint_split.py", dict(n=2), "--ckpt_file and --save_path are needed"),
+    ("checkpoint_split.py", dict(n=2, dry_run=True, model_type="llama-9"), "--dry_run without --ckpt_file needs --config_file, or"),
+    ("checkpoint_merge.py", dict(ckpt_dir="{}/../start", save_dir="{}/out", adapter_dir="{}/../solver"), "adapter_config.json: not there"),
     ("checkpoint_merge.py", dict(ckpt_dir="{}/hole", save_dir="{}/out"), "consolidated.01.pth missing"),
     ("checkpoint_merge.py", dict(ckpt_dir="{}/../shards", save_dir="{}/../shards"), "overlap"),
     ("checkpoint_split.py", dict(ckpt_file="{}/../start", save_path="{}/../start", n=2), "overlap"),

@@ -47,14 +47,16 @@ class TensorFile:
         kind = self._tensors[key].dtype
         return kind if kind in DTYPES.values() else None
 
-    def read(self, key: str, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
-        """The tensor, or its [start, stop) along `dim`. Torch files give views of the mapped file."""
+    def read(self, key: str, cuts: dict[int, tuple[int, int]] | None = None) -> Tensor:
+        """The tensor, or its [start, stop) along each dim of `cuts`. Torch files give views of the mapped file."""
         if not self.lazy:
             tensor = self._tensors[key]
-            return tensor if dim is None else tensor.narrow(dim, start, stop - start)
-        if dim is None:
+            for dim, (start, stop) in (cuts or {}).items():
+                tensor = tensor.narrow(dim, start, stop - start)
+            return tensor
+        if not cuts:
             return self._handle.get_tensor(key)
-        return self._handle.get_slice(key)[(slice(None),) * dim + (slice(start, stop),)]
+        return self._handle.get_slice(key)[tuple(slice(*cuts[dim]) if dim in cuts else slice(None) for dim in range(max(cuts) + 1))]
 
 
 def _unpickle(path: Path) -> dict[str, Tensor]:

@@ -6,8 +6,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator
 
-from src.checkpoint.source import TOKENIZER_FILES
 from src.errors import UserError
+
+TOKENIZERS = ("tokenizer.model", "tokenizer.json", "qwen.tiktoken")  # in the order in which they are looked for
+TOKENIZER_FILES = (
+    *TOKENIZERS,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 
 _OURS = ("consolidated*", "params.json", "model*.safetensors*", "config.json", "adapter", "ppo_state.json", *TOKENIZER_FILES)
 
@@ -64,7 +73,7 @@ def check_space(folder: Path, needed: int) -> None:
 
 def find_tokenizer(folder: Path) -> Path | None:
     """The tokenizer's file in a checkpoint's folder, or beside the folder, where Meta's downloads have it."""
-    places = [place / name for place in (folder, folder.resolve().parent) for name in ("tokenizer.model", "tokenizer.json")]
+    places = [place / name for place in (folder, folder.resolve().parent) for name in TOKENIZERS]
     return next((path for path in places if path.is_file()), None)
 
 
@@ -120,4 +129,5 @@ def copy_side_files(source: Path, target: Path, tokenizer: Path | None = None) -
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
     if not own:
-        shutil.copyfile(tokenizer, target / f"tokenizer{tokenizer.suffix}")
+        name = "qwen.tiktoken" if tokenizer.suffix == ".tiktoken" else f"tokenizer{tokenizer.suffix}"
+        shutil.copyfile(tokenizer, target / name)

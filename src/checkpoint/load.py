@@ -1,37 +1,64 @@
 """A checkpoint's slices into this rank's model."""
 
 import torch
+from torch import nn
 
 from src.checkpoint.source import Checkpoint
 from src.models.init import random_tensor
-from src.models.layout import TensorSpec, check_degree
+from src.models.layout import TensorSpec, tensor_table
+from src.models.lora import TARGETS, LoRAConfig, add_lora
+from src.models.quantize import quantized
 from src.models.transformer import Transformer, build
 from src.parallel.setup import Parallel, agreed
 
 
 @torch.no_grad()
 def load_model(
-    checkpoint: Checkpoint, parallel: Parallel, dtype: torch.dtype, head: str | None = None, seed: int = 0
+    checkpoint: Checkpoint,
+    parallel: Parallel,
+    dtype: torch.dtype,
+    head: str | None = None,
+    seed: int = 0,
+    quantize: str | None = None,
+    lora: LoRAConfig | None = None,
 ) -> Transformer:
-    """This rank's model with the checkpoint's weights.
+    """This rank's model with the checkpoint's weights, each read, cast and put in place by itself.
 
     head "score" on a language model's checkpoint leaves `output` aside and starts the scalar head from N(0, 1/(dim + 1))
-    (N Implementation Details of RLHF with PPO); every other weight must come from the checkpoint. Raises UserError, on every
-    rank, when one is not finite.
+    (N Implementation Details of RLHF with PPO); every other weight must come from the checkpoint. quantize: nf4 or int8, the
+    frozen kind of the linear layers' weights. lora: the adapter to train, which goes on from the checkpoint's if that has one.
+    An adapter that is not trained is added to the weights, or, when these are quantised, stays beside them. Raises UserError, on
+    every rank, when a weight is not finite.
     """
     config = checkpoint.config.with_head(head or checkpoint.config.head)
     if config.head == "lm" and checkpoint.config.head == "score":
         raise ValueError(f"{checkpoint.folder} has a score head and no output layer")
-    check_degree(config, parallel.mp_size)
-    model = build(config, parallel.device, dtype)
+    table, rank, n = tensor_table(config), parallel.mp_rank, parallel.mp_size
+    replicas = parallel.replicas(table["layers.0.attention.wk.weight"].copies(n))
+    model = build(config, rank, n, dtype, replicas)
+    adapter = checkpoint.adapter if quantize or lora else None
 
     def fill() -> None:
-        for name, parameter in model.named_parameters():
+        for name in table:
             if name == "score.weight" and checkpoint.config.head == "lm":
-                parameter.copy_(random_tensor(name, TensorSpec((1, config.dim)), (config.dim + 1) ** -0.5, seed))
+                local = random_tensor(name, TensorSpec((1, config.dim)), (config.dim + 1) ** -0.5, seed)
             else:
-                local = checkpoint.local(name, parallel.mp_rank, parallel.mp_size)
-                parameter.copy_(checkpoint.check_finite(name, local))
+                local = checkpoint.check_finite(name, checkpoint.local(name, rank, n, merged=adapter is None))
+            # a copy: a slice of a mapped file would keep the file's pages
+            local = torch.empty(local.shape, dtype=dtype, device=parallel.device).copy_(local)
+            parent, child = name.rsplit(".", 1)
+            parent = model.get_submodule(parent)
+            if quantize and name.split(".")[-2] in TARGETS and child == "weight":
+                weight = quantized(local, quantize)
+            else:
+                weight = nn.Parameter(local)
+            weight.copies = getattr(parent, child).copies
+            setattr(parent, child, weight)
 
     agreed(fill)
+    if lora is not None:
+        add_lora(model, lora, seed, parallel, adapter and adapter.tensors)
+    elif adapter is not None:
+        add_lora(model, adapter.lora, seed, parallel, adapter.tensors)
+        model.requires_grad_(False)
     return model

@@ -1,14 +1,13 @@
 """A model in training to consolidated shards: merged weights, and the LoRA adapter beside them in PEFT's format."""
 
-import json
 import shutil
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor
 
+from src.checkpoint.adapter import write_adapter
 from src.checkpoint.folder import (
     check_replaceable,
     check_space,
@@ -17,55 +16,59 @@ from src.checkpoint.folder import (
     publish,
     temporary_of,
 )
-from src.checkpoint.source import Checkpoint, generalised, to_halves, to_hf_name
+from src.checkpoint.source import Checkpoint
 from src.checkpoint.write import shard_name, write_params
 from src.errors import UserError
-from src.models.llama import ROTARY
-from src.models.lora import lora_layers
+from src.models.lora import lora_layers, lora_table
+from src.models.quantize import Quantized
 from src.models.transformer import Transformer
 from src.parallel.setup import Parallel, agreed
 
 
 @torch.no_grad()
-def merged_weights(model: Transformer) -> dict[str, Tensor]:
-    """This rank's plain weights on the host, adapters added in: what a checkpoint without LoRA would hold."""
+def merged_weights(model: Transformer, parallel: Parallel, base: Checkpoint | None = None) -> dict[str, Tensor]:
+    """This rank's plain weights on the host, adapters added in: what a checkpoint without LoRA would hold.
+
+    Under a quantised weight lies the base's own, unquantised, which is read again from `base`.
+    """
     adapted = dict(lora_layers(model))
     weights = {}
     for name, parameter in model.named_parameters():
         if name.endswith((".lora_a", ".lora_b")):
             continue
         stem = name.removesuffix(".base.weight")
+        name = name.replace(".base.", ".")
+        if isinstance(parameter, Quantized):
+            parameter = base.local(name, parallel.mp_rank, parallel.mp_size, merged=False).to(parallel.device)
         if stem in adapted:
-            name, parameter = f"{stem}.weight", parameter.float() + adapted[stem].delta()
+            parameter = parameter.float() + adapted[stem].delta()
         weights[name] = parameter.detach().to(device="cpu", dtype=model.norm.weight.dtype, copy=True)
     return weights
 
 
 @torch.no_grad()
 def whole_adapter(model: Transformer, parallel: Parallel) -> dict[str, Tensor]:
-    """The adapter's factors whole, by PEFT's names; empty without LoRA. A collective over the model-parallel ranks."""
-    adapter = {}
-    for stem, layer in lora_layers(model):
-        hf = to_hf_name(f"{stem}.weight").removesuffix(".weight")
-        factors = {"lora_A": (layer.lora_a, 1), "lora_B": (layer.lora_b, 0)}
-        for factor, (parameter, dim) in factors.items():
-            whole = parameter.detach()
-            if parameter.model_parallel and parallel.mp_size > 1:
-                parts = [torch.empty_like(whole) for _ in range(parallel.mp_size)]
-                dist.all_gather(parts, whole.contiguous(), group=parallel.mp_group)
-                whole = torch.cat(parts, dim)
-            if factor == "lora_B" and generalised(f"{stem}.weight") in ROTARY:
-                whole = to_halves(whole, model.config.head_dim)
-            adapter[f"base_model.model.{hf}.{factor}.weight"] = whole.cpu().contiguous()
-    if adapter and model.config.head == "score":
-        adapter["base_model.model.score.weight"] = model.score.weight.detach().cpu().contiguous()
+    """The adapter's factors whole, by our names, and a score head; empty without LoRA. A collective over the model's ranks."""
+    layers = lora_layers(model)
+    if not layers:
+        return {}
+    table, parameters, adapter = lora_table(model.config, layers[0][1].config), dict(model.named_parameters()), {}
+    for name, spec in table.items():
+        local = parameters[name].detach().contiguous()
+        parts = [local]
+        if spec.dim is not None and parallel.mp_size > 1:
+            parts = [torch.empty_like(local) for _ in range(parallel.mp_size)]
+            dist.all_gather(parts, local, group=parallel.mp_group)
+        adapter[name] = spec.join(parts).cpu()
+    if model.config.head == "score":
+        adapter["score.weight"] = model.score.weight.detach().cpu()
     return adapter
 
 
 def save_model(
-    model: Transformer, parallel: Parallel, save_dir: str, beside: Path, tokenizer: Path | None = None
+    model: Transformer, parallel: Parallel, save_dir: str, base: Checkpoint, tokenizer: Path | None = None
 ) -> None:
-    """Write the model to `save_dir` from all its ranks; `beside`: the folder it came from, whose side files go along.
+    """Write the model to `save_dir` from all its ranks; `base`: what it came from, whose folder's side files go along.
 
     tokenizer: the file in use, where it does not lie there. The folder appears whole or not at all, and replaces an older
     one only then. Raises UserError on every rank when any cannot write.
@@ -76,12 +79,12 @@ def save_model(
     def write() -> None:
         try:
             if parallel.dp_rank == 0:
-                torch.save(merged_weights(model), target / shard_name(parallel.mp_rank))
+                torch.save(merged_weights(model, parallel, base), target / shard_name(parallel.mp_rank))
             if parallel.is_main:
                 write_params(model.config, target)
-                copy_side_files(beside, target, tokenizer)
+                copy_side_files(base.folder, target, tokenizer)
                 if adapter:
-                    _write_adapter(model, adapter, target / "adapter", beside)
+                    write_adapter(model.config, lora_layers(model)[0][1].config, adapter, target / "adapter", base.folder)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             raise UserError(f"{target}: writing failed ({str(error).splitlines()[0]}); {folder} is as it was") from error
 
@@ -104,24 +107,3 @@ def check_save(save_dir: str, checkpoint: Checkpoint, dtype: torch.dtype) -> Non
     folder = check_replaceable(save_dir)
     numbers = sum(torch.Size(spec.shape).numel() for spec in checkpoint.table.values())
     check_space(folder, numbers * dtype.itemsize)
-
-
-def _write_adapter(model: Transformer, adapter: dict[str, Tensor], folder: Path, base: Path) -> None:
-    folder.mkdir()
-    layer = lora_layers(model)[0][1]
-    scored = model.config.head == "score"
-    config = {
-        "peft_type": "LORA",
-        "task_type": "SEQ_CLS" if scored else "CAUSAL_LM",
-        "base_model_name_or_path": str(base),
-        "r": layer.rank,
-        "lora_alpha": layer.scale * layer.rank,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "target_modules": sorted({key.split(".")[-3] for key in adapter if "lora_" in key}),
-        "modules_to_save": ["score"] if scored else None,
-        "inference_mode": True,
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
-    save_file(adapter, folder / "adapter_model.safetensors", metadata={"format": "pt"})

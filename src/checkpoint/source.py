@@ -10,41 +10,25 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from src.checkpoint.adapter import Adapter
 from src.checkpoint.files import SUFFIXES, TensorFile, indexed_files, read_json
+from src.checkpoint.names import generalised, is_rotary, layer_of, to_interleaved
 from src.errors import UserError
-from src.models.config import SIZES, ModelConfig, config_from_hf, config_from_params
-from src.models.layout import tensor_table
-from src.models.llama import COMPUTED, HF_NAMES, PRESETS, ROTARY
+from src.models.config import SIZES, ModelConfig, config_from_params
+from src.models.family import Stored
+from src.models.hf_config import FAMILIES, PRESETS, config_from_hf
+from src.models.layout import TensorSpec, tensor_table
 
-TOKENIZER_FILES = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "generation_config.json",
+# Written into some released files, and computed here: not weights.
+COMPUTED = (
+    "rope.freqs",
+    "layers.{}.attention.inner_attention.rope.freqs",
+    "model.layers.{}.self_attn.rotary_emb.inv_freq",
+    "transformer.rotary_emb.inv_freq",
+    "transformer.h.{}.attn.rotary_emb.inv_freq",
+    "transformer.h.{}.attn.bias",
+    "transformer.h.{}.attn.masked_bias",
 )
-
-
-def generalised(name: str) -> str:
-    """`layers.7.ffn_norm.weight` → `layers.{}.ffn_norm.weight`."""
-    return re.sub(r"(?<=layers\.)\d+(?=\.)", "{}", name)
-
-
-def to_hf_name(name: str) -> str:
-    layer = re.search(r"layers\.(\d+)\.", name)
-    return HF_NAMES[generalised(name)].format(*layer.groups() if layer else ())
-
-
-def to_interleaved(rows: Tensor, head_dim: int) -> Tensor:
-    """Hugging Face's row order of wq / wk (halves) → Meta's (interleaved pairs), head by head; [heads · head_dim, …]."""
-    return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
-
-
-def to_halves(rows: Tensor, head_dim: int) -> Tensor:
-    """The inverse of `to_interleaved`."""
-    return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
 class Checkpoint:
@@ -55,13 +39,20 @@ class Checkpoint:
         self.folder, self.parts, self.hf = folder, parts, hf
         self.config = self._settle(config)
         self.table = tensor_table(self.config)
+        self.adapter: Adapter | None = None
         self._check()
 
     @classmethod
-    def open(cls, path: str, config_file: str | None = None) -> "Checkpoint":
-        """path: a Hugging Face folder, a folder of consolidated shards, or one tensor file. Raises UserError."""
+    def open(cls, path: str, config_file: str | None = None, adapter_dir: str | None = None) -> "Checkpoint":
+        """path: a Hugging Face folder, a folder of consolidated shards, or one tensor file. Raises UserError.
+
+        adapter_dir: a folder in PEFT's format, whose adapter is added to every weight that is read.
+        """
         try:
-            return cls._open(Path(path), config_file)
+            checkpoint = cls._open(Path(path), config_file)
+            if adapter_dir is not None:
+                checkpoint.adapter = Adapter.open(adapter_dir, checkpoint.config)
+            return checkpoint
         except OSError as error:
             raise UserError(f"{error.filename or path}: cannot be read ({error.strerror or error})") from None
 
@@ -78,7 +69,7 @@ class Checkpoint:
         else:
             opened = [TensorFile(file) for file in files]
             parts = [{key: file for key in file.keys} for file in opened]
-        hf = any(key.startswith("model.") or key == "lm_head.weight" for key in parts[0])
+        hf = any(key.startswith(("model.", "transformer.")) or key == "lm_head.weight" for key in parts[0])
         return cls(folder, _config(folder, config_file), parts, hf)
 
     def check_finite(self, name: str, tensor: Tensor) -> Tensor:
@@ -89,45 +80,79 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._file("norm.weight").read(self._key("norm.weight")).dtype
+        place = self._places("norm.weight")[0]
+        return self.parts[0][place].dtype(place)
 
-    def read(self, name: str, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
-        """A tensor in Meta's name and row order, whole or its [start, stop) along `dim`."""
-        key = self._key(name)
-        if self.hf:
-            tensor = self.parts[0][key].read(key, dim, start, stop)
-            if generalised(name) in ROTARY:
-                if dim == 1:
-                    raise ValueError(f"{name} is cut along its heads, not along dim 1")
-                tensor = to_interleaved(tensor, self.config.head_dim)
-            return tensor
-        cut = self._shard_dim(name)
-        if cut is None:
-            return self.parts[0][key].read(key, dim, start, stop)
-        size = self.table[name].shape[cut] // len(self.parts)
-        if dim is None:
-            dim, start, stop = cut, 0, self.table[name].shape[cut]
-        if dim != cut:
-            raise ValueError(f"{name} is stored cut along dim {cut} and was asked for along dim {dim}")
-        pieces = []
-        for i in range(start // size, (stop + size - 1) // size):
-            first, last = max(start, i * size), min(stop, (i + 1) * size)
-            pieces.append(self.parts[i][key].read(key, dim, first - i * size, last - i * size))
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+    def read(self, name: str, dim: int | None = None, start: int = 0, stop: int = 0, merged: bool = True) -> Tensor:
+        """A tensor in Meta's name and row order, whole or its [start, stop) along `dim`; with the adapter's part when `merged`."""
+        cuts = {} if dim is None else {dim: (start, stop)}
+        if len(self.parts) > 1 and self._shard_spec(name).dim is not None:
+            tensor = self._read_shards(name, cuts)
+        else:
+            tensor = self._read_part(self.parts[0], name, cuts, self.table[name].shape)
+        if self.hf and is_rotary(name):
+            if dim == 1:
+                raise ValueError(f"{name} is cut along its heads, not along dim 1")
+            tensor = to_interleaved(tensor, self.config.head_dim)
+        return self.adapter.added_to(tensor, name, dim, start, stop) if self.adapter and merged else tensor
 
-    def local(self, name: str, rank: int, n: int) -> Tensor:
-        """The slice of `name` that rank `rank` of `n` holds."""
+    def local(self, name: str, rank: int, n: int, merged: bool = True) -> Tensor:
+        """The part of `name` that rank `rank` of `n` holds, zeros behind it where its axis does not divide."""
         spec = self.table[name]
-        return self.read(name) if spec.dim is None else self.read(name, spec.dim, *spec.local_range(rank, n))
+        if spec.dim is None:
+            return self.read(name, merged=merged)
+        return spec.padded(self.read(name, spec.dim, *spec.local_range(rank, n), merged), n)
 
-    def _key(self, name: str) -> str:
-        return to_hf_name(name) if self.hf else name
+    def _read_shards(self, name: str, cuts: dict[int, tuple[int, int]]) -> Tensor:
+        """From several shards: of each the rows that are asked for, or, asked for along another axis, that much of all rows."""
+        spec, pieces = self._shard_spec(name), []
+        start, stop = cuts.get(spec.dim, (0, spec.shape[spec.dim]))
+        for rank, first, last in spec.owners(len(self.parts)):
+            low, high = max(start, first), min(stop, last)
+            if low < high:
+                shape = spec.local_shape(len(self.parts))
+                pieces.append(self._read_part(self.parts[rank], name, {**cuts, spec.dim: (low - first, high - first)}, shape))
+        if not pieces:  # an empty range: a rank whose part is all padding
+            return self._read_part(self.parts[0], name, {**cuts, spec.dim: (0, 0)}, spec.local_shape(len(self.parts)))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, spec.dim)
 
-    def _file(self, name: str) -> TensorFile:
-        return self.parts[0][self._key(name)]
+    def _read_part(self, part: dict[str, TensorFile], name: str, cuts: dict[int, tuple[int, int]], shape: tuple[int, ...]) -> Tensor:
+        """From one shard's files; `shape`: the tensor's in this shard."""
+        stored, keys = self._stored(name), self._places(name)
+        if stored.parts > 1:  # the index-th part of a fused tensor
+            start, stop = cuts.get(stored.dim, (0, shape[stored.dim]))
+            offset = stored.index * shape[stored.dim]
+            cuts = {**cuts, stored.dim: (offset + start, offset + stop)}
+        if "{expert}" not in stored.key:
+            return part[keys[0]].read(keys[0], cuts)
+        below = {dim - 1: cut for dim, cut in cuts.items()}
+        return torch.stack([part[key].read(key, below) for key in keys])
 
-    def _shard_dim(self, name: str) -> int | None:
-        return self.table[name].dim if len(self.parts) > 1 else None
+    def _stored(self, name: str) -> Stored:
+        """Where the tensor lies in these files: the first of the family's places that is there, else the first of all."""
+        general = generalised(name)
+        if self.hf:
+            places = FAMILIES[self.config.family].names[general]
+        else:  # under our own name, or a matrix per expert, as Mistral writes them
+            places = (Stored(general), Stored(general.replace("experts.", "experts.{expert}.")))
+        return next((place for place in places if self._keys(place, name)[0] in self.parts[0]), places[0])
+
+    def _places(self, name: str) -> list[str]:
+        return self._keys(self._stored(name), name)
+
+    def _keys(self, stored: Stored, name: str) -> list[str]:
+        """The file's key of a tensor, or one for each expert."""
+        experts = range(self.config.n_experts) if "{expert}" in stored.key else [0]
+        return [stored.key.format(layer_of(name), expert=expert) for expert in experts]
+
+    def _shard_spec(self, name: str) -> TensorSpec:
+        """How these shards cut a tensor: as the table says, but Llama 3 cuts its embedding along the vocabulary."""
+        spec, n = self.table[name], len(self.parts)
+        if name == "tok_embeddings.weight" and name in self.parts[0]:
+            found = self.parts[0][name].shape(name)
+            choices = (spec, TensorSpec(spec.shape, 0), TensorSpec(spec.shape, 1))
+            return next((choice for choice in choices if choice.local_shape(n) == found), spec)
+        return spec
 
     def _settle(self, config: ModelConfig) -> ModelConfig:
         """Let the tensors decide what the config leaves open: the vocabulary of a `params.json` that says −1."""
@@ -142,16 +167,16 @@ class Checkpoint:
         """Every tensor there, of the right shape, and no other, in every shard; all problems in one message."""
         n, problems = len(self.parts), []
         computed = set(COMPUTED)
-        wanted = {self._key(name): (name, spec) for name, spec in self.table.items()}
-        if self.hf and self.config.tie_word_embeddings:
-            computed.add("lm_head.weight")  # the embedding again, in files that spell the tie out
+        wanted = {key: shape for name in self.table for key, shape in self._expected(name)}
+        if self.config.tie_word_embeddings:  # the embedding again, in files that spell the tie out
+            computed.add("lm_head.weight" if self.hf else "output.weight")
         for number, part in enumerate(self.parts):
             where = f"shard {number} of {n}: " if n > 1 else ""
-            for key, (name, spec) in wanted.items():
+            for key, expected in wanted.items():
                 if key not in part:
                     problems.append(f"{where}{key} is missing")
                     continue
-                found, expected = part[key].shape(key), spec.local_shape(n)
+                found = part[key].shape(key)
                 kind, first = part[key].dtype(key), self.parts[0].get(key, part[key]).dtype(key)
                 if kind is None or kind != first:
                     found_kind, expected_kind = kind or "no fp32, bf16 or fp16", first or "one of them"
@@ -164,6 +189,13 @@ class Checkpoint:
         if problems:
             more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
             raise UserError(f"{self.folder} does not hold the model its config describes: {'; '.join(problems[:5])}{more}")
+
+    def _expected(self, name: str) -> list[tuple[str, tuple[int, ...]]]:
+        """The keys of a tensor in each shard, and the shape that each should have there."""
+        stored, n = self._stored(name), len(self.parts)
+        shape = list(self._shard_spec(name).local_shape(n) if n > 1 else self.table[name].shape)
+        shape[stored.dim] *= stored.parts
+        return [(key, tuple(shape[1:] if "{expert}" in stored.key else shape)) for key in self._places(name)]
 
 
 def _consolidated(folder: Path) -> list[Path]:
@@ -201,13 +233,21 @@ def _hf_files(folder: Path) -> dict[str, TensorFile]:
     )
 
 
+def read_config(path: str | Path) -> ModelConfig:
+    """The sizes in a `params.json` or `config.json`, by whichever it is. Raises UserError."""
+    raw = read_json(Path(path))
+    config = (config_from_params if "dim" in raw else config_from_hf)(raw, str(path))
+    if config.family not in FAMILIES:
+        raise UserError(f"{path}: unknown family {config.family!r}; one of {', '.join(FAMILIES)}")
+    return config
+
+
 def _config(folder: Path, config_file: str | None) -> ModelConfig:
     """From the named file, else from the folder's `params.json` or `config.json`."""
     candidates = [Path(config_file)] if config_file else [folder / "params.json", folder / "config.json"]
     for path in candidates:
         if path.is_file():
-            raw = read_json(path)
-            return (config_from_params if "dim" in raw else config_from_hf)(raw, str(path))
+            return read_config(path)
     raise UserError(f"{' and '.join(str(path) for path in candidates)}: not there; give the model's sizes by --config_file")
 
 

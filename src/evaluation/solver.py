@@ -8,6 +8,7 @@ from src.evaluation.tasks import Task
 from src.generation.engine import Engine, generate_sharded
 from src.generation.sampling import Sampling
 from src.logs import RunLog
+from src.models.transformer import evaluating
 
 
 def cut_at(text: str, stops: tuple[str, ...]) -> str:
@@ -20,9 +21,9 @@ def evaluate_solver(
 ) -> tuple[dict, list[dict]]:
     """(summary, predictions): the task's accuracies by every rule on one set of generations, and a row per question."""
     prompts = [tokenizer.prompt_ids(text) for text in instructions]
-    with log.progress(len(prompts), f"{task.name}", unit="answer") as bar:
+    with evaluating(engine.model), log.progress(len(prompts), f"{task.name}", unit="answer") as bar:
         completions = generate_sharded(
-            engine, prompts, sampling, {tokenizer.eos_id}, on_tokens=lambda done, new: bar.update(done, tokens=new)
+            engine, prompts, sampling, tokenizer.stop_ids, on_tokens=lambda done, new: bar.update(done, tokens=new)
         )
     texts = [cut_at(tokenizer.decode(c.tokens), task.stop) for c in completions]
     return graded(task, instructions, golds, texts, [c.stop_reason == "length" for c in completions])

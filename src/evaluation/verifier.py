@@ -4,7 +4,7 @@ import torch
 
 from src.logs import RunLog
 from src.models.batch import Batch, Sequence, over_ranks, sequence_scores
-from src.models.transformer import Transformer
+from src.models.transformer import Transformer, evaluating
 from src.parallel.setup import Parallel
 from src.trainer.verifier import Comparison, margins
 
@@ -18,7 +18,7 @@ def score_all(
     def score(rows: list[int]) -> list[float]:
         return sequence_scores(model, Batch.of([sequences[i] for i in rows], parallel.device)).tolist()
 
-    with log.progress(len(sequences), "scoring", unit="text") as bar:
+    with evaluating(model), log.progress(len(sequences), "scoring", unit="text") as bar:
         return torch.tensor(over_ranks(score, [len(s.tokens) for s in sequences], max_batch_size, parallel, bar))
 
 

@@ -35,23 +35,35 @@ class Prefill(Packed):
         super().__init__(lengths, device)
         self.cache, self.first_slot = cache, first_slot
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor:
         slots = slice(self.first_slot, self.first_slot + len(self.lengths))
         for store, x in ((self.cache.keys, k), (self.cache.values, v)):
             store[layer][slots, :, : self.longest] = self.pad(x).transpose(1, 2)
-        return super().attend(layer, q, k, v)
+        return super().attend(layer, q, k, v, window)
 
 
 class Decode:
-    """One new token for each of the first n slots. `lengths`: tokens already in each slot, [n]; `context`: > their max."""
+    """One new token for each of the first n slots.
 
-    def __init__(self, cache: Cache, lengths: Tensor, context: int) -> None:
-        self.cache, self.positions, self.context = cache, lengths, context
+    lengths: tokens already in each slot, [n]; context: > their max; prompt_lengths: those of them that were the prompt.
+    """
+
+    def __init__(self, cache: Cache, lengths: Tensor, context: int, prompt_lengths: Tensor) -> None:
+        self.cache, self.positions, self.context, self.prompt_lengths = cache, lengths, context, prompt_lengths
         self.slots = torch.arange(lengths.size(0), device=lengths.device)
-        visible = torch.arange(context, device=lengths.device) <= lengths.unsqueeze(1)
-        self.mask = visible[:, None, None]  # [n, 1, 1, context]
+        self._masks: dict[int, Tensor] = {}
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def mask(self, window: int) -> Tensor:
+        """Which keys each slot's new token sees: [n, 1, 1, context]. Made once for each window."""
+        if window not in self._masks:
+            keys, lengths = torch.arange(self.context, device=self.positions.device), self.positions.unsqueeze(1)
+            visible = keys <= lengths
+            if window:
+                visible &= keys > lengths - window
+            self._masks[window] = visible[:, None, None]
+        return self._masks[window]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         keys[self.slots, :, self.positions] = k
         values[self.slots, :, self.positions] = v
@@ -59,4 +71,4 @@ class Decode:
         # The heads that share a kv head stand in as its query positions: no key or value is repeated.
         q = q.unflatten(1, (kv_heads, -1))
         keys, values = keys[:n, :, : self.context], values[:n, :, : self.context]
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=self.mask).flatten(1, 2)
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=self.mask(window)).flatten(1, 2)

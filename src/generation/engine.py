@@ -38,6 +38,7 @@ class Slots:
         self.requests = [-1] * n
         self.samples = torch.zeros(n, dtype=torch.long, device=device)
         self.lengths = torch.zeros(n, dtype=torch.long, device=device)  # tokens in the cache
+        self.prompts = torch.zeros(n, dtype=torch.long, device=device)  # those of them that were the prompt
         self.limits = torch.zeros(n, dtype=torch.long, device=device)  # new tokens allowed
         self.steps = torch.zeros(n, dtype=torch.long, device=device)  # new tokens so far
         self.tokens = torch.zeros(n, max_new_tokens, dtype=torch.long, device=device)
@@ -45,7 +46,7 @@ class Slots:
 
     def move(self, source: int, target: int) -> None:
         self.requests[target] = self.requests[source]
-        for state in (self.samples, self.lengths, self.limits, self.steps, self.tokens, self.logprobs):
+        for state in (self.samples, self.lengths, self.prompts, self.limits, self.steps, self.tokens, self.logprobs):
             state[target] = state[source]
 
 
@@ -94,7 +95,7 @@ class Engine:
                 rows = slice(running, running + len(news))
                 slots.requests[rows] = news
                 slots.samples[rows] = torch.tensor([samples[i] if samples else i for i in news], device=device)
-                slots.lengths[rows] = torch.tensor([len(prompts[i]) for i in news], device=device)
+                slots.lengths[rows] = slots.prompts[rows] = torch.tensor([len(prompts[i]) for i in news], device=device)
                 slots.limits[rows] = torch.tensor([limits[i] for i in news], device=device)
                 slots.steps[rows] = 0
                 self._choose(self._prefill([prompts[i] for i in news], cache, running), slots, rows, sampling)
@@ -141,7 +142,7 @@ class Engine:
 
     def _decode(self, slots: Slots, n: int, cache: Cache, context: int) -> Tensor:
         last = slots.tokens[:n].gather(1, slots.steps[:n].unsqueeze(1) - 1).squeeze(1)
-        logits = self.model.logits(self.model(last, Decode(cache, slots.lengths[:n], context)))
+        logits = self.model.logits(self.model(last, Decode(cache, slots.lengths[:n], context, slots.prompts[:n])))
         slots.lengths[:n] += 1
         return logits
 

@@ -38,6 +38,12 @@ def gather_rows(x: Tensor, index: Tensor) -> Tensor:
     return _Gather.apply(x, index)
 
 
+def band(length: int, window: int, device: torch.device) -> Tensor:
+    """True where a query (row) may look at a key (column): itself and the window − 1 tokens before it, [length, length]."""
+    back = torch.arange(length, device=device).unsqueeze(1) - torch.arange(length, device=device)
+    return (back >= 0) & (back < window)
+
+
 class Packed:
     """The layout of a batch of sequences laid end to end: N tokens in all, the i-th sequence `lengths[i]` long.
 
@@ -45,21 +51,34 @@ class Packed:
     causal attention with the padding on the right needs no mask, since no real token looks to its right.
     """
 
+    balance_loss: Tensor | None = None  # of each sequence, after a forward with experts
+
     def __init__(self, lengths: list[int], device: torch.device | str = "cpu") -> None:
         self.lengths = lengths
         self.longest = self.context = max(lengths)  # positions that the rotary table must cover
-        size = torch.tensor(lengths)
-        self.starts = (size.cumsum(0) - size).to(device)
-        sequence = torch.arange(len(lengths)).repeat_interleave(size)
-        positions = torch.arange(int(size.sum())) - (size.cumsum(0) - size)[sequence]
+        self.size = torch.tensor(lengths)
+        self.starts = (self.size.cumsum(0) - self.size).to(device)
+        sequence = torch.arange(len(lengths)).repeat_interleave(self.size)
+        positions = torch.arange(int(self.size.sum())) - (self.size.cumsum(0) - self.size)[sequence]
         self.positions = positions.to(device)
         self.full = min(lengths) == self.longest  # a rectangle already
         self.index = (sequence * self.longest + positions).to(device)
+        self._bands: dict[int, Tensor] = {}
 
     @property
     def ends(self) -> Tensor:
         """The row of each sequence's last token, [sequences]."""
-        return self.starts + torch.tensor(self.lengths, device=self.starts.device) - 1
+        return self.starts + self.size.to(self.starts.device) - 1
+
+    @property
+    def prompt_lengths(self) -> Tensor:
+        """For each token how long its sequence was when it was first seen: whole, [N]."""
+        return self.size.repeat_interleave(self.size).to(self.starts.device)
+
+    def means(self, x: Tensor) -> Tensor:
+        """Each sequence's mean over its tokens, [N, …] → [sequences, …]."""
+        size = self.size.to(x.device).view(-1, *(1,) * (x.dim() - 1))
+        return self.pad(x).sum(1) / size
 
     def pad(self, x: Tensor) -> Tensor:
         """[N, …] → [sequences, longest, …], zeros on the right."""
@@ -72,8 +91,17 @@ class Packed:
         x = x.flatten(0, 1)
         return x if self.full else _Gather.apply(x, self.index)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Causal attention inside each sequence. q: [N, heads, head_dim]; k, v: [N, kv heads, head_dim]; → like q."""
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor:
+        """Causal attention inside each sequence, over the last `window` tokens (0: all).
+
+        q: [N, heads, head_dim]; k, v: [N, kv heads, head_dim]; → like q.
+        """
         q, k, v = (self.pad(x).transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
+        grouped = q.size(1) != k.size(1)
+        if 0 < window < self.longest:
+            if window not in self._bands:
+                self._bands[window] = band(self.longest, window, q.device)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=self._bands[window], enable_gqa=grouped)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
         return self.unpad(out.transpose(1, 2))

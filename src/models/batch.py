@@ -77,6 +77,17 @@ def sequence_scores(model: Transformer, batch: Batch) -> Tensor:
     return model.scores(gather_rows(hidden, batch.ends))
 
 
+def weighted_balance_loss(model: Transformer, batch: Batch, weights: list[float], denominator: float) -> Tensor:
+    """The experts' load-balancing loss of a batch that went through the model: Σ over sequences of weight × loss, over the
+
+    denominator, times the model's coefficient. It is each sequence's own, so that no cut into batches changes it. 0 without experts.
+    """
+    if batch.layout.balance_loss is None:
+        return torch.zeros((), device=batch.tokens.device)
+    weight = torch.tensor(weights, device=batch.tokens.device)
+    return model.router_aux_loss_coef * (batch.layout.balance_loss * weight).sum() / denominator
+
+
 def micro_batches(lengths: list[int], max_batch_size: int) -> list[list[int]]:
     """Indices of `lengths` in groups of at most `max_batch_size`, alike in length, the longest first."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))

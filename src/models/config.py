@@ -1,8 +1,22 @@
-"""Sizes of a model, and where they are written: `params.json` (Meta, Mistral) or `config.json` (Hugging Face)."""
+"""Sizes of a model, and `params.json`, where Meta, Mistral and we write them (`config.json`: hf_config.py)."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 
 from src.errors import UserError
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Rotary frequencies stretched for longer contexts. `kind`: linear, llama3 or yarn, by transformers' names."""
+
+    kind: str
+    factor: float
+    original_max_seq_len: int
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0
+    attention_factor: float = 1.0  # yarn: cos and sin are scaled by it
 
 
 @dataclass(frozen=True)
@@ -14,7 +28,7 @@ class ModelConfig:
     n_heads: int
     n_kv_heads: int
     head_dim: int
-    hidden_dim: int  # width of the feed-forward layer
+    hidden_dim: int  # width of the feed-forward layer, or of one expert's
     vocab_size: int
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
@@ -22,19 +36,33 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     head: str = "lm"
     family: str = "llama"
+    rope_scaling: RopeScaling | None = None
+    qkv_bias: bool = False
+    qk_norm: bool = False  # RMSNorm of each query's and key's head before the rotation
+    sliding_window: int = 0  # tokens a token attends to, itself among them; 0 is all
+    first_window_layer: int = 0  # layers below attend to all
+    n_experts: int = 0
+    experts_per_token: int = 0
+    norm_topk_prob: bool = True  # the chosen experts' weights sum to one
+    router_aux_loss_coef: float = 0.0
+    use_logn_attn: bool = False  # Qwen v1, past max_seq_len and outside training: rotary.py
+    use_dynamic_ntk: bool = False
 
     def with_head(self, head: str) -> "ModelConfig":
         return replace(self, head=head)
 
 
-SIZES = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "norm_eps", "rope_theta")
+SIZES = (
+    "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "norm_eps", "rope_theta",
+    "sliding_window", "n_experts", "experts_per_token", "qkv_bias",
+)  # fmt: skip
 
-
-LARGEST = {"n_layers": 10_000}  # what no model has, and would keep us building tables
+LARGEST = {"n_layers": 10_000, "n_experts": 10_000}  # what no model has, and would keep us building tables
+MAY_BE_ZERO = ("sliding_window", "first_window_layer", "n_experts", "experts_per_token", "router_aux_loss_coef")
 _NO_DEFAULT = object()
 
 
-def _number(raw: dict, key: str, where: str, default=_NO_DEFAULT, kind: type = int):
+def number(raw: dict, key: str, where: str, default=_NO_DEFAULT, kind: type = int):
     """A positive number of a config; `default` when it is not there or null."""
     value = raw.get(key)
     if value is None:
@@ -47,111 +75,94 @@ def _number(raw: dict, key: str, where: str, default=_NO_DEFAULT, kind: type = i
     return value
 
 
-def _refuse(raw: dict, reasons: dict[str, str], where: str) -> None:
-    for key, reason in reasons.items():
-        if raw.get(key):
-            raise UserError(f"{where}: {key} is set: {reason}, and this model would be wrong without it")
-
-
 def config_from_params(raw: dict, where: str) -> ModelConfig:
-    """Read Meta's `params.json`, with Mistral's explicit sizes where it has them.
+    """Read a `params.json`: Meta's (ffn width by rule), Mistral's (explicit sizes, `moe`), or ours (every field).
 
     Meta's ffn width: 2/3 of 4·dim, times `ffn_dim_multiplier`, rounded up to `multiple_of`.
     `vocab_size` −1 ("ask the tokenizer") stays −1 here; the checkpoint's tensors settle it.
     """
-    _refuse(raw, {"use_scaled_rope": "rope scaling is not supported", "moe": "experts are not supported"}, where)
-    dim, n_heads = _number(raw, "dim", where), _number(raw, "n_heads", where)
-    hidden_dim = _number(raw, "hidden_dim", where, None)
+    dim, n_heads = number(raw, "dim", where), number(raw, "n_heads", where)
+    hidden_dim = number(raw, "hidden_dim", where, None)
+    mistral = hidden_dim is not None  # Meta's files never spell it out
     if hidden_dim is None:
-        multiple = _number(raw, "multiple_of", where)
-        hidden_dim = int(_number(raw, "ffn_dim_multiplier", where, 1, float) * int(2 * 4 * dim / 3))
+        multiple = number(raw, "multiple_of", where)
+        hidden_dim = int(number(raw, "ffn_dim_multiplier", where, 1, float) * int(2 * 4 * dim / 3))
         hidden_dim = multiple * ((hidden_dim + multiple - 1) // multiple)
-    return _checked(
-        where,
-        dim=dim,
-        n_layers=_number(raw, "n_layers", where),
-        n_heads=n_heads,
-        n_kv_heads=_number(raw, "n_kv_heads", where, n_heads),
-        head_dim=_number(raw, "head_dim", where, dim // n_heads),
-        hidden_dim=hidden_dim,
-        vocab_size=raw.get("vocab_size", -1),
-        norm_eps=_number(raw, "norm_eps", where, kind=float),
-        rope_theta=raw.get("rope_theta", 10000.0),
-        max_seq_len=raw.get("max_seq_len", 2048),
-        tie_word_embeddings=raw.get("tie_word_embeddings", False),
-        head=raw.get("head", "lm"),
-        family=raw.get("family", "llama"),
-    )
+    moe = raw.get("moe") or {}
+    if not isinstance(moe, dict):
+        raise UserError(f"{where}: moe is {moe!r}, a JSON object is expected")
+    known = {field.name: raw[field.name] for field in fields(ModelConfig) if field.name in raw}
+    scaling = known.pop("rope_scaling", None)
+    values = {
+        "head_dim": dim // n_heads,
+        "n_kv_heads": n_heads,
+        "vocab_size": -1,
+        "family": "mixtral" if moe else "mistral" if mistral else "llama",
+        "rope_scaling": _read_scaling(scaling, raw, where),
+        **{name: value for name, value in known.items() if value is not None},
+        "hidden_dim": hidden_dim,
+        "norm_eps": number(raw, "norm_eps", where, kind=float),
+    }
+    if moe:
+        values["n_experts"] = number(moe, "num_experts", where)
+        values["experts_per_token"] = number(moe, "num_experts_per_tok", where)
+    return checked(where, **values)
+
+
+def _read_scaling(ours, raw: dict, where: str) -> RopeScaling | None:
+    """Our own `rope_scaling`, or Meta's `use_scaled_rope` (Llama 3.1: factor 8 over 8192 tokens)."""
+    if ours is not None:
+        if not isinstance(ours, dict) or set(ours) - {field.name for field in fields(RopeScaling)}:
+            raise UserError(f"{where}: rope_scaling is {ours!r}, its fields are {[f.name for f in fields(RopeScaling)]}")
+        return checked_scaling(where, **ours)
+    if not raw.get("use_scaled_rope"):
+        return None
+    factor = number(raw, "rope_scaling_factor", where, 8.0, float)
+    return checked_scaling(where, kind="llama3", factor=factor, original_max_seq_len=8192)
 
 
 def params_of(config: ModelConfig) -> dict:
-    """The `params.json` written beside our shards: every size spelt out, in Meta's and Mistral's names."""
-    return {field.name: getattr(config, field.name) for field in fields(config)}
+    """The `params.json` written beside our shards: every field spelt out, in Meta's and Mistral's names."""
+    return asdict(config)
 
 
-def config_from_hf(raw: dict, where: str) -> ModelConfig:
-    """Read a Hugging Face `config.json` of transformers 4 or 5 (`rope_theta` moved under `rope_parameters`)."""
-    family = raw.get("model_type")
-    if family != "llama":
-        raise UserError(f"{where}: model_type is {family!r}; supported here: 'llama'")
-    rope = {}
-    for key in ("rope_scaling", "rope_parameters"):
-        part = raw.get(key) or {}
-        if not isinstance(part, dict):
-            raise UserError(f"{where}: {key} is {part!r}, a JSON object is expected")
-        kind = part.get("rope_type", part.get("type", "default"))
-        if kind != "default":
-            raise UserError(f"{where}: {key} asks for rope scaling {kind!r}, which is not supported; only 'default'")
-        rope |= part
-    unsupported = "Llama 1 and 2 have no biases"
-    quantised = "weights are quantised, which is not supported"
-    _refuse(raw, {"attention_bias": unsupported, "mlp_bias": unsupported, "quantization_config": quantised}, where)
-    if raw.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{where}: hidden_act is {raw['hidden_act']!r}; only 'silu' is supported")
-    dim, n_heads = _number(raw, "hidden_size", where), _number(raw, "num_attention_heads", where)
-    architectures, labels = raw.get("architectures") or [], raw.get("id2label", raw.get("num_labels", 2))
-    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
-        raise UserError(f"{where}: architectures is {architectures!r}, a list of names is expected")
-    scored = any("SequenceClassification" in name for name in architectures)
-    labels = len(labels) if isinstance(labels, (dict, list)) else labels
-    tied = raw.get("tie_word_embeddings", False)
-    if not isinstance(tied, bool):
-        raise UserError(f"{where}: tie_word_embeddings is {tied!r}, true or false is expected")
-    if scored and labels != 1:
-        raise UserError(f"{where}: a verifier has one score per sequence, this classifier has {labels} labels")
-    return _checked(
-        where,
-        dim=dim,
-        n_layers=_number(raw, "num_hidden_layers", where),
-        n_heads=n_heads,
-        n_kv_heads=_number(raw, "num_key_value_heads", where, n_heads),
-        head_dim=_number(raw, "head_dim", where, dim // n_heads),
-        hidden_dim=_number(raw, "intermediate_size", where),
-        vocab_size=_number(raw, "vocab_size", where),
-        norm_eps=_number(raw, "rms_norm_eps", where, 1e-6, float),
-        rope_theta=_number(rope | raw, "rope_theta", where, _number(rope, "rope_theta", where, 1e4, float), float),
-        max_seq_len=_number(raw, "max_position_embeddings", where, 2048),
-        tie_word_embeddings=tied and not scored,
-        head="score" if scored else "lm",
-    )
+def checked_scaling(where: str, **values) -> RopeScaling:
+    """A RopeScaling whose values make sense, or UserError."""
+    if values.get("kind") not in ("linear", "llama3", "yarn"):
+        raise UserError(f"{where}: rope scaling {values.get('kind')!r} is not supported; linear, llama3 and yarn are")
+    for name in ("factor", "original_max_seq_len"):
+        number(values, name, where, kind=float)
+    for name, value in values.items():
+        if name != "kind":
+            number(values, name, where, None, float)
+    return RopeScaling(**values)
 
 
-def _checked(where: str, **values) -> ModelConfig:
+def checked(where: str, **values) -> ModelConfig:
     """Refuse what is no size at all, naming it: files come from anywhere."""
     for field in fields(ModelConfig):
+        if field.name == "rope_scaling":
+            continue
         value, kind = values.get(field.name, field.default), field.type
         good = isinstance(value, (int, float)) if kind is float else isinstance(value, kind)
         if isinstance(value, bool) and kind is not bool:
             good = False
-        smallest = -1 if field.name == "vocab_size" else 1
+        least = {"vocab_size": -1}.get(field.name, 0 if field.name in MAY_BE_ZERO else 1)
         largest = LARGEST.get(field.name, 10**9)
-        if not good or (kind is int and not smallest <= value <= largest) or (kind is float and not 0 < value < 1e12):
-            raise UserError(f"{where}: {field.name} is {value!r}; a {kind.__name__} above 0 is expected")
+        if good and kind is int:
+            good = least <= value <= largest
+        if good and kind is float:
+            good = 0 < value < 1e12 or (value == 0 and least == 0)
+        if not good:
+            wanted = "true or false" if kind is bool else f"a {kind.__name__} {'from' if least == 0 else 'above'} 0"
+            raise UserError(f"{where}: {field.name} is {value!r}; {wanted} is expected")
     config = ModelConfig(**values)
-    if config.head not in ("lm", "score") or config.family != "llama":
-        raise UserError(f"{where}: unknown head {config.head!r} or family {config.family!r}")
+    if config.head not in ("lm", "score"):
+        raise UserError(f"{where}: unknown head {config.head!r}; lm or score is expected")
     if config.n_heads % config.n_kv_heads:
         raise UserError(f"{where}: {config.n_heads} heads cannot share {config.n_kv_heads} kv heads evenly")
     if config.head_dim % 2:
         raise UserError(f"{where}: head_dim {config.head_dim} is odd; rotary embeddings need pairs")
+    if bool(config.n_experts) != bool(config.experts_per_token) or config.experts_per_token > config.n_experts:
+        raise UserError(f"{where}: {config.experts_per_token} experts per token of {config.n_experts} experts cannot be chosen")
     return config

@@ -1,8 +1,14 @@
-"""The model's tensors as a table: full shape and how each is divided. Loading, splitting and merging all follow it."""
+"""The model's tensors as a table: full shape and how each is divided. Loading, splitting and merging all follow it.
+
+Any degree fits: an axis that does not divide is padded with zeros at its end, kv heads are repeated when there are more
+ranks than heads.
+"""
 
 from dataclasses import dataclass
 
-from src.errors import UserError
+import torch
+from torch import Tensor
+
 from src.models.config import ModelConfig
 
 
@@ -10,41 +16,123 @@ from src.models.config import ModelConfig
 class TensorSpec:
     """`shape` is the whole tensor's; `dim` the axis cut across ranks (None: every rank holds all of it).
 
-    The cut falls between blocks of `unit` rows or columns (a head's), `what` names them in errors.
+    The cut falls between blocks of `unit` rows or columns (a head's). Query heads stay with their kv head: `kv_heads` is
+    their number where blocks belong to one, and `repeated` marks the kv heads themselves, which several ranks hold when
+    there are more ranks than kv heads.
     """
 
     shape: tuple[int, ...]
     dim: int | None = None
     unit: int = 1
-    what: str = ""
+    kv_heads: int = 0
+    repeated: bool = False
+
+    def _share(self, n: int) -> int:
+        """Blocks of one rank of `n`, padding included."""
+        count = self.shape[self.dim] // self.unit
+        if n > self.kv_heads > 0:  # `ranks` share one kv head and divide its query heads
+            ranks = n // self.kv_heads
+            return 1 if self.repeated else -(-(count // self.kv_heads) // ranks)
+        groups = self.kv_heads or count
+        return -(-groups // n) * (count // groups)
 
     def local_range(self, rank: int, n: int) -> tuple[int, int]:
-        """The [start, stop) of this rank along `dim`."""
-        share = self.shape[self.dim] // n
-        return rank * share, (rank + 1) * share
+        """The [start, stop) of the whole along `dim` that this rank holds, at the start of its part; the rest is zeros."""
+        share, last = self._share(n), self.shape[self.dim] // self.unit
+        first = rank * share
+        if n > self.kv_heads > 0:
+            ranks = n // self.kv_heads
+            head, turn = divmod(rank, ranks)
+            of_head = last // self.kv_heads
+            first = head * of_head + (0 if self.repeated else turn * share)
+            last = min(head + 1, self.kv_heads) * of_head
+        first = min(first, last)
+        return first * self.unit, min(first + share, last) * self.unit
 
     def local_shape(self, n: int) -> tuple[int, ...]:
-        return tuple(size // n if axis == self.dim else size for axis, size in enumerate(self.shape))
+        """Shape of each rank's part, the same for all."""
+        return tuple(self._share(n) * self.unit if axis == self.dim else size for axis, size in enumerate(self.shape))
+
+    def copies(self, n: int) -> int:
+        """How many ranks hold the same values: all of them, one, or those that share a kv head."""
+        if self.dim is None:
+            return n
+        return n // self.kv_heads if self.repeated and n > self.kv_heads else 1
+
+    def cut(self, whole: Tensor, rank: int, n: int) -> Tensor:
+        """This rank's part of a whole tensor."""
+        if self.dim is None:
+            return whole
+        start, stop = self.local_range(rank, n)
+        return self.padded(whole.narrow(self.dim, start, stop - start), n)
+
+    def padded(self, part: Tensor, n: int) -> Tensor:
+        """A `local_range` with its zeros behind it."""
+        shape = self.local_shape(n)
+        if tuple(part.shape) == shape:
+            return part
+        out = part.new_zeros(shape)
+        out.narrow(self.dim, 0, part.size(self.dim)).copy_(part)
+        return out
+
+    def owners(self, n: int) -> list[tuple[int, int, int]]:
+        """(rank, start, stop) of the parts that make up the whole, each of its rows once, in order."""
+        found, done = [], 0
+        for rank in range(n):
+            start, stop = self.local_range(rank, n)
+            if start == done and stop > start:
+                found.append((rank, start, stop))
+                done = stop
+        return found
+
+    def join(self, parts: list[Tensor]) -> Tensor:
+        """The whole tensor from every rank's part: the inverse of `cut`."""
+        if self.dim is None:
+            return parts[0]
+        owners = self.owners(len(parts))
+        return torch.cat([parts[rank].narrow(self.dim, 0, stop - start) for rank, start, stop in owners], self.dim)
+
+
+def layer_table(config: ModelConfig) -> dict[str, TensorSpec]:
+    """The tensors of one layer, by their (Meta's) names inside it."""
+    c = config
+    q_size, kv_size = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+    heads = {"unit": c.head_dim, "kv_heads": c.n_kv_heads}
+    kv_heads = {**heads, "repeated": True}
+    table = {
+        "attention_norm.weight": TensorSpec((c.dim,)),
+        "attention.wq.weight": TensorSpec((q_size, c.dim), 0, **heads),
+        "attention.wk.weight": TensorSpec((kv_size, c.dim), 0, **kv_heads),
+        "attention.wv.weight": TensorSpec((kv_size, c.dim), 0, **kv_heads),
+        "attention.wo.weight": TensorSpec((c.dim, q_size), 1, **heads),
+    }
+    if c.qkv_bias:
+        table["attention.wq.bias"] = TensorSpec((q_size,), 0, **heads)
+        table["attention.wk.bias"] = TensorSpec((kv_size,), 0, **kv_heads)
+        table["attention.wv.bias"] = TensorSpec((kv_size,), 0, **kv_heads)
+    if c.qk_norm:
+        table["attention.q_norm.weight"] = TensorSpec((c.head_dim,))
+        table["attention.k_norm.weight"] = TensorSpec((c.head_dim,))
+    table["ffn_norm.weight"] = TensorSpec((c.dim,))
+    if c.n_experts:  # experts are cut inside, each rank holds a part of every one
+        table["feed_forward.gate.weight"] = TensorSpec((c.n_experts, c.dim))
+        table["feed_forward.experts.w1.weight"] = TensorSpec((c.n_experts, c.hidden_dim, c.dim), 1)
+        table["feed_forward.experts.w2.weight"] = TensorSpec((c.n_experts, c.dim, c.hidden_dim), 2)
+        table["feed_forward.experts.w3.weight"] = TensorSpec((c.n_experts, c.hidden_dim, c.dim), 1)
+    else:
+        table["feed_forward.w1.weight"] = TensorSpec((c.hidden_dim, c.dim), 0)
+        table["feed_forward.w2.weight"] = TensorSpec((c.dim, c.hidden_dim), 1)
+        table["feed_forward.w3.weight"] = TensorSpec((c.hidden_dim, c.dim), 0)
+    return table
 
 
 def tensor_table(config: ModelConfig) -> dict[str, TensorSpec]:
     """Every tensor of the model by its (Meta's) name, in the order in which they run."""
     c = config
     # Meta cuts the embedding along its width; a tied one must be cut like the output layer it also is.
-    vocabulary = TensorSpec((c.vocab_size, c.dim), 0, what="vocabulary entries")
-    embedding = vocabulary if c.tie_word_embeddings else TensorSpec((c.vocab_size, c.dim), 1, what="embedding columns")
-    layer = {
-        "attention_norm.weight": TensorSpec((c.dim,)),
-        "attention.wq.weight": TensorSpec((c.n_heads * c.head_dim, c.dim), 0, c.head_dim, "heads"),
-        "attention.wk.weight": TensorSpec((c.n_kv_heads * c.head_dim, c.dim), 0, c.head_dim, "kv heads"),
-        "attention.wv.weight": TensorSpec((c.n_kv_heads * c.head_dim, c.dim), 0, c.head_dim, "kv heads"),
-        "attention.wo.weight": TensorSpec((c.dim, c.n_heads * c.head_dim), 1, c.head_dim, "heads"),
-        "ffn_norm.weight": TensorSpec((c.dim,)),
-        "feed_forward.w1.weight": TensorSpec((c.hidden_dim, c.dim), 0, what="ffn columns"),
-        "feed_forward.w2.weight": TensorSpec((c.dim, c.hidden_dim), 1, what="ffn columns"),
-        "feed_forward.w3.weight": TensorSpec((c.hidden_dim, c.dim), 0, what="ffn columns"),
-    }
-    table = {"tok_embeddings.weight": embedding}
+    vocabulary = TensorSpec((c.vocab_size, c.dim), 0)
+    table = {"tok_embeddings.weight": vocabulary if c.tie_word_embeddings else TensorSpec((c.vocab_size, c.dim), 1)}
+    layer = layer_table(c)
     for i in range(c.n_layers):
         table |= {f"layers.{i}.{name}": spec for name, spec in layer.items()}
     table["norm.weight"] = TensorSpec((c.dim,))
@@ -53,12 +141,3 @@ def tensor_table(config: ModelConfig) -> dict[str, TensorSpec]:
     elif not c.tie_word_embeddings:
         table["output.weight"] = vocabulary
     return table
-
-
-def check_degree(config: ModelConfig, n: int, flag: str = "--model_parallel_size") -> None:
-    """Raise UserError, naming every count that `n` ranks cannot share evenly, and the degrees that fit."""
-    counts = {s.what: s.shape[s.dim] // s.unit for s in tensor_table(config).values() if s.dim is not None}
-    bad = [f"{count} {what}" for what, count in counts.items() if count % n]
-    if bad:
-        fits = [d for d in range(1, min(counts.values()) + 1) if all(count % d == 0 for count in counts.values())]
-        raise UserError(f"{flag} {n} does not divide this model's {', '.join(bad)}; degrees that fit: {fits}")

@@ -4,82 +4,131 @@ y = W x + (alpha / rank) · B A x. On a column-parallel layer A is replicated an
 A is cut like W and B is replicated. B starts at zero, so that the adapted model starts as the base model.
 """
 
+from dataclasses import dataclass, replace
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from src.errors import UserError
 from src.models.config import ModelConfig
+from src.models.experts import GroupedLinear, grouped_linear
 from src.models.init import random_tensor
 from src.models.layout import TensorSpec, tensor_table
 from src.models.transformer import Transformer
-from src.parallel.layers import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    copy_to_model_parallel_region,
-    reduce_from_model_parallel_region,
-)
+from src.parallel.layers import ColumnParallelLinear, RowParallelLinear, copy_to_model_parallel_region, sum_gradient
 from src.parallel.setup import Parallel
 
 TARGETS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
 
 
+@dataclass(frozen=True)
+class LoRAConfig:
+    """rank and alpha as in the paper; dropout: of the adapter's input, in training; targets: names out of TARGETS."""
+
+    rank: int
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = TARGETS
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.targets if name not in TARGETS]
+        if unknown or not self.targets:
+            raise UserError(f"--lora_targets {','.join(self.targets)}: choose from {','.join(TARGETS)}")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
 class LoRA(nn.Module):
     """A parallel linear layer with a low-rank adapter beside it. The base weight is frozen."""
 
-    def __init__(self, base: ColumnParallelLinear | RowParallelLinear, rank: int, scale: float) -> None:
+    def __init__(self, base: ColumnParallelLinear | RowParallelLinear | GroupedLinear, config: LoRAConfig, parallel: Parallel) -> None:
         super().__init__()
-        self.base, self.rank, self.scale = base, rank, scale
-        self.row_parallel = isinstance(base, RowParallelLinear)
-        out_local, in_local = base.weight.shape
-        self.lora_a = nn.Parameter(base.weight.new_empty(rank, in_local))
-        self.lora_b = nn.Parameter(base.weight.new_empty(out_local, rank))
-        self.lora_a.model_parallel, self.lora_b.model_parallel = self.row_parallel, not self.row_parallel
+        self.base, self.config, self.parallel = base, config, parallel
+        self.multiply = grouped_linear if isinstance(base, GroupedLinear) else F.linear
 
-    def forward(self, x: Tensor) -> Tensor:
-        # The caller has copied a column layer's x to the ranks and sums its gradient over them, so the adapter's part of that
-        # gradient stays partial like the base's; only A, which every rank holds whole, needs its own gradient summed.
-        if self.row_parallel:
-            low = reduce_from_model_parallel_region(F.linear(x, self.lora_a))
+    def forward(self, x: Tensor, *counts: Tensor) -> Tensor:
+        # The factor that every rank holds whole gets its gradient summed over them: a rank's share of the rows (A) or columns
+        # (B) gives a part of it. The caller reduces a row layer's output, adapter included.
+        a, b = self.lora_a, sum_gradient(self.lora_b, self.base.replicas)
+        if self.base.row_parallel:
+            b = copy_to_model_parallel_region(b)
         else:
-            low = F.linear(x, copy_to_model_parallel_region(self.lora_a))
-        return self.base(x) + F.linear(low, self.lora_b) * self.scale
+            a = copy_to_model_parallel_region(a)
+        low = self.multiply(self._dropout(x), a, *counts)
+        return self.base(x, *counts) + self.multiply(low, b, *counts) * self.config.scale
+
+    def _dropout(self, x: Tensor) -> Tensor:
+        """Drawn for the whole width on every rank, from the same state: the same at any degree."""
+        p = self.config.dropout
+        if not self.training or p == 0:
+            return x
+        n = self.parallel.mp_size if self.base.row_parallel else 1
+        kept = torch.rand(*x.shape[:-1], x.size(-1) * n, device=x.device) >= p
+        if n > 1:
+            kept = kept.narrow(-1, self.parallel.mp_rank * x.size(-1), x.size(-1))
+        return x * kept / (1 - p)
 
     def delta(self) -> Tensor:
         """What the adapter adds to this rank's base weight, in fp32; no communication."""
-        return self.scale * (self.lora_b.float() @ self.lora_a.float())
+        return self.config.scale * (self.lora_b.float() @ self.lora_a.float())
 
 
-def lora_table(config: ModelConfig, rank: int, targets: tuple[str, ...] = TARGETS) -> dict[str, TensorSpec]:
+def lora_table(config: ModelConfig, lora: LoRAConfig) -> dict[str, TensorSpec]:
     """The adapter's tensors: `layers.0.attention.wq.lora_a` and so on, whole shapes and cuts."""
     table = {}
     for name, spec in tensor_table(config).items():
         stem = name.removesuffix(".weight")
-        if stem.rsplit(".", 1)[-1] in targets:
-            out_features, in_features = spec.shape
-            row = spec.dim == 1
-            table[f"{stem}.lora_a"] = TensorSpec((rank, in_features), 1 if row else None, spec.unit, spec.what)
-            table[f"{stem}.lora_b"] = TensorSpec((out_features, rank), None if row else 0, spec.unit, spec.what)
+        if stem.rsplit(".", 1)[-1] in lora.targets:
+            *experts, out_features, in_features = spec.shape
+            a, b = TensorSpec((*experts, lora.rank, in_features)), TensorSpec((*experts, out_features, lora.rank))
+            cut_like_base = {"dim": spec.dim, "unit": spec.unit, "kv_heads": spec.kv_heads, "repeated": spec.repeated}
+            if spec.dim == len(experts) + 1:
+                a = replace(a, **cut_like_base)
+            else:
+                b = replace(b, **cut_like_base)
+            table |= {f"{stem}.lora_a": a, f"{stem}.lora_b": b}
     return table
 
 
-def add_lora(model: Transformer, rank: int, alpha: float, seed: int, parallel: Parallel) -> None:
-    """Wrap the target layers of a loaded model and freeze everything else (but a score head, which is new)."""
+def add_lora(model: Transformer, lora: LoRAConfig, seed: int, parallel: Parallel, start_from: dict[str, Tensor] | None = None) -> None:
+    """Wrap the target layers of a loaded model and freeze everything else (but a score head, which is new).
+
+    start_from: whole factors of an adapter to go on from, by our names; by default A is random and B zero.
+    """
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name == "score.weight")
-    for name, spec in lora_table(model.config, rank).items():
+    rank, n = parallel.mp_rank, parallel.mp_size
+    for name, spec in lora_table(model.config, lora).items():
         stem, factor = name.rsplit(".", 1)
         parent, child = stem.rsplit(".", 1)
         parent = model.get_submodule(parent)
         if not isinstance(getattr(parent, child), LoRA):
-            setattr(parent, child, LoRA(getattr(parent, child), rank, alpha / rank))
-        parameter = getattr(getattr(parent, child), factor)
-        if factor == "lora_b":
-            parameter.data.zero_()
-            continue
-        whole = random_tensor(name, spec, spec.shape[1] ** -0.5, seed)
-        if spec.dim is not None:
-            start, stop = spec.local_range(parallel.mp_rank, parallel.mp_size)
-            whole = whole.narrow(spec.dim, start, stop - start)
-        parameter.data.copy_(whole)
+            setattr(parent, child, LoRA(getattr(parent, child), lora, parallel))
+        if start_from is not None:
+            whole = start_from[name]
+        elif factor == "lora_b":
+            whole = torch.zeros(spec.shape)
+        else:
+            whole = random_tensor(name, spec, spec.shape[-1] ** -0.5, seed)
+        local = spec.cut(whole, rank, n).to(device=parallel.device, dtype=model.norm.weight.dtype)
+        parameter = nn.Parameter(local.clone(memory_format=torch.contiguous_format))
+        parameter.copies = spec.copies(n)
+        setattr(getattr(parent, child), factor, parameter)
+
+
+def default_targets(config: ModelConfig) -> tuple[str, ...]:
+    """All linear layers; of a model with experts those of attention, since the experts' adapters would outweigh the rest."""
+    return TARGETS[:4] if config.n_experts else TARGETS
+
+
+def freeze_layers(model: Transformer, n: int) -> None:
+    """Freeze the embedding (a tied output layer with it) and the first n layers; none for 0."""
+    if n:
+        for part in (model.tok_embeddings, *model.layers[:n]):
+            part.requires_grad_(False)
 
 
 def lora_layers(model: Transformer) -> list[tuple[str, LoRA]]:

@@ -2,135 +2,207 @@
 
 It works on packed tokens [N]: a layout object says where each sequence lies and does the attention (`Packed` for whole
 sequences, the generation cache for one token at a time), so training, scoring, prefill and decoding are one forward.
-Head counts are read off the shards' shapes.
+Head counts are read off the shards' shapes; what the families differ in are values of the config.
 """
 
+from contextlib import contextmanager
+from typing import Iterator
+
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from src.models.config import ModelConfig
+from src.models.experts import MixtureOfExperts, balance_loss
+from src.models.layout import TensorSpec, tensor_table
+from src.models.rotary import logn, ntk_rotary, rotary_table, rotate
 from src.parallel.layers import (
     ColumnParallelLinear,
+    HeadNorm,
     ParallelEmbedding,
     ReplicatedLinear,
     RMSNorm,
     RowParallelLinear,
     VocabParallelEmbedding,
     copy_to_model_parallel_region,
+    parameter,
+    reduce_from_model_parallel_region,
 )
 
-
-def rotary_table(config: ModelConfig, length: int, device: torch.device) -> Tensor:
-    """cos and sin of position × frequency, as complex numbers [length, head_dim / 2] (RoFormer, arXiv 2104.09864)."""
-    exponents = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
-    angles = torch.outer(torch.arange(length, device=device).float(), 1.0 / config.rope_theta**exponents)
-    return torch.polar(torch.ones_like(angles), angles)
+IMPOSSIBLE = -30000.0  # the logit of a padded vocabulary entry: a probability of exactly 0, and finite in every dtype
 
 
-def rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """Turn interleaved pairs (Meta's convention). x: [N, heads, head_dim]; rotary: [N, head_dim / 2]."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotary.unsqueeze(1)).flatten(-2).type_as(x)
+class Shard:
+    """Parameters of one rank of `n`, made by name as the table says; `at` looks into a part of the model."""
+
+    def __init__(self, table: dict[str, TensorSpec], rank: int, n: int, prefix: str = "") -> None:
+        self.table, self.rank, self.n, self.prefix = table, rank, n, prefix
+
+    def at(self, part: str) -> "Shard":
+        return Shard(self.table, self.rank, self.n, f"{self.prefix}{part}.")
+
+    def spec(self, name: str) -> TensorSpec:
+        return self.table[self.prefix + name]
+
+    def real(self, name: str) -> int:
+        """How much of this rank's part along the cut is no padding."""
+        start, stop = self.spec(name).local_range(self.rank, self.n)
+        return stop - start
+
+    def __contains__(self, name: str) -> bool:
+        return self.prefix + name in self.table
+
+    def __getitem__(self, name: str) -> nn.Parameter | None:
+        """A parameter, or None where the model has none of the name (a bias)."""
+        if name not in self:
+            return None
+        spec = self.spec(name)
+        return parameter(spec.local_shape(self.n), spec.copies(self.n))
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, shard: Shard, replicas: dist.ProcessGroup | None) -> None:
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
-        self.wq = ColumnParallelLinear(config.dim, config.n_heads * config.head_dim)
-        self.wk = ColumnParallelLinear(config.dim, config.n_kv_heads * config.head_dim)
-        self.wv = ColumnParallelLinear(config.dim, config.n_kv_heads * config.head_dim)
-        self.wo = RowParallelLinear(config.n_heads * config.head_dim, config.dim)
+        self.window = config.sliding_window if layer >= config.first_window_layer else 0
+        self.wq = ColumnParallelLinear(shard["wq.weight"], shard["wq.bias"])
+        self.wk = ColumnParallelLinear(shard["wk.weight"], shard["wk.bias"], replicas)
+        self.wv = ColumnParallelLinear(shard["wv.weight"], shard["wv.bias"], replicas)
+        self.wo = RowParallelLinear(shard["wo.weight"])
+        self.q_norm = HeadNorm(shard["q_norm.weight"], config.norm_eps) if config.qk_norm else None
+        self.k_norm = HeadNorm(shard["k_norm.weight"], config.norm_eps) if config.qk_norm else None
+        self.heads = shard.real("wq.weight") // config.head_dim  # without padding
 
-    def forward(self, x: Tensor, layout, rotary: Tensor) -> Tensor:
+    def forward(self, x: Tensor, layout, rotary: tuple[Tensor, Tensor]) -> Tensor:
         x = copy_to_model_parallel_region(x)
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
-        out = layout.attend(self.layer, rotate(q, rotary), rotate(k, rotary), v)
-        return self.wo(out.flatten(-2))
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        out = layout.attend(self.layer, rotate(q, rotary[0]), rotate(k, rotary[1]), v, self.window)
+        padding = out.size(1) - self.heads
+        if padding:  # a padded head beside a real kv head would give its values' mean, and wo's zeros a gradient
+            out = F.pad(out[:, : self.heads], (0, 0, 0, padding))
+        return reduce_from_model_parallel_region(self.wo(out.flatten(-2)))
 
 
 class FeedForward(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, shard: Shard) -> None:
         super().__init__()
-        self.w1 = ColumnParallelLinear(config.dim, config.hidden_dim)
-        self.w2 = RowParallelLinear(config.hidden_dim, config.dim)
-        self.w3 = ColumnParallelLinear(config.dim, config.hidden_dim)
+        self.w1 = ColumnParallelLinear(shard["w1.weight"])
+        self.w2 = RowParallelLinear(shard["w2.weight"])
+        self.w3 = ColumnParallelLinear(shard["w3.weight"])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
         x = copy_to_model_parallel_region(x)
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return reduce_from_model_parallel_region(self.w2(F.silu(self.w1(x)) * self.w3(x))), None
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, shard: Shard, replicas: dist.ProcessGroup | None) -> None:
         super().__init__()
-        self.attention = Attention(config, layer)
-        self.feed_forward = FeedForward(config)
-        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
-        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = Attention(config, layer, shard.at("attention"), replicas)
+        feed_forward = shard.at("feed_forward")
+        self.feed_forward = MixtureOfExperts(config, feed_forward) if config.n_experts else FeedForward(feed_forward)
+        self.attention_norm = RMSNorm(shard["attention_norm.weight"], config.norm_eps)
+        self.ffn_norm = RMSNorm(shard["ffn_norm.weight"], config.norm_eps)
 
-    def forward(self, x: Tensor, layout, rotary: Tensor) -> Tensor:
+    def forward(self, x: Tensor, layout, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """The block's output, and its router's decisions where it has experts."""
         x = x + self.attention(self.attention_norm(x), layout, rotary)
-        return x + self.feed_forward(self.ffn_norm(x))
+        out, router = self.feed_forward(self.ffn_norm(x))
+        return x + out, router
 
 
 class Transformer(nn.Module):
     """The trunk and its head: `output` (vocabulary logits) or `score` (a scalar), as `config.head` says.
 
-    Parameters are uninitialised: `src/checkpoint` or `init_weights` fills them.
+    It is rank `rank` of `n`'s part. Parameters are uninitialised: `src/checkpoint` fills them. `replicas`: the ranks that
+    share this rank's kv heads. In training mode Qwen v1's extrapolation past its context is off, as in its own code.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, rank: int = 0, n: int = 1, replicas: dist.ProcessGroup | None = None) -> None:
         super().__init__()
         self.config = config
-        embedding = VocabParallelEmbedding if config.tie_word_embeddings else ParallelEmbedding
-        self.tok_embeddings = embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
-        self.norm = RMSNorm(config.dim, config.norm_eps)
+        shard = Shard(tensor_table(config), rank, n)
+        embedding = shard["tok_embeddings.weight"]
+        if config.tie_word_embeddings:
+            self.tok_embeddings = VocabParallelEmbedding(embedding, rank)
+        else:
+            self.tok_embeddings = ParallelEmbedding(embedding, config.dim)
+        self.layers = nn.ModuleList(Block(config, i, shard.at(f"layers.{i}"), replicas) for i in range(config.n_layers))
+        self.norm = RMSNorm(shard["norm.weight"], config.norm_eps)
         if config.head == "score":
-            self.score = ReplicatedLinear(config.dim, 1)
-        elif not config.tie_word_embeddings:
-            self.output = ColumnParallelLinear(config.dim, config.vocab_size)
-        self.kv_heads = self.layers[0].attention.wk.weight.size(0) // config.head_dim  # of this rank
+            self.score = ReplicatedLinear(shard["score.weight"])
+        else:
+            vocabulary = "tok_embeddings.weight" if config.tie_word_embeddings else "output.weight"
+            self.vocabulary = shard.real(vocabulary)  # entries of this rank without padding
+            if not config.tie_word_embeddings:
+                self.output = ColumnParallelLinear(shard["output.weight"])
+        self.kv_heads = shard.spec("layers.0.attention.wk.weight").local_shape(n)[0] // config.head_dim  # of this rank
         self.recompute = False  # activation checkpointing: keep block inputs only, and compute the rest again
+        self.router_aux_loss_coef = config.router_aux_loss_coef
         self._rotary = None
 
     def forward(self, tokens: Tensor, layout) -> Tensor:
-        """Hidden states after the last norm. tokens: ids [N], laid out as `layout` says → [N, dim]."""
-        rotary = self.rotary(tokens.device, layout.context)[layout.positions]
-        x = self.tok_embeddings(tokens)
+        """Hidden states after the last norm. tokens: ids [N], laid out as `layout` says → [N, dim].
+
+        With experts, and gradients wanted, the layout gets each sequence's `balance_loss`.
+        """
+        rotary = self.rotary(layout)
+        x, routers = self.tok_embeddings(tokens), []
         for block in self.layers:
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, layout, rotary, use_reentrant=False)
+                x, router = checkpoint(block, x, layout, rotary, use_reentrant=False)
             else:
-                x = block(x, layout, rotary)
+                x, router = block(x, layout, rotary)
+            if router is not None and torch.is_grad_enabled() and self.router_aux_loss_coef:
+                routers.append(layout.means(router))
+        if routers:
+            layout.balance_loss = balance_loss(routers)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """This rank's columns of the vocabulary's logits: [M, dim] → [M, vocabulary / n]."""
         weight = self.tok_embeddings.weight if self.config.tie_word_embeddings else self.output.weight
-        return F.linear(copy_to_model_parallel_region(hidden), weight)
+        logits = F.linear(copy_to_model_parallel_region(hidden), weight)
+        padding = logits.size(-1) - self.vocabulary
+        return F.pad(logits[..., : self.vocabulary], (0, padding), value=IMPOSSIBLE) if padding else logits
 
     def scores(self, hidden: Tensor) -> Tensor:
         """The scalar head in fp32, the same on every rank: [M, dim] → [M]."""
         return F.linear(hidden.float(), self.score.weight.float()).squeeze(-1)
 
-    def rotary(self, device: torch.device, length: int) -> Tensor:
-        """The rotary table for at least `length` positions, kept between calls."""
-        if self._rotary is None or self._rotary.size(0) < length or self._rotary.device != device:
-            self._rotary = rotary_table(self.config, max(length, 256), device)
-        return self._rotary
+    def rotary(self, layout) -> tuple[Tensor, Tensor]:
+        """The rotation of each token's queries and of its keys, complex, [N, head_dim / 2] each."""
+        c, positions = self.config, layout.positions
+        device = positions.device
+        if self._rotary is None or self._rotary.size(0) < layout.context or self._rotary.device != device:
+            self._rotary = rotary_table(c, max(layout.context, 256), device)
+        keys = self._rotary[positions]
+        if self.training or layout.context <= c.max_seq_len:
+            return keys, keys
+        if c.use_dynamic_ntk:
+            keys = ntk_rotary(c, positions, layout.prompt_lengths)
+        return keys * logn(c, positions) if c.use_logn_attn else keys, keys
 
 
-def build(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Transformer:
-    """This rank's shard of the model, allocated once in its final dtype, not yet filled."""
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while: no dropout, and Qwen v1's extrapolation past its context."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def build(config: ModelConfig, rank: int, n: int, dtype: torch.dtype, replicas: dist.ProcessGroup | None = None) -> Transformer:
+    """Rank `rank` of `n`'s part of the model on the meta device: names, shapes and copies, no memory."""
     with torch.device("meta"):
-        model = Transformer(config)
-    model = model.to(dtype)
-    flags = {name: p.model_parallel for name, p in model.named_parameters()}
-    model = model.to_empty(device=device)
-    for name, parameter in model.named_parameters():
-        parameter.model_parallel = flags[name]
+        model = Transformer(config, rank, n, replicas)
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)
     return model

@@ -1,15 +1,17 @@
-"""FairScale's parallel layers with a shard-sized constructor.
+"""FairScale's parallel layers around parameters of the shard's own size.
 
-FairScale builds the full matrix on every rank to initialise its shard, and ignores the meta device. These allocate the
-shard alone, uninitialised: weights come from a checkpoint (`src/checkpoint`) or from `src/models/init`.
+FairScale builds the full matrix on every rank to initialise its shard, and ignores the meta device. These are given
+their part, whose shape `src/models/layout.py` knows.
+
+Communication is the caller's, once for all the layers that share it: `copy_to_model_parallel_region` before the column
+layers (one all-reduce in backward serves q, k and v), `reduce_from_model_parallel_region` after the row layers.
 """
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from fairscale.nn.model_parallel import layers as fairscale_layers
-from fairscale.nn.model_parallel.initialize import get_model_parallel_rank, get_model_parallel_world_size
 from fairscale.nn.model_parallel.mappings import copy_to_model_parallel_region, reduce_from_model_parallel_region
-from fairscale.nn.model_parallel.utils import divide_and_check_no_remainder
 from torch import Tensor, nn
 
 __all__ = [
@@ -22,87 +24,111 @@ __all__ = [
 ]
 
 
-def _shard(full: int) -> int:
-    return divide_and_check_no_remainder(full, get_model_parallel_world_size())
+def parameter(shape: tuple[int, ...], copies: int) -> nn.Parameter:
+    """An uninitialised parameter; `copies`: on how many ranks it is the same, which the gradient norm counts once."""
+    made = nn.Parameter(torch.empty(shape))
+    made.copies = copies
+    return made
 
 
-def _parameter(*shape: int, sharded: bool = True) -> nn.Parameter:
-    """An uninitialised parameter of this rank's shape, marked for the gradient norm: replicated ones count once."""
-    parameter = nn.Parameter(torch.empty(*shape))
-    parameter.model_parallel = sharded
-    return parameter
+class _SumGradient(torch.autograd.Function):
+    """The identity, whose gradient is summed over a group: for a weight of which several ranks hold a copy."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        grad = grad.contiguous()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+def sum_gradient(weight: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The weight; its gradient is summed over the ranks that hold the same, if there are others."""
+    return weight if group is None or not weight.requires_grad else _SumGradient.apply(weight, group)
 
 
 class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
-    """y_local = x W_localᵀ: [..., in] → [..., out / n].
+    """y_local = x W_localᵀ + b_local: [..., in] → [..., out / n].
 
-    The caller passes x through `copy_to_model_parallel_region` once for all the projections that share it (q, k, v),
-    so that one all-reduce in backward serves them all.
+    replicas: the ranks with the same rows (of a kv head that several share), whose gradients are summed.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+    row_parallel = False
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None, replicas: dist.ProcessGroup | None = None) -> None:
         nn.Module.__init__(self)
-        self.in_features, self.out_features = in_features, out_features
-        self.weight = _parameter(_shard(out_features), in_features)
-        self.bias = _parameter(_shard(out_features)) if bias else None
+        self.weight, self.bias, self.replicas = weight, bias, replicas
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        bias = None if self.bias is None else sum_gradient(self.bias, self.replicas)
+        return F.linear(x, sum_gradient(self.weight, self.replicas), bias)
 
 
 class RowParallelLinear(fairscale_layers.RowParallelLinear):
-    """y = Σ over ranks of x_local W_localᵀ: [..., in / n] → [..., out], the same on every rank. FairScale's forward."""
+    """This rank's part of y = Σ over ranks of x_local W_localᵀ: [..., in / n] → [..., out]. The caller sums."""
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    row_parallel, replicas = True, None
+
+    def __init__(self, weight: nn.Parameter) -> None:
         nn.Module.__init__(self)
-        self.in_features, self.out_features = in_features, out_features
-        self.input_is_parallel = True
-        self.weight = _parameter(out_features, _shard(in_features))
-        self.bias = None
+        self.weight, self.bias = weight, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
 
 
 class ParallelEmbedding(fairscale_layers.ParallelEmbedding):
     """Embedding split along the embedding axis, as in Meta's released shards. FairScale's forward."""
 
-    def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
+    def __init__(self, weight: nn.Parameter, embedding_dim: int) -> None:
         nn.Module.__init__(self)
-        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.embedding_dim = embedding_dim
         self.padding_idx, self.max_norm, self.norm_type = None, None, 2.0
         self.scale_grad_by_freq, self.sparse = False, False
-        self.weight = _parameter(num_embeddings, _shard(embedding_dim))
+        self.weight = weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens)[..., : self.embedding_dim]  # the last rank's padding, if any, is cut off
 
 
 class VocabParallelEmbedding(fairscale_layers.VocabParallelEmbedding):
     """Embedding split along the vocabulary, so that it can share its weight with the output layer. FairScale's forward."""
 
-    def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
+    def __init__(self, weight: nn.Parameter, rank: int) -> None:
         nn.Module.__init__(self)
-        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.padding_idx, self.max_norm, self.norm_type = None, None, 2.0
         self.scale_grad_by_freq, self.sparse = False, False
-        rows = _shard(num_embeddings)
-        self.vocab_start_index = get_model_parallel_rank() * rows
-        self.vocab_end_index = self.vocab_start_index + rows
-        self.weight = _parameter(rows, embedding_dim)
+        self.weight = weight
+        self.vocab_start_index = rank * weight.size(0)
+        self.vocab_end_index = self.vocab_start_index + weight.size(0)
 
 
 class ReplicatedLinear(nn.Linear):
-    """A linear layer that every rank holds whole (the verifier's scalar head)."""
+    """A linear layer that every rank holds whole (the verifier's scalar head, the experts' router)."""
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(self, weight: nn.Parameter) -> None:
         nn.Module.__init__(self)
-        self.in_features, self.out_features = in_features, out_features
-        self.weight = _parameter(out_features, in_features, sharded=False)
-        self.bias = None
+        self.weight, self.bias = weight, None
 
 
 class RMSNorm(nn.RMSNorm):
     """Root-mean-square norm over the last axis, in fp32 whatever the input's dtype (as Meta's)."""
 
-    def __init__(self, dim: int, eps: float) -> None:
+    def __init__(self, weight: nn.Parameter, eps: float) -> None:
         nn.Module.__init__(self)
-        self.normalized_shape, self.eps, self.elementwise_affine = (dim,), eps, True
-        self.weight = _parameter(dim, sharded=False)
+        self.normalized_shape, self.eps, self.elementwise_affine = tuple(weight.shape), eps, True
+        self.weight = weight
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x.float(), self.normalized_shape, eps=self.eps).type_as(x) * self.weight
+
+
+class HeadNorm(RMSNorm):
+    """RMSNorm of each of this rank's heads, one weight for all heads of all ranks: its gradient is summed over them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.normalized_shape, eps=self.eps).type_as(x) * copy_to_model_parallel_region(self.weight)

@@ -6,7 +6,7 @@ that wait for half an hour.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Callable, TypeVar
 
@@ -17,6 +17,7 @@ from fairscale.nn.model_parallel import initialize as fairscale_groups
 from src.errors import UserError
 
 T = TypeVar("T")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,22 @@ class Parallel:
     device: torch.device
     mp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
+    timeout: timedelta
+    _replicas: dict[int, dist.ProcessGroup] = field(default_factory=dict)
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def replicas(self, size: int) -> dist.ProcessGroup | None:
+        """This rank's group when each `size` neighbours of the model-parallel ranks hold the same; None for 1.
+
+        All ranks of the run must ask for the same sizes in the same order, since they make the groups together.
+        """
+        if size > 1 and size not in self._replicas:
+            models = torch.arange(self.world_size).split(self.mp_size)
+            self._replicas[size] = _own_group([r.tolist() for m in models for r in m.split(size)], self.rank, self.timeout)
+        return self._replicas.get(size)
 
 
 def start(model_parallel_size: int | None = None, timeout: float = 1800) -> Parallel:
@@ -68,7 +81,7 @@ def start(model_parallel_size: int | None = None, timeout: float = 1800) -> Para
     dp_group = _own_group(grid.T.tolist(), rank, limit)
     fairscale_groups._MODEL_PARALLEL_GROUP = mp_group
     fairscale_groups._DATA_PARALLEL_GROUP = dp_group
-    return Parallel(rank, world, rank % mp, mp, rank // mp, world // mp, device, mp_group, dp_group)
+    return Parallel(rank, world, rank % mp, mp, rank // mp, world // mp, device, mp_group, dp_group, limit)
 
 
 def _own_group(divisions: list[list[int]], rank: int, limit: timedelta) -> dist.ProcessGroup:
@@ -102,7 +115,7 @@ def pick_device() -> torch.device:
 def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
     """bf16, fp16 or fp32 by name; by default bf16 on a GPU and fp32 on the CPU."""
     name = name or ("bf16" if device.type == "cuda" else "fp32")
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+    return DTYPES[name]
 
 
 def agreed(check: Callable[[], T]) -> T:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from src.errors import UserError
 from src.generation.engine import Engine
 from src.generation.sampling import Sampling
-from src.models.batch import micro_batches, response_logprobs, response_values
+from src.models.batch import micro_batches, response_logprobs, response_values, weighted_balance_loss
 from src.models.transformer import Transformer
 from src.parallel.setup import Parallel
 from src.ppo.advantages import gae, token_rewards, whiten
@@ -219,12 +219,13 @@ class PPO:
         loss, policy_stats = policy_loss(
             logprobs, buffer.logprobs[index], buffer.advantages[index], s.cliprange, denominator
         )
-        self.policy_optimizer.backward(loss)
+        self.policy_optimizer.backward(loss + weighted_balance_loss(self.policy, batch, batch.responses, denominator))
         values, _ = response_values(self.value, batch)
         v_loss, value_stats = value_loss(
             values, buffer.values[index], buffer.returns[index], s.cliprange_value, denominator
         )
-        self.value_optimizer.backward(s.vf_coef * v_loss)
+        balance = weighted_balance_loss(self.value, batch, batch.responses, denominator)
+        self.value_optimizer.backward(s.vf_coef * v_loss + balance)
         for name, x in {
             "policy_loss": loss.detach(),
             "value_loss": v_loss.detach(),

@@ -11,6 +11,7 @@ from torch import Tensor
 from src.errors import UserError
 from src.logs import RunLog
 from src.models.batch import micro_batches
+from src.models.lora import freeze_layers
 from src.models.transformer import Transformer
 from src.parallel.setup import Parallel
 from src.trainer.optimizer import Optimizer, lr_at
@@ -47,6 +48,14 @@ class FitSettings:
             )
 
 
+def prepare(model: Transformer, settings: dict) -> None:
+    """What a training script's flags say of the model: recomputation, frozen layers, the weight of the experts' balance."""
+    model.recompute = settings["checkpoint_activations"]
+    freeze_layers(model, settings["freeze_layers"])
+    if settings["router_aux_loss_coef"] is not None:
+        model.router_aux_loss_coef = settings["router_aux_loss_coef"]
+
+
 def epoch_batches(n_rows: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """Every row once, in random batches, in an order fixed by seed and epoch alone.
 
@@ -78,6 +87,7 @@ def fit(
     batch_size = settings.max_batch_size * settings.accumulation_steps * parallel.dp_size
     steps_per_epoch = -(-len(objective.lengths) // batch_size)
     total, step, history = steps_per_epoch * settings.epochs, 0, []
+    names = objective.stats + (("balance_loss",) if model.config.n_experts else ())
     evaluate(0)
     for epoch in range(1, settings.epochs + 1):
         with log.progress(steps_per_epoch, f"epoch {epoch}/{settings.epochs}", unit="step") as bar:
@@ -90,7 +100,7 @@ def fit(
                     for name, value in {"loss": float(loss.detach()), **stats}.items():
                         sums[name] = sums.get(name, 0.0) + value
                 lr = lr_at(step, total, settings.lr, settings.warmup, settings.schedule)
-                scalars = {**summed(sums, objective.stats, parallel), "lr": lr, **optimizer.step(lr)}
+                scalars = {**summed(sums, names, parallel), "lr": lr, **optimizer.step(lr)}
                 step += 1
                 if scalars["skipped"]:
                     log.warning(f"step {step}: the gradient norm is {scalars['grad_norm']}, the step is skipped")

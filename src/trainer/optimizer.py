@@ -41,7 +41,7 @@ class Optimizer:
         self.parallel, self.max_grad_norm = parallel, max_grad_norm
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.parameters]
-        self.sharded = [p.model_parallel for p in self.parameters]
+        self.copies = [p.copies for p in self.parameters]  # ranks that hold the same values
         decayed = [m for m in self.masters if m.dim() > 1]
         plain = [m for m in self.masters if m.dim() == 1]
         groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -95,10 +95,9 @@ class Optimizer:
         return {"grad_norm": norm, "skipped": float(skipped)}
 
     def _grad_norm(self) -> Tensor:
-        """√ of the sum of squares over all ranks of the model, replicated parameters counted once; the same on every rank."""
+        """√ of the sum of squares over all ranks of the model, copies counted once; the same on every rank."""
         squares = torch.stack([m.grad.double().square().sum() for m in self.masters])
-        share = torch.tensor([1.0 if s else 1.0 / self.parallel.mp_size for s in self.sharded], device=squares.device)
-        total = (squares * share).sum()
+        total = (squares / torch.tensor(self.copies, device=squares.device)).sum()
         dist.all_reduce(total, group=self.parallel.mp_group)
         return total.sqrt()
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from src.models.batch import Batch, Sequence, response_logprobs
+from src.models.batch import Batch, Sequence, response_logprobs, weighted_balance_loss
 from src.models.transformer import Transformer
 
 
@@ -18,5 +18,7 @@ class SolverObjective:
         self.weights = [s.response_length for s in sequences]
 
     def loss(self, model: Transformer, rows: list[int], denominator: float) -> tuple[Tensor, dict[str, float]]:
-        logprobs, _ = response_logprobs(model, Batch.of([self.sequences[i] for i in rows], self.device))
-        return -logprobs.sum() / denominator, {}
+        batch = Batch.of([self.sequences[i] for i in rows], self.device)
+        logprobs, _ = response_logprobs(model, batch)
+        balance = weighted_balance_loss(model, batch, batch.responses, denominator)
+        return -logprobs.sum() / denominator + balance, {"balance_loss": float(balance.detach())}

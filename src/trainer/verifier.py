@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from src.models.batch import Batch, Sequence, sequence_scores
+from src.models.batch import Batch, Sequence, sequence_scores, weighted_balance_loss
 from src.models.transformer import Transformer
 
 
@@ -39,5 +39,6 @@ class VerifierObjective:
         batch = Batch.of([s for c in chosen for s in c.chosen + c.rejected], self.device)  # one forward for both sides
         pairs = margins(sequence_scores(model, batch), [(len(c.chosen), len(c.rejected)) for c in chosen])
         loss = torch.stack([-F.logsigmoid(m).mean() for m in pairs]).sum() / denominator
+        balance = weighted_balance_loss(model, batch, [1 / len(c.chosen + c.rejected) for c in chosen for _ in c.chosen + c.rejected], denominator)
         correct = torch.stack([(m.detach() > 0).float().mean() for m in pairs]).sum()
-        return loss, {"accuracy": float(correct) / denominator}
+        return loss + balance, {"accuracy": float(correct) / denominator, "balance_loss": float(balance.detach())}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.launch import launch
-from tests.trainer.tiny import save_llama
+from tests.trainer.tiny import save_experts, save_llama
 from tests.trainer.worker import all_checks
 
 LAYOUTS = {"one rank": "1-1", "TP 2": "2-2", "DP 2": "2-1", "TP 4": "4-4", "TP 2, DP 2": "4-2"}
@@ -15,6 +15,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trainers")
     save_llama(folder / "lm", "lm", 0)
     save_llama(folder / "score", "score", 1)
+    save_experts(folder / "experts")
     return folder
 
 

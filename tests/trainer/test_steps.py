@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from src.checkpoint.save import save_model
+from src.checkpoint.source import Checkpoint
 from src.models.lora import add_lora
 from src.parallel.setup import start, stop
 from src.trainer.fit import epoch_batches
@@ -50,11 +51,40 @@ def reference(model, loss_of, batches):
 
 def merged(model) -> dict[str, torch.Tensor]:
     if not hasattr(model, "peft_config"):
-        return {name: p.detach().clone() for name, p in model.state_dict().items()}
+        return unfused({name: p.detach().clone() for name, p in model.state_dict().items()})
     model.merge_adapter()
     state = {k: v.detach().clone() for k, v in model.get_base_model().state_dict().items() if "lora_" not in k}
     model.unmerge_adapter()
     return {name.replace(".base_layer", ""): tensor for name, tensor in state.items()}
+
+
+def unfused(state: dict) -> dict[str, torch.Tensor]:
+    """A matrix for each expert, as files have it, where transformers keeps all experts' in one tensor."""
+    out = {}
+    for name, tensor in state.items():
+        stem, last = name.rsplit(".", 1)
+        block = stem.replace("mlp.experts", "block_sparse_moe.experts")
+        if last == "gate_up_proj":
+            gate, up = tensor.chunk(2, 1)
+            out |= {f"{block}.{e}.w1.weight": w for e, w in enumerate(gate)} | {f"{block}.{e}.w3.weight": w for e, w in enumerate(up)}
+        elif last == "down_proj":
+            out |= {f"{block}.{e}.w2.weight": w for e, w in enumerate(tensor)}
+        else:
+            out[name.replace("mlp.gate.", "block_sparse_moe.gate.")] = tensor
+    return out
+
+
+def experts_loss(model, rows):
+    """solver_loss, and each sequence's load-balancing loss by transformers' formula, weighted like its output tokens."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    chosen, balance = [some_sequences(worker.ROWS)[i] for i in rows], 0.0
+    for s in chosen:
+        routers = model(input_ids=torch.tensor([s.tokens]), output_router_logits=True).router_logits
+        config = model.config
+        one = load_balancing_loss_func(routers, config.num_local_experts, config.num_experts_per_tok)
+        balance = balance + one * s.response_length / sum(s.response_length for s in chosen)
+    return solver_loss(model, rows) + model.config.router_aux_loss_coef * balance
 
 
 def solver_loss(model, rows):
@@ -88,6 +118,7 @@ def expected(folder, tmp_path_factory):
     return {
         "full": reference(theirs(folder / "lm"), solver_loss, solver_batches),
         "lora": reference(peft_model(folder, tmp_path_factory.mktemp("adapter")), solver_loss, solver_batches),
+        "experts": reference(theirs(folder / "experts"), experts_loss, solver_batches),
         "verifier": reference(theirs(folder / "score"), verifier_loss, verifier_batches),
     }
 
@@ -98,8 +129,8 @@ def peft_model(folder, saved):
 
     parallel = start(1)
     model = ours(folder / "lm", parallel)
-    add_lora(model, worker.LORA_RANK, worker.LORA_ALPHA, worker.LORA_SEED, parallel)
-    save_model(model, parallel, str(saved / "start"), folder)
+    add_lora(model, worker.LORA, worker.LORA_SEED, parallel)
+    save_model(model, parallel, str(saved / "start"), Checkpoint.open(str(folder / "lm")))
     stop()
     return PeftModel.from_pretrained(theirs(folder / "lm"), saved / "start" / "adapter", is_trainable=True)
 
@@ -107,7 +138,7 @@ def peft_model(folder, saved):
 RUNS = [*worker.SOLVER_RUNS, *worker.VERIFIER_RUNS]
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", [run for run in RUNS if run != "experts, lora"])
 def test_losses_norms_and_weights_are_the_reference_s(results, expected, layout, run):
     got, want = results[layout][run], expected[run.split(",")[0]]
     assert len(got["history"]) == len(want["steps"])
@@ -120,10 +151,20 @@ def test_losses_norms_and_weights_are_the_reference_s(results, expected, layout,
     assert apart(got["weights"], want["weights"]) < TOLERANCE
 
 
+def test_adapters_of_experts_train_alike_at_any_division(results, layout):
+    """Their loss and gradients are tested with the model; here all ranks take the steps that one rank takes."""
+    got, one = results[layout]["experts, lora"], results["one rank"]["experts, lora"]
+    for step, other in zip(got["history"], one["history"]):
+        assert step["loss"] == pytest.approx(other["loss"], rel=TOLERANCE)
+        assert step["grad_norm"] == pytest.approx(other["grad_norm"], rel=TOLERANCE)
+    assert apart(got["weights"], one["weights"]) < TOLERANCE
+    assert apart(got["weights"], got["first"]) > 30 * TOLERANCE
+
+
 def test_the_runs_above_train_and_clip(expected, folder):
     """Otherwise they would agree on nothing: every matrix moves far more than the tolerance, and norms are clipped."""
-    for run, start in (("full", "lm"), ("lora", "lm"), ("verifier", "score")):
-        before = dict(theirs(folder / start).named_parameters())
+    for run, name in (("full", "lm"), ("lora", "lm"), ("verifier", "score"), ("experts", "experts")):
+        before = unfused(dict(theirs(folder / name).named_parameters()))
         moved = {k: float((v - before[k]).norm() / before[k].norm()) for k, v in expected[run]["weights"].items()}
         moving = [k for k in moved if "_proj" in k] if run == "lora" else moved
         assert min(moved[k] for k in moving) > 30 * TOLERANCE

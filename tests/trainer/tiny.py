@@ -8,10 +8,10 @@ import torch.distributed as dist
 
 from src.checkpoint.load import load_model
 from src.checkpoint.save import merged_weights
-from src.checkpoint.source import Checkpoint, generalised, to_halves, to_hf_name
+from src.checkpoint.names import hf_tensors
+from src.checkpoint.source import Checkpoint
 from src.models.batch import Sequence
 from src.models.layout import tensor_table
-from src.models.llama import ROTARY
 from src.models.transformer import Transformer
 from src.parallel.setup import Parallel
 
@@ -39,13 +39,28 @@ def save_llama(folder: Path, head: str = "lm", seed: int = 0) -> Path:
     return folder
 
 
+def save_experts(folder: Path) -> Path:
+    """A Mixtral of which nothing divides by 2 or 4: heads, kv heads, widths, vocabulary; as different as save_llama's."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(3)
+    config = MixtralConfig(
+        vocab_size=VOCAB + 3, hidden_size=33, intermediate_size=21, num_hidden_layers=2, num_attention_heads=3, head_dim=10,
+        num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.2, tie_word_embeddings=False, sliding_window=6,
+        num_local_experts=5, num_experts_per_tok=2, router_aux_loss_coef=0.3, bos_token_id=1, eos_token_id=EOS,
+    )
+    MixtralForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
 def theirs(folder: Path):
     """The folder's model as transformers runs it, in fp32."""
-    from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    scored = "SequenceClassification" in (Path(folder) / "config.json").read_text()
-    kind = LlamaForSequenceClassification if scored else LlamaForCausalLM
-    return kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    config = (Path(folder) / "config.json").read_text()
+    kind = AutoModelForSequenceClassification if "SequenceClassification" in config else AutoModelForCausalLM
+    eager = {"attn_implementation": "eager"} | ({"experts_implementation": "eager"} if "Mixtral" in config else {})
+    return kind.from_pretrained(folder, dtype=torch.float32, **eager)
 
 
 def ours(folder: Path, parallel: Parallel, dtype: torch.dtype = torch.float32, head: str | None = None, seed: int = 0):
@@ -55,13 +70,11 @@ def ours(folder: Path, parallel: Parallel, dtype: torch.dtype = torch.float32, h
 def whole_weights(model: Transformer, parallel: Parallel) -> dict[str, torch.Tensor]:
     """All ranks' weights put together, adapters merged in, in transformers' names and row order."""
     parts = [None] * parallel.mp_size
-    dist.all_gather_object(parts, merged_weights(model), group=parallel.mp_group)
+    dist.all_gather_object(parts, merged_weights(model, parallel), group=parallel.mp_group)
     table = tensor_table(model.config)
     whole = {}
     for name in parts[0]:
-        dim = table[name].dim
-        tensor = parts[0][name] if dim is None else torch.cat([part[name] for part in parts], dim)
-        whole[to_hf_name(name)] = to_halves(tensor, model.config.head_dim) if generalised(name) in ROTARY else tensor
+        whole |= hf_tensors(name, table[name].join([part[name] for part in parts]), model.config)
     return whole
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from src.evaluation.verifier import evaluate_pairs
 from src.logs import RunLog
-from src.models.lora import add_lora
+from src.models.lora import LoRAConfig, add_lora
 from src.parallel.setup import Parallel, start, stop
 from src.trainer.fit import FitSettings, fit
 from src.trainer.optimizer import Optimizer
@@ -24,15 +24,18 @@ from tests.trainer.tiny import ours, some_sequences, whole_weights
 
 ROWS, BATCH, LR, WARMUP = 17, 6, 2e-3, 0.5  # three steps, the last of five rows: uneven at two data-parallel ranks
 WEIGHT_DECAY, MAX_GRAD_NORM = 0.1, 0.5
-LORA_RANK, LORA_ALPHA, LORA_SEED = 4, 8.0, 3
+LORA, LORA_SEED = LoRAConfig(rank=4, alpha=8.0), 3
 SEED = 5
 
-# name: (micro-batches per step at one data-parallel rank, LoRA, activation checkpointing)
+# name: (model, micro-batches per step at one data-parallel rank, LoRA, activation checkpointing)
 SOLVER_RUNS = {
-    "full": (1, False, False),
-    "full, micro-batches, recomputed": (3, False, True),
-    "lora": (1, True, False),
-    "lora, micro-batches": (6, True, False),
+    "full": ("lm", 1, False, False),
+    "full, micro-batches, recomputed": ("lm", 3, False, True),
+    "lora": ("lm", 1, True, False),
+    "lora, micro-batches": ("lm", 6, True, False),
+    "experts": ("experts", 1, False, False),
+    "experts, micro-batches, recomputed": ("experts", 3, False, True),
+    "experts, lora": ("experts", 2, True, False),
 }
 VERIFIER_RUNS = {"verifier": 1, "verifier, micro-batches": 4}
 COMPARISONS, VERIFIER_BATCH = 7, 4
@@ -48,11 +51,11 @@ def comparisons() -> list[Comparison]:
     return found
 
 
-def solver_run(folder: Path, parallel: Parallel, micro: int, lora: bool, recompute: bool) -> dict:
-    model = ours(folder / "lm", parallel)
+def solver_run(folder: Path, parallel: Parallel, name: str, micro: int, lora: bool, recompute: bool) -> dict:
+    model = ours(folder / name, parallel)
     model.recompute = recompute
     if lora:
-        add_lora(model, LORA_RANK, LORA_ALPHA, LORA_SEED, parallel)
+        add_lora(model, LORA, LORA_SEED, parallel)
     optimizer = Optimizer(model, parallel, WEIGHT_DECAY, MAX_GRAD_NORM)
     objective = SolverObjective(some_sequences(ROWS), parallel.device)
     return trained(model, optimizer, objective, settings(BATCH, micro, parallel), parallel)
@@ -85,7 +88,7 @@ def trained(model, optimizer, objective, plan: FitSettings, parallel: Parallel) 
     optimizer.step = step_and_look
     with RunLog(None, "test", {}, rank=1) as log:
         history = fit(model, optimizer, objective, plan, parallel, log, evaluated.append)
-    replicated = {n: p.detach() for n, p in model.named_parameters() if not p.model_parallel}
+    replicated = {n: p.detach() for n, p in model.named_parameters() if p.copies == parallel.mp_size}
     every = [None] * parallel.world_size
     dist.all_gather_object(every, replicated)
     alike = all(torch.equal(other[n], replicated[n]) for other in every for n in replicated)

@@ -1,0 +1,151 @@
+"""LoRA adapters in PEFT's format: `adapter_config.json` and `adapter_model.safetensors` (or `.bin`), by Hugging Face's names."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from src.checkpoint.files import TensorFile, read_json
+from src.checkpoint.names import generalised, is_rotary, layer_of, to_halves, to_interleaved
+from src.errors import UserError
+from src.models.config import ModelConfig
+from src.models.family import Stored
+from src.models.hf_config import FAMILIES, family_written
+from src.models.layout import tensor_table
+from src.models.lora import TARGETS, LoRAConfig, lora_table
+
+_PREFIX = "base_model.model."
+_REFUSED = ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "layers_to_transform", "target_parameters", "lora_bias")
+
+
+class Adapter:
+    """An adapter's factors, whole, in our names and row order: `layers.0.attention.wq.lora_a` [rank, in], `…lora_b` [out, rank]."""
+
+    def __init__(self, folder: Path, lora: LoRAConfig, tensors: dict[str, Tensor], score: Tensor | None) -> None:
+        """score: the scalar head trained with a verifier's adapter."""
+        self.folder, self.lora, self.tensors, self.score = folder, lora, tensors, score
+
+    @classmethod
+    def open(cls, path: str, config: ModelConfig) -> "Adapter":
+        """Read a folder for a model of this config. Raises UserError for what does not fit it, or is not supported."""
+        folder = Path(path)
+        where = folder / "adapter_config.json"
+        if not where.is_file():
+            raise UserError(f"{where}: not there; an adapter's folder holds it, beside adapter_model.safetensors")
+        raw = read_json(where)
+        _check(raw, where)
+        file = next((folder / name for name in ("adapter_model.safetensors", "adapter_model.bin") if (folder / name).is_file()), None)
+        if file is None:
+            raise UserError(f"{folder}: no adapter_model.safetensors in it")
+        rank, alpha = raw.get("r"), raw.get("lora_alpha", 8)
+        if type(rank) is not int or rank < 1 or not isinstance(alpha, (int, float)) or not 0 < alpha < 1e9:
+            raise UserError(f"{where}: r is {rank!r} and lora_alpha {alpha!r}; positive numbers are expected")
+        if raw.get("use_rslora"):
+            alpha *= rank**0.5  # its scale is alpha / √rank
+        opened = TensorFile(file)
+        present = set(opened.keys)
+        unread = set(present)
+        tensors, targets = {}, []
+        for stem in _stems(config):
+            for family in (family_written(config)[1], FAMILIES[config.family]):
+                place = family.names[generalised(f"{stem}.weight")][0]
+                keys = [_keys(place, stem, config, factor) for factor in ("lora_A", "lora_B")]
+                if all(key in present for pair in keys for key in pair):
+                    tensors |= _factors(opened, keys, place, stem, config)
+                    targets.append(stem.rsplit(".", 1)[-1])
+                    unread -= {key for pair in keys for key in pair}
+                    break
+        head = f"{_PREFIX}score.weight"
+        score = opened.read(head) if head in unread else None
+        unread.discard(head)
+        if unread:
+            raise UserError(f"{file}: {sorted(unread)[0]} fits no layer of this model ({len(unread)} such tensors)")
+        if not tensors:
+            raise UserError(f"{file}: holds no adapter for this model")
+        lora = LoRAConfig(rank, float(alpha), float(raw.get("lora_dropout") or 0.0), tuple(t for t in TARGETS if t in targets))
+        table = lora_table(config, lora)
+        for name, spec in table.items():
+            if name not in tensors or tuple(tensors[name].shape) != spec.shape:
+                found = list(tensors[name].shape) if name in tensors else "nothing"
+                raise UserError(f"{file}: for {name} there is {found}, expected {list(spec.shape)} (rank {rank})")
+        return cls(folder, lora, tensors, score)
+
+    def added_to(self, tensor: Tensor, name: str, dim: int | None, start: int, stop: int) -> Tensor:
+        """A base weight, or its [start, stop) along `dim`, with the adapter's part added in fp32."""
+        if name == "score.weight" and self.score is not None:
+            return self.score.to(tensor.dtype)
+        stem = name.removesuffix(".weight")
+        if f"{stem}.lora_a" not in self.tensors:
+            return tensor
+        a, b = self.tensors[f"{stem}.lora_a"].float(), self.tensors[f"{stem}.lora_b"].float()
+        if dim == tensor.dim() - 2:
+            b = b.narrow(dim, start, stop - start)
+        elif dim == tensor.dim() - 1:
+            a = a.narrow(dim, start, stop - start)
+        return (tensor.float() + self.lora.scale * (b @ a)).to(tensor.dtype)
+
+
+def write_adapter(config: ModelConfig, lora: LoRAConfig, tensors: dict[str, Tensor], folder: Path, base: Path) -> None:
+    """Write whole factors (by our names; a verifier's `score.weight` among them) for `peft` to load beside the base model."""
+    folder.mkdir()
+    family, out = family_written(config)[1], {}
+    for name, tensor in tensors.items():
+        if name == "score.weight":
+            out[f"{_PREFIX}score.weight"] = tensor.contiguous()
+            continue
+        stem, factor = name.rsplit(".", 1)
+        rows = to_halves(tensor, config.head_dim) if is_rotary(name) else tensor
+        keys = _keys(family.names[generalised(f"{stem}.weight")][0], stem, config, {"lora_a": "lora_A", "lora_b": "lora_B"}[factor])
+        out |= dict(zip(keys, [rows.contiguous()] if len(keys) == 1 else [matrix.contiguous() for matrix in rows]))
+    scored = config.head == "score"
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS" if scored else "CAUSAL_LM",
+        "base_model_name_or_path": str(base),
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "target_modules": sorted({key.split(".")[-3] for key in out if ".lora_" in key}),
+        "modules_to_save": ["score"] if scored else None,
+        "inference_mode": True,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    save_file(out, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _check(raw: dict, where: Path) -> None:
+    if raw.get("peft_type") != "LORA":
+        raise UserError(f"{where}: peft_type is {raw.get('peft_type')!r}; only LORA is supported")
+    for key in _REFUSED:
+        if raw.get(key):
+            raise UserError(f"{where}: {key} is set to {raw[key]!r}, which is not supported")
+    if raw.get("bias", "none") != "none":
+        raise UserError(f"{where}: bias is {raw['bias']!r}; only 'none' is supported")
+    kept = raw.get("modules_to_save") or []
+    if kept not in ([], ["score"], ["classifier", "score"]):
+        raise UserError(f"{where}: modules_to_save is {kept!r}; only a classifier's 'score' is supported")
+
+
+def _stems(config: ModelConfig) -> list[str]:
+    return [name.removesuffix(".weight") for name in tensor_table(config) if name.split(".")[-2] in TARGETS and name.endswith(".weight")]
+
+
+def _keys(place: Stored, stem: str, config: ModelConfig, factor: str) -> list[str]:
+    """PEFT's key of a factor, or one for each expert."""
+    experts = range(config.n_experts) if "{expert}" in place.key else [0]
+    stems = [place.key.removesuffix(".weight").format(layer_of(stem), expert=expert) for expert in experts]
+    return [f"{_PREFIX}{key}.{factor}.weight" for key in stems]
+
+
+def _factors(file: TensorFile, keys: list[list[str]], place: Stored, stem: str, config: ModelConfig) -> dict[str, Tensor]:
+    a, b = ([file.read(key) for key in of_experts] for of_experts in keys)
+    if place.parts > 1:  # a fused layer's adapter: A serves all its parts, B is cut
+        b = [matrix.chunk(place.parts, place.dim)[place.index] for matrix in b]
+    a, b = (torch.stack(x) if "{expert}" in place.key else x[0] for x in (a, b))
+    if is_rotary(f"{stem}.lora_b"):
+        b = to_interleaved(b, config.head_dim)
+    return {f"{stem}.lora_a": a, f"{stem}.lora_b": b}

@@ -1,0 +1,46 @@
+"""What a Hugging Face folder says of its tokenizer: its files, its special ids, its chat template."""
+
+from pathlib import Path
+
+from src.checkpoint.files import read_json
+from src.checkpoint.folder import copy_side_files
+from src.data.tokenizer import Tokenizer
+
+
+def special_ids_of(tokenizer: Tokenizer | None) -> dict[str, int | list[int] | None]:
+    """`bos_token_id` and `eos_token_id` (a list where several end a text) for config.json and generation_config.json."""
+    if tokenizer is None:
+        return {"bos_token_id": None, "eos_token_id": None}
+    stops = [tokenizer.eos_id, *sorted(tokenizer.stop_ids - {tokenizer.eos_id})]
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops[0] if len(stops) == 1 else stops}
+
+
+def pad_id_of(tokenizer: Tokenizer | None, vocab_size: int) -> int:
+    """An id that ends no text, for a classifier that scores the last token that is not padding: one of the padded vocabulary,
+
+    else SentencePiece's unknown (0), else BOS.
+    """
+    if tokenizer is not None and tokenizer.vocab_size < vocab_size:
+        return tokenizer.vocab_size
+    pieces = tokenizer is not None and tokenizer.path.suffix == ".model" and not tokenizer.ranked
+    if tokenizer is None or pieces or tokenizer.bos_id is None:
+        return 0
+    return tokenizer.bos_id
+
+
+def write_tokenizer(tokenizer: Tokenizer | None, source: Path, folder: Path) -> None:
+    """The tokenizer's files into `folder`, in a form that transformers reads; `source`: the checkpoint's folder."""
+    copy_side_files(source, folder, tokenizer.path if tokenizer else None)
+    if tokenizer is None:
+        return
+    template = tokenizer.chat.source if tokenizer.chat and not tokenizer.chat.own else None
+    config = folder / "tokenizer_config.json"
+    if tokenizer.ranked:  # tiktoken's ranks, for which transformers needs code from the model's folder
+        if config.is_file() and not (folder / "chat_template.jinja").exists():
+            kept = read_json(config).get("chat_template")
+            template = kept if isinstance(kept, str) else template
+        for name in ("qwen.tiktoken", "tokenizer.model", "tokenizer_config.json"):
+            (folder / name).unlink(missing_ok=True)
+        tokenizer.save_json(folder)
+    if template:
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")

@@ -1,0 +1,76 @@
+"""Qwen: v1 with its own names, Qwen1.5/2/2.5 (q, k, v biases), Qwen3 (q, k norms) and Qwen3-MoE."""
+
+from src.models.config import ModelConfig
+from src.models.family import Family, Stored, stored
+from src.models.llama import ATTENTION, NAMES
+from src.models.mixtral import experts
+
+
+def _qwen(dim: int, n_layers: int, n_heads: int, hidden_dim: int, vocab_size: int, rope_theta: float, context: int):
+    return ModelConfig(
+        dim, n_layers, n_heads, n_heads, 128, hidden_dim, vocab_size, 1e-6, rope_theta, context,
+        family="qwen", qkv_bias=True, use_logn_attn=True, use_dynamic_ntk=True,
+    )  # fmt: skip
+
+
+_BIASES = {
+    f"layers.{{}}.attention.{ours}.bias": f"model.layers.{{}}.self_attn.{theirs}.bias"
+    for ours, theirs in (("wq", "q_proj"), ("wk", "k_proj"), ("wv", "v_proj"))
+}
+_NORMS = {f"layers.{{}}.attention.{norm}.weight": f"model.layers.{{}}.self_attn.{norm}.weight" for norm in ("q_norm", "k_norm")}
+_C_ATTN = {  # [Q; K; V] stacked
+    f"layers.{{}}.attention.{ours}.{kind}": (Stored(f"transformer.h.{{}}.attn.c_attn.{kind}", third, 3),)
+    for third, ours in enumerate(("wq", "wk", "wv"))
+    for kind in ("weight", "bias")
+}
+
+QWEN = Family(
+    "QWen",
+    _C_ATTN
+    | stored({
+        "tok_embeddings.weight": "transformer.wte.weight",
+        "layers.{}.attention.wo.weight": "transformer.h.{}.attn.c_proj.weight",
+        "layers.{}.feed_forward.w1.weight": "transformer.h.{}.mlp.w2.weight",  # the gate
+        "layers.{}.feed_forward.w2.weight": "transformer.h.{}.mlp.c_proj.weight",
+        "layers.{}.feed_forward.w3.weight": "transformer.h.{}.mlp.w1.weight",
+        "layers.{}.attention_norm.weight": "transformer.h.{}.ln_1.weight",
+        "layers.{}.ffn_norm.weight": "transformer.h.{}.ln_2.weight",
+        "norm.weight": "transformer.ln_f.weight",
+        "output.weight": "lm_head.weight",
+        "score.weight": "score.weight",
+    }),
+    keys={"norm_eps": "layer_norm_epsilon", "rope_theta": "rotary_emb_base", "max_seq_len": "seq_length", "head_dim": "kv_channels"},
+    has={"qkv_bias": True},
+    ffn_factor=2,
+    written_as="qwen2",
+    presets={
+        "qwen-7b": _qwen(4096, 32, 32, 11008, 151936, 1e4, 8192),
+        "qwen-14b": _qwen(5120, 40, 40, 13696, 152064, 1e4, 2048),
+        "qwen-72b": _qwen(8192, 80, 64, 24576, 152064, 1e6, 32768),
+    },
+)
+
+QWEN2 = Family(
+    "Qwen2", NAMES | stored(_BIASES), defaults={"first_window_layer": 28}, has={"qkv_bias": True}, windows="flagged"
+)
+
+QWEN3 = Family(
+    "Qwen3",
+    NAMES | stored(_NORMS),
+    defaults={"first_window_layer": 28, "head_dim": 128},
+    has={"qk_norm": True},
+    windows="flagged",
+)
+
+QWEN3_MOE = Family(
+    "Qwen3Moe",
+    {
+        **ATTENTION,
+        **stored({**_NORMS, "layers.{}.feed_forward.gate.weight": "model.layers.{}.mlp.gate.weight"}),
+        **experts("model.layers.{}.mlp", "gate_proj", "down_proj", "up_proj"),
+    },
+    keys={"n_experts": "num_experts", "hidden_dim": "moe_intermediate_size"},
+    defaults={"n_experts": 128, "experts_per_token": 8, "router_aux_loss_coef": 0.001, "norm_topk_prob": False},
+    has={"qk_norm": True},
+    windows="flagged",
+)
