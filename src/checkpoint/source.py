@@ -83,6 +83,13 @@ class Checkpoint:
         place = self._places("norm.weight")[0]
         return self.parts[0][place].dtype(place)
 
+    def bytes_of(self, name: str, dtype: torch.dtype | None = None) -> int:
+        """Bytes of a whole tensor, in its own dtype or another."""
+        if dtype is None:
+            key = self._places(name)[0]
+            dtype = self.parts[0][key].dtype(key)
+        return torch.Size(self.table[name].shape).numel() * dtype.itemsize
+
     def read(self, name: str, dim: int | None = None, start: int = 0, stop: int = 0, merged: bool = True) -> Tensor:
         """A tensor in Meta's name and row order, whole or its [start, stop) along `dim`; with the adapter's part when `merged`."""
         cuts = {} if dim is None else {dim: (start, stop)}
@@ -183,12 +190,30 @@ class Checkpoint:
                     problems.append(f"{where}{part[key].path.name}: {key} is {found_kind}, expected {expected_kind}")
                 if found != expected:
                     problems.append(f"{where}{part[key].path.name}: {key} has shape {list(found)}, expected {list(expected)}")
+            if not problems:  # the embedding is there, and can be read
+                problems += [f"{where}{problem}" for problem in self._untied(number, part)]
             for key in part.keys() - wanted.keys():
                 if generalised(key) not in computed:
                     problems.append(f"{where}{part[key].path.name}: unknown tensor {key}")
         if problems:
             more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
             raise UserError(f"{self.folder} does not hold the model its config describes: {'; '.join(problems[:5])}{more}")
+
+    def _untied(self, number: int, part: dict[str, TensorFile]) -> list[str]:
+        """What is wrong with an output layer that the file holds beside an embedding that is said to be the same."""
+        key, n, found = "lm_head.weight" if self.hf else "output.weight", len(self.parts), []
+        if not self.config.tie_word_embeddings or key not in part or self.config.head != "lm":
+            return found
+        spec = TensorSpec((self.config.vocab_size, self.config.dim), 0)
+        shape, expected = part[key].shape(key), spec.local_shape(n)
+        if shape != expected:
+            return [f"{part[key].path.name}: {key} has shape {list(shape)}, expected {list(expected)}"]
+        start, stop = spec.local_range(number, n)
+        for row in sorted({start + i * (stop - start) // 16 for i in range(16)} if stop > start else ()):  # a few of them tell
+            theirs = part[key].read(key, {0: (row - start, row - start + 1)})
+            if not torch.equal(theirs, self.read("tok_embeddings.weight", 0, row, row + 1)):
+                return [f"{part[key].path.name}: {key} is not the embedding, as tie_word_embeddings says it is; set that to false"]
+        return found
 
     def _expected(self, name: str) -> list[tuple[str, tuple[int, ...]]]:
         """The keys of a tensor in each shard, and the shape that each should have there."""

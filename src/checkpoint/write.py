@@ -28,7 +28,7 @@ def write_params(config: ModelConfig, folder: Path) -> None:
 
 def split(checkpoint: Checkpoint, save_path: Path, n: int) -> None:
     """Write `n` consolidated shards with `params.json` and the tokenizer's files. Peak memory: one shard."""
-    check_space(save_path, sum(_bytes(checkpoint, name, checkpoint.dtype) for name in checkpoint.table))
+    check_space(save_path, sum(checkpoint.bytes_of(name) for name in checkpoint.table))
     with whole_folder(save_path) as folder:
         for rank in range(n):
             names = tqdm(checkpoint.table, desc=f"shard {rank + 1} of {n}", unit="tensor")
@@ -53,45 +53,41 @@ def merge(
 ) -> None:
     """Write a Hugging Face folder that `transformers` loads, every tensor bit for bit. Peak memory: one output file.
 
-    special_ids: "bos_token_id" and "eos_token_id"; dtype: to write in, the checkpoint's own by default; pad_id: for a
+    special_ids: "bos_token_id" and "eos_token_id"; dtype: to write in, each tensor's own by default; pad_id: for a
     classifier, an id that ends no text; side_files(source, folder) writes the tokenizer's files.
     """
-    dtype = dtype or checkpoint.dtype
     files = list(_by_file(checkpoint, dtype))
-    check_space(save_dir, sum(_bytes(checkpoint, name, dtype) for name in checkpoint.table))
+    total = sum(checkpoint.bytes_of(name, dtype) for name in checkpoint.table)
+    check_space(save_dir, total)
     with whole_folder(save_dir) as folder:
         weight_map, progress = {}, tqdm(total=len(checkpoint.table), desc="merging", unit="tensor")
         for number, names in enumerate(files, 1):
             name_out = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
             tensors = {}
             for name in names:
-                tensors |= hf_tensors(name, checkpoint.read(name).to(dtype), checkpoint.config)
+                tensor = checkpoint.check_finite(name, checkpoint.read(name))
+                tensors |= hf_tensors(name, tensor if dtype is None else tensor.to(dtype), checkpoint.config)
                 progress.update()
             save_file(tensors, folder / name_out, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(tensors, name_out)
         progress.close()
         if len(files) > 1:
-            total = sum(_bytes(checkpoint, name, dtype) for name in checkpoint.table)
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
         side_files(checkpoint.folder, folder)
-        config = hf_config(checkpoint.config, DTYPE_NAMES[dtype], special_ids, pad_id)
+        config = hf_config(checkpoint.config, DTYPE_NAMES[dtype or checkpoint.dtype], special_ids, pad_id)
         (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         if not (folder / "generation_config.json").exists() and checkpoint.config.head == "lm":
             (folder / "generation_config.json").write_text(json.dumps(special_ids, indent=1) + "\n")
 
 
-def _bytes(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> int:
-    return torch.Size(checkpoint.table[name].shape).numel() * dtype.itemsize
-
-
-def _by_file(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[list[str]]:
+def _by_file(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Iterator[list[str]]:
     """Names of the tensors of each output file, none above 5 GB (but a larger single tensor)."""
     names, size = [], 0
     for name in checkpoint.table:
-        if names and size + _bytes(checkpoint, name, dtype) > MAX_FILE_BYTES:
+        if names and size + checkpoint.bytes_of(name, dtype) > MAX_FILE_BYTES:
             yield names
             names, size = [], 0
         names.append(name)
-        size += _bytes(checkpoint, name, dtype)
+        size += checkpoint.bytes_of(name, dtype)
     yield names

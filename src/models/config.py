@@ -98,6 +98,8 @@ def config_from_params(raw: dict, where: str) -> ModelConfig:
         "n_kv_heads": n_heads,
         "vocab_size": -1,
         "family": "mixtral" if moe else "mistral" if mistral else "llama",
+        # Mistral's own code, where its file does not say
+        "rope_theta": 1e6 if mistral and raw.get("sliding_window") is None else 1e4,
         "rope_scaling": _read_scaling(scaling, raw, where),
         **{name: value for name, value in known.items() if value is not None},
         "hidden_dim": hidden_dim,
@@ -154,13 +156,16 @@ def checked(where: str, **values) -> ModelConfig:
         if good and kind is float:
             good = 0 < value < 1e12 or (value == 0 and least == 0)
         if not good:
-            wanted = "true or false" if kind is bool else f"a {kind.__name__} {'from' if least == 0 else 'above'} 0"
+            words = {int: "a whole number", float: "a number", str: "a name", bool: "true or false"}[kind]
+            wanted = words if kind in (str, bool) else f"{words} {'from' if least == 0 else 'above'} 0"
             raise UserError(f"{where}: {field.name} is {value!r}; {wanted} is expected")
     config = ModelConfig(**values)
     if config.head not in ("lm", "score"):
         raise UserError(f"{where}: unknown head {config.head!r}; lm or score is expected")
     if config.n_heads % config.n_kv_heads:
         raise UserError(f"{where}: {config.n_heads} heads cannot share {config.n_kv_heads} kv heads evenly")
+    if config.rope_scaling and config.rope_scaling.kind == "yarn" and config.rope_theta <= 1:
+        raise UserError(f"{where}: rope_theta is {config.rope_theta}; yarn needs one above 1")
     if config.head_dim % 2:
         raise UserError(f"{where}: head_dim {config.head_dim} is odd; rotary embeddings need pairs")
     if bool(config.n_experts) != bool(config.experts_per_token) or config.experts_per_token > config.n_experts:

@@ -50,14 +50,16 @@ QWEN = Family(
     },
 )
 
+_DEFAULTS = {"n_kv_heads": 32, "sliding_window": 4096}
+
 QWEN2 = Family(
-    "Qwen2", NAMES | stored(_BIASES), defaults={"first_window_layer": 28}, has={"qkv_bias": True}, windows="flagged"
+    "Qwen2", NAMES | stored(_BIASES), defaults={**_DEFAULTS, "first_window_layer": 28}, has={"qkv_bias": True}, windows="flagged"
 )
 
 QWEN3 = Family(
     "Qwen3",
     NAMES | stored(_NORMS),
-    defaults={"first_window_layer": 28, "head_dim": 128},
+    defaults={**_DEFAULTS, "first_window_layer": 28, "head_dim": 128},
     has={"qk_norm": True},
     windows="flagged",
 )
@@ -70,7 +72,7 @@ QWEN3_MOE = Family(
         **experts("model.layers.{}.mlp", "gate_proj", "down_proj", "up_proj"),
     },
     keys={"n_experts": "num_experts", "hidden_dim": "moe_intermediate_size"},
-    defaults={"n_experts": 128, "experts_per_token": 8, "router_aux_loss_coef": 0.001, "norm_topk_prob": False},
+    defaults={**_DEFAULTS, "n_kv_heads": 4, "n_experts": 128, "experts_per_token": 8, "router_aux_loss_coef": 0.001, "norm_topk_prob": False},
     has={"qk_norm": True},
     windows="flagged",
 )

@@ -1,4 +1,4 @@
-"""One rank of tests/checkpoint/test_checkpoint.py: loads each checkpoint and writes down what this rank then holds.
+"""One rank of tests/checkpoint: loads each checkpoint and writes down what this rank then holds.
 
     checkpoint_worker.py OUT TOKENS NAME=FOLDER …
 
@@ -21,10 +21,12 @@ from src.parallel.setup import start, stop
 
 def main(out: str, tokens: str, *named: str) -> None:
     parallel = start(timeout=120)
-    rows = json.loads(Path(tokens).read_text())
+    given = json.loads(Path(tokens).read_text())
     for name, folder in (pair.split("=", 1) for pair in named):
         checkpoint = Checkpoint.open(folder)
         model = load_model(checkpoint, parallel, torch.float32)
+        last = checkpoint.config.vocab_size - 1
+        rows = [[min(token, last) for token in row] for row in given]
         batch = Batch.of([Sequence(row, 1) for row in rows], parallel.device)
         with torch.no_grad():
             if checkpoint.config.head == "score":
@@ -33,7 +35,7 @@ def main(out: str, tokens: str, *named: str) -> None:
                 outputs = model.logits(model(batch.tokens, Packed([len(row) for row in rows])))
         held = {key: parameter.detach().contiguous() for key, parameter in model.named_parameters()}
         save_file(held | {"outputs": outputs.contiguous()}, Path(out) / f"{name}.{parallel.rank}.safetensors")
-        save_model(model, parallel, str(Path(out) / f"{name}-saved"), checkpoint.folder)
+        save_model(model, parallel, str(Path(out) / f"{name}-saved"), checkpoint)
     stop()
 
 

@@ -1,13 +1,21 @@
-"""Splits a checkpoint and prints the largest anonymous memory, in bytes, that the process added while doing so.
+"""Splits or loads a checkpoint and prints the largest anonymous memory, in bytes, that the process added while doing so.
 
-    memory_worker.py CKPT SAVE N          Linux: reads /proc. Mapped file pages are the system's to take back, and not counted.
+    memory_worker.py split CKPT SAVE N
+    memory_worker.py load CKPT DTYPE        under torchrun: each rank's peak, and the size of its shard
+
+Linux: reads /proc. Mapped file pages are the system's to take back, and not counted.
 """
 import sys
 import threading
 from pathlib import Path
+from typing import Callable
 
+import torch
+
+from src.checkpoint.load import load_model
 from src.checkpoint.source import Checkpoint
 from src.checkpoint.write import split
+from src.parallel.setup import start, stop
 
 
 def anonymous_bytes() -> int:
@@ -15,20 +23,33 @@ def anonymous_bytes() -> int:
     return int(line.split()[1]) * 1024
 
 
-def main(ckpt: str, save: str, n: str) -> None:
-    start, peak, done = anonymous_bytes(), 0, threading.Event()
+def peak_of(run: Callable[[], object]) -> tuple[int, object]:
+    """The largest anonymous memory added while `run` ran, and what it gave back."""
+    before, peak, done = anonymous_bytes(), 0, threading.Event()
 
     def watch():
         nonlocal peak
-        while not done.wait(0.002):
+        while not done.wait(0.001):
             peak = max(peak, anonymous_bytes())
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    split(Checkpoint.open(ckpt), Path(save), int(n))
+    result = run()
     done.set()
     watcher.join()
-    print(peak - start)
+    return max(peak, anonymous_bytes()) - before, result
+
+
+def main(action: str, ckpt: str, *more: str) -> None:
+    if action == "split":
+        save, n = more
+        print(peak_of(lambda: split(Checkpoint.open(ckpt), Path(save), int(n)))[0])
+        return
+    parallel = start(timeout=120)
+    peak, model = peak_of(lambda: load_model(Checkpoint.open(ckpt), parallel, getattr(torch, more[0])))
+    shard = sum(parameter.nbytes for parameter in model.parameters())
+    sys.stdout.write(f"{peak} {shard}\n")  # in one piece: the ranks share the pipe
+    stop()
 
 
 if __name__ == "__main__":
