@@ -9,6 +9,7 @@ model. LOGS gets results.json (each accuracy, truncated, unparsed, settings) and
 parsed counts as wrong.
 """
 
+from pathlib import Path
 from typing import Literal
 
 from src.cli import run
@@ -27,11 +28,16 @@ def main(
     use_chat_template: bool = False,
     quantize: Literal["nf4", "int8"] | None = None,
     max_batch_size: int = 384,
+    kv_cache_gb: float | None = None,
     max_seq_len: int = 1024,
     max_new_tokens: int = 256,
+    min_new_tokens: int = 0,
+    num_samples: int = 1,
     temperature: float = 0.0,
     top_p: float = 1.0,
     top_k: int = 0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
     dtype: Literal["bf16", "fp16", "fp32"] | None = None,
     seed: int = 0,
     model_parallel_size: int | None = None,
@@ -52,11 +58,16 @@ def main(
         use_chat_template: write each instruction as a user's turn, by the checkpoint's chat template or the family's.
         quantize: keep the linear layers' weights in 4 or 8 bits.
         max_batch_size: sequences generated at a time, at most.
+        kv_cache_gb: memory for keys and values per rank; half the free memory when not given.
         max_seq_len: prompt and answer together.
         max_new_tokens: of one answer.
+        min_new_tokens: no stop token before so many.
+        num_samples: answers per question: pass@k and maj@n beside the accuracy of all.
         temperature: 0 takes the likeliest token.
         top_p: sample from the smallest set of tokens with this much probability.
         top_k: sample from this many likeliest tokens; 0 is all.
+        min_p: leave out tokens less likely than this share of the likeliest.
+        repetition_penalty: divides (or, if negative, multiplies) the logits of tokens that are there already.
         dtype: of weights and activations; bf16 on a GPU and fp32 on the CPU when not given.
         seed: fixes the samples when temperature is above 0.
         model_parallel_size: ranks per model; all of them when not given.
@@ -68,13 +79,14 @@ def main(
     from src.errors import UserError
     from src.evaluation.solver import evaluate_solver, graded, headline, write_results
     from src.generation.engine import Engine
+    from src.generation.journal import Journal, fingerprint
     from src.generation.sampling import Sampling
     from src.inputs import check_flags, check_log_dir, open_model, read_evaluation, within
     from src.logs import RunLog
     from src.parallel.setup import agreed, pick_dtype, start, stop
 
     check_flags(settings)
-    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
+    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed, min_p, repetition_penalty, min_new_tokens)
     if (ckpt_dir is None) == (prediction_file is None):
         raise UserError("give --ckpt_dir to generate answers, or --prediction_file to grade existing ones: one of the two")
     parallel = start(model_parallel_size, timeout)
@@ -87,8 +99,11 @@ def main(
             lengths = [len(opened.tokenizer.prompt_ids(text)) + 1 for text in data.instructions]
             return data, opened, None, within(lengths, max_seq_len, False, f"prompts of {label_file}, with one token more,")[1]
         texts = [row["output"] for row in read_rows(prediction_file, {"output": STRING})]
-        if len(texts) != len(data.rows):
-            raise UserError(f"{prediction_file} has {len(texts)} rows and {label_file} {len(data.rows)}: one for each is needed")
+        if len(texts) != len(data.rows) * num_samples:
+            raise UserError(
+                f"{prediction_file} has {len(texts)} rows and {label_file} {len(data.rows)}: {num_samples} for each (--num_samples) "
+                "are needed"
+            )
         return data, None, texts, None
 
     data, opened, texts, warning = agreed(read_inputs)
@@ -98,14 +113,17 @@ def main(
         if warning:
             log.warning(f"{warning}: they count as wrong")
         if opened is None:
-            summary, predictions = graded(data.task, data.instructions, data.golds, texts)
+            summary, predictions = graded(data.task, data.instructions, data.golds, texts, None, num_samples)
         else:
-            engine = Engine(model, parallel, max_batch_size, max_seq_len)
+            journal = Journal(Path(log_dir) / "predictions.jsonl", settings, fingerprint(ckpt_dir, adapter_dir, label_file), parallel)
+            engine = Engine(model, parallel, max_batch_size, max_seq_len, kv_cache_gb)
             summary, predictions = evaluate_solver(
-                engine, opened.tokenizer, data.task, data.instructions, data.golds, sampling, log
+                engine, opened.tokenizer, data.task, data.instructions, data.golds, sampling, log, num_samples, journal
             )
         if parallel.is_main:
             write_results(log_dir, summary, predictions, settings)
+            if opened is not None:
+                journal.remove()
         log.info(headline(summary))
     stop()
 

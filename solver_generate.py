@@ -6,6 +6,7 @@ Rows in: {"instruction": "..."}; anything else in a row is ignored. Rows out, in
 {"index", "instruction", "output", "tokens", "logprobs", "stop_reason"}; index counts the input's rows from 0.
 """
 
+from pathlib import Path
 from typing import Literal
 
 from src.cli import run
@@ -22,13 +23,18 @@ def main(
     use_chat_template: bool = False,
     quantize: Literal["nf4", "int8"] | None = None,
     max_batch_size: int = 384,
+    kv_cache_gb: float | None = None,
     max_seq_len: int = 1024,
     max_new_tokens: int = 256,
+    min_new_tokens: int = 0,
+    stop: list[str] | None = None,
     num_samples: int = 1,
     max_rows: int | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
     top_k: int = 0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
     dtype: Literal["bf16", "fp16", "fp32"] | None = None,
     seed: int = 0,
     model_parallel_size: int | None = None,
@@ -47,13 +53,18 @@ def main(
         use_chat_template: write each instruction as a user's turn, by the checkpoint's chat template or the family's.
         quantize: keep the linear layers' weights in 4 or 8 bits.
         max_batch_size: sequences generated at a time, at most.
+        kv_cache_gb: memory for keys and values per rank; half the free memory when not given.
         max_seq_len: prompt and output together.
         max_new_tokens: of one output.
+        min_new_tokens: no stop token before so many.
+        stop: strings that end an output, which is cut before them.
         num_samples: outputs per instruction; they differ when temperature is above 0.
         max_rows: only the first rows of the input.
         temperature: 0 takes the likeliest token.
         top_p: sample from the smallest set of tokens with this much probability.
         top_k: sample from this many likeliest tokens; 0 is all.
+        min_p: leave out tokens less likely than this share of the likeliest.
+        repetition_penalty: divides (or, if negative, multiplies) the logits of tokens that are there already.
         dtype: of weights and activations; bf16 on a GPU and fp32 on the CPU when not given.
         seed: fixes the samples, whatever the batch and the ranks.
         model_parallel_size: ranks per model; all of them when not given.
@@ -62,14 +73,16 @@ def main(
     settings = dict(locals())
     from src.checkpoint.load import load_model
     from src.data.rows import read_prompt_rows, write_jsonl
-    from src.generation.engine import Engine, generate_sharded
+    from src.evaluation.solver import cut_at
+    from src.generation.engine import Engine, Stop
+    from src.generation.journal import Journal, fingerprint, generate_all
     from src.generation.sampling import Sampling
     from src.inputs import check_flags, check_writable, open_model, within
     from src.logs import RunLog
     from src.parallel.setup import agreed, pick_dtype, start, stop
 
     check_flags(settings)
-    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
+    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed, min_p, repetition_penalty, min_new_tokens)
     parallel = start(model_parallel_size, timeout)
 
     def read_inputs():
@@ -85,23 +98,20 @@ def main(
         if warning:
             log.warning(f"{warning}: their outputs are empty")
         model = load_model(opened.checkpoint, parallel, pick_dtype(dtype, parallel.device), "lm", seed, quantize).eval()
-        engine = Engine(model, parallel, max_batch_size, max_seq_len)
+        engine = Engine(model, parallel, max_batch_size, max_seq_len, kv_cache_gb)
         asked = [(i, row["instruction"]) for i, row in enumerate(rows) for _ in range(num_samples)]
         prompts = [prompt for prompt in prompts for _ in range(num_samples)]
-        with log.progress(len(prompts), "generating", unit="output") as bar:
-            completions = generate_sharded(
-                engine,
-                prompts,
-                sampling,
-                opened.tokenizer.stop_ids,
-                on_tokens=lambda done, new: bar.update(done, tokens=new),
-            )
+        stops = tuple(stop or ())
+        journal = Journal(Path(output_file), settings, fingerprint(ckpt_dir, adapter_dir, input_file), parallel)
+        completions = generate_all(
+            engine, prompts, sampling, Stop(opened.tokenizer.stop_ids, stops, opened.tokenizer.decode), log, "generating", journal
+        )
         if parallel.is_main:
             lines = [
                 {
                     "index": index,
                     "instruction": instruction,
-                    "output": opened.tokenizer.decode(c.tokens),
+                    "output": cut_at(opened.tokenizer.decode(c.tokens), stops),
                     "tokens": c.tokens,
                     "logprobs": c.logprobs,
                     "stop_reason": c.stop_reason,
@@ -109,6 +119,7 @@ def main(
                 for (index, instruction), c in zip(asked, completions)
             ]
             write_jsonl(output_file, lines)
+            journal.remove()
         log.info(f"wrote {len(prompts)} outputs to {output_file}")
     stop()
 

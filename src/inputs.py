@@ -28,6 +28,8 @@ RANGES = {
     **dict.fromkeys(("cliprange", "cliprange_value"), (0, 1e6, False)),
     **dict.fromkeys(("gamma", "lam"), (0, 1, True)),
     "lora_dropout": (0, 0.999, True),
+    "kv_cache_gb": (0, 1e6, False),
+    "num_beams": (1, 1000, True),
     "freeze_layers": (0, 10**4, True),
     "router_aux_loss_coef": (0, 1e3, True),
     "max_seq_len": (2, 10**7, True),

@@ -56,6 +56,8 @@ def load_model(
             setattr(parent, child, weight)
 
     agreed(fill)
+    if not quantize and not lora:
+        model.stack_projections()
     if lora is not None:
         add_lora(model, lora, seed, parallel, adapter and adapter.tensors)
     elif adapter is not None:

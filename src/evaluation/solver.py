@@ -1,14 +1,16 @@
 """A solver's accuracy on a task: generate, grade, write `results.json` and `predictions.jsonl`."""
 
+import math
+from collections import Counter
 from pathlib import Path
 
 from src.data.rows import write_json, write_jsonl
 from src.data.tokenizer import Tokenizer
 from src.evaluation.tasks import Task
-from src.generation.engine import Engine, generate_sharded
+from src.generation.engine import Engine, Stop
+from src.generation.journal import Journal, generate_all
 from src.generation.sampling import Sampling
 from src.logs import RunLog
-from src.models.transformer import evaluating
 
 
 def cut_at(text: str, stops: tuple[str, ...]) -> str:
@@ -17,28 +19,62 @@ def cut_at(text: str, stops: tuple[str, ...]) -> str:
 
 
 def evaluate_solver(
-    engine: Engine, tokenizer: Tokenizer, task: Task, instructions: list[str], golds: list[str], sampling: Sampling, log: RunLog
+    engine: Engine,
+    tokenizer: Tokenizer,
+    task: Task,
+    instructions: list[str],
+    golds: list[str],
+    sampling: Sampling,
+    log: RunLog,
+    num_samples: int = 1,
+    journal: Journal | None = None,
 ) -> tuple[dict, list[dict]]:
-    """(summary, predictions): the task's accuracies by every rule on one set of generations, and a row per question."""
-    prompts = [tokenizer.prompt_ids(text) for text in instructions]
-    with evaluating(engine.model), log.progress(len(prompts), f"{task.name}", unit="answer") as bar:
-        completions = generate_sharded(
-            engine, prompts, sampling, tokenizer.stop_ids, on_tokens=lambda done, new: bar.update(done, tokens=new)
-        )
+    """(summary, predictions): the task's accuracies by every rule on one set of generations, and a row per answer.
+
+    With several samples of each question the accuracy is that of all of them, and pass@k and maj@n stand beside it.
+    """
+    prompts = [prompt for prompt in map(tokenizer.prompt_ids, instructions) for _ in range(num_samples)]
+    stop = Stop(tokenizer.stop_ids, task.stop, tokenizer.decode)
+    completions = generate_all(engine, prompts, sampling, stop, log, task.name, journal)
     texts = [cut_at(tokenizer.decode(c.tokens), task.stop) for c in completions]
-    return graded(task, instructions, golds, texts, [c.stop_reason == "length" for c in completions])
+    return graded(task, instructions, golds, texts, [c.stop_reason == "length" for c in completions], num_samples)
 
 
 def graded(
-    task: Task, instructions: list[str], golds: list[str], texts: list[str], truncated: list[bool] | None = None
+    task: Task,
+    instructions: list[str],
+    golds: list[str],
+    texts: list[str],
+    truncated: list[bool] | None = None,
+    num_samples: int = 1,
 ) -> tuple[dict, list[dict]]:
-    """The same for texts that are there already."""
+    """The same for texts that are there already, `num_samples` of each question one after the other."""
+    golds, instructions = ([x for x in values for _ in range(num_samples)] for values in (golds, instructions))
     summary, rows = task.score(texts, golds, truncated)
     predictions = [
-        {"index": i, "instruction": instruction, "output": text, "gold": gold, **row}
+        {"index": i // num_samples, "instruction": instruction, "output": text, "gold": gold, **row}
         for i, (instruction, text, gold, row) in enumerate(zip(instructions, texts, golds, rows))
     ]
+    if num_samples > 1:
+        summary |= of_samples([(row["answer"], row[task.metric]) for row in rows], num_samples)
     return {"task": task.name, "accuracy": summary[task.metric], **summary}, predictions
+
+
+def of_samples(answers: list[tuple[str | None, bool]], n: int) -> dict[str, float]:
+    """pass@k for k = 1, 2, 4 … n, and maj@n. answers: (parsed answer, right?) of n samples per question, in a row.
+
+    pass@k is the unbiased estimate 1 − C(n − c, k) / C(n, k) for c right ones of n (arXiv 2107.03374, equation 1). maj@n is right
+    when the answer that most samples give is (arXiv 2203.11171); the first given wins a tie, what cannot be parsed has no vote.
+    """
+    questions = [answers[i : i + n] for i in range(0, len(answers), n)]
+    ks = sorted({n, *(2**e for e in range(n.bit_length()) if 2**e <= n)})
+    result = {}
+    for k in ks:
+        passed = [1 - math.comb(n - sum(right for _, right in q), k) / math.comb(n, k) for q in questions]
+        result[f"pass@{k}"] = sum(passed) / len(passed)
+    votes = [Counter(answer for answer, _ in q if answer is not None).most_common(1) for q in questions]
+    won = [bool(vote) and next(right for answer, right in q if answer == vote[0][0]) for vote, q in zip(votes, questions)]
+    return {**result, f"maj@{n}": sum(won) / len(won)}
 
 
 def write_results(log_dir: str, summary: dict, predictions: list[dict], settings: dict, suffix: str = "") -> None:

@@ -12,20 +12,19 @@ from src.models.transformer import Transformer
 
 
 class Cache:
-    """Keys and values of every layer: [slots, kv heads of this rank, length, head_dim] each."""
+    """Keys and values of every layer: [slots, length, kv heads of this rank, head_dim] each, allocated once."""
 
     def __init__(self, model: Transformer, slots: int, length: int) -> None:
-        weight = model.norm.weight
-        kv_heads = model.kv_heads
-        shape = (slots, kv_heads, length, model.config.head_dim)
+        shape = (slots, length, model.kv_heads, model.config.head_dim)
         # zeros: what the mask hides is still multiplied by 0, and 0 · NaN of uninitialised memory is NaN
-        self.keys = [weight.new_zeros(shape) for _ in model.layers]
-        self.values = [weight.new_zeros(shape) for _ in model.layers]
+        self.keys = [model.norm.weight.new_zeros(shape) for _ in model.layers]
+        self.values = [model.norm.weight.new_zeros(shape) for _ in model.layers]
+        self.length = length
 
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy a slot's first `length` positions to another slot."""
+    def copy(self, sources: Tensor | int, targets: Tensor | int, length: int) -> None:
+        """The first `length` positions of some slots to other slots."""
         for store in (*self.keys, *self.values):
-            store[target, :, :length] = store[source, :, :length]
+            store[targets, :length] = store[sources, :length]
 
 
 class Prefill(Packed):
@@ -38,37 +37,42 @@ class Prefill(Packed):
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor:
         slots = slice(self.first_slot, self.first_slot + len(self.lengths))
         for store, x in ((self.cache.keys, k), (self.cache.values, v)):
-            store[layer][slots, :, : self.longest] = self.pad(x).transpose(1, 2)
+            store[layer][slots, : self.longest] = self.pad(x)
         return super().attend(layer, q, k, v, window)
 
 
 class Decode:
     """One new token for each of the first n slots.
 
-    lengths: tokens already in each slot, [n]; context: > their max; prompt_lengths: those of them that were the prompt.
+    lengths: tokens already in each slot, [n]; prompt_lengths: those of them that were the prompt; contexts: neighbouring slots
+    read as much of the cache as the longest of them needs: (first slot, slot after the last, positions > their lengths).
     """
 
-    def __init__(self, cache: Cache, lengths: Tensor, context: int, prompt_lengths: Tensor) -> None:
-        self.cache, self.positions, self.context, self.prompt_lengths = cache, lengths, context, prompt_lengths
-        self.slots = torch.arange(lengths.size(0), device=lengths.device)
-        self._masks: dict[int, Tensor] = {}
+    def __init__(self, cache: Cache, lengths: Tensor, prompt_lengths: Tensor, contexts: list[tuple[int, int, int]]) -> None:
+        self.cache, self.positions, self.prompt_lengths, self.contexts = cache, lengths, prompt_lengths, contexts
+        self.context = max(context for _, _, context in contexts)
+        self.rows = torch.arange(lengths.size(0), device=lengths.device) * cache.length + lengths  # of the flattened cache
+        self._masks: dict[int, list[Tensor]] = {}
 
-    def mask(self, window: int) -> Tensor:
-        """Which keys each slot's new token sees: [n, 1, 1, context]. Made once for each window."""
+    def masks(self, window: int, dtype: torch.dtype) -> list[Tensor]:
+        """What is added to each slot's scores: 0 for the keys that its new token sees; per context [slots, 1, 1, positions]."""
         if window not in self._masks:
             keys, lengths = torch.arange(self.context, device=self.positions.device), self.positions.unsqueeze(1)
-            visible = keys <= lengths
+            hidden = keys > lengths
             if window:
-                visible &= keys > lengths - window
-            self._masks[window] = visible[:, None, None]
+                hidden |= keys <= lengths - window
+            whole = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)[:, None, None]
+            self._masks[window] = [whole[first:last, ..., :context] for first, last, context in self.contexts]
         return self._masks[window]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys[self.slots, :, self.positions] = k
-        values[self.slots, :, self.positions] = v
-        n, kv_heads = q.size(0), k.size(1)
+        keys.flatten(0, 1).index_copy_(0, self.rows, k)
+        values.flatten(0, 1).index_copy_(0, self.rows, v)
         # The heads that share a kv head stand in as its query positions: no key or value is repeated.
-        q = q.unflatten(1, (kv_heads, -1))
-        keys, values = keys[:n, :, : self.context], values[:n, :, : self.context]
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=self.mask(window)).flatten(1, 2)
+        q = q.unflatten(1, (k.size(1), -1))
+        parts = []
+        for (first, last, context), mask in zip(self.contexts, self.masks(window, q.dtype)):
+            read = [x[first:last, :context].transpose(1, 2) for x in (keys, values)]
+            parts.append(F.scaled_dot_product_attention(q[first:last], *read, attn_mask=mask))
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1, 2)

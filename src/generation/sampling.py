@@ -1,7 +1,8 @@
 """Choosing the next token from logits that are split across ranks, the same on every rank.
 
 Sampling inverts the cumulative distribution at one uniform number per token, and that number is a hash of (seed, sample,
-step): neither the batch's composition, the slot, nor the degree changes what is drawn.
+step): neither the batch's composition, the slot, nor the degree changes what is drawn. The logits are never gathered: the
+ranks exchange sums, and for top-k and top-p their largest few logits.
 """
 
 from dataclasses import dataclass
@@ -14,16 +15,26 @@ from torch import Tensor
 from src.errors import UserError
 from src.parallel.vocab import mp_all_reduce, vocab_range
 
+CANDIDATES = 256  # of each rank, that top-p looks at first
+
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to choose tokens. temperature 0 is greedy; top_k 0 and top_p 1 keep the whole vocabulary."""
+    """How to choose tokens. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 keep the whole vocabulary.
+
+    min_p: tokens less likely than this share of the likeliest are left out. repetition_penalty: logits of tokens that the
+    prompt or the response holds already are divided by it when positive, else multiplied (arXiv 1909.05858). Before
+    min_new_tokens no stop token is chosen.
+    """
 
     max_new_tokens: int = 256
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    min_new_tokens: int = 0
 
     def __post_init__(self) -> None:
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0 or self.max_new_tokens < 1:
@@ -31,6 +42,16 @@ class Sampling:
                 f"--temperature {self.temperature} --top_p {self.top_p} --top_k {self.top_k} --max_new_tokens "
                 f"{self.max_new_tokens}: need temperature >= 0, 0 < top_p <= 1, top_k >= 0, max_new_tokens >= 1"
             )
+        if not 0 <= self.min_p <= 1 or self.repetition_penalty <= 0 or not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise UserError(
+                f"--min_p {self.min_p} --repetition_penalty {self.repetition_penalty} --min_new_tokens {self.min_new_tokens}: "
+                f"need 0 <= min_p <= 1, repetition_penalty > 0, 0 <= min_new_tokens <= max_new_tokens ({self.max_new_tokens})"
+            )
+
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens are left out of the distribution that is sampled from."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
 
 
 _MULTIPLIERS = (-0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)  # 64-bit constants as signed integers
@@ -54,20 +75,43 @@ def uniforms(seed: int, samples: Tensor, steps: Tensor) -> Tensor:
     return _shift_right(mixed, 11).double() * 2.0**-53
 
 
-def choose(logits: Tensor, sampling: Sampling, samples: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+def constrained(logits: Tensor, sampling: Sampling, steps: Tensor, stops: Tensor, seen: Tensor | None) -> Tensor:
+    """Logits after the repetition penalty, and without stop tokens where too few tokens have come; fp32, a copy.
+
+    logits: [n, vocabulary / ranks]; steps: tokens so far, [n]; stops: global ids; seen: which tokens of this rank's part
+    each sequence holds, [n, vocabulary / ranks].
+    """
+    z = logits.float() if logits.dtype != torch.float32 else logits.clone()
+    if seen is not None:
+        z = torch.where(seen, torch.where(z > 0, z / sampling.repetition_penalty, z * sampling.repetition_penalty), z)
+    if sampling.min_new_tokens and stops.numel():
+        start, stop = vocab_range(z.size(-1))
+        local = stops[(stops >= start) & (stops < stop)] - start
+        early = (steps < sampling.min_new_tokens).unsqueeze(-1)
+        z[:, local] = z[:, local].masked_fill(early, -torch.inf)
+    return z
+
+
+def choose(z: Tensor, sampling: Sampling, samples: Tensor, steps: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """The next token of each row and its log-probability under the distribution that was sampled from.
 
-    logits: this rank's columns, [n, vocabulary / ranks]; samples: ids that name each sequence, [n]; steps: how many
-    tokens it has so far, [n]. Returns global token ids [n] and fp32 log-probabilities [n] (greedy: of the plain softmax).
+    z: this rank's columns of the (constrained) logits, [n, vocabulary / ranks], fp32, used up; samples: ids that name each
+    sequence, [n]; steps: how many tokens it has so far, [n]. Returns global token ids [n], fp32 log-probabilities [n]
+    (greedy: of the plain softmax), and which of this rank's tokens were kept, [n, vocabulary / ranks], if some were not.
     """
-    z = logits.float() / (sampling.temperature or 1.0)
+    if sampling.temperature not in (0, 1):
+        z /= sampling.temperature
+    tokens, top = _argmax(z) if sampling.temperature == 0 else (None, mp_all_reduce(z.amax(-1), dist.ReduceOp.MAX))
+    kept = None
+    if sampling.truncates:
+        kept = z >= _threshold(z, sampling, top).unsqueeze(-1)
+        z.masked_fill_(~kept, -torch.inf)
+    z -= top.unsqueeze(-1)
     if sampling.temperature == 0:
-        tokens, best = _argmax(z)
-        return tokens, best - _logsumexp(z)
-    if sampling.top_k or sampling.top_p < 1:
-        z = z.masked_fill(z < _threshold(z, sampling).unsqueeze(-1), -torch.inf)
-    log_total = _logsumexp(z)
-    mass = (z - log_total.unsqueeze(-1)).exp().double().cumsum(-1)
+        return tokens, -mp_all_reduce(z.exp_().sum(-1)).log(), None
+    # The cumulated mass in fp64: in fp32 the last of 100,000 tokens would be lost in rounding.
+    p = z.exp_()
+    mass = p.cumsum(-1, dtype=torch.float64)
     bounds = torch.stack(_gather_ranks(mass[:, -1])).cumsum(0)  # the mass up to and with each rank
     rank, last = vocab_range(1)[0], bounds.size(0) - 1
     before = bounds[rank - 1] if rank else torch.zeros_like(bounds[0])
@@ -75,20 +119,19 @@ def choose(logits: Tensor, sampling: Sampling, samples: Tensor, steps: Tensor) -
     # Exactly one rank holds the first token at which the cumulated mass passes the target.
     here = (target >= before) & ((target < bounds[rank]) | (rank == last))
     local = torch.searchsorted(mass, (target - before).unsqueeze(-1), right=True).clamp_max(mass.size(-1) - 1)
-    logprob = z.gather(-1, local).squeeze(-1) - log_total
+    logprob = p.gather(-1, local).squeeze(-1).log() - bounds[last].log()
+    if last == 0:
+        return local.squeeze(-1), logprob.float(), kept
     start, _ = vocab_range(z.size(-1))
     found = mp_all_reduce(torch.stack(((local.squeeze(-1) + start) * here, logprob.masked_fill(~here, 0).double())))
-    return found[0].long(), found[1].float()
-
-
-def _logsumexp(z: Tensor) -> Tensor:
-    top = mp_all_reduce(z.amax(-1), dist.ReduceOp.MAX)
-    return top + mp_all_reduce((z - top.unsqueeze(-1)).exp().sum(-1)).log()
+    return found[0].long(), found[1].float(), kept
 
 
 def _argmax(z: Tensor) -> tuple[Tensor, Tensor]:
     """Global argmax, the lowest id among equals, and its value."""
     best, local = z.max(-1)
+    if get_model_parallel_world_size() == 1:
+        return local, best
     top = mp_all_reduce(best.clone(), dist.ReduceOp.MAX)
     start, _ = vocab_range(z.size(-1))
     token = torch.where(best == top, local + start, torch.iinfo(torch.int64).max)
@@ -103,12 +146,46 @@ def _gather_ranks(x: Tensor) -> list[Tensor]:
     return parts
 
 
-def _threshold(z: Tensor, sampling: Sampling) -> Tensor:
-    """The smallest logit that top-k, then top-p, keep in each row, [n]."""
-    whole = torch.cat(_gather_ranks(z), -1).sort(-1, descending=True).values
+def _largest(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Each row's k largest logits of every rank, in falling order, [n, ≤ k · ranks]; and the smallest that is surely complete.
+
+    Whatever is not among them is at most `complete`, [n]: the largest of the ranks' k-th (minus infinity once all are there).
+    """
+    width = min(k, z.size(-1))
+    parts = _gather_ranks(z.topk(width).values)
+    complete = torch.stack([part[:, -1] for part in parts]).amax(0)
+    if width == z.size(-1):
+        complete = torch.full_like(complete, -torch.inf)
+    return torch.cat(parts, -1).sort(-1, descending=True).values, complete
+
+
+def _threshold(z: Tensor, sampling: Sampling, top: Tensor) -> Tensor:
+    """The smallest logit that top-k, then top-p, then min-p, keep in each row, [n]. `top`: each row's largest.
+
+    A token stays while the mass above it is below top_p (arXiv 1904.09751): the first always does. Top-p looks at ever more of
+    the largest logits until the threshold lies among those that are surely complete.
+    """
+    threshold = torch.full_like(top, -torch.inf)
+    if sampling.min_p:
+        threshold = top + torch.tensor(sampling.min_p, device=top.device).log()
     if sampling.top_k:
-        whole = whole[:, : sampling.top_k]
-    # A token stays while the mass above it is below top_p (arXiv 1904.09751): the first always does.
-    p = whole.softmax(-1)
-    kept = (p.cumsum(-1) - p < sampling.top_p).sum(-1)
-    return whole.gather(-1, (kept - 1).unsqueeze(-1)).squeeze(-1)
+        best, _ = _largest(z, sampling.top_k)
+        best = best[:, : sampling.top_k]
+        total = (best - top.unsqueeze(-1)).exp().double().sum(-1)
+        return torch.maximum(threshold, _nucleus(best, total, top, sampling.top_p)[0])
+    if sampling.top_p == 1:
+        return threshold
+    total, width = mp_all_reduce((z - top.unsqueeze(-1)).exp().sum(-1, dtype=torch.float64)), CANDIDATES
+    while True:
+        best, complete = _largest(z, width)
+        found, reached = _nucleus(best, total, top, sampling.top_p)
+        if width >= z.size(-1) or bool((reached & (found >= complete)).all()):
+            return torch.maximum(threshold, found)
+        width *= 4
+
+
+def _nucleus(best: Tensor, total: Tensor, top: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """The smallest logit that top_p keeps of `best` (falling), and whether the mass of `best` gets that far; [n] each."""
+    p = (best - top.unsqueeze(-1)).exp().double() / total.unsqueeze(-1)
+    kept = (p.cumsum(-1) - p < top_p).sum(-1)
+    return best.gather(-1, (kept - 1).unsqueeze(-1)).squeeze(-1), p.sum(-1) >= top_p

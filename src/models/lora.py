@@ -105,6 +105,7 @@ def add_lora(model: Transformer, lora: LoRAConfig, seed: int, parallel: Parallel
         stem, factor = name.rsplit(".", 1)
         parent, child = stem.rsplit(".", 1)
         parent = model.get_submodule(parent)
+        parent.stacked = None  # each layer by itself, with its adapter
         if not isinstance(getattr(parent, child), LoRA):
             setattr(parent, child, LoRA(getattr(parent, child), lora, parallel))
         if start_from is not None:

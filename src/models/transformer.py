@@ -25,6 +25,7 @@ from src.parallel.layers import (
     ReplicatedLinear,
     RMSNorm,
     RowParallelLinear,
+    Stacked,
     VocabParallelEmbedding,
     copy_to_model_parallel_region,
     parameter,
@@ -74,10 +75,15 @@ class Attention(nn.Module):
         self.q_norm = HeadNorm(shard["q_norm.weight"], config.norm_eps) if config.qk_norm else None
         self.k_norm = HeadNorm(shard["k_norm.weight"], config.norm_eps) if config.qk_norm else None
         self.heads = shard.real("wq.weight") // config.head_dim  # without padding
+        self.stacked: Stacked | None = None
+
+    def stack(self) -> None:
+        self.stacked = Stacked([self.wq, self.wk, self.wv])
 
     def forward(self, x: Tensor, layout, rotary: tuple[Tensor, Tensor]) -> Tensor:
         x = copy_to_model_parallel_region(x)
-        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        projected = self.stacked(x) if self.stacked else (self.wq(x), self.wk(x), self.wv(x))
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in projected)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         out = layout.attend(self.layer, rotate(q, rotary[0]), rotate(k, rotary[1]), v, self.window)
@@ -93,10 +99,15 @@ class FeedForward(nn.Module):
         self.w1 = ColumnParallelLinear(shard["w1.weight"])
         self.w2 = RowParallelLinear(shard["w2.weight"])
         self.w3 = ColumnParallelLinear(shard["w3.weight"])
+        self.stacked: Stacked | None = None
+
+    def stack(self) -> None:
+        self.stacked = Stacked([self.w1, self.w3])
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         x = copy_to_model_parallel_region(x)
-        return reduce_from_model_parallel_region(self.w2(F.silu(self.w1(x)) * self.w3(x))), None
+        gate, up = self.stacked(x) if self.stacked else (self.w1(x), self.w3(x))
+        return reduce_from_model_parallel_region(self.w2(F.silu(gate) * up)), None
 
 
 class Block(nn.Module):
@@ -138,6 +149,7 @@ class Transformer(nn.Module):
         else:
             vocabulary = "tok_embeddings.weight" if config.tie_word_embeddings else "output.weight"
             self.vocabulary = shard.real(vocabulary)  # entries of this rank without padding
+            self.vocabulary_part = shard.spec(vocabulary).local_shape(n)[0]  # with padding: the logits' columns
             if not config.tie_word_embeddings:
                 self.output = ColumnParallelLinear(shard["output.weight"])
         self.kv_heads = shard.spec("layers.0.attention.wk.weight").local_shape(n)[0] // config.head_dim  # of this rank
@@ -163,10 +175,17 @@ class Transformer(nn.Module):
             layout.balance_loss = balance_loss(routers)
         return self.norm(x)
 
+    def stack_projections(self) -> None:
+        """One product for q, k, v, and one for w1, w3: for a model whose weights are in place, plain, and stay so."""
+        for block in self.layers:
+            block.attention.stack()
+            if isinstance(block.feed_forward, FeedForward):
+                block.feed_forward.stack()
+
     def logits(self, hidden: Tensor) -> Tensor:
         """This rank's columns of the vocabulary's logits: [M, dim] → [M, vocabulary / n]."""
-        weight = self.tok_embeddings.weight if self.config.tie_word_embeddings else self.output.weight
-        logits = F.linear(copy_to_model_parallel_region(hidden), weight)
+        hidden = copy_to_model_parallel_region(hidden)
+        logits = F.linear(hidden, self.tok_embeddings.weight) if self.config.tie_word_embeddings else self.output(hidden)
         padding = logits.size(-1) - self.vocabulary
         return F.pad(logits[..., : self.vocabulary], (0, padding), value=IMPOSSIBLE) if padding else logits
 

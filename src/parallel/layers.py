@@ -7,6 +7,10 @@ Communication is the caller's, once for all the layers that share it: `copy_to_m
 layers (one all-reduce in backward serves q, k and v), `reduce_from_model_parallel_region` after the row layers.
 """
 
+import os
+from contextlib import contextmanager
+from typing import Iterator
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -51,13 +55,65 @@ def sum_gradient(weight: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return weight if group is None or not weight.requires_grad else _SumGradient.apply(weight, group)
 
 
+PACKED_ROWS = 8  # fp32: fewer rows are faster with the plain weight
+PACKED_SHARE = 8  # weights are packed when they take at most this part of the machine's memory
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b, by the packed copy of the weight where there is one and it pays. [N, in] → [N, out]."""
+    if packed is not None and (x.size(0) >= PACKED_ROWS or x.dtype == torch.bfloat16):
+        return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+class _Stack(torch.autograd.Function):
+    """Several weights that lie one after the other in memory as one: nothing is copied, the gradient is split."""
+
+    @staticmethod
+    def forward(ctx, whole: Tensor, *parts: Tensor) -> Tensor:
+        ctx.sizes = [part.size(0) for part in parts]
+        return whole.view_as(whole)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return None, *grad.split(ctx.sizes)
+
+
+class Stacked:
+    """Column layers that share their input, as one product. Their weights become parts of one tensor, in place."""
+
+    packed: Tensor | None = None
+
+    def __init__(self, layers: list["ColumnParallelLinear"]) -> None:
+        self.layers, self.sizes = layers, [layer.weight.size(0) for layer in layers]
+        self.weight = self._joined([layer.weight for layer in layers])
+        self.bias = None if layers[0].bias is None else self._joined([layer.bias for layer in layers])
+
+    @staticmethod
+    def _joined(parts: list[nn.Parameter]) -> Tensor:
+        whole = torch.cat([part.data for part in parts])
+        for part, view in zip(parts, whole.split([part.size(0) for part in parts])):
+            part.data = view
+        return whole
+
+    def _with_gradient(self, whole: Tensor, name: str) -> Tensor:
+        parts = [getattr(layer, name) for layer in self.layers]
+        if not (torch.is_grad_enabled() and parts[0].requires_grad):
+            return whole
+        return _Stack.apply(whole, *(sum_gradient(part, layer.replicas) for part, layer in zip(parts, self.layers)))
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        bias = None if self.bias is None else self._with_gradient(self.bias, "bias")
+        return linear(x, self._with_gradient(self.weight, "weight"), bias, self.packed).split(self.sizes, -1)
+
+
 class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
     """y_local = x W_localᵀ + b_local: [..., in] → [..., out / n].
 
     replicas: the ranks with the same rows (of a kv head that several share), whose gradients are summed.
     """
 
-    row_parallel = False
+    row_parallel, packed = False, None
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None, replicas: dist.ProcessGroup | None = None) -> None:
         nn.Module.__init__(self)
@@ -65,20 +121,51 @@ class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else sum_gradient(self.bias, self.replicas)
-        return F.linear(x, sum_gradient(self.weight, self.replicas), bias)
+        return linear(x, sum_gradient(self.weight, self.replicas), bias, self.packed)
 
 
 class RowParallelLinear(fairscale_layers.RowParallelLinear):
     """This rank's part of y = Σ over ranks of x_local W_localᵀ: [..., in / n] → [..., out]. The caller sums."""
 
-    row_parallel, replicas = True, None
+    row_parallel, replicas, packed = True, None, None
 
     def __init__(self, weight: nn.Parameter) -> None:
         nn.Module.__init__(self)
         self.weight, self.bias = weight, None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return linear(x, self.weight, packed=self.packed)
+
+
+@contextmanager
+def packed_weights(model: nn.Module, parallel) -> Iterator[None]:
+    """On the CPU, and for as long as the weights stay as they are: a copy of each in the order in which products read them.
+
+    Only where the copies are small beside the machine's memory: they take as much as the weights.
+    """
+    holders = _packable(model) if parallel.device.type == "cpu" and not torch.is_grad_enabled() else []
+    size = sum(holder.weight.nbytes for holder in holders) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if not holders or size * PACKED_SHARE > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        yield
+        return
+    for holder in holders:
+        holder.packed = torch.ops.mkldnn._reorder_linear_weight(holder.weight.detach())
+    try:
+        yield
+    finally:
+        for holder in holders:
+            holder.packed = None
+
+
+def _packable(model: nn.Module) -> list:
+    """What multiplies by a plain weight of a dtype that the library packs."""
+    if not torch.backends.mkldnn.is_available():
+        return []
+    holders = [holder for module in model.modules() for holder in module.__dict__.values() if isinstance(holder, Stacked)]
+    stacked = {id(layer) for holder in holders for layer in holder.layers}
+    layers = [m for m in model.modules() if isinstance(m, (ColumnParallelLinear, RowParallelLinear)) and id(m) not in stacked]
+    kinds = [torch.float32] + [torch.bfloat16] * torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return [h for h in holders + layers if type(h.weight) in (Tensor, nn.Parameter) and h.weight.dtype in kinds]
 
 
 class ParallelEmbedding(fairscale_layers.ParallelEmbedding):

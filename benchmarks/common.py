@@ -1,0 +1,93 @@
+"""What the benchmarks share: the 58M Llama, prompts from a file, alternating runs and their medians, the machine's rates."""
+
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Callable
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+SIZES = dict(dim=512, n_layers=8, n_heads=8, n_kv_heads=8, hidden_dim=1376, vocab_size=32000)  # 58M parameters
+
+
+def make_model(folder: Path, seed: int = 0, **sizes) -> Path:
+    """A Hugging Face folder with random weights; made once."""
+    from safetensors.torch import save_file
+
+    from src.checkpoint.names import hf_tensors
+    from src.models.config import ModelConfig
+    from src.models.hf_config import hf_config
+    from src.models.init import initial_std, random_tensor
+    from src.models.layout import tensor_table
+
+    if (folder / "config.json").is_file():
+        return folder
+    sizes = {**SIZES, **sizes}
+    config = ModelConfig(**sizes, head_dim=sizes["dim"] // sizes["n_heads"])
+    tensors = {}
+    for name, spec in tensor_table(config).items():
+        tensors |= hf_tensors(name, random_tensor(name, spec, initial_std(name, spec, config.n_layers), seed), config)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(hf_config(config, "float32", {"bos_token_id": 1, "eos_token_id": 2})))
+    return folder
+
+
+def make_tokenizer(folder: Path, texts: list[str], vocab_size: int = 4000) -> Path:
+    """A SentencePiece tokenizer of the texts beside the model; made once."""
+    import sentencepiece
+
+    path = folder / "tokenizer.model"
+    if not path.is_file():
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts), model_prefix=str(folder / "tokenizer"), vocab_size=vocab_size, model_type="bpe",
+            byte_fallback=True, minloglevel=2, num_threads=2)
+    return path
+
+
+def alternate(runs: dict[str, Callable[[], float]], rounds: int, warm_up: bool = True) -> dict[str, list[float]]:
+    """Each run's results in turn, round after round: A B A B …; the first round is not counted with `warm_up`."""
+    results: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds + warm_up):
+        for name, run in runs.items():
+            value = run()
+            if number >= warm_up:
+                results[name].append(value)
+    return results
+
+
+def median(values: list[float]) -> float:
+    return statistics.median(values)
+
+
+def seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def matmul_rate(dtype: torch.dtype, n: int = 2048, rounds: int = 5) -> float:
+    """FLOP/s of the best of a few n × n matrix products."""
+    a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
+    a @ b
+    return 2 * n**3 / min(seconds(lambda: a @ b) for _ in range(rounds))
+
+
+def read_rate(megabytes: int = 1024, rounds: int = 5) -> float:
+    """Bytes per second of the best of a few sums over a large tensor, all threads."""
+    x = torch.ones(megabytes * 2**20 // 4)
+    x.sum()
+    return x.nbytes / min(seconds(x.sum) for _ in range(rounds))
+
+
+def machine() -> str:
+    """One line for the tables."""
+    model = next((line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
+    return f"{model or platform.processor()}, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}, {torch.get_num_threads()} threads"

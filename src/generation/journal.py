@@ -1,0 +1,117 @@
+"""Completions on disk as they finish, so that a run that was cut off goes on where it was: rows are not generated twice."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from src.errors import UserError
+from src.generation.engine import Completion, Engine, Stop, generate_sharded
+from src.generation.sampling import Sampling
+from src.logs import RunLog
+from src.models.transformer import evaluating
+from src.parallel.setup import Parallel, agreed
+
+# Flags that change how fast completions come, not what they are.
+FREE = ("max_batch_size", "kv_cache_gb", "model_parallel_size", "timeout", "log_dir", "output_file")
+
+
+def fingerprint(*paths: str | None) -> str:
+    """Of files and folders by names, sizes and times of change: what was read when the run began."""
+    digest = hashlib.sha256()
+    for path in (Path(path) for path in paths if path is not None):
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            status = file.stat()
+            digest.update(f"{file}/{status.st_size}/{status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+class Journal:
+    """One file per data-parallel rank beside the output, `OUTPUT.partial-RANK`; gone when the output is there."""
+
+    def __init__(self, output: Path, settings: dict, read: str, parallel: Parallel) -> None:
+        """settings: the script's flags; read: the `fingerprint` of what it reads."""
+        self.output, self.parallel, self._file = output, parallel, None
+        self.header = {name: value for name, value in settings.items() if name not in FREE} | {"files": read}
+
+    def read(self) -> dict[int, Completion]:
+        """What earlier runs finished. Raises UserError when they had other settings."""
+        known: dict[int, Completion] = {}
+        for path in sorted(self.output.parent.glob(f"{self.output.name}.partial-*")):
+            try:
+                first, *lines = path.read_text(encoding="utf-8").split("\n")
+                self._check(json.loads(first), path)
+                for line in lines[:-1]:  # after the last newline: nothing, or a line that was cut short
+                    row = json.loads(line)
+                    known[row["request"]] = Completion(row["tokens"], row["logprobs"], row["stop_reason"])
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{path}: cannot be read ({error}); remove it to begin again") from None
+        return known
+
+    def _check(self, begun: dict, path: Path) -> None:
+        header = json.loads(json.dumps(self.header))
+        changed = [f"{name} {begun.get(name)!r}, now {header.get(name)!r}" for name in sorted(header.keys() | begun.keys())
+                   if header.get(name) != begun.get(name)]
+        if changed:
+            raise UserError(
+                f"{path}: was begun with other settings: {'; '.join(changed)}. Give the same to go on, or remove it to begin again"
+            )
+
+    def open(self) -> None:
+        """Begin or go on writing, on the ranks that speak for their model."""
+        if self.parallel.mp_rank == 0:
+            path = self.output.with_name(f"{self.output.name}.partial-{self.parallel.dp_rank}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_file():
+                whole = path.read_bytes()
+                os.truncate(path, whole.rfind(b"\n") + 1)  # a line that was cut short
+            self._file = path.open("a", encoding="utf-8")
+            if self._file.tell() == 0:
+                self._write(self.header)
+
+    def add(self, request: int, completion: Completion) -> None:
+        if self._file is not None:
+            self._write({"request": request, "tokens": completion.tokens, "logprobs": completion.logprobs,
+                         "stop_reason": completion.stop_reason})  # fmt: skip
+
+    def _write(self, row: dict) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def remove(self) -> None:
+        """After the output is written: on one rank."""
+        for path in self.output.parent.glob(f"{self.output.name}.partial-*"):
+            path.unlink()
+
+
+def generate_all(
+    engine: Engine, prompts: list[list[int]], sampling: Sampling, stop: Stop, log: RunLog, what: str, journal: Journal | None = None
+) -> list[Completion]:
+    """A completion for each prompt, with a progress bar; those that the journal holds are not generated again."""
+    known = agreed(journal.read) if journal else {}
+    if known:
+        log.info(f"{len(known)} of {len(prompts)} are there already, from a run that was cut off")
+    missing = [i for i in range(len(prompts)) if i not in known]
+    if journal:
+        journal.open()
+    try:
+        with evaluating(engine.model), log.progress(len(prompts), what, unit="answer") as bar:
+            bar.update(len(known))
+            done = generate_sharded(
+                engine,
+                [prompts[i] for i in missing],
+                sampling,
+                stop,
+                samples=missing,
+                on_tokens=lambda finished, new, running: bar.update(finished, tokens=new, running=running),
+                on_completion=lambda place, completion: journal.add(missing[place], completion) if journal else None,
+            )
+    finally:
+        if journal:
+            journal.close()
+    known |= dict(zip(missing, done))
+    return [known[i] for i in range(len(prompts))]
