@@ -105,6 +105,12 @@ def lora_of(settings: dict, checkpoint: Checkpoint) -> LoRAConfig | None:
         return None
     if adapter is None:
         targets = tuple(given["lora_targets"] or default_targets(checkpoint.config))
+        gate_and_up = {"w1", "w3"} & set(targets)
+        if checkpoint.config.n_experts and gate_and_up and not {"w1", "w2", "w3"} <= set(targets):
+            raise UserError(
+                f"--lora_targets {','.join(targets)}: peft keeps experts' w1 and w3 in one tensor and would not apply such an "
+                "adapter; name w1, w2 and w3 together, or of these w2 alone"
+            )
         return LoRAConfig(rank, settings["lora_alpha"], given["lora_dropout"] or 0.0, targets)
     if rank != adapter.lora.rank or (given["lora_targets"] and set(given["lora_targets"]) != set(adapter.lora.targets)):
         raise UserError(

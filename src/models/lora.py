@@ -44,9 +44,12 @@ class LoRAConfig:
 class LoRA(nn.Module):
     """A parallel linear layer with a low-rank adapter beside it. The base weight is frozen."""
 
-    def __init__(self, base: ColumnParallelLinear | RowParallelLinear | GroupedLinear, config: LoRAConfig, parallel: Parallel) -> None:
+    def __init__(
+        self, base: ColumnParallelLinear | RowParallelLinear | GroupedLinear, spec: TensorSpec, config: LoRAConfig, parallel: Parallel
+    ) -> None:
+        """spec: of the whole base weight."""
         super().__init__()
-        self.base, self.config, self.parallel = base, config, parallel
+        self.base, self.spec, self.config, self.parallel = base, spec, config, parallel
         self.multiply = grouped_linear if isinstance(base, GroupedLinear) else F.linear
 
     def forward(self, x: Tensor, *counts: Tensor) -> Tensor:
@@ -65,10 +68,10 @@ class LoRA(nn.Module):
         p = self.config.dropout
         if not self.training or p == 0:
             return x
-        n = self.parallel.mp_size if self.base.row_parallel else 1
-        kept = torch.rand(*x.shape[:-1], x.size(-1) * n, device=x.device) >= p
-        if n > 1:
-            kept = kept.narrow(-1, self.parallel.mp_rank * x.size(-1), x.size(-1))
+        kept = torch.rand(*x.shape[:-1], self.spec.shape[-1], device=x.device) >= p
+        if self.base.row_parallel:
+            spec = replace(self.spec, shape=tuple(kept.shape), dim=kept.dim() - 1)
+            kept = spec.cut(kept, self.parallel.mp_rank, self.parallel.mp_size)
         return x * kept / (1 - p)
 
     def delta(self) -> Tensor:
@@ -100,14 +103,14 @@ def add_lora(model: Transformer, lora: LoRAConfig, seed: int, parallel: Parallel
     """
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name == "score.weight")
-    rank, n = parallel.mp_rank, parallel.mp_size
+    rank, n, base_table = parallel.mp_rank, parallel.mp_size, tensor_table(model.config)
     for name, spec in lora_table(model.config, lora).items():
         stem, factor = name.rsplit(".", 1)
         parent, child = stem.rsplit(".", 1)
         parent = model.get_submodule(parent)
         parent.stacked = None  # each layer by itself, with its adapter
         if not isinstance(getattr(parent, child), LoRA):
-            setattr(parent, child, LoRA(getattr(parent, child), lora, parallel))
+            setattr(parent, child, LoRA(getattr(parent, child), base_table[f"{stem}.weight"], lora, parallel))
         if start_from is not None:
             whole = start_from[name]
         elif factor == "lora_b":

@@ -2,7 +2,8 @@
 
     generation_worker.py MODEL RECIPES OUT
 
-RECIPES.json: {"prompts", "recipes": {name: {...}}, "choices": {name: {...}}}; OUT.json: what came of each.
+RECIPES.json: {"prompts", "recipes": {name: {...}}, "choices": {name: {...}}, "families": {name: folder}}; OUT.json: what
+came of each.
 """
 import json
 import sys
@@ -12,8 +13,10 @@ import torch
 
 from src.checkpoint.load import load_model
 from src.checkpoint.source import Checkpoint
+from src.generation.cache import Cache, Decode, Prefill
 from src.generation.engine import Engine, generate_sharded
 from src.generation.sampling import Sampling, choose
+from src.models.attention import Packed
 from src.models.batch import Batch, Sequence, response_logprobs
 from src.parallel.setup import start, stop
 from src.parallel.vocab import vocab_range
@@ -60,6 +63,27 @@ def run_choice(parallel, choice) -> list[int]:
     return [tokens.tolist(), logprobs.tolist()]
 
 
+@torch.no_grad()
+def run_family(model, parallel, prompts, sampling, whole: list[int], prefilled: list[int]) -> dict:
+    """Greedy continuations, and how far logits token by token are from those of `whole` rows at once."""
+    completions = Engine(model, parallel, 2, 200).generate(prompts, Sampling(**sampling), set())
+    tokens = torch.tensor([[(7 * i + 5 * j) % 90 + 3 for j in range(n)] for i, n in enumerate(whole)])
+    wanted = model.logits(model(tokens.flatten(), Packed(whole))).unflatten(0, (len(whole), -1))
+    cache, lengths = Cache(model, len(whole), max(whole)), torch.tensor(prefilled)
+    prompt = torch.cat([row[:n] for row, n in zip(tokens, prefilled)])
+    layout = Prefill(prefilled, cache, 0, parallel.device)
+    logits, worst = model.logits(model(prompt, layout))[layout.ends], 0.0
+    rows = torch.arange(len(whole))
+    for step in range(max(whole) - max(prefilled) + 1):
+        at = lengths + step - 1  # the last token that was seen
+        worst = max(worst, (logits - wanted[rows, at]).abs().max().item())
+        if at.max() + 1 < max(whole):
+            logits = model.logits(model(tokens[rows, at + 1], Decode(cache, at + 1, max(whole), lengths)))
+    seen = wanted[..., : model.vocabulary]  # without padding
+    return {"tokens": [c.tokens for c in completions], "logprobs": [c.logprobs for c in completions],
+            "step by step": worst / seen.abs().max().item() if seen.numel() else 0.0}
+
+
 def main(folder: str, recipes: str, out: str) -> None:
     parallel = start(timeout=120)
     given = json.loads(Path(recipes).read_text())
@@ -69,6 +93,10 @@ def main(folder: str, recipes: str, out: str) -> None:
     torch.set_num_threads(1)  # tiny matrices: a second thread only waits
     results = {name: run_recipe(models, parallel, given["prompts"], recipe) for name, recipe in given["recipes"].items()}
     results["choices"] = {name: run_choice(parallel, choice) for name, choice in given["choices"].items()}
+    for name, where in given["families"].items():
+        if parallel.world_size < 4 or name in given["families at four ranks"]:
+            model = load_model(Checkpoint.open(where), parallel, torch.float32).eval()
+            results[f"family {name}"] = run_family(model, parallel, **given["family"])
     if parallel.world_size == 4:  # once more as two models of two ranks each, which share the prompts
         parallel = start(2, timeout=120)
         models = load(parallel)

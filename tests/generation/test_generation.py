@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from src.errors import UserError
 from src.generation.sampling import Sampling, uniforms
 from tests.launch import launch, once
+from tests.models import families
 
 DEGREES = (1, 2, 4)
-VOCABULARY, NEW, SAMPLED = 96, 64, 12
+VOCABULARY, NEW, SAMPLED = 97, 64, 12  # two and four ranks divide neither the vocabulary, nor the heads, nor the ffn
 PROMPT_LENGTHS = [5, 1, 23, 9, 14, 2, 40, 9]
 PROMPTS = [[1, *torch.randint(3, VOCABULARY, (n - 1,), generator=torch.Generator().manual_seed(n + i)).tolist()]
            for i, n in enumerate(PROMPT_LENGTHS)]
@@ -31,11 +32,25 @@ WAYS = {  # the same samples, served differently
 }
 CHOICE_LOGITS = torch.linspace(-2.5, 2.5, 32)[torch.randperm(32, generator=torch.Generator().manual_seed(1))].tolist()
 DRAWS = 20000
+FAMILIES = ["llama", "llama-tied", "llama3", "llama-yarn", "llama-linear", "mistral-odd", "mixtral-odd", "qwen2-odd",
+            "qwen3-odd", "qwen3-moe", "qwen3-moe-odd"]
+FAMILY_RUNS = [(n, name) for n in DEGREES for name in (FAMILIES if n < 4 else ["qwen3-odd"])]
+FAMILY_PROMPTS = [[token % 96 for token in PROMPTS[i]] for i in (0, 6)]  # 5 and 40 tokens: windows are crossed in both
+QWEN_CONTEXT = 16
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tensors this small only wait for a second one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    config = LlamaConfig(hidden_size=64, num_attention_heads=8, num_key_value_heads=4, intermediate_size=172,
+    config = LlamaConfig(hidden_size=66, num_attention_heads=6, num_key_value_heads=2, head_dim=12, intermediate_size=50,
                          vocab_size=VOCABULARY, num_hidden_layers=2, initializer_range=0.2, max_position_embeddings=256,
                          tie_word_embeddings=False)
     torch.manual_seed(4)
@@ -49,12 +64,17 @@ def hf(folder):
     return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
 
 
+def greedy_tokens(model, prompt: list[int]) -> list[int]:
+    model.generation_config.eos_token_id = None
+    out = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=NEW,
+                         do_sample=False, pad_token_id=0)
+    return out[0, len(prompt) :].tolist()
+
+
 @pytest.fixture(scope="module")
 def greedy(hf) -> list[list[int]]:
     """transformers' own greedy continuations, 64 tokens each."""
-    hf.generation_config.eos_token_id = None
-    return [hf.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=NEW, do_sample=False,
-                        pad_token_id=0)[0, len(prompt):].tolist() for prompt in PROMPTS]
+    return [greedy_tokens(hf, prompt) for prompt in PROMPTS]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +86,17 @@ def stop_id(greedy) -> int:
 
 
 @pytest.fixture(scope="module")
-def output(folder, stop_id, tmp_path_factory):
+def others(tmp_path_factory) -> dict:
+    """Models of the other families and where they lie; Qwen v1's with a context that most prompts exceed."""
+    root, made = tmp_path_factory.mktemp("families"), {}
+    for name in (*FAMILIES, "qwen"):
+        made[name] = families.build(name), root / name
+        families.save(name, made[name][0], root / name, **({"seq_length": QWEN_CONTEXT} if name == "qwen" else {}))
+    return made
+
+
+@pytest.fixture(scope="module")
+def output(folder, others, stop_id, tmp_path_factory):
     root = tmp_path_factory.mktemp("generation-out")
     greedily = dict(temperature=0.0, max_new_tokens=NEW)
     recipes = {
@@ -86,7 +116,11 @@ def output(folder, stop_id, tmp_path_factory):
     choices = {f"{kind} by {'step' if by_step else 'sample'}": dict(
         logits=CHOICE_LOGITS, draws=DRAWS, by_step=by_step, sampling=dict(seed=5 + by_step, **settings))
         for kind, settings in KINDS.items() for by_step in (False, True)}
-    given = dict(prompts=PROMPTS, recipes=recipes, choices=choices, sharded=["greedy, a slot each", "top_p, a slot each"])
+    given = {"prompts": PROMPTS, "recipes": recipes, "choices": choices,
+             "sharded": ["greedy, a slot each", "top_p, a slot each"],
+             "families": {name: str(where) for name, (_, where) in others.items()},
+             "families at four ranks": ["qwen3-odd", "qwen"],
+             "family": dict(prompts=FAMILY_PROMPTS, sampling=greedily, whole=[30, 30], prefilled=[3, 12])}
     (root / "recipes.json").write_text(json.dumps(given))
 
     @once
@@ -123,6 +157,63 @@ def kept_logprobs(logits: np.ndarray, temperature: float, top_k: int = 0, top_p:
 def test_greedy_is_transformers(made, greedy, recipe):
     assert made[recipe]["tokens"] == greedy
     assert set(made[recipe]["stop_reason"]) == {"length"}
+
+
+@pytest.fixture(scope="module")
+def continued(others):
+    """name → transformers' own greedy continuations of the other families' prompts."""
+    return once(lambda name: [greedy_tokens(others[name][0], prompt) for prompt in FAMILY_PROMPTS])
+
+
+@pytest.mark.parametrize("n, name", FAMILY_RUNS)
+def test_greedy_is_transformers_in_every_family(output, others, continued, n, name):
+    made = output(n)[f"family {name}"]
+    assert made["tokens"] == continued(name)
+    assert made["step by step"] <= 1e-5
+    for prompt, tokens, logprobs in zip(FAMILY_PROMPTS, made["tokens"], made["logprobs"]):
+        with torch.no_grad():
+            rows = others[name][0](torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        np.testing.assert_allclose(logprobs, rows[torch.arange(NEW), tokens], atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def beyond_the_context(model, prompt: list[int], logn: bool = True, ntk: bool = True) -> tuple[list[int], list[float]]:
+    """Greedy tokens of a Qwen2 model with Qwen v1's extrapolation put into it from outside; no cache."""
+    d, base = model.config.head_dim, model.config.rope_parameters["rope_theta"]
+    alpha = max(1, 2 ** math.ceil(math.log2(len(prompt) / QWEN_CONTEXT) + 1) - 1) if ntk else 1
+    before, exponents = model.model.rotary_emb.inv_freq, torch.arange(0, d, 2) / d
+    model.model.rotary_emb.inv_freq = 1 / (base * alpha ** (d / (d - 2))) ** exponents
+
+    def scaled(_, __, queries):
+        places = torch.arange(1, queries.size(1) + 1)
+        return queries * (places.log() / math.log(QWEN_CONTEXT)).clamp_min(1)[:, None] if logn else queries
+
+    hooks = [layer.self_attn.q_proj.register_forward_hook(scaled) for layer in model.model.layers]
+    ids, logprobs = list(prompt), []
+    for _ in range(NEW):
+        logprob, token = model(torch.tensor([ids]), use_cache=False).logits[0, -1].log_softmax(-1).max(-1)
+        ids.append(token.item())
+        logprobs.append(logprob.item())
+    for hook in hooks:
+        hook.remove()
+    model.model.rotary_emb.inv_freq = before
+    return ids[len(prompt) :], logprobs
+
+
+@pytest.fixture(scope="module")
+def extrapolated(others):
+    return [beyond_the_context(others["qwen"][0], prompt) for prompt in FAMILY_PROMPTS]
+
+
+def test_qwen_beyond_its_context(made, extrapolated):
+    found = made["family qwen"]
+    assert found["tokens"] == [tokens for tokens, _ in extrapolated]
+    np.testing.assert_allclose(found["logprobs"], [logprobs for _, logprobs in extrapolated], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("off", ("logn", "ntk"))
+def test_qwen_beyond_its_context_is_not_what_it_is_without(others, extrapolated, off):
+    assert beyond_the_context(others["qwen"][0], FAMILY_PROMPTS[1], **{off: False})[0] != extrapolated[1][0]
 
 
 def test_greedy_and_samples_shared_among_two_models(output, greedy):
