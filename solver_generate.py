@@ -27,7 +27,7 @@ def main(
     max_seq_len: int = 1024,
     max_new_tokens: int = 256,
     min_new_tokens: int = 0,
-    stop: list[str] | None = None,
+    stop_strings: list[str] | None = None,
     num_samples: int = 1,
     max_rows: int | None = None,
     temperature: float = 0.0,
@@ -57,7 +57,7 @@ def main(
         max_seq_len: prompt and output together.
         max_new_tokens: of one output.
         min_new_tokens: no stop token before so many.
-        stop: strings that end an output, which is cut before them.
+        stop_strings: strings that end an output, which is cut before them.
         num_samples: outputs per instruction; they differ when temperature is above 0.
         max_rows: only the first rows of the input.
         temperature: 0 takes the likeliest token.
@@ -101,7 +101,7 @@ def main(
         engine = Engine(model, parallel, max_batch_size, max_seq_len, kv_cache_gb)
         asked = [(i, row["instruction"]) for i, row in enumerate(rows) for _ in range(num_samples)]
         prompts = [prompt for prompt in prompts for _ in range(num_samples)]
-        stops = tuple(stop or ())
+        stops = tuple(stop_strings or ())
         journal = Journal(Path(output_file), settings, fingerprint(ckpt_dir, adapter_dir, input_file), parallel)
         completions = generate_all(
             engine, prompts, sampling, Stop(opened.tokenizer.stop_ids, stops, opened.tokenizer.decode), log, "generating", journal

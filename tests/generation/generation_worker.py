@@ -10,11 +10,13 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from src.checkpoint.load import load_model
 from src.checkpoint.source import Checkpoint
+from src.generation import sampling as sampling_module
 from src.generation.cache import Cache, Decode, Prefill
-from src.generation.engine import Engine, generate_sharded
+from src.generation.engine import Engine, Stop, generate_sharded, unpack_bits
 from src.generation.sampling import Sampling, choose
 from src.models.attention import Packed
 from src.models.batch import Batch, Sequence, response_logprobs
@@ -25,15 +27,16 @@ from src.parallel.vocab import vocab_range
 def run_recipe(models, parallel, prompts, recipe) -> dict:
     model = models[recipe.get("dtype", "float32")]
     order = recipe.get("order") or list(range(len(prompts)))
-    engine = Engine(model, parallel, recipe["slots"], recipe.get("max_seq_len", 200))
+    engine = Engine(model, parallel, recipe["slots"], recipe.get("max_seq_len", 200), recipe.get("kv_cache_gb"))
+    strings = tuple(recipe.get("stop_strings", ()))
     told = []
     completions = generate_sharded(
         engine,
         [prompts[i] for i in order],
         Sampling(**recipe["sampling"]),
-        set(recipe.get("stop_ids", ())),
+        Stop(set(recipe.get("stop_ids", ())), strings, lambda ids: "".join(f"<{i}>" for i in ids)),
         recipe.get("samples"),
-        on_tokens=lambda finished, new: told.append((finished, new)),
+        on_tokens=lambda finished, new, running: told.append((finished, new)),
     )
     result = {
         "tokens": [c.tokens for c in completions],
@@ -52,6 +55,18 @@ def run_recipe(models, parallel, prompts, recipe) -> dict:
     return result
 
 
+def run_kept(model, parallel, prompts, sampling) -> list:
+    """Which tokens of the whole vocabulary each choice was among, and the chosen."""
+    done = Engine(model, parallel, 3, 200).generate(prompts, Sampling(**sampling), set(), keep_masks=True)
+    kept = []
+    for completion in done:
+        mine = unpack_bits(completion.kept, model.vocabulary_part)[:, : model.vocabulary]
+        parts = [None] * parallel.mp_size
+        dist.all_gather_object(parts, mine, group=parallel.mp_group)
+        kept.append([row.nonzero().flatten().tolist() for row in torch.cat(parts, 1)])
+    return [kept, [c.tokens for c in done], [c.logprobs for c in done]]
+
+
 def run_choice(parallel, choice) -> list[int]:
     """Many draws from one row of logits, told apart by their sample (or step)."""
     logits = torch.tensor(choice["logits"])
@@ -59,7 +74,7 @@ def run_choice(parallel, choice) -> list[int]:
     n = choice["draws"]
     numbers, same = torch.arange(n), torch.full((n,), 3)
     samples, steps = (same, numbers) if choice["by_step"] else (numbers, same)
-    tokens, logprobs = choose(logits[first:last].expand(n, -1), Sampling(**choice["sampling"]), samples, steps)
+    tokens, logprobs = choose(logits[first:last].repeat(n, 1), Sampling(**choice["sampling"]), samples, steps)[:2]
     return [tokens.tolist(), logprobs.tolist()]
 
 
@@ -78,7 +93,7 @@ def run_family(model, parallel, prompts, sampling, whole: list[int], prefilled: 
         at = lengths + step - 1  # the last token that was seen
         worst = max(worst, (logits - wanted[rows, at]).abs().max().item())
         if at.max() + 1 < max(whole):
-            logits = model.logits(model(tokens[rows, at + 1], Decode(cache, at + 1, max(whole), lengths)))
+            logits = model.logits(model(tokens[rows, at + 1], Decode(cache, at + 1, lengths, [(0, 1, max(whole)), (1, len(whole), max(whole))])))
     seen = wanted[..., : model.vocabulary]  # without padding
     return {"tokens": [c.tokens for c in completions], "logprobs": [c.logprobs for c in completions],
             "step by step": worst / seen.abs().max().item() if seen.numel() else 0.0}
@@ -86,12 +101,14 @@ def run_family(model, parallel, prompts, sampling, whole: list[int], prefilled: 
 
 def main(folder: str, recipes: str, out: str) -> None:
     parallel = start(timeout=120)
+    sampling_module.CANDIDATES = 2  # so that top-p has to look again
     given = json.loads(Path(recipes).read_text())
     checkpoint = Checkpoint.open(folder)
     load = lambda where: {name: load_model(checkpoint, where, getattr(torch, name)) for name in ("float32", "bfloat16")}
     models = load(parallel)
     torch.set_num_threads(1)  # tiny matrices: a second thread only waits
     results = {name: run_recipe(models, parallel, given["prompts"], recipe) for name, recipe in given["recipes"].items()}
+    results["kept"] = {kind: run_kept(models["float32"], parallel, given["prompts"][:4], s) for kind, s in given["kept"].items()}
     results["choices"] = {name: run_choice(parallel, choice) for name, choice in given["choices"].items()}
     for name, where in given["families"].items():
         if parallel.world_size < 4 or name in given["families at four ranks"]:

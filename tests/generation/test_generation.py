@@ -24,6 +24,8 @@ KINDS = {
     "top_k": dict(temperature=1.1, top_k=7),
     "top_p": dict(temperature=1.6, top_p=0.7),
     "top_k_top_p": dict(temperature=1.6, top_k=12, top_p=0.8),
+    "min_p": dict(temperature=1.6, min_p=0.1),
+    "all": dict(temperature=2.0, top_k=20, top_p=0.9, min_p=0.02),
 }
 WAYS = {  # the same samples, served differently
     "a slot each": dict(slots=16),
@@ -108,6 +110,12 @@ def output(folder, others, stop_id, tmp_path_factory):
         "bf16": dict(slots=3, sampling=dict(max_new_tokens=SAMPLED, temperature=1.0, seed=3), dtype="bfloat16"),
         "bf16 greedy": dict(slots=3, sampling=dict(max_new_tokens=SAMPLED, temperature=0.0), dtype="bfloat16"),
         "other seed": dict(slots=16, sampling=dict(max_new_tokens=SAMPLED, seed=8, **KINDS["plain"])),
+        "one prompt, five slots": dict(slots=5, order=[0] * 5, sampling=dict(max_new_tokens=SAMPLED, seed=7, **KINDS["plain"])),
+        "one prompt, two slots": dict(slots=2, order=[0] * 5, sampling=dict(max_new_tokens=SAMPLED, seed=7, **KINDS["plain"])),
+        "little memory": dict(slots=16, kv_cache_gb=1e-5, sampling=greedily),
+        "stop string": dict(slots=3, sampling=greedily, stop_strings=[f"{stop_id}>", "nowhere"]),
+        "repetition": dict(slots=3, sampling=dict(repetition_penalty=1.4, **greedily)),
+        "not yet": dict(slots=3, sampling=dict(min_new_tokens=20, **greedily), stop_ids=[stop_id]),
         "one prompt": dict(slots=1, order=[0] * 5, sampling=dict(max_new_tokens=SAMPLED, seed=7, **KINDS["plain"])),
     }
     for kind, settings in KINDS.items():
@@ -118,6 +126,7 @@ def output(folder, others, stop_id, tmp_path_factory):
         for kind, settings in KINDS.items() for by_step in (False, True)}
     given = {"prompts": PROMPTS, "recipes": recipes, "choices": choices,
              "sharded": ["greedy, a slot each", "top_p, a slot each"],
+             "kept": {kind: dict(max_new_tokens=5, seed=2, **KINDS[kind]) for kind in KINDS if kind != "plain"},
              "families": {name: str(where) for name, (_, where) in others.items()},
              "families at four ranks": ["qwen3-odd", "qwen"],
              "family": dict(prompts=FAMILY_PROMPTS, sampling=greedily, whole=[30, 30], prefilled=[3, 12])}
@@ -136,15 +145,15 @@ def made(request, output) -> dict:
     return output(request.param)
 
 
-def kept_logprobs(logits: np.ndarray, temperature: float, top_k: int = 0, top_p: float = 1.0, **_) -> np.ndarray:
-    """Log-probabilities after temperature, then top-k, then top-p, token by token; −inf for what is left out. [V]"""
+def kept_logprobs(logits: np.ndarray, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> np.ndarray:
+    """Log-probabilities after temperature, top-k, top-p and min-p, token by token; −inf for what is left out. [V]"""
     z = logits.astype(np.float64) / temperature
     order = sorted(range(len(z)), key=lambda i: -z[i])[: top_k or None]
     weights = np.exp(z[order] - z[order[0]])
     weights /= weights.sum()
     kept, mass = [], 0.0
     for token, weight in zip(order, weights):
-        if mass >= top_p:
+        if mass >= top_p or weight < min_p * weights[0]:
             break
         kept.append(token)
         mass += weight
@@ -277,6 +286,57 @@ def test_samples_differ_with_the_seed_and_among_one_prompts(made):
     assert made["one prompt"]["tokens"][0] == made["plain, a slot each"]["tokens"][0], "sample 0 of prompt 0 either way"
 
 
+def test_samples_of_one_prompt_share_its_prefill(made):
+    """A step that prefills tells one token for each sample; with as many slots as samples there is one such step."""
+    for slots in ("five slots", "two slots"):
+        assert made[f"one prompt, {slots}"]["tokens"] == made["one prompt"]["tokens"]
+    assert made["one prompt, five slots"]["steps"] == SAMPLED
+
+
+def test_a_small_cache_serves_fewer_at_a_time(made, greedy):
+    assert made["little memory"]["tokens"] == greedy
+    assert made["little memory"]["steps"] > 2 * made["greedy, a slot each"]["steps"]
+
+
+def test_a_stop_string_ends_a_response(made, greedy, stop_id):
+    """The text of token i is <i>."""
+    for tokens, reason, whole in zip(made["stop string"]["tokens"], made["stop string"]["stop_reason"], greedy):
+        ends = [at for at, token in enumerate(whole) if str(token).endswith(str(stop_id))]
+        assert (reason, tokens) == (("stop", whole[: ends[0] + 1]) if ends else ("length", whole))
+
+
+def settled(hf, **more) -> list[list[int]]:
+    """transformers' greedy continuations under its own logits processors."""
+    rows = []
+    for prompt in PROMPTS:
+        hf.generation_config.eos_token_id = None
+        out = hf.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=NEW, do_sample=False,
+                          pad_token_id=0, **more)
+        rows.append(out[0, len(prompt) :].tolist())
+    return rows
+
+
+def test_repetition_penalty_is_transformers(made, greedy, hf):
+    assert made["repetition"]["tokens"] == settled(hf, repetition_penalty=1.4) != greedy
+
+
+def test_no_stop_before_the_least_number_of_tokens(made, hf, stop_id):
+    assert made["not yet"]["tokens"] == settled(hf, min_new_tokens=20, eos_token_id=stop_id)
+    assert made["not yet"]["tokens"] != made["stop"]["tokens"]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "plain"])
+def test_the_kept_set_comes_back(made, hf, kind):
+    kept, tokens, logprobs = made["kept"][kind]
+    for prompt, sets, row_tokens, row_logprobs in zip(PROMPTS, kept, tokens, logprobs):
+        with torch.no_grad():
+            rows = hf(torch.tensor([prompt + row_tokens])).logits[0, len(prompt) - 1 : -1].numpy()
+        for row, chosen, token, logprob in zip(rows, sets, row_tokens, row_logprobs):
+            wanted = kept_logprobs(row, **KINDS[kind])
+            assert chosen == np.isfinite(wanted).nonzero()[0].tolist() and token in chosen
+            assert abs(wanted[token] - logprob) <= 1e-4
+
+
 @pytest.mark.parametrize("recipe", ("greedy", "stop", "plain, three slots", "plain, the other way round"))
 def test_logprobs_are_the_full_forwards(made, recipe):
     for ours, scored in zip(made[recipe]["logprobs"], made[recipe]["scored"]):
@@ -344,7 +404,8 @@ def test_uniforms_are_uniform_and_independent():
         assert chi_square < 63 + 4 * math.sqrt(2 * 63), what
 
 
-@pytest.mark.parametrize("wrong", (dict(temperature=-0.1), dict(top_p=0.0), dict(top_p=1.1), dict(top_k=-1), dict(max_new_tokens=0)))
+@pytest.mark.parametrize("wrong", (dict(temperature=-0.1), dict(top_p=0.0), dict(top_p=1.1), dict(top_k=-1), dict(max_new_tokens=0),
+                                   dict(min_p=1.5), dict(repetition_penalty=0.0), dict(min_new_tokens=-1)))
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(UserError, match=f"--{next(iter(wrong))} {next(iter(wrong.values()))}"):
         Sampling(**wrong)
