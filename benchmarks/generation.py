@@ -1,0 +1,201 @@
+"""Generation beside `transformers.generate`, on the same weights and prompts, and beside what the machine could do.
+
+    python benchmarks/generation.py --prompts_file GSM8K/test.jsonl --out docs/performance-generation.md
+
+The 58M Llama with random weights; prompts are the questions of the file. Runs alternate and medians are given. transformers
+gets its best plain settings here: one left-padded batch of all prompts, SDPA attention, its dynamic cache, sampling from the
+whole vocabulary as ours does.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from common import alternate, machine, make_model, make_tokenizer, matmul_rate, median, read_rate, seconds
+
+from src.cli import run
+
+STOPS = set(range(100, 420))  # one token in a hundred ends a text: lengths vary as they do for a trained model
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def open_engine(folder: Path, dtype: torch.dtype, slots: int):
+    from src.checkpoint.load import load_model
+    from src.checkpoint.source import Checkpoint
+    from src.generation.engine import Engine
+    from src.parallel.setup import start
+
+    parallel = start()
+    return Engine(load_model(Checkpoint.open(str(folder)), parallel, dtype).eval(), parallel, slots, 2048)
+
+
+def ours(engine, prompts: list[list[int]], new: int, stops: set[int], seed: int = 1) -> float:
+    """Tokens per second."""
+    from src.generation.sampling import Sampling
+
+    made = []
+    took = seconds(lambda: made.extend(engine.generate(prompts, Sampling(new, 1.0, seed=seed), stops)))
+    return sum(len(c.tokens) for c in made) / took
+
+
+def theirs(model, prompts: list[list[int]], new: int, stops: set[int], seed: int = 1) -> float:
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    torch.manual_seed(seed)
+    ends = dict(eos_token_id=sorted(stops)) if stops else dict(eos_token_id=None, min_new_tokens=new)
+    made = []
+    took = seconds(lambda: made.append(model.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=new, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+        pad_token_id=0, **ends)))
+    rows = made[0][:, longest:].tolist()
+    return sum(next((at + 1 for at, token in enumerate(row) if token in stops), len(row)) for row in rows) / took
+
+
+def against_transformers(folder: Path, prompts: list[list[int]], rounds: int) -> list[str]:
+    from transformers import AutoModelForCausalLM
+
+    lines = ["| | ours, tokens/s | transformers, tokens/s | ratio |", "|---|---|---|---|"]
+    for name, dtype in DTYPES.items():
+        engine = open_engine(folder, dtype, 64)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
+        model.generation_config.eos_token_id = None
+        for what, new, stops in (("varying lengths, at most 256 new", 256, STOPS), ("128 new each", 128, set())):
+            got = alternate({
+                "ours": lambda: ours(engine, prompts[:64], new, stops),
+                "theirs": lambda: theirs(model, prompts[:64], new, stops),
+            }, rounds)
+            a, b = median(got["ours"]), median(got["theirs"])
+            lines.append(f"| {name}, 64 prompts, {what} | {a:.0f} | {b:.0f} | {a / b:.2f} |")
+            print(lines[-1], flush=True)
+    return lines
+
+
+def rank_main(folder: str, prompts_file: str, dtype: str) -> None:
+    """One of the ranks of `ranks_against_process`, or the one process: prints tokens per second."""
+    prompts = json.loads(Path(prompts_file).read_text())
+    engine = open_engine(Path(folder), DTYPES[dtype], 64)
+    ours(engine, prompts, 16, set())
+    rate = ours(engine, prompts, 64, set())
+    if engine.parallel.is_main:
+        print(f"RATE {rate}")
+
+
+def ranks_against_process(folder: Path, prompts: list[list[int]], rounds: int, work: Path) -> list[str]:
+    (work / "prompts.json").write_text(json.dumps(prompts[:64]))
+    cores = len(os.sched_getaffinity(0))
+    lines = [f"| 64 prompts, 64 new each | 1 process × {cores} threads | {cores} ranks × 1 thread | ratio |", "|---|---|---|---|"]
+    for dtype in DTYPES:
+        def launch(n: int) -> float:
+            command = [sys.executable] if n == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(n)]
+            environment = {**os.environ, "OMP_NUM_THREADS": str(cores // n)}
+            done = subprocess.run([*command, __file__, "rank", str(folder), str(work / "prompts.json"), dtype],
+                                  capture_output=True, text=True, env=environment, check=True)
+            return float(done.stdout.split("RATE ")[1].split()[0])
+
+        got = alternate({"one": lambda: launch(1), "two": lambda: launch(cores)}, rounds, warm_up=False)
+        a, b = median(got["one"]), median(got["two"])
+        lines.append(f"| {dtype} | {a:.0f} | {b:.0f} | {b / a:.2f} |")
+        print(lines[-1], flush=True)
+    return lines
+
+
+def roofline(folder: Path, prompts: list[list[int]], rounds: int) -> list[str]:
+    """A decode step's least time: every byte of weights and cache read once, and every product at the matmul rate."""
+    from src.generation.cache import Cache
+    from src.generation.engine import Slots
+    from src.parallel.layers import packed_weights
+
+    lines = ["| | step, ms | bytes, MB | at the read rate, ms | products, GFLOP | at the matmul rate, ms | fraction reached |",
+             "|---|---|---|---|---|---|---|"]
+    bandwidth = read_rate()
+    for name, dtype in DTYPES.items():
+        rate = matmul_rate(dtype)
+        for batch in (1, 8, 64, 256):
+            engine = open_engine(folder, dtype, batch)
+            model, length = engine.model, 128
+            cache, slots = Cache(model, batch, 192), Slots(batch, 8, torch.device("cpu"))
+            slots.lengths[:], slots.host_lengths = length, [length] * batch
+
+            def step() -> float:
+                slots.lengths[:], slots.host_lengths = length, [length] * batch
+                return seconds(lambda: engine._decode(slots, batch, cache))
+
+            with torch.no_grad(), packed_weights(model, engine.parallel):
+                took = min(step() for _ in range(5 * rounds))
+            weights = sum(p.numel() for n, p in model.named_parameters() if "tok_embeddings" not in n)
+            read = (weights + 2 * batch * length * model.config.dim * model.config.n_layers) * dtype.itemsize
+            work = 2 * batch * (weights + 2 * length * model.config.dim * model.config.n_layers)
+            least = max(read / bandwidth, work / rate)
+            lines.append(f"| {name}, batch {batch}, 128 tokens of context | {1e3 * took:.2f} | {read / 1e6:.0f} | "
+                         f"{1e3 * read / bandwidth:.2f} | {work / 1e9:.2f} | {1e3 * work / rate:.2f} | {least / took:.2f} |")
+            print(lines[-1], flush=True)
+    return [f"Read rate {bandwidth / 1e9:.1f} GB/s, matmul rate " +
+            ", ".join(f"{matmul_rate(d) / 1e9:.0f} GFLOP/s in {n}" for n, d in DTYPES.items()) + ".", "", *lines]
+
+
+def scaling(folder: Path, prompts: list[list[int]], rounds: int) -> list[str]:
+    """Cost per token from 64 to 512 prompts in the queue, and from contexts of 128 to 1024."""
+    engine = open_engine(folder, torch.float32, 64)
+    queue = alternate({str(n): lambda n=n: ours(engine, prompts[:n], 48, set()) for n in (64, 128, 256, 512)}, rounds)
+    lines = ["| prompts in the queue, 64 slots, 48 new each | " + " | ".join(queue) + " |", "|---|" + "---|" * len(queue),
+             "| tokens/s | " + " | ".join(f"{median(v):.0f}" for v in queue.values()) + " |", ""]
+    flat = [p for p in prompts if len(p) >= 32][0]
+    made = {n: [(flat * 40)[:n]] * 16 for n in (128, 256, 512, 1024)}
+    context = alternate({str(n): lambda n=n: 16 / decode_seconds(engine, made[n]) for n in made}, rounds)
+    cost = {n: 1e3 / median(v) for n, v in context.items()}
+    lines += ["| tokens of context, 16 slots | " + " | ".join(cost) + " |", "|---|" + "---|" * len(cost),
+              "| ms per token | " + " | ".join(f"{v:.3f}" for v in cost.values()) + " |",
+              "| cache, MB per slot | " + " | ".join(f"{2 * int(n) * 512 * 8 * 4 / 1e6:.1f}" for n in cost) + " |"]
+    print("\n".join(lines), flush=True)
+    return lines
+
+
+def decode_seconds(engine, prompts: list[list[int]]) -> float:
+    """Of one decode step: the difference that 16 more steps make."""
+    from src.generation.sampling import Sampling
+
+    took = [seconds(lambda: engine.generate(prompts, Sampling(new, 0.0), set())) for new in (1, 17)]
+    return (took[1] - took[0]) / 16
+
+
+def main(prompts_file: str, out: str | None = None, rounds: int = 3, only: str | None = None):
+    """Run, print, and write a Markdown file.
+
+    Args:
+        prompts_file: .jsonl with "question" in each line, such as GSM8K's test file.
+        out: the file to write; none when not given.
+        rounds: of each comparison.
+        only: transformers, ranks, roofline or scaling; all when not given.
+    """
+    import sentencepiece
+
+    work = Path(tempfile.gettempdir()) / "benchmarks"
+    folder = make_model(work / "58m")
+    texts = [json.loads(line)["question"] for line in Path(prompts_file).read_text().splitlines()]
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(make_tokenizer(folder, texts)))
+    prompts = [[1, *tokenizer.encode(text)] for text in texts]
+    parts = {
+        "transformers": ("Beside `transformers.generate`", lambda: against_transformers(folder, prompts, rounds)),
+        "ranks": ("Ranks beside threads", lambda: ranks_against_process(folder, prompts, rounds, work)),
+        "roofline": ("Beside the roofline", lambda: roofline(folder, prompts, rounds)),
+        "scaling": ("Queue and context", lambda: scaling(folder, prompts, rounds)),
+    }
+    lines = [f"Machine: {machine()}.", ""]
+    print(lines[0], flush=True)
+    for name, (title, part) in parts.items():
+        if only in (None, name):
+            lines += [f"### {title}", "", *part(), ""]
+    if out:
+        Path(out).write_text("\n".join(lines))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["rank"]:
+        rank_main(*sys.argv[2:])
+    else:
+        run(main)
