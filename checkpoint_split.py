@@ -24,7 +24,7 @@ def main(
     model_type: str | None = None,
     adapter_dir: str | None = None,
     dry_run: bool = False,
-    dtype: Literal["bf16", "fp16", "fp32"] = "bf16",
+    dtype: Literal["bf16", "fp16", "fp32"] | None = None,
 ):
     """Write consolidated.00.pth … and params.json, and copy the tokenizer's files.
 
@@ -36,7 +36,7 @@ def main(
         model_type: a name such as llama-2-7b to check the sizes against.
         adapter_dir: a LoRA adapter in PEFT's format to add to the weights.
         dry_run: only print the names, shapes and bytes of each rank; needs no weights: --model_type or --config_file will do.
-        dtype: what a dry run without a checkpoint counts bytes in.
+        dtype: what a dry run without a checkpoint counts bytes in; bf16 when not given.
     """
     from src.checkpoint.folder import check_apart, check_replaceable
     from src.checkpoint.plan import dry_run as lay_out
@@ -46,8 +46,12 @@ def main(
     from src.models.hf_config import PRESETS
     from src.parallel.setup import DTYPES
 
-    if n < 1:
-        raise UserError(f"--n {n}: at least one shard is needed")
+    if not 1 <= n <= 10_000:
+        raise UserError(f"--n {n}: at least one shard is needed, and at most 10,000")
+    if dtype is not None and ckpt_file is not None:
+        raise UserError(f"--dtype {dtype}: shards have the checkpoint's own; the flag is for a --dry_run without --ckpt_file")
+    if adapter_dir is not None and ckpt_file is None:
+        raise UserError("--adapter_dir: has no effect without --ckpt_file")
     if not dry_run and (ckpt_file is None or save_path is None):
         raise UserError("--ckpt_file and --save_path are needed (but for --dry_run)")
     if int(os.environ.get("RANK", 0)) != 0:
@@ -57,7 +61,9 @@ def main(
             raise UserError(f"--dry_run without --ckpt_file needs --config_file, or a --model_type of {', '.join(PRESETS)}")
         config = PRESETS[model_type] if config_file is None else read_config(config_file)
         check_model_type(config, model_type)
-        print("\n".join(lay_out(config, n, DTYPES[dtype]).lines()))
+        if config.vocab_size == -1:
+            raise UserError(f"{config_file}: vocab_size is -1, which the tensors would tell; give --ckpt_file")
+        print("\n".join(lay_out(config, n, DTYPES[dtype or "bf16"]).lines()))
         return
     if save_path is not None:
         check_apart({"save_path": save_path}, {"ckpt_file": ckpt_file, "adapter_dir": adapter_dir})

@@ -55,7 +55,7 @@ def main(
     max_grad_norm: float = 1.0,
     weight_decay: float = 0.0,
     lora_rank: int = -1,
-    lora_alpha: float = 16.0,
+    lora_alpha: float | None = None,
     lora_targets: list[str] | None = None,
     quantize: Literal["nf4", "int8"] | None = None,
     freeze_layers: int = 0,
@@ -115,7 +115,7 @@ def main(
         max_grad_norm: each model's gradient is scaled down to this norm.
         weight_decay: AdamW's, on matrices.
         lora_rank: rank of the policy's and the value model's adapters; -1 trains all weights.
-        lora_alpha: the adapter's output is scaled by lora_alpha / lora_rank.
+        lora_alpha: the adapter's output is scaled by lora_alpha / lora_rank; 16 when not given.
         lora_targets: layers to adapt, of wq,wk,wv,wo,w1,w2,w3; all of them when not given (with experts: attention's).
         quantize: keep the frozen weights in 4 or 8 bits; needs --lora_rank.
         freeze_layers: train neither the embedding nor this many layers from the bottom.
@@ -195,7 +195,7 @@ def main(
         }
         check_log_dir(logs, actor_ckpt_dir, critic_ckpt_dir, reward_model_ckpt_dir)
         check_apart({"actor_save_dir": actor_save_dir, "critic_save_dir": critic_save_dir}, {**read, "log_dir": logs})
-        chat = {"use_chat_template": use_chat_template}
+        chat = {"use_chat_template": use_chat_template, "chat_family": model_type}
         actor = open_model(actor_ckpt_dir, parallel, tokenizer_file, config_file, model_type, head="lm", **chat)
         critic = open_model(critic_ckpt_dir, parallel, tokenizer_file, **chat)
         verifier = None
@@ -225,7 +225,7 @@ def main(
     if rule is not None:
         rewards.append((rule_weight, RuleReward(rule, actor.tokenizer)))
     for model in (policy, value):
-        prepare(model, settings)
+        prepare(model, settings, parallel)
 
     with RunLog(logs, "ppo_train", settings, parallel.rank) as log:
         if warning:
@@ -255,8 +255,8 @@ def main(
             log,
             lambda epoch: evaluation.run(epoch, policy, actor.tokenizer, parallel, log, settings),
         )
-        save_model(policy, parallel, actor_save_dir, actor.checkpoint, actor.tokenizer.path)
-        save_model(value, parallel, critic_save_dir, critic.checkpoint, critic.tokenizer.path)
+        save_model(policy, parallel, actor_save_dir, actor.checkpoint, actor.tokenizer.path, actor.tokenizer.borrowed_template)
+        save_model(value, parallel, critic_save_dir, critic.checkpoint, critic.tokenizer.path, critic.tokenizer.borrowed_template)
         if parallel.is_main:
             write_state(actor_save_dir, kl.kl_coef)
         log.info(f"saved the policy to {actor_save_dir} and the value model to {critic_save_dir}")

@@ -33,7 +33,7 @@ def main(
     beta2: float = 0.999,
     max_grad_norm: float = 1.0,
     lora_rank: int = -1,
-    lora_alpha: float = 16.0,
+    lora_alpha: float | None = None,
     lora_dropout: float | None = None,
     lora_targets: list[str] | None = None,
     quantize: Literal["nf4", "int8"] | None = None,
@@ -72,7 +72,7 @@ def main(
         beta2: AdamW's decay of the squared gradient's mean; lower adapts faster.
         max_grad_norm: the gradient is scaled down to this norm.
         lora_rank: rank of the adapter; -1 trains all weights.
-        lora_alpha: the adapter's output is scaled by lora_alpha / lora_rank.
+        lora_alpha: the adapter's output is scaled by lora_alpha / lora_rank; 16 when not given.
         lora_dropout: share of the adapter's inputs that are dropped in training.
         lora_targets: layers to adapt, of wq,wk,wv,wo,w1,w2,w3; all of them when not given (with experts: attention's).
         quantize: keep the frozen weights in 4 or 8 bits; needs --lora_rank.
@@ -123,7 +123,7 @@ def main(
         for message in filter(None, (warning, evaluation.warning)):
             log.warning(f"{message} and are left out")
         log.info(f"{len(pairs)} rows; ranks: {parallel.mp_size} model-parallel × {parallel.dp_size} data-parallel")
-        prepare(model, settings)
+        prepare(model, settings, parallel)
         fit(
             model,
             Optimizer(model, parallel, weight_decay, max_grad_norm, betas=(0.9, beta2)),
@@ -133,7 +133,7 @@ def main(
             log,
             lambda epoch: evaluation.run(epoch, model, parallel, log, settings),
         )
-        save_model(model, parallel, save_dir, opened.checkpoint, opened.tokenizer.path)
+        save_model(model, parallel, save_dir, opened.checkpoint, opened.tokenizer.path, opened.tokenizer.borrowed_template)
         log.info(f"saved to {save_dir}")
     stop()
 

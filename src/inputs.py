@@ -22,7 +22,8 @@ RANGES = {
     **dict.fromkeys(("max_new_tokens", "max_buffer_size", "samples_per_prompt", "num_samples", "max_rows"), (1, 10**7, True)),
     **dict.fromkeys(("epochs", "iterations", "mini_batches", "ppo_epochs", "model_parallel_size"), (1, 10**7, True)),
     **dict.fromkeys(("lr", "critic_lr", "max_grad_norm", "lora_alpha", "kl_target", "kl_horizon"), (0, 1e9, False)),
-    **dict.fromkeys(("weight_decay", "kl_coef", "vf_coef", "truncation_penalty", "temperature"), (0, 1e6, True)),
+    **dict.fromkeys(("weight_decay", "kl_coef", "vf_coef", "truncation_penalty"), (0, 1e6, True)),
+    "temperature": (0, 100, True),
     **dict.fromkeys(("verifier_weight", "rule_weight"), (-1e6, 1e6, True)),
     **dict.fromkeys(("beta2", "warmup"), (0, 0.999999, True)),
     **dict.fromkeys(("cliprange", "cliprange_value"), (0, 1e6, False)),
@@ -73,10 +74,12 @@ def open_model(
     head: str | None = None,
     adapter_dir: str | None = None,
     use_chat_template: bool = False,
+    chat_family: str | None = None,
 ) -> Model:
     """Open a checkpoint and find its tokenizer. Raises UserError when they do not fit each other.
 
-    head: "lm" or "score" when the checkpoint must have it; adapter_dir: an adapter in PEFT's format to add to it.
+    head: "lm" or "score" when the checkpoint must have it; adapter_dir: an adapter in PEFT's format to add to it;
+    chat_family: whose chat template is used where the checkpoint has none, its own family's by default.
     """
     checkpoint = Checkpoint.open(ckpt_dir, config_file, adapter_dir)
     if head == "score" != checkpoint.config.head:
@@ -84,7 +87,7 @@ def open_model(
     if head == "lm" != checkpoint.config.head:
         raise UserError(f"{ckpt_dir}: is a verifier, without an output layer, and cannot generate; give a solver")
     check_model_type(checkpoint.config, model_type)
-    tokenizer = Tokenizer.find(checkpoint.folder, tokenizer_file, use_chat_template, model_type or checkpoint.config.family)
+    tokenizer = Tokenizer.find(checkpoint.folder, tokenizer_file, use_chat_template, chat_family or model_type or checkpoint.config.family)
     check_vocabulary(tokenizer, checkpoint.config.vocab_size)
     return Model(checkpoint, tokenizer)
 
@@ -95,7 +98,7 @@ def lora_of(settings: dict, checkpoint: Checkpoint) -> LoRAConfig | None:
     With --adapter_dir and --lora_rank the adapter is trained on; with --adapter_dir alone it is part of the weights.
     """
     rank, adapter = settings["lora_rank"], checkpoint.adapter
-    given = {name: settings.get(name) for name in ("lora_dropout", "lora_targets")}
+    given = {name: settings.get(name) for name in ("lora_dropout", "lora_targets", "lora_alpha")}
     if rank == -1:
         idle = [f"--{name}" for name, value in given.items() if value]
         if idle:
@@ -111,11 +114,13 @@ def lora_of(settings: dict, checkpoint: Checkpoint) -> LoRAConfig | None:
                 f"--lora_targets {','.join(targets)}: peft keeps experts' w1 and w3 in one tensor and would not apply such an "
                 "adapter; name w1, w2 and w3 together, or of these w2 alone"
             )
-        return LoRAConfig(rank, settings["lora_alpha"], given["lora_dropout"] or 0.0, targets)
-    if rank != adapter.lora.rank or (given["lora_targets"] and set(given["lora_targets"]) != set(adapter.lora.targets)):
+        return LoRAConfig(rank, given["lora_alpha"] or 16.0, given["lora_dropout"] or 0.0, targets)
+    own = adapter.lora
+    other_targets = given["lora_targets"] and set(given["lora_targets"]) != set(own.targets)
+    if rank != own.rank or other_targets or given["lora_alpha"] not in (None, own.alpha):
         raise UserError(
-            f"--lora_rank {rank}: {adapter.folder} has rank {adapter.lora.rank} on {','.join(adapter.lora.targets)}; give these "
-            "to train it on, or leave --lora_rank out to train all weights with the adapter added in"
+            f"--lora_rank {rank}: {adapter.folder} has rank {own.rank}, alpha {own.alpha:g}, on {','.join(own.targets)}; give these to "
+            "train it on, or leave --lora_rank out to train all weights with the adapter added in"
         )
     dropout = adapter.lora.dropout if given["lora_dropout"] is None else given["lora_dropout"]
     return replace(adapter.lora, dropout=dropout)
@@ -124,8 +129,10 @@ def lora_of(settings: dict, checkpoint: Checkpoint) -> LoRAConfig | None:
 def check_model_flags(settings: dict, checkpoint: Checkpoint) -> None:
     """Raise UserError for flags that this model has nothing to do with."""
     config = checkpoint.config
-    if settings.get("freeze_layers", 0) > config.n_layers:
-        raise UserError(f"--freeze_layers {settings['freeze_layers']}: the model has {config.n_layers} layers")
+    frozen, adapted = settings.get("freeze_layers", 0), settings.get("lora_rank", -1) != -1
+    if frozen > config.n_layers or (adapted and frozen == config.n_layers):
+        rest = ", and an adapter none elsewhere" if adapted else ""
+        raise UserError(f"--freeze_layers {frozen}: {checkpoint.folder} has {config.n_layers} layers{rest}")
     if settings.get("router_aux_loss_coef") is not None and not config.n_experts:
         raise UserError(f"--router_aux_loss_coef {settings['router_aux_loss_coef']}: the model has no experts to balance")
 
@@ -218,8 +225,10 @@ def check_writable(path: str, suffix: str, *read: str) -> None:
 
 def check_same_tokenizer(actor: Model, other: Model) -> None:
     """Raise UserError when two roles read the same ids as different texts."""
-    if actor.tokenizer.path.read_bytes() != other.tokenizer.path.read_bytes():
+    if actor.tokenizer.path.read_bytes() != other.tokenizer.path.read_bytes() or actor.tokenizer.bos_id != other.tokenizer.bos_id:
         raise UserError(f"{actor.tokenizer.path} and {other.tokenizer.path} differ: the models must share their tokenizer")
+    if actor.tokenizer.chat and actor.tokenizer.chat.source != other.tokenizer.chat.source:
+        raise UserError(f"{actor.tokenizer.chat.name} and {other.tokenizer.chat.name} differ: the models must share their chat template")
 
 
 def ppo_prompts(path: str, tokenizer: Tokenizer, rule: Task | None, max_seq_len: int) -> tuple[list[Prompt], str | None]:

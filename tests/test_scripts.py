@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from src.checkpoint.source import Checkpoint
 from src.evaluation.tasks import find_task
@@ -471,10 +471,10 @@ SOLVER = {
     "dropout without an adapter": (dict(lora_dropout=0.1), "--lora_dropout: has no effect without --lora_rank"),
     "quantised and trained": (dict(quantize="nf4"), "quantised weights cannot be trained; give --lora_rank"),
     "unknown target": (dict(lora_rank=2, lora_targets="wq,q_proj"), "--lora_targets wq,q_proj: choose from wq,wk"),
-    "more frozen layers than there are": (dict(freeze_layers=2), "--freeze_layers 2: the model has 1 layers"),
+    "more frozen layers than there are": (dict(freeze_layers=2), "shards has 1 layers"),
     "balance without experts": (dict(router_aux_loss_coef=0.1), "the model has no experts to balance"),
     "no adapter there": (dict(adapter_dir="{}/fine"), "adapter_config.json: not there"),
-    "adapter of another rank": (dict(adapter_dir="{}/../lora/adapter", lora_rank=2), "has rank 4 on wq,wk,wv,wo,w1,w2,w3"),
+    "adapter of another rank": (dict(adapter_dir="{}/../lora/adapter", lora_rank=2), "has rank 4, alpha 16, on wq,wk,wv,wo,w1,w2,w3"),
     "chat without a template": (dict(use_chat_template=True), "chat_template.jinja"),
     "folder of something else": (dict(save_dir="{}/foreign"), "holds thesis.tex"),
 }
@@ -542,3 +542,51 @@ def test_ppo_refuses(base, wrong, tmp_path, case):
 def test_the_other_scripts_refuse(wrong, script, given, message):
     refused(call(script, *changed([], given, wrong)), message)
     assert not list(wrong.glob("out*")) and not list(wrong.glob(".tmp*")), "something was written"
+
+
+def test_a_verifier_s_adapter_makes_a_verifier_of_its_base(base, tmp_path):
+    """With its own score head, merged, quantised, or trained on; never a head that is drawn anew."""
+    must("verifier_train.py", *flags(ckpt_dir=base / "solver", save_dir=tmp_path / "v", train_file=base / "pairs.json", lora_rank=2,
+                                     max_batch_size=4, lr=1e-2))
+    adapter = tmp_path / "v" / "adapter"
+    rows = [{"instruction": "2 + 3", "output": text} for text in ("5", "6 apples", "no")]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    scores = {}
+    for name, given in {"merged": dict(ckpt_dir=tmp_path / "v"), "added": dict(ckpt_dir=base / "solver", adapter_dir=adapter),
+                        "int8": dict(ckpt_dir=base / "solver", adapter_dir=adapter, quantize="int8")}.items():
+        must("verifier_evaluate.py", *flags(**given, input_file=tmp_path / "rows.json", output_file=tmp_path / f"{name}.jsonl"))
+        scores[name] = [row["score"] for row in rows_of(tmp_path / f"{name}.jsonl")]
+    assert scores["added"] == pytest.approx(scores["merged"], abs=1e-5) and scores["int8"] == pytest.approx(scores["merged"], abs=0.1)
+    must("verifier_train.py", *flags(ckpt_dir=base / "solver", save_dir=tmp_path / "on", train_file=base / "pairs.json", lora_rank=2,
+                                     adapter_dir=adapter, max_batch_size=4, lr=1e-9))
+    a, b = tensors(tmp_path / "on"), tensors(tmp_path / "v")
+    assert a.keys() == b.keys() and all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
+    must("checkpoint_merge.py", *flags(ckpt_dir=base / "solver", adapter_dir=adapter, save_dir=tmp_path / "hf"))
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["architectures"] == ["LlamaForSequenceClassification"]
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(lora_dropout=1.0), "lora_dropout is 1.0"), (dict(lora_dropout="x"), "lora_dropout is 'x'"),
+    (dict(r=10**400), "r is 1000"), (dict(lora_alpha=True), "lora_alpha is True"), (dict(use_dora=True), "use_dora is set"),
+    (dict(init_lora_weights="pissa"), "init_lora_weights is 'pissa'"), (dict(peft_type="IA3"), "peft_type is 'IA3'"),
+    (dict(r=3), "expected [3, "),
+])
+def test_adapters_that_lie_are_refused(base, tmp_path, change, message):
+    shutil.copytree(base / "lora" / "adapter", tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    refused(call("checkpoint_merge.py", *flags(ckpt_dir=base / "start", adapter_dir=tmp_path / "adapter", save_dir=tmp_path / "out")),
+            message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_factors_are_refused(base, tmp_path):
+    whole = load_file(base / "lora" / "adapter" / "adapter_model.safetensors")
+    key = next(key for key in whole if "q_proj.lora_B" in key)
+    for tensor, message in ((whole[key] * torch.nan, "NaN or infinity in"), (whole[key][:7].contiguous(), "has shape [7, 4]"),
+                            (whole[key].int(), "no fp32, bf16 or fp16")):
+        folder = tmp_path / "adapter"
+        shutil.copytree(base / "lora" / "adapter", folder, dirs_exist_ok=True)
+        save_file(whole | {key: tensor}, folder / "adapter_model.safetensors")
+        refused(call("solver_train.py", *solver_flags(base, tmp_path / "out", adapter_dir=folder, lora_rank=4)), message)
+        assert not (tmp_path / "out").exists()

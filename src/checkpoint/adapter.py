@@ -10,14 +10,17 @@ from torch import Tensor
 from src.checkpoint.files import TensorFile, read_json
 from src.checkpoint.names import generalised, is_rotary, layer_of, to_halves, to_interleaved
 from src.errors import UserError
-from src.models.config import ModelConfig
+from src.models.config import ModelConfig, number
 from src.models.family import Stored
 from src.models.hf_config import FAMILIES, family_written
 from src.models.layout import tensor_table
 from src.models.lora import TARGETS, LoRAConfig, lora_table
 
 _PREFIX = "base_model.model."
-_REFUSED = ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "layers_to_transform", "target_parameters", "lora_bias")
+_REFUSED = (
+    *("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "layers_to_transform", "target_parameters", "lora_bias"),
+    *("alora_invocation_tokens", "layer_replication", "megatron_config", "use_qalora", "trainable_token_indices"),
+)
 
 
 class Adapter:
@@ -39,9 +42,11 @@ class Adapter:
         file = next((folder / name for name in ("adapter_model.safetensors", "adapter_model.bin") if (folder / name).is_file()), None)
         if file is None:
             raise UserError(f"{folder}: no adapter_model.safetensors in it")
-        rank, alpha = raw.get("r"), raw.get("lora_alpha", 8)
-        if type(rank) is not int or rank < 1 or not isinstance(alpha, (int, float)) or not 0 < alpha < 1e9:
-            raise UserError(f"{where}: r is {rank!r} and lora_alpha {alpha!r}; positive numbers are expected")
+        rank = number(raw, "r", str(where))
+        alpha = number(raw, "lora_alpha", str(where), 8, float)
+        dropout = raw.get("lora_dropout") or 0.0
+        if type(dropout) not in (int, float) or not 0 <= dropout < 1:
+            raise UserError(f"{where}: lora_dropout is {dropout!r}; a number from 0 and below 1 is expected")
         if raw.get("use_rslora"):
             alpha *= rank**0.5  # its scale is alpha / √rank
         opened = TensorFile(file)
@@ -53,29 +58,25 @@ class Adapter:
                 place = family.names[generalised(f"{stem}.weight")][0]
                 keys = [_keys(place, stem, config, factor) for factor in ("lora_A", "lora_B")]
                 if all(key in present for pair in keys for key in pair):
-                    tensors |= _factors(opened, keys, place, stem, config)
+                    tensors |= _factors(opened, keys, place, stem, config, rank)
                     targets.append(stem.rsplit(".", 1)[-1])
                     unread -= {key for pair in keys for key in pair}
                     break
         head = f"{_PREFIX}score.weight"
-        score = opened.read(head) if head in unread else None
+        score = _read(opened, head, (1, config.dim)) if head in unread else None
         unread.discard(head)
         if unread:
             raise UserError(f"{file}: {sorted(unread)[0]} fits no layer of this model ({len(unread)} such tensors)")
         if not tensors:
             raise UserError(f"{file}: holds no adapter for this model")
-        lora = LoRAConfig(rank, float(alpha), float(raw.get("lora_dropout") or 0.0), tuple(t for t in TARGETS if t in targets))
-        table = lora_table(config, lora)
-        for name, spec in table.items():
-            if name not in tensors or tuple(tensors[name].shape) != spec.shape:
-                found = list(tensors[name].shape) if name in tensors else "nothing"
-                raise UserError(f"{file}: for {name} there is {found}, expected {list(spec.shape)} (rank {rank})")
+        lora = LoRAConfig(rank, float(alpha), float(dropout), tuple(t for t in TARGETS if t in targets))
+        lacking = [name for name in lora_table(config, lora) if name not in tensors]
+        if lacking:
+            raise UserError(f"{file}: has nothing for {lacking[0]}, though for other layers' ({len(lacking)} are lacking)")
         return cls(folder, lora, tensors, score)
 
     def added_to(self, tensor: Tensor, name: str, dim: int | None, start: int, stop: int) -> Tensor:
         """A base weight, or its [start, stop) along `dim`, with the adapter's part added in fp32."""
-        if name == "score.weight" and self.score is not None:
-            return self.score.to(tensor.dtype)
         stem = name.removesuffix(".weight")
         if f"{stem}.lora_a" not in self.tensors:
             return tensor
@@ -123,6 +124,9 @@ def _check(raw: dict, where: Path) -> None:
     for key in _REFUSED:
         if raw.get(key):
             raise UserError(f"{where}: {key} is set to {raw[key]!r}, which is not supported")
+    start = raw.get("init_lora_weights", True)
+    if isinstance(start, str) and start.lower() not in ("gaussian", "eva", "orthogonal"):
+        raise UserError(f"{where}: init_lora_weights is {start!r}: such an adapter belongs to a changed base, which is not supported")
     if raw.get("bias", "none") != "none":
         raise UserError(f"{where}: bias is {raw['bias']!r}; only 'none' is supported")
     kept = raw.get("modules_to_save") or []
@@ -141,8 +145,23 @@ def _keys(place: Stored, stem: str, config: ModelConfig, factor: str) -> list[st
     return [f"{_PREFIX}{key}.{factor}.weight" for key in stems]
 
 
-def _factors(file: TensorFile, keys: list[list[str]], place: Stored, stem: str, config: ModelConfig) -> dict[str, Tensor]:
-    a, b = ([file.read(key) for key in of_experts] for of_experts in keys)
+def _read(file: TensorFile, key: str, shape: tuple[int, ...]) -> Tensor:
+    """A factor, if it has the shape, a dtype that weights have, and finite numbers."""
+    if file.shape(key) != shape or file.dtype(key) is None:
+        kind = file.dtype(key) or "no fp32, bf16 or fp16"
+        raise UserError(f"{file.path}: {key} has shape {list(file.shape(key))} ({kind}), expected {list(shape)}")
+    tensor = file.read(key)
+    if not tensor.isfinite().all():
+        raise UserError(f"{file.path}: NaN or infinity in {key}; the adapter is damaged")
+    return tensor
+
+
+def _factors(
+    file: TensorFile, keys: list[list[str]], place: Stored, stem: str, config: ModelConfig, rank: int
+) -> dict[str, Tensor]:
+    *_, rows, columns = tensor_table(config)[f"{stem}.weight"].shape
+    shapes = ((rank, columns), (rows * place.parts, rank))
+    a, b = ([_read(file, key, shape) for key in of_experts] for of_experts, shape in zip(keys, shapes))
     if place.parts > 1:  # a fused layer's adapter: A serves all its parts, B is cut
         b = [matrix.chunk(place.parts, place.dim)[place.index] for matrix in b]
     a, b = (torch.stack(x) if "{expert}" in place.key else x[0] for x in (a, b))

@@ -20,6 +20,8 @@ TOKENIZER_FILES = (
 
 _OURS = ("consolidated*", "params.json", "model*.safetensors*", "config.json", "adapter", "ppo_state.json", *TOKENIZER_FILES)
 
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+
 
 def check_replaceable(path: str) -> Path:
     """The folder to save to, resolved. Raises UserError when it holds anything but a checkpoint, or cannot be replaced.
@@ -37,6 +39,9 @@ def check_replaceable(path: str) -> Path:
     if folder.is_dir():
         ours = {file for pattern in _OURS for file in folder.glob(pattern)}
         foreign = sorted(file.name for file in set(folder.iterdir()) - ours)
+        adapter = folder / "adapter"
+        if adapter.is_dir():
+            foreign += sorted(f"adapter/{f.name}" for f in adapter.iterdir() if f.name not in _ADAPTER)
         if foreign:
             raise UserError(
                 f"{folder}: holds {', '.join(foreign[:3])}, which is no part of a checkpoint; saving would remove it: "

@@ -44,20 +44,24 @@ def load_model(
                 local = random_tensor(name, TensorSpec((1, config.dim)), (config.dim + 1) ** -0.5, seed)
             else:
                 local = checkpoint.check_finite(name, checkpoint.local(name, rank, n, merged=adapter is None))
-            # a copy: a slice of a mapped file would keep the file's pages
-            local = torch.empty(local.shape, dtype=dtype, device=parallel.device).copy_(local)
             parent, child = name.rsplit(".", 1)
             parent = model.get_submodule(parent)
+            place = getattr(parent, child)
+            if not place.is_meta:  # allocated already, as a part of stacked weights
+                place.copy_(local)
+                continue
+            # a copy: a slice of a mapped file would keep the file's pages
+            local = torch.empty(local.shape, dtype=dtype, device=parallel.device).copy_(local)
             if quantize and name.split(".")[-2] in TARGETS and child == "weight":
                 weight = quantized(local, quantize)
             else:
                 weight = nn.Parameter(local)
-            weight.copies = getattr(parent, child).copies
+            weight.copies = place.copies
             setattr(parent, child, weight)
 
+    if not quantize:
+        model.stack_projections(parallel.device)
     agreed(fill)
-    if not quantize and not lora:
-        model.stack_projections()
     if lora is not None:
         add_lora(model, lora, seed, parallel, adapter and adapter.tensors)
     elif adapter is not None:

@@ -52,9 +52,9 @@ class Plan:
 
 
 def dry_run(config: ModelConfig, n: int, dtype: torch.dtype) -> Plan:
-    """Lay the model out at `n` ranks, and build every rank's part on the meta device to see that it is what a shard holds."""
+    """Lay the model out at `n` ranks, and build the first and the last part on the meta device to see that they are what a shard holds."""
     table = tensor_table(config)
-    for rank in range(n):
+    for rank in {0, n - 1}:
         model = build(config, rank, n, dtype)
         built = {name: tuple(p.shape) for name, p in model.named_parameters()}
         planned = {name: spec.local_shape(n) for name, spec in table.items()}

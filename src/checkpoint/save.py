@@ -66,11 +66,16 @@ def whole_adapter(model: Transformer, parallel: Parallel) -> dict[str, Tensor]:
 
 
 def save_model(
-    model: Transformer, parallel: Parallel, save_dir: str, base: Checkpoint, tokenizer: Path | None = None
+    model: Transformer,
+    parallel: Parallel,
+    save_dir: str,
+    base: Checkpoint,
+    tokenizer: Path | None = None,
+    chat_template: str | None = None,
 ) -> None:
     """Write the model to `save_dir` from all its ranks; `base`: what it came from, whose folder's side files go along.
 
-    tokenizer: the file in use, where it does not lie there. The folder appears whole or not at all, and replaces an older
+    tokenizer: the file in use, where it does not lie there; chat_template: the one in use, where none lies there. The folder appears whole or not at all, and replaces an older
     one only then. Raises UserError on every rank when any cannot write.
     """
     folder = Path(save_dir).resolve()
@@ -83,6 +88,8 @@ def save_model(
             if parallel.is_main:
                 write_params(model.config, target)
                 copy_side_files(base.folder, target, tokenizer)
+                if chat_template:
+                    (target / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
                 if adapter:
                     write_adapter(model.config, lora_layers(model)[0][1].config, adapter, target / "adapter", base.folder)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError

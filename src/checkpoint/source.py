@@ -17,7 +17,7 @@ from src.errors import UserError
 from src.models.config import SIZES, ModelConfig, config_from_params
 from src.models.family import Stored
 from src.models.hf_config import FAMILIES, PRESETS, config_from_hf
-from src.models.layout import TensorSpec, tensor_table
+from src.models.layout import TensorSpec, layer_table, tensor_table
 
 # Written into some released files, and computed here: not weights.
 COMPUTED = (
@@ -52,6 +52,9 @@ class Checkpoint:
             checkpoint = cls._open(Path(path), config_file)
             if adapter_dir is not None:
                 checkpoint.adapter = Adapter.open(adapter_dir, checkpoint.config)
+                if checkpoint.adapter.score is not None:  # a verifier's adapter makes a verifier of its base
+                    checkpoint.config = checkpoint.config.with_head("score")
+                    checkpoint.table = tensor_table(checkpoint.config)
             return checkpoint
         except OSError as error:
             raise UserError(f"{error.filename or path}: cannot be read ({error.strerror or error})") from None
@@ -87,11 +90,13 @@ class Checkpoint:
         """Bytes of a whole tensor, in its own dtype or another."""
         if dtype is None:
             key = self._places(name)[0]
-            dtype = self.parts[0][key].dtype(key)
+            dtype = self.parts[0][key].dtype(key) if key in self.parts[0] else self.dtype  # an adapter's score head
         return torch.Size(self.table[name].shape).numel() * dtype.itemsize
 
     def read(self, name: str, dim: int | None = None, start: int = 0, stop: int = 0, merged: bool = True) -> Tensor:
         """A tensor in Meta's name and row order, whole or its [start, stop) along `dim`; with the adapter's part when `merged`."""
+        if name == "score.weight" and self.adapter and self.adapter.score is not None:
+            return self.adapter.score.to(self.dtype)
         cuts = {} if dim is None else {dim: (start, stop)}
         if len(self.parts) > 1 and self._shard_spec(name).dim is not None:
             tensor = self._read_shards(name, cuts)
@@ -262,8 +267,14 @@ def read_config(path: str | Path) -> ModelConfig:
     """The sizes in a `params.json` or `config.json`, by whichever it is. Raises UserError."""
     raw = read_json(Path(path))
     config = (config_from_params if "dim" in raw else config_from_hf)(raw, str(path))
-    if config.family not in FAMILIES:
+    family = FAMILIES.get(config.family)
+    if family is None:
         raise UserError(f"{path}: unknown family {config.family!r}; one of {', '.join(FAMILIES)}")
+    nameless = [name for name in layer_table(config) if f"layers.{{}}.{name}" not in family.names]
+    unlike = [f"{field} {getattr(config, field)}" for field, value in family.has.items() if getattr(config, field) != value]
+    if nameless or unlike or (config.sliding_window and family.windows == "never"):
+        what = nameless[:1] + unlike + [f"sliding_window {config.sliding_window}"] * (family.windows == "never")
+        raise UserError(f"{path}: a model of family {config.family} has no {what[0]}; another family, or another value, is right")
     return config
 
 

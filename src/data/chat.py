@@ -59,6 +59,8 @@ class Chat:
         self.source, self.name, self.own, self._tokens = source, name, own, tokens
         self._template = self._bounded(lambda: _environment().from_string(source))
         prompt, self.sample = self._render(_QUESTION, generate=True), self._render(_QUESTION, _ANSWER)
+        if _QUESTION not in prompt:
+            raise UserError(f"{name}: writes {prompt!r} for a user's {_QUESTION!r}, without the text; correct the template")
         if not self.sample.startswith(prompt):
             raise UserError(
                 f"{name}: the whole conversation {self.sample!r} does not begin with the prompt {prompt!r} for generation; "
@@ -159,7 +161,7 @@ def find_chat(folders: list[Path], family: str, tokens: dict[str, str]) -> Chat:
 def _default(named: Any, config: Path) -> str:
     """The template of `tokenizer_config.json`: a text, or the one called "default" of a list."""
     if isinstance(named, list) and all(isinstance(entry, dict) for entry in named):
-        templates = {entry.get("name"): entry.get("template") for entry in named}
+        templates = {str(entry.get("name")): entry.get("template") for entry in named}
         if "default" not in templates:
             raise UserError(f'{config}: its chat templates are {list(templates)}, none is called "default"; name one so')
         named = templates["default"]

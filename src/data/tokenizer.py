@@ -85,6 +85,11 @@ class Tokenizer:
             self.stop_ids.add(self.eos_id)
         self._last_of_prompt = self.prompt_ids("?")[-1]
 
+    @property
+    def borrowed_template(self) -> str | None:
+        """The chat template in use, if it is the family's: to be kept with what was trained by it."""
+        return self.chat.source if self.chat and not self.chat.own else None
+
     @classmethod
     def find(
         cls, folder: Path, tokenizer_file: str | None = None, use_chat_template: bool = False, family: str = "llama"
@@ -297,7 +302,7 @@ def _stop_ids(folders: list[Path]) -> list[int]:
     for path in (folder / name for folder in folders for name in ("generation_config.json", "config.json")):
         value = read_json(path).get("eos_token_id") if path.is_file() else None
         ids = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(type(i) is int for i in ids):
+        if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
             raise UserError(f"{path}: eos_token_id is {value!r}, an id or a list of ids is expected")
         found += ids
     return found
@@ -312,6 +317,8 @@ def _added_tokens(folders: list[Path]) -> dict[str, int]:
         try:
             found |= {text: int(i) for text, i in (read_json(added) if added.is_file() else {}).items()}
             found |= {token["content"]: int(i) for i, token in (listed or {}).items()}
+            if not all(isinstance(text, str) and text and 0 <= i < 2**31 for text, i in found.items()):
+                raise ValueError
         except (AttributeError, KeyError, TypeError, ValueError):
             raise UserError(
                 f"{folder}: added_tokens.json or added_tokens_decoder of tokenizer_config.json lacks a token's text or id"

@@ -134,9 +134,9 @@ def checked_scaling(where: str, **values) -> RopeScaling:
         raise UserError(f"{where}: rope scaling {values.get('kind')!r} is not supported; linear, llama3 and yarn are")
     for name in ("factor", "original_max_seq_len"):
         number(values, name, where, kind=float)
-    for name, value in values.items():
-        if name != "kind":
-            number(values, name, where, None, float)
+    for name in values.keys() - {"kind"}:
+        if not 1e-6 < number(values, name, where, kind=float) < 1e9:
+            raise UserError(f"{where}: rope scaling's {name} is {values[name]!r}; a number that a model could have is expected")
     return RopeScaling(**values)
 
 
@@ -166,6 +166,10 @@ def checked(where: str, **values) -> ModelConfig:
         raise UserError(f"{where}: {config.n_heads} heads cannot share {config.n_kv_heads} kv heads evenly")
     if config.rope_scaling and config.rope_scaling.kind == "yarn" and config.rope_theta <= 1:
         raise UserError(f"{where}: rope_theta is {config.rope_theta}; yarn needs one above 1")
+    if (config.use_logn_attn or config.use_dynamic_ntk) and (config.max_seq_len < 2 or config.head_dim < 4):
+        raise UserError(
+            f"{where}: seq_length {config.max_seq_len} and head_dim {config.head_dim}: logn and NTK need 2 and 4 at least"
+        )
     if config.head_dim % 2:
         raise UserError(f"{where}: head_dim {config.head_dim} is odd; rotary embeddings need pairs")
     if bool(config.n_experts) != bool(config.experts_per_token) or config.experts_per_token > config.n_experts:

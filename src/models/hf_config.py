@@ -77,7 +77,7 @@ def config_from_hf(raw: dict, where: str) -> ModelConfig:
     if raw.get("decoder_sparse_step", 1) != 1:
         raise UserError(f"{where}: decoder_sparse_step is {raw['decoder_sparse_step']!r}; only 1 (experts everywhere) is supported")
     rope = _rope(raw, where)
-    raw = rope | raw
+    raw = raw | {key: value for key, value in rope.items() if raw.get(key) is None}
     for key, other in (("num_experts", "num_local_experts"), ("num_local_experts", "num_experts")):  # transformers 4, 5
         raw.setdefault(key, raw.get(other))
 
@@ -164,8 +164,13 @@ def _window(raw: dict, family: Family, n_layers: int, where: str) -> dict:
         window = 0
     elif "first_window_layer" in family.defaults:
         first = raw.get("max_window_layers", family.defaults["first_window_layer"])
+    for key, value in (("sliding_window", window), ("max_window_layers", first)):
+        if type(value) is not int or not 0 <= value < 10**9:
+            raise UserError(f"{where}: {key} is {value!r}; a whole number from 0 is expected")
     types = raw.get("layer_types")
-    if types is not None and types != layer_types(window, first, n_layers):
+    if types is not None and not isinstance(types, list):
+        raise UserError(f"{where}: layer_types is {types!r}, a list is expected")
+    if types is not None and (len(types) != n_layers or types != layer_types(window, first, n_layers)):
         raise UserError(f"{where}: layer_types {types} do not follow from sliding_window {window} from layer {first} on")
     return {"sliding_window": window, "first_window_layer": first}
 

@@ -53,6 +53,10 @@ class LoRA(nn.Module):
         self.multiply = grouped_linear if isinstance(base, GroupedLinear) else F.linear
 
     def forward(self, x: Tensor, *counts: Tensor) -> Tensor:
+        return self.base(x, *counts) + self.low_rank(x, *counts)
+
+    def low_rank(self, x: Tensor, *counts: Tensor) -> Tensor:
+        """The adapter's part of the output."""
         # The factor that every rank holds whole gets its gradient summed over them: a rank's share of the rows (A) or columns
         # (B) gives a part of it. The caller reduces a row layer's output, adapter included.
         a, b = self.lora_a, sum_gradient(self.lora_b, self.base.replicas)
@@ -61,7 +65,7 @@ class LoRA(nn.Module):
         else:
             a = copy_to_model_parallel_region(a)
         low = self.multiply(self._dropout(x), a, *counts)
-        return self.base(x, *counts) + self.multiply(low, b, *counts) * self.config.scale
+        return self.multiply(low, b, *counts) * self.config.scale
 
     def _dropout(self, x: Tensor) -> Tensor:
         """Drawn for the whole width on every rank, from the same state: the same at any degree."""
@@ -108,7 +112,6 @@ def add_lora(model: Transformer, lora: LoRAConfig, seed: int, parallel: Parallel
         stem, factor = name.rsplit(".", 1)
         parent, child = stem.rsplit(".", 1)
         parent = model.get_submodule(parent)
-        parent.stacked = None  # each layer by itself, with its adapter
         if not isinstance(getattr(parent, child), LoRA):
             setattr(parent, child, LoRA(getattr(parent, child), base_table[f"{stem}.weight"], lora, parallel))
         if start_from is not None:

@@ -77,12 +77,13 @@ class Attention(nn.Module):
         self.heads = shard.real("wq.weight") // config.head_dim  # without padding
         self.stacked: Stacked | None = None
 
-    def stack(self) -> None:
-        self.stacked = Stacked([self.wq, self.wk, self.wv])
+    def stack(self, device: torch.device) -> None:
+        self.stacked = Stacked([self.wq, self.wk, self.wv], device)
 
     def forward(self, x: Tensor, layout, rotary: tuple[Tensor, Tensor]) -> Tensor:
         x = copy_to_model_parallel_region(x)
-        projected = self.stacked(x) if self.stacked else (self.wq(x), self.wk(x), self.wv(x))
+        layers = (self.wq, self.wk, self.wv)
+        projected = self.stacked(x, layers) if self.stacked else [layer(x) for layer in layers]
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in projected)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -101,12 +102,12 @@ class FeedForward(nn.Module):
         self.w3 = ColumnParallelLinear(shard["w3.weight"])
         self.stacked: Stacked | None = None
 
-    def stack(self) -> None:
-        self.stacked = Stacked([self.w1, self.w3])
+    def stack(self, device: torch.device) -> None:
+        self.stacked = Stacked([self.w1, self.w3], device)
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         x = copy_to_model_parallel_region(x)
-        gate, up = self.stacked(x) if self.stacked else (self.w1(x), self.w3(x))
+        gate, up = self.stacked(x, (self.w1, self.w3)) if self.stacked else (self.w1(x), self.w3(x))
         return reduce_from_model_parallel_region(self.w2(F.silu(gate) * up)), None
 
 
@@ -175,12 +176,12 @@ class Transformer(nn.Module):
             layout.balance_loss = balance_loss(routers)
         return self.norm(x)
 
-    def stack_projections(self) -> None:
-        """One product for q, k, v, and one for w1, w3: for a model whose weights are in place, plain, and stay so."""
+    def stack_projections(self, device: torch.device) -> None:
+        """One product for q, k, v, and one for w1, w3: allocates these weights, to be filled in place. For plain weights only."""
         for block in self.layers:
-            block.attention.stack()
+            block.attention.stack(device)
             if isinstance(block.feed_forward, FeedForward):
-                block.feed_forward.stack()
+                block.feed_forward.stack(device)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """This rank's columns of the vocabulary's logits: [M, dim] → [M, vocabulary / n]."""

@@ -80,20 +80,22 @@ class _Stack(torch.autograd.Function):
 
 
 class Stacked:
-    """Column layers that share their input, as one product. Their weights become parts of one tensor, in place."""
+    """Column layers that share their input, as one product: their weights are made parts of one tensor, uninitialised."""
 
     packed: Tensor | None = None
 
-    def __init__(self, layers: list["ColumnParallelLinear"]) -> None:
+    def __init__(self, layers: list["ColumnParallelLinear"], device: torch.device) -> None:
         self.layers, self.sizes = layers, [layer.weight.size(0) for layer in layers]
-        self.weight = self._joined([layer.weight for layer in layers])
-        self.bias = None if layers[0].bias is None else self._joined([layer.bias for layer in layers])
+        self.weight = self._joined("weight", device)
+        self.bias = None if layers[0].bias is None else self._joined("bias", device)
 
-    @staticmethod
-    def _joined(parts: list[nn.Parameter]) -> Tensor:
-        whole = torch.cat([part.data for part in parts])
-        for part, view in zip(parts, whole.split([part.size(0) for part in parts])):
-            part.data = view
+    def _joined(self, name: str, device: torch.device) -> Tensor:
+        first = getattr(self.layers[0], name)
+        whole = torch.empty(sum(self.sizes), *first.shape[1:], dtype=first.dtype, device=device)
+        for layer, part in zip(self.layers, whole.split(self.sizes)):
+            weight = nn.Parameter(part)
+            weight.copies = getattr(layer, name).copies
+            setattr(layer, name, weight)
         return whole
 
     def _with_gradient(self, whole: Tensor, name: str) -> Tensor:
@@ -102,9 +104,11 @@ class Stacked:
             return whole
         return _Stack.apply(whole, *(sum_gradient(part, layer.replicas) for part, layer in zip(parts, self.layers)))
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, x: Tensor, modules: tuple[nn.Module, ...]) -> list[Tensor]:
+        """What each of the modules makes of x: the layers themselves, or adapters around them, which add their part."""
         bias = None if self.bias is None else self._with_gradient(self.bias, "bias")
-        return linear(x, self._with_gradient(self.weight, "weight"), bias, self.packed).split(self.sizes, -1)
+        parts = linear(x, self._with_gradient(self.weight, "weight"), bias, self.packed).split(self.sizes, -1)
+        return [y if module is layer else y + module.low_rank(x) for y, module, layer in zip(parts, modules, self.layers)]
 
 
 class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):

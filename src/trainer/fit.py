@@ -11,6 +11,7 @@ from torch import Tensor
 from src.errors import UserError
 from src.logs import RunLog
 from src.models.batch import micro_batches
+from src.models.init import generator_for
 from src.models.lora import freeze_layers
 from src.models.transformer import Transformer
 from src.parallel.setup import Parallel
@@ -48,8 +49,12 @@ class FitSettings:
             )
 
 
-def prepare(model: Transformer, settings: dict) -> None:
-    """What a training script's flags say of the model: recomputation, frozen layers, the weight of the experts' balance."""
+def prepare(model: Transformer, settings: dict, parallel: Parallel) -> None:
+    """What a training script's flags say of the model: recomputation, frozen layers, the weight of the experts' balance;
+
+    and the state that dropout is drawn from, which must be the same on all ranks that share a model.
+    """
+    torch.manual_seed(generator_for(settings["seed"], f"dropout/{parallel.dp_rank}").initial_seed())
     model.recompute = settings["checkpoint_activations"]
     freeze_layers(model, settings["freeze_layers"])
     if settings["router_aux_loss_coef"] is not None:

@@ -192,7 +192,8 @@ def check_lora(case: Case, out: Path) -> None:
     add_lora(model, LORA, 5, case.parallel)
     save_whole(case, out / f"{case.name}-fresh.safetensors", whole_adapter(model, case.parallel))
     with torch.no_grad():
-        case.note("lora starts as the base model", (case.logits(model) - base).abs().max().item())
+        # B is zero (asserted on the saved factors); kernels round differently for slices of a stacked product and for sums
+        case.note("lora starts as the base model", deviation(case.logits(model), base))
 
     table, parameters = lora_table(model.config, LORA), dict(model.named_parameters())
     assert {name for name in parameters if "lora" in name} == set(table)

@@ -1,5 +1,6 @@
 """Whole training steps at every division of the ranks, against transformers, PEFT and torch's own AdamW and clipping."""
 
+import json
 import math
 
 import pytest
@@ -13,6 +14,7 @@ from src.parallel.setup import start, stop
 from src.trainer.fit import epoch_batches
 from src.trainer.optimizer import Optimizer
 from src.trainer.solver import SolverObjective
+from tests.launch import launch
 from tests.trainer import worker
 from tests.trainer.tiny import apart, ours, padded, some_sequences, theirs, whole_weights
 
@@ -116,10 +118,10 @@ def expected(folder, tmp_path_factory):
     solver_batches = epoch_batches(worker.ROWS, worker.BATCH, worker.SEED, 1)
     verifier_batches = epoch_batches(worker.COMPARISONS, worker.VERIFIER_BATCH, worker.SEED, 1)
     return {
-        "full": reference(theirs(folder / "lm"), solver_loss, solver_batches),
+        "full": reference(theirs(folder / "lm").double(), solver_loss, solver_batches),
         "lora": reference(peft_model(folder, tmp_path_factory.mktemp("adapter")), solver_loss, solver_batches),
         "experts": reference(theirs(folder / "experts"), experts_loss, solver_batches),
-        "verifier": reference(theirs(folder / "score"), verifier_loss, verifier_batches),
+        "verifier": reference(theirs(folder / "score").double(), verifier_loss, verifier_batches),
     }
 
 
@@ -228,3 +230,13 @@ def test_every_pair_counts_at_any_division(results, layout):
     for a, b in zip(ours_["rows"], one["rows"]):
         for side in ("chosen", "rejected"):
             assert a[side] == pytest.approx(b[side], rel=TOLERANCE, abs=TOLERANCE)
+
+
+def test_dropout_follows_the_seed_at_any_degree(folder, tmp_path):
+    """By the scripts' own preparation: in fresh processes, alone and as two ranks of one model."""
+    losses = []
+    for n, name in ((1, "a"), (1, "b"), (2, "c")):
+        launch(n, "tests/trainer/dropout_worker.py", str(folder / "lm"), str(tmp_path / name))
+        losses.append(json.loads((tmp_path / name).read_text()))
+    assert losses[0] == losses[1] and losses[0][0] == losses[0][1] != losses[0][2]
+    assert losses[2] == pytest.approx(losses[0], rel=TOLERANCE)
