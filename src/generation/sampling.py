@@ -5,6 +5,7 @@ step): neither the batch's composition, the slot, nor the degree changes what is
 ranks exchange sums, and for top-k and top-p their largest few logits.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -76,12 +77,12 @@ def uniforms(seed: int, samples: Tensor, steps: Tensor) -> Tensor:
 
 
 def constrained(logits: Tensor, sampling: Sampling, steps: Tensor, stops: Tensor, seen: Tensor | None) -> Tensor:
-    """Logits after the repetition penalty, and without stop tokens where too few tokens have come; fp32, a copy.
+    """Logits after the repetition penalty, and without stop tokens where too few tokens have come; fp32.
 
-    logits: [n, vocabulary / ranks]; steps: tokens so far, [n]; stops: global ids; seen: which tokens of this rank's part
+    logits: [n, vocabulary / ranks], used up; steps: tokens so far, [n]; stops: global ids; seen: which tokens of this rank's part
     each sequence holds, [n, vocabulary / ranks].
     """
-    z = logits.float() if logits.dtype != torch.float32 else logits.clone()
+    z = logits.float()
     if seen is not None:
         z = torch.where(seen, torch.where(z > 0, z / sampling.repetition_penalty, z * sampling.repetition_penalty), z)
     if sampling.min_new_tokens and stops.numel():
@@ -109,22 +110,32 @@ def choose(z: Tensor, sampling: Sampling, samples: Tensor, steps: Tensor) -> tup
     z -= top.unsqueeze(-1)
     if sampling.temperature == 0:
         return tokens, -mp_all_reduce(z.exp_().sum(-1)).log(), None
-    # The cumulated mass in fp64: in fp32 the last of 100,000 tokens would be lost in rounding.
-    p = z.exp_()
-    mass = p.cumsum(-1, dtype=torch.float64)
-    bounds = torch.stack(_gather_ranks(mass[:, -1])).cumsum(0)  # the mass up to and with each rank
+    # The cumulated mass in fp64: in fp32 the last of 100,000 tokens would be lost in rounding. First of blocks, then in one.
+    p, block = z.exp_(), _block(z.size(-1))
+    blocks = p.unflatten(-1, (-1, block)).sum(-1, dtype=torch.float64).cumsum(-1)  # the mass up to and with each block
+    bounds = torch.stack(_gather_ranks(blocks[:, -1])).cumsum(0)  # and each rank
     rank, last = vocab_range(1)[0], bounds.size(0) - 1
     before = bounds[rank - 1] if rank else torch.zeros_like(bounds[0])
     target = uniforms(sampling.seed, samples, steps) * bounds[last]
     # Exactly one rank holds the first token at which the cumulated mass passes the target.
     here = (target >= before) & ((target < bounds[rank]) | (rank == last))
-    local = torch.searchsorted(mass, (target - before).unsqueeze(-1), right=True).clamp_max(mass.size(-1) - 1)
+    rest = (target - before).unsqueeze(-1)
+    at = torch.searchsorted(blocks, rest, right=True).clamp_max(blocks.size(-1) - 1)
+    rest -= blocks.gather(-1, (at - 1).clamp_min(0)) * (at > 0)
+    inside = p.gather(-1, at * block + torch.arange(block, device=p.device)).cumsum(-1, dtype=torch.float64)
+    local = at * block + torch.searchsorted(inside, rest, right=True).clamp_max(block - 1)
     logprob = p.gather(-1, local).squeeze(-1).log() - bounds[last].log()
     if last == 0:
         return local.squeeze(-1), logprob.float(), kept
     start, _ = vocab_range(z.size(-1))
     found = mp_all_reduce(torch.stack(((local.squeeze(-1) + start) * here, logprob.masked_fill(~here, 0).double())))
     return found[0].long(), found[1].float(), kept
+
+
+@functools.cache
+def _block(size: int) -> int:
+    """A divisor of the vocabulary's part, about its root: cumulating so many sums, and then so many numbers, is little work."""
+    return min((d for d in range(1, size + 1) if size % d == 0), key=lambda d: d + size // d)
 
 
 def _argmax(z: Tensor) -> tuple[Tensor, Tensor]:

@@ -83,6 +83,6 @@ def test_qwen_decodes_with_what_the_prompt_fixed(logn, ntk):
     """A prompt within the context keeps its base when it is decoded past it; a longer prompt's base stays as it was."""
     model = Transformer(replace(QWEN, use_logn_attn=logn, use_dynamic_ntk=ntk)).eval()
     positions, prompts = [9, 15, 16, 70, 40, 40, 90], [9, 15, 10, 12, 20, 40, 33]
-    layout = Decode(SimpleNamespace(length=96), torch.tensor(positions), torch.tensor(prompts), [(0, len(prompts), 96)])
+    layout = Decode(SimpleNamespace(length=96, kv_heads=1), torch.tensor(positions), torch.tensor(prompts), [(0, len(prompts), 96)])
     assert_rotary(model, layout, prompts, logn, ntk)
     assert_rotary(model.train(), layout, prompts, False, False)
