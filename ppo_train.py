@@ -31,6 +31,8 @@ def main(
     max_buffer_size: int = 96,
     samples_per_prompt: int = 1,
     rollout_batch_size: int = 384,
+    rollout_model_parallel_size: int | None = None,
+    kv_cache_gb: float | None = None,
     max_seq_len: int = 1024,
     max_new_tokens: int = 256,
     temperature: float = 1.0,
@@ -90,6 +92,9 @@ def main(
         max_buffer_size: rollouts per iteration, over all ranks.
         samples_per_prompt: rollouts of each prompt.
         rollout_batch_size: sequences generated at a time, at most.
+        rollout_model_parallel_size: ranks per model while generating, a divisor of --model_parallel_size: more, smaller models,
+            whose weights change hands in memory. The same as in training when not given.
+        kv_cache_gb: memory for keys and values per rank; half the free memory when not given.
         max_seq_len: prompt and response together; prompts that leave no room are left out and counted.
         max_new_tokens: of one response.
         temperature: of sampling, and of every log-probability.
@@ -138,6 +143,7 @@ def main(
     from src.evaluation.tasks import find_task
     from src.evaluation.training import SolverEvaluation
     from src.generation.engine import Engine
+    from src.generation.relayout import RelaidEngine
     from src.generation.sampling import Sampling
     from src.inputs import (
         check_flags,
@@ -183,6 +189,10 @@ def main(
     if max_buffer_size < parallel.dp_size:
         raise UserError(f"--max_buffer_size {max_buffer_size}: the {parallel.dp_size} data-parallel ranks share the rollouts, "
                         "and each needs one: raise it, or --model_parallel_size")
+
+    if rollout_model_parallel_size is not None and parallel.mp_size % rollout_model_parallel_size:
+        raise UserError(f"--rollout_model_parallel_size {rollout_model_parallel_size} does not divide the {parallel.mp_size} "
+                        "ranks that share a model in training (--model_parallel_size)")
 
     number_type, logs = pick_dtype(dtype, parallel.device), log_dir or f"{actor_save_dir.rstrip('/')}-logs"
 
@@ -234,6 +244,10 @@ def main(
             f"{len(prompts)} prompts; ranks: {parallel.mp_size} model-parallel × {parallel.dp_size} data-parallel; "
             f"kl_coef {kl.kl_coef}"
         )
+        if rollout_model_parallel_size in (None, parallel.mp_size):
+            engine = Engine(policy, parallel, rollout_batch_size, max_seq_len, kv_cache_gb)
+        else:
+            engine = RelaidEngine(policy, parallel, rollout_model_parallel_size, rollout_batch_size, max_seq_len, kv_cache_gb)
         ppo = PPO(
             policy,
             value,
@@ -241,7 +255,7 @@ def main(
             rewards,
             Optimizer(policy, parallel, weight_decay, max_grad_norm, eps=1e-5),
             Optimizer(value, parallel, weight_decay, max_grad_norm, eps=1e-5),
-            Engine(policy, parallel, rollout_batch_size, max_seq_len),
+            engine,
             sampling,
             actor.tokenizer.stop_ids,
             kl,

@@ -33,6 +33,8 @@ def main(
     max_new_tokens: int = 256,
     min_new_tokens: int = 0,
     num_samples: int = 1,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
     temperature: float = 0.0,
     top_p: float = 1.0,
     top_k: int = 0,
@@ -63,6 +65,8 @@ def main(
         max_new_tokens: of one answer.
         min_new_tokens: no stop token before so many.
         num_samples: answers per question: pass@k and maj@n beside the accuracy of all.
+        num_beams: beam search with so many beams, when above 1; then nothing is sampled.
+        length_penalty: a beam's score is its log-probability over its length to this power.
         temperature: 0 takes the likeliest token.
         top_p: sample from the smallest set of tokens with this much probability.
         top_k: sample from this many likeliest tokens; 0 is all.
@@ -78,14 +82,15 @@ def main(
     from src.data.rows import STRING, read_rows
     from src.errors import UserError
     from src.evaluation.solver import evaluate_solver, graded, headline, write_results
-    from src.generation.engine import Engine
+    from src.generation.beam import engine_of
     from src.generation.journal import Journal, fingerprint
     from src.generation.sampling import Sampling
-    from src.inputs import check_flags, check_log_dir, open_model, read_evaluation, within
+    from src.inputs import check_beams, check_flags, check_log_dir, open_model, read_evaluation, within
     from src.logs import RunLog
     from src.parallel.setup import agreed, pick_dtype, start, stop
 
     check_flags(settings)
+    check_beams(settings)
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed, min_p, repetition_penalty, min_new_tokens)
     if (ckpt_dir is None) == (prediction_file is None):
         raise UserError("give --ckpt_dir to generate answers, or --prediction_file to grade existing ones: one of the two")
@@ -116,7 +121,7 @@ def main(
             summary, predictions = graded(data.task, data.instructions, data.golds, texts, None, num_samples)
         else:
             journal = Journal(Path(log_dir) / "predictions.jsonl", settings, fingerprint(ckpt_dir, adapter_dir, label_file), parallel)
-            engine = Engine(model, parallel, max_batch_size, max_seq_len, kv_cache_gb)
+            engine = engine_of(model, parallel, max_batch_size, max_seq_len, kv_cache_gb, num_beams, length_penalty)
             summary, predictions = evaluate_solver(
                 engine, opened.tokenizer, data.task, data.instructions, data.golds, sampling, log, num_samples, journal
             )

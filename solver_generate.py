@@ -29,6 +29,8 @@ def main(
     min_new_tokens: int = 0,
     stop_strings: list[str] | None = None,
     num_samples: int = 1,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
     max_rows: int | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -59,6 +61,8 @@ def main(
         min_new_tokens: no stop token before so many.
         stop_strings: strings that end an output, which is cut before them.
         num_samples: outputs per instruction; they differ when temperature is above 0.
+        num_beams: beam search with so many beams, when above 1; then nothing is sampled.
+        length_penalty: a beam's score is its log-probability over its length to this power.
         max_rows: only the first rows of the input.
         temperature: 0 takes the likeliest token.
         top_p: sample from the smallest set of tokens with this much probability.
@@ -74,14 +78,16 @@ def main(
     from src.checkpoint.load import load_model
     from src.data.rows import read_prompt_rows, write_jsonl
     from src.evaluation.solver import cut_at
-    from src.generation.engine import Engine, Stop
+    from src.generation.beam import engine_of
+    from src.generation.engine import Stop
     from src.generation.journal import Journal, fingerprint, generate_all
     from src.generation.sampling import Sampling
-    from src.inputs import check_flags, check_writable, open_model, within
+    from src.inputs import check_beams, check_flags, check_writable, open_model, within
     from src.logs import RunLog
     from src.parallel.setup import agreed, pick_dtype, start, stop
 
     check_flags(settings)
+    check_beams(settings)
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed, min_p, repetition_penalty, min_new_tokens)
     parallel = start(model_parallel_size, timeout)
 
@@ -98,7 +104,7 @@ def main(
         if warning:
             log.warning(f"{warning}: their outputs are empty")
         model = load_model(opened.checkpoint, parallel, pick_dtype(dtype, parallel.device), "lm", seed, quantize).eval()
-        engine = Engine(model, parallel, max_batch_size, max_seq_len, kv_cache_gb)
+        engine = engine_of(model, parallel, max_batch_size, max_seq_len, kv_cache_gb, num_beams, length_penalty)
         asked = [(i, row["instruction"]) for i, row in enumerate(rows) for _ in range(num_samples)]
         prompts = [prompt for prompt in prompts for _ in range(num_samples)]
         stops = tuple(stop_strings or ())

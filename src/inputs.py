@@ -20,7 +20,7 @@ from src.trainer.verifier import Comparison
 RANGES = {
     **dict.fromkeys(("max_batch_size", "eval_batch_size", "rollout_batch_size", "accumulation_steps"), (1, 10**7, True)),
     **dict.fromkeys(("max_new_tokens", "max_buffer_size", "samples_per_prompt", "num_samples", "max_rows"), (1, 10**7, True)),
-    **dict.fromkeys(("epochs", "iterations", "mini_batches", "ppo_epochs", "model_parallel_size"), (1, 10**7, True)),
+    **dict.fromkeys(("epochs", "iterations", "mini_batches", "ppo_epochs", "model_parallel_size", "rollout_model_parallel_size"), (1, 10**7, True)),
     **dict.fromkeys(("lr", "critic_lr", "max_grad_norm", "lora_alpha", "kl_target", "kl_horizon"), (0, 1e9, False)),
     **dict.fromkeys(("weight_decay", "kl_coef", "vf_coef", "truncation_penalty"), (0, 1e6, True)),
     "temperature": (0, 100, True),
@@ -30,6 +30,10 @@ RANGES = {
     **dict.fromkeys(("gamma", "lam"), (0, 1, True)),
     "lora_dropout": (0, 0.999, True),
     "kv_cache_gb": (0, 1e6, False),
+    "length_penalty": (-100, 100, True),
+    **dict.fromkeys(("min_p", "top_p"), (0, 1, True)),
+    "repetition_penalty": (0, 1000, False),
+    "min_new_tokens": (0, 10**7, True),
     "num_beams": (1, 1000, True),
     "freeze_layers": (0, 10**4, True),
     "router_aux_loss_coef": (0, 1e3, True),
@@ -55,6 +59,19 @@ def check_flags(settings: dict) -> None:
             wrong.append(f"--{name} {value}: must be {bound} and at most {high:g}{also}")
     if wrong:
         raise UserError("\n  ".join(wrong))
+
+
+def check_beams(settings: dict) -> None:
+    """Raise UserError when flags of sampling stand beside beam search, which samples nothing."""
+    if settings["num_beams"] == 1:
+        if settings["length_penalty"] != 1:
+            raise UserError("--length_penalty: has no effect without --num_beams")
+        return
+    plain = {"temperature": 0, "top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1, "min_new_tokens": 0, "num_samples": 1}
+    idle = [f"--{name} {settings[name]}" for name, value in plain.items() if settings[name] != value]
+    idle += ["--stop_strings"] * bool(settings.get("stop_strings"))
+    if idle:
+        raise UserError(f"--num_beams {settings['num_beams']}: beam search has no {', '.join(idle)}")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """A checkpoint's slices into this rank's model."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from src.checkpoint.source import Checkpoint
 from src.models.init import random_tensor
@@ -44,20 +44,7 @@ def load_model(
                 local = random_tensor(name, TensorSpec((1, config.dim)), (config.dim + 1) ** -0.5, seed)
             else:
                 local = checkpoint.check_finite(name, checkpoint.local(name, rank, n, merged=adapter is None))
-            parent, child = name.rsplit(".", 1)
-            parent = model.get_submodule(parent)
-            place = getattr(parent, child)
-            if not place.is_meta:  # allocated already, as a part of stacked weights
-                place.copy_(local)
-                continue
-            # a copy: a slice of a mapped file would keep the file's pages
-            local = torch.empty(local.shape, dtype=dtype, device=parallel.device).copy_(local)
-            if quantize and name.split(".")[-2] in TARGETS and child == "weight":
-                weight = quantized(local, quantize)
-            else:
-                weight = nn.Parameter(local)
-            weight.copies = place.copies
-            setattr(parent, child, weight)
+            put(model, name, local, parallel.device, quantize)
 
     if not quantize:
         model.stack_projections(parallel.device)
@@ -68,3 +55,19 @@ def load_model(
         add_lora(model, adapter.lora, seed, parallel, adapter.tensors)
         model.requires_grad_(False)
     return model
+
+
+def put(model: Transformer, name: str, local: Tensor, device: torch.device, quantize: str | None = None) -> None:
+    """A rank's part of a weight in its place in a model that was just built, in the model's dtype."""
+    parent, child = name.rsplit(".", 1)
+    parent = model.get_submodule(parent)
+    place = getattr(parent, child)
+    if not place.is_meta:  # allocated already, as a part of stacked weights
+        place.copy_(local)
+        return
+    # a copy: a slice of a mapped file would keep the file's pages
+    local = torch.empty(local.shape, dtype=place.dtype, device=device).copy_(local)
+    target = quantize and name.split(".")[-2] in TARGETS and child == "weight"
+    weight = quantized(local, quantize) if target else nn.Parameter(local)
+    weight.copies = place.copies
+    setattr(parent, child, weight)

@@ -19,7 +19,7 @@ from src.checkpoint.folder import (
 from src.checkpoint.source import Checkpoint
 from src.checkpoint.write import shard_name, write_params
 from src.errors import UserError
-from src.models.lora import lora_layers, lora_table
+from src.models.lora import lora_layers, lora_table, merged_parts
 from src.models.quantize import Quantized
 from src.models.transformer import Transformer
 from src.parallel.setup import Parallel, agreed
@@ -31,19 +31,13 @@ def merged_weights(model: Transformer, parallel: Parallel, base: Checkpoint | No
 
     Under a quantised weight lies the base's own, unquantised, which is read again from `base`.
     """
-    adapted = dict(lora_layers(model))
-    weights = {}
-    for name, parameter in model.named_parameters():
-        if name.endswith((".lora_a", ".lora_b")):
-            continue
-        stem = name.removesuffix(".base.weight")
-        name = name.replace(".base.", ".")
-        if isinstance(parameter, Quantized):
-            parameter = base.local(name, parallel.mp_rank, parallel.mp_size, merged=False).to(parallel.device)
-        if stem in adapted:
-            parameter = parameter.float() + adapted[stem].delta()
-        weights[name] = parameter.detach().to(device="cpu", dtype=model.norm.weight.dtype, copy=True)
-    return weights
+
+    def plain(name: str, weight: Tensor) -> Tensor:
+        if not isinstance(weight, Quantized):
+            return weight
+        return base.local(name, parallel.mp_rank, parallel.mp_size, merged=False).to(parallel.device)
+
+    return {name: weight.to(device="cpu", copy=True) for name, weight in merged_parts(model, plain)}
 
 
 @torch.no_grad()

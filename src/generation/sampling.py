@@ -113,7 +113,7 @@ def choose(z: Tensor, sampling: Sampling, samples: Tensor, steps: Tensor) -> tup
     # The cumulated mass in fp64: in fp32 the last of 100,000 tokens would be lost in rounding. First of blocks, then in one.
     p, block = z.exp_(), _block(z.size(-1))
     blocks = p.unflatten(-1, (-1, block)).sum(-1, dtype=torch.float64).cumsum(-1)  # the mass up to and with each block
-    bounds = torch.stack(_gather_ranks(blocks[:, -1])).cumsum(0)  # and each rank
+    bounds = torch.stack(gather_ranks(blocks[:, -1])).cumsum(0)  # and each rank
     rank, last = vocab_range(1)[0], bounds.size(0) - 1
     before = bounds[rank - 1] if rank else torch.zeros_like(bounds[0])
     target = uniforms(sampling.seed, samples, steps) * bounds[last]
@@ -149,7 +149,14 @@ def _argmax(z: Tensor) -> tuple[Tensor, Tensor]:
     return mp_all_reduce(token, dist.ReduceOp.MIN), top
 
 
-def _gather_ranks(x: Tensor) -> list[Tensor]:
+def logsumexp(z: Tensor) -> Tensor:
+    """Over the whole vocabulary, [n, vocabulary / ranks] → [n]."""
+    top = mp_all_reduce(z.amax(-1), dist.ReduceOp.MAX)
+    return top + mp_all_reduce((z - top.unsqueeze(-1)).exp().sum(-1)).log()
+
+
+def gather_ranks(x: Tensor) -> list[Tensor]:
+    """Every rank's tensor of the same shape."""
     parts = [torch.empty_like(x) for _ in range(get_model_parallel_world_size())]
     if len(parts) == 1:
         return [x]
@@ -163,7 +170,7 @@ def _largest(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Whatever is not among them is at most `complete`, [n]: the largest of the ranks' k-th (minus infinity once all are there).
     """
     width = min(k, z.size(-1))
-    parts = _gather_ranks(z.topk(width).values)
+    parts = gather_ranks(z.topk(width).values)
     complete = torch.stack([part[:, -1] for part in parts]).amax(0)
     if width == z.size(-1):
         complete = torch.full_like(complete, -torch.inf)

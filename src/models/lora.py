@@ -5,6 +5,7 @@ A is cut like W and B is replicated. B starts at zero, so that the adapted model
 """
 
 from dataclasses import dataclass, replace
+from typing import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from src.models.config import ModelConfig
 from src.models.experts import GroupedLinear, grouped_linear
 from src.models.init import random_tensor
 from src.models.layout import TensorSpec, tensor_table
+from src.models.quantize import dense
 from src.models.transformer import Transformer
 from src.parallel.layers import ColumnParallelLinear, RowParallelLinear, copy_to_model_parallel_region, sum_gradient
 from src.parallel.setup import Parallel
@@ -136,6 +138,22 @@ def freeze_layers(model: Transformer, n: int) -> None:
     if n:
         for part in (model.tok_embeddings, *model.layers[:n]):
             part.requires_grad_(False)
+
+
+def merged_parts(model: Transformer, plain: Callable[[str, Tensor], Tensor] = lambda _, weight: dense(weight)) -> Iterator[tuple[str, Tensor]]:
+    """(name, this rank's part) of every weight with its adapter added in, by the names of a model without adapters.
+
+    plain(name, weight) gives the weight under a quantised one: by default what it was rounded to.
+    """
+    adapted = dict(lora_layers(model))
+    for name, parameter in model.named_parameters():
+        if name.endswith((".lora_a", ".lora_b")):
+            continue
+        stem, name = name.removesuffix(".base.weight"), name.replace(".base.", ".")
+        weight = plain(name, parameter.detach())
+        if stem in adapted:
+            weight = weight.float() + adapted[stem].delta()
+        yield name, weight.to(model.norm.weight.dtype)
 
 
 def lora_layers(model: Transformer) -> list[tuple[str, LoRA]]:

@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from fairscale.nn.model_parallel import layers as fairscale_layers
-from fairscale.nn.model_parallel.mappings import copy_to_model_parallel_region, reduce_from_model_parallel_region
 from torch import Tensor, nn
+
+from src.parallel.mappings import copy_to_model_parallel_region, reduce_from_model_parallel_region
 
 __all__ = [
     "ColumnParallelLinear",

@@ -6,15 +6,17 @@ that wait for half an hour.
 """
 
 import os
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Callable, TypeVar
+from typing import Callable, Iterator, TypeVar
 
 import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as fairscale_groups
 
 from src.errors import UserError
+from src.parallel.shared_memory import forget, share_memory
 
 T = TypeVar("T")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -39,6 +41,22 @@ class Parallel:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def divided(self, mp_size: int) -> "Parallel":
+        """The same ranks as more, smaller models: neighbours share one. All ranks must ask together; `active` switches to it."""
+        if mp_size < 1 or self.mp_size % mp_size:
+            raise UserError(f"{mp_size} ranks per model do not divide the {self.mp_size} of --model_parallel_size")
+        return _divide(self.rank, self.world_size, mp_size, self.device, self.timeout)
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Let the layers' collectives go over this division for a while."""
+        before = fairscale_groups._MODEL_PARALLEL_GROUP, fairscale_groups._DATA_PARALLEL_GROUP
+        _hand_over(self.mp_group, self.dp_group)
+        try:
+            yield
+        finally:
+            _hand_over(*before)
 
     def replicas(self, size: int) -> dist.ProcessGroup | None:
         """This rank's group when each `size` neighbours of the model-parallel ranks hold the same; None for 1.
@@ -76,12 +94,23 @@ def start(model_parallel_size: int | None = None, timeout: float = 1800) -> Para
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, cores // local_world))
+    parallel = _divide(rank, world, mp, device, limit)
+    _hand_over(parallel.mp_group, parallel.dp_group)
+    return parallel
+
+
+def _divide(rank: int, world: int, mp: int, device: torch.device, limit: timedelta) -> Parallel:
     grid = torch.arange(world).view(-1, mp)
     mp_group = _own_group(grid.tolist(), rank, limit)
     dp_group = _own_group(grid.T.tolist(), rank, limit)
+    share_memory(mp_group, device, limit.total_seconds())
+    return Parallel(rank, world, rank % mp, mp, rank // mp, world // mp, device, mp_group, dp_group, limit)
+
+
+def _hand_over(mp_group: dist.ProcessGroup, dp_group: dist.ProcessGroup) -> None:
+    """Give FairScale's layers the groups that they talk over."""
     fairscale_groups._MODEL_PARALLEL_GROUP = mp_group
     fairscale_groups._DATA_PARALLEL_GROUP = dp_group
-    return Parallel(rank, world, rank % mp, mp, rank // mp, world // mp, device, mp_group, dp_group, limit)
 
 
 def _own_group(divisions: list[list[int]], rank: int, limit: timedelta) -> dist.ProcessGroup:
@@ -93,6 +122,7 @@ def stop() -> None:
     """Leave the process group, after all ranks have come here."""
     if dist.is_initialized():
         dist.barrier()
+        forget()
         fairscale_groups.destroy_model_parallel()
         dist.destroy_process_group()
 

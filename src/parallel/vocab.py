@@ -9,11 +9,13 @@ from fairscale.nn.model_parallel.initialize import (
 )
 from torch import Tensor
 
+from src.parallel.shared_memory import all_reduce
+
 
 def mp_all_reduce(x: Tensor, op: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
     """All-reduce in place over the model-parallel ranks; returns `x`."""
     if get_model_parallel_world_size() > 1:
-        dist.all_reduce(x, op=op, group=get_model_parallel_group())
+        all_reduce(x, get_model_parallel_group(), op)
     return x
 
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from src.errors import UserError
 from src.generation.engine import Engine
+from src.generation.relayout import RelaidEngine
 from src.generation.sampling import Sampling
 from src.models.batch import micro_batches, response_logprobs, response_values, weighted_balance_loss
 from src.models.transformer import Transformer
@@ -83,7 +84,7 @@ class PPO:
         rewards: list[tuple[float, object]],
         policy_optimizer: Optimizer,
         value_optimizer: Optimizer,
-        engine: Engine,
+        engine: Engine | RelaidEngine,
         sampling: Sampling,
         stop_ids: set[int],
         kl: KLController,
@@ -101,7 +102,7 @@ class PPO:
         """One iteration over the whole batch of prompts (all ranks give the same list); returns what is to be logged."""
         self.times = {}
         mine = list(range(self.parallel.dp_rank, len(prompts), self.parallel.dp_size))
-        with self._timed("generate"):
+        with self._timed("generate"):  # a change of layout is part of it, and named by itself
             buffer = self._rollouts(number, [prompts[i] for i in mine], [number * len(prompts) + i for i in mine], on_tokens)
         responses = self._gathered(buffer.response_lengths, mine, len(prompts))
         plan = self._plan(number, 0, len(prompts), buffer)
@@ -112,6 +113,8 @@ class PPO:
             updates = self._update(number, buffer, responses, lr, value_lr)
         stats = {**self._rollout_stats(buffer), **updates}
         self.kl.update(stats["kl"], len(prompts))
+        if isinstance(self.engine, RelaidEngine):
+            self.times["relayout"] = self.engine.seconds
         tokens = sum(responses)
         stats |= {f"seconds/{phase}": seconds for phase, seconds in self.times.items()}
         stats |= {"tokens_per_s/generate": tokens / self.times["generate"]}

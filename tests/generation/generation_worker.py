@@ -15,11 +15,14 @@ import torch.distributed as dist
 from src.checkpoint.load import load_model
 from src.checkpoint.source import Checkpoint
 from src.generation import sampling as sampling_module
+from src.generation.beam import BeamSearch
 from src.generation.cache import Cache, Decode, Prefill
 from src.generation.engine import Engine, Stop, generate_sharded, unpack_bits
+from src.generation.relayout import RelaidEngine
 from src.generation.sampling import Sampling, choose
 from src.models.attention import Packed
 from src.models.batch import Batch, Sequence, response_logprobs
+from src.models.lora import LoRAConfig, add_lora
 from src.parallel.setup import start, stop
 from src.parallel.vocab import vocab_range
 
@@ -53,6 +56,23 @@ def run_recipe(models, parallel, prompts, recipe) -> dict:
             scored = response_logprobs(model, batch, temperature)[0].split(batch.responses)
         result["scored"] = [row.tolist() for row in scored]
     return result
+
+
+def run_relaid(model, parallel, prompts, sampling) -> dict:
+    """At every smaller degree: tokens, with the model as it is and with an adapter beside it, and the degree's own numbers."""
+    made, samples = {}, list(range(len(prompts)))
+    for adapted in (False, True):
+        if adapted:
+            add_lora(model, LoRAConfig(2, 8.0), 1, parallel)
+            for name, p in model.named_parameters():
+                if name.endswith("lora_b"):  # the same at every degree
+                    p.data.fill_(0.02)
+            engine = Engine(model, parallel, 16, 200)
+            made["with an adapter"] = [c.tokens for c in engine.generate(prompts, Sampling(**sampling), set())]
+        for n in (n for n in (1, 2) if n < parallel.mp_size):
+            done = RelaidEngine(model, parallel, n, 16, 200).generate(prompts, Sampling(**sampling), set(), samples)
+            made[f"{n}{', with an adapter' if adapted else ''}"] = [c.tokens for c in done]
+    return made
 
 
 def run_kept(model, parallel, prompts, sampling) -> list:
@@ -109,6 +129,11 @@ def main(folder: str, recipes: str, out: str) -> None:
     torch.set_num_threads(1)  # tiny matrices: a second thread only waits
     results = {name: run_recipe(models, parallel, given["prompts"], recipe) for name, recipe in given["recipes"].items()}
     results["kept"] = {kind: run_kept(models["float32"], parallel, given["prompts"][:4], s) for kind, s in given["kept"].items()}
+    results["relaid"] = run_relaid(load(parallel)["float32"], parallel, given["prompts"], given["relaid"])
+    for beams, penalty in given["beams"]:
+        search = BeamSearch(models["float32"], parallel, 5, 200, None, beams, penalty)
+        done = generate_sharded(search, given["prompts"], Sampling(30), set(given["beam stops"]))
+        results[f"{beams} beams, {penalty}"] = [c.tokens for c in done]
     results["choices"] = {name: run_choice(parallel, choice) for name, choice in given["choices"].items()}
     for name, where in given["families"].items():
         if parallel.world_size < 4 or name in given["families at four ranks"]:
@@ -117,6 +142,7 @@ def main(folder: str, recipes: str, out: str) -> None:
     if parallel.world_size == 4:  # once more as two models of two ranks each, which share the prompts
         parallel = start(2, timeout=120)
         models = load(parallel)
+        results["relaid, two models"] = run_relaid(load(parallel)["float32"], parallel, given["prompts"], given["relaid"])
         for name in given["sharded"]:
             results[f"sharded {name}"] = run_recipe(models, parallel, given["prompts"], given["recipes"][name])
     if parallel.is_main:

@@ -27,6 +27,7 @@ KINDS = {
     "min_p": dict(temperature=1.6, min_p=0.1),
     "all": dict(temperature=2.0, top_k=20, top_p=0.9, min_p=0.02),
 }
+BEAMS = [(2, 1.0), (4, 0.6), (5, 2.0)]
 WAYS = {  # the same samples, served differently
     "a slot each": dict(slots=16),
     "three slots": dict(slots=3),
@@ -126,6 +127,8 @@ def output(folder, others, stop_id, tmp_path_factory):
         for kind, settings in KINDS.items() for by_step in (False, True)}
     given = {"prompts": PROMPTS, "recipes": recipes, "choices": choices,
              "sharded": ["greedy, a slot each", "top_p, a slot each"],
+             "relaid": dict(max_new_tokens=SAMPLED, seed=7, **KINDS["plain"]),
+             "beams": BEAMS, "beam stops": [stop_id, (stop_id + 40) % VOCABULARY],
              "kept": {kind: dict(max_new_tokens=5, seed=2, **KINDS[kind]) for kind in KINDS if kind != "plain"},
              "families": {name: str(where) for name, (_, where) in others.items()},
              "families at four ranks": ["qwen3-odd", "qwen"],
@@ -291,6 +294,34 @@ def test_samples_of_one_prompt_share_its_prefill(made):
     for slots in ("five slots", "two slots"):
         assert made[f"one prompt, {slots}"]["tokens"] == made["one prompt"]["tokens"]
     assert made["one prompt, five slots"]["steps"] == SAMPLED
+
+
+def test_another_degree_for_generation_changes_no_sample(output):
+    """Trained at 2 or 4 ranks per model, also as two models of 2, generated at fewer; with an adapter too."""
+    plain, adapted = output(1)["plain, a slot each"]["tokens"], output(1)["relaid"]["with an adapter"]
+    assert plain != adapted
+    found = {**{f"2: {k}": v for k, v in output(2)["relaid"].items()}, **{f"4: {k}": v for k, v in output(4)["relaid"].items()},
+             **{f"2 x 2: {k}": v for k, v in output(4)["relaid, two models"].items()}}
+    assert {key.split(": ")[1] for key in found} == {"1", "2", "1, with an adapter", "2, with an adapter", "with an adapter"}
+    for key, tokens in found.items():
+        assert tokens == (adapted if "adapter" in key else plain), key
+
+
+@pytest.mark.parametrize("beams, penalty", BEAMS)
+def test_beam_search_is_transformers(made, hf, stop_id, beams, penalty):
+    """Two stop tokens, so that beams end at different lengths."""
+    stops = [stop_id, (stop_id + 40) % VOCABULARY]
+    lengths = set()
+    for prompt, tokens in zip(PROMPTS, made[f"{beams} beams, {penalty}"]):
+        hf.generation_config.eos_token_id = None
+        out = hf.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=30, do_sample=False,
+                          pad_token_id=0, eos_token_id=stops, num_beams=beams, length_penalty=penalty, early_stopping=False)
+        theirs = out[0, len(prompt) :].tolist()
+        while theirs and theirs[-1] == 0 and len(theirs) > len(tokens):
+            theirs.pop()  # padding
+        assert tokens == theirs
+        lengths.add(len(tokens))
+    assert len(lengths) > 1
 
 
 def test_a_small_cache_serves_fewer_at_a_time(made, greedy):

@@ -1,0 +1,152 @@
+"""Beam search: the likeliest responses by score, for evaluation. transformers' rules, with its defaults.
+
+A hypothesis ends at a stop token (or at the limit) if it is among the best `num_beams` continuations then; its score is its
+log-probability over its length to the `length_penalty`. A search ends when no running beam can beat the worst of
+`num_beams` ended ones at its present length.
+"""
+
+from dataclasses import dataclass, field
+from typing import Callable
+
+import torch
+from torch import Tensor
+
+from src.generation.cache import Cache, Decode, Prefill
+from src.generation.engine import CONTEXT_STEP, Completion, Engine, Stop
+from src.generation.sampling import Sampling, gather_ranks, logsumexp
+from src.models.transformer import Transformer
+from src.parallel.layers import packed_weights
+from src.parallel.setup import Parallel
+from src.parallel.vocab import vocab_range
+
+NEVER = -1e9  # the score of a beam that is none
+
+
+@dataclass
+class Beam:
+    """A response so far: its log-probability, its tokens and theirs."""
+
+    score: float = 0.0
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+
+class BeamSearch(Engine):
+    """An engine whose completions are the best of `num_beams` beams. Takes no notice of how to sample."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        parallel: Parallel,
+        max_batch_size: int,
+        max_seq_len: int,
+        kv_cache_gb: float | None = None,
+        num_beams: int = 4,
+        length_penalty: float = 1.0,
+    ) -> None:
+        super().__init__(model, parallel, max_batch_size, max_seq_len, kv_cache_gb)
+        self.num_beams, self.length_penalty = num_beams, length_penalty
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: list[list[int]],
+        sampling: Sampling,
+        stop: Stop | set[int],
+        samples: list[int] | None = None,
+        on_tokens: Callable[[int, int, int], None] | None = None,
+        on_completion: Callable[[int, Completion], None] | None = None,
+    ) -> list[Completion]:
+        """The best response to each prompt, in their order; a stop string cuts nothing short here."""
+        stops = stop.ids if isinstance(stop, Stop) else stop
+        limits = [min(sampling.max_new_tokens, self.max_seq_len - len(prompt)) for prompt in prompts]
+        done = [None if limit > 0 else Completion([], [], "length") for limit in limits]
+        order = sorted((i for i, c in enumerate(done) if c is None), key=lambda i: -len(prompts[i]))
+        with packed_weights(self.model, self.parallel):
+            while order:
+                length = max(len(prompts[i]) + limits[i] for i in order)
+                together = max(1, self._slots_that_fit(len(order) * self.num_beams, length) // self.num_beams)
+                now, order = order[:together], order[together:]
+                best = self._search([prompts[i] for i in now], [limits[i] for i in now], stops, on_tokens)
+                done = [best[now.index(i)] if i in now else c for i, c in enumerate(done)]
+                if on_tokens:
+                    on_tokens(len(now), 0, 0)
+        for i, completion in enumerate(done):
+            if on_completion:
+                on_completion(i, completion)
+        return done
+
+    def _search(self, prompts: list[list[int]], limits: list[int], stops: set[int], on_tokens) -> list[Completion]:
+        """Beams of prompt p lie in slots p · num_beams …; prompts that are done stay there, and are not looked at again."""
+        width, count, device = self.num_beams, len(prompts), self.parallel.device
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        cache = Cache(self.model, count * width, max(len(p) + limit for p, limit in zip(prompts, limits)))
+        layout = Prefill(lengths.tolist(), cache, 0, device)
+        logits = self.model.logits(self.model(torch.tensor([t for p in prompts for t in p], device=device), layout)[layout.ends])
+        source = torch.arange(count, device=device).repeat_interleave(width)
+        cache.copy(source, torch.arange(count * width, device=device), int(lengths.max()))
+        logits, prompt_lengths = logits[source], lengths[source]
+        running = [[Beam(score=0.0 if b == 0 else NEVER) for b in range(width)] for _ in prompts]
+        ended: list[list[tuple[float, Beam]]] = [[] for _ in prompts]
+        open_prompts, step = set(range(count)), 0
+        while open_prompts:
+            step += 1
+            values, tokens = self._candidates(logits, width * max(2, 1 + len(stops)))
+            parents = list(range(count * width))
+            for p in sorted(open_prompts):
+                rows = range(p * width, (p + 1) * width)
+                found = sorted(
+                    ((beam.score + value, row, token, value) for beam, row in zip(running[p], rows)
+                     for value, token in zip(values[row], tokens[row])),
+                    key=lambda candidate: -candidate[0],
+                )[: width * max(2, 1 + len(stops))]  # fmt: skip
+                kept = []
+                for place, (score, row, token, value) in enumerate(found):
+                    parent = running[p][row - rows.start]
+                    beam = Beam(score, [*parent.tokens, token], [*parent.logprobs, value])
+                    if token in stops or step == limits[p]:
+                        if place < width:
+                            ended[p].append((score / step**self.length_penalty, beam))
+                    elif len(kept) < width:
+                        kept.append((row, beam))
+                ended[p] = sorted(ended[p], key=lambda pair: -pair[0])[:width]
+                if kept:
+                    kept += [(kept[0][0], Beam(NEVER, kept[0][1].tokens, kept[0][1].logprobs))] * (width - len(kept))
+                    parents[rows.start : rows.stop] = [row for row, _ in kept]
+                    running[p] = [beam for _, beam in kept]
+                worst = ended[p][-1][0] if len(ended[p]) == width else NEVER
+                if not kept or running[p][0].score / step**self.length_penalty <= worst:
+                    open_prompts.discard(p)
+            if on_tokens:
+                on_tokens(0, len(open_prompts) * width, len(open_prompts) * width)
+            if open_prompts:
+                cache.copy(torch.tensor(parents, device=device), torch.arange(count * width, device=device), int(lengths.max()) + step - 1)
+                last = torch.tensor([beam.tokens[-1] for beams in running for beam in beams], device=device)
+                positions = prompt_lengths + step - 1
+                context = min(-(-(int(lengths.max()) + step) // CONTEXT_STEP) * CONTEXT_STEP, cache.length)
+                positions = positions.clamp_max(cache.length - 1)  # of prompts that are done
+                layout = Decode(cache, positions, prompt_lengths, [(0, count * width, context)])
+                logits = self.model.logits(self.model(last, layout))
+        return [self._best(found, stops) for found in ended]
+
+    def _candidates(self, logits: Tensor, k: int) -> tuple[list[list[float]], list[list[int]]]:
+        """Each row's k largest log-probabilities over all ranks and their tokens (at least)."""
+        z = logits.float()
+        values, local = z.topk(min(k, z.size(-1)))
+        values = torch.cat(gather_ranks(values - logsumexp(z).unsqueeze(-1)), -1)
+        tokens = torch.cat(gather_ranks(local + vocab_range(z.size(-1))[0]), -1)
+        return values.tolist(), tokens.tolist()
+
+    @staticmethod
+    def _best(found: list[tuple[float, Beam]], stops: set[int]) -> Completion:
+        beam = found[0][1]
+        return Completion(beam.tokens, beam.logprobs, "stop" if beam.tokens[-1] in stops else "length")
+
+
+def engine_of(
+    model: Transformer, parallel: Parallel, max_batch_size: int, max_seq_len: int, kv_cache_gb: float | None, num_beams: int, length_penalty: float
+) -> Engine:
+    """A plain engine, or with several beams one that searches."""
+    if num_beams == 1:
+        return Engine(model, parallel, max_batch_size, max_seq_len, kv_cache_gb)
+    return BeamSearch(model, parallel, max_batch_size, max_seq_len, kv_cache_gb, num_beams, length_penalty)

@@ -1,0 +1,40 @@
+"""What happens between ranks that share a model, forward and backward: Megatron's f and g (arXiv 1909.08053, section 3).
+
+FairScale has the same, bound to `torch.distributed`; these go through shared memory where the ranks share a machine.
+"""
+
+import torch
+from fairscale.nn.model_parallel.initialize import get_model_parallel_group, get_model_parallel_world_size
+from torch import Tensor
+
+from src.parallel.shared_memory import summed
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return summed(grad, get_model_parallel_group())
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return summed(x, get_model_parallel_group())
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad
+
+
+def copy_to_model_parallel_region(x: Tensor) -> Tensor:
+    """The identity, whose gradient is summed over the ranks of a model."""
+    return x if get_model_parallel_world_size() == 1 else _Copy.apply(x)
+
+
+def reduce_from_model_parallel_region(x: Tensor) -> Tensor:
+    """The sum over the ranks of a model; its gradient is every rank's."""
+    return x if get_model_parallel_world_size() == 1 else _Reduce.apply(x)

@@ -1,0 +1,36 @@
+"""Several samples of each question: pass@k and maj@n by hand and by counting subsets."""
+
+import itertools
+
+import pytest
+
+from src.evaluation.solver import graded, of_samples
+from src.evaluation.tasks import find_task
+
+
+@pytest.mark.parametrize("right", range(6))
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(right):
+    n = 5
+    marks = [i < right for i in range(n)]
+    got = of_samples([(str(i), mark) for i, mark in enumerate(marks)], n)
+    assert set(got) == {"pass@1", "pass@2", "pass@4", "pass@5", "maj@5"}
+    for k in (1, 2, 4, 5):
+        subsets = list(itertools.combinations(marks, k))
+        assert got[f"pass@{k}"] == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
+@pytest.mark.parametrize("answers, right", [
+    ("7 7 8 9", True), ("8 7 8 7", False), ("7 8 7 8", True), ("8 8 8 7", False), ("None None None 7", True), ("None None None None", False),
+])
+def test_the_majority_decides_the_first_of_equals(answers, right):
+    pairs = [(None if a == "None" else a, a == "7") for a in answers.split()]
+    assert of_samples(pairs, 4)["maj@4"] == right
+
+
+def test_questions_are_averaged_and_every_sample_is_a_row():
+    texts = ["#### 7", "#### 8", "#### 8", "no", "#### 1", "#### 2"]
+    summary, rows = graded(find_task("GSM8K"), ["a", "b"], ["7", "1"], texts, None, 3)
+    assert summary["accuracy"] == pytest.approx(2 / 6) and summary["n"] == 6
+    assert summary["pass@1"] == pytest.approx(1 / 3) and summary["pass@3"] == 1.0
+    assert summary["maj@3"] == 0.5  # 8 beats 7; of 1 and 2 the first
+    assert [row["index"] for row in rows] == [0, 0, 0, 1, 1, 1] and [row["gold"] for row in rows] == ["7"] * 3 + ["1"] * 3

@@ -1,0 +1,107 @@
+"""A run that was cut off goes on: what is there is not generated again, and the result is the undisturbed run's."""
+
+import json
+
+import pytest
+
+from src.errors import UserError
+from src.generation.engine import Completion
+from src.generation.journal import Journal, fingerprint
+from tests.test_scripts import call, flags, must, refused, rows_of
+
+
+@pytest.fixture
+def journal(tmp_path, parallel):
+    return lambda **settings: Journal(tmp_path / "out.jsonl", {"temperature": 1.0, "max_batch_size": 4, **settings}, "files", parallel)
+
+
+def write(journal, *requests: int) -> None:
+    journal.open()
+    for i in requests:
+        journal.add(i, Completion([i, 2], [-0.5, -0.25], "stop"))
+    journal.close()
+
+
+def test_what_was_added_is_read_by_the_next(journal):
+    assert journal().read() == {}
+    write(journal(), 3, 1)
+    write(journal(max_batch_size=9), 5)  # a flag that changes no completion
+    assert journal().read() == {i: Completion([i, 2], [-0.5, -0.25], "stop") for i in (3, 1, 5)}
+    journal().remove()
+    assert journal().read() == {}
+
+
+def test_a_line_that_was_cut_short_is_generated_again(journal, tmp_path):
+    write(journal(), 0, 1)
+    path = tmp_path / "out.jsonl.partial-0"
+    path.write_bytes(path.read_bytes()[:-9])
+    assert set(journal().read()) == {0}
+    write(journal(), 7)
+    assert set(journal().read()) == {0, 7}
+
+
+def test_other_settings_are_refused_by_name(journal):
+    write(journal(), 0)
+    with pytest.raises(UserError, match=r"temperature 1.0, now 0.5.*Give the same to go on, or remove it"):
+        journal(temperature=0.5).read()
+
+
+def test_a_file_of_something_else_is_refused(journal, tmp_path):
+    (tmp_path / "out.jsonl.partial-0").write_text("thesis\n")
+    with pytest.raises(UserError, match="out.jsonl.partial-0: cannot be read"):
+        journal().read()
+
+
+def test_fingerprint_sees_a_changed_file(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x").write_text("1")
+    before = fingerprint(str(tmp_path / "a"), None)
+    assert before == fingerprint(str(tmp_path / "a"), None)
+    (tmp_path / "a" / "x").write_text("12")
+    assert fingerprint(str(tmp_path / "a"), None) != before
+
+
+def test_interrupted_generation_goes_on(tmp_path, monkeypatch):
+    """Cut off in the middle, then run again: only the rest is generated, and the file is the undisturbed run's."""
+    from src.generation.engine import Engine
+
+    must("dataset/build.py", "arithmetic", *flags(save_dir=tmp_path / "data", n_train=12, n_test=2))
+    must("dataset/start.py", *flags(train_file=tmp_path / "data" / "train.json", save_dir=tmp_path / "start", vocab_size=424,
+                                    dim=32, n_layers=1, n_heads=4))
+    command = dict(ckpt_dir=tmp_path / "start", input_file=tmp_path / "data" / "train.json", num_samples=2, temperature=1.0,
+                   max_new_tokens=6, max_batch_size=5)
+    must("solver_generate.py", *flags(**command, output_file=tmp_path / "whole.jsonl"))
+    whole, generate = Engine.generate, Engine.generate
+
+    def cut_off(self, *args, on_completion=None, **kwargs):
+        seen = []
+
+        def count(i, completion):
+            args[5](i, completion)
+            seen.append(i)
+            if len(seen) == 9:
+                raise KeyboardInterrupt
+
+        return generate(self, *args[:5], count)
+
+    monkeypatch.setattr(Engine, "generate", cut_off)
+    assert call("solver_generate.py", *flags(**command, output_file=tmp_path / "out.jsonl")).code == 130
+    assert not (tmp_path / "out.jsonl").exists() and len(rows_of_partial(tmp_path)) == 1 + 9
+    asked = []
+
+    def told(self, prompts, *args):
+        asked.extend(prompts)
+        return whole(self, prompts, *args)
+
+    monkeypatch.setattr(Engine, "generate", told)
+    refused(call("solver_generate.py", *flags(**(command | {"temperature": 0.5}), output_file=tmp_path / "out.jsonl")),
+            "temperature 1.0, now 0.5")
+    must("solver_generate.py", *flags(**(command | {"max_batch_size": 3}), output_file=tmp_path / "out.jsonl"))
+    assert len(asked) == 24 - 9
+    a, b = rows_of(tmp_path / "out.jsonl"), rows_of(tmp_path / "whole.jsonl")
+    assert [row["tokens"] for row in a] == [row["tokens"] for row in b]
+    assert not list(tmp_path.glob("*.partial-*"))
+
+
+def rows_of_partial(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "out.jsonl.partial-0").read_text().splitlines()]

@@ -1,0 +1,49 @@
+"""All-reduces through shared memory on the ranks that started it, against gloo's: shared_worker.py OUT."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from src.parallel import shared_memory
+from src.parallel.setup import start, stop
+
+OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+
+
+def main(out: str) -> None:
+    parallel = start(timeout=60)
+    results = {"used": parallel.mp_group in shared_memory._reducers}
+    shared_memory.SLOT_BYTES = 4096  # so that tensors go in pieces
+    generator = torch.Generator().manual_seed(parallel.rank)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.int64):
+        for size in (1, 7, 1024, 5000):
+            for name, op in OPERATIONS.items():
+                x = (torch.randn(size, generator=generator) * 50).to(dtype)
+                wanted, before = x.clone(), x.clone()
+                dist.all_reduce(wanted, op=op, group=parallel.mp_group)
+                if op is dist.ReduceOp.SUM:
+                    assert not torch.equal(shared_memory.summed(x, parallel.mp_group), before) and torch.equal(x, before)
+                shared_memory.all_reduce(x, parallel.mp_group, op)
+                every = [None] * parallel.world_size
+                dist.all_gather_object(every, x)
+                error = (x.double() - wanted.double()).abs().max() / wanted.double().abs().max()
+                results[f"{dtype} {size} {name}"] = [float(error), all(torch.equal(x, other) for other in every)]
+    for turn in range(3000):  # one after the other, at uneven speed
+        x = torch.full((16,), float(turn * (parallel.rank + 1)))
+        shared_memory.all_reduce(x, parallel.mp_group)
+        assert float(x[0]) == float(x[15]) == turn * sum(range(1, parallel.world_size + 1)), turn
+    try:
+        shared_memory.all_reduce(torch.ones(3 + parallel.rank), parallel.mp_group)
+        results["apart"] = "not noticed"
+    except RuntimeError as error:
+        results["apart"] = str(error)
+    if parallel.rank == 0:
+        Path(out).write_text(json.dumps(results))
+    stop()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,22 @@
+"""All-reduce through shared memory gives gloo's result, the same bits on every rank, and notices ranks that went apart."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.launch import launch
+
+
+@pytest.mark.parametrize("n", (2, 3))
+def test_shared_memory_reduces_as_gloo_does(tmp_path, n):
+    before = set(Path("/dev/shm").glob("all-reduce-*")) if Path("/dev/shm").is_dir() else set()
+    launch(n, "tests/parallel/shared_worker.py", str(tmp_path / "out.json"))
+    results = json.loads((tmp_path / "out.json").read_text())
+    if not results.pop("used"):
+        pytest.skip("no shared memory here: gloo's own all-reduce is used")
+    assert "they went apart" in results.pop("apart")
+    assert len(results) == 4 * 4 * 3
+    for what, (error, alike) in results.items():
+        assert alike and error <= (1e-2 if "bfloat16" in what else 1e-6), what
+    assert set(Path("/dev/shm").glob("all-reduce-*")) <= before, "the file is not left behind"
