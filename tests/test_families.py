@@ -24,7 +24,7 @@ def save_tokenizer(folder: Path) -> None:
     """A token for each character: small enough for the families' small vocabularies."""
     vocabulary = {text: i for i, text in enumerate(["<unk>", "<s>", "</s>", *CHARACTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Split(Regex("(?s:.)"), "isolated"), decoders.Fuse()
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated"), decoders.Fuse()
     tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
     tokenizer.save(str(folder / "tokenizer.json"))
 

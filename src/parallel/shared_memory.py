@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 SLOT_BYTES = 2**22  # longer tensors go in pieces
+BITS = 24  # of a flag, for the number of bytes
 LINE = 8  # flags of 8 bytes each, a cache line apart
 PATIENCE = 200  # looks at a flag before the core is offered to others
 
@@ -40,7 +41,7 @@ class SharedReducer:
         dist.barrier(group)
         if self.rank == 0:
             Path(path[0]).unlink()  # the memory lives as long as someone has it mapped
-        # Each rank's two words: the number of the tensor that it last wrote, and how many bytes that had.
+        # Each rank's word: the number of the tensor that it last wrote, and how many bytes that had, written in one go.
         self.flags = memory[:flag_bytes].view(torch.int64).view(self.size, LINE).numpy()
         self.slots = memory[flag_bytes:].view(2, self.size, SLOT_BYTES)
 
@@ -54,8 +55,7 @@ class SharedReducer:
         self.turn += 1
         slots = self.slots[self.turn % 2, :, : x.nbytes].view(x.dtype)
         slots[self.rank].copy_(x)
-        self.flags[self.rank, 1] = x.nbytes
-        self.flags[self.rank, 0] = self.turn  # after the data: x86 keeps the order of stores
+        self.flags[self.rank, 0] = self.turn << BITS | x.nbytes  # after the data: x86 keeps the order of stores
         for rank in range(self.size):
             if rank != self.rank:
                 self._wait_for(rank, x.nbytes)
@@ -65,7 +65,7 @@ class SharedReducer:
 
     def _wait_for(self, rank: int, size: int) -> None:
         flags, looks, began = self.flags, 0, None
-        while flags[rank, 0] < self.turn:
+        while (word := int(flags[rank, 0])) >> BITS < self.turn:
             looks += 1
             if looks % PATIENCE == 0:
                 os.sched_yield()
@@ -75,16 +75,20 @@ class SharedReducer:
                         f"rank {rank} of {self.size} that share a model did not come to all-reduce {self.turn} within "
                         f"{self.timeout:g} s (--timeout): it hangs, or is gone"
                     )
-        if flags[rank, 0] == self.turn and flags[rank, 1] != size:
-            raise RuntimeError(f"rank {rank} all-reduces {flags[rank, 1]} bytes, rank {self.rank} {size}: they went apart")
+        theirs = word & (1 << BITS) - 1
+        if word >> BITS == self.turn and theirs != size:
+            raise RuntimeError(f"rank {rank} all-reduces {theirs} bytes, rank {self.rank} {size}: they went apart")
 
 
 def share_memory(group: dist.ProcessGroup, device: torch.device, timeout: float) -> None:
-    """Let the group's all-reduces go through shared memory where that works: Linux on x86, the CPU, ranks of one machine."""
-    size = dist.get_world_size(group)
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())) % size == 0  # neighbours: all of them, or none
+    """Let the group's all-reduces go through shared memory where that works: Linux on x86, the CPU, ranks of one machine.
+
+    And where each rank has a core: who waits looks all the time, and would keep the others from theirs.
+    """
+    size, local = dist.get_world_size(group), int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
     works = platform.system() == "Linux" and platform.machine() in ("x86_64", "AMD64") and os.access("/dev/shm", os.W_OK)
-    if size > 1 and device.type == "cpu" and here and works:
+    here = local % size == 0  # neighbours: all of them on one machine, or none
+    if size > 1 and device.type == "cpu" and works and here and local <= len(os.sched_getaffinity(0)):
         _reducers[group] = SharedReducer(group, timeout)
 
 

@@ -321,7 +321,7 @@ def test_beam_search_is_transformers(made, hf, stop_id, beams, penalty):
             theirs.pop()  # padding
         assert tokens == theirs
         lengths.add(len(tokens))
-    assert len(lengths) > 1
+    assert len(lengths) > 1 or penalty == 2.0  # which favours the longest
 
 
 def test_a_small_cache_serves_fewer_at_a_time(made, greedy):
