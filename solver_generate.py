@@ -108,7 +108,7 @@ def main(
         asked = [(i, row["instruction"]) for i, row in enumerate(rows) for _ in range(num_samples)]
         prompts = [prompt for prompt in prompts for _ in range(num_samples)]
         stops = tuple(stop_strings or ())
-        journal = Journal(Path(output_file), settings, fingerprint(ckpt_dir, adapter_dir, input_file), parallel)
+        journal = Journal(Path(output_file), settings, fingerprint(ckpt_dir, adapter_dir, input_file, tokenizer_file, config_file), parallel)
         completions = generate_all(
             engine, prompts, sampling, Stop(opened.tokenizer.stop_ids, stops, opened.tokenizer.decode), log, "generating", journal
         )

@@ -178,7 +178,7 @@ def _choose(choices, text):
 
 
 def _split(parse, text):
-    items = [item.strip() for item in text.split(",")]
+    items = [item if parse is str else item.strip() for item in text.split(",")]  # a stop string may begin with a blank
     if "" in items:
         raise ValueError(f"must be a comma separated list without empty items, got {text!r}")
     return [parse(item) for item in items]

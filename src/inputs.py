@@ -124,7 +124,7 @@ def lora_of(settings: dict, checkpoint: Checkpoint) -> LoRAConfig | None:
             raise UserError(f"--quantize {settings['quantize']}: quantised weights cannot be trained; give --lora_rank too")
         return None
     if adapter is None:
-        targets = tuple(given["lora_targets"] or default_targets(checkpoint.config))
+        targets = tuple(name.strip() for name in given["lora_targets"] or default_targets(checkpoint.config))
         gate_and_up = {"w1", "w3"} & set(targets)
         if checkpoint.config.n_experts and gate_and_up and not {"w1", "w2", "w3"} <= set(targets):
             raise UserError(

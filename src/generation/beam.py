@@ -61,6 +61,9 @@ class BeamSearch(Engine):
         stops = stop.ids if isinstance(stop, Stop) else stop
         limits = [min(sampling.max_new_tokens, self.max_seq_len - len(prompt)) for prompt in prompts]
         done = [None if limit > 0 else Completion([], [], "length") for limit in limits]
+        for i, completion in enumerate(done):
+            if completion is not None and on_completion:
+                on_completion(i, completion)
         order = sorted((i for i, c in enumerate(done) if c is None), key=lambda i: -len(prompts[i]))
         with packed_weights(self.model, self.parallel):
             while order:
@@ -68,12 +71,12 @@ class BeamSearch(Engine):
                 together = max(1, self._slots_that_fit(len(order) * self.num_beams, length) // self.num_beams)
                 now, order = order[:together], order[together:]
                 best = self._search([prompts[i] for i in now], [limits[i] for i in now], stops, on_tokens)
-                done = [best[now.index(i)] if i in now else c for i, c in enumerate(done)]
+                for i, completion in zip(now, best):
+                    done[i] = completion
+                    if on_completion:
+                        on_completion(i, completion)
                 if on_tokens:
                     on_tokens(len(now), 0, 0)
-        for i, completion in enumerate(done):
-            if on_completion:
-                on_completion(i, completion)
         return done
 
     def _search(self, prompts: list[list[int]], limits: list[int], stops: set[int], on_tokens) -> list[Completion]:

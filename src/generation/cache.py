@@ -3,8 +3,6 @@
 Both are layouts in the sense of `src/models/transformer.py`: they say where tokens lie and do the attention.
 """
 
-import mmap
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,33 +11,20 @@ from src.models.attention import Packed
 from src.models.transformer import Transformer
 
 
-LARGE_PAGE = 2**21
-
-
 class Cache:
     """Keys and values of every layer: [slots, kv heads of this rank, length, head_dim] each, allocated once."""
 
     def __init__(self, model: Transformer, slots: int, length: int) -> None:
         shape = (slots, model.kv_heads, length, model.config.head_dim)
         # zeros: what the mask hides is still multiplied by 0, and 0 · NaN of uninitialised memory is NaN
-        self.keys = [_zeros(shape, model.norm.weight) for _ in model.layers]
-        self.values = [_zeros(shape, model.norm.weight) for _ in model.layers]
+        self.keys = [model.norm.weight.new_zeros(shape) for _ in model.layers]
+        self.values = [model.norm.weight.new_zeros(shape) for _ in model.layers]
         self.kv_heads, self.length = model.kv_heads, length
 
     def copy(self, sources: Tensor | int, targets: Tensor | int, length: int) -> None:
         """The first `length` positions of some slots to other slots."""
         for store in (*self.keys, *self.values):
             store[targets, :, :length] = store[sources, :, :length]
-
-
-def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Zeros of a tensor's dtype and device; on a Linux CPU in large pages, which are read faster and come zeroed."""
-    size = torch.Size(shape).numel() * like.element_size()
-    if like.device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE") or size < LARGE_PAGE:
-        return like.new_zeros(shape)
-    memory = mmap.mmap(-1, -(-size // LARGE_PAGE) * LARGE_PAGE)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=like.dtype, count=torch.Size(shape).numel()).view(shape)
 
 
 class Prefill(Packed):

@@ -1,5 +1,6 @@
 """Completions on disk as they finish, so that a run that was cut off goes on where it was: rows are not generated twice."""
 
+import glob
 import hashlib
 import json
 import os
@@ -16,11 +17,15 @@ from src.parallel.setup import Parallel, agreed
 FREE = ("max_batch_size", "kv_cache_gb", "model_parallel_size", "timeout", "log_dir", "output_file")
 
 
+READ = (".safetensors", ".bin", ".pth", ".pt", ".model", ".tiktoken", ".jinja")  # of a checkpoint's folder
+
+
 def fingerprint(*paths: str | None) -> str:
-    """Of files and folders by names, sizes and times of change: what was read when the run began."""
+    """Of files, and the files right in folders (not what a run may write below), by names, sizes and times of change."""
     digest = hashlib.sha256()
     for path in (Path(path) for path in paths if path is not None):
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        inside = [file for file in sorted(path.iterdir()) if file.is_file() and file.suffix in READ] if path.is_dir() else [path]
+        for file in inside:
             status = file.stat()
             digest.update(f"{file}/{status.st_size}/{status.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]
@@ -37,14 +42,16 @@ class Journal:
     def read(self) -> dict[int, Completion]:
         """What earlier runs finished. Raises UserError when they had other settings."""
         known: dict[int, Completion] = {}
-        for path in sorted(self.output.parent.glob(f"{self.output.name}.partial-*")):
+        for path in self._files():
             try:
                 first, *lines = path.read_text(encoding="utf-8").split("\n")
+                if not lines:
+                    continue  # not even its first line was written whole
                 self._check(json.loads(first), path)
                 for line in lines[:-1]:  # after the last newline: nothing, or a line that was cut short
                     row = json.loads(line)
                     known[row["request"]] = Completion(row["tokens"], row["logprobs"], row["stop_reason"])
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UserError(f"{path}: cannot be read ({error}); remove it to begin again") from None
         return known
 
@@ -84,8 +91,11 @@ class Journal:
 
     def remove(self) -> None:
         """After the output is written: on one rank."""
-        for path in self.output.parent.glob(f"{self.output.name}.partial-*"):
+        for path in self._files():
             path.unlink()
+
+    def _files(self) -> list[Path]:
+        return sorted(self.output.parent.glob(f"{glob.escape(self.output.name)}.partial-*"))
 
 
 def generate_all(

@@ -153,9 +153,9 @@ def packed_weights(model: nn.Module, parallel) -> Iterator[None]:
     if not holders or size * PACKED_SHARE > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
         yield
         return
-    for holder in holders:
-        holder.packed = torch.ops.mkldnn._reorder_linear_weight(holder.weight.detach())
     try:
+        for holder in holders:
+            holder.packed = torch.ops.mkldnn._reorder_linear_weight(holder.weight.detach())
         yield
     finally:
         for holder in holders:

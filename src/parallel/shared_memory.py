@@ -27,20 +27,10 @@ _reducers: dict[dist.ProcessGroup, "SharedReducer"] = {}
 class SharedReducer:
     """The shared memory of one group. Made by all its ranks together."""
 
-    def __init__(self, group: dist.ProcessGroup, timeout: float) -> None:
+    def __init__(self, group: dist.ProcessGroup, timeout: float, path: str, total: int) -> None:
+        """path: a file of `total` bytes in the machine's memory, that all ranks of the group open."""
         self.rank, self.size, self.timeout, self.turn = dist.get_rank(group), dist.get_world_size(group), timeout, 0
-        flag_bytes = self.size * LINE * 8
-        total = flag_bytes + 2 * self.size * SLOT_BYTES
-        path = [None]
-        if self.rank == 0:
-            descriptor, path[0] = tempfile.mkstemp(dir="/dev/shm", prefix="all-reduce-")
-            os.ftruncate(descriptor, total)
-            os.close(descriptor)
-        dist.broadcast_object_list(path, dist.get_global_rank(group, 0), group=group)
-        memory = torch.from_file(path[0], shared=True, size=total, dtype=torch.uint8)
-        dist.barrier(group)
-        if self.rank == 0:
-            Path(path[0]).unlink()  # the memory lives as long as someone has it mapped
+        memory, flag_bytes = torch.from_file(path, shared=True, size=total, dtype=torch.uint8), self.size * LINE * 8
         # Each rank's word: the number of the tensor that it last wrote, and how many bytes that had, written in one go.
         self.flags = memory[:flag_bytes].view(torch.int64).view(self.size, LINE).numpy()
         self.slots = memory[flag_bytes:].view(2, self.size, SLOT_BYTES)
@@ -83,13 +73,44 @@ class SharedReducer:
 def share_memory(group: dist.ProcessGroup, device: torch.device, timeout: float) -> None:
     """Let the group's all-reduces go through shared memory where that works: Linux on x86, the CPU, ranks of one machine.
 
-    And where each rank has a core: who waits looks all the time, and would keep the others from theirs.
+    And where each rank has a core: who waits looks all the time, and would keep the others from theirs. All ranks of the group
+    come here and decide alike; where there is no memory for it, gloo's way stays.
     """
-    size, local = dist.get_world_size(group), int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    size = dist.get_world_size(group)
+    if size == 1 or device.type != "cpu":
+        return
     works = platform.system() == "Linux" and platform.machine() in ("x86_64", "AMD64") and os.access("/dev/shm", os.W_OK)
-    here = local % size == 0  # neighbours: all of them on one machine, or none
-    if size > 1 and device.type == "cpu" and works and here and local <= len(os.sched_getaffinity(0)):
-        _reducers[group] = SharedReducer(group, timeout)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    works = works and local <= len(os.sched_getaffinity(0))
+    every: list = [None] * size
+    dist.all_gather_object(every, (platform.node(), works), group=group)
+    if any(node != every[0][0] or not able for node, able in every):
+        return
+    total = size * LINE * 8 + 2 * size * SLOT_BYTES
+    path = [_file(total) if dist.get_rank(group) == 0 else None]
+    dist.broadcast_object_list(path, dist.get_global_rank(group, 0), group=group)
+    if path[0] is None:
+        return
+    _reducers[group] = SharedReducer(group, timeout, path[0], total)
+    dist.barrier(group)
+    if dist.get_rank(group) == 0:
+        Path(path[0]).unlink()  # the memory lives as long as someone has it mapped
+
+
+def _file(total: int) -> str | None:
+    """A file of zeros whose memory is set aside, or None where there is not so much."""
+    try:
+        descriptor, path = tempfile.mkstemp(dir="/dev/shm", prefix="all-reduce-")
+    except OSError:
+        return None
+    try:
+        os.posix_fallocate(descriptor, 0, total)
+        return path
+    except OSError:
+        os.unlink(path)
+        return None
+    finally:
+        os.close(descriptor)
 
 
 def forget() -> None:

@@ -54,10 +54,11 @@ def test_a_file_of_something_else_is_refused(journal, tmp_path):
 
 def test_fingerprint_sees_a_changed_file(tmp_path):
     (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "x").write_text("1")
+    (tmp_path / "a" / "x.safetensors").write_text("1")
     before = fingerprint(str(tmp_path / "a"), None)
+    (tmp_path / "a" / "out.jsonl.partial-0").write_text("what a run writes")
     assert before == fingerprint(str(tmp_path / "a"), None)
-    (tmp_path / "a" / "x").write_text("12")
+    (tmp_path / "a" / "x.safetensors").write_text("12")
     assert fingerprint(str(tmp_path / "a"), None) != before
 
 
