@@ -48,7 +48,9 @@ def main(
     check_model_type(checkpoint.config, model_type)
     tokenizer = None
     if tokenizer_file or use_chat_template or find_tokenizer(checkpoint.folder):
-        tokenizer = Tokenizer.find(checkpoint.folder, tokenizer_file, use_chat_template, model_type or checkpoint.config.family)
+        tokenizer = Tokenizer.find(
+            checkpoint.folder, tokenizer_file, use_chat_template, model_type or checkpoint.config.family
+        )
     merge(
         checkpoint,
         check_replaceable(save_dir),

@@ -49,7 +49,9 @@ def main(
     if not 1 <= n <= 10_000:
         raise UserError(f"--n {n}: at least one shard is needed, and at most 10,000")
     if dtype is not None and ckpt_file is not None:
-        raise UserError(f"--dtype {dtype}: shards have the checkpoint's own; the flag is for a --dry_run without --ckpt_file")
+        raise UserError(
+            f"--dtype {dtype}: shards have the checkpoint's own; the flag is for a --dry_run without --ckpt_file"
+        )
     if adapter_dir is not None and ckpt_file is None:
         raise UserError("--adapter_dir: has no effect without --ckpt_file")
     if not dry_run and (ckpt_file is None or save_path is None):

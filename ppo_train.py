@@ -187,12 +187,16 @@ def main(
         raise UserError(f"--reward {reward} needs --reward_model_ckpt_dir; without a verifier: --reward rule")
     parallel = start(model_parallel_size, timeout)
     if max_buffer_size < parallel.dp_size:
-        raise UserError(f"--max_buffer_size {max_buffer_size}: the {parallel.dp_size} data-parallel ranks share the rollouts, "
-                        "and each needs one: raise it, or --model_parallel_size")
+        raise UserError(
+            f"--max_buffer_size {max_buffer_size}: the {parallel.dp_size} data-parallel ranks share the rollouts, "
+            "and each needs one: raise it, or --model_parallel_size"
+        )
 
     if rollout_model_parallel_size is not None and parallel.mp_size % rollout_model_parallel_size:
-        raise UserError(f"--rollout_model_parallel_size {rollout_model_parallel_size} does not divide the {parallel.mp_size} "
-                        "ranks that share a model in training (--model_parallel_size)")
+        raise UserError(
+            f"--rollout_model_parallel_size {rollout_model_parallel_size} does not divide the {parallel.mp_size} "
+            "ranks that share a model in training (--model_parallel_size)"
+        )
 
     number_type, logs = pick_dtype(dtype, parallel.device), log_dir or f"{actor_save_dir.rstrip('/')}-logs"
 
@@ -247,7 +251,9 @@ def main(
         if rollout_model_parallel_size in (None, parallel.mp_size):
             engine = Engine(policy, parallel, rollout_batch_size, max_seq_len, kv_cache_gb)
         else:
-            engine = RelaidEngine(policy, parallel, rollout_model_parallel_size, rollout_batch_size, max_seq_len, kv_cache_gb)
+            engine = RelaidEngine(
+                policy, parallel, rollout_model_parallel_size, rollout_batch_size, max_seq_len, kv_cache_gb
+            )
         ppo = PPO(
             policy,
             value,
@@ -269,8 +275,12 @@ def main(
             log,
             lambda epoch: evaluation.run(epoch, policy, actor.tokenizer, parallel, log, settings),
         )
-        save_model(policy, parallel, actor_save_dir, actor.checkpoint, actor.tokenizer.path, actor.tokenizer.borrowed_template)
-        save_model(value, parallel, critic_save_dir, critic.checkpoint, critic.tokenizer.path, critic.tokenizer.borrowed_template)
+        save_model(
+            policy, parallel, actor_save_dir, actor.checkpoint, actor.tokenizer.path, actor.tokenizer.borrowed_template
+        )
+        save_model(
+            value, parallel, critic_save_dir, critic.checkpoint, critic.tokenizer.path, critic.tokenizer.borrowed_template
+        )
         if parallel.is_main:
             write_state(actor_save_dir, kl.kl_coef)
         log.info(f"saved the policy to {actor_save_dir} and the value model to {critic_save_dir}")

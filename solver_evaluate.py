@@ -100,9 +100,16 @@ def main(
         check_log_dir(log_dir, ckpt_dir)
         data = read_evaluation(task, label_file)
         if ckpt_dir is not None:
-            opened = open_model(ckpt_dir, parallel, tokenizer_file, config_file, model_type, "lm", adapter_dir, use_chat_template)
+            opened = open_model(
+                ckpt_dir, parallel, tokenizer_file, config_file, model_type, "lm", adapter_dir, use_chat_template
+            )
             lengths = [len(opened.tokenizer.prompt_ids(text)) + 1 for text in data.instructions]
-            return data, opened, None, within(lengths, max_seq_len, False, f"prompts of {label_file}, with one token more,")[1]
+            return (
+                data,
+                opened,
+                None,
+                within(lengths, max_seq_len, False, f"prompts of {label_file}, with one token more,")[1],
+            )
         texts = [row["output"] for row in read_rows(prediction_file, {"output": STRING})]
         if len(texts) != len(data.rows) * num_samples:
             raise UserError(
@@ -120,7 +127,12 @@ def main(
         if opened is None:
             summary, predictions = graded(data.task, data.instructions, data.golds, texts, None, num_samples)
         else:
-            journal = Journal(Path(log_dir) / "predictions.jsonl", settings, fingerprint(ckpt_dir, adapter_dir, label_file, tokenizer_file, config_file), parallel)
+            journal = Journal(
+                Path(log_dir) / "predictions.jsonl",
+                settings,
+                fingerprint(ckpt_dir, adapter_dir, label_file, tokenizer_file, config_file),
+                parallel,
+            )
             engine = engine_of(model, parallel, max_batch_size, max_seq_len, kv_cache_gb, num_beams, length_penalty)
             summary, predictions = evaluate_solver(
                 engine, opened.tokenizer, data.task, data.instructions, data.golds, sampling, log, num_samples, journal

@@ -93,7 +93,9 @@ def main(
 
     def read_inputs():
         check_writable(output_file, ".jsonl", input_file)
-        opened = open_model(ckpt_dir, parallel, tokenizer_file, config_file, model_type, "lm", adapter_dir, use_chat_template)
+        opened = open_model(
+            ckpt_dir, parallel, tokenizer_file, config_file, model_type, "lm", adapter_dir, use_chat_template
+        )
         rows = read_prompt_rows(input_file)[:max_rows]
         prompts = [opened.tokenizer.prompt_ids(row["instruction"]) for row in rows]
         what = f"prompts of {input_file}, with one token more,"
@@ -108,9 +110,20 @@ def main(
         asked = [(i, row["instruction"]) for i, row in enumerate(rows) for _ in range(num_samples)]
         prompts = [prompt for prompt in prompts for _ in range(num_samples)]
         stops = tuple(stop_strings or ())
-        journal = Journal(Path(output_file), settings, fingerprint(ckpt_dir, adapter_dir, input_file, tokenizer_file, config_file), parallel)
+        journal = Journal(
+            Path(output_file),
+            settings,
+            fingerprint(ckpt_dir, adapter_dir, input_file, tokenizer_file, config_file),
+            parallel,
+        )
         completions = generate_all(
-            engine, prompts, sampling, Stop(opened.tokenizer.stop_ids, stops, opened.tokenizer.decode), log, "generating", journal
+            engine,
+            prompts,
+            sampling,
+            Stop(opened.tokenizer.stop_ids, stops, opened.tokenizer.decode),
+            log,
+            "generating",
+            journal,
         )
         if parallel.is_main:
             lines = [

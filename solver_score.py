@@ -62,12 +62,16 @@ def main(
 
     check_flags(settings)
     if temperature == 0:
-        raise UserError("--temperature 0: the log-probabilities of a greedy choice are 0 or minus infinity; give one above 0")
+        raise UserError(
+            "--temperature 0: the log-probabilities of a greedy choice are 0 or minus infinity; give one above 0"
+        )
     parallel = start(model_parallel_size, timeout)
 
     def read_inputs():
         check_writable(output_file, ".jsonl", input_file)
-        opened = open_model(ckpt_dir, parallel, tokenizer_file, config_file, model_type, "lm", adapter_dir, use_chat_template)
+        opened = open_model(
+            ckpt_dir, parallel, tokenizer_file, config_file, model_type, "lm", adapter_dir, use_chat_template
+        )
         rows = read_rows(input_file, {"instruction": TEXT, "output": TEXT})
         sequences = [encode(opened.tokenizer, row["instruction"], row["output"]) for row in rows]
         within([len(s.tokens) for s in sequences], max_seq_len, True, f"rows of {input_file}")

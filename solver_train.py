@@ -112,7 +112,9 @@ def main(
         check_log_dir(logs, ckpt_dir, adapter_dir)
         read = {"ckpt_dir": ckpt_dir, "adapter_dir": adapter_dir, "train_file": train_file}
         check_apart({"save_dir": save_dir}, {**read, "log_dir": logs})
-        opened = open_model(ckpt_dir, parallel, tokenizer_file, config_file, model_type, "lm", adapter_dir, use_chat_template)
+        opened = open_model(
+            ckpt_dir, parallel, tokenizer_file, config_file, model_type, "lm", adapter_dir, use_chat_template
+        )
         check_model_flags(settings, opened.checkpoint)
         check_save(save_dir, opened.checkpoint, number_type)
         evaluation = SolverEvaluation.read(task, label_file, eval_batch_size, max_new_tokens, max_seq_len)

@@ -72,7 +72,9 @@ def main(
     parallel = start(model_parallel_size, timeout)
 
     def read_inputs():
-        opened = open_model(ckpt_dir, parallel, tokenizer_file, config_file, model_type, "score", adapter_dir, use_chat_template)
+        opened = open_model(
+            ckpt_dir, parallel, tokenizer_file, config_file, model_type, "score", adapter_dir, use_chat_template
+        )
         if label_file is not None:
             check_log_dir(log_dir, ckpt_dir)
             return opened, *comparisons(label_file, opened.tokenizer, max_seq_len, strict_length)

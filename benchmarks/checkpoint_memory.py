@@ -28,7 +28,9 @@ def status_bytes(field: str) -> int:
 
 def read_bytes() -> int:
     """Bytes that this process asked the disk for (not what it found in the page cache)."""
-    return int(next(line for line in Path("/proc/self/io").read_text().splitlines() if line.startswith("read_bytes")).split()[1])
+    return int(
+        next(line for line in Path("/proc/self/io").read_text().splitlines() if line.startswith("read_bytes")).split()[1]
+    )
 
 
 class Peak:
@@ -110,7 +112,9 @@ def load_one(source: str) -> None:
         model = load_model(Checkpoint.open(source), parallel, torch.bfloat16)
     held = sum(p.nbytes for p in model.parameters())
     reports = [None] * parallel.world_size
-    dist.all_gather_object(reports, {"peak": peak.peak, "held": held, "seconds": peak.seconds, "read": read_bytes() - before})
+    dist.all_gather_object(
+        reports, {"peak": peak.peak, "held": held, "seconds": peak.seconds, "read": read_bytes() - before}
+    )
     if parallel.is_main:
         print(json.dumps(reports))
     stop()
@@ -148,16 +152,22 @@ def main(gigabytes: float = 2.0, n: int = 4, work_dir: str | None = None):
         drop_from_cache(work / "hf")
         split = last_line([sys.executable, __file__, "split", str(work / "hf"), str(work / "shards"), str(n)])
         shard = max(file.stat().st_size for file in (work / "shards").glob("*.pth"))
-        print(f"checkpoint {total / 1e9:.2f} GB in files of at most {largest / 1e9:.2f} GB; a shard of {n}: {shard / 1e9:.3f} GB")
-        print(f"split: peak {split['peak'] / 1e9:.3f} GB = {split['peak'] / (largest + shard):.2f} x (one source file + one shard), "
-              f"{split['peak'] / shard:.2f} x the shard; {split['seconds']:.1f} s; {split['read'] / total:.2f} x the checkpoint read")
+        print(
+            f"checkpoint {total / 1e9:.2f} GB in files of at most {largest / 1e9:.2f} GB; a shard of {n}: {shard / 1e9:.3f} GB"
+        )
+        print(
+            f"split: peak {split['peak'] / 1e9:.3f} GB = {split['peak'] / (largest + shard):.2f} x (one source file + one shard), "
+            f"{split['peak'] / shard:.2f} x the shard; {split['seconds']:.1f} s; {split['read'] / total:.2f} x the checkpoint read"
+        )
         drop_from_cache(work / "hf")
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(n)]
         ranks = last_line([*torchrun, __file__, "load", str(work / "hf")])
         worst = max(r["peak"] / r["held"] for r in ranks)
         read = sum(r["read"] for r in ranks)
-        print(f"load on {n} ranks from the folder: peak {worst:.3f} x the rank's own {ranks[0]['held'] / 1e9:.3f} GB at worst; "
-              f"{max(r['seconds'] for r in ranks):.1f} s; {read / total:.2f} x the checkpoint read from disk by all ranks together")
+        print(
+            f"load on {n} ranks from the folder: peak {worst:.3f} x the rank's own {ranks[0]['held'] / 1e9:.3f} GB at worst; "
+            f"{max(r['seconds'] for r in ranks):.1f} s; {read / total:.2f} x the checkpoint read from disk by all ranks together"
+        )
     finally:
         shutil.rmtree(work)
 

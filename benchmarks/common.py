@@ -47,8 +47,14 @@ def make_tokenizer(folder: Path, texts: list[str], vocab_size: int = 4000) -> Pa
     path = folder / "tokenizer.model"
     if not path.is_file():
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts), model_prefix=str(folder / "tokenizer"), vocab_size=vocab_size, model_type="bpe",
-            byte_fallback=True, minloglevel=2, num_threads=2)
+            sentence_iterator=iter(texts),
+            model_prefix=str(folder / "tokenizer"),
+            vocab_size=vocab_size,
+            model_type="bpe",
+            byte_fallback=True,
+            minloglevel=2,
+            num_threads=2,
+        )
     return path
 
 
@@ -89,5 +95,8 @@ def read_rate(megabytes: int = 1024, rounds: int = 5) -> float:
 
 def machine() -> str:
     """One line for the tables."""
-    model = next((line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
+    model = next(
+        (line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        "",
+    )
     return f"{model or platform.processor()}, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}, {torch.get_num_threads()} threads"

@@ -49,9 +49,21 @@ def theirs(model, prompts: list[list[int]], new: int, stops: set[int], seed: int
     torch.manual_seed(seed)
     ends = dict(eos_token_id=sorted(stops)) if stops else dict(eos_token_id=None, min_new_tokens=new)
     made = []
-    took = seconds(lambda: made.append(model.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=new, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-        pad_token_id=0, **ends)))
+    took = seconds(
+        lambda: made.append(
+            model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=new,
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                pad_token_id=0,
+                **ends,
+            )
+        )
+    )
     rows = made[0][:, longest:].tolist()
     return sum(next((at + 1 for at, token in enumerate(row) if token in stops), len(row)) for row in rows) / took
 
@@ -65,10 +77,13 @@ def against_transformers(folder: Path, prompts: list[list[int]], rounds: int) ->
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
         model.generation_config.eos_token_id = None
         for what, new, stops in (("varying lengths, at most 256 new", 256, STOPS), ("128 new each", 128, set())):
-            got = alternate({
-                "ours": lambda: ours(engine, prompts[:64], new, stops),
-                "theirs": lambda: theirs(model, prompts[:64], new, stops),
-            }, rounds)
+            got = alternate(
+                {
+                    "ours": lambda: ours(engine, prompts[:64], new, stops),
+                    "theirs": lambda: theirs(model, prompts[:64], new, stops),
+                },
+                rounds,
+            )
             a, b = median(got["ours"]), median(got["theirs"])
             lines.append(f"| {name}, 64 prompts, {what} | {a:.0f} | {b:.0f} | {a / b:.2f} |")
             print(lines[-1], flush=True)
@@ -88,13 +103,24 @@ def rank_main(folder: str, prompts_file: str, dtype: str) -> None:
 def ranks_against_process(folder: Path, prompts: list[list[int]], rounds: int, work: Path) -> list[str]:
     (work / "prompts.json").write_text(json.dumps(prompts[:64]))
     cores = len(os.sched_getaffinity(0))
-    lines = [f"| 64 prompts, 64 new each | 1 process × {cores} threads | {cores} ranks × 1 thread | ratio |", "|---|---|---|---|"]
+    lines = [
+        f"| 64 prompts, 64 new each | 1 process × {cores} threads | {cores} ranks × 1 thread | ratio |",
+        "|---|---|---|---|",
+    ]
     for dtype in DTYPES:
+
         def launch(n: int) -> float:
-            command = [sys.executable] if n == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(n)]
+            command = (
+                [sys.executable] if n == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(n)]
+            )
             environment = {**os.environ, "OMP_NUM_THREADS": str(cores // n)}
-            done = subprocess.run([*command, __file__, "rank", str(folder), str(work / "prompts.json"), dtype],
-                                  capture_output=True, text=True, env=environment, check=True)
+            done = subprocess.run(
+                [*command, __file__, "rank", str(folder), str(work / "prompts.json"), dtype],
+                capture_output=True,
+                text=True,
+                env=environment,
+                check=True,
+            )
             return float(done.stdout.split("RATE ")[1].split()[0])
 
         got = alternate({"one": lambda: launch(1), "two": lambda: launch(cores)}, rounds, warm_up=False)
@@ -110,8 +136,10 @@ def roofline(folder: Path, prompts: list[list[int]], rounds: int) -> list[str]:
     from src.generation.engine import Slots
     from src.parallel.layers import packed_weights
 
-    lines = ["| | step, ms | bytes, MB | at the read rate, ms | products, GFLOP | at the matmul rate, ms | fraction reached |",
-             "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| | step, ms | bytes, MB | at the read rate, ms | products, GFLOP | at the matmul rate, ms | fraction reached |",
+        "|---|---|---|---|---|---|---|",
+    ]
     bandwidth = read_rate()
     for name, dtype in DTYPES.items():
         rate = matmul_rate(dtype)
@@ -131,26 +159,40 @@ def roofline(folder: Path, prompts: list[list[int]], rounds: int) -> list[str]:
             read = (weights + 2 * batch * length * model.config.dim * model.config.n_layers) * dtype.itemsize
             work = 2 * batch * (weights + 2 * length * model.config.dim * model.config.n_layers)
             least = max(read / bandwidth, work / rate)
-            lines.append(f"| {name}, batch {batch}, 128 tokens of context | {1e3 * took:.2f} | {read / 1e6:.0f} | "
-                         f"{1e3 * read / bandwidth:.2f} | {work / 1e9:.2f} | {1e3 * work / rate:.2f} | {least / took:.2f} |")
+            lines.append(
+                f"| {name}, batch {batch}, 128 tokens of context | {1e3 * took:.2f} | {read / 1e6:.0f} | "
+                f"{1e3 * read / bandwidth:.2f} | {work / 1e9:.2f} | {1e3 * work / rate:.2f} | {least / took:.2f} |"
+            )
             print(lines[-1], flush=True)
-    return [f"Read rate {bandwidth / 1e9:.1f} GB/s, matmul rate " +
-            ", ".join(f"{matmul_rate(d) / 1e9:.0f} GFLOP/s in {n}" for n, d in DTYPES.items()) + ".", "", *lines]
+    return [
+        f"Read rate {bandwidth / 1e9:.1f} GB/s, matmul rate "
+        + ", ".join(f"{matmul_rate(d) / 1e9:.0f} GFLOP/s in {n}" for n, d in DTYPES.items())
+        + ".",
+        "",
+        *lines,
+    ]
 
 
 def scaling(folder: Path, prompts: list[list[int]], rounds: int) -> list[str]:
     """Cost per token from 64 to 512 prompts in the queue, and from contexts of 128 to 1024."""
     engine = open_engine(folder, torch.float32, 64)
     queue = alternate({str(n): lambda n=n: ours(engine, prompts[:n], 48, set()) for n in (64, 128, 256, 512)}, rounds)
-    lines = ["| prompts in the queue, 64 slots, 48 new each | " + " | ".join(queue) + " |", "|---|" + "---|" * len(queue),
-             "| tokens/s | " + " | ".join(f"{median(v):.0f}" for v in queue.values()) + " |", ""]
+    lines = [
+        "| prompts in the queue, 64 slots, 48 new each | " + " | ".join(queue) + " |",
+        "|---|" + "---|" * len(queue),
+        "| tokens/s | " + " | ".join(f"{median(v):.0f}" for v in queue.values()) + " |",
+        "",
+    ]
     flat = [p for p in prompts if len(p) >= 32][0]
     made = {n: [(flat * 40)[:n]] * 16 for n in (128, 256, 512, 1024)}
     context = alternate({str(n): lambda n=n: 16 / decode_seconds(engine, made[n]) for n in made}, rounds)
     cost = {n: 1e3 / median(v) for n, v in context.items()}
-    lines += ["| tokens of context, 16 slots | " + " | ".join(cost) + " |", "|---|" + "---|" * len(cost),
-              "| ms per token | " + " | ".join(f"{v:.3f}" for v in cost.values()) + " |",
-              "| cache, MB per slot | " + " | ".join(f"{2 * int(n) * 512 * 8 * 4 / 1e6:.1f}" for n in cost) + " |"]
+    lines += [
+        "| tokens of context, 16 slots | " + " | ".join(cost) + " |",
+        "|---|" + "---|" * len(cost),
+        "| ms per token | " + " | ".join(f"{v:.3f}" for v in cost.values()) + " |",
+        "| cache, MB per slot | " + " | ".join(f"{2 * int(n) * 512 * 8 * 4 / 1e6:.1f}" for n in cost) + " |",
+    ]
     print("\n".join(lines), flush=True)
     return lines
 

@@ -44,7 +44,12 @@ def main(dim: int = 4096, n_layers: int = 32, n_heads: int = 32, hidden_dim: int
     with torch.no_grad():
         for name, spec in tensor_table(config).items():
             shape = spec.local_shape(parallel.mp_size)
-            put(model, name, torch.ones(shape) if len(shape) == 1 else torch.randn(shape, dtype=dtype, device=device) * 0.02, device)
+            put(
+                model,
+                name,
+                torch.ones(shape) if len(shape) == 1 else torch.randn(shape, dtype=dtype, device=device) * 0.02,
+                device,
+            )
     model.eval()
 
     def wait() -> float:

@@ -19,8 +19,13 @@ from src.trainer.verifier import Comparison
 # Flag → the smallest and the largest value that make sense, and whether the smallest itself does.
 RANGES = {
     **dict.fromkeys(("max_batch_size", "eval_batch_size", "rollout_batch_size", "accumulation_steps"), (1, 10**7, True)),
-    **dict.fromkeys(("max_new_tokens", "max_buffer_size", "samples_per_prompt", "num_samples", "max_rows"), (1, 10**7, True)),
-    **dict.fromkeys(("epochs", "iterations", "mini_batches", "ppo_epochs", "model_parallel_size", "rollout_model_parallel_size"), (1, 10**7, True)),
+    **dict.fromkeys(
+        ("max_new_tokens", "max_buffer_size", "samples_per_prompt", "num_samples", "max_rows"), (1, 10**7, True)
+    ),
+    **dict.fromkeys(
+        ("epochs", "iterations", "mini_batches", "ppo_epochs", "model_parallel_size", "rollout_model_parallel_size"),
+        (1, 10**7, True),
+    ),
     **dict.fromkeys(("lr", "critic_lr", "max_grad_norm", "lora_alpha", "kl_target", "kl_horizon"), (0, 1e9, False)),
     **dict.fromkeys(("weight_decay", "kl_coef", "vf_coef", "truncation_penalty"), (0, 1e6, True)),
     "temperature": (0, 100, True),
@@ -67,7 +72,15 @@ def check_beams(settings: dict) -> None:
         if settings["length_penalty"] != 1:
             raise UserError("--length_penalty: has no effect without --num_beams")
         return
-    plain = {"temperature": 0, "top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1, "min_new_tokens": 0, "num_samples": 1}
+    plain = {
+        "temperature": 0,
+        "top_p": 1,
+        "top_k": 0,
+        "min_p": 0,
+        "repetition_penalty": 1,
+        "min_new_tokens": 0,
+        "num_samples": 1,
+    }
     idle = [f"--{name} {settings[name]}" for name, value in plain.items() if settings[name] != value]
     idle += ["--stop_strings"] * bool(settings.get("stop_strings"))
     if idle:
@@ -104,7 +117,9 @@ def open_model(
     if head == "lm" != checkpoint.config.head:
         raise UserError(f"{ckpt_dir}: is a verifier, without an output layer, and cannot generate; give a solver")
     check_model_type(checkpoint.config, model_type)
-    tokenizer = Tokenizer.find(checkpoint.folder, tokenizer_file, use_chat_template, chat_family or model_type or checkpoint.config.family)
+    tokenizer = Tokenizer.find(
+        checkpoint.folder, tokenizer_file, use_chat_template, chat_family or model_type or checkpoint.config.family
+    )
     check_vocabulary(tokenizer, checkpoint.config.vocab_size)
     return Model(checkpoint, tokenizer)
 
@@ -242,10 +257,15 @@ def check_writable(path: str, suffix: str, *read: str) -> None:
 
 def check_same_tokenizer(actor: Model, other: Model) -> None:
     """Raise UserError when two roles read the same ids as different texts."""
-    if actor.tokenizer.path.read_bytes() != other.tokenizer.path.read_bytes() or actor.tokenizer.bos_id != other.tokenizer.bos_id:
+    if (
+        actor.tokenizer.path.read_bytes() != other.tokenizer.path.read_bytes()
+        or actor.tokenizer.bos_id != other.tokenizer.bos_id
+    ):
         raise UserError(f"{actor.tokenizer.path} and {other.tokenizer.path} differ: the models must share their tokenizer")
     if actor.tokenizer.chat and actor.tokenizer.chat.source != other.tokenizer.chat.source:
-        raise UserError(f"{actor.tokenizer.chat.name} and {other.tokenizer.chat.name} differ: the models must share their chat template")
+        raise UserError(
+            f"{actor.tokenizer.chat.name} and {other.tokenizer.chat.name} differ: the models must share their chat template"
+        )
 
 
 def ppo_prompts(path: str, tokenizer: Tokenizer, rule: Task | None, max_seq_len: int) -> tuple[list[Prompt], str | None]:
@@ -259,5 +279,7 @@ def ppo_prompts(path: str, tokenizer: Tokenizer, rule: Task | None, max_seq_len:
         except UserError as error:
             raise UserError(f"{path}: row {number} (from 0): {error}") from None
         prompts.append(Prompt(tokenizer.prompt_ids(row["instruction"]), gold))
-    fits, warning = within([len(p.tokens) + 1 for p in prompts], max_seq_len, False, f"prompts of {path}, with one token more,")
+    fits, warning = within(
+        [len(p.tokens) + 1 for p in prompts], max_seq_len, False, f"prompts of {path}, with one token more,"
+    )
     return [p for p, fit in zip(prompts, fits) if fit], warning

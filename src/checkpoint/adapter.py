@@ -18,7 +18,15 @@ from src.models.lora import TARGETS, LoRAConfig, lora_table
 
 _PREFIX = "base_model.model."
 _REFUSED = (
-    *("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "layers_to_transform", "target_parameters", "lora_bias"),
+    *(
+        "use_dora",
+        "fan_in_fan_out",
+        "rank_pattern",
+        "alpha_pattern",
+        "layers_to_transform",
+        "target_parameters",
+        "lora_bias",
+    ),
     *("alora_invocation_tokens", "layer_replication", "megatron_config", "use_qalora", "trainable_token_indices"),
 )
 
@@ -39,7 +47,9 @@ class Adapter:
             raise UserError(f"{where}: not there; an adapter's folder holds it, beside adapter_model.safetensors")
         raw = read_json(where)
         _check(raw, where)
-        file = next((folder / name for name in ("adapter_model.safetensors", "adapter_model.bin") if (folder / name).is_file()), None)
+        file = next(
+            (folder / name for name in ("adapter_model.safetensors", "adapter_model.bin") if (folder / name).is_file()), None
+        )
         if file is None:
             raise UserError(f"{folder}: no adapter_model.safetensors in it")
         rank = number(raw, "r", str(where))
@@ -98,7 +108,9 @@ def write_adapter(config: ModelConfig, lora: LoRAConfig, tensors: dict[str, Tens
             continue
         stem, factor = name.rsplit(".", 1)
         rows = to_halves(tensor, config.head_dim) if is_rotary(name) else tensor
-        keys = _keys(family.names[generalised(f"{stem}.weight")][0], stem, config, {"lora_a": "lora_A", "lora_b": "lora_B"}[factor])
+        keys = _keys(
+            family.names[generalised(f"{stem}.weight")][0], stem, config, {"lora_a": "lora_A", "lora_b": "lora_B"}[factor]
+        )
         out |= dict(zip(keys, [rows.contiguous()] if len(keys) == 1 else [matrix.contiguous() for matrix in rows]))
     scored = config.head == "score"
     settings = {
@@ -126,7 +138,9 @@ def _check(raw: dict, where: Path) -> None:
             raise UserError(f"{where}: {key} is set to {raw[key]!r}, which is not supported")
     start = raw.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower() not in ("gaussian", "eva", "orthogonal"):
-        raise UserError(f"{where}: init_lora_weights is {start!r}: such an adapter belongs to a changed base, which is not supported")
+        raise UserError(
+            f"{where}: init_lora_weights is {start!r}: such an adapter belongs to a changed base, which is not supported"
+        )
     if raw.get("bias", "none") != "none":
         raise UserError(f"{where}: bias is {raw['bias']!r}; only 'none' is supported")
     kept = raw.get("modules_to_save") or []
@@ -135,7 +149,11 @@ def _check(raw: dict, where: Path) -> None:
 
 
 def _stems(config: ModelConfig) -> list[str]:
-    return [name.removesuffix(".weight") for name in tensor_table(config) if name.split(".")[-2] in TARGETS and name.endswith(".weight")]
+    return [
+        name.removesuffix(".weight")
+        for name in tensor_table(config)
+        if name.split(".")[-2] in TARGETS and name.endswith(".weight")
+    ]
 
 
 def _keys(place: Stored, stem: str, config: ModelConfig, factor: str) -> list[str]:

@@ -56,7 +56,9 @@ class TensorFile:
             return tensor
         if not cuts:
             return self._handle.get_tensor(key)
-        return self._handle.get_slice(key)[tuple(slice(*cuts[dim]) if dim in cuts else slice(None) for dim in range(max(cuts) + 1))]
+        return self._handle.get_slice(key)[
+            tuple(slice(*cuts[dim]) if dim in cuts else slice(None) for dim in range(max(cuts) + 1))
+        ]
 
 
 def _unpickle(path: Path) -> dict[str, Tensor]:

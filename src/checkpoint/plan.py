@@ -42,7 +42,10 @@ class Plan:
             size = torch.Size(local).numel() * self.dtype.itemsize * len(specs)
             rows.append((name, str(len(specs)), str(list(whole)), str(list(local)), f"{size:,}"))
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
-        lines = ["  ".join(cell.ljust(w) if i < 1 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))) for row in rows]
+        lines = [
+            "  ".join(cell.ljust(w) if i < 1 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+            for row in rows
+        ]
         overhead = self.rank_bytes * self.n / self.total_bytes - 1
         return [
             *lines,
@@ -60,5 +63,7 @@ def dry_run(config: ModelConfig, n: int, dtype: torch.dtype) -> Plan:
         planned = {name: spec.local_shape(n) for name, spec in table.items()}
         if built != planned:
             wrong = next(name for name in built.keys() | planned.keys() if built.get(name) != planned.get(name))
-            raise AssertionError(f"rank {rank} of {n}: {wrong} is built as {built.get(wrong)}, its shard holds {planned.get(wrong)}")
+            raise AssertionError(
+                f"rank {rank} of {n}: {wrong} is built as {built.get(wrong)}, its shard holds {planned.get(wrong)}"
+            )
     return Plan(config, n, dtype, table)

@@ -123,12 +123,16 @@ class Checkpoint:
             low, high = max(start, first), min(stop, last)
             if low < high:
                 shape = spec.local_shape(len(self.parts))
-                pieces.append(self._read_part(self.parts[rank], name, {**cuts, spec.dim: (low - first, high - first)}, shape))
+                pieces.append(
+                    self._read_part(self.parts[rank], name, {**cuts, spec.dim: (low - first, high - first)}, shape)
+                )
         if not pieces:  # an empty range: a rank whose part is all padding
             return self._read_part(self.parts[0], name, {**cuts, spec.dim: (0, 0)}, spec.local_shape(len(self.parts)))
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, spec.dim)
 
-    def _read_part(self, part: dict[str, TensorFile], name: str, cuts: dict[int, tuple[int, int]], shape: tuple[int, ...]) -> Tensor:
+    def _read_part(
+        self, part: dict[str, TensorFile], name: str, cuts: dict[int, tuple[int, int]], shape: tuple[int, ...]
+    ) -> Tensor:
         """From one shard's files; `shape`: the tensor's in this shard."""
         stored, keys = self._stored(name), self._places(name)
         if stored.parts > 1:  # the index-th part of a fused tensor
@@ -194,7 +198,9 @@ class Checkpoint:
                     found_kind, expected_kind = kind or "no fp32, bf16 or fp16", first or "one of them"
                     problems.append(f"{where}{part[key].path.name}: {key} is {found_kind}, expected {expected_kind}")
                 if found != expected:
-                    problems.append(f"{where}{part[key].path.name}: {key} has shape {list(found)}, expected {list(expected)}")
+                    problems.append(
+                        f"{where}{part[key].path.name}: {key} has shape {list(found)}, expected {list(expected)}"
+                    )
             if not problems:  # the embedding is there, and can be read
                 problems += [f"{where}{problem}" for problem in self._untied(number, part)]
             for key in part.keys() - wanted.keys():
@@ -214,10 +220,14 @@ class Checkpoint:
         if shape != expected:
             return [f"{part[key].path.name}: {key} has shape {list(shape)}, expected {list(expected)}"]
         start, stop = spec.local_range(number, n)
-        for row in sorted({start + i * (stop - start) // 16 for i in range(16)} if stop > start else ()):  # a few of them tell
+        for row in sorted(
+            {start + i * (stop - start) // 16 for i in range(16)} if stop > start else ()
+        ):  # a few of them tell
             theirs = part[key].read(key, {0: (row - start, row - start + 1)})
             if not torch.equal(theirs, self.read("tok_embeddings.weight", 0, row, row + 1)):
-                return [f"{part[key].path.name}: {key} is not the embedding, as tie_word_embeddings says it is; set that to false"]
+                return [
+                    f"{part[key].path.name}: {key} is not the embedding, as tie_word_embeddings says it is; set that to false"
+                ]
         return found
 
     def _expected(self, name: str) -> list[tuple[str, tuple[int, ...]]]:
@@ -274,7 +284,9 @@ def read_config(path: str | Path) -> ModelConfig:
     unlike = [f"{field} {getattr(config, field)}" for field, value in family.has.items() if getattr(config, field) != value]
     if nameless or unlike or (config.sliding_window and family.windows == "never"):
         what = nameless[:1] + unlike + [f"sliding_window {config.sliding_window}"] * (family.windows == "never")
-        raise UserError(f"{path}: a model of family {config.family} has no {what[0]}; another family, or another value, is right")
+        raise UserError(
+            f"{path}: a model of family {config.family} has no {what[0]}; another family, or another value, is right"
+        )
     return config
 
 

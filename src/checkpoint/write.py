@@ -34,7 +34,9 @@ def split(checkpoint: Checkpoint, save_path: Path, n: int) -> None:
             names = tqdm(checkpoint.table, desc=f"shard {rank + 1} of {n}", unit="tensor")
             # clone: a slice of a mapped file would drag its whole storage into torch.save
             shard = {
-                name: checkpoint.check_finite(name, checkpoint.local(name, rank, n)).clone(memory_format=torch.contiguous_format)
+                name: checkpoint.check_finite(name, checkpoint.local(name, rank, n)).clone(
+                    memory_format=torch.contiguous_format
+                )
                 for name in names
             }
             torch.save(shard, folder / shard_name(rank))

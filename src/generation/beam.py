@@ -85,7 +85,9 @@ class BeamSearch(Engine):
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         cache = Cache(self.model, count * width, max(len(p) + limit for p, limit in zip(prompts, limits)))
         layout = Prefill(lengths.tolist(), cache, 0, device)
-        logits = self.model.logits(self.model(torch.tensor([t for p in prompts for t in p], device=device), layout)[layout.ends])
+        logits = self.model.logits(
+            self.model(torch.tensor([t for p in prompts for t in p], device=device), layout)[layout.ends]
+        )
         source = torch.arange(count, device=device).repeat_interleave(width)
         cache.copy(source, torch.arange(count * width, device=device), int(lengths.max()))
         logits, prompt_lengths = logits[source], lengths[source]
@@ -123,7 +125,11 @@ class BeamSearch(Engine):
             if on_tokens:
                 on_tokens(0, len(open_prompts) * width, len(open_prompts) * width)
             if open_prompts:
-                cache.copy(torch.tensor(parents, device=device), torch.arange(count * width, device=device), int(lengths.max()) + step - 1)
+                cache.copy(
+                    torch.tensor(parents, device=device),
+                    torch.arange(count * width, device=device),
+                    int(lengths.max()) + step - 1,
+                )
                 last = torch.tensor([beam.tokens[-1] for beams in running for beam in beams], device=device)
                 positions = prompt_lengths + step - 1
                 context = min(-(-(int(lengths.max()) + step) // CONTEXT_STEP) * CONTEXT_STEP, cache.length)
@@ -147,7 +153,13 @@ class BeamSearch(Engine):
 
 
 def engine_of(
-    model: Transformer, parallel: Parallel, max_batch_size: int, max_seq_len: int, kv_cache_gb: float | None, num_beams: int, length_penalty: float
+    model: Transformer,
+    parallel: Parallel,
+    max_batch_size: int,
+    max_seq_len: int,
+    kv_cache_gb: float | None,
+    num_beams: int,
+    length_penalty: float,
 ) -> Engine:
     """A plain engine, or with several beams one that searches."""
     if num_beams == 1:

@@ -62,7 +62,9 @@ class Decode:
             hidden = keys > lengths
             if window:
                 hidden |= keys <= lengths - window
-            whole = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)[:, None, None]
+            whole = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)[
+                :, None, None
+            ]
             self._masks[window] = [whole[first:last, ..., :context] for first, last, context in self.contexts]
         return self._masks[window]
 

@@ -131,7 +131,9 @@ class Engine:
         if sampling.repetition_penalty != 1:
             slots.seen = torch.zeros(n_slots, self.model.vocabulary_part, dtype=torch.bool, device=device)
         if keep_masks and sampling.truncates:
-            slots.kept = torch.zeros(n_slots, sampling.max_new_tokens, -(-self.model.vocabulary_part // 8), dtype=torch.uint8, device=device)
+            slots.kept = torch.zeros(
+                n_slots, sampling.max_new_tokens, -(-self.model.vocabulary_part // 8), dtype=torch.uint8, device=device
+            )
         stops = torch.tensor(sorted(stop.ids), dtype=torch.long, device=device)
         running = 0
         with packed_weights(self.model, self.parallel):

@@ -24,7 +24,9 @@ def fingerprint(*paths: str | None) -> str:
     """Of files, and the files right in folders (not what a run may write below), by names, sizes and times of change."""
     digest = hashlib.sha256()
     for path in (Path(path) for path in paths if path is not None):
-        inside = [file for file in sorted(path.iterdir()) if file.is_file() and file.suffix in READ] if path.is_dir() else [path]
+        inside = (
+            [file for file in sorted(path.iterdir()) if file.is_file() and file.suffix in READ] if path.is_dir() else [path]
+        )
         for file in inside:
             status = file.stat()
             digest.update(f"{file}/{status.st_size}/{status.st_mtime_ns}\n".encode())
@@ -57,8 +59,11 @@ class Journal:
 
     def _check(self, begun: dict, path: Path) -> None:
         header = json.loads(json.dumps(self.header))
-        changed = [f"{name} {begun.get(name)!r}, now {header.get(name)!r}" for name in sorted(header.keys() | begun.keys())
-                   if header.get(name) != begun.get(name)]
+        changed = [
+            f"{name} {begun.get(name)!r}, now {header.get(name)!r}"
+            for name in sorted(header.keys() | begun.keys())
+            if header.get(name) != begun.get(name)
+        ]
         if changed:
             raise UserError(
                 f"{path}: was begun with other settings: {'; '.join(changed)}. Give the same to go on, or remove it to begin again"
@@ -99,7 +104,13 @@ class Journal:
 
 
 def generate_all(
-    engine: Engine, prompts: list[list[int]], sampling: Sampling, stop: Stop, log: RunLog, what: str, journal: Journal | None = None
+    engine: Engine,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    stop: Stop,
+    log: RunLog,
+    what: str,
+    journal: Journal | None = None,
 ) -> list[Completion]:
     """A completion for each prompt, with a progress bar; those that the journal holds are not generated again."""
     known = agreed(journal.read) if journal else {}

@@ -72,7 +72,13 @@ class RelaidEngine:
     """An engine for rollouts that lays the model out at its own degree for each call, and drops the copy afterwards."""
 
     def __init__(
-        self, model: Transformer, parallel: Parallel, mp_size: int, max_batch_size: int, max_seq_len: int, kv_cache_gb: float | None = None
+        self,
+        model: Transformer,
+        parallel: Parallel,
+        mp_size: int,
+        max_batch_size: int,
+        max_seq_len: int,
+        kv_cache_gb: float | None = None,
     ) -> None:
         self.model, self.parallel, self.division = model, parallel, parallel.divided(mp_size)
         self.limits = max_batch_size, max_seq_len, kv_cache_gb

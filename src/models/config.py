@@ -71,7 +71,9 @@ def number(raw: dict, key: str, where: str, default=_NO_DEFAULT, kind: type = in
         return default
     allowed = (int, float) if kind is float else int
     if not isinstance(value, allowed) or isinstance(value, bool) or not 0 < value < 1e12:
-        raise UserError(f"{where}: {key} is {value!r}; a positive {'number' if kind is float else 'whole number'} is expected")
+        raise UserError(
+            f"{where}: {key} is {value!r}; a positive {'number' if kind is float else 'whole number'} is expected"
+        )
     return value
 
 
@@ -136,7 +138,9 @@ def checked_scaling(where: str, **values) -> RopeScaling:
         number(values, name, where, kind=float)
     for name in values.keys() - {"kind"}:
         if not 1e-6 < number(values, name, where, kind=float) < 1e9:
-            raise UserError(f"{where}: rope scaling's {name} is {values[name]!r}; a number that a model could have is expected")
+            raise UserError(
+                f"{where}: rope scaling's {name} is {values[name]!r}; a number that a model could have is expected"
+            )
     return RopeScaling(**values)
 
 
@@ -173,5 +177,7 @@ def checked(where: str, **values) -> ModelConfig:
     if config.head_dim % 2:
         raise UserError(f"{where}: head_dim {config.head_dim} is odd; rotary embeddings need pairs")
     if bool(config.n_experts) != bool(config.experts_per_token) or config.experts_per_token > config.n_experts:
-        raise UserError(f"{where}: {config.experts_per_token} experts per token of {config.n_experts} experts cannot be chosen")
+        raise UserError(
+            f"{where}: {config.experts_per_token} experts per token of {config.n_experts} experts cannot be chosen"
+        )
     return config

@@ -75,7 +75,9 @@ def config_from_hf(raw: dict, where: str) -> ModelConfig:
     if raw.get("hidden_act", "silu") != "silu":
         raise UserError(f"{where}: hidden_act is {raw['hidden_act']!r}; only 'silu' is supported")
     if raw.get("decoder_sparse_step", 1) != 1:
-        raise UserError(f"{where}: decoder_sparse_step is {raw['decoder_sparse_step']!r}; only 1 (experts everywhere) is supported")
+        raise UserError(
+            f"{where}: decoder_sparse_step is {raw['decoder_sparse_step']!r}; only 1 (experts everywhere) is supported"
+        )
     rope = _rope(raw, where)
     raw = raw | {key: value for key, value in rope.items() if raw.get(key) is None}
     for key, other in (("num_experts", "num_local_experts"), ("num_local_experts", "num_experts")):  # transformers 4, 5
@@ -204,7 +206,18 @@ def hf_config(config: ModelConfig, dtype: str, special_ids: dict[str, int | list
         "dtype": dtype,
         **special_ids,
     }
-    fields = ["dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "norm_eps", "rope_theta", "max_seq_len"]
+    fields = [
+        "dim",
+        "n_layers",
+        "n_heads",
+        "n_kv_heads",
+        "head_dim",
+        "hidden_dim",
+        "vocab_size",
+        "norm_eps",
+        "rope_theta",
+        "max_seq_len",
+    ]
     if c.n_experts:
         fields += ["n_experts", "experts_per_token", "norm_topk_prob", "router_aux_loss_coef"]
         written |= {"decoder_sparse_step": 1, "mlp_only_layers": [], "output_router_logits": False}
@@ -219,7 +232,10 @@ def hf_config(config: ModelConfig, dtype: str, special_ids: dict[str, int | list
     if family.windows != "never":
         written["sliding_window"] = c.sliding_window or None
     if family.windows == "flagged":
-        written |= {"use_sliding_window": bool(c.sliding_window), "max_window_layers": c.first_window_layer if c.sliding_window else c.n_layers}
+        written |= {
+            "use_sliding_window": bool(c.sliding_window),
+            "max_window_layers": c.first_window_layer if c.sliding_window else c.n_layers,
+        }
     if scored:
         # transformers scores the last token that is not padding: the pad id must be one that no text holds.
         written |= {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}, "pad_token_id": pad_id}

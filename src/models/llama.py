@@ -5,29 +5,31 @@ from src.models.family import Family, stored
 
 
 def _llama(dim: int, n_layers: int, n_heads: int, n_kv_heads: int, hidden_dim: int, norm_eps: float, context: int):
-    return ModelConfig(
-        dim, n_layers, n_heads, n_kv_heads, dim // n_heads, hidden_dim, 32000, norm_eps, max_seq_len=context
-    )
+    return ModelConfig(dim, n_layers, n_heads, n_kv_heads, dim // n_heads, hidden_dim, 32000, norm_eps, max_seq_len=context)
 
 
 # ours (Meta's) → Hugging Face's; {} is the layer
-ATTENTION = stored({
-    "tok_embeddings.weight": "model.embed_tokens.weight",
-    "layers.{}.attention.wq.weight": "model.layers.{}.self_attn.q_proj.weight",
-    "layers.{}.attention.wk.weight": "model.layers.{}.self_attn.k_proj.weight",
-    "layers.{}.attention.wv.weight": "model.layers.{}.self_attn.v_proj.weight",
-    "layers.{}.attention.wo.weight": "model.layers.{}.self_attn.o_proj.weight",
-    "layers.{}.attention_norm.weight": "model.layers.{}.input_layernorm.weight",
-    "layers.{}.ffn_norm.weight": "model.layers.{}.post_attention_layernorm.weight",
-    "norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-    "score.weight": "score.weight",
-})
-FEED_FORWARD = stored({
-    "layers.{}.feed_forward.w1.weight": "model.layers.{}.mlp.gate_proj.weight",
-    "layers.{}.feed_forward.w2.weight": "model.layers.{}.mlp.down_proj.weight",
-    "layers.{}.feed_forward.w3.weight": "model.layers.{}.mlp.up_proj.weight",
-})
+ATTENTION = stored(
+    {
+        "tok_embeddings.weight": "model.embed_tokens.weight",
+        "layers.{}.attention.wq.weight": "model.layers.{}.self_attn.q_proj.weight",
+        "layers.{}.attention.wk.weight": "model.layers.{}.self_attn.k_proj.weight",
+        "layers.{}.attention.wv.weight": "model.layers.{}.self_attn.v_proj.weight",
+        "layers.{}.attention.wo.weight": "model.layers.{}.self_attn.o_proj.weight",
+        "layers.{}.attention_norm.weight": "model.layers.{}.input_layernorm.weight",
+        "layers.{}.ffn_norm.weight": "model.layers.{}.post_attention_layernorm.weight",
+        "norm.weight": "model.norm.weight",
+        "output.weight": "lm_head.weight",
+        "score.weight": "score.weight",
+    }
+)
+FEED_FORWARD = stored(
+    {
+        "layers.{}.feed_forward.w1.weight": "model.layers.{}.mlp.gate_proj.weight",
+        "layers.{}.feed_forward.w2.weight": "model.layers.{}.mlp.down_proj.weight",
+        "layers.{}.feed_forward.w3.weight": "model.layers.{}.mlp.up_proj.weight",
+    }
+)
 NAMES = ATTENTION | FEED_FORWARD
 
 LLAMA = Family(

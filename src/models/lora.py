@@ -47,7 +47,11 @@ class LoRA(nn.Module):
     """A parallel linear layer with a low-rank adapter beside it. The base weight is frozen."""
 
     def __init__(
-        self, base: ColumnParallelLinear | RowParallelLinear | GroupedLinear, spec: TensorSpec, config: LoRAConfig, parallel: Parallel
+        self,
+        base: ColumnParallelLinear | RowParallelLinear | GroupedLinear,
+        spec: TensorSpec,
+        config: LoRAConfig,
+        parallel: Parallel,
     ) -> None:
         """spec: of the whole base weight."""
         super().__init__()
@@ -102,7 +106,9 @@ def lora_table(config: ModelConfig, lora: LoRAConfig) -> dict[str, TensorSpec]:
     return table
 
 
-def add_lora(model: Transformer, lora: LoRAConfig, seed: int, parallel: Parallel, start_from: dict[str, Tensor] | None = None) -> None:
+def add_lora(
+    model: Transformer, lora: LoRAConfig, seed: int, parallel: Parallel, start_from: dict[str, Tensor] | None = None
+) -> None:
     """Wrap the target layers of a loaded model and freeze everything else (but a score head, which is new).
 
     start_from: whole factors of an adapter to go on from, by our names; by default A is random and B zero.
@@ -140,7 +146,9 @@ def freeze_layers(model: Transformer, n: int) -> None:
             part.requires_grad_(False)
 
 
-def merged_parts(model: Transformer, plain: Callable[[str, Tensor], Tensor] = lambda _, weight: dense(weight)) -> Iterator[tuple[str, Tensor]]:
+def merged_parts(
+    model: Transformer, plain: Callable[[str, Tensor], Tensor] = lambda _, weight: dense(weight)
+) -> Iterator[tuple[str, Tensor]]:
     """(name, this rank's part) of every weight with its adapter added in, by the names of a model without adapters.
 
     plain(name, weight) gives the weight under a quantised one: by default what it was rounded to.

@@ -23,11 +23,30 @@ MIXTRAL = Family(
     "Mixtral",
     {**ATTENTION, "layers.{}.feed_forward.gate.weight": _GATE, **experts(_BLOCK, "w1", "w2", "w3")},
     keys={"n_experts": "num_local_experts"},
-    defaults={"n_kv_heads": 8, "norm_eps": 1e-5, "rope_theta": 1e6, "n_experts": 8, "experts_per_token": 2, "router_aux_loss_coef": 0.001},
+    defaults={
+        "n_kv_heads": 8,
+        "norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "n_experts": 8,
+        "experts_per_token": 2,
+        "router_aux_loss_coef": 0.001,
+    },
     windows="always",
     presets={
         "mixtral-8x7b-instruct-v0.1": ModelConfig(
-            4096, 32, 32, 8, 128, 14336, 32000, 1e-5, 1e6, max_seq_len=32768, family="mixtral", n_experts=8, experts_per_token=2
+            4096,
+            32,
+            32,
+            8,
+            128,
+            14336,
+            32000,
+            1e-5,
+            1e6,
+            max_seq_len=32768,
+            family="mixtral",
+            n_experts=8,
+            experts_per_token=2,
         )
     },
 )

@@ -17,7 +17,9 @@ _BIASES = {
     f"layers.{{}}.attention.{ours}.bias": f"model.layers.{{}}.self_attn.{theirs}.bias"
     for ours, theirs in (("wq", "q_proj"), ("wk", "k_proj"), ("wv", "v_proj"))
 }
-_NORMS = {f"layers.{{}}.attention.{norm}.weight": f"model.layers.{{}}.self_attn.{norm}.weight" for norm in ("q_norm", "k_norm")}
+_NORMS = {
+    f"layers.{{}}.attention.{norm}.weight": f"model.layers.{{}}.self_attn.{norm}.weight" for norm in ("q_norm", "k_norm")
+}
 _C_ATTN = {  # [Q; K; V] stacked
     f"layers.{{}}.attention.{ours}.{kind}": (Stored(f"transformer.h.{{}}.attn.c_attn.{kind}", third, 3),)
     for third, ours in enumerate(("wq", "wk", "wv"))
@@ -27,19 +29,26 @@ _C_ATTN = {  # [Q; K; V] stacked
 QWEN = Family(
     "QWen",
     _C_ATTN
-    | stored({
-        "tok_embeddings.weight": "transformer.wte.weight",
-        "layers.{}.attention.wo.weight": "transformer.h.{}.attn.c_proj.weight",
-        "layers.{}.feed_forward.w1.weight": "transformer.h.{}.mlp.w2.weight",  # the gate
-        "layers.{}.feed_forward.w2.weight": "transformer.h.{}.mlp.c_proj.weight",
-        "layers.{}.feed_forward.w3.weight": "transformer.h.{}.mlp.w1.weight",
-        "layers.{}.attention_norm.weight": "transformer.h.{}.ln_1.weight",
-        "layers.{}.ffn_norm.weight": "transformer.h.{}.ln_2.weight",
-        "norm.weight": "transformer.ln_f.weight",
-        "output.weight": "lm_head.weight",
-        "score.weight": "score.weight",
-    }),
-    keys={"norm_eps": "layer_norm_epsilon", "rope_theta": "rotary_emb_base", "max_seq_len": "seq_length", "head_dim": "kv_channels"},
+    | stored(
+        {
+            "tok_embeddings.weight": "transformer.wte.weight",
+            "layers.{}.attention.wo.weight": "transformer.h.{}.attn.c_proj.weight",
+            "layers.{}.feed_forward.w1.weight": "transformer.h.{}.mlp.w2.weight",  # the gate
+            "layers.{}.feed_forward.w2.weight": "transformer.h.{}.mlp.c_proj.weight",
+            "layers.{}.feed_forward.w3.weight": "transformer.h.{}.mlp.w1.weight",
+            "layers.{}.attention_norm.weight": "transformer.h.{}.ln_1.weight",
+            "layers.{}.ffn_norm.weight": "transformer.h.{}.ln_2.weight",
+            "norm.weight": "transformer.ln_f.weight",
+            "output.weight": "lm_head.weight",
+            "score.weight": "score.weight",
+        }
+    ),
+    keys={
+        "norm_eps": "layer_norm_epsilon",
+        "rope_theta": "rotary_emb_base",
+        "max_seq_len": "seq_length",
+        "head_dim": "kv_channels",
+    },
     has={"qkv_bias": True},
     ffn_factor=2,
     written_as="qwen2",
@@ -53,7 +62,11 @@ QWEN = Family(
 _DEFAULTS = {"n_kv_heads": 32, "sliding_window": 4096}
 
 QWEN2 = Family(
-    "Qwen2", NAMES | stored(_BIASES), defaults={**_DEFAULTS, "first_window_layer": 28}, has={"qkv_bias": True}, windows="flagged"
+    "Qwen2",
+    NAMES | stored(_BIASES),
+    defaults={**_DEFAULTS, "first_window_layer": 28},
+    has={"qkv_bias": True},
+    windows="flagged",
 )
 
 QWEN3 = Family(
@@ -72,7 +85,14 @@ QWEN3_MOE = Family(
         **experts("model.layers.{}.mlp", "gate_proj", "down_proj", "up_proj"),
     },
     keys={"n_experts": "num_experts", "hidden_dim": "moe_intermediate_size"},
-    defaults={**_DEFAULTS, "n_kv_heads": 4, "n_experts": 128, "experts_per_token": 8, "router_aux_loss_coef": 0.001, "norm_topk_prob": False},
+    defaults={
+        **_DEFAULTS,
+        "n_kv_heads": 4,
+        "n_experts": 128,
+        "experts_per_token": 8,
+        "router_aux_loss_coef": 0.001,
+        "norm_topk_prob": False,
+    },
     has={"qk_norm": True},
     windows="flagged",
 )

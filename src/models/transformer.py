@@ -219,7 +219,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def build(config: ModelConfig, rank: int, n: int, dtype: torch.dtype, replicas: dist.ProcessGroup | None = None) -> Transformer:
+def build(
+    config: ModelConfig, rank: int, n: int, dtype: torch.dtype, replicas: dist.ProcessGroup | None = None
+) -> Transformer:
     """Rank `rank` of `n`'s part of the model on the meta device: names, shapes and copies, no memory."""
     with torch.device("meta"):
         model = Transformer(config, rank, n, replicas)

@@ -120,7 +120,9 @@ class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
 
     row_parallel, packed = False, None
 
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None, replicas: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self, weight: nn.Parameter, bias: nn.Parameter | None = None, replicas: dist.ProcessGroup | None = None
+    ) -> None:
         nn.Module.__init__(self)
         self.weight, self.bias, self.replicas = weight, bias, replicas
 
@@ -168,7 +170,9 @@ def _packable(model: nn.Module) -> list:
         return []
     holders = [holder for module in model.modules() for holder in module.__dict__.values() if isinstance(holder, Stacked)]
     stacked = {id(layer) for holder in holders for layer in holder.layers}
-    layers = [m for m in model.modules() if isinstance(m, (ColumnParallelLinear, RowParallelLinear)) and id(m) not in stacked]
+    layers = [
+        m for m in model.modules() if isinstance(m, (ColumnParallelLinear, RowParallelLinear)) and id(m) not in stacked
+    ]
     kinds = [torch.float32] + [torch.bfloat16] * torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return [h for h in holders + layers if type(h.weight) in (Tensor, nn.Parameter) and h.weight.dtype in kinds]
 
@@ -223,4 +227,6 @@ class HeadNorm(RMSNorm):
     """RMSNorm of each of this rank's heads, one weight for all heads of all ranks: its gradient is summed over them."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.normalized_shape, eps=self.eps).type_as(x) * copy_to_model_parallel_region(self.weight)
+        return F.rms_norm(x.float(), self.normalized_shape, eps=self.eps).type_as(x) * copy_to_model_parallel_region(
+            self.weight
+        )

@@ -66,9 +66,7 @@ def fit(
     with log.progress(total, "PPO", unit="iteration") as bar:
         for number, chosen in zip(range(total), prompt_batches(len(prompts), per_iteration, plan.seed)):
             batch = [prompts[i] for i in chosen for _ in range(plan.samples_per_prompt)]
-            lr, critic_lr = (
-                lr_at(number, total, rate, plan.warmup, plan.schedule) for rate in (plan.lr, plan.critic_lr)
-            )
+            lr, critic_lr = (lr_at(number, total, rate, plan.warmup, plan.schedule) for rate in (plan.lr, plan.critic_lr))
             stats = ppo.iteration(number, batch, lr, critic_lr)
             if stats["skipped"]:
                 log.warning(f"iteration {number + 1}: steps with a gradient norm that is not finite were skipped")

@@ -224,9 +224,7 @@ class PPO:
         )
         self.policy_optimizer.backward(loss + weighted_balance_loss(self.policy, batch, batch.responses, denominator))
         values, _ = response_values(self.value, batch)
-        v_loss, value_stats = value_loss(
-            values, buffer.values[index], buffer.returns[index], s.cliprange_value, denominator
-        )
+        v_loss, value_stats = value_loss(values, buffer.values[index], buffer.returns[index], s.cliprange_value, denominator)
         balance = weighted_balance_loss(self.value, batch, batch.responses, denominator)
         self.value_optimizer.backward(s.vf_coef * v_loss + balance)
         for name, x in {

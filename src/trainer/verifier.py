@@ -39,6 +39,8 @@ class VerifierObjective:
         batch = Batch.of([s for c in chosen for s in c.chosen + c.rejected], self.device)  # one forward for both sides
         pairs = margins(sequence_scores(model, batch), [(len(c.chosen), len(c.rejected)) for c in chosen])
         loss = torch.stack([-F.logsigmoid(m).mean() for m in pairs]).sum() / denominator
-        balance = weighted_balance_loss(model, batch, [1 / len(c.chosen + c.rejected) for c in chosen for _ in c.chosen + c.rejected], denominator)
+        balance = weighted_balance_loss(
+            model, batch, [1 / len(c.chosen + c.rejected) for c in chosen for _ in c.chosen + c.rejected], denominator
+        )
         correct = torch.stack([(m.detach() > 0).float().mean() for m in pairs]).sum()
         return loss + balance, {"accuracy": float(correct) / denominator, "balance_loss": float(balance.detach())}
