@@ -14,6 +14,7 @@ test: $(VENV)/installed
 # Beside other software and beside what the machine could do: PROMPTS is a .jsonl with "question" in each line, such as GSM8K's.
 bench: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/generation.py --prompts_file $(PROMPTS) --out runs/generation.md
+	$(VENV)/bin/python benchmarks/kernels.py
 	$(VENV)/bin/python benchmarks/checkpoint_memory.py
 
 # The environment is whole when this file exists, and made again when the requirements change.

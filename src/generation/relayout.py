@@ -28,7 +28,7 @@ def exchanged(part: Tensor, spec: TensorSpec, parallel: Parallel, n: int) -> Ten
     first_rank = parallel.rank - parallel.mp_rank
     start, stop = spec.local_range(parallel.mp_rank % n, n)
     new = part.new_zeros(spec.local_shape(n))
-    sends, receives, waits = [], [], []
+    sends, receives = [], []
     for owner, low, high in spec.owners(parallel.mp_size):
         if owner == parallel.mp_rank:
             for rank in range(parallel.mp_size):

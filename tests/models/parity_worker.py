@@ -193,7 +193,14 @@ def check_lora(case: Case, out: Path) -> None:
     save_whole(case, out / f"{case.name}-fresh.safetensors", whole_adapter(model, case.parallel))
     with torch.no_grad():
         # B is zero (asserted on the saved factors); kernels round differently for slices of a stacked product and for sums
-        case.note("lora starts as the base model", deviation(case.logits(model), base))
+        fresh = case.logits(model)
+        case.note("lora starts as the base model", deviation(fresh, base))
+        factors = [p for name, p in model.named_parameters() if name.endswith("lora_a")]
+        for a in factors:
+            a.mul_(1000)
+        case.note("a fresh adapter adds exactly nothing", (case.logits(model) - fresh).abs().max().item())
+        for a in factors:
+            a.div_(1000)
 
     table, parameters = lora_table(model.config, LORA), dict(model.named_parameters())
     assert {name for name in parameters if "lora" in name} == set(table)

@@ -277,6 +277,7 @@ def test_verifier_scores_are_transformers(deviations, name):
 @pytest.mark.parametrize("name", ADAPTED)
 def test_lora_is_the_dense_sum(deviations, work, name):
     assert deviations[f"{name}/lora starts as the base model"] <= TOLERANCE
+    assert deviations[f"{name}/a fresh adapter adds exactly nothing"] == 0
     assert deviations[f"{name}/lora logits"] <= TOLERANCE
     assert deviations[f"{name}/lora recompute"] <= 1e-6
     assert deviations[f"{name}/lora norm"] <= TOLERANCE
