@@ -11,11 +11,18 @@ quickstart: $(VENV)/installed
 test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -q
 
-# Beside other software and beside what the machine could do: PROMPTS is a .jsonl with "question" in each line, such as GSM8K's.
-bench: $(VENV)/installed
-	$(VENV)/bin/python benchmarks/generation.py --prompts_file $(PROMPTS) --out runs/generation.md
-	$(VENV)/bin/python benchmarks/kernels.py
-	$(VENV)/bin/python benchmarks/checkpoint_memory.py
+# Beside other software and beside what the machine could do: PROMPTS is a .jsonl with "question" and "answer" in each line, such
+# as GSM8K's train file.
+bench: .venv-bench/installed
+	.venv-bench/bin/python benchmarks/generation.py --prompts_file $(PROMPTS) --out runs/generation.md
+	.venv-bench/bin/python benchmarks/training.py --train_file $(PROMPTS) --out runs/training.md
+	.venv-bench/bin/python benchmarks/kernels.py
+	.venv-bench/bin/python benchmarks/checkpoint_memory.py
+
+.venv-bench/installed: requirements.txt benchmarks/requirements.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r benchmarks/requirements.txt
+	touch $@
 
 # The environment is whole when this file exists, and made again when the requirements change.
 $(VENV)/installed: requirements.txt
@@ -24,4 +31,4 @@ $(VENV)/installed: requirements.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) .venv-bench runs

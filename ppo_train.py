@@ -28,6 +28,7 @@ def main(
     config_file: str | None = None,
     use_chat_template: bool = False,
     max_batch_size: int = 6,
+    max_tokens_per_batch: int | None = None,
     max_buffer_size: int = 96,
     samples_per_prompt: int = 1,
     rollout_batch_size: int = 384,
@@ -62,7 +63,9 @@ def main(
     quantize: Literal["nf4", "int8"] | None = None,
     freeze_layers: int = 0,
     router_aux_loss_coef: float | None = None,
-    checkpoint_activations: bool = False,
+    checkpoint_activations: Literal["none", "selective", "full"] = "none",
+    compile: bool = False,
+    zero: Literal[0, 1] = 1,
     task: str | None = None,
     label_file: str | None = None,
     eval_batch_size: int = 384,
@@ -89,6 +92,8 @@ def main(
         config_file: the actor's params.json or config.json; found in actor_ckpt_dir when not given.
         use_chat_template: write each instruction as a user's turn, by the checkpoint's chat template or the family's.
         max_batch_size: sequences in one forward and backward, per data-parallel rank.
+        max_tokens_per_batch: and their tokens, at most; a longer row goes alone. Optimizer steps stay the same: there are more
+            forwards in each. No limit when not given.
         max_buffer_size: rollouts per iteration, over all ranks.
         samples_per_prompt: rollouts of each prompt.
         rollout_batch_size: sequences generated at a time, at most.
@@ -125,7 +130,10 @@ def main(
         quantize: keep the frozen weights in 4 or 8 bits; needs --lora_rank.
         freeze_layers: train neither the embedding nor this many layers from the bottom.
         router_aux_loss_coef: weight of the experts' load-balancing loss; the model's own when not given.
-        checkpoint_activations: keep block inputs only and compute the rest again in backward.
+        checkpoint_activations: what of each block is computed again in backward, to save memory: nothing (none), all but products
+            and attention (selective), or all but its input (full).
+        compile: let torch.compile make one kernel each of the norms and of SwiGLU; on the CPU that needs a C++ compiler.
+        zero: 1 shares the optimizer's state among the data-parallel ranks (ZeRO stage 1); 0 keeps it whole on each.
         task: what to evaluate on, such as GSM8K; also whose rule --reward rule applies (GSM8K when not given).
         label_file: the task's rows.
         eval_batch_size: sequences generated at a time in evaluations, at most.
@@ -178,6 +186,7 @@ def main(
         truncated,
         truncation_penalty,
         seed,
+        max_tokens_per_batch,
     )
     if temperature == 0:
         raise UserError("--temperature 0: PPO learns from samples; give a temperature above 0")
@@ -259,8 +268,8 @@ def main(
             value,
             reference,
             rewards,
-            Optimizer(policy, parallel, weight_decay, max_grad_norm, eps=1e-5),
-            Optimizer(value, parallel, weight_decay, max_grad_norm, eps=1e-5),
+            Optimizer(policy, parallel, weight_decay, max_grad_norm, eps=1e-5, zero=zero),
+            Optimizer(value, parallel, weight_decay, max_grad_norm, eps=1e-5, zero=zero),
             engine,
             sampling,
             actor.tokenizer.stop_ids,
@@ -273,7 +282,7 @@ def main(
             prompts,
             plan,
             log,
-            lambda epoch: evaluation.run(epoch, policy, actor.tokenizer, parallel, log, settings),
+            lambda epoch: evaluation.run(f"epoch {epoch}", epoch, policy, actor.tokenizer, parallel, log, settings),
         )
         save_model(
             policy, parallel, actor_save_dir, actor.checkpoint, actor.tokenizer.path, actor.tokenizer.borrowed_template

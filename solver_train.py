@@ -22,6 +22,7 @@ def main(
     adapter_dir: str | None = None,
     use_chat_template: bool = False,
     max_batch_size: int = 6,
+    max_tokens_per_batch: int | None = None,
     accumulation_steps: int = 1,
     max_seq_len: int = 1024,
     strict_length: bool = False,
@@ -39,12 +40,17 @@ def main(
     quantize: Literal["nf4", "int8"] | None = None,
     freeze_layers: int = 0,
     router_aux_loss_coef: float | None = None,
-    checkpoint_activations: bool = False,
+    checkpoint_activations: Literal["none", "selective", "full"] = "none",
+    compile: bool = False,
+    zero: Literal[0, 1] = 1,
     task: str | None = None,
     label_file: str | None = None,
+    eval_every: int | None = None,
+    keep_best: str | None = None,
     eval_batch_size: int = 384,
     max_new_tokens: int = 256,
     log_dir: str | None = None,
+    profile: bool = False,
     dtype: Literal["bf16", "fp16", "fp32"] | None = None,
     seed: int = 0,
     model_parallel_size: int | None = None,
@@ -62,6 +68,8 @@ def main(
         adapter_dir: a LoRA adapter in PEFT's format: trained on with --lora_rank, else added to the weights first.
         use_chat_template: write each instruction as a user's turn, by the checkpoint's chat template or the family's.
         max_batch_size: sequences in one forward and backward, per data-parallel rank.
+        max_tokens_per_batch: and their tokens, at most; a longer row goes alone. Optimizer steps stay the same: there are more
+            forwards in each. No limit when not given.
         accumulation_steps: micro-batches per optimizer step.
         max_seq_len: rows with more tokens are left out and counted.
         strict_length: refuse such rows instead.
@@ -79,12 +87,19 @@ def main(
         quantize: keep the frozen weights in 4 or 8 bits; needs --lora_rank.
         freeze_layers: train neither the embedding nor this many layers from the bottom.
         router_aux_loss_coef: weight of the experts' load-balancing loss; the model's own when not given.
-        checkpoint_activations: keep block inputs only and compute the rest again in backward.
+        checkpoint_activations: what of each block is computed again in backward, to save memory: nothing (none), all but products
+            and attention (selective), or all but its input (full).
+        compile: let torch.compile make one kernel each of the norms and of SwiGLU; on the CPU that needs a C++ compiler.
+        zero: 1 shares the optimizer's state among the data-parallel ranks (ZeRO stage 1); 0 keeps it whole on each.
         task: what to evaluate on, such as GSM8K.
         label_file: the task's rows.
+        eval_every: evaluate every so many steps; after each epoch when not given.
+        keep_best: a metric of the evaluation, such as accuracy: the model is also saved, to SAVE_DIR-best, whenever it is higher
+            than ever.
         eval_batch_size: sequences generated at a time, at most.
         max_new_tokens: of one answer in evaluations.
         log_dir: for the log, TensorBoard events and evaluation results; SAVE_DIR-logs when not given.
+        profile: write a trace of steps 4 and 5 for https://ui.perfetto.dev to the log folder, one file per rank.
         dtype: of weights and activations; bf16 on a GPU and fp32 on the CPU when not given.
         seed: of everything random.
         model_parallel_size: ranks per model; all of them when not given.
@@ -94,7 +109,7 @@ def main(
     from src.checkpoint.folder import check_apart
     from src.checkpoint.load import load_model
     from src.checkpoint.save import check_save, save_model
-    from src.evaluation.training import SolverEvaluation
+    from src.evaluation.training import KeepBest, SolverEvaluation
     from src.inputs import check_flags, check_log_dir, check_model_flags, lora_of, open_model, solver_sequences
     from src.logs import RunLog
     from src.parallel.setup import agreed, pick_dtype, start, stop
@@ -103,21 +118,37 @@ def main(
     from src.trainer.solver import SolverObjective
 
     check_flags(settings)
-    fit_settings = FitSettings(lr, epochs, max_batch_size, accumulation_steps, warmup, schedule, seed)
+    fit_settings = FitSettings(
+        lr,
+        epochs,
+        max_batch_size,
+        accumulation_steps,
+        warmup,
+        schedule,
+        seed,
+        max_tokens_per_batch,
+        eval_every,
+        profile,
+    )
     parallel = start(model_parallel_size, timeout)
 
     number_type, logs = pick_dtype(dtype, parallel.device), log_dir or f"{save_dir.rstrip('/')}-logs"
+    best_dir = f"{save_dir.rstrip('/')}-best" if keep_best else None
 
     def read_inputs():
         check_log_dir(logs, ckpt_dir, adapter_dir)
         read = {"ckpt_dir": ckpt_dir, "adapter_dir": adapter_dir, "train_file": train_file}
-        check_apart({"save_dir": save_dir}, {**read, "log_dir": logs})
+        saved = {"save_dir": save_dir} | ({"keep_best": best_dir} if best_dir else {})
+        check_apart(saved, {**read, "log_dir": logs})
         opened = open_model(
             ckpt_dir, parallel, tokenizer_file, config_file, model_type, "lm", adapter_dir, use_chat_template
         )
         check_model_flags(settings, opened.checkpoint)
-        check_save(save_dir, opened.checkpoint, number_type)
+        check_save(save_dir, opened.checkpoint, number_type, len(saved))
+        if best_dir:
+            check_save(best_dir, opened.checkpoint, number_type, len(saved))
         evaluation = SolverEvaluation.read(task, label_file, eval_batch_size, max_new_tokens, max_seq_len)
+        KeepBest.check(keep_best, evaluation.metrics)
         lora = lora_of(settings, opened.checkpoint)
         return opened, lora, evaluation, *solver_sequences(train_file, opened.tokenizer, max_seq_len, strict_length)
 
@@ -128,16 +159,25 @@ def main(
             log.warning(f"{warning} and are left out")
         log.info(f"{len(sequences)} rows; ranks: {parallel.mp_size} model-parallel × {parallel.dp_size} data-parallel")
         prepare(model, settings, parallel)
+
+        def save(folder: str) -> None:
+            save_model(model, parallel, folder, opened.checkpoint, opened.tokenizer.path, opened.tokenizer.borrowed_template)
+
+        best = KeepBest(keep_best, lambda: save(best_dir), log)
+
+        def evaluate(at: str, number: int) -> None:
+            best.consider(at, number, evaluation.run(at, number, model, opened.tokenizer, parallel, log, settings))
+
         fit(
             model,
-            Optimizer(model, parallel, weight_decay, max_grad_norm, betas=(0.9, beta2)),
+            Optimizer(model, parallel, weight_decay, max_grad_norm, betas=(0.9, beta2), zero=zero),
             SolverObjective(sequences, parallel.device),
             fit_settings,
             parallel,
             log,
-            lambda epoch: evaluation.run(epoch, model, opened.tokenizer, parallel, log, settings),
+            evaluate,
         )
-        save_model(model, parallel, save_dir, opened.checkpoint, opened.tokenizer.path, opened.tokenizer.borrowed_template)
+        save(save_dir)
         log.info(f"saved to {save_dir}")
     stop()
 

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 SIZES = dict(dim=512, n_layers=8, n_heads=8, n_kv_heads=8, hidden_dim=1376, vocab_size=32000)  # 58M parameters
 
 
-def make_model(folder: Path, seed: int = 0, **sizes) -> Path:
+def make_model(folder: Path, seed: int = 0, head: str = "lm", **sizes) -> Path:
     """A Hugging Face folder with random weights; made once."""
     from safetensors.torch import save_file
 
@@ -30,7 +30,7 @@ def make_model(folder: Path, seed: int = 0, **sizes) -> Path:
     if (folder / "config.json").is_file():
         return folder
     sizes = {**SIZES, **sizes}
-    config = ModelConfig(**sizes, head_dim=sizes["dim"] // sizes["n_heads"])
+    config = ModelConfig(**sizes, head_dim=sizes["dim"] // sizes["n_heads"], head=head)
     tensors = {}
     for name, spec in tensor_table(config).items():
         tensors |= hf_tensors(name, random_tensor(name, spec, initial_std(name, spec, config.n_layers), seed), config)

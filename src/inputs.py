@@ -19,6 +19,7 @@ from src.trainer.verifier import Comparison
 # Flag → the smallest and the largest value that make sense, and whether the smallest itself does.
 RANGES = {
     **dict.fromkeys(("max_batch_size", "eval_batch_size", "rollout_batch_size", "accumulation_steps"), (1, 10**7, True)),
+    **dict.fromkeys(("max_tokens_per_batch", "eval_every"), (1, 10**9, True)),
     **dict.fromkeys(
         ("max_new_tokens", "max_buffer_size", "samples_per_prompt", "num_samples", "max_rows"), (1, 10**7, True)
     ),

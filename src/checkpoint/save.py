@@ -103,8 +103,11 @@ def save_model(
     dist.barrier()
 
 
-def check_save(save_dir: str, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-    """Raise UserError, before any work, when a model like the checkpoint's could not be saved to `save_dir`."""
+def check_save(save_dir: str, checkpoint: Checkpoint, dtype: torch.dtype, folders: int = 1) -> None:
+    """Raise UserError, before any work, when a model like the checkpoint's could not be saved to `save_dir`.
+
+    folders: how many such the run will save, side by side.
+    """
     folder = check_replaceable(save_dir)
     numbers = sum(torch.Size(spec.shape).numel() for spec in checkpoint.table.values())
-    check_space(folder, numbers * dtype.itemsize)
+    check_space(folder, folders * numbers * dtype.itemsize)

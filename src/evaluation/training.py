@@ -1,6 +1,7 @@
-"""Evaluations inside a training run: before the first epoch (0) and after each, written beside the log."""
+"""Evaluations inside a training run: before its first step and every so often after it, written beside the log."""
 
 from dataclasses import dataclass
+from typing import Callable
 
 from src.data.tokenizer import Tokenizer
 from src.errors import UserError
@@ -37,19 +38,33 @@ class SolverEvaluation:
         data = read_evaluation(task, label_file) if _both_or_none(task, label_file) else None
         return cls(data, batch_size, max_new_tokens, max_seq_len)
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return () if self.data is None else ("accuracy", *self.data.task.grade("", "0"))
+
     def run(
-        self, epoch: int, model: Transformer, tokenizer: Tokenizer, parallel: Parallel, log: RunLog, settings: dict
-    ) -> None:
+        self,
+        at: str,
+        number: int,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        parallel: Parallel,
+        log: RunLog,
+        settings: dict,
+    ) -> dict[str, float]:
+        """The metrics; `at`, such as "epoch 2", names the moment in the log and the files, `number` on the curves' axis."""
         if self.data is None:
-            return
+            return {}
         engine = Engine(model, parallel, self.batch_size, self.max_seq_len)
         sampling = Sampling(max_new_tokens=self.max_new_tokens, temperature=0.0)
         data = self.data
         summary, predictions = evaluate_solver(engine, tokenizer, data.task, data.instructions, data.golds, sampling, log)
-        log.info(f"after epoch {epoch}: {headline(summary)}")
-        log.scalars(epoch, {k: v for k, v in summary.items() if isinstance(v, float)}, prefix=f"eval/{data.task.name}")
+        log.info(f"after {at}: {headline(summary)}")
+        metrics = {k: v for k, v in summary.items() if isinstance(v, float)}
+        log.scalars(number, metrics, prefix=f"eval/{data.task.name}")
         if parallel.is_main:
-            write_results(log.log_dir, summary, predictions, settings, f"-epoch-{epoch}")
+            write_results(log.log_dir, summary, predictions, settings, f"-{at.replace(' ', '-')}")
+        return metrics
 
 
 @dataclass(frozen=True)
@@ -68,11 +83,42 @@ class VerifierEvaluation:
         pairs, warning = comparisons(label_file, tokenizer, max_seq_len, strict) if label_file else (None, None)
         return cls(task or "pairs", pairs, warning, batch_size)
 
-    def run(self, epoch: int, model: Transformer, parallel: Parallel, log: RunLog, settings: dict) -> None:
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return () if self.pairs is None else ("accuracy", "margin")
+
+    def run(
+        self, at: str, number: int, model: Transformer, parallel: Parallel, log: RunLog, settings: dict
+    ) -> dict[str, float]:
+        """The metrics; `at`, such as "epoch 2", names the moment in the log and the files, `number` on the curves' axis."""
         if self.pairs is None:
-            return
+            return {}
         summary, rows = evaluate_pairs(model, parallel, self.pairs, self.batch_size, log)
-        log.info(f"after epoch {epoch}: {self.task}, pair accuracy {100 * summary['accuracy']:.1f} % on {summary['pairs']} pairs")
-        log.scalars(epoch, {"accuracy": summary["accuracy"], "margin": summary["margin"]}, prefix=f"eval/{self.task}")
+        log.info(f"after {at}: {self.task}, pair accuracy {100 * summary['accuracy']:.1f} % on {summary['pairs']} pairs")
+        metrics = {name: summary[name] for name in self.metrics}
+        log.scalars(number, metrics, prefix=f"eval/{self.task}")
         if parallel.is_main:
-            write_results(log.log_dir, summary, rows, settings, f"-epoch-{epoch}")
+            write_results(log.log_dir, summary, rows, settings, f"-{at.replace(' ', '-')}")
+        return metrics
+
+
+class KeepBest:
+    """Saves the model whenever a metric of its evaluations is higher than ever since training began."""
+
+    def __init__(self, metric: str | None, save: Callable[[], None], log: RunLog) -> None:
+        self.metric, self.save, self.log, self.best = metric, save, log, None
+
+    @staticmethod
+    def check(metric: str | None, known: tuple[str, ...]) -> None:
+        """Raise UserError when the evaluation gives no such metric."""
+        if metric is not None and metric not in known:
+            gives = f"gives {', '.join(known)}" if known else "is not asked for: give --label_file (and --task, of a solver)"
+            raise UserError(f"--keep_best {metric}: the evaluation {gives}")
+
+    def consider(self, at: str, number: int, metrics: dict[str, float]) -> None:
+        if self.metric is None or number == 0:  # nothing trained yet
+            return
+        if self.best is None or metrics[self.metric] > self.best:
+            self.best = metrics[self.metric]
+            self.save()
+            self.log.info(f"{self.metric} {self.best:.4f} after {at}: the best so far, saved")

@@ -1,8 +1,12 @@
 """Sequences laid end to end, without padding, each attending to itself alone."""
 
+import inspect
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
 
 
 class _Scatter(torch.autograd.Function):
@@ -38,32 +42,37 @@ def gather_rows(x: Tensor, index: Tensor) -> Tensor:
     return _Gather.apply(x, index)
 
 
-def band(length: int, window: int, device: torch.device) -> Tensor:
-    """True where a query (row) may look at a key (column): itself and the window − 1 tokens before it, [length, length]."""
-    back = torch.arange(length, device=device).unsqueeze(1) - torch.arange(length, device=device)
-    return (back >= 0) & (back < window)
+def band(queries: range, keys: int, window: int, device: torch.device) -> Tensor:
+    """True where a query (row) may look at a key (column): itself and what is before it, at most `window` in all (0: any)."""
+    back = torch.arange(queries.start, queries.stop, device=device).unsqueeze(1) - torch.arange(keys, device=device)
+    return (back >= 0) & (back < window) if window else back >= 0
 
 
 class Packed:
     """The layout of a batch of sequences laid end to end: N tokens in all, the i-th sequence `lengths[i]` long.
 
-    Everything outside attention works on the N real tokens. Attention alone sees a rectangle [sequences, longest]:
-    causal attention with the padding on the right needs no mask, since no real token looks to its right.
+    prefixes: for each sequence the number of the one that it goes on from (a prompt, whole, with no prefix of its own), or None:
+    its tokens then see that prompt's too, which is computed once for all that go on from it.
     """
 
     balance_loss: Tensor | None = None  # of each sequence, after a forward with experts
 
-    def __init__(self, lengths: list[int], device: torch.device | str = "cpu") -> None:
-        self.lengths = lengths
-        self.longest = self.context = max(lengths)  # positions that the rotary table must cover
+    def __init__(
+        self, lengths: list[int], device: torch.device | str = "cpu", prefixes: list[int | None] | None = None
+    ) -> None:
+        self.lengths, self.prefixes = lengths, prefixes or [None] * len(lengths)
+        before = [0 if p is None else lengths[p] for p in self.prefixes]
+        self.longest = max(lengths)
+        self.context = max(map(int.__add__, lengths, before))  # positions that the rotary table must cover
         self.size = torch.tensor(lengths)
-        self.starts = (self.size.cumsum(0) - self.size).to(device)
+        starts = self.size.cumsum(0) - self.size
+        self.starts = starts.to(device)
         sequence = torch.arange(len(lengths)).repeat_interleave(self.size)
-        positions = torch.arange(int(self.size.sum())) - (self.size.cumsum(0) - self.size)[sequence]
-        self.positions = positions.to(device)
+        positions = torch.arange(int(self.size.sum())) - starts[sequence]
+        self.positions = (positions + torch.tensor(before)[sequence]).to(device)
         self.full = min(lengths) == self.longest  # a rectangle already
         self.index = (sequence * self.longest + positions).to(device)
-        self._bands: dict[int, Tensor] = {}
+        self.before = before  # tokens of each sequence's prefix
 
     @property
     def ends(self) -> Tensor:
@@ -96,12 +105,41 @@ class Packed:
 
         q: [N, heads, head_dim]; k, v: [N, kv heads, head_dim]; → like q.
         """
-        q, k, v = (self.pad(x).transpose(1, 2) for x in (q, k, v))
-        grouped = q.size(1) != k.size(1)
-        if 0 < window < self.longest:
-            if window not in self._bands:
-                self._bands[window] = band(self.longest, window, q.device)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=self._bands[window], enable_gqa=grouped)
-        else:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-        return self.unpad(out.transpose(1, 2))
+        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+            return self._variable_length(q, k, v, window)
+        return self._one_by_one(q, k, v, window)
+
+    def _one_by_one(self, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+        """Sequence by sequence and in fp32: on the CPU quicker than a rectangle with padding, or bf16 (docs/performance.md)."""
+        dtype, out = q.dtype, []
+        q, k, v = q.float(), k.float(), v.float()
+        keys, values = (self._with_prefixes(x.split(self.lengths)) for x in (k, v))
+        for part, k, v, before in zip(q.split(self.lengths), keys, values, self.before):
+            q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (part, k, v))
+            plain = not before and not 0 < window < k.size(2)
+            mask = None if plain else band(range(before, k.size(2)), k.size(2), window, q.device)
+            grouped = q.size(1) != k.size(1)
+            out.append(F.scaled_dot_product_attention(q, k, v, mask, is_causal=plain, enable_gqa=grouped)[0].transpose(0, 1))
+        return torch.cat(out).to(dtype)
+
+    def _with_prefixes(self, parts: tuple[Tensor, ...]) -> list[Tensor]:
+        return [x if p is None else torch.cat((parts[p], x)) for x, p in zip(parts, self.prefixes)]
+
+    def _variable_length(self, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+        """PyTorch's own kernel for packed sequences. Queries stand at the end of their keys, prefix and all."""
+        queries = keys = self._bounds(self.lengths, q.device)
+        if any(self.before):
+            k, v = (torch.cat(self._with_prefixes(x.split(self.lengths))) for x in (k, v))
+            keys = self._bounds([a + b for a, b in zip(self.lengths, self.before)], q.device)
+        grouped = {}
+        if q.size(1) != k.size(1):
+            if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+                grouped = {"enable_gqa": True}
+            else:
+                k, v = (x.repeat_interleave(q.size(1) // x.size(1), 1) for x in (k, v))
+        reach = (window - 1 if window else -1, 0)
+        return varlen_attn(q, k, v, queries, keys, self.longest, self.context, window_size=reach, **grouped)
+
+    @staticmethod
+    def _bounds(lengths: list[int], device: torch.device) -> Tensor:
+        return torch.tensor([0, *lengths], device=device).cumsum(0).int()

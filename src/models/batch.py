@@ -1,16 +1,19 @@
 """Queries and responses as one packed batch, and what is read off the model at their tokens."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Callable, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from src.models.attention import Packed, gather_rows
 from src.models.transformer import Transformer
+from src.parallel.mappings import copy_to_model_parallel_region
 from src.parallel.setup import Parallel
-from src.parallel.vocab import token_logprobs
+from src.parallel.vocab import LossOf, rows_at_once, target_loss, token_logprobs
 
 T = TypeVar("T")
 
@@ -52,6 +55,42 @@ class Batch:
         return self.layout.ends
 
 
+def shared_prompt(sequences: list[Sequence]) -> int:
+    """Tokens of the prompt that all of them go on from; 0 where that is not one, or there is only one sequence."""
+    first = sequences[0]
+    length = first.prompt_length
+    same = all(s.prompt_length == length and s.tokens[:length] == first.tokens[:length] for s in sequences)
+    return length if same and len(sequences) > 1 else 0
+
+
+class PromptTree:
+    """Groups of sequences, each group's prompt only once before its responses.
+
+    tokens: [N]; ends: the row of each sequence's last token, group after group, [sequences].
+    """
+
+    def __init__(self, tokens: Tensor, layout: Packed, responses: list[int]) -> None:
+        """responses: which of the layout's pieces end a sequence."""
+        self.tokens, self.layout = tokens, layout
+        self.ends = layout.ends[torch.tensor(responses, device=tokens.device)]
+
+    @classmethod
+    def of(cls, groups: list[list[Sequence]], device: torch.device) -> "PromptTree":
+        pieces, prefixes, responses = [], [], []
+        for group in groups:
+            shared = shared_prompt(group)
+            root = len(pieces) if shared else None
+            if shared:
+                pieces.append(group[0].tokens[:shared])
+                prefixes.append(None)
+            for sequence in group:
+                responses.append(len(pieces))
+                pieces.append(sequence.tokens[shared:])
+                prefixes.append(root)
+        tokens = torch.tensor([token for piece in pieces for token in piece], device=device)
+        return cls(tokens, Packed(list(map(len, pieces)), device, prefixes), responses)
+
+
 def end_to_end(starts: Tensor, lengths: list[int]) -> Tensor:
     """The ranges [start, start + length) laid end to end: [n] → [Σ lengths]. On the host."""
     size = torch.tensor(lengths)
@@ -60,9 +99,28 @@ def end_to_end(starts: Tensor, lengths: list[int]) -> Tensor:
 
 
 def response_logprobs(model: Transformer, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Log-probability of every response token, and the entropy of the distribution it was one of; [R] each, fp32."""
-    hidden = model(batch.tokens, batch.layout)
-    return token_logprobs(model.logits(gather_rows(hidden, batch.rows)), batch.targets, temperature)
+    """Log-probability of every response token, and the entropy of the distribution it was one of; [R] each, fp32.
+
+    The logits live a chunk at a time, and are computed again in backward. For training see `response_loss`.
+    """
+    hidden = gather_rows(model(batch.tokens, batch.layout), batch.rows)
+    size = rows_at_once(model.vocabulary_weight)
+
+    def of(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return token_logprobs(model.logits(hidden), targets, temperature)
+
+    if torch.is_grad_enabled():
+        of = partial(checkpoint, of, use_reentrant=False)
+    parts = [of(h, t) for h, t in zip(hidden.split(size), batch.targets.split(size))]
+    return torch.cat([logprobs for logprobs, _ in parts]), torch.cat([entropy for _, entropy in parts])
+
+
+def response_loss(
+    model: Transformer, batch: Batch, loss_of: LossOf, temperature: float = 1.0, entropy: bool = False
+) -> Tensor:
+    """A loss that every response token has for itself; see `target_loss`. The same log-probabilities as `response_logprobs`, bit for bit."""
+    hidden = copy_to_model_parallel_region(gather_rows(model(batch.tokens, batch.layout), batch.rows))
+    return target_loss(hidden, model.vocabulary_weight, model.vocabulary, batch.targets, loss_of, temperature, entropy)
 
 
 def response_values(model: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -71,13 +129,13 @@ def response_values(model: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:
     return gather_rows(scores, batch.rows), gather_rows(scores, batch.ends)
 
 
-def sequence_scores(model: Transformer, batch: Batch) -> Tensor:
+def sequence_scores(model: Transformer, batch: Batch | PromptTree) -> Tensor:
     """The score head at each sequence's last token, [sequences], fp32."""
     hidden = model(batch.tokens, batch.layout)
     return model.scores(gather_rows(hidden, batch.ends))
 
 
-def weighted_balance_loss(model: Transformer, batch: Batch, weights: list[float], denominator: float) -> Tensor:
+def weighted_balance_loss(model: Transformer, batch: Batch | PromptTree, weights: list[float], denominator: float) -> Tensor:
     """The experts' load-balancing loss of a batch that went through the model: Σ over sequences of weight × loss, over the
 
     denominator, times the model's coefficient. It is each sequence's own, so that no cut into batches changes it. 0 without experts.
@@ -88,10 +146,26 @@ def weighted_balance_loss(model: Transformer, batch: Batch, weights: list[float]
     return model.router_aux_loss_coef * (batch.layout.balance_loss * weight).sum() / denominator
 
 
-def micro_batches(lengths: list[int], max_batch_size: int) -> list[list[int]]:
-    """Indices of `lengths` in groups of at most `max_batch_size`, alike in length, the longest first."""
+def micro_batches(lengths: list[int], max_batch_size: int, max_tokens: int | None = None) -> list[list[int]]:
+    """Indices of `lengths` in groups of at most `max_batch_size`, and of at most `max_tokens` tokens, as few as come easily.
+
+    A row that is longer by itself stands alone. Without max_tokens the rows of a group are alike in length, the longest first.
+    """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    return [order[i : i + max_batch_size] for i in range(0, len(order), max_batch_size)]
+    if max_tokens is None:
+        return [order[i : i + max_batch_size] for i in range(0, len(order), max_batch_size)]
+    groups: list[list[int]] = []
+    room: list[int] = []  # tokens that each group still takes
+    for i in order:  # first fit, the longest first
+        fitting = (g for g, group in enumerate(groups) if room[g] >= lengths[i] and len(group) < max_batch_size)
+        at = next(fitting, None)
+        if at is None:
+            at = len(groups)
+            groups.append([])
+            room.append(max_tokens)
+        groups[at].append(i)
+        room[at] -= lengths[i]
+    return groups
 
 
 def over_ranks(

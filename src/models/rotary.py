@@ -67,8 +67,3 @@ def logn(config: ModelConfig, positions: Tensor) -> Tensor:
     """Qwen v1's scale of the queries: log_{seq_length}(position), counted from 1, past seq_length; 1 before. [N] → [N, 1]."""
     return ((positions + 1).float().log() / math.log(config.max_seq_len)).clamp_min(1).unsqueeze(1)
 
-
-def rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """Turn interleaved pairs (Meta's convention). x: [N, heads, head_dim]; rotary: [N, head_dim / 2]."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotary.unsqueeze(1)).flatten(-2).type_as(x)

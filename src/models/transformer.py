@@ -6,24 +6,29 @@ Head counts are read off the shards' shapes; what the families differ in are val
 """
 
 from contextlib import contextmanager
+from functools import partial
 from typing import Iterator
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
 
 from src.models.config import ModelConfig
+from src.models.elementwise import HeadNorm, RMSNorm, rotate, swiglu
 from src.models.experts import MixtureOfExperts, balance_loss
 from src.models.layout import TensorSpec, tensor_table
-from src.models.rotary import logn, ntk_rotary, rotary_table, rotate
+from src.models.rotary import logn, ntk_rotary, rotary_table
 from src.parallel.layers import (
     ColumnParallelLinear,
-    HeadNorm,
     ParallelEmbedding,
     ReplicatedLinear,
-    RMSNorm,
     RowParallelLinear,
     Stacked,
     VocabParallelEmbedding,
@@ -31,8 +36,29 @@ from src.parallel.layers import (
     parameter,
     reduce_from_model_parallel_region,
 )
+from src.parallel.vocab import IMPOSSIBLE
 
-IMPOSSIBLE = -30000.0  # the logit of a padded vocabulary entry: a probability of exactly 0, and finite in every dtype
+
+_aten = torch.ops.aten
+KEPT = {  # what is dear to compute: products and attention
+    _aten.mm.default,
+    _aten.addmm.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.torch_attn._varlen_attn.default,
+}
+
+
+def _keep_products(ctx, op, *args, **kwargs) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+# Activation checkpointing: what of a block is computed again in backward. "full": all but its input.
+CHECKPOINTING = {
+    "selective": partial(create_selective_checkpoint_contexts, _keep_products),
+    "full": noop_context_fn,
+}
 
 
 class Shard:
@@ -83,8 +109,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, layout, rotary: tuple[Tensor, Tensor]) -> Tensor:
         x = copy_to_model_parallel_region(x)
         layers = (self.wq, self.wk, self.wv)
-        projected = self.stacked(x, layers) if self.stacked else [layer(x) for layer in layers]
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in projected)
+        parts = self.stacked(x, layers).split(self.stacked.sizes, -1) if self.stacked else [layer(x) for layer in layers]
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         out = layout.attend(self.layer, rotate(q, rotary[0]), rotate(k, rotary[1]), v, self.window)
@@ -107,8 +133,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         x = copy_to_model_parallel_region(x)
-        gate, up = self.stacked(x, (self.w1, self.w3)) if self.stacked else (self.w1(x), self.w3(x))
-        return reduce_from_model_parallel_region(self.w2(F.silu(gate) * up)), None
+        layers = (self.w1, self.w3)
+        joined = self.stacked(x, layers) if self.stacked else torch.cat([layer(x) for layer in layers], -1)
+        return reduce_from_model_parallel_region(self.w2(swiglu(joined))), None
 
 
 class Block(nn.Module):
@@ -154,7 +181,7 @@ class Transformer(nn.Module):
             if not config.tie_word_embeddings:
                 self.output = ColumnParallelLinear(shard["output.weight"])
         self.kv_heads = shard.spec("layers.0.attention.wk.weight").local_shape(n)[0] // config.head_dim  # of this rank
-        self.recompute = False  # activation checkpointing: keep block inputs only, and compute the rest again
+        self.recompute = "none"  # activation checkpointing: see CHECKPOINTING
         self.router_aux_loss_coef = config.router_aux_loss_coef
         self._rotary = None
 
@@ -166,8 +193,9 @@ class Transformer(nn.Module):
         rotary = self.rotary(layout)
         x, routers = self.tok_embeddings(tokens), []
         for block in self.layers:
-            if self.recompute and torch.is_grad_enabled():
-                x, router = checkpoint(block, x, layout, rotary, use_reentrant=False)
+            if self.recompute != "none" and torch.is_grad_enabled():
+                again = CHECKPOINTING[self.recompute]
+                x, router = checkpoint(block, x, layout, rotary, use_reentrant=False, context_fn=again)
             else:
                 x, router = block(x, layout, rotary)
             if router is not None and torch.is_grad_enabled() and self.router_aux_loss_coef:
@@ -183,10 +211,14 @@ class Transformer(nn.Module):
             if isinstance(block.feed_forward, FeedForward):
                 block.feed_forward.stack(device)
 
+    @property
+    def vocabulary_weight(self) -> nn.Parameter:
+        """The output layer's, which may be the embedding's."""
+        return (self.tok_embeddings if self.config.tie_word_embeddings else self.output).weight
+
     def logits(self, hidden: Tensor) -> Tensor:
         """This rank's columns of the vocabulary's logits: [M, dim] → [M, vocabulary / n]."""
-        hidden = copy_to_model_parallel_region(hidden)
-        logits = F.linear(hidden, self.tok_embeddings.weight) if self.config.tie_word_embeddings else self.output(hidden)
+        logits = F.linear(copy_to_model_parallel_region(hidden), self.vocabulary_weight)
         padding = logits.size(-1) - self.vocabulary
         return F.pad(logits[..., : self.vocabulary], (0, padding), value=IMPOSSIBLE) if padding else logits
 

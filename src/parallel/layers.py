@@ -18,6 +18,7 @@ from fairscale.nn.model_parallel import layers as fairscale_layers
 from torch import Tensor, nn
 
 from src.parallel.mappings import copy_to_model_parallel_region, reduce_from_model_parallel_region
+from src.parallel.shared_memory import summed
 
 __all__ = [
     "ColumnParallelLinear",
@@ -46,9 +47,7 @@ class _SumGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        grad = grad.contiguous()
-        dist.all_reduce(grad, group=ctx.group)
-        return grad, None
+        return summed(grad, ctx.group), None
 
 
 def sum_gradient(weight: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -105,11 +104,15 @@ class Stacked:
             return whole
         return _Stack.apply(whole, *(sum_gradient(part, layer.replicas) for part, layer in zip(parts, self.layers)))
 
-    def __call__(self, x: Tensor, modules: tuple[nn.Module, ...]) -> list[Tensor]:
-        """What each of the modules makes of x: the layers themselves, or adapters around them, which add their part."""
+    def __call__(self, x: Tensor, modules: tuple[nn.Module, ...]) -> Tensor:
+        """What the modules make of x, side by side: the layers themselves, or adapters around them, which add their part."""
         bias = None if self.bias is None else self._with_gradient(self.bias, "bias")
-        parts = linear(x, self._with_gradient(self.weight, "weight"), bias, self.packed).split(self.sizes, -1)
-        return [y if module is layer else y + module.low_rank(x) for y, module, layer in zip(parts, modules, self.layers)]
+        y = linear(x, self._with_gradient(self.weight, "weight"), bias, self.packed)
+        adapted = [module is not layer for module, layer in zip(modules, self.layers)]
+        if not any(adapted):
+            return y
+        added = [m.low_rank(x) if is_one else y.new_zeros(len(y), n) for m, is_one, n in zip(modules, adapted, self.sizes)]
+        return y + torch.cat(added, -1)
 
 
 class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
@@ -209,24 +212,3 @@ class ReplicatedLinear(nn.Linear):
     def __init__(self, weight: nn.Parameter) -> None:
         nn.Module.__init__(self)
         self.weight, self.bias = weight, None
-
-
-class RMSNorm(nn.RMSNorm):
-    """Root-mean-square norm over the last axis, in fp32 whatever the input's dtype (as Meta's)."""
-
-    def __init__(self, weight: nn.Parameter, eps: float) -> None:
-        nn.Module.__init__(self)
-        self.normalized_shape, self.eps, self.elementwise_affine = tuple(weight.shape), eps, True
-        self.weight = weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.normalized_shape, eps=self.eps).type_as(x) * self.weight
-
-
-class HeadNorm(RMSNorm):
-    """RMSNorm of each of this rank's heads, one weight for all heads of all ranks: its gradient is summed over them."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.normalized_shape, eps=self.eps).type_as(x) * copy_to_model_parallel_region(
-            self.weight
-        )

@@ -5,7 +5,11 @@ timeout each, and handed to FairScale, whose own initialiser clamps a wrong degr
 that wait for half an hour.
 """
 
+import ctypes
+import math
 import os
+import platform
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -19,6 +23,7 @@ from src.errors import UserError
 from src.parallel.shared_memory import forget, share_memory
 
 T = TypeVar("T")
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -103,7 +108,8 @@ def _divide(rank: int, world: int, mp: int, device: torch.device, limit: timedel
     grid = torch.arange(world).view(-1, mp)
     mp_group = _own_group(grid.tolist(), rank, limit)
     dp_group = _own_group(grid.T.tolist(), rank, limit)
-    share_memory(mp_group, device, limit.total_seconds())
+    for group in (mp_group, dp_group):
+        share_memory(group, device, limit.total_seconds())
     return Parallel(rank, world, rank % mp, mp, rank // mp, world // mp, device, mp_group, dp_group, limit)
 
 
@@ -146,6 +152,32 @@ def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
     """bf16, fp16 or fp32 by name; by default bf16 on a GPU and fp32 on the CPU."""
     name = name or ("bf16" if device.type == "cuda" else "fp32")
     return DTYPES[name]
+
+
+def reuse_memory() -> None:
+    """Let freed tensors' memory stay with the process (glibc): a training step asks for the same again, and new pages cost
+
+    as much as what is computed in them. Does nothing elsewhere, and for GPUs, whose memory PyTorch keeps anyway.
+    """
+    if platform.system() != "Linux" or not hasattr(library := ctypes.CDLL(None), "mallopt"):
+        return
+    for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1)):
+        library.mallopt(option, value)
+
+
+def matmul_rate(dtype: torch.dtype, device: torch.device, rounds: int = 5) -> float:
+    """FLOP/s of the best of a few square matrix products: what a model's products could reach at most."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, best = torch.ones(n, n, dtype=dtype, device=device), math.inf
+    for _ in range(rounds + 1):  # the first warms up
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+    return 2 * n**3 / best
 
 
 def agreed(check: Callable[[], T]) -> T:

@@ -10,10 +10,13 @@ import platform
 import tempfile
 import time
 from pathlib import Path
+from typing import Callable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from src.parallel.clock import clock
 
 SLOT_BYTES = 2**22  # longer tensors go in pieces
 BITS = 24  # of a flag, for the number of bytes
@@ -121,20 +124,36 @@ def forget() -> None:
 def all_reduce(x: Tensor, group: dist.ProcessGroup, op: dist.ReduceOp = dist.ReduceOp.SUM) -> None:
     """In place over the group, by the quickest way that there is."""
     reducer = _reducers.get(group)
-    if reducer is None or not x.is_contiguous():
-        dist.all_reduce(x, op=op, group=group)
-    elif x.numel():
-        reducer.all_reduce(x, x, op)
+    with clock.communication():
+        if reducer is None or not x.is_contiguous():
+            dist.all_reduce(x, op=op, group=group)
+        elif x.numel():
+            reducer.all_reduce(x, x, op)
+
+
+def all_reduce_start(x: Tensor, group: dist.ProcessGroup) -> Callable[[], object]:
+    """Begin to sum in place over the group; the result is there when the returned function has been called."""
+    if group in _reducers:
+        all_reduce(x, group)
+        return lambda: None
+    work = dist.all_reduce(x, group=group, async_op=True)
+
+    def wait() -> None:
+        with clock.communication():
+            work.wait()
+
+    return wait
 
 
 def summed(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum over the group, in a new tensor."""
     x, reducer = x.contiguous(), _reducers.get(group)
-    if reducer is None:
-        out = x.clone()
-        dist.all_reduce(out, group=group)
-    else:
-        out = torch.empty_like(x)
-        if x.numel():
-            reducer.all_reduce(x, out, dist.ReduceOp.SUM)
+    with clock.communication():
+        if reducer is None:
+            out = x.clone()
+            dist.all_reduce(out, group=group)
+        else:
+            out = torch.empty_like(x)
+            if x.numel():
+                reducer.all_reduce(x, out, dist.ReduceOp.SUM)
     return out

@@ -1,7 +1,10 @@
 """Log-probabilities over a vocabulary that is split across ranks: the logits are never gathered."""
 
+from typing import Callable, NamedTuple
+
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from fairscale.nn.model_parallel.initialize import (
     get_model_parallel_group,
     get_model_parallel_rank,
@@ -10,6 +13,9 @@ from fairscale.nn.model_parallel.initialize import (
 from torch import Tensor
 
 from src.parallel.shared_memory import all_reduce
+
+IMPOSSIBLE = -30000.0  # the logit of a padded vocabulary entry: a probability of exactly 0, and finite in every dtype
+LOGITS_AT_ONCE, LOGITS_AT_ONCE_CUDA = 2**25, 2**27  # numbers in a chunk: 128 MiB in fp32, 512 MiB
 
 
 def mp_all_reduce(x: Tensor, op: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
@@ -25,42 +31,65 @@ def vocab_range(local_size: int) -> tuple[int, int]:
     return start, start + local_size
 
 
-class _TokenLogprobs(torch.autograd.Function):
-    """log softmax(z)[target] and the entropy of softmax(z), in fp32.
+class _Where(NamedTuple):
+    """What the gradient needs beside the exponentials: their sums, this rank's column of each target, and whether it has it; [N] each."""
+
+    total: Tensor
+    column: Tensor
+    here: Tensor
+
+
+def _softmax(z: Tensor, targets: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None, _Where]:
+    """log softmax(z)[target] and the entropy, [N] each; z itself, fp32, becomes softmax(z) · total."""
+    z -= mp_all_reduce(z.amax(-1), dist.ReduceOp.MAX).unsqueeze(-1)
+    start, stop = vocab_range(z.size(-1))
+    here = (targets >= start) & (targets < stop)
+    column = (targets - start).clamp(0, z.size(-1) - 1)
+    of_target = z.gather(-1, column.unsqueeze(-1)).squeeze(-1) * here
+    if entropy:
+        p = z.exp()
+        sums = [p.sum(-1), of_target, (p * z).sum(-1)]
+        z.copy_(p)
+    else:
+        sums = [z.exp_().sum(-1), of_target]
+    total, of_target, *weighted = mp_all_reduce(torch.stack(sums))
+    log_total = total.log()
+    return of_target - log_total, log_total - weighted[0] / total if entropy else None, _Where(total, column, here)
+
+
+def _softmax_gradient(
+    exp: Tensor, grad: Tensor | None, grad_entropy: Tensor | None, entropy: Tensor | None, at: _Where, scale: float
+) -> Tensor:
+    """scale × the gradient for z, in the exponentials' place.
 
     With p = softmax(z):  d log p_t / d z_j = 1[j = t] − p_j   and   d H / d z_j = −p_j (log p_j + H).
     """
+    grad = torch.zeros_like(at.total) if grad is None else grad * scale
+    more = None
+    if grad_entropy is not None:
+        p = exp / at.total.unsqueeze(-1)
+        log_p = p.clamp_min(torch.finfo(p.dtype).tiny).log_()  # p = 0 contributes 0
+        more = log_p.add_(entropy.unsqueeze(-1)).mul_(p).mul_((grad_entropy * scale).unsqueeze(-1))
+    exp *= (-grad / at.total).unsqueeze(-1)
+    exp.scatter_add_(-1, at.column.unsqueeze(-1), (grad * at.here).unsqueeze(-1))
+    return exp if more is None else exp.sub_(more)
 
+
+class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor, temperature: float):
         ctx.set_materialize_grads(False)
-        z = logits.float() / temperature  # a copy: the logits stay as they are
-        z -= mp_all_reduce(z.amax(-1), dist.ReduceOp.MAX).unsqueeze(-1)
-        start, stop = vocab_range(z.size(-1))
-        here = (targets >= start) & (targets < stop)
-        local_target = (targets - start).clamp(0, z.size(-1) - 1)
-        z_target = z.gather(-1, local_target.unsqueeze(-1)).squeeze(-1) * here
-        p = z.exp()
-        sums = torch.stack((p.sum(-1), (p * z).sum(-1), z_target))
-        total, weighted, z_target = mp_all_reduce(sums)
-        p /= total.unsqueeze(-1)
-        entropy = total.log() - weighted / total
-        ctx.save_for_backward(p, local_target, here, entropy)
+        exp = logits.float() / temperature  # a copy: the logits stay as they are
+        logprobs, entropy, at = _softmax(exp, targets, entropy=True)
+        ctx.save_for_backward(exp, entropy, *at)
         ctx.temperature, ctx.dtype = temperature, logits.dtype
-        return z_target - total.log(), entropy
+        return logprobs, entropy
 
     @staticmethod
     def backward(ctx, grad_logprobs: Tensor, grad_entropy: Tensor):
-        p, local_target, here, entropy = ctx.saved_tensors
-        if grad_logprobs is None:
-            grad = torch.zeros_like(p)
-        else:
-            grad = p * -grad_logprobs.unsqueeze(-1)
-            grad.scatter_add_(-1, local_target.unsqueeze(-1), (grad_logprobs * here).unsqueeze(-1))
-        if grad_entropy is not None:
-            log_p = p.clamp_min(torch.finfo(p.dtype).tiny).log()  # p = 0 contributes 0
-            grad -= grad_entropy.unsqueeze(-1) * p * (log_p + entropy.unsqueeze(-1))
-        return (grad / ctx.temperature).to(ctx.dtype), None, None
+        exp, entropy, *at = ctx.saved_tensors
+        grad = _softmax_gradient(exp.clone(), grad_logprobs, grad_entropy, entropy, _Where(*at), 1 / ctx.temperature)
+        return grad.to(ctx.dtype), None, None
 
 
 def token_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -69,3 +98,74 @@ def token_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) ->
     logits: this rank's columns, [N, vocabulary / n]; targets: global token ids, [N]; returns ([N], [N]).
     """
     return _TokenLogprobs.apply(logits, targets, temperature)
+
+
+def rows_at_once(weight: Tensor) -> int:
+    """Rows whose logits are computed at a time. weight: this rank's rows of the output layer."""
+    return max(1, (LOGITS_AT_ONCE_CUDA if weight.is_cuda else LOGITS_AT_ONCE) // weight.size(0))
+
+
+LossOf = Callable[[Tensor, Tensor | None, slice], Tensor]
+
+
+class _TargetLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, real: int, targets: Tensor, loss_of: LossOf, options: tuple):
+        temperature, entropy, at_once = options
+        wanted, n = ctx.needs_input_grad, targets.size(0)
+        at_once = -(-n // max(1, -(-n // at_once)))  # chunks of one size
+        grad_hidden = torch.empty_like(hidden) if wanted[0] else None
+        grad_weight, loss = None, torch.zeros((), device=hidden.device)
+        for start in range(0, n, at_once):
+            rows = slice(start, start + at_once)
+            z = F.linear(hidden[rows], weight)
+            z[:, real:] = IMPOSSIBLE
+            z = z.float()
+            if temperature != 1:
+                z /= temperature
+            logprobs, h, at = _softmax(z, targets[rows], entropy)
+            with torch.enable_grad():
+                inputs = [x.requires_grad_() for x in (logprobs, h) if x is not None]
+                part = loss_of(logprobs, h, rows)
+                grads = torch.autograd.grad(part, inputs, allow_unused=True)
+            loss += part.detach()
+            grad = _softmax_gradient(z, grads[0], grads[1] if entropy else None, h, at, 1 / temperature).to(weight.dtype)
+            if wanted[0]:
+                torch.mm(grad, weight, out=grad_hidden[rows])
+            if wanted[1] and grad_weight is None:
+                grad_weight = torch.mm(grad.t(), hidden[rows]).float()
+            elif wanted[1]:
+                grad_weight = _add_product(grad_weight, grad.t(), hidden[rows])
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        # in place, once: what is saved is this function's own
+        hidden, weight = (None if x is None else x.mul_(grad) for x in ctx.saved_tensors)
+        return hidden, weight, None, None, None, None
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """total + a b, in place; total is fp32."""
+    return total.addmm_(a, b) if a.dtype == total.dtype else total.add_(torch.mm(a, b))
+
+
+def target_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    real: int,
+    targets: Tensor,
+    loss_of: LossOf,
+    temperature: float = 1.0,
+    entropy: bool = False,
+) -> Tensor:
+    """Σ over chunks of rows of loss_of(log-probabilities, entropies or None, rows): a loss that each row has for itself.
+
+    The logits live a chunk at a time, and the gradient of the chunk's loss is taken while they are there, so that nothing as large
+    as [N, vocabulary] is kept or computed twice. Backward may be called once.
+
+    hidden: [N, dim]; weight: this rank's rows of the output layer, [vocabulary / n, dim], `real` of them without padding;
+    targets: global token ids, [N].
+    """
+    return _TargetLoss.apply(hidden, weight, real, targets, loss_of, (temperature, entropy, rows_at_once(weight)))

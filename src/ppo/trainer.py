@@ -17,7 +17,7 @@ from src.errors import UserError
 from src.generation.engine import Engine
 from src.generation.relayout import RelaidEngine
 from src.generation.sampling import Sampling
-from src.models.batch import micro_batches, response_logprobs, response_values, weighted_balance_loss
+from src.models.batch import micro_batches, response_logprobs, response_loss, response_values, weighted_balance_loss
 from src.models.transformer import Transformer
 from src.parallel.setup import Parallel
 from src.ppo.advantages import gae, token_rewards, whiten
@@ -42,6 +42,7 @@ class PPOSettings:
     truncated: Literal["bootstrap", "zero", "penalty"] = "bootstrap"
     truncation_penalty: float = 1.0
     seed: int = 0
+    max_tokens_per_batch: int | None = None
 
     def __post_init__(self) -> None:
         if min(self.max_batch_size, self.max_buffer_size, self.mini_batches, self.ppo_epochs) < 1:
@@ -186,7 +187,8 @@ class PPO:
         for k in range(n):
             chosen = order[total * k // n : total * (k + 1) // n]
             mine = sorted(i // self.parallel.dp_size for i in chosen if i % self.parallel.dp_size == self.parallel.dp_rank)
-            groups = micro_batches([buffer.lengths[i] for i in mine], self.settings.max_batch_size)
+            lengths = [buffer.lengths[i] for i in mine]
+            groups = micro_batches(lengths, self.settings.max_batch_size, self.settings.max_tokens_per_batch)
             plan.append([[mine[i] for i in group] for group in groups])
         return plan
 
@@ -201,7 +203,7 @@ class PPO:
                 )
                 dist.all_reduce(tokens, group=self.parallel.dp_group)
                 for rows in minibatch:
-                    self._accumulate(*buffer.select(rows), buffer, float(tokens), sums)
+                    self._accumulate(*buffer.select(rows), buffer, float(tokens), sums, last=rows is minibatch[-1])
                 policy, value = self.policy_optimizer.step(lr), self.value_optimizer.step(value_lr)
                 steps += 1
                 for name, x in {
@@ -215,18 +217,25 @@ class PPO:
         dist.all_reduce(totals, group=self.parallel.dp_group)
         return {**{name: x / steps for name, x in zip(names, totals.tolist())}, "optimizer_steps": steps}
 
-    def _accumulate(self, batch, index, buffer: RolloutBuffer, denominator: float, sums: dict) -> None:
+    def _accumulate(self, batch, index, buffer: RolloutBuffer, denominator: float, sums: dict, last: bool) -> None:
         """Both losses of one micro-batch, backward."""
         s = self.settings
-        logprobs, _ = response_logprobs(self.policy, batch, self.temperature)
-        loss, policy_stats = policy_loss(
-            logprobs, buffer.logprobs[index], buffer.advantages[index], s.cliprange, denominator
-        )
-        self.policy_optimizer.backward(loss + weighted_balance_loss(self.policy, batch, batch.responses, denominator))
+        policy_stats: dict[str, torch.Tensor] = {}
+
+        def loss_of(logprobs, _, rows):
+            at = index[rows]
+            part, stats = policy_loss(logprobs, buffer.logprobs[at], buffer.advantages[at], s.cliprange, denominator)
+            for name, x in stats.items():
+                policy_stats[name] = policy_stats.get(name, 0.0) + x
+            return part
+
+        loss = response_loss(self.policy, batch, loss_of, self.temperature)
+        balance = weighted_balance_loss(self.policy, batch, batch.responses, denominator)
+        self.policy_optimizer.backward(loss + balance, last)
         values, _ = response_values(self.value, batch)
         v_loss, value_stats = value_loss(values, buffer.values[index], buffer.returns[index], s.cliprange_value, denominator)
         balance = weighted_balance_loss(self.value, batch, batch.responses, denominator)
-        self.value_optimizer.backward(s.vf_coef * v_loss + balance)
+        self.value_optimizer.backward(s.vf_coef * v_loss + balance, last)
         for name, x in {
             "policy_loss": loss.detach(),
             "value_loss": v_loss.detach(),

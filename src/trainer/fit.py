@@ -1,7 +1,12 @@
 """The training loop of solver and verifier: epochs, batches, steps, evaluations."""
 
 import random
+import resource
+import sys
+import time
+from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Callable, Protocol
 
 import torch
@@ -11,11 +16,16 @@ from torch import Tensor
 from src.errors import UserError
 from src.logs import RunLog
 from src.models.batch import micro_batches
+from src.models.elementwise import compile_elementwise
+from src.models.flops import TrainingFlops, attention_pairs
 from src.models.init import generator_for
 from src.models.lora import freeze_layers
 from src.models.transformer import Transformer
-from src.parallel.setup import Parallel
+from src.parallel.clock import clock
+from src.parallel.setup import Parallel, matmul_rate, reuse_memory
 from src.trainer.optimizer import Optimizer, lr_at
+
+PROFILED_STEPS = (3, 2)  # steps that pass before the profile, and steps in it
 
 
 class Objective(Protocol):
@@ -23,15 +33,22 @@ class Objective(Protocol):
 
     lengths: list[int]  # tokens of each row
     weights: list[int]  # what each row adds to the denominator of the loss
+    targets: list[int]  # logits of each row that the loss needs
     stats: tuple[str, ...]  # names of what `loss` returns to be logged, "loss" among them
 
-    def loss(self, model: Transformer, rows: list[int], denominator: float) -> tuple[Tensor, dict[str, float]]:
+    def pieces(self, row: int) -> list[tuple[int, int]]:
+        """How a row's tokens are computed: (tokens, tokens before them that they see too) of each piece."""
+
+    def loss(self, model: Transformer, rows: list[int], denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
         """The rows' share of the loss (their sum over the whole batch's denominator), and sums to be logged."""
 
 
 @dataclass(frozen=True)
 class FitSettings:
-    """batch = max_batch_size × accumulation_steps × data-parallel ranks rows per optimizer step."""
+    """batch = max_batch_size × accumulation_steps × data-parallel ranks rows per optimizer step, in micro-batches of at most
+
+    max_batch_size rows and max_tokens_per_batch tokens. Evaluations come every `eval_every` steps, or after each epoch.
+    """
 
     lr: float
     epochs: int
@@ -40,6 +57,9 @@ class FitSettings:
     warmup: float = 0.03
     schedule: str = "cosine"
     seed: int = 0
+    max_tokens_per_batch: int | None = None
+    eval_every: int | None = None
+    profile: bool = False
 
     def __post_init__(self) -> None:
         if min(self.epochs, self.max_batch_size, self.accumulation_steps) < 1 or self.lr <= 0 or not 0 <= self.warmup < 1:
@@ -50,10 +70,14 @@ class FitSettings:
 
 
 def prepare(model: Transformer, settings: dict, parallel: Parallel) -> None:
-    """What a training script's flags say of the model: recomputation, frozen layers, the weight of the experts' balance;
+    """What a training script's flags say of the model: recomputation, compilation, frozen layers, the weight of the experts'
 
-    and the state that dropout is drawn from, which must be the same on all ranks that share a model.
+    balance; and the state that dropout is drawn from, which must be the same on all ranks that share a model.
     """
+    if parallel.device.type == "cpu":
+        reuse_memory()
+    if settings["compile"]:
+        compile_elementwise()
     torch.manual_seed(generator_for(settings["seed"], f"dropout/{parallel.dp_rank}").initial_seed())
     model.recompute = settings["checkpoint_activations"]
     freeze_layers(model, settings["freeze_layers"])
@@ -72,11 +96,17 @@ def epoch_batches(n_rows: int, batch_size: int, seed: int, epoch: int) -> list[l
     return [order[i : i + batch_size] for i in range(0, n_rows, batch_size)]
 
 
-def share_of(batch: list[int], lengths: list[int], parallel: Parallel, max_batch_size: int) -> list[list[int]]:
-    """This data-parallel rank's rows of a batch, in micro-batches. Dealt by length, so that all get alike."""
+def share_of(
+    batch: list[int], lengths: list[int], parallel: Parallel, max_batch_size: int, max_tokens: int | None = None
+) -> list[list[int]]:
+    """This data-parallel rank's rows of a batch, in micro-batches. The longest row goes to the rank with the fewest tokens, and so on."""
     order = sorted(batch, key=lambda i: (-lengths[i], i))
-    mine = order[parallel.dp_rank :: parallel.dp_size]
-    return [[mine[i] for i in group] for group in micro_batches([lengths[i] for i in mine], max_batch_size)]
+    most, shares = -(-len(batch) // parallel.dp_size), [[] for _ in range(parallel.dp_size)]
+    for i in order:
+        open_shares = (share for share in shares if len(share) < most)
+        min(open_shares, key=lambda share: sum(lengths[j] for j in share)).append(i)
+    mine = shares[parallel.dp_rank]
+    return [[mine[i] for i in group] for group in micro_batches([lengths[i] for i in mine], max_batch_size, max_tokens)]
 
 
 def fit(
@@ -86,39 +116,135 @@ def fit(
     settings: FitSettings,
     parallel: Parallel,
     log: RunLog,
-    evaluate: Callable[[int], None],
+    evaluate: Callable[[str, int], None],
 ) -> list[dict[str, float]]:
-    """Train; `evaluate(epoch)` is called before the first epoch (0) and after every one. Returns each step's scalars."""
+    """Train; `evaluate` is called before the first step and then as the settings say, with a name ("epoch 1") and its number.
+
+    Returns each step's scalars.
+    """
     batch_size = settings.max_batch_size * settings.accumulation_steps * parallel.dp_size
     steps_per_epoch = -(-len(objective.lengths) // batch_size)
     total, step, history = steps_per_epoch * settings.epochs, 0, []
-    names = objective.stats + (("balance_loss",) if model.config.n_experts else ())
-    evaluate(0)
-    for epoch in range(1, settings.epochs + 1):
-        with log.progress(steps_per_epoch, f"epoch {epoch}/{settings.epochs}", unit="step") as bar:
-            for batch in epoch_batches(len(objective.lengths), batch_size, settings.seed, epoch):
-                denominator = sum(objective.weights[i] for i in batch)
-                sums: dict[str, float] = {}
-                for rows in share_of(batch, objective.lengths, parallel, settings.max_batch_size):
-                    loss, stats = objective.loss(model, rows, denominator)
-                    optimizer.backward(loss)
-                    for name, value in {"loss": float(loss.detach()), **stats}.items():
-                        sums[name] = sums.get(name, 0.0) + value
-                lr = lr_at(step, total, settings.lr, settings.warmup, settings.schedule)
-                scalars = {**summed(sums, names, parallel), "lr": lr, **optimizer.step(lr)}
-                step += 1
-                if scalars["skipped"]:
-                    log.warning(f"step {step}: the gradient norm is {scalars['grad_norm']}, the step is skipped")
-                history.append(scalars)
-                log.scalars(step, scalars)
-                tokens = sum(objective.lengths[i] for i in batch)
-                bar.update(1, tokens=tokens, loss=scalars["loss"], lr=lr)
-        evaluate(epoch)
+    unit, every = ("step", settings.eval_every) if settings.eval_every else ("epoch", steps_per_epoch)
+    meter = Meter(model, objective, parallel)
+    evaluate(f"{unit} 0", 0)
+    with _profiler(settings.profile, log) as profiler:
+        for epoch in range(1, settings.epochs + 1):
+            with log.progress(steps_per_epoch, f"epoch {epoch}/{settings.epochs}", unit="step") as bar:
+                for batch in epoch_batches(len(objective.lengths), batch_size, settings.seed, epoch):
+                    lr = lr_at(step, total, settings.lr, settings.warmup, settings.schedule)
+                    scalars = {**train_step(model, optimizer, objective, batch, settings, parallel, lr), "lr": lr}
+                    step += 1
+                    if scalars["skipped"]:
+                        log.warning(f"step {step}: the gradient norm is {scalars['grad_norm']}, the step is skipped")
+                    scalars |= meter.read(batch)
+                    history.append(scalars)
+                    log.scalars(step, scalars)
+                    tokens = sum(objective.lengths[i] for i in batch)
+                    bar.update(1, tokens=tokens, loss=scalars["loss"], lr=lr, mfu=scalars["mfu"])
+                    profiler.step()
+                    if step % every == 0 or step == total:
+                        number = epoch if unit == "epoch" else step
+                        evaluate(f"{unit} {number}", number)
+                        meter.start()
     return history
 
 
-def summed(sums: dict[str, float], names: tuple[str, ...], parallel: Parallel) -> dict[str, float]:
+def train_step(
+    model: Transformer,
+    optimizer: Optimizer,
+    objective: Objective,
+    batch: list[int],
+    settings: FitSettings,
+    parallel: Parallel,
+    lr: float,
+) -> dict[str, float]:
+    """One optimizer step on a batch of all ranks' rows; returns the objective's sums, the gradient norm, and `skipped`."""
+    names = objective.stats + (("balance_loss",) if model.config.n_experts else ())
+    sums: dict[str, Tensor] = {}
+    with clock.phase("data"):
+        denominator = sum(objective.weights[i] for i in batch)
+        share = share_of(
+            batch, objective.lengths, parallel, settings.max_batch_size, settings.max_tokens_per_batch
+        )
+    for rows in share:
+        with clock.phase("forward"):
+            loss, stats = objective.loss(model, rows, denominator)
+        with clock.phase("backward"):
+            optimizer.backward(loss, last=rows is share[-1])
+        for name, value in {"loss": loss.detach(), **stats}.items():
+            sums[name] = sums.get(name, 0.0) + value
+    with clock.phase("optimizer"):
+        return {**summed(sums, names, parallel), **optimizer.step(lr)}
+
+
+class Meter:
+    """What a step cost: tokens/s, FLOP/s and their share of what the ranks' matrix products reach (MFU), seconds by phase, memory."""
+
+    def __init__(self, model: Transformer, objective: Objective, parallel: Parallel) -> None:
+        self.objective, self.parallel, self.config, self.flops = objective, parallel, model.config, TrainingFlops.of(model)
+        rate = torch.tensor(matmul_rate(model.norm.weight.dtype, parallel.device), dtype=torch.float64, device=parallel.device)
+        dist.all_reduce(rate)  # of all ranks, measured at the same time
+        self.rate = float(rate)
+        self.start()
+
+    def start(self) -> None:
+        """Begin to count anew: what came between steps is not theirs."""
+        clock.take()
+        self.began = time.perf_counter()
+
+    def read(self, batch: list[int]) -> dict[str, float]:
+        """Of the step on `batch` that has just ended; and start the next."""
+        phases = clock.take()
+        took = time.perf_counter() - self.began
+        o = self.objective
+        tokens = sum(o.lengths[i] for i in batch)
+        pairs = sum(attention_pairs(self.config, *piece) for i in batch for piece in o.pieces(i))
+        flops = self.flops(tokens, sum(o.targets[i] for i in batch), pairs)
+        memory = torch.tensor(peak_memory(self.parallel.device), dtype=torch.float64, device=self.parallel.device)
+        dist.all_reduce(memory, op=dist.ReduceOp.MAX)
+        self.began = time.perf_counter()
+        return {
+            "tokens_per_s": tokens / took,
+            "flops_per_s": flops / took,
+            "mfu": flops / took / self.rate,
+            "memory_gb": float(memory) / 1e9,
+            "seconds": took,
+            **{f"seconds/{phase}": seconds for phase, seconds in phases.items()},
+        }
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process has held at most so far: on a GPU of tensors, else all of its memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _profiler(wanted: bool, log: RunLog):
+    """A context manager with `step()`: the profile of a few steps as a trace that Perfetto shows, a file for each rank."""
+    if not wanted:
+        return nullcontext(_NoProfiler())
+    wait, active = PROFILED_STEPS
+
+    def write(profiler) -> None:
+        path = Path(log.log_dir) / f"trace-rank-{log.rank}.json"
+        profiler.export_chrome_trace(str(path))
+        log.info(f"profile of steps {wait + 1} to {wait + active}: {path}, for https://ui.perfetto.dev")
+
+    schedule = torch.profiler.schedule(wait=wait - 1, warmup=1, active=active, repeat=1)
+    return torch.profiler.profile(schedule=schedule, on_trace_ready=write, record_shapes=True)
+
+
+class _NoProfiler:
+    def step(self) -> None:
+        pass
+
+
+def summed(sums: dict[str, Tensor], names: tuple[str, ...], parallel: Parallel) -> dict[str, float]:
     """The named sums, 0 where this rank has none, added over the data-parallel ranks."""
-    values = torch.tensor([sums.get(name, 0.0) for name in names], dtype=torch.float64, device=parallel.device)
+    zero = torch.zeros((), dtype=torch.float64, device=parallel.device)
+    values = torch.stack([sums[name].double() if name in sums else zero for name in names])
     dist.all_reduce(values, group=parallel.dp_group)
     return dict(zip(names, values.tolist()))

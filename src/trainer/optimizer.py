@@ -5,9 +5,11 @@ import math
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from src.errors import UserError
 from src.models.transformer import Transformer
+from src.parallel.gradients import GradientBuckets
 from src.parallel.setup import Parallel
 
 GOOD_STEPS_TO_DOUBLE = 1000  # of the fp16 loss scale
@@ -26,8 +28,36 @@ def lr_at(step: int, total: int, lr: float, warmup: float, schedule: str) -> flo
     return lr * {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[schedule]
 
 
+class MasterAdamW(torch.optim.AdamW):
+    """PyTorch's fused AdamW; half-precision parameters have fp32 masters, which are updated and then rounded."""
+
+    def __init__(self, params: list[dict], **options) -> None:
+        groups = [{**group, "params": [_master(p) for p in group["params"]]} for group in params]
+        super().__init__(groups, fused=True, **options)
+        parameters = [p for group in params for p in group["params"]]
+        masters = [m for group in groups for m in group["params"]]
+        self.rounded = [(p, m) for p, m in zip(parameters, masters) if m is not p]
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for parameter, master in self.rounded:
+            master.grad = parameter.grad
+        super().step(closure)
+        for parameter, master in self.rounded:
+            parameter.copy_(master)
+            master.grad = None
+
+
+def _master(parameter: Tensor) -> Tensor:
+    return parameter if parameter.dtype == torch.float32 else parameter.detach().float()
+
+
 class Optimizer:
-    """One model's optimizer. Call `backward` for each micro-batch, then `step` once."""
+    """One model's optimizer. Call `backward` for each micro-batch, then `step` once.
+
+    Gradients are fp32 whatever the weights are. With `zero` 1 each data-parallel rank keeps the optimizer's state, masters
+    included, of its share of the parameters (ZeRO stage 1, arXiv 1910.02054), by PyTorch's ZeroRedundancyOptimizer.
+    """
 
     def __init__(
         self,
@@ -37,26 +67,34 @@ class Optimizer:
         max_grad_norm: float = 1.0,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        zero: int = 1,
     ) -> None:
         self.parallel, self.max_grad_norm = parallel, max_grad_norm
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.parameters]
+        for parameter in self.parameters:
+            parameter.grad_dtype = torch.float32
         self.copies = [p.copies for p in self.parameters]  # ranks that hold the same values
-        decayed = [m for m in self.masters if m.dim() > 1]
-        plain = [m for m in self.masters if m.dim() == 1]
-        groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        self.adam = torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, eps=eps, fused=True)
+        self.buckets = GradientBuckets(self.parameters, parallel) if parallel.dp_size > 1 else None
+        groups = [
+            {"params": [p for p in self.parameters if p.dim() > 1], "weight_decay": weight_decay},
+            {"params": [p for p in self.parameters if p.dim() == 1], "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        if zero and parallel.dp_size > 1:
+            self.adam = ZeroRedundancyOptimizer(
+                groups, MasterAdamW, process_group=parallel.dp_group, betas=betas, eps=eps, lr=0.0
+            )
+            self.local = self.adam.optim
+        else:
+            self.adam = self.local = MasterAdamW(groups, betas=betas, eps=eps)
         fp16 = any(p.dtype == torch.float16 for p in self.parameters)
         self.fp16, self.loss_scale, self.good_steps, self.skipped_in_a_row = fp16, (2.0**16 if fp16 else 1.0), 0, 0
 
-    def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradient of one micro-batch's loss, in fp32."""
+    def backward(self, loss: Tensor, last: bool = False) -> None:
+        """Add one micro-batch's gradient; with `last` ranks begin to sum them while it is still computed."""
+        if last and self.buckets:
+            self.buckets.arm()
         (loss * self.loss_scale).backward()
-        for parameter, master in zip(self.parameters, self.masters):
-            if master is not parameter and parameter.grad is not None:
-                grad = parameter.grad.float()
-                master.grad = grad if master.grad is None else master.grad.add_(grad)
-                parameter.grad = None
 
     @torch.no_grad()
     def step(self, lr: float) -> dict[str, float]:
@@ -64,25 +102,20 @@ class Optimizer:
 
         A norm that is not finite skips the step, on every rank alike, since every rank computes the same norm.
         """
-        for master in self.masters:
-            if master.grad is None:
-                master.grad = torch.zeros_like(master)
-        if self.parallel.dp_size > 1:
-            handles = [dist.all_reduce(m.grad, group=self.parallel.dp_group, async_op=True) for m in self.masters]
-            for handle in handles:
-                handle.wait()
+        if self.buckets:
+            self.buckets.finish()
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
         norm = float(self._grad_norm()) / self.loss_scale
         skipped = not math.isfinite(norm)
         if not skipped:
             factor = min(1.0, self.max_grad_norm / (norm + 1e-6)) / self.loss_scale
-            if factor != 1.0:
-                torch._foreach_mul_([m.grad for m in self.masters], factor)
+            # The fused step divides the gradients by this, so that clipping takes no pass of its own.
+            self.local.grad_scale = None if factor == 1.0 else torch.tensor(1 / factor, device=self.parallel.device)
             for group in self.adam.param_groups:
                 group["lr"] = lr
             self.adam.step()
-            for parameter, master in zip(self.parameters, self.masters):
-                if master is not parameter:
-                    parameter.copy_(master)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         if self.skipped_in_a_row == MAX_SKIPPED:
             raise UserError(
@@ -90,13 +123,15 @@ class Optimizer:
                 "saved; a lower --lr or --dtype fp32 may help"
             )
         self._rescale(skipped)
-        for master in self.masters:
-            master.grad = None
+        for parameter in self.parameters:
+            parameter.grad = None
         return {"grad_norm": norm, "skipped": float(skipped)}
 
     def _grad_norm(self) -> Tensor:
         """√ of the sum of squares over all ranks of the model, copies counted once; the same on every rank."""
-        squares = torch.stack([m.grad.double().square().sum() for m in self.masters])
+        # Rows in fp32, their sum in fp64: as exact as all in fp64, and a tenth of its time.
+        rows = [p.grad if p.dim() == 1 else torch.linalg.vector_norm(p.grad, dim=-1) for p in self.parameters]
+        squares = torch.stack([row.double().square().sum() for row in rows])
         total = (squares / torch.tensor(self.copies, device=squares.device)).sum()
         dist.all_reduce(total, group=self.parallel.mp_group)
         return total.sqrt()

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from src.models.batch import Batch, Sequence, response_logprobs, weighted_balance_loss
+from src.models.batch import Batch, Sequence, response_loss, weighted_balance_loss
 from src.models.transformer import Transformer
 
 
@@ -15,10 +15,13 @@ class SolverObjective:
     def __init__(self, sequences: list[Sequence], device: torch.device) -> None:
         self.sequences, self.device = sequences, device
         self.lengths = [len(s.tokens) for s in sequences]
-        self.weights = [s.response_length for s in sequences]
+        self.weights = self.targets = [s.response_length for s in sequences]
 
-    def loss(self, model: Transformer, rows: list[int], denominator: float) -> tuple[Tensor, dict[str, float]]:
+    def pieces(self, row: int) -> list[tuple[int, int]]:
+        return [(self.lengths[row], 0)]
+
+    def loss(self, model: Transformer, rows: list[int], denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
         batch = Batch.of([self.sequences[i] for i in rows], self.device)
-        logprobs, _ = response_logprobs(model, batch)
+        loss = response_loss(model, batch, lambda logprobs, entropy, rows: -logprobs.sum() / denominator)
         balance = weighted_balance_loss(model, batch, batch.responses, denominator)
-        return -logprobs.sum() / denominator + balance, {"balance_loss": float(balance.detach())}
+        return loss + balance, {"balance_loss": balance.detach()}

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from src.models.batch import Batch, Sequence, sequence_scores, weighted_balance_loss
+from src.models.batch import Batch, PromptTree, Sequence, sequence_scores, shared_prompt, weighted_balance_loss
 from src.models.transformer import Transformer
 
 
@@ -25,22 +25,32 @@ def margins(scores: Tensor, sizes: list[tuple[int, int]]) -> list[Tensor]:
 
 
 class VerifierObjective:
-    """The pairwise loss, averaged over each comparison's pairs and then over the comparisons of a batch."""
+    """The pairwise loss, averaged over each comparison's pairs and then over the comparisons of a batch.
+
+    A prompt goes through the model once for all its responses. (Not with experts, whose balance is each sequence's own.)
+    """
 
     stats = ("loss", "accuracy")
 
-    def __init__(self, comparisons: list[Comparison], device: torch.device) -> None:
-        self.comparisons, self.device = comparisons, device
-        self.lengths = [sum(len(s.tokens) for s in c.chosen + c.rejected) for c in comparisons]
-        self.weights = [1] * len(comparisons)
+    def __init__(self, comparisons: list[Comparison], device: torch.device, share_prompts: bool = True) -> None:
+        self.comparisons, self.device, self.share_prompts = comparisons, device, share_prompts
+        self.lengths = [sum(length for length, _ in self.pieces(i)) for i in range(len(comparisons))]
+        self.weights, self.targets = [1] * len(comparisons), [0] * len(comparisons)
 
-    def loss(self, model: Transformer, rows: list[int], denominator: float) -> tuple[Tensor, dict[str, float]]:
+    def pieces(self, row: int) -> list[tuple[int, int]]:
+        sequences = self.comparisons[row].chosen + self.comparisons[row].rejected
+        prompt = shared_prompt(sequences) if self.share_prompts else 0
+        return [(prompt, 0)] * bool(prompt) + [(len(s.tokens) - prompt, prompt) for s in sequences]
+
+    def loss(self, model: Transformer, rows: list[int], denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
         chosen = [self.comparisons[i] for i in rows]
-        batch = Batch.of([s for c in chosen for s in c.chosen + c.rejected], self.device)  # one forward for both sides
+        groups = [c.chosen + c.rejected for c in chosen]  # one forward for both sides
+        if self.share_prompts:
+            batch = PromptTree.of(groups, self.device)
+        else:
+            batch = Batch.of([s for group in groups for s in group], self.device)
         pairs = margins(sequence_scores(model, batch), [(len(c.chosen), len(c.rejected)) for c in chosen])
         loss = torch.stack([-F.logsigmoid(m).mean() for m in pairs]).sum() / denominator
-        balance = weighted_balance_loss(
-            model, batch, [1 / len(c.chosen + c.rejected) for c in chosen for _ in c.chosen + c.rejected], denominator
-        )
         correct = torch.stack([(m.detach() > 0).float().mean() for m in pairs]).sum()
-        return loss + balance, {"accuracy": float(correct) / denominator, "balance_loss": float(balance.detach())}
+        balance = weighted_balance_loss(model, batch, [1 / len(group) for group in groups for _ in group], denominator)
+        return loss + balance, {"accuracy": correct / denominator, "balance_loss": balance.detach()}

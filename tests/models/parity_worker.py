@@ -23,7 +23,7 @@ from src.models.attention import Packed
 from src.models.batch import Batch, Sequence, response_logprobs, response_values, sequence_scores, weighted_balance_loss
 from src.models.layout import TensorSpec
 from src.models.lora import LoRAConfig, add_lora, freeze_layers, lora_table
-from src.models.transformer import IMPOSSIBLE
+from src.parallel.vocab import IMPOSSIBLE
 from src.parallel.setup import start, stop
 from src.parallel.vocab import token_logprobs
 from src.trainer.optimizer import Optimizer
@@ -109,7 +109,7 @@ def check_language_model(case: Case) -> None:
     case.note_logits("logits", logits, case.reference["logits"])
     case.note("loss", deviation(loss.detach(), case.reference["loss"]))
     case.note_gradients("grad", model, "grad")
-    case.note("recompute", max(case.gradients_again(model, case.loss, recompute=True).values()))
+    case.note("recompute", max(case.gradients_again(model, case.loss, recompute="full").values()))
 
     norm = Optimizer(model, case.parallel).step(0.0)["grad_norm"]  # of the gradients just computed
     case.note("norm", deviation(torch.tensor(norm), case.reference["norm"]))
@@ -144,7 +144,7 @@ def check_frozen(case: Case) -> None:
     model = case.model()
     case.loss(model).backward()
     freeze_layers(model, 1)
-    again = case.gradients_again(model, case.loss, recompute=True)
+    again = case.gradients_again(model, case.loss, recompute="full")
     frozen = {name for name in case.checkpoint.table if name.startswith(("tok_embeddings.", "layers.0."))}
     case.note("frozen", len(frozen ^ (case.checkpoint.table.keys() - again.keys())))
     case.note("beside the frozen", max(again.values()))
@@ -165,7 +165,7 @@ def check_balance(case: Case) -> None:
     total.backward()
     case.note("balance, weighted", deviation(total.detach(), (case.reference["balance"] * case.reference["weights"]).sum()))
     case.note_gradients("balance grad", model, "balance-grad")
-    case.note("balance, recompute", max(case.gradients_again(model, loss, recompute=True).values()))
+    case.note("balance, recompute", max(case.gradients_again(model, loss, recompute="full").values()))
     with torch.no_grad():
         model(case.batch.tokens, case.batch.layout)
     case.note("balance without gradients", float(weighted_balance_loss(model, case.batch, weights, 1.0)))
@@ -214,7 +214,7 @@ def check_lora(case: Case, out: Path) -> None:
     for name, whole in factor_gradients(case, table).items():
         case.note_gradient(f"lora grad {name}", parameters[name].grad, table[name], whole)
         squares += whole.double().square().sum()
-    case.note("lora recompute", max(case.gradients_again(model, case.loss, recompute=True).values()))
+    case.note("lora recompute", max(case.gradients_again(model, case.loss, recompute="full").values()))
     case.note("lora trains other weights", len({name for name, p in parameters.items() if p.requires_grad} ^ set(table)))
     case.note("lora norm", deviation(torch.tensor(Optimizer(model, case.parallel).step(0.0)["grad_norm"]), squares.sqrt()))
     save_model(model, case.parallel, str(out / case.name), case.checkpoint)
@@ -261,7 +261,7 @@ def check_dropout(case: Case, out: Path) -> None:
     logits = case.logits(model)
     (-token_logprobs(logits, case.targets)[0].mean()).backward()
     torch.manual_seed(7)
-    case.note("dropout, recompute", max(case.gradients_again(model, case.loss, recompute=True).values()))
+    case.note("dropout, recompute", max(case.gradients_again(model, case.loss, recompute="full").values()))
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.grad

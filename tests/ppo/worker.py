@@ -82,7 +82,7 @@ class Recorder:
             self.minibatches += [[i for rows in minibatch for i in rows] for minibatch in found]
             return found
 
-        def keep_losses(batch, index, buffer, *rest):
+        def keep_losses(batch, index, buffer, *rest, **more):
             real = trainer.policy_loss
 
             def spy(logprobs, old_logprobs, *others):
@@ -91,7 +91,7 @@ class Recorder:
 
             trainer.policy_loss = spy
             try:
-                return accumulate(batch, index, buffer, *rest)
+                return accumulate(batch, index, buffer, *rest, **more)
             finally:
                 trainer.policy_loss = real
 

@@ -7,7 +7,7 @@ from tests.launch import launch
 from tests.trainer.tiny import save_experts, save_llama
 from tests.trainer.worker import all_checks
 
-LAYOUTS = {"one rank": "1-1", "TP 2": "2-2", "DP 2": "2-1", "TP 4": "4-4", "TP 2, DP 2": "4-2"}
+LAYOUTS = {"one rank": "1-1", "TP 2": "2-2", "DP 2": "2-1", "TP 4": "4-4", "TP 2, DP 2": "4-2", "DP 4": "4-1"}
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +24,7 @@ def results(folder):
     """Layout → what the worker found there."""
     all_checks(folder, [1])
     launch(2, "tests/trainer/worker.py", str(folder), "2", "1")
-    launch(4, "tests/trainer/worker.py", str(folder), "4", "2")
+    launch(4, "tests/trainer/worker.py", str(folder), "4", "2", "1")
     return {name: torch.load(folder / f"{file}.pt") for name, file in LAYOUTS.items()}
 
 

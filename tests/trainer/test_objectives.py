@@ -114,7 +114,7 @@ def test_the_pairwise_loss_with_several_on_each_side_in_one_forward(parallel):
 
 def test_a_tie_is_not_right_and_far_margins_stay_finite(parallel):
     one = some_sequences(1)
-    objective = VerifierObjective([Comparison(one, one)], parallel.device)
+    objective = VerifierObjective([Comparison(one, one)], parallel.device, share_prompts=False)
     loss, stats = objective.loss(Scores([0.5, 0.5]), [0], 1)
     assert stats["accuracy"] == 0 and float(loss.detach()) == pytest.approx(math.log(2))
     loss, _ = objective.loss(Scores([-500.0, 500.0]), [0], 1)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from src.evaluation.verifier import evaluate_pairs
 from src.logs import RunLog
+from src.models.batch import Sequence
 from src.models.lora import LoRAConfig, add_lora
 from src.parallel.setup import Parallel, start, stop
 from src.trainer.fit import FitSettings, fit
@@ -22,57 +23,69 @@ from src.trainer.solver import SolverObjective
 from src.trainer.verifier import Comparison, VerifierObjective
 from tests.trainer.tiny import ours, some_sequences, whole_weights
 
-ROWS, BATCH, LR, WARMUP = 17, 6, 2e-3, 0.5  # three steps, the last of five rows: uneven at two data-parallel ranks
+ROWS, BATCH, LR, WARMUP = 37, 8, 2e-3, 0.5  # five steps, the last of five rows: uneven at any number of ranks
 WEIGHT_DECAY, MAX_GRAD_NORM = 0.1, 0.5
 LORA, LORA_SEED = LoRAConfig(rank=4, alpha=8.0), 3
 SEED = 5
 
-# name: (model, micro-batches per step at one data-parallel rank, LoRA, activation checkpointing)
+# name: (model, micro-batches per step at one data-parallel rank, LoRA, more settings: of the model, the optimizer, or fit)
 SOLVER_RUNS = {
-    "full": ("lm", 1, False, False),
-    "full, micro-batches, recomputed": ("lm", 3, False, True),
-    "lora": ("lm", 1, True, False),
-    "lora, micro-batches": ("lm", 6, True, False),
-    "experts": ("experts", 1, False, False),
-    "experts, micro-batches, recomputed": ("experts", 3, False, True),
-    "experts, lora": ("experts", 2, True, False),
+    "full": ("lm", 1, False, {}),
+    "full, zero 0": ("lm", 1, False, {"zero": 0}),
+    "full, micro-batches, recomputed": ("lm", 3, False, {"recompute": "full"}),
+    "full, recomputed in part": ("lm", 2, False, {"recompute": "selective"}),
+    "full, packed by tokens": ("lm", 1, False, {"max_tokens": 25}),
+    "lora": ("lm", 1, True, {}),
+    "lora, zero 0, packed by tokens": ("lm", 1, True, {"zero": 0, "max_tokens": 40}),
+    "lora, micro-batches": ("lm", 6, True, {}),
+    "experts": ("experts", 1, False, {}),
+    "experts, micro-batches, recomputed": ("experts", 3, False, {"recompute": "full"}),
+    "experts, lora": ("experts", 2, True, {}),
 }
-VERIFIER_RUNS = {"verifier": 1, "verifier, micro-batches": 4}
-COMPARISONS, VERIFIER_BATCH = 7, 4
+VERIFIER_RUNS = {
+    "verifier": (1, True, {}),
+    "verifier, micro-batches": (4, True, {}),
+    "verifier, packed by tokens, zero 0": (1, True, {"max_tokens": 60, "zero": 0}),
+    "verifier, each prompt anew": (1, False, {}),
+}
+COMPARISONS, VERIFIER_BATCH = 18, 4
 
 
 def comparisons() -> list[Comparison]:
-    """One to three responses on each side."""
+    """One to three responses on each side; two in three have a prompt that they share, as the data's have."""
     rng, found = random.Random(1), []
     for i in range(COMPARISONS):
         chosen, rejected = rng.randrange(1, 4), rng.randrange(1, 4)
         rows = some_sequences(chosen + rejected, seed=100 + i)
+        if i % 3:
+            prompt = rows[0].tokens[: rows[0].prompt_length]
+            rows = [Sequence([*prompt, *s.tokens[s.prompt_length :]], len(prompt)) for s in rows]
         found.append(Comparison(rows[:chosen], rows[chosen:]))
     return found
 
 
-def solver_run(folder: Path, parallel: Parallel, name: str, micro: int, lora: bool, recompute: bool) -> dict:
+def solver_run(folder: Path, parallel: Parallel, name: str, micro: int, lora: bool, more: dict) -> dict:
     model = ours(folder / name, parallel)
-    model.recompute = recompute
+    model.recompute = more.get("recompute", "none")
     if lora:
         add_lora(model, LORA, LORA_SEED, parallel)
-    optimizer = Optimizer(model, parallel, WEIGHT_DECAY, MAX_GRAD_NORM)
+    optimizer = Optimizer(model, parallel, WEIGHT_DECAY, MAX_GRAD_NORM, zero=more.get("zero", 1))
     objective = SolverObjective(some_sequences(ROWS), parallel.device)
-    return trained(model, optimizer, objective, settings(BATCH, micro, parallel), parallel)
+    return trained(model, optimizer, objective, settings(BATCH, micro, parallel, more), parallel)
 
 
-def verifier_run(folder: Path, parallel: Parallel, micro: int) -> dict:
+def verifier_run(folder: Path, parallel: Parallel, micro: int, share_prompts: bool, more: dict) -> dict:
     model = ours(folder / "score", parallel)
-    objective = VerifierObjective(comparisons(), parallel.device)
-    optimizer = Optimizer(model, parallel, WEIGHT_DECAY, MAX_GRAD_NORM)
-    return trained(model, optimizer, objective, settings(VERIFIER_BATCH, micro, parallel), parallel)
+    objective = VerifierObjective(comparisons(), parallel.device, share_prompts)
+    optimizer = Optimizer(model, parallel, WEIGHT_DECAY, MAX_GRAD_NORM, zero=more.get("zero", 1))
+    return trained(model, optimizer, objective, settings(VERIFIER_BATCH, micro, parallel, more), parallel)
 
 
-def settings(batch: int, micro: int, parallel: Parallel) -> FitSettings:
+def settings(batch: int, micro: int, parallel: Parallel, more: dict) -> FitSettings:
     """The same rows per step whatever the division."""
     share = batch // parallel.dp_size
     per_micro = max(1, share // micro)
-    return FitSettings(LR, 1, per_micro, share // per_micro, WARMUP, "cosine", SEED)
+    return FitSettings(LR, 1, per_micro, share // per_micro, WARMUP, "cosine", SEED, more.get("max_tokens"))
 
 
 def trained(model, optimizer, objective, plan: FitSettings, parallel: Parallel) -> dict:
@@ -87,7 +100,7 @@ def trained(model, optimizer, objective, plan: FitSettings, parallel: Parallel) 
 
     optimizer.step = step_and_look
     with RunLog(None, "test", {}, rank=1) as log:
-        history = fit(model, optimizer, objective, plan, parallel, log, evaluated.append)
+        history = fit(model, optimizer, objective, plan, parallel, log, lambda at, number: evaluated.append(number))
     replicated = {n: p.detach() for n, p in model.named_parameters() if p.copies == parallel.mp_size}
     every = [None] * parallel.world_size
     dist.all_gather_object(every, replicated)
@@ -135,7 +148,7 @@ def all_checks(folder: Path, mp_sizes: list[int]) -> None:
     for mp_size in mp_sizes:
         parallel = start(mp_size, timeout=120)
         results = {name: solver_run(folder, parallel, *run) for name, run in SOLVER_RUNS.items()}
-        results |= {name: verifier_run(folder, parallel, micro) for name, micro in VERIFIER_RUNS.items()}
+        results |= {name: verifier_run(folder, parallel, *run) for name, run in VERIFIER_RUNS.items()}
         results["poisoned"] = poisoned(folder, parallel)
         results["pairs"] = measure(folder, parallel)
         if parallel.is_main:

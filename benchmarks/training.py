@@ -1,0 +1,274 @@
+"""Training beside other software, on the same rows in the same order, and beside what the machine could do.
+
+    python benchmarks/training.py --train_file GSM8K/train.jsonl --out docs/performance-training.md
+    python benchmarks/training.py --train_file GSM8K/train.jsonl --only sft          # one table of the five
+
+The 58M Llama with random weights, batches of 8, AdamW without decay, clipping at 1, a constant learning rate. Each run is a
+process of its own; runs alternate and medians are given; the first steps of a run are not timed. bf16 has fp32 master weights on
+all sides. The other software: `pip install -r benchmarks/requirements.txt`.
+"""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Literal
+
+import torch
+from common import alternate, machine, make_model, make_tokenizer, matmul_rate, median
+
+from src.cli import run
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+BATCH, LR, WARM = 8, 1e-4, 4  # steps that are not timed
+
+
+def ours(folder: Path, job: dict) -> dict:
+    """Our own loop, as solver_train.py and verifier_train.py run it."""
+    from src.checkpoint.load import load_model
+    from src.checkpoint.source import Checkpoint
+    from src.logs import RunLog
+    from src.models.batch import Sequence
+    from src.parallel.setup import start
+    from src.trainer import fit as fitting
+    from src.trainer.optimizer import Optimizer
+    from src.trainer.solver import SolverObjective
+    from src.trainer.verifier import Comparison, VerifierObjective
+
+    parallel = start(job.get("mp"))
+    verifier = job["task"] == "verifier"
+    model = load_model(Checkpoint.open(str(folder)), parallel, DTYPES[job["dtype"]], "score" if verifier else "lm").train()
+    rows = [row for batch in job["batches"] for row in batch]
+    if verifier:
+        pairs = [[Sequence(tokens, row[2]) for tokens in row[:2]] for row in rows]
+        objective = VerifierObjective([Comparison([chosen], [rejected]) for chosen, rejected in pairs], parallel.device)
+    else:
+        objective = SolverObjective([Sequence(**row) for row in rows], parallel.device)
+    order = iter(range(len(rows)))
+    batches = [[next(order) for _ in batch] for batch in job["batches"]]
+    fitting.epoch_batches = lambda *_: batches  # the peers' order
+    ends: list[float] = []
+
+    class Clock(RunLog):
+        def scalars(self, *_, **__):
+            ends.append(time.perf_counter())
+
+    model_settings = {"seed": 0, "compile": job.get("compile", False), "checkpoint_activations": job.get("recompute", "none")}
+    fitting.prepare(model, {**model_settings, "freeze_layers": 0, "router_aux_loss_coef": None}, parallel)
+    settings = fitting.FitSettings(LR, 1, BATCH // parallel.dp_size, warmup=0.0, schedule="constant")
+    optimizer = Optimizer(model, parallel)
+    with Clock(None, "benchmark", {}, 1) as log:
+        history = fitting.fit(model, optimizer, objective, settings, parallel, log, lambda at, number: None)
+    mfu = median([step["mfu"] for step in history[WARM:]])
+    phases = {name: median([step[name] for step in history[WARM:]]) for name in history[0] if name.startswith("seconds")}
+    losses = [step["loss"] for step in history]
+    return {"losses": losses, "ends": ends, "mfu": mfu, "phases": phases, "main": parallel.is_main}
+
+
+def worker(system: str, folder: str, job_file: str) -> None:
+    """One run: prints examples per second, losses, and the most memory this process ever held."""
+    import peers
+
+    job = json.loads(Path(job_file).read_text())
+    result = {"ours": ours, "trl": peers.trl, "plain": peers.plain_loop}[system](Path(folder), job)
+    if result.pop("main", True):
+        ends, sizes = result.pop("ends"), [len(batch) for batch in job["batches"]]
+        result["examples_per_s"] = sum(sizes[WARM:]) / (ends[-1] - ends[WARM - 1])
+        result["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print("RESULT " + json.dumps(result), flush=True)
+
+
+def launch(system: str, folder: Path, job_file: Path, ranks: int = 1) -> dict:
+    cores = len(os.sched_getaffinity(0))
+    start = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(cores // ranks), "HF_HUB_OFFLINE": "1"}
+    command = [*start, __file__, "worker", system, str(folder), str(job_file)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
+    if line is None:
+        raise SystemExit(f"{system} gave no result:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    return json.loads(line.removeprefix("RESULT "))
+
+
+def read_questions(path: str) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def make_batches(rows: list[dict], tokenizer, task: str, steps: int, batch: int = BATCH) -> list[list]:
+    """Batches of rows: {"tokens", "prompt_length"}, or for the verifier (chosen tokens, rejected tokens, prompt length)."""
+    found = []
+    for number, row in enumerate(rows[: steps * batch]):
+        prompt = [1, *tokenizer.encode(row["question"] + "\n")]
+        answer = [*tokenizer.encode(row["answer"]), 2]
+        if task == "sft":
+            found.append({"tokens": prompt + answer, "prompt_length": len(prompt)})
+        else:  # the wrong answer is another question's
+            other = [*tokenizer.encode(rows[number + 1]["answer"]), 2]
+            found.append((prompt + answer, prompt + other, len(prompt)))
+    return [found[i : i + batch] for i in range(0, len(found), batch)]
+
+
+def model_for(task: str, work: Path) -> Path:
+    return make_model(work / ("58m" if task == "sft" else "58m-score"), head="lm" if task == "sft" else "score")
+
+
+def prepared(task: str, dtype: str, train_file: str, work: Path, steps: int, **more) -> tuple[Path, Path]:
+    """The model's folder and the file that says what to do."""
+    import sentencepiece
+
+    rows = read_questions(train_file)
+    folder = model_for(task, work)
+    path = make_tokenizer(work / "58m", [row["question"] + "\n" + row["answer"] for row in rows])
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    job = {"task": task, "dtype": dtype, "lr": LR, "batches": make_batches(rows, tokenizer, task, steps + WARM), **more}
+    job_file = work / f"{task}-{dtype}.json"
+    job_file.write_text(json.dumps(job))
+    return folder, job_file
+
+
+def beside_others(task: str, train_file: str, work: Path, rounds: int, steps: int) -> list[str]:
+    """Examples (pairs) per second and the most memory held: ours, TRL's trainer, a plain transformers loop."""
+    what = {"sft": ("SFT", "examples"), "verifier": ("Verifier", "pairs")}[task]
+    lines = [
+        f"| {what[0]} | ours, {what[1]}/s | TRL | ratio | plain loop | ratio | memory: ours, GB | TRL | ratio | MFU | losses apart |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for dtype in DTYPES:
+        folder, job_file = prepared(task, dtype, train_file, work, steps)
+        runs = {name: lambda name=name: launch(name, folder, job_file) for name in ("ours", "trl", "plain")}
+        found = alternate(runs, rounds, warm_up=False)
+        rate = {name: median([run["examples_per_s"] for run in found[name]]) for name in runs}
+        peak = {name: median([run["peak"] for run in found[name]]) / 1e9 for name in runs}
+        mfu = median([run["mfu"] for run in found["ours"]])
+        apart = max(abs(a - b) for a, b in zip(found["ours"][0]["losses"], found["plain"][0]["losses"]))
+        lines.append(
+            f"| {dtype} | {rate['ours']:.2f} | {rate['trl']:.2f} | {rate['ours'] / rate['trl']:.2f} | {rate['plain']:.2f} | "
+            f"{rate['ours'] / rate['plain']:.2f} | {peak['ours']:.2f} | {peak['trl']:.2f} | {peak['ours'] / peak['trl']:.2f} | "
+            f"{mfu:.2f} | {apart:.1e} |"
+        )
+        print(lines[-1], flush=True)
+    return lines
+
+
+def ranks_against_process(train_file: str, work: Path, rounds: int, steps: int) -> list[str]:
+    cores = len(os.sched_getaffinity(0))
+    lines = [f"| SFT, examples/s | 1 process × {cores} threads | {cores} ranks × 1 thread | ratio |", "|---|---|---|---|"]
+    for dtype in DTYPES:
+        folder, job_file = prepared("sft", dtype, train_file, work, steps)
+        runs = {n: lambda n=n: launch("ours", folder, job_file, n) for n in (1, cores)}
+        found = alternate(runs, rounds, warm_up=False)
+        one, many = (median([run["examples_per_s"] for run in found[n]]) for n in (1, cores))
+        lines.append(f"| {dtype} | {one:.2f} | {many:.2f} | {many / one:.2f} |")
+        print(lines[-1], flush=True)
+    return lines
+
+
+def length_of_the_run(train_file: str, work: Path, sizes: tuple[int, ...] = (1000, 10_000, 100_000)) -> list[str]:
+    """A small model over ever more examples: time per token, and memory while training."""
+    lines = ["| examples | tokens/s | memory after the first tenth, GB | at the end, GB |", "|---|---|---|---|"]
+    rows = read_questions(train_file)
+    folder = make_model(work / "tiny", dim=64, n_layers=2, n_heads=4, n_kv_heads=4, hidden_dim=172, vocab_size=4000)
+    tokenizer = make_tokenizer(folder, [row["question"] + "\n" + row["answer"] for row in rows])
+    for size in sizes:
+        many = [rows[i % len(rows)] for i in range(size)]
+        data = work / "many.jsonl"
+        data.write_text("".join(json.dumps({"instruction": r["question"], "output": r["answer"]}) + "\n" for r in many))
+        logs = work / f"many-{size}-logs"
+        command = command_of("solver_train.py", folder, tokenizer, data, logs, work, 1, max_batch_size=100)
+        subprocess.run(command, check=True, capture_output=True)
+        steps = [json.loads(line) for line in (logs / "solver_train.jsonl").read_text().splitlines()]
+        steps = [step for step in steps if step["event"] == "scalars" and "train/seconds" in step]
+        warm = steps[len(steps) // 10 :]
+        rate = sum(s["train/tokens_per_s"] * s["train/seconds"] for s in warm) / sum(s["train/seconds"] for s in warm)
+        lines.append(f"| {size} | {rate:.0f} | {warm[0]['train/memory_gb']:.3f} | {steps[-1]['train/memory_gb']:.3f} |")
+        print(lines[-1], flush=True)
+    return lines
+
+
+def command_of(script: str, folder: Path, tokenizer: Path, data: Path, logs: Path, work: Path, ranks: int, **flags) -> list[str]:
+    """A training script's command line on a data file; `logs` is emptied."""
+    shutil.rmtree(logs, ignore_errors=True)
+    start = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
+    flags = {
+        "ckpt_dir": folder,
+        "tokenizer_file": tokenizer,
+        "train_file": data,
+        "save_dir": work / "saved",
+        "log_dir": logs,
+        **flags,
+    }
+    return [*start, str(ROOT / script), *(part for name, value in flags.items() for part in (f"--{name}", str(value)))]
+
+
+def start_up(train_file: str, work: Path, rounds: int) -> list[str]:
+    """From the command to the end of the first step of 8 rows on 2 ranks, with all of the train file."""
+    rows = read_questions(train_file)
+    data, logs, folder = work / "all.jsonl", work / "start-logs", model_for("sft", work)
+    data.write_text("".join(json.dumps({"instruction": r["question"], "output": r["answer"]}) + "\n" for r in rows))
+    tokenizer = make_tokenizer(work / "58m", [row["question"] + "\n" + row["answer"] for row in rows])
+    took = []
+    for _ in range(rounds):
+        command = command_of("solver_train.py", folder, tokenizer, data, logs, work, 2, max_batch_size=BATCH)
+        began = time.time()
+        run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        first = None
+        while first is None and run.poll() is None:
+            time.sleep(0.05)
+            log = logs / "solver_train.jsonl"
+            events = [json.loads(line) for line in log.read_text().splitlines(True) if line.endswith("\n")] if log.exists() else []
+            first = next((event for event in events if event["event"] == "scalars"), None)
+        run.terminate()
+        run.wait()
+        took.append(datetime.fromisoformat(first["time"]).timestamp() - began)
+    return [f"From the command to the end of the first step, 58M, 2 ranks, {len(rows)} rows: {median(took):.1f} s."]
+
+
+def main(
+    train_file: str,
+    out: str | None = None,
+    only: Literal["sft", "verifier", "ranks", "length", "start"] | None = None,
+    rounds: int = 3,
+    steps: int = 20,
+    work_dir: str | None = None,
+):
+    """Measure and print the tables.
+
+    Args:
+        train_file: a .jsonl with "question" and "answer" in each line, such as GSM8K's.
+        out: a Markdown file for the tables.
+        only: one of the tables.
+        rounds: runs of each side.
+        steps: timed steps of a run.
+        work_dir: for models and data, to be used again; a temporary one when not given.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(work_dir or temporary)
+        work.mkdir(parents=True, exist_ok=True)
+        tables = {
+            "sft": lambda: beside_others("sft", train_file, work, rounds, steps),
+            "verifier": lambda: beside_others("verifier", train_file, work, rounds, steps),
+            "ranks": lambda: ranks_against_process(train_file, work, rounds, steps),
+            "length": lambda: length_of_the_run(train_file, work),
+            "start": lambda: start_up(train_file, work, rounds),
+        }
+        lines = [f"Machine: {machine()}.", ""]
+        for name in [only] if only else tables:
+            lines += [*tables[name](), ""]
+    text = "\n".join(lines)
+    print(text)
+    if out:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        Path(out).write_text(text)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["worker"]:
+        worker(*sys.argv[2:])
+    else:
+        run(main)

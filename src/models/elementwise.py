@@ -1,0 +1,137 @@
+"""What stands between the matrix products, in as few passes over memory as plain PyTorch allows, forward and backward.
+
+On the CPU these passes cost as much as the products; autograd would make two to three times as many of them, and keep
+what they need in memory.
+"""
+
+import os
+import shutil
+from typing import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from src.errors import UserError
+from src.parallel.mappings import copy_to_model_parallel_region
+
+
+_compiled: dict[str, Callable] = {}  # filled by `compile_elementwise`
+
+
+def compile_elementwise() -> None:
+    """From now on, let torch.compile make one kernel each, forward and backward, of the norms and of SwiGLU.
+
+    The products are libraries' kernels in any case, and packed sequences of ever new lengths do not make one whole graph.
+    Raises UserError where there is no compiler.
+    """
+    if not torch.cuda.is_available() and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise UserError("--compile: on the CPU torch.compile needs a C++ compiler: install g++, or leave --compile out")
+    _compiled["rms_norm"] = torch.compile(_plain_rms_norm, dynamic=True)
+    _compiled["swiglu"] = torch.compile(_plain_swiglu, dynamic=True)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """y = x̂ · w with x̂ = x · r, r = (mean(x²) + ε)^(−½) (arXiv 1910.07467).
+
+    dx = r (g w − x̂ mean(g w x̂)) and dw = Σ over rows of g x̂.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        mean = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_().div_(x.size(-1))
+        r = mean.add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, r)
+        return (x * r).to(x.dtype).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight, r = ctx.saved_tensors
+        rows, dim = x.reshape(-1, x.size(-1)).float(), x.size(-1)
+        r, product = r.view(-1, 1), grad.reshape(rows.shape) * rows  # g x, of which dw and the mean are two products
+        dw = (product.t() @ r).view(dim).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        dx = None
+        if ctx.needs_input_grad[0]:
+            mean = (product @ weight.float().unsqueeze(1)).mul_(r * r / dim)
+            dx = torch.mul(grad.reshape(rows.shape), weight, out=product)
+            dx = dx.addcmul_(rows, mean, value=-1).mul_(r).to(x.dtype).view(x.shape)
+        return dx, dw, None
+
+
+def _plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x.float(), (x.size(-1),), eps=eps).type_as(x) * weight
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm over the last axis, in fp32 whatever the dtype (as Meta's), times the weight."""
+    if _compiled:
+        return _compiled["rms_norm"](x, weight, eps)
+    return _plain_rms_norm(x, weight, eps) if x.is_cuda else _RMSNorm.apply(x, weight, eps)  # CUDA has a kernel for it
+
+
+class RMSNorm(nn.RMSNorm):
+    """Root-mean-square norm over the last axis, in fp32 whatever the input's dtype (as Meta's)."""
+
+    def __init__(self, weight: nn.Parameter, eps: float) -> None:
+        nn.Module.__init__(self)
+        self.normalized_shape, self.eps, self.elementwise_affine = tuple(weight.shape), eps, True
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class HeadNorm(RMSNorm):
+    """RMSNorm of each of this rank's heads, one weight for all heads of all ranks: its gradient is summed over them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, copy_to_model_parallel_region(self.weight), self.eps)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, joined: Tensor) -> Tensor:
+        ctx.save_for_backward(joined)
+        gate, up = joined.chunk(2, -1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (joined,) = ctx.saved_tensors
+        gate, up = joined.chunk(2, -1)
+        out = torch.empty_like(joined)
+        grad_gate, grad_up = out.chunk(2, -1)
+        torch.mul(F.silu(gate), grad, out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+        return out
+
+
+def _plain_swiglu(joined: Tensor) -> Tensor:
+    gate, up = joined.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def swiglu(joined: Tensor) -> Tensor:
+    """silu(gate) · up (arXiv 2002.05202); joined: gate and up side by side, [N, 2 F] → [N, F]."""
+    return _compiled["swiglu"](joined) if _compiled else _SwiGLU.apply(joined)
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, rotary: Tensor) -> Tensor:
+        ctx.save_for_backward(rotary)
+        return _turn(x, rotary)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return _turn(grad, ctx.saved_tensors[0].conj().resolve_conj()), None
+
+
+def _turn(x: Tensor, rotary: Tensor) -> Tensor:
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotary.unsqueeze(1)).flatten(-2).type_as(x)
+
+
+def rotate(x: Tensor, rotary: Tensor) -> Tensor:
+    """Turn interleaved pairs (Meta's convention). x: [N, heads, head_dim]; rotary: [N, head_dim / 2]."""
+    return _Rotate.apply(x, rotary)

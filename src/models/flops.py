@@ -1,0 +1,73 @@
+"""Floating-point operations of a training step: what the mathematics needs, recomputation not counted."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from src.models.config import ModelConfig
+from src.models.layout import tensor_table
+from src.models.lora import lora_layers
+from src.models.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class TrainingFlops:
+    """Of the whole model, over all its ranks: per token in the trunk, per row in the head, per pair of tokens in attention."""
+
+    per_token: float
+    per_target: float
+    per_pair: float
+
+    @classmethod
+    def of(cls, model: Transformer) -> "TrainingFlops":
+        """2 per weight forward, 2 for the gradient of the input, and 2 more for that of a weight that is trained.
+
+        What lies below the lowest trained weight needs no gradients. Of the experts those count that a token goes through.
+        """
+        config, trained = model.config, {n.replace(".base.", "."): p.requires_grad for n, p in model.named_parameters()}
+        lowest = next((i for i, block in enumerate(model.layers) if _trains(block)), config.n_layers)
+        lowest = -1 if trained["tok_embeddings.weight"] else lowest
+        per_token = per_target = 0.0
+        for name, spec in tensor_table(config).items():
+            if len(spec.shape) < 2 or name == "score.weight":
+                continue
+            weights = float(_product(spec.shape))
+            if name in ("tok_embeddings.weight", "output.weight"):
+                if name == "output.weight" or (config.tie_word_embeddings and config.head == "lm"):
+                    per_target += weights * (4 + 2 * trained[name])
+                continue
+            if len(spec.shape) == 3:
+                weights *= config.experts_per_token / config.n_experts
+            backward = int(name.split(".")[1]) >= lowest
+            per_token += weights * (2 + 2 * backward + 2 * trained[name])
+        for _, layer in lora_layers(model):
+            weights = layer.config.rank * (layer.spec.shape[-1] + layer.spec.shape[-2])
+            experts = config.experts_per_token if len(layer.spec.shape) == 3 else 1
+            per_token += 6.0 * weights * experts
+        per_pair = 4.0 * config.n_heads * config.head_dim * (3 * config.n_layers - 2 * max(lowest, 0))
+        return cls(per_token, per_target, per_pair)
+
+    def __call__(self, tokens: int, targets: int, pairs: int) -> float:
+        return self.per_token * tokens + self.per_target * targets + self.per_pair * pairs
+
+
+def attention_pairs(config: ModelConfig, length: int, prefix: int = 0) -> float:
+    """Pairs of a query and a key that it sees, in one sequence: a mean over the layers, some of which may have a window."""
+
+    def pairs(window: int) -> float:
+        short = max(0, min(length, window - prefix)) if window else length  # queries that see everything before them
+        return short * prefix + short * (short + 1) / 2 + (length - short) * window
+
+    plain = min(config.first_window_layer, config.n_layers) if config.sliding_window else config.n_layers
+    return (plain * pairs(0) + (config.n_layers - plain) * pairs(config.sliding_window)) / config.n_layers
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    total = 1
+    for n in shape:
+        total *= n
+    return total

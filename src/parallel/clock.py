@@ -1,0 +1,61 @@
+"""Where a step's time goes: its phases, and communication, which is taken out of the phase that it falls in."""
+
+import time
+from contextlib import contextmanager
+from typing import Iterator
+
+import torch
+
+COMMUNICATION = "communication"
+
+
+class Clock:
+    """Phases of this process, one inside another. On a GPU the marks are events in its stream: nothing waits for them."""
+
+    def __init__(self) -> None:
+        self.inside: list[str] = []
+        self.spans: list[tuple[str, str | None, object, object]] = []
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time what runs inside as `name`."""
+        began = self._now()
+        self.inside.append(name)
+        try:
+            yield
+        finally:
+            self.inside.pop()
+            self.spans.append((name, self.inside[-1] if self.inside else None, began, self._now()))
+
+    @contextmanager
+    def communication(self) -> Iterator[None]:
+        """Time an exchange between ranks, where some phase is timed at all."""
+        if self.inside:
+            with self.phase(COMMUNICATION):
+                yield
+        else:
+            yield
+
+    def take(self) -> dict[str, float]:
+        """Seconds of each phase since the last call, what ran inside another one taken out of that."""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        seconds: dict[str, float] = {COMMUNICATION: 0.0}
+        for name, outer, began, ended in self.spans:
+            took = ended - began if isinstance(began, float) else began.elapsed_time(ended) / 1e3
+            seconds[name] = seconds.get(name, 0.0) + took
+            if outer is not None:
+                seconds[outer] = seconds.get(outer, 0.0) - took
+        self.spans = []
+        return seconds
+
+    @staticmethod
+    def _now() -> object:
+        if not torch.cuda.is_initialized():
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+clock = Clock()
