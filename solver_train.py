@@ -148,7 +148,7 @@ def main(
         if best_dir:
             check_save(best_dir, opened.checkpoint, number_type, len(saved))
         evaluation = SolverEvaluation.read(task, label_file, eval_batch_size, max_new_tokens, max_seq_len)
-        KeepBest.check(keep_best, evaluation.metrics)
+        KeepBest.check(keep_best, eval_every, evaluation.metrics)
         lora = lora_of(settings, opened.checkpoint)
         return opened, lora, evaluation, *solver_sequences(train_file, opened.tokenizer, max_seq_len, strict_length)
 

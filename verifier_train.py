@@ -146,7 +146,7 @@ def main(
         if best_dir:
             check_save(best_dir, opened.checkpoint, number_type, len(saved))
         evaluation = VerifierEvaluation.read(task, label_file, opened.tokenizer, eval_batch_size, max_seq_len, strict_length)
-        KeepBest.check(keep_best, evaluation.metrics)
+        KeepBest.check(keep_best, eval_every, evaluation.metrics)
         lora = lora_of(settings, opened.checkpoint)
         return opened, lora, evaluation, *comparisons(train_file, opened.tokenizer, max_seq_len, strict_length)
 

@@ -93,6 +93,9 @@ def base(tmp_path_factory):
     launch(2, "solver_train.py", *solver_flags(base, base / "solver"))
     commands = [
         ["solver_train.py", *solver_flags(base, base / "solver again")],
+        ["solver_train.py", *solver_flags(base, base / "tuned", model_parallel_size=1, max_batch_size=4, max_tokens_per_batch=150,
+                                          zero=0, checkpoint_activations="selective", eval_every=4, keep_best="accuracy",
+                                          profile=True)],
         ["solver_train.py", *solver_flags(base, base / "lora", lora_rank=4, epochs=1)],
         ["solver_train.py", *solver_flags(base, base / "qlora", lora_rank=4, epochs=1, quantize="nf4", lora_targets="wq,w2",
                                           lora_dropout=0.1)],
@@ -143,6 +146,33 @@ def test_solver_training_logs_every_step_and_evaluates_every_epoch(base):
     assert has_events(logs) and "saved to" in (logs / "solver_train.log").read_text()
     assert sorted(f.name for f in (base / "solver").iterdir()) == [
         "consolidated.00.pth", "consolidated.01.pth", "params.json", "tokenizer.model"]
+
+
+def test_every_step_s_cost_is_logged(base):
+    for step in scalars(base / "solver-logs", "solver_train", "train/"):
+        phases = [step[f"train/seconds/{name}"] for name in ("data", "forward", "backward", "communication", "optimizer")]
+        assert all(seconds >= 0 for seconds in phases) and min(phases[1:]) > 0
+        assert 0.5 * step["train/seconds"] < sum(phases) <= step["train/seconds"] * 1.001
+        assert step["train/tokens_per_s"] > 0 and step["train/memory_gb"] > 0.05 and 0 < step["train/mfu"] < 1
+
+
+def test_data_parallel_ranks_packed_by_tokens_take_the_same_steps(base):
+    """With the optimizer's state on each, activations computed again in part, evaluations and a profile between."""
+    losses = [[s["train/loss"] for s in scalars(base / f"{name}-logs", "solver_train", "train/")] for name in ("solver", "tuned")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_evaluations_by_step_keep_the_best_and_a_profile_is_left(base):
+    logs = base / "tuned-logs"
+    found = {s["step"]: s["eval/GSM8K/accuracy"] for s in scalars(logs, "solver_train", "eval/")}
+    assert list(found) == [0, 4, 6] and (logs / "results-step-4.json").is_file()
+    best = tensors(base / "tuned-best")
+    assert best.keys() == tensors(base / "tuned").keys()
+    assert same_bits(base / "tuned-best", base / "tuned") == (found[6] > found[4]), "a tie keeps the earlier one"
+    assert "the best so far, saved" in (logs / "solver_train.log").read_text()
+    for rank in (0, 1):
+        trace = json.loads((logs / f"trace-rank-{rank}.json").read_text())
+        assert any("mm" in event.get("name", "") for event in trace["traceEvents"])
 
 
 def test_the_same_seed_twice_gives_the_same_bits(base):
@@ -465,6 +495,12 @@ SOLVER = {
     "unknown task": (dict(task="GSM9K"), "unknown task 'GSM9K'; did you mean 'GSM8K'?"),
     "all rows too long": (dict(max_seq_len=3), "60 of 60 rows of"),
     "no learning rate": (dict(lr=0), "--lr 0.0"),
+    "best of nothing": (dict(keep_best="loss"), "--keep_best loss: the evaluation gives accuracy, "),
+    "best without an evaluation": (dict(keep_best="accuracy", task=None, label_file=None), "evaluation is not asked for"),
+    "evaluations of nothing": (dict(eval_every=3, task=None, label_file=None), "--eval_every 3: has no effect without --label_file"),
+    "no ZeRO 2": (dict(zero=2), "--zero: must be one of 0, 1; got '2'"),
+    "no room for a token": (dict(max_tokens_per_batch=0), "--max_tokens_per_batch 0: must be at least 1"),
+    "unknown recomputation": (dict(checkpoint_activations="true"), "--checkpoint_activations: must be one of none, selective, full"),
     "several out of range": (dict(lr=0, warmup=1.5, lora_rank=0), "--lora_rank 0: must be at least 1"),
     "saving over what is read": (dict(ckpt_dir="{}/fine", save_dir="{}/fine"), "overlap: saving would remove"),
     "NaN weights": (dict(ckpt_dir="{}/NaN"), "NaN or infinite weights in norm.weight"),

@@ -109,8 +109,10 @@ class KeepBest:
         self.metric, self.save, self.log, self.best = metric, save, log, None
 
     @staticmethod
-    def check(metric: str | None, known: tuple[str, ...]) -> None:
-        """Raise UserError when the evaluation gives no such metric."""
+    def check(metric: str | None, eval_every: int | None, known: tuple[str, ...]) -> None:
+        """Raise UserError when the evaluation gives no such metric, or is not asked for. known: the metrics that it gives."""
+        if eval_every is not None and not known:
+            raise UserError(f"--eval_every {eval_every}: has no effect without --label_file")
         if metric is not None and metric not in known:
             gives = f"gives {', '.join(known)}" if known else "is not asked for: give --label_file (and --task, of a solver)"
             raise UserError(f"--keep_best {metric}: the evaluation {gives}")

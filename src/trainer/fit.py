@@ -132,6 +132,7 @@ def fit(
         for epoch in range(1, settings.epochs + 1):
             with log.progress(steps_per_epoch, f"epoch {epoch}/{settings.epochs}", unit="step") as bar:
                 for batch in epoch_batches(len(objective.lengths), batch_size, settings.seed, epoch):
+                    meter.start()
                     lr = lr_at(step, total, settings.lr, settings.warmup, settings.schedule)
                     scalars = {**train_step(model, optimizer, objective, batch, settings, parallel, lr), "lr": lr}
                     step += 1
@@ -146,7 +147,6 @@ def fit(
                     if step % every == 0 or step == total:
                         number = epoch if unit == "epoch" else step
                         evaluate(f"{unit} {number}", number)
-                        meter.start()
     return history
 
 
@@ -186,15 +186,14 @@ class Meter:
         rate = torch.tensor(matmul_rate(model.norm.weight.dtype, parallel.device), dtype=torch.float64, device=parallel.device)
         dist.all_reduce(rate)  # of all ranks, measured at the same time
         self.rate = float(rate)
-        self.start()
 
     def start(self) -> None:
-        """Begin to count anew: what came between steps is not theirs."""
+        """A step begins. What lies between steps, such as evaluations, is not theirs."""
         clock.take()
         self.began = time.perf_counter()
 
     def read(self, batch: list[int]) -> dict[str, float]:
-        """Of the step on `batch` that has just ended; and start the next."""
+        """Of the step on `batch`, which has just ended."""
         phases = clock.take()
         took = time.perf_counter() - self.began
         o = self.objective
@@ -203,7 +202,6 @@ class Meter:
         flops = self.flops(tokens, sum(o.targets[i] for i in batch), pairs)
         memory = torch.tensor(peak_memory(self.parallel.device), dtype=torch.float64, device=self.parallel.device)
         dist.all_reduce(memory, op=dist.ReduceOp.MAX)
-        self.began = time.perf_counter()
         return {
             "tokens_per_s": tokens / took,
             "flops_per_s": flops / took,

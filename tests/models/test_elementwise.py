@@ -181,8 +181,7 @@ def test_gradients_from_above_may_lie_in_memory_as_they_like(name, up):
 def compiled(monkeypatch):
     """The table of compiled functions, empty, and as it was again afterwards."""
     monkeypatch.setattr(elementwise, "_compiled", {})
-    yield elementwise._compiled
-    torch._dynamo.reset()
+    return elementwise._compiled
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU torch.compile needs no C++ compiler")
@@ -194,12 +193,14 @@ def test_compiling_without_a_compiler_is_refused(compiled, monkeypatch):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++: torch.compile cannot work on the CPU")
-def test_compiled_functions_give_the_same_for_any_number_of_rows(compiled, monkeypatch):
+def test_compiled_functions_give_the_same_for_any_number_of_rows(compiled, monkeypatch, request):
     from torch._inductor import config
 
-    for name, value in {"cpp.vec_isa_ok": True, "compile_threads": 1, "cpp_cache_precompile_headers": False}.items():
-        monkeypatch.setattr(config, name, value)  # a third of the time
+    quick = {"cpp.vec_isa_ok": True, "compile_threads": 1, "cpp_cache_precompile_headers": False}  # a third of the time
+    for name, value in {**quick, "cpp.cxx": (None, "g++")}.items():
+        monkeypatch.setattr(config, name, value)
     monkeypatch.delenv("CXX", raising=False)
+    request.addfinalizer(torch._dynamo.reset)
     calls = []
     compile_elementwise()
     assert sorted(compiled) == ["rms_norm", "swiglu"]

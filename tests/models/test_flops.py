@@ -34,7 +34,10 @@ def same(flops: TrainingFlops, per_token: float, per_target: float, per_pair: fl
     assert (flops.per_token, flops.per_target, flops.per_pair) == pytest.approx((per_token, per_target, per_pair))
 
 
-@pytest.mark.parametrize("config, layer", ((LLAMA, LAYER), (QWEN, LAYER), (MIXTRAL, EXPERT_LAYER)), ids=("llama", "qwen", "mixtral"))
+FAMILIES = {"llama": (LLAMA, LAYER), "qwen": (QWEN, LAYER), "mixtral": (MIXTRAL, EXPERT_LAYER)}
+
+
+@pytest.mark.parametrize("config, layer", FAMILIES.values(), ids=FAMILIES)
 def test_full_training_is_six_per_weight(config, layer):
     same(TrainingFlops.of(Transformer(config)), 6 * LAYERS * layer, 6 * OUTPUT, 3 * LAYERS * PAIR)
 
@@ -84,6 +87,7 @@ def test_a_frozen_layer_above_a_trained_one_hands_its_gradient_down():
 @pytest.mark.parametrize("targets", (tuple(PROJECTIONS), ("wq", "wv"), ("w2",)), ids=",".join)
 @pytest.mark.parametrize("rank", (1, 4))
 def test_lora_is_four_per_frozen_weight_and_six_per_number_of_an_adapter(rank, targets, head):
+    """Counted by whole layers: also the gradients that the lowest layer's first products would hand further down."""
     model = Transformer(LLAMA.with_head(head))
     add_lora(model, LoRAConfig(rank, targets=targets), 0, ONE_RANK)
     adapters = sum(rank * sum(PROJECTIONS[x]) for x in targets)
@@ -127,7 +131,8 @@ def test_attention_pairs_one_by_one(window, first):
     config = replace(LLAMA, sliding_window=window, first_window_layer=first)
     for length in (1, 2, 3, 7):
         for prefix in (0, 1, 2, 3, 5, 6, 8):
-            assert attention_pairs(config, length, prefix) == pytest.approx(counted(config, length, prefix)), (length, prefix)
+            wanted = counted(config, length, prefix)
+            assert attention_pairs(config, length, prefix) == pytest.approx(wanted), (length, prefix)
         assert attention_pairs(config, length) == pytest.approx(counted(config, length, 0))
 
 

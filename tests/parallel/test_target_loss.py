@@ -1,4 +1,4 @@
-"""src/parallel/vocab.py: `target_loss` of chunks of rows, with gradients taken on the way, is autograd's of the whole in fp64."""
+"""`target_loss`, whose gradients are taken chunk by chunk on the way forward, is autograd's of the whole in fp64."""
 import pytest
 import torch
 
