@@ -81,8 +81,8 @@ class Packed:
 
     @property
     def prompt_lengths(self) -> Tensor:
-        """For each token how long its sequence was when it was first seen: whole, [N]."""
-        return self.size.repeat_interleave(self.size).to(self.starts.device)
+        """For each token how long its sequence was when it was first seen: whole, prefix and all, [N]."""
+        return (self.size + torch.tensor(self.before)).repeat_interleave(self.size).to(self.starts.device)
 
     def means(self, x: Tensor) -> Tensor:
         """Each sequence's mean over its tokens, [N, …] → [sequences, …]."""

@@ -124,7 +124,7 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return _turn(grad, ctx.saved_tensors[0].conj().resolve_conj()), None
+        return _turn(grad.contiguous(), ctx.saved_tensors[0].conj()), None
 
 
 def _turn(x: Tensor, rotary: Tensor) -> Tensor:

@@ -54,10 +54,14 @@ class GradientBuckets:
             parameter.grad = None
         self.under_way.append((flat, all_reduce_start(flat, self.group)))
 
-    def finish(self) -> None:
-        """Every parameter's gradient is the sum over the ranks, from now on."""
+    def start_rest(self) -> None:
+        """Begin what no backward of this rank has begun."""
         while len(self.under_way) < len(self.buckets):
             self._start()
+
+    def finish(self) -> None:
+        """Every parameter's gradient is the sum over the ranks, from now on."""
+        self.start_rest()
         for bucket, (flat, wait) in zip(self.buckets, self.under_way):
             wait()
             for parameter, part in zip(bucket, flat.split([p.numel() for p in bucket])):

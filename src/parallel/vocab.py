@@ -113,7 +113,7 @@ class _TargetLoss(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, real: int, targets: Tensor, loss_of: LossOf, options: tuple):
         temperature, entropy, at_once = options
         wanted, n = ctx.needs_input_grad, targets.size(0)
-        at_once = -(-n // max(1, -(-n // at_once)))  # chunks of one size
+        at_once = max(1, -(-n // max(1, -(-n // at_once))))  # chunks of one size
         grad_hidden = torch.empty_like(hidden) if wanted[0] else None
         grad_weight, loss = None, torch.zeros((), device=hidden.device)
         for start in range(0, n, at_once):

@@ -204,6 +204,8 @@ class PPO:
                 dist.all_reduce(tokens, group=self.parallel.dp_group)
                 for rows in minibatch:
                     self._accumulate(*buffer.select(rows), buffer, float(tokens), sums, last=rows is minibatch[-1])
+                self.policy_optimizer.backward_done()
+                self.value_optimizer.backward_done()
                 policy, value = self.policy_optimizer.step(lr), self.value_optimizer.step(value_lr)
                 steps += 1
                 for name, x in {

@@ -175,7 +175,8 @@ def train_step(
         for name, value in {"loss": loss.detach(), **stats}.items():
             sums[name] = sums.get(name, 0.0) + value
     with clock.phase("optimizer"):
-        return {**summed(sums, names, parallel), **optimizer.step(lr)}
+        done = optimizer.step(lr)
+        return {**summed(sums, names, parallel), **done}
 
 
 class Meter:

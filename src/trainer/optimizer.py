@@ -96,6 +96,14 @@ class Optimizer:
             self.buckets.arm()
         (loss * self.loss_scale).backward()
 
+    def backward_done(self) -> None:
+        """To be called before any other exchange among the data-parallel ranks, where that comes between `backward` and `step`:
+
+        a rank that had no micro-batch begins its sums only now, and all ranks must exchange in one order.
+        """
+        if self.buckets:
+            self.buckets.start_rest()
+
     @torch.no_grad()
     def step(self, lr: float) -> dict[str, float]:
         """One update with the summed gradients of all ranks; returns the gradient norm before clipping, and `skipped`.

@@ -16,6 +16,7 @@ from src.trainer.optimizer import Optimizer
 from src.trainer.solver import SolverObjective
 from tests.launch import launch
 from tests.trainer import worker
+from tests.trainer.conftest import LAYOUTS
 from tests.trainer.tiny import apart, ours, padded, some_sequences, theirs, whole_weights
 
 TOLERANCE = 1e-5
@@ -176,6 +177,17 @@ def test_the_runs_above_train_and_clip(expected, folder):
 @pytest.mark.parametrize("run", RUNS)
 def test_replicated_weights_stay_the_same_bits_on_every_rank(results, layout, run):
     assert results[layout][run]["alike"]
+
+
+def test_each_data_parallel_rank_keeps_its_share_of_the_optimizer_s_state(results, layout):
+    """And of the fp32 masters; the weights are the same bits as with all of it on every rank."""
+    state, (ranks, mp) = results[layout]["state"], map(int, LAYOUTS[layout].split("-"))
+    whole = (state["numbers"], state["numbers"])
+    assert state[0]["held"] == [whole] * ranks
+    shares = [state[1]["held"][rank::mp] for rank in range(mp)]  # of the ranks that hold the same part of the model
+    assert all(tuple(map(sum, zip(*share))) == whole for share in shares)
+    assert max(held for held, _ in state[1]["held"]) <= whole[0] * (0.75 if ranks > mp else 1)
+    assert all(torch.equal(state[0]["weights"][n], state[1]["weights"][n]) for n in state[0]["weights"])
 
 
 def test_recomputed_activations_change_nothing(results, layout):

@@ -136,6 +136,23 @@ def poisoned(folder: Path, parallel: Parallel) -> dict:
     return {"ranks": report, "weights": whole_weights(model, parallel)}
 
 
+def sharded_state(folder: Path, parallel: Parallel) -> dict:
+    """The same steps in bf16 with the optimizer's state shared and whole: weights, and how much state each rank holds."""
+    found = {}
+    for zero in (0, 1):
+        model = ours(folder / "lm", parallel, torch.bfloat16)
+        optimizer = Optimizer(model, parallel, WEIGHT_DECAY, MAX_GRAD_NORM, zero=zero)
+        objective = SolverObjective(some_sequences(ROWS), parallel.device)
+        with RunLog(None, "test", {}, rank=1) as log:
+            fit(model, optimizer, objective, settings(BATCH, 2, parallel, {}), parallel, log, lambda at, number: None)
+        held = sum(state["exp_avg"].numel() for state in optimizer.local.state.values())
+        masters = sum(master.numel() for _, master in optimizer.local.rounded)
+        every = [None] * parallel.world_size
+        dist.all_gather_object(every, (held, masters))
+        found[zero] = {"held": every, "weights": whole_weights(model, parallel)}
+    return {**found, "numbers": sum(p.numel() for p in model.parameters())}
+
+
 def measure(folder: Path, parallel: Parallel) -> dict:
     with RunLog(None, "test", {}, rank=1) as log:
         summary, rows = evaluate_pairs(ours(folder / "score", parallel), parallel, comparisons(), 3, log)
@@ -151,6 +168,7 @@ def all_checks(folder: Path, mp_sizes: list[int]) -> None:
         results |= {name: verifier_run(folder, parallel, *run) for name, run in VERIFIER_RUNS.items()}
         results["poisoned"] = poisoned(folder, parallel)
         results["pairs"] = measure(folder, parallel)
+        results["state"] = sharded_state(folder, parallel)
         if parallel.is_main:
             torch.save(results, folder / f"{parallel.world_size}-{mp_size}.pt")
     stop()
