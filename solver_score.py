@@ -90,8 +90,8 @@ def main(
         if parallel.is_main:
             lines = [
                 {
-                    "prompt_tokens": s.tokens[: s.prompt_length],
-                    "tokens": s.tokens[s.prompt_length :],
+                    "prompt_tokens": list(s.tokens[: s.prompt_length]),
+                    "tokens": list(s.tokens[s.prompt_length :]),
                     "logprobs": logprobs,
                     "sum": sum(logprobs),
                 }

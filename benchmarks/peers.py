@@ -91,7 +91,7 @@ def trl(folder: Path, job: dict) -> dict:
 
         model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
         model.config.pad_token_id = 0
-        data = Dataset.from_list([{"chosen_ids": chosen, "rejected_ids": rejected} for chosen, rejected in rows])
+        data = Dataset.from_list([{"chosen_ids": chosen, "rejected_ids": rejected} for chosen, rejected, _ in rows])
         trainer = RewardTrainer(
             model=model,
             args=RewardConfig(disable_dropout=False, **common),

@@ -33,6 +33,8 @@ def run(target):
     Exits with 0 after `--help`, 2 on a `UserError` (a wrong command line is one) and 130 on Ctrl-C.
     Any other exception is a bug and keeps its traceback. Returns None; the function's result is dropped.
     """
+    # Tensors in large pages, where the kernel gives them: PyTorch looks once, when it first allocates.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         _run(target, os.path.basename(sys.argv[0]), sys.argv[1:])
     except UserError as error:

@@ -1,6 +1,7 @@
 """What the scripts read before any work, checked on every rank and refused with one voice."""
 
 import os
+from array import array
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -198,7 +199,7 @@ def read_evaluation(task: str, label_file: str) -> Evaluation:
 def encode(tokenizer: Tokenizer, instruction: str, output: str) -> Sequence:
     """Prompt and response as ids: BOS, the instruction, the output, EOS."""
     prompt = tokenizer.prompt_ids(instruction)
-    return Sequence(prompt + tokenizer.response_ids(output), len(prompt))
+    return Sequence(array("i", prompt + tokenizer.response_ids(output)), len(prompt))  # a list takes nine times the memory
 
 
 def within(lengths: list[int], max_seq_len: int, strict: bool, what: str) -> tuple[list[bool], str | None]:

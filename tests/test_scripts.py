@@ -110,6 +110,8 @@ def base(tmp_path_factory):
         ["verifier_evaluate.py", *flags(ckpt_dir=base / "verifier", label_file=base / "data" / "verifier_test.json",
                                         log_dir=base / "verifier-evaluated")],
         ["ppo_train.py", *ppo_flags(base, base / "ppo", reward="both", task="GSM8K", label_file=base / "data" / "test.json")],
+        ["ppo_train.py", *ppo_flags(base, base / "ppo, idle ranks", model_parallel_size=1, max_buffer_size=2, samples_per_prompt=1,
+                                    max_tokens_per_batch=40)],
         ["solver_evaluate.py", *flags(task="GSM8K", ckpt_dir=base / "ppo" / "policy", log_dir=base / "evaluated",
                                       label_file=base / "data" / "test.json", max_new_tokens=12)],
     ]
@@ -322,6 +324,12 @@ def test_ppo_leaves_policy_value_and_a_log_of_what_matters(base):
     assert [s["step"] for s in scalars(logs, "ppo_train", "eval/")] == [0, 1]
     assert not same_bits(policy, base / "solver") and not same_bits(base / "ppo" / "value", base / "verifier")
     assert "score.weight" in tensors(base / "ppo" / "value") and "output.weight" in tensors(policy)
+
+
+def test_ppo_s_minibatches_may_leave_a_rank_without_rollouts(base):
+    """Two rollouts in two minibatches on two data-parallel ranks."""
+    steps = scalars(base / "ppo, idle ranks" / "policy-logs", "ppo_train", "ppo/")
+    assert len(steps) == 2 and all(step["ppo/policy_grad_norm"] > 0 and step["ppo/skipped"] == 0 for step in steps)
 
 
 def test_evaluation_writes_results_and_predictions(base):

@@ -86,7 +86,7 @@ class BeamSearch(Engine):
         cache = Cache(self.model, count * width, max(len(p) + limit for p, limit in zip(prompts, limits)))
         layout = Prefill(lengths.tolist(), cache, 0, device)
         logits = self.model.logits(
-            self.model(torch.tensor([t for p in prompts for t in p], device=device), layout)[layout.ends]
+            self.model(torch.tensor([t for p in prompts for t in p], device=device), layout, layout.ends)
         )
         source = torch.arange(count, device=device).repeat_interleave(width)
         cache.copy(source, torch.arange(count * width, device=device), int(lengths.max()))

@@ -197,7 +197,7 @@ class Engine:
         lengths = [len(request.prompt) for request in news]
         tokens = torch.tensor([token for request in news for token in request.prompt], device=device)
         layout = Prefill(lengths, cache, rows.start, device)
-        logits = self.model.logits(self.model(tokens, layout)[layout.ends])
+        logits = self.model.logits(self.model(tokens, layout, layout.ends))
         source = [*range(len(news)), *(g for g, request in enumerate(news) for _ in request.waiting[1:])]
         requests = [request.waiting[0] for request in news] + [i for request in news for i in request.waiting[1:]]
         if len(requests) > len(news):

@@ -1,5 +1,6 @@
 """Queries and responses as one packed batch, and what is read off the model at their tokens."""
 
+from array import array
 from dataclasses import dataclass
 from functools import partial
 from typing import Callable, TypeVar
@@ -9,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from src.models.attention import Packed, gather_rows
+from src.models.attention import Packed
 from src.models.transformer import Transformer
 from src.parallel.mappings import copy_to_model_parallel_region
 from src.parallel.setup import Parallel
@@ -22,7 +23,7 @@ T = TypeVar("T")
 class Sequence:
     """Token ids of a prompt followed by its response; the response's are `tokens[prompt_length:]`."""
 
-    tokens: list[int]
+    tokens: list[int] | array
     prompt_length: int
 
     @property
@@ -103,7 +104,7 @@ def response_logprobs(model: Transformer, batch: Batch, temperature: float = 1.0
 
     The logits live a chunk at a time, and are computed again in backward. For training see `response_loss`.
     """
-    hidden = gather_rows(model(batch.tokens, batch.layout), batch.rows)
+    hidden = model(batch.tokens, batch.layout, batch.rows)
     size = rows_at_once(model.vocabulary_weight)
 
     def of(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,20 +120,19 @@ def response_loss(
     model: Transformer, batch: Batch, loss_of: LossOf, temperature: float = 1.0, entropy: bool = False
 ) -> Tensor:
     """A loss that every response token has for itself; see `target_loss`. The same log-probabilities as `response_logprobs`, bit for bit."""
-    hidden = copy_to_model_parallel_region(gather_rows(model(batch.tokens, batch.layout), batch.rows))
+    hidden = copy_to_model_parallel_region(model(batch.tokens, batch.layout, batch.rows))
     return target_loss(hidden, model.vocabulary_weight, model.vocabulary, batch.targets, loss_of, temperature, entropy)
 
 
 def response_values(model: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:
     """The score head before every response token, [R], and at each sequence's last token, [sequences]; fp32."""
-    scores = model.scores(model(batch.tokens, batch.layout))
-    return gather_rows(scores, batch.rows), gather_rows(scores, batch.ends)
+    scores = model.scores(model(batch.tokens, batch.layout, torch.cat((batch.rows, batch.ends))))
+    return scores[: len(batch.rows)], scores[len(batch.rows) :]
 
 
 def sequence_scores(model: Transformer, batch: Batch | PromptTree) -> Tensor:
     """The score head at each sequence's last token, [sequences], fp32."""
-    hidden = model(batch.tokens, batch.layout)
-    return model.scores(gather_rows(hidden, batch.ends))
+    return model.scores(model(batch.tokens, batch.layout, batch.ends))
 
 
 def weighted_balance_loss(model: Transformer, batch: Batch | PromptTree, weights: list[float], denominator: float) -> Tensor:

@@ -12,43 +12,58 @@ from src.models.transformer import Transformer
 
 @dataclass(frozen=True)
 class TrainingFlops:
-    """Of the whole model, over all its ranks: per token in the trunk, per row in the head, per pair of tokens in attention."""
+    """Of the whole model, over all its ranks: per token in the trunk; per row that the loss needs, in the head and past the last
+
+    layer's attention; per pair of tokens in attention.
+    """
 
     per_token: float
-    per_target: float
+    per_needed: float
     per_pair: float
 
     @classmethod
     def of(cls, model: Transformer) -> "TrainingFlops":
         """2 per weight forward, 2 for the gradient of the input, and 2 more for that of a weight that is trained.
 
-        What lies below the lowest trained weight needs no gradients. Of the experts those count that a token goes through.
+        Layers below the lowest with a trained weight need no gradients. Of the experts those count that a token goes through.
         """
         config, trained = model.config, {n.replace(".base.", "."): p.requires_grad for n, p in model.named_parameters()}
         lowest = next((i for i, block in enumerate(model.layers) if _trains(block)), config.n_layers)
         lowest = -1 if trained["tok_embeddings.weight"] else lowest
-        per_token = per_target = 0.0
+        per_token = per_needed = 0.0
         for name, spec in tensor_table(config).items():
             if len(spec.shape) < 2 or name == "score.weight":
                 continue
             weights = float(_product(spec.shape))
             if name in ("tok_embeddings.weight", "output.weight"):
                 if name == "output.weight" or (config.tie_word_embeddings and config.head == "lm"):
-                    per_target += weights * (4 + 2 * trained[name])
+                    per_needed += weights * (4 + 2 * trained[name])
                 continue
             if len(spec.shape) == 3:
                 weights *= config.experts_per_token / config.n_experts
-            backward = int(name.split(".")[1]) >= lowest
-            per_token += weights * (2 + 2 * backward + 2 * trained[name])
-        for _, layer in lora_layers(model):
+            flops = weights * (2 + 2 * (int(name.split(".")[1]) >= lowest) + 2 * trained[name])
+            if _past_attention(name, config):
+                per_needed += flops
+            else:
+                per_token += flops
+        for name, layer in lora_layers(model):
             weights = layer.config.rank * (layer.spec.shape[-1] + layer.spec.shape[-2])
-            experts = config.experts_per_token if len(layer.spec.shape) == 3 else 1
-            per_token += 6.0 * weights * experts
+            flops = 6.0 * weights * (config.experts_per_token if len(layer.spec.shape) == 3 else 1)
+            if _past_attention(name, config):
+                per_needed += flops
+            else:
+                per_token += flops
         per_pair = 4.0 * config.n_heads * config.head_dim * (3 * config.n_layers - 2 * max(lowest, 0))
-        return cls(per_token, per_target, per_pair)
+        return cls(per_token, per_needed, per_pair)
 
-    def __call__(self, tokens: int, targets: int, pairs: int) -> float:
-        return self.per_token * tokens + self.per_target * targets + self.per_pair * pairs
+    def __call__(self, tokens: int, needed: int, pairs: float) -> float:
+        return self.per_token * tokens + self.per_needed * needed + self.per_pair * pairs
+
+
+def _past_attention(name: str, config: ModelConfig) -> bool:
+    """Whether a weight stands behind the last attention, where only the rows are computed that the loss needs."""
+    last = name.startswith(f"layers.{config.n_layers - 1}.") and not config.n_experts
+    return last and (".wo" in name or ".feed_forward." in name)
 
 
 def attention_pairs(config: ModelConfig, length: int, prefix: int = 0) -> float:

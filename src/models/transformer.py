@@ -20,6 +20,7 @@ from torch.utils.checkpoint import (
     noop_context_fn,
 )
 
+from src.models.attention import gather_rows
 from src.models.config import ModelConfig
 from src.models.elementwise import HeadNorm, RMSNorm, rotate, swiglu
 from src.models.experts import MixtureOfExperts, balance_loss
@@ -106,7 +107,7 @@ class Attention(nn.Module):
     def stack(self, device: torch.device) -> None:
         self.stacked = Stacked([self.wq, self.wk, self.wv], device)
 
-    def forward(self, x: Tensor, layout, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, layout, rotary: tuple[Tensor, Tensor], rows: Tensor | None = None) -> Tensor:
         x = copy_to_model_parallel_region(x)
         layers = (self.wq, self.wk, self.wv)
         parts = self.stacked(x, layers).split(self.stacked.sizes, -1) if self.stacked else [layer(x) for layer in layers]
@@ -117,7 +118,8 @@ class Attention(nn.Module):
         padding = out.size(1) - self.heads
         if padding:  # a padded head beside a real kv head would give its values' mean, and wo's zeros a gradient
             out = F.pad(out[:, : self.heads], (0, 0, 0, padding))
-        return reduce_from_model_parallel_region(self.wo(out.flatten(-2)))
+        out = out.flatten(-2)
+        return reduce_from_model_parallel_region(self.wo(out if rows is None else gather_rows(out, rows)))
 
 
 class FeedForward(nn.Module):
@@ -147,9 +149,12 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(shard["attention_norm.weight"], config.norm_eps)
         self.ffn_norm = RMSNorm(shard["ffn_norm.weight"], config.norm_eps)
 
-    def forward(self, x: Tensor, layout, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """The block's output, and its router's decisions where it has experts."""
-        x = x + self.attention(self.attention_norm(x), layout, rotary)
+    def forward(
+        self, x: Tensor, layout, rotary: tuple[Tensor, Tensor], rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The block's output (at some rows only), and its router's decisions where it has experts."""
+        attended = self.attention(self.attention_norm(x), layout, rotary, rows)
+        x = (x if rows is None else gather_rows(x, rows)) + attended
         out, router = self.feed_forward(self.ffn_norm(x))
         return x + out, router
 
@@ -185,23 +190,27 @@ class Transformer(nn.Module):
         self.router_aux_loss_coef = config.router_aux_loss_coef
         self._rotary = None
 
-    def forward(self, tokens: Tensor, layout) -> Tensor:
+    def forward(self, tokens: Tensor, layout, rows: Tensor | None = None) -> Tensor:
         """Hidden states after the last norm. tokens: ids [N], laid out as `layout` says → [N, dim].
 
-        With experts, and gradients wanted, the layout gets each sequence's `balance_loss`.
+        rows: those that are wanted, each once → [len(rows), dim]; past the last attention nothing is computed for others. With experts, and gradients wanted, the layout gets each sequence's `balance_loss`.
         """
         rotary = self.rotary(layout)
         x, routers = self.tok_embeddings(tokens), []
         for block in self.layers:
+            last = block is self.layers[-1] and not self.config.n_experts  # the experts' balance counts every token
+            wanted = rows if last else None
             if self.recompute != "none" and torch.is_grad_enabled():
                 again = CHECKPOINTING[self.recompute]
-                x, router = checkpoint(block, x, layout, rotary, use_reentrant=False, context_fn=again)
+                x, router = checkpoint(block, x, layout, rotary, wanted, use_reentrant=False, context_fn=again)
             else:
-                x, router = block(x, layout, rotary)
+                x, router = block(x, layout, rotary, wanted)
             if router is not None and torch.is_grad_enabled() and self.router_aux_loss_coef:
                 routers.append(layout.means(router))
         if routers:
             layout.balance_loss = balance_loss(routers)
+        if rows is not None and self.config.n_experts:
+            x = gather_rows(x, rows)
         return self.norm(x)
 
     def stack_projections(self, device: torch.device) -> None:

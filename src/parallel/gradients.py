@@ -1,7 +1,6 @@
 """Gradients summed over the data-parallel ranks, a bucket at a time, while backward still runs."""
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from src.parallel.setup import Parallel

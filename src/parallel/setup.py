@@ -165,9 +165,9 @@ def reuse_memory() -> None:
         library.mallopt(option, value)
 
 
-def matmul_rate(dtype: torch.dtype, device: torch.device, rounds: int = 5) -> float:
+def matmul_rate(dtype: torch.dtype, device: torch.device, rounds: int = 3) -> float:
     """FLOP/s of the best of a few square matrix products: what a model's products could reach at most."""
-    n = 8192 if device.type == "cuda" else 1024
+    n = 8192 if device.type == "cuda" else 2048
     a, best = torch.ones(n, n, dtype=dtype, device=device), math.inf
     for _ in range(rounds + 1):  # the first warms up
         if device.type == "cuda":

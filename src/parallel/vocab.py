@@ -112,6 +112,7 @@ class _TargetLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, real: int, targets: Tensor, loss_of: LossOf, options: tuple):
         temperature, entropy, at_once = options
+        ctx.scale = 1024.0 if weight.dtype == torch.float16 else 1.0  # fp16 would lose what is smaller than 6e-8
         wanted, n = ctx.needs_input_grad, targets.size(0)
         at_once = max(1, -(-n // max(1, -(-n // at_once))))  # chunks of one size
         grad_hidden = torch.empty_like(hidden) if wanted[0] else None
@@ -129,7 +130,7 @@ class _TargetLoss(torch.autograd.Function):
                 part = loss_of(logprobs, h, rows)
                 grads = torch.autograd.grad(part, inputs, allow_unused=True)
             loss += part.detach()
-            grad = _softmax_gradient(z, grads[0], grads[1] if entropy else None, h, at, 1 / temperature).to(weight.dtype)
+            grad = _softmax_gradient(z, grads[0], grads[1] if entropy else None, h, at, ctx.scale / temperature).to(weight.dtype)
             if wanted[0]:
                 torch.mm(grad, weight, out=grad_hidden[rows])
             if wanted[1] and grad_weight is None:
@@ -142,7 +143,7 @@ class _TargetLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         # in place, once: what is saved is this function's own
-        hidden, weight = (None if x is None else x.mul_(grad) for x in ctx.saved_tensors)
+        hidden, weight = (None if x is None else x.mul_(grad / ctx.scale) for x in ctx.saved_tensors)
         return hidden, weight, None, None, None, None
 
 
@@ -163,7 +164,8 @@ def target_loss(
     """Σ over chunks of rows of loss_of(log-probabilities, entropies or None, rows): a loss that each row has for itself.
 
     The logits live a chunk at a time, and the gradient of the chunk's loss is taken while they are there, so that nothing as large
-    as [N, vocabulary] is kept or computed twice. Backward may be called once.
+    as [N, vocabulary] is kept or computed twice. Backward may be called once. What the sum is divided by is better divided outside:
+    half-precision gradients keep more digits when they are about 1.
 
     hidden: [N, dim]; weight: this rank's rows of the output layer, [vocabulary / n, dim], `real` of them without padding;
     targets: global token ids, [N].

@@ -226,12 +226,12 @@ class PPO:
 
         def loss_of(logprobs, _, rows):
             at = index[rows]
-            part, stats = policy_loss(logprobs, buffer.logprobs[at], buffer.advantages[at], s.cliprange, denominator)
+            part, stats = policy_loss(logprobs, buffer.logprobs[at], buffer.advantages[at], s.cliprange, 1.0)
             for name, x in stats.items():
-                policy_stats[name] = policy_stats.get(name, 0.0) + x
+                policy_stats[name] = policy_stats.get(name, 0.0) + x / denominator
             return part
 
-        loss = response_loss(self.policy, batch, loss_of, self.temperature)
+        loss = response_loss(self.policy, batch, loss_of, self.temperature) / denominator
         balance = weighted_balance_loss(self.policy, batch, batch.responses, denominator)
         self.policy_optimizer.backward(loss + balance, last)
         values, _ = response_values(self.value, batch)

@@ -33,7 +33,7 @@ class Objective(Protocol):
 
     lengths: list[int]  # tokens of each row
     weights: list[int]  # what each row adds to the denominator of the loss
-    targets: list[int]  # logits of each row that the loss needs
+    needed: list[int]  # positions of each row whose last hidden state the loss needs
     stats: tuple[str, ...]  # names of what `loss` returns to be logged, "loss" among them
 
     def pieces(self, row: int) -> list[tuple[int, int]]:
@@ -200,7 +200,7 @@ class Meter:
         o = self.objective
         tokens = sum(o.lengths[i] for i in batch)
         pairs = sum(attention_pairs(self.config, *piece) for i in batch for piece in o.pieces(i))
-        flops = self.flops(tokens, sum(o.targets[i] for i in batch), pairs)
+        flops = self.flops(tokens, sum(o.needed[i] for i in batch), pairs)
         memory = torch.tensor(peak_memory(self.parallel.device), dtype=torch.float64, device=self.parallel.device)
         dist.all_reduce(memory, op=dist.ReduceOp.MAX)
         return {

@@ -15,13 +15,13 @@ class SolverObjective:
     def __init__(self, sequences: list[Sequence], device: torch.device) -> None:
         self.sequences, self.device = sequences, device
         self.lengths = [len(s.tokens) for s in sequences]
-        self.weights = self.targets = [s.response_length for s in sequences]
+        self.weights = self.needed = [s.response_length for s in sequences]
 
     def pieces(self, row: int) -> list[tuple[int, int]]:
         return [(self.lengths[row], 0)]
 
     def loss(self, model: Transformer, rows: list[int], denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
         batch = Batch.of([self.sequences[i] for i in rows], self.device)
-        loss = response_loss(model, batch, lambda logprobs, entropy, rows: -logprobs.sum() / denominator)
+        loss = response_loss(model, batch, lambda logprobs, entropy, rows: -logprobs.sum()) / denominator
         balance = weighted_balance_loss(model, batch, batch.responses, denominator)
         return loss + balance, {"balance_loss": balance.detach()}

@@ -35,7 +35,8 @@ class VerifierObjective:
     def __init__(self, comparisons: list[Comparison], device: torch.device, share_prompts: bool = True) -> None:
         self.comparisons, self.device, self.share_prompts = comparisons, device, share_prompts
         self.lengths = [sum(length for length, _ in self.pieces(i)) for i in range(len(comparisons))]
-        self.weights, self.targets = [1] * len(comparisons), [0] * len(comparisons)
+        self.weights = [1] * len(comparisons)
+        self.needed = [len(c.chosen) + len(c.rejected) for c in comparisons]
 
     def pieces(self, row: int) -> list[tuple[int, int]]:
         sequences = self.comparisons[row].chosen + self.comparisons[row].rejected

@@ -31,7 +31,18 @@ ONE_RANK = SimpleNamespace(mp_rank=0, mp_size=1, device="cpu")
 
 
 def same(flops: TrainingFlops, per_token: float, per_target: float, per_pair: float) -> None:
-    assert (flops.per_token, flops.per_target, flops.per_pair) == pytest.approx((per_token, per_target, per_pair))
+    """Where every token is needed, what is counted for tokens and for those needed is the model's weights and its head's."""
+    assert (flops.per_token + flops.per_needed, flops.per_pair) == pytest.approx((per_token + per_target, per_pair))
+
+
+def test_past_the_last_attention_only_what_the_loss_needs_is_counted():
+    past = PROJECTIONS["wo"][0] * PROJECTIONS["wo"][1] + FEED_FORWARD
+    assert TrainingFlops.of(Transformer(LLAMA)).per_needed == 6 * OUTPUT + 6 * past
+    assert TrainingFlops.of(Transformer(LLAMA.with_head("score"))).per_needed == 6 * past
+    assert TrainingFlops.of(Transformer(MIXTRAL)).per_needed == 6 * OUTPUT, "the experts' balance counts every token"
+    model = Transformer(LLAMA)
+    add_lora(model, LoRAConfig(2, targets=("wq", "w2")), 0, ONE_RANK)
+    assert TrainingFlops.of(model).per_needed == 4 * OUTPUT + 4 * past + 6 * 2 * sum(PROJECTIONS["w2"])
 
 
 FAMILIES = {"llama": (LLAMA, LAYER), "qwen": (QWEN, LAYER), "mixtral": (MIXTRAL, EXPERT_LAYER)}
@@ -111,8 +122,8 @@ def test_any_rank_counts_the_whole_model(config, n):
         assert TrainingFlops.of(build(config, rank, n, torch.float32)) == flops
 
 
-def test_a_step_adds_up_tokens_targets_and_pairs():
-    assert TrainingFlops(2.0, 30.0, 500.0)(tokens=7, targets=3, pairs=11) == 7 * 2 + 3 * 30 + 11 * 500
+def test_a_step_adds_up_tokens_those_needed_and_pairs():
+    assert TrainingFlops(2.0, 30.0, 500.0)(tokens=7, needed=3, pairs=11) == 7 * 2 + 3 * 30 + 11 * 500
 
 
 def counted(config: ModelConfig, length: int, prefix: int) -> float:
