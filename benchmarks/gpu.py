@@ -86,7 +86,12 @@ def main(
         head = dim // n_heads
         for name, shape, lora, recompute in (
             ("full fine-tune", (full_dim, full_layers, full_dim // head, full_hidden_dim), False, "none"),
-            ("full fine-tune, recomputed in part", (full_dim, full_layers, full_dim // head, full_hidden_dim), False, "selective"),
+            (
+                "full fine-tune, recomputed in part",
+                (full_dim, full_layers, full_dim // head, full_hidden_dim),
+                False,
+                "selective",
+            ),
             ("LoRA, rank 16", (dim, n_layers, n_heads, hidden_dim), True, "selective"),
         ):
             training(name, made(*shape), parallel, lora, recompute, length, train_batch, rounds)
@@ -155,10 +160,14 @@ def generation(model, parallel, wait, batch: int, rounds: int) -> None:
         times.append(wait() - began)
     bandwidth = 2 * x.nbytes / min(times)
     weights = sum(p.nbytes for name, p in model.named_parameters() if "tok_embeddings" not in name)
-    cache = 2 * config.n_layers * model.kv_heads * config.head_dim * 192 * model.norm.weight.element_size()  # at the middle of the decoding
+    cache = (
+        2 * config.n_layers * model.kv_heads * config.head_dim * 192 * model.norm.weight.element_size()
+    )  # at the middle of the decoding
     one, many = rate(1), rate(batch)
     if parallel.is_main:
-        print(f"Copies at {bandwidth / 1e9:.0f} GB/s.\n\n| | step, ms | tokens/s | of the memory roofline |\n|---|---|---|---|")
+        print(
+            f"Copies at {bandwidth / 1e9:.0f} GB/s.\n\n| | step, ms | tokens/s | of the memory roofline |\n|---|---|---|---|"
+        )
         for n, took in ((1, one), (batch, many)):
             least = (weights + n * cache) / bandwidth
             print(f"| batch {n} | {1e3 * took:.2f} | {n / took:.0f} | {least / took:.2f} |")

@@ -1,6 +1,6 @@
 """The pieces of a decode step by themselves: products plain and packed, attention of one query, an all-reduce of two ranks.
 
-    python benchmarks/kernels.py
+python benchmarks/kernels.py
 """
 
 import os

@@ -48,7 +48,12 @@ def plain_loop(folder: Path, job: dict) -> dict:
 def trl(folder: Path, job: dict) -> dict:
     """SFTTrainer on completions only, or RewardTrainer; without what costs time: recomputation, saving, reports."""
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast, TrainerCallback
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        PreTrainedTokenizerFast,
+        TrainerCallback,
+    )
     from tokenizers import Tokenizer, models
 
     words = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2}, unk_token="<pad>"))
@@ -104,9 +109,7 @@ def trl(folder: Path, job: dict) -> dict:
 
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
         masks = [[int(at >= row["prompt_length"]) for at in range(len(row["tokens"]))] for row in rows]
-        data = Dataset.from_list(
-            [{"input_ids": row["tokens"], "completion_mask": mask} for row, mask in zip(rows, masks)]
-        )
+        data = Dataset.from_list([{"input_ids": row["tokens"], "completion_mask": mask} for row, mask in zip(rows, masks)])
         trainer = SFTTrainer(
             model=model,
             args=SFTConfig(completion_only_loss=True, **common),

@@ -28,7 +28,7 @@ from src.cli import run
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BATCH, LR, WARM = 8, 1e-4, 5  # steps that are not timed
 # What made TRL quickest on the machine that the tables are from; its defaults are slower and take more memory.
-TRL_SETTINGS = {"sft": {"padding_free": True, "torch_compile": True}, "verifier": {"torch_compile": True}}
+TRL_SETTINGS = {"sft": {"padding_free": True, "torch_compile": True}, "verifier": {}}
 
 
 def ours(folder: Path, job: dict) -> dict:
@@ -61,7 +61,11 @@ def ours(folder: Path, job: dict) -> dict:
         def scalars(self, *_, **__):
             ends.append(time.perf_counter())
 
-    model_settings = {"seed": 0, "compile": job.get("compile", False), "checkpoint_activations": job.get("recompute", "none")}
+    model_settings = {
+        "seed": 0,
+        "compile": job.get("compile", False),
+        "checkpoint_activations": job.get("recompute", "none"),
+    }
     fitting.prepare(model, {**model_settings, "freeze_layers": 0, "router_aux_loss_coef": None}, parallel)
     settings = fitting.FitSettings(LR, 1, BATCH // parallel.dp_size, warmup=0.0, schedule="constant")
     optimizer = Optimizer(model, parallel)
@@ -88,7 +92,9 @@ def worker(system: str, folder: str, job_file: str) -> None:
 
 def launch(system: str, folder: Path, job_file: Path, ranks: int = 1) -> dict:
     cores = len(os.sched_getaffinity(0))
-    start = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
+    start = (
+        [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
+    )
     environment = {**os.environ, "OMP_NUM_THREADS": str(cores // ranks), "HF_HUB_OFFLINE": "1"}
     if system == "ours":
         environment["THP_MEM_ALLOC_ENABLE"] = "1"  # as src/cli.py does for our scripts
@@ -140,7 +146,7 @@ def beside_others(task: str, train_file: str, work: Path, rounds: int, steps: in
     """Examples (pairs) per second and the most memory held: ours, TRL's trainer, a plain transformers loop."""
     what = {"sft": ("SFT", "examples"), "verifier": ("Verifier", "pairs")}[task]
     lines = [
-        f"| {what[0]} | ours, {what[1]}/s | TRL | ratio | plain loop | ratio | memory: ours, GB | TRL | ratio | MFU | losses apart |",
+        f"| {what[0]} | ours, {what[1]}/s | TRL | ratio | plain loop | ratio | ours, GB | TRL, GB | ratio | MFU | losses apart |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for dtype in DTYPES:
@@ -195,10 +201,14 @@ def length_of_the_run(train_file: str, work: Path, sizes: tuple[int, ...] = (100
     return lines
 
 
-def command_of(script: str, folder: Path, tokenizer: Path, data: Path, logs: Path, work: Path, ranks: int, **flags) -> list[str]:
+def command_of(
+    script: str, folder: Path, tokenizer: Path, data: Path, logs: Path, work: Path, ranks: int, **flags
+) -> list[str]:
     """A training script's command line on a data file; `logs` is emptied."""
     shutil.rmtree(logs, ignore_errors=True)
-    start = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
+    start = (
+        [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
+    )
     flags = {
         "ckpt_dir": folder,
         "tokenizer_file": tokenizer,
@@ -225,7 +235,11 @@ def start_up(train_file: str, work: Path, rounds: int) -> list[str]:
         while first is None and run.poll() is None:
             time.sleep(0.05)
             log = logs / "solver_train.jsonl"
-            events = [json.loads(line) for line in log.read_text().splitlines(True) if line.endswith("\n")] if log.exists() else []
+            events = (
+                [json.loads(line) for line in log.read_text().splitlines(True) if line.endswith("\n")]
+                if log.exists()
+                else []
+            )
             first = next((event for event in events if event["event"] == "scalars"), None)
         run.terminate()
         run.wait()

@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 
-
 class _Scatter(torch.autograd.Function):
     """rows[i] → out[index[i]], the rest zero. Its gradient is the gather, and the other way round: no accumulation."""
 

@@ -105,7 +105,7 @@ def response_logprobs(model: Transformer, batch: Batch, temperature: float = 1.0
     The logits live a chunk at a time, and are computed again in backward. For training see `response_loss`.
     """
     hidden = model(batch.tokens, batch.layout, batch.rows)
-    size = rows_at_once(model.vocabulary_weight)
+    size = rows_at_once(len(batch.targets), model.vocabulary_weight)
 
     def of(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         return token_logprobs(model.logits(hidden), targets, temperature)
@@ -119,7 +119,10 @@ def response_logprobs(model: Transformer, batch: Batch, temperature: float = 1.0
 def response_loss(
     model: Transformer, batch: Batch, loss_of: LossOf, temperature: float = 1.0, entropy: bool = False
 ) -> Tensor:
-    """A loss that every response token has for itself; see `target_loss`. The same log-probabilities as `response_logprobs`, bit for bit."""
+    """A loss that every response token has for itself; see `target_loss`.
+
+    Its log-probabilities are those of `response_logprobs`, bit for bit.
+    """
     hidden = copy_to_model_parallel_region(model(batch.tokens, batch.layout, batch.rows))
     return target_loss(hidden, model.vocabulary_weight, model.vocabulary, batch.targets, loss_of, temperature, entropy)
 

@@ -66,4 +66,3 @@ def ntk_rotary(config: ModelConfig, positions: Tensor, prompt_lengths: Tensor) -
 def logn(config: ModelConfig, positions: Tensor) -> Tensor:
     """Qwen v1's scale of the queries: log_{seq_length}(position), counted from 1, past seq_length; 1 before. [N] → [N, 1]."""
     return ((positions + 1).float().log() / math.log(config.max_seq_len)).clamp_min(1).unsqueeze(1)
-

@@ -193,7 +193,8 @@ class Transformer(nn.Module):
     def forward(self, tokens: Tensor, layout, rows: Tensor | None = None) -> Tensor:
         """Hidden states after the last norm. tokens: ids [N], laid out as `layout` says → [N, dim].
 
-        rows: those that are wanted, each once → [len(rows), dim]; past the last attention nothing is computed for others. With experts, and gradients wanted, the layout gets each sequence's `balance_loss`.
+        rows: those that are wanted, each once → [len(rows), dim]; past the last attention nothing is computed for others.
+        With experts, and gradients wanted, the layout gets each sequence's `balance_loss`.
         """
         rotary = self.rotary(layout)
         x, routers = self.tok_embeddings(tokens), []

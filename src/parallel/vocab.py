@@ -32,7 +32,7 @@ def vocab_range(local_size: int) -> tuple[int, int]:
 
 
 class _Where(NamedTuple):
-    """What the gradient needs beside the exponentials: their sums, this rank's column of each target, and whether it has it; [N] each."""
+    """What the gradient needs beside the exponentials, [N] each: their sums, and this rank's column of the target, if it has it."""
 
     total: Tensor
     column: Tensor
@@ -100,9 +100,11 @@ def token_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) ->
     return _TokenLogprobs.apply(logits, targets, temperature)
 
 
-def rows_at_once(weight: Tensor) -> int:
-    """Rows whose logits are computed at a time. weight: this rank's rows of the output layer."""
-    return max(1, (LOGITS_AT_ONCE_CUDA if weight.is_cuda else LOGITS_AT_ONCE) // weight.size(0))
+def rows_at_once(n: int, weight: Tensor) -> int:
+    """Of n rows, how many have their logits computed at a time: chunks of one size. weight: this rank's rows of the output layer."""
+    most = max(1, (LOGITS_AT_ONCE_CUDA if weight.is_cuda else LOGITS_AT_ONCE) // weight.size(0))
+    chunks = max(1, -(-n // most))
+    return max(1, -(-n // chunks))
 
 
 LossOf = Callable[[Tensor, Tensor | None, slice], Tensor]
@@ -111,10 +113,10 @@ LossOf = Callable[[Tensor, Tensor | None, slice], Tensor]
 class _TargetLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, real: int, targets: Tensor, loss_of: LossOf, options: tuple):
-        temperature, entropy, at_once = options
+        temperature, entropy = options
         ctx.scale = 1024.0 if weight.dtype == torch.float16 else 1.0  # fp16 would lose what is smaller than 6e-8
         wanted, n = ctx.needs_input_grad, targets.size(0)
-        at_once = max(1, -(-n // max(1, -(-n // at_once))))  # chunks of one size
+        at_once = rows_at_once(n, weight)
         grad_hidden = torch.empty_like(hidden) if wanted[0] else None
         grad_weight, loss = None, torch.zeros((), device=hidden.device)
         for start in range(0, n, at_once):
@@ -130,7 +132,9 @@ class _TargetLoss(torch.autograd.Function):
                 part = loss_of(logprobs, h, rows)
                 grads = torch.autograd.grad(part, inputs, allow_unused=True)
             loss += part.detach()
-            grad = _softmax_gradient(z, grads[0], grads[1] if entropy else None, h, at, ctx.scale / temperature).to(weight.dtype)
+            grad = _softmax_gradient(z, grads[0], grads[1] if entropy else None, h, at, ctx.scale / temperature).to(
+                weight.dtype
+            )
             if wanted[0]:
                 torch.mm(grad, weight, out=grad_hidden[rows])
             if wanted[1] and grad_weight is None:
@@ -170,4 +174,4 @@ def target_loss(
     hidden: [N, dim]; weight: this rank's rows of the output layer, [vocabulary / n, dim], `real` of them without padding;
     targets: global token ids, [N].
     """
-    return _TargetLoss.apply(hidden, weight, real, targets, loss_of, (temperature, entropy, rows_at_once(weight)))
+    return _TargetLoss.apply(hidden, weight, real, targets, loss_of, (temperature, entropy))

@@ -99,7 +99,10 @@ def epoch_batches(n_rows: int, batch_size: int, seed: int, epoch: int) -> list[l
 def share_of(
     batch: list[int], lengths: list[int], parallel: Parallel, max_batch_size: int, max_tokens: int | None = None
 ) -> list[list[int]]:
-    """This data-parallel rank's rows of a batch, in micro-batches. The longest row goes to the rank with the fewest tokens, and so on."""
+    """This data-parallel rank's rows of a batch, in micro-batches.
+
+    Row after row, the longest first, goes to the rank with the fewest tokens, while that has not got its share of rows.
+    """
     order = sorted(batch, key=lambda i: (-lengths[i], i))
     most, shares = -(-len(batch) // parallel.dp_size), [[] for _ in range(parallel.dp_size)]
     for i in order:
@@ -164,9 +167,7 @@ def train_step(
     sums: dict[str, Tensor] = {}
     with clock.phase("data"):
         denominator = sum(objective.weights[i] for i in batch)
-        share = share_of(
-            batch, objective.lengths, parallel, settings.max_batch_size, settings.max_tokens_per_batch
-        )
+        share = share_of(batch, objective.lengths, parallel, settings.max_batch_size, settings.max_tokens_per_batch)
     for rows in share:
         with clock.phase("forward"):
             loss, stats = objective.loss(model, rows, denominator)
@@ -180,11 +181,13 @@ def train_step(
 
 
 class Meter:
-    """What a step cost: tokens/s, FLOP/s and their share of what the ranks' matrix products reach (MFU), seconds by phase, memory."""
+    """What a step cost: tokens/s, FLOP/s and their share of what matrix products reach on these ranks (MFU), time, memory."""
 
     def __init__(self, model: Transformer, objective: Objective, parallel: Parallel) -> None:
         self.objective, self.parallel, self.config, self.flops = objective, parallel, model.config, TrainingFlops.of(model)
-        rate = torch.tensor(matmul_rate(model.norm.weight.dtype, parallel.device), dtype=torch.float64, device=parallel.device)
+        rate = torch.tensor(
+            matmul_rate(model.norm.weight.dtype, parallel.device), dtype=torch.float64, device=parallel.device
+        )
         dist.all_reduce(rate)  # of all ranks, measured at the same time
         self.rate = float(rate)
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from src.models.batch import Batch, Sequence, response_logprobs, sequence_scores
+from src.models.batch import Batch, Sequence, response_logprobs, response_loss, sequence_scores
+from src.parallel import vocab
 from src.trainer.optimizer import Optimizer
 from src.trainer.solver import SolverObjective
 from src.trainer.verifier import Comparison, VerifierObjective, margins
@@ -74,6 +75,24 @@ def test_training_makes_the_whole_response_with_its_eos_likelier(folder, paralle
         optimizer.step(3e-3)
     after = response_logprobs(model, batch)[0].detach()
     assert after.numel() == 3 and bool((after > before + 0.5).all()), "the first token, the second, and EOS"
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 4, 100])
+def test_training_sees_scoring_s_log_probabilities_bit_for_bit_in_whatever_chunks(folder, parallel, monkeypatch, at_once):
+    model, batch = ours(folder / "lm", parallel), Batch.of(some_sequences(5, seed=3), parallel.device)
+    monkeypatch.setattr(vocab, "LOGITS_AT_ONCE", at_once * model.vocabulary_weight.size(0))
+    with torch.no_grad():
+        logprobs, entropy = response_logprobs(model, batch, 0.7)
+    seen = []
+
+    def loss_of(logprobs, entropy, rows):
+        seen.append((rows, logprobs.detach().clone(), entropy.detach().clone()))
+        return logprobs.sum()
+
+    response_loss(model, batch, loss_of, 0.7, entropy=True)
+    assert torch.equal(torch.cat([x for _, x, _ in seen]), logprobs)
+    assert torch.equal(torch.cat([x for _, _, x in seen]), entropy)
+    assert max(len(x) for _, x, _ in seen) <= at_once
 
 
 class Scores:
