@@ -118,18 +118,7 @@ def main(
     from src.trainer.solver import SolverObjective
 
     check_flags(settings)
-    fit_settings = FitSettings(
-        lr,
-        epochs,
-        max_batch_size,
-        accumulation_steps,
-        warmup,
-        schedule,
-        seed,
-        max_tokens_per_batch,
-        eval_every,
-        profile,
-    )
+    fit_settings = FitSettings.of(settings)
     parallel = start(model_parallel_size, timeout)
 
     number_type, logs = pick_dtype(dtype, parallel.device), log_dir or f"{save_dir.rstrip('/')}-logs"

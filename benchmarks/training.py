@@ -27,8 +27,13 @@ from src.cli import run
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BATCH, LR, WARM = 8, 1e-4, 5  # steps that are not timed
-# What made TRL quickest on the machine that the tables are from; its defaults are slower and take more memory.
-TRL_SETTINGS = {"sft": {"padding_free": True, "torch_compile": True}, "verifier": {}}
+# "quickest" is what made TRL so on the machine that the tables are from.
+TRL_SETTINGS = {
+    "quickest": {"sft": {"padding_free": True, "torch_compile": True}, "verifier": {}},
+    "padding_free": {"sft": {"padding_free": True}, "verifier": {}},
+    "compiled": {"sft": {"torch_compile": True}, "verifier": {"torch_compile": True}},
+    "default": {"sft": {}, "verifier": {}},
+}
 
 
 def ours(folder: Path, job: dict) -> dict:
@@ -142,7 +147,7 @@ def prepared(task: str, dtype: str, train_file: str, work: Path, steps: int, **m
     return folder, job_file
 
 
-def beside_others(task: str, train_file: str, work: Path, rounds: int, steps: int) -> list[str]:
+def beside_others(task: str, train_file: str, work: Path, rounds: int, steps: int, trl: str) -> list[str]:
     """Examples (pairs) per second and the most memory held: ours, TRL's trainer, a plain transformers loop."""
     what = {"sft": ("SFT", "examples"), "verifier": ("Verifier", "pairs")}[task]
     lines = [
@@ -150,7 +155,7 @@ def beside_others(task: str, train_file: str, work: Path, rounds: int, steps: in
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for dtype in DTYPES:
-        folder, job_file = prepared(task, dtype, train_file, work, steps, trl=TRL_SETTINGS[task])
+        folder, job_file = prepared(task, dtype, train_file, work, steps, trl=TRL_SETTINGS[trl][task])
         runs = {name: lambda name=name: launch(name, folder, job_file) for name in ("ours", "trl", "plain")}
         found = alternate(runs, rounds, warm_up=False)
         rate = {name: median([run["examples_per_s"] for run in found[name]]) for name in runs}
@@ -254,6 +259,7 @@ def main(
     rounds: int = 3,
     steps: int = 20,
     work_dir: str | None = None,
+    trl: Literal["quickest", "padding_free", "compiled", "default"] = "quickest",
 ):
     """Measure and print the tables.
 
@@ -264,13 +270,14 @@ def main(
         rounds: runs of each side.
         steps: timed steps of a run.
         work_dir: for models and data, to be used again; a temporary one when not given.
+        trl: its settings.
     """
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(work_dir or temporary)
         work.mkdir(parents=True, exist_ok=True)
         tables = {
-            "sft": lambda: beside_others("sft", train_file, work, rounds, steps),
-            "verifier": lambda: beside_others("verifier", train_file, work, rounds, steps),
+            "sft": lambda: beside_others("sft", train_file, work, rounds, steps, trl),
+            "verifier": lambda: beside_others("verifier", train_file, work, rounds, steps, trl),
             "ranks": lambda: ranks_against_process(train_file, work, rounds, steps),
             "length": lambda: length_of_the_run(train_file, work),
             "start": lambda: start_up(train_file, work, rounds),

@@ -28,9 +28,8 @@ class Family:
     keys: dict[str, str] = field(default_factory=dict)  # our field → config.json's key, where it isn't Llama's
     defaults: dict = field(default_factory=dict)  # what transformers takes for keys that are not there
     has: dict = field(default_factory=dict)  # fields that are so in every model of the family
-    windows: Literal["never", "always", "flagged"] = (
-        "never"  # whether sliding_window counts; flagged: with use_sliding_window
-    )
+    # whether sliding_window counts; flagged: with use_sliding_window
+    windows: Literal["never", "always", "flagged"] = "never"
     ffn_factor: int = 1  # config.json's intermediate_size is this many times the real width
     written_as: str | None = None  # the family whose Hugging Face folder computes the same function
     presets: dict[str, ModelConfig] = field(default_factory=dict)

@@ -1,5 +1,6 @@
 """Floating-point operations of a training step: what the mathematics needs, recomputation not counted."""
 
+import math
 from dataclasses import dataclass
 
 from torch import nn
@@ -34,7 +35,7 @@ class TrainingFlops:
         for name, spec in tensor_table(config).items():
             if len(spec.shape) < 2 or name == "score.weight":
                 continue
-            weights = float(_product(spec.shape))
+            weights = float(math.prod(spec.shape))
             if name in ("tok_embeddings.weight", "output.weight"):
                 if name == "output.weight" or (config.tie_word_embeddings and config.head == "lm"):
                     per_needed += weights * (4 + 2 * trained[name])
@@ -79,10 +80,3 @@ def attention_pairs(config: ModelConfig, length: int, prefix: int = 0) -> float:
 
 def _trains(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    total = 1
-    for n in shape:
-        total *= n
-    return total

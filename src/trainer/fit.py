@@ -5,7 +5,7 @@ import resource
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Callable, Protocol
 
@@ -60,6 +60,11 @@ class FitSettings:
     max_tokens_per_batch: int | None = None
     eval_every: int | None = None
     profile: bool = False
+
+    @classmethod
+    def of(cls, settings: dict) -> "FitSettings":
+        """From a script's flags, which have the same names."""
+        return cls(**{field.name: settings[field.name] for field in fields(cls)})
 
     def __post_init__(self) -> None:
         if min(self.epochs, self.max_batch_size, self.accumulation_steps) < 1 or self.lr <= 0 or not 0 <= self.warmup < 1:
