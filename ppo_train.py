@@ -1,11 +1,13 @@
-"""Proximal policy optimisation of a solver with a verifier's scores, a rule's verdicts, or both.
+"""Policy optimisation of a solver from rewards: PPO with a value model, or group baselines; tensor- and data-parallel.
 
     torchrun --nproc_per_node 8 ppo_train.py --actor_ckpt_dir SOLVER --actor_save_dir OUT --critic_ckpt_dir VERIFIER \
         --critic_save_dir OUT2 --reward_model_ckpt_dir VERIFIER --train_file train.json --max_batch_size 6 --max_buffer_size 96
+    torchrun --nproc_per_node 8 ppo_train.py --actor_ckpt_dir SOLVER --actor_save_dir OUT --train_file train.json \
+        --advantage grpo --samples_per_prompt 8 --reward rule --task GSM8K
 
-Rows of the train file: {"instruction": "...", "label": "..."}; the label is needed for --reward rule and both. Policy,
-value, reference and reward model all stay in memory; nothing is read from disk between the phases. What the code must
-satisfy, and the meaning of every logged number: docs/ppo.md.
+Rows of the train file: {"instruction": "...", "label": "..."}; the label is needed for the rule. Nothing is read from disk
+between the phases: the roles stay in memory, on the device or (--offload) the host's. What the code must satisfy, every knob,
+and the meaning of every logged number: docs/ppo.md.
 """
 
 from typing import Literal
@@ -16,27 +18,40 @@ from src.cli import run
 def main(
     actor_ckpt_dir: str,
     actor_save_dir: str,
-    critic_ckpt_dir: str,
-    critic_save_dir: str,
     train_file: str,
+    critic_ckpt_dir: str | None = None,
+    critic_save_dir: str | None = None,
     reward_model_ckpt_dir: str | None = None,
-    reward: Literal["verifier", "rule", "both"] = "verifier",
-    verifier_weight: float = 1.0,
-    rule_weight: float = 1.0,
+    reward: list[str] | None = None,
+    reward_weights: list[float] | None = None,
+    reward_file: str | None = None,
+    format_pattern: str | None = None,
+    overlong_margin: int | None = None,
+    reward_scale: float = 1.0,
+    reward_bias: float = 0.0,
+    reward_clip: float | None = None,
+    reward_norm: bool = False,
+    advantage: Literal["gae", "grpo", "dr_grpo", "rloo", "reinforce++"] = "gae",
+    samples_per_prompt: int = 1,
+    filter_rounds: int = 0,
     model_type: str | None = None,
     tokenizer_file: str | None = None,
+    reward_tokenizer_file: str | None = None,
     config_file: str | None = None,
     use_chat_template: bool = False,
     max_batch_size: int = 6,
     max_tokens_per_batch: int | None = None,
     max_buffer_size: int = 96,
-    samples_per_prompt: int = 1,
     rollout_batch_size: int = 384,
-    rollout_model_parallel_size: int | None = None,
     kv_cache_gb: float | None = None,
     max_seq_len: int = 1024,
     max_new_tokens: int = 256,
+    min_new_tokens: int = 0,
     temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    replay_mask: bool = False,
     lr: float = 1e-6,
     critic_lr: float = 5e-6,
     warmup: float = 0.0,
@@ -45,14 +60,29 @@ def main(
     iterations: int | None = None,
     ppo_epochs: int = 4,
     mini_batches: int = 4,
+    critic_warmup: int = 0,
+    update: Literal["together", "in_turn"] = "together",
     gamma: float = 1.0,
     lam: float = 0.95,
+    lam_critic: float | None = None,
+    whiten: bool | None = None,
+    value_norm: bool = False,
     cliprange: float = 0.2,
+    cliprange_high: float | None = None,
+    dual_clip: float | None = None,
     cliprange_value: float = 0.2,
     vf_coef: float = 0.1,
+    entropy_coef: float = 0.0,
+    loss_level: Literal["token", "sequence", "constant"] | None = None,
+    kl: Literal["k1", "k2", "k3"] | None = None,
     kl_coef: float | None = None,
     kl_target: float | None = None,
     kl_horizon: float = 10000.0,
+    target_kl: float | None = None,
+    ref_ema: float | None = None,
+    ptx_file: str | None = None,
+    ptx_coef: float = 0.0,
+    ptx_batch_size: int | None = None,
     truncated: Literal["bootstrap", "zero", "penalty"] = "bootstrap",
     truncation_penalty: float = 1.0,
     max_grad_norm: float = 1.0,
@@ -60,6 +90,8 @@ def main(
     lora_rank: int = -1,
     lora_alpha: float | None = None,
     lora_targets: list[str] | None = None,
+    shared_trunk: bool = False,
+    offload: bool = False,
     quantize: Literal["nf4", "int8"] | None = None,
     freeze_layers: int = 0,
     router_aux_loss_coef: float | None = None,
@@ -68,11 +100,18 @@ def main(
     zero: Literal[0, 1] = 1,
     task: str | None = None,
     label_file: str | None = None,
+    eval_every: int | None = None,
+    keep_best: str | None = None,
     eval_batch_size: int = 384,
+    dump_rollouts: str | None = None,
+    log_samples: int = 2,
     log_dir: str | None = None,
     dtype: Literal["bf16", "fp16", "fp32"] | None = None,
     seed: int = 0,
     model_parallel_size: int | None = None,
+    rollout_model_parallel_size: int | None = None,
+    critic_model_parallel_size: int | None = None,
+    reward_model_parallel_size: int | None = None,
     timeout: float = 1800.0,
 ):
     """Train, and evaluate before the first and after every epoch when --task and --label_file are given.
@@ -80,29 +119,45 @@ def main(
     Args:
         actor_ckpt_dir: the solver to start from; also the reference.
         actor_save_dir: the folder for the trained policy; replaced as a whole when it already holds a checkpoint.
-        critic_ckpt_dir: what the value model starts from: the verifier, usually.
-        critic_save_dir: the folder for the trained value model.
         train_file: .json or .jsonl rows with "instruction", and "label" for a rule.
-        reward_model_ckpt_dir: the verifier whose scores are the reward.
-        reward: verifier, rule (1 for a right answer, else 0), or both.
-        verifier_weight: of the verifier's score in the reward.
-        rule_weight: of the rule's verdict in the reward.
+        critic_ckpt_dir: what the value model starts from: the verifier, usually. For --advantage gae.
+        critic_save_dir: the folder for the trained value model.
+        reward_model_ckpt_dir: the verifier whose scores are the reward. With another tokenizer than the actor's it reads the texts.
+        reward: what is rewarded, one or several of verifier (its score), rule (1 for a right answer), file (--reward_file), format
+            (1 where --format_pattern matches), length (share of max_new_tokens), overlong (0 to -1, see --overlong_margin);
+            verifier when not given.
+        reward_weights: one for each of --reward; 1 each when not given.
+        reward_file: FILE.py:FUNCTION, called as function(prompts, responses, rows), lists of the same length, for a list of numbers.
+        format_pattern: a regular expression to be found in the response.
+        overlong_margin: the last so many tokens before max_new_tokens cost up to 1, in a line.
+        reward_scale: the sum of the rewards is multiplied by this,
+        reward_bias: this is added,
+        reward_clip: and it is clipped to ± this.
+        reward_norm: before that, centre and scale it by the mean and standard deviation of all rewards so far.
+        advantage: gae (PPO with a value model); or without one: grpo, dr_grpo, rloo (each prompt's samples are compared),
+            reinforce++ (rewards to go).
+        samples_per_prompt: rollouts of each prompt.
+        filter_rounds: leave out prompts whose samples all earn the same, and generate for others up to so many times in all to
+            fill the buffer; 0 keeps everything.
         model_type: a name such as llama-2-7b to check the actor's sizes against.
         tokenizer_file: found in actor_ckpt_dir when not given.
+        reward_tokenizer_file: the verifier's; found in its folder, or the actor's, when not given.
         config_file: the actor's params.json or config.json; found in actor_ckpt_dir when not given.
         use_chat_template: write each instruction as a user's turn, by the checkpoint's chat template or the family's.
         max_batch_size: sequences in one forward and backward, per data-parallel rank.
         max_tokens_per_batch: and their tokens, at most; a longer row goes alone. Optimizer steps stay the same: there are more
             forwards in each. No limit when not given.
         max_buffer_size: rollouts per iteration, over all ranks.
-        samples_per_prompt: rollouts of each prompt.
         rollout_batch_size: sequences generated at a time, at most.
-        rollout_model_parallel_size: ranks per model while generating, a divisor of --model_parallel_size: more, smaller models,
-            whose weights change hands in memory. The same as in training when not given.
         kv_cache_gb: memory for keys and values per rank; half the free memory when not given.
         max_seq_len: prompt and response together; prompts that leave no room are left out and counted.
         max_new_tokens: of one response.
+        min_new_tokens: before so many no response ends by itself.
         temperature: of sampling, and of every log-probability.
+        top_p: sample from the likeliest tokens that together have this probability.
+        top_k: sample from so many of the likeliest tokens; 0: all.
+        min_p: leave out tokens less likely than this share of the likeliest.
+        replay_mask: take log-probabilities over the tokens that sampling had left, in the update too; else over all.
         lr: the policy's highest learning rate.
         critic_lr: the value model's.
         warmup: share of the iterations in which the learning rates rise.
@@ -111,22 +166,41 @@ def main(
         iterations: stop after this many, whatever the epochs.
         ppo_epochs: passes over each buffer of rollouts.
         mini_batches: optimizer steps per pass.
+        critic_warmup: iterations in which only the value model learns.
+        update: policy and value step by step (together), or first all of the policy's steps (in_turn): with --offload one at a time.
         gamma: discount.
         lam: of generalised advantage estimation.
+        lam_critic: of the returns that the value model learns; lam when not given.
+        whiten: centre and scale the advantages over the whole batch; when not given, for gae and reinforce++.
+        value_norm: let the value model learn returns centred and scaled by their running mean and standard deviation.
         cliprange: the probability ratio is clipped to 1 ± this.
+        cliprange_high: the upper side, where it is another ("clip-higher").
+        dual_clip: for a negative advantage the loss is at most this times its size.
         cliprange_value: values are clipped to the old ones ± this.
         vf_coef: weight of the value loss (the value model has its own optimizer: it acts through clipping and Adam's ε).
-        kl_coef: weight of the KL penalty in the reward; 0.05, or where the actor's own PPO run left off, when not given.
+        entropy_coef: weight of the entropy bonus.
+        loss_level: the mean over all tokens (token), over responses of their tokens' means (sequence), or of their tokens' sums over
+            max_new_tokens (constant); when not given sequence for grpo, constant for dr_grpo, else token.
+        kl: the penalty in the reward (k1), or as a loss (k2, k3); when not given k3 for grpo and dr_grpo, else k1.
+        kl_coef: its weight; 0.05, or where the actor's own PPO run left off, when not given. 0: no reference is loaded.
         kl_target: steer kl_coef towards this KL (nats per response).
         kl_horizon: how slowly, in responses.
+        target_kl: end the policy's steps of an iteration once a step's approxkl is above this.
+        ref_ema: after each iteration reference = this × reference + the rest × policy; without it the reference stays.
+        ptx_file: rows with "instruction" and "output" to go on training on, beside the rewards,
+        ptx_coef: with this weight,
+        ptx_batch_size: so many in each of the policy's steps; as many as rollouts when not given.
         truncated: what follows a response cut at max_new_tokens: its value (bootstrap), nothing (zero), or nothing and a
-            penalty on its score.
+            penalty on its score. Without a value model bootstrap is zero.
         truncation_penalty: that penalty.
         max_grad_norm: each model's gradient is scaled down to this norm.
         weight_decay: AdamW's, on matrices.
         lora_rank: rank of the policy's and the value model's adapters; -1 trains all weights.
         lora_alpha: the adapter's output is scaled by lora_alpha / lora_rank; 16 when not given.
         lora_targets: layers to adapt, of wq,wk,wv,wo,w1,w2,w3; all of them when not given (with experts: attention's).
+        shared_trunk: one frozen trunk, the actor's, for all roles: value and reward are adapters and heads on it. Their folders hold
+            such adapters (verifier_train.py --lora_rank, from the actor's weights); a critic_ckpt_dir that is the actor's starts anew.
+        offload: keep each role, and its optimizer, in host memory while it is not needed.
         quantize: keep the frozen weights in 4 or 8 bits; needs --lora_rank.
         freeze_layers: train neither the embedding nor this many layers from the bottom.
         router_aux_loss_coef: weight of the experts' load-balancing loss; the model's own when not given.
@@ -134,80 +208,63 @@ def main(
             and attention (selective), or all but its input (full).
         compile: let torch.compile make one kernel each of the norms and of SwiGLU; on the CPU that needs a C++ compiler.
         zero: 1 shares the optimizer's state among the data-parallel ranks (ZeRO stage 1); 0 keeps it whole on each.
-        task: what to evaluate on, such as GSM8K; also whose rule --reward rule applies (GSM8K when not given).
+        task: what to evaluate on, such as GSM8K or MATH; also whose rule is applied in the reward (GSM8K's when not given).
         label_file: the task's rows.
+        eval_every: evaluate every so many iterations; after each epoch when not given.
+        keep_best: a metric of the evaluation, such as accuracy: the policy is also saved, to ACTOR_SAVE_DIR-best, whenever it is higher
+            than ever.
         eval_batch_size: sequences generated at a time in evaluations, at most.
+        dump_rollouts: a folder for one Parquet file per iteration: texts, tokens, log-probabilities, values, rewards, advantages.
+        log_samples: responses of each iteration that are logged as text, with their rewards.
         log_dir: for the log, TensorBoard events and evaluation results; ACTOR_SAVE_DIR-logs when not given.
         dtype: of weights and activations; bf16 on a GPU and fp32 on the CPU when not given.
         seed: of everything random.
         model_parallel_size: ranks per model; all of them when not given.
+        rollout_model_parallel_size: ranks per model while generating, a divisor of --model_parallel_size: more, smaller models,
+            whose weights change hands in memory. The same as in training when not given.
+        critic_model_parallel_size: ranks per value model, a divisor of --model_parallel_size.
+        reward_model_parallel_size: ranks per verifier, a divisor of --model_parallel_size.
         timeout: seconds that a collective may take before the run is given up.
     """
     settings = dict(locals())
     from src.checkpoint.folder import check_apart
-    from src.checkpoint.load import load_model
     from src.checkpoint.save import check_save, save_model
-    from src.errors import UserError
     from src.evaluation.tasks import find_task
-    from src.evaluation.training import SolverEvaluation
+    from src.evaluation.training import KeepBest, SolverEvaluation
     from src.generation.engine import Engine
     from src.generation.relayout import RelaidEngine
     from src.generation.sampling import Sampling
-    from src.inputs import (
-        check_flags,
-        check_log_dir,
-        check_model_flags,
-        check_same_tokenizer,
-        lora_of,
-        open_model,
-        ppo_prompts,
-    )
+    from src.errors import UserError
+    from src.inputs import Model, check_flags, check_log_dir, ppo_prompts, solver_sequences
     from src.logs import RunLog
     from src.parallel.setup import agreed, pick_dtype, start, stop
-    from src.ppo.fit import Schedule, fit, read_kl_coef, write_state
-    from src.ppo.rewards import RuleReward, VerifierReward
-    from src.ppo.trainer import PPO, KLController, PPOSettings
-    from src.trainer.fit import prepare
-    from src.trainer.optimizer import Optimizer
+    from src.ppo.dump import RolloutDump, SampleTexts
+    from src.ppo.fit import DEFAULT_KL_COEF, Schedule, changed_rewards, fit, read_state, write_state
+    from src.ppo.rewards import load_score
+    from src.ppo.settings import PPOSettings, check_flags_together
+    from src.ppo.setup import load_roles, make_rewards, open_roles
+    from src.ppo.trainer import PPO, KLController, PretrainingMix
 
     check_flags(settings)
-    sampling = Sampling(max_new_tokens, temperature, seed=seed)
-    plan = Schedule(lr, critic_lr, warmup, schedule, epochs, iterations, samples_per_prompt, seed)
-    ppo_settings = PPOSettings(
-        max_batch_size,
-        max_buffer_size,
-        mini_batches,
-        ppo_epochs,
-        gamma,
-        lam,
-        cliprange,
-        cliprange_value,
-        vf_coef,
-        truncated,
-        truncation_penalty,
-        seed,
-        max_tokens_per_batch,
-    )
-    if temperature == 0:
-        raise UserError("--temperature 0: PPO learns from samples; give a temperature above 0")
-    if max_buffer_size % samples_per_prompt:
-        raise UserError(f"--max_buffer_size {max_buffer_size} is no multiple of --samples_per_prompt {samples_per_prompt}")
-    if reward != "rule" and reward_model_ckpt_dir is None:
-        raise UserError(f"--reward {reward} needs --reward_model_ckpt_dir; without a verifier: --reward rule")
+    check_flags_together(settings)
+    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed, min_p, min_new_tokens=min_new_tokens)
+    plan = Schedule(lr, critic_lr, warmup, schedule, epochs, iterations, seed, eval_every)
+    ppo_settings = PPOSettings.of(settings)
     parallel = start(model_parallel_size, timeout)
     if max_buffer_size < parallel.dp_size:
         raise UserError(
             f"--max_buffer_size {max_buffer_size}: the {parallel.dp_size} data-parallel ranks share the rollouts, "
             "and each needs one: raise it, or --model_parallel_size"
         )
-
-    if rollout_model_parallel_size is not None and parallel.mp_size % rollout_model_parallel_size:
-        raise UserError(
-            f"--rollout_model_parallel_size {rollout_model_parallel_size} does not divide the {parallel.mp_size} "
-            "ranks that share a model in training (--model_parallel_size)"
-        )
-
+    for flag in ("rollout", "critic", "reward"):
+        size = settings[f"{flag}_model_parallel_size"]
+        if size is not None and parallel.mp_size % size:
+            raise UserError(
+                f"--{flag}_model_parallel_size {size} does not divide the {parallel.mp_size} ranks that share a model in "
+                "training (--model_parallel_size)"
+            )
     number_type, logs = pick_dtype(dtype, parallel.device), log_dir or f"{actor_save_dir.rstrip('/')}-logs"
+    best_dir = f"{actor_save_dir.rstrip('/')}-best" if keep_best else None
 
     def read_inputs():
         read = {
@@ -215,84 +272,102 @@ def main(
             "critic_ckpt_dir": critic_ckpt_dir,
             "reward_model_ckpt_dir": reward_model_ckpt_dir,
             "train_file": train_file,
+            "ptx_file": ptx_file,
         }
+        saved = {"actor_save_dir": actor_save_dir, "critic_save_dir": critic_save_dir, "keep_best": best_dir}
         check_log_dir(logs, actor_ckpt_dir, critic_ckpt_dir, reward_model_ckpt_dir)
-        check_apart({"actor_save_dir": actor_save_dir, "critic_save_dir": critic_save_dir}, {**read, "log_dir": logs})
-        chat = {"use_chat_template": use_chat_template, "chat_family": model_type}
-        actor = open_model(actor_ckpt_dir, parallel, tokenizer_file, config_file, model_type, head="lm", **chat)
-        critic = open_model(critic_ckpt_dir, parallel, tokenizer_file, **chat)
-        verifier = None
-        if reward != "rule":
-            verifier = open_model(reward_model_ckpt_dir, parallel, tokenizer_file, head="score", **chat)
-        for model in (actor, critic):
-            check_model_flags(settings, model.checkpoint)
-        loras = [lora_of(settings, model.checkpoint) for model in (actor, critic)]
-        check_save(actor_save_dir, actor.checkpoint, number_type)
-        check_save(critic_save_dir, critic.checkpoint, number_type)
-        for other in filter(None, (critic, verifier)):
-            check_same_tokenizer(actor, other)
+        saved = {flag: path for flag, path in saved.items() if path is not None}
+        check_apart(saved, {**read, "log_dir": logs, "dump_rollouts": dump_rollouts})
+        if dump_rollouts is not None:
+            check_log_dir(dump_rollouts, actor_ckpt_dir, critic_ckpt_dir, reward_model_ckpt_dir)
+        opened = open_roles(settings, parallel, number_type)
+        tokenizer = opened.actor.tokenizer
+        if best_dir:
+            check_save(best_dir, opened.actor.checkpoint, number_type)
         evaluation = SolverEvaluation.read(task, label_file, eval_batch_size, max_new_tokens, max_seq_len)
-        rule = find_task(task or "GSM8K") if reward != "verifier" else None
-        prompts, warning = ppo_prompts(train_file, actor.tokenizer, rule, max_seq_len)
-        kl = KLController(read_kl_coef(actor_ckpt_dir) if kl_coef is None else kl_coef, kl_target, kl_horizon)
-        return actor, critic, verifier, loras, evaluation, rule, prompts, warning, kl
+        KeepBest.check(keep_best, eval_every, evaluation.metrics)
+        rule = find_task(task or "GSM8K") if "rule" in (reward or []) else None
+        if reward_file is not None:
+            load_score(reward_file)
+        prompts, warning = ppo_prompts(train_file, tokenizer, rule, max_seq_len)
+        warnings = [warning]
+        mix = []
+        if ptx_file is not None:
+            mix, warning = solver_sequences(ptx_file, tokenizer, max_seq_len, strict=False)
+            warnings.append(warning)
+        states = read_state(actor_ckpt_dir), read_state(critic_ckpt_dir) if critic_ckpt_dir else {}
+        return opened, evaluation, rule, prompts, mix, states, [w for w in warnings if w]
 
-    actor, critic, verifier, loras, evaluation, rule, prompts, warning, kl = agreed(read_inputs)
-    policy = load_model(actor.checkpoint, parallel, number_type, "lm", seed, quantize, loras[0])
-    reference = load_model(actor.checkpoint, parallel, number_type, "lm", seed, quantize).requires_grad_(False)
-    value = load_model(critic.checkpoint, parallel, number_type, "score", seed, quantize, loras[1])
-    rewards = []
-    if verifier is not None:
-        scorer = load_model(verifier.checkpoint, parallel, number_type, "score", seed, quantize).requires_grad_(False)
-        rewards.append((verifier_weight, VerifierReward(scorer)))
-    if rule is not None:
-        rewards.append((rule_weight, RuleReward(rule, actor.tokenizer)))
-    for model in (policy, value):
-        prepare(model, settings, parallel)
+    opened, evaluation, rule, prompts, mix, states, warnings = agreed(read_inputs)
+    kl_control = KLController(states[0].get("kl_coef", DEFAULT_KL_COEF) if kl_coef is None else kl_coef, kl_target, kl_horizon)
+    with_reference = kl_control.kl_coef > 0
+    if not with_reference and (kl or kl_target or ref_ema is not None):
+        raise UserError("--kl, --kl_target, --ref_ema: have no effect with --kl_coef 0, which needs no reference")
+    stage = load_roles(opened, settings, parallel, number_type, with_reference)
 
     with RunLog(logs, "ppo_train", settings, parallel.rank) as log:
-        if warning:
-            log.warning(f"{warning} and are left out")
+        actor, critic = opened.actor, opened.critic
+        for message in warnings:
+            log.warning(f"{message} and are left out")
+        changed = changed_rewards(states[0], settings)
+        if changed:
+            log.warning(f"the run that left {actor_ckpt_dir} had other rewards: {changed}")
+        if opened.moments:
+            log.info(f"the verifier's scores are centred by {opened.moments[0]:.4f} and divided by {opened.moments[1]:.4f}")
+        if opened.translates:
+            log.info("the verifier has another tokenizer and reads the texts")
+        if offload and parallel.device.type == "cpu":
+            log.warning("--offload: on the CPU the device's memory is the host's: roles are moved, and nothing is saved")
         log.info(
             f"{len(prompts)} prompts; ranks: {parallel.mp_size} model-parallel × {parallel.dp_size} data-parallel; "
-            f"kl_coef {kl.kl_coef}"
+            f"advantages: {advantage}; kl_coef {kl_control.kl_coef}{'' if with_reference else ': no reference'}"
         )
+        limits = rollout_batch_size, max_seq_len, kv_cache_gb
+        policy = stage.roles["policy"].model
         if rollout_model_parallel_size in (None, parallel.mp_size):
-            engine = Engine(policy, parallel, rollout_batch_size, max_seq_len, kv_cache_gb)
+            engine = Engine(policy, parallel, *limits)
         else:
-            engine = RelaidEngine(
-                policy, parallel, rollout_model_parallel_size, rollout_batch_size, max_seq_len, kv_cache_gb
-            )
+            engine = RelaidEngine(policy, parallel, rollout_model_parallel_size, *limits)
+        per_step = ptx_batch_size or max(1, max_buffer_size // mini_batches)
         ppo = PPO(
-            policy,
-            value,
-            reference,
-            rewards,
-            Optimizer(policy, parallel, weight_decay, max_grad_norm, eps=1e-5, zero=zero),
-            Optimizer(value, parallel, weight_decay, max_grad_norm, eps=1e-5, zero=zero),
+            stage,
+            make_rewards(opened, settings, stage, parallel, rule),
             engine,
             sampling,
             actor.tokenizer.stop_ids,
-            kl,
+            kl_control,
             ppo_settings,
             parallel,
+            PretrainingMix(mix, per_step, ppo_settings, parallel.device) if mix else None,
         )
-        fit(
-            ppo,
-            prompts,
-            plan,
-            log,
-            lambda epoch: evaluation.run(f"epoch {epoch}", epoch, policy, actor.tokenizer, parallel, log, settings),
-        )
-        save_model(
-            policy, parallel, actor_save_dir, actor.checkpoint, actor.tokenizer.path, actor.tokenizer.borrowed_template
-        )
-        save_model(
-            value, parallel, critic_save_dir, critic.checkpoint, critic.tokenizer.path, critic.tokenizer.borrowed_template
-        )
-        if parallel.is_main:
-            write_state(actor_save_dir, kl.kl_coef)
-        log.info(f"saved the policy to {actor_save_dir} and the value model to {critic_save_dir}")
+        ppo.restore(*states)
+        if log_samples:
+            ppo.watch.append(SampleTexts(log_samples, actor.tokenizer, log))
+        if dump_rollouts is not None:
+            ppo.watch.append(RolloutDump(dump_rollouts, actor.tokenizer, parallel))
+
+        def save(role: str, folder: str, base: Model) -> None:
+            with stage.at_work(role):
+                one, tokenizer = stage.roles[role], base.tokenizer
+                save_model(
+                    one.model, one.parallel, folder, base.checkpoint, tokenizer.path, tokenizer.borrowed_template
+                )
+            if parallel.is_main:
+                write_state(folder, ppo.state()[role])
+
+        best = KeepBest(keep_best, lambda: save("policy", best_dir, actor), log)
+
+        def evaluate(at: str, number: int) -> None:
+            with stage.at_work("policy"):
+                metrics = evaluation.run(at, number, policy, actor.tokenizer, parallel, log, settings)
+            best.consider(at, number, metrics)
+
+        fit(ppo, prompts, plan, log, evaluate)
+        save("policy", actor_save_dir, actor)
+        log.info(f"saved the policy to {actor_save_dir}")
+        if critic:
+            save("value", critic_save_dir, critic)
+            log.info(f"saved the value model to {critic_save_dir}")
     stop()
 
 

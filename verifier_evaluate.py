@@ -57,6 +57,7 @@ def main(
     """
     settings = dict(locals())
     from src.checkpoint.load import load_model
+    from src.checkpoint.save import read_score_moments
     from src.data.rows import TEXT, read_rows, write_jsonl
     from src.errors import UserError
     from src.evaluation.solver import write_results
@@ -84,6 +85,7 @@ def main(
         return opened, sequences, within([len(s.tokens) for s in sequences], max_seq_len, True, f"rows of {input_file}")[1]
 
     opened, items, warning = agreed(read_inputs)
+    moments = agreed(lambda: read_score_moments(opened.checkpoint.folder))
     model = load_model(opened.checkpoint, parallel, pick_dtype(dtype, parallel.device), "score", seed, quantize)
     with RunLog(log_dir, "verifier_evaluate", settings, parallel.rank) as log:
         if warning:
@@ -94,7 +96,11 @@ def main(
                 write_results(log_dir, summary, rows, settings)
             log.info(f"pair accuracy {100 * summary['accuracy']:.1f} % on {summary['pairs']} pairs")
         else:
-            scores = score_all(model, parallel, items, max_batch_size, log).tolist()
+            scores = score_all(model, parallel, items, max_batch_size, log)
+            if moments:
+                log.info(f"scores are centred by {moments[0]:.4f} and divided by {moments[1]:.4f}, as stored with the verifier")
+                scores = (scores - moments[0]) / moments[1]
+            scores = scores.tolist()
             if parallel.is_main:
                 write_jsonl(output_file, [{"index": i, "score": x} for i, x in enumerate(scores)])
             log.info(f"wrote {len(scores)} scores to {output_file}")

@@ -47,6 +47,7 @@ def main(
     label_file: str | None = None,
     eval_every: int | None = None,
     keep_best: str | None = None,
+    normalize_scores: bool = False,
     eval_batch_size: int = 64,
     log_dir: str | None = None,
     profile: bool = False,
@@ -95,6 +96,8 @@ def main(
         eval_every: evaluate every so many steps; after each epoch when not given.
         keep_best: a metric of the evaluation, such as accuracy: the model is also saved, to SAVE_DIR-best, whenever it is higher
             than ever.
+        normalize_scores: after training, measure the mean and the standard deviation of the scores of the train file's outputs, and
+            store them with the verifier: PPO's reward and verifier_evaluate.py's scores are then centred and scaled by them.
         eval_batch_size: sequences scored in one forward.
         log_dir: for the log, TensorBoard events and evaluation results; SAVE_DIR-logs when not given.
         profile: write a trace of steps 4 and 5 for https://ui.perfetto.dev to the log folder, one file per rank.
@@ -108,6 +111,7 @@ def main(
     from src.checkpoint.load import load_model
     from src.checkpoint.save import check_save, save_model
     from src.evaluation.training import KeepBest, VerifierEvaluation
+    from src.evaluation.verifier import score_moments
     from src.inputs import check_flags, check_log_dir, check_model_flags, comparisons, lora_of, open_model
     from src.logs import RunLog
     from src.parallel.setup import agreed, pick_dtype, start, stop
@@ -148,7 +152,13 @@ def main(
         prepare(model, settings, parallel)
 
         def save(folder: str) -> None:
-            save_model(model, parallel, folder, opened.checkpoint, opened.tokenizer.path, opened.tokenizer.borrowed_template)
+            moments = score_moments(model, parallel, pairs, eval_batch_size, log) if normalize_scores else None
+            if moments:
+                log.info(f"scores on the train file: mean {moments[0]:.4f}, standard deviation {moments[1]:.4f}; stored with them")
+            tokenizer = opened.tokenizer
+            save_model(
+                model, parallel, folder, opened.checkpoint, tokenizer.path, tokenizer.borrowed_template, moments
+            )
 
         best = KeepBest(keep_best, lambda: save(best_dir), log)
 

@@ -20,7 +20,15 @@ from src.trainer.verifier import Comparison
 # Flag → the smallest and the largest value that make sense, and whether the smallest itself does.
 RANGES = {
     **dict.fromkeys(("max_batch_size", "eval_batch_size", "rollout_batch_size", "accumulation_steps"), (1, 10**7, True)),
-    **dict.fromkeys(("max_tokens_per_batch", "eval_every"), (1, 10**9, True)),
+    **dict.fromkeys(("max_tokens_per_batch", "eval_every", "overlong_margin", "ptx_batch_size"), (1, 10**9, True)),
+    **dict.fromkeys(("critic_warmup", "filter_rounds", "log_samples"), (0, 10**6, True)),
+    **dict.fromkeys(("critic_model_parallel_size", "reward_model_parallel_size"), (1, 10**7, True)),
+    **dict.fromkeys(("cliprange_high", "target_kl", "reward_clip", "reward_scale"), (0, 1e9, False)),
+    **dict.fromkeys(("entropy_coef", "ptx_coef"), (0, 1e6, True)),
+    "reward_bias": (-1e9, 1e9, True),
+    "dual_clip": (1, 1e9, False),
+    "lam_critic": (0, 1, True),
+    "ref_ema": (0, 0.9999999, True),
     **dict.fromkeys(
         ("max_new_tokens", "max_buffer_size", "samples_per_prompt", "num_samples", "max_rows"), (1, 10**7, True)
     ),
@@ -31,7 +39,6 @@ RANGES = {
     **dict.fromkeys(("lr", "critic_lr", "max_grad_norm", "lora_alpha", "kl_target", "kl_horizon"), (0, 1e9, False)),
     **dict.fromkeys(("weight_decay", "kl_coef", "vf_coef", "truncation_penalty"), (0, 1e6, True)),
     "temperature": (0, 100, True),
-    **dict.fromkeys(("verifier_weight", "rule_weight"), (-1e6, 1e6, True)),
     **dict.fromkeys(("beta2", "warmup"), (0, 0.999999, True)),
     **dict.fromkeys(("cliprange", "cliprange_value"), (0, 1e6, False)),
     **dict.fromkeys(("gamma", "lam"), (0, 1, True)),
@@ -257,16 +264,21 @@ def check_writable(path: str, suffix: str, *read: str) -> None:
         raise UserError(f"{path}: {existing} is not a folder that can be written to")
 
 
+def same_tokenizer(a: Tokenizer, b: Tokenizer) -> bool:
+    """Whether two models read the same ids as the same texts, and write prompts alike."""
+    chats = a.chat and a.chat.source, b.chat and b.chat.source
+    return a.path.read_bytes() == b.path.read_bytes() and a.bos_id == b.bos_id and chats[0] == chats[1]
+
+
 def check_same_tokenizer(actor: Model, other: Model) -> None:
     """Raise UserError when two roles read the same ids as different texts."""
-    if (
-        actor.tokenizer.path.read_bytes() != other.tokenizer.path.read_bytes()
-        or actor.tokenizer.bos_id != other.tokenizer.bos_id
-    ):
-        raise UserError(f"{actor.tokenizer.path} and {other.tokenizer.path} differ: the models must share their tokenizer")
-    if actor.tokenizer.chat and actor.tokenizer.chat.source != other.tokenizer.chat.source:
+    if not same_tokenizer(actor.tokenizer, other.tokenizer):
+        files = [
+            f"{m.tokenizer.path}" + (f" with {m.tokenizer.chat.name}" if m.tokenizer.chat else "") for m in (actor, other)
+        ]
         raise UserError(
-            f"{actor.tokenizer.chat.name} and {other.tokenizer.chat.name} differ: the models must share their chat template"
+            f"{files[0]} and {files[1]} differ: a value is learned for each of the policy's tokens, so that both must share "
+            "their tokenizer and chat template"
         )
 
 
@@ -280,7 +292,7 @@ def ppo_prompts(path: str, tokenizer: Tokenizer, rule: Task | None, max_seq_len:
                 rule.grade("", gold)
         except UserError as error:
             raise UserError(f"{path}: row {number} (from 0): {error}") from None
-        prompts.append(Prompt(tokenizer.prompt_ids(row["instruction"]), gold))
+        prompts.append(Prompt(tokenizer.prompt_ids(row["instruction"]), gold, row))
     fits, warning = within(
         [len(p.tokens) + 1 for p in prompts], max_seq_len, False, f"prompts of {path}, with one token more,"
     )

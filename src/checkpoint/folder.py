@@ -18,7 +18,18 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 
-_OURS = ("consolidated*", "params.json", "model*.safetensors*", "config.json", "adapter", "ppo_state.json", *TOKENIZER_FILES)
+SCORES_FILE = "score_normalization.json"  # what a verifier's scores are centred and scaled by, where they are
+
+_OURS = (
+    "consolidated*",
+    "params.json",
+    "model*.safetensors*",
+    "config.json",
+    "adapter",
+    "ppo_state.json",
+    SCORES_FILE,
+    *TOKENIZER_FILES,
+)
 
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -124,13 +135,13 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 def copy_side_files(source: Path, target: Path, tokenizer: Path | None = None) -> None:
-    """The tokenizer's and generation's files that lie with the weights; `tokenizer`: the one in use, where it is another.
+    """The tokenizer's, generation's and scores' files that lie with the weights; `tokenizer`: the one in use, where it is another.
 
     Another tokenizer goes alone: beside the weights' own, it would not be the one that is found again.
     """
     tokenizer = tokenizer or find_tokenizer(source)
     own = tokenizer is None or tokenizer.resolve().parent == source.resolve()
-    for name in TOKENIZER_FILES if own else ("generation_config.json",):
+    for name in (*(TOKENIZER_FILES if own else ("generation_config.json",)), SCORES_FILE):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
     if not own:

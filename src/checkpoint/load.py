@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor, nn
 
+from src.checkpoint.adapter import Adapter
 from src.checkpoint.source import Checkpoint
 from src.models.init import random_tensor
 from src.models.layout import TensorSpec, tensor_table
-from src.models.lora import TARGETS, LoRAConfig, add_lora
+from src.models.lora import TARGETS, LoRAConfig, add_lora, sharing
 from src.models.quantize import quantized
 from src.models.transformer import Transformer, build
 from src.parallel.setup import Parallel, agreed
@@ -55,6 +56,31 @@ def load_model(
         add_lora(model, adapter.lora, seed, parallel, adapter.tensors)
         model.requires_grad_(False)
     return model
+
+
+@torch.no_grad()
+def load_sharing(
+    model: Transformer,
+    parallel: Parallel,
+    head: str,
+    seed: int = 0,
+    lora: LoRAConfig | None = None,
+    adapter: Adapter | None = None,
+) -> Transformer:
+    """A role on the trunk of a model in training with LoRA: its frozen weights themselves, and an adapter and a head of its own.
+
+    lora: an adapter to start from nothing; adapter: one to go on from, with its score head, if it has one.
+    """
+    new = sharing(model, head, parallel)
+    if head == "score":
+        dim, name = model.config.dim, "score.weight"
+        fresh = random_tensor(name, TensorSpec((1, dim)), (dim + 1) ** -0.5, seed)
+        put(new, name, fresh if adapter is None or adapter.score is None else adapter.score, parallel.device)
+    if adapter is not None:
+        add_lora(new, adapter.lora, seed, parallel, adapter.tensors)
+    elif lora is not None:
+        add_lora(new, lora, seed, parallel)
+    return new
 
 
 def put(model: Transformer, name: str, local: Tensor, device: torch.device, quantize: str | None = None) -> None:

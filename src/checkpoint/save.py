@@ -1,5 +1,7 @@
 """A model in training to consolidated shards: merged weights, and the LoRA adapter beside them in PEFT's format."""
 
+import json
+import math
 import shutil
 from pathlib import Path
 
@@ -8,7 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from src.checkpoint.adapter import write_adapter
+from src.checkpoint.files import read_json
 from src.checkpoint.folder import (
+    SCORES_FILE,
     check_replaceable,
     check_space,
     copy_side_files,
@@ -66,11 +70,13 @@ def save_model(
     base: Checkpoint,
     tokenizer: Path | None = None,
     chat_template: str | None = None,
+    score_moments: tuple[float, float] | None = None,
 ) -> None:
     """Write the model to `save_dir` from all its ranks; `base`: what it came from, whose folder's side files go along.
 
-    tokenizer: the file in use, where it does not lie there; chat_template: the one in use, where none lies there. The folder appears whole or not at all, and replaces an older
-    one only then. Raises UserError on every rank when any cannot write.
+    tokenizer: the file in use, where it does not lie there; chat_template: the one in use, where none lies there; score_moments:
+    mean and standard deviation of a verifier's scores, to centre and scale them by. The folder appears whole or not at all, and
+    replaces an older one only then. Raises UserError on every rank when any cannot write.
     """
     folder = Path(save_dir).resolve()
     target, adapter = temporary_of(folder), whole_adapter(model, parallel)
@@ -82,6 +88,7 @@ def save_model(
             if parallel.is_main:
                 write_params(model.config, target)
                 copy_side_files(base.folder, target, tokenizer)
+                write_score_moments(target, score_moments)
                 if chat_template:
                     (target / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
                 if adapter:
@@ -101,6 +108,27 @@ def save_model(
     if parallel.is_main:
         publish(folder)
     dist.barrier()
+
+
+def write_score_moments(folder: Path, moments: tuple[float, float] | None) -> None:
+    """Mean and standard deviation of a verifier's scores beside it; None: those of the model that it came from go."""
+    path = folder / SCORES_FILE
+    if moments is None:
+        path.unlink(missing_ok=True)
+    else:
+        path.write_text(json.dumps({"mean": moments[0], "std": moments[1]}) + "\n")
+
+
+def read_score_moments(folder: Path) -> tuple[float, float] | None:
+    """What a verifier's scores are to be centred and scaled by; None where it does not say. Raises UserError for other than that."""
+    path = folder / SCORES_FILE
+    if not path.is_file():
+        return None
+    raw = read_json(path)
+    moments = raw.get("mean"), raw.get("std")
+    if any(type(x) not in (int, float) or not math.isfinite(x) for x in moments) or moments[1] <= 0:
+        raise UserError(f"{path}: holds mean {moments[0]!r} and std {moments[1]!r}; a number and a positive number are expected")
+    return float(moments[0]), float(moments[1])
 
 
 def check_save(save_dir: str, checkpoint: Checkpoint, dtype: torch.dtype, folders: int = 1) -> None:

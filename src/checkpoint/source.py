@@ -313,3 +313,28 @@ def check_model_type(config: ModelConfig, model_type: str | None) -> None:
     ]
     if wrong:
         raise UserError(f"--model_type {model_type} disagrees with the checkpoint: {', '.join(wrong)}; leave the flag out")
+
+
+def adapter_on(base: Checkpoint, path: str) -> Adapter:
+    """The adapter that lies in a folder, or in `adapter` below it beside the weights it was trained to, for the trunk of `base`.
+
+    Raises UserError when there is none, or when it was trained on another trunk.
+    """
+    folder = Path(path)
+    inner = folder / "adapter"
+    if not inner.is_dir():
+        if not (folder / "adapter_config.json").is_file():
+            raise UserError(f"{path}: holds no adapter; --shared_trunk needs one that was trained (--lora_rank) on the actor's weights")
+        return Adapter.open(path, base.config)
+    adapter = Adapter.open(str(inner), base.config)
+    trained = Checkpoint.open(path)
+    stem = next(name for name in adapter.tensors).removesuffix(".lora_a")
+    for name in ("norm.weight", f"{stem}.weight"):
+        shape = base.table[name].shape
+        if trained.table[name].shape != shape:
+            raise UserError(f"{path}: {name} is {list(trained.table[name].shape)}, the actor's {list(shape)}: another model's adapter")
+        want = adapter.added_to(base.read(name).float(), name, None, 0, 0)
+        have = trained.read(name).float()
+        if (want - have).abs().max() > 0.02 * want.abs().max():  # the weights are rounded once more when they are saved
+            raise UserError(f"{path}: its adapter was trained on other weights than {base.folder}'s ({name} differs); train it on these")
+    return adapter

@@ -9,8 +9,10 @@ Responses are written by models, so nothing here executes, nests or converts mor
 """
 import re
 from decimal import Decimal
+from functools import partial
 
 from src.errors import UserError
+from src.evaluation.scoring import field_text, tally
 
 RULES = ("official", "strict_match", "flexible_extract")
 
@@ -52,30 +54,15 @@ def score(responses: list[str], golds: list[str], truncated: list[bool] | None =
     `unparsed` counts responses without an official `#### N`, `truncated` those cut by the token limit: both stay in
     the denominator. A row holds what `grade` returns and `answer`, the official one or None.
     """
-    if len(responses) != len(golds) or truncated is not None and len(truncated) != len(responses):
-        raise ValueError(f"{len(responses)} responses, {len(golds)} golds, "
-                         f"{'no' if truncated is None else len(truncated)} truncation flags")
-    if not responses:
-        raise UserError("there is nothing to score: 0 responses")
-    rows = [{**grade(response, gold), "answer": extract("official", response)}
-            for response, gold in zip(responses, golds)]
-    n = len(rows)
-    summary = {"n": n} | {rule: sum(row[rule] for row in rows) / n for rule in (*RULES, "numeric")}
-    summary["unparsed"] = sum(row["answer"] is None for row in rows)
-    summary["truncated"] = sum(truncated or [])
-    return summary, rows
+    return tally(grade, partial(extract, "official"), responses, golds, truncated)
 
 
 def gold_of(row: dict) -> str:
     """The gold of a row: its `label`, or else its `answer` (the official files), or else its first `output`."""
     for field in ("label", "answer", "output"):
-        gold = row.get(field)
-        if isinstance(gold, list) and gold:
-            gold = gold[0]
-        if isinstance(gold, float) and gold.is_integer():
-            gold = int(gold)  # a label 18.0 means 18, which the rules would not see in its digits
-        if isinstance(gold, (str, int, float)):
-            return str(gold)
+        gold = field_text(row.get(field))
+        if gold is not None:
+            return gold
     raise UserError(f'a row without a gold answer: it needs "label", "answer" or "output", and has {sorted(row)}')
 
 

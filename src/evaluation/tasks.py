@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from src.errors import UserError
-from src.evaluation import gsm8k
+from src.evaluation import gsm8k, math
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,8 @@ class Task:
 TASKS = {
     "GSM8K": Task(name="GSM8K", grade=gsm8k.grade, score=gsm8k.score, gold_of=gsm8k.gold_of,
                   stop=("Question:", "</s>", "<|im_end|>"), metric="official"),
+    "MATH": Task(name="MATH", grade=math.grade, score=math.score, gold_of=math.gold_of,
+                 stop=("Problem:", "Question:", "</s>", "<|im_end|>"), metric="boxed"),
 }
 
 

@@ -22,6 +22,15 @@ def score_all(
         return torch.tensor(over_ranks(score, [len(s.tokens) for s in sequences], max_batch_size, parallel, bar))
 
 
+def score_moments(
+    model: Transformer, parallel: Parallel, comparisons: list[Comparison], max_batch_size: int, log: RunLog
+) -> tuple[float, float]:
+    """Mean and standard deviation of the scores of all responses, the same on every rank."""
+    sequences = [s for c in comparisons for s in c.chosen + c.rejected]
+    scores = score_all(model, parallel, sequences, max_batch_size, log).double()
+    return float(scores.mean()), max(float(scores.std(correction=0)), 1e-6)
+
+
 def evaluate_pairs(
     model: Transformer, parallel: Parallel, comparisons: list[Comparison], max_batch_size: int, log: RunLog
 ) -> tuple[dict, list[dict]]:

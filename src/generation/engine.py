@@ -12,7 +12,6 @@ from typing import Callable
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from src.generation.cache import Cache, Decode, Prefill
@@ -20,7 +19,7 @@ from src.generation.sampling import Sampling, choose, constrained
 from src.models.transformer import Transformer
 from src.parallel.layers import packed_weights
 from src.parallel.setup import Parallel
-from src.parallel.vocab import vocab_range
+from src.parallel.vocab import pack_bits, vocab_range
 
 CONTEXT_STEP = 32  # attention reads the cache up to a multiple of this
 NEIGHBOURS = 16  # slots that read the same length of the cache, on the CPU: no more than the longest of them needs
@@ -130,7 +129,7 @@ class Engine:
         cache, slots = Cache(self.model, n_slots, cache_length), Slots(n_slots, sampling.max_new_tokens, device)
         if sampling.repetition_penalty != 1:
             slots.seen = torch.zeros(n_slots, self.model.vocabulary_part, dtype=torch.bool, device=device)
-        if keep_masks and sampling.truncates:
+        if keep_masks and sampling.leaves_out:
             slots.kept = torch.zeros(
                 n_slots, sampling.max_new_tokens, -(-self.model.vocabulary_part // 8), dtype=torch.uint8, device=device
             )
@@ -278,18 +277,6 @@ class Engine:
         fits = torch.tensor(min(wanted, self.max_batch_size, room // per_slot), device=self.parallel.device)
         dist.all_reduce(fits, op=dist.ReduceOp.MIN, group=self.parallel.mp_group)
         return max(1, int(fits))
-
-
-def pack_bits(mask: Tensor) -> Tensor:
-    """[n, m] of bool → [n, ⌈m / 8⌉] of bytes, the first in the lowest bit."""
-    bits = F.pad(mask, (0, -mask.size(-1) % 8)).unflatten(-1, (-1, 8))
-    return (bits * (1 << torch.arange(8, device=mask.device))).sum(-1).to(torch.uint8)
-
-
-def unpack_bits(packed: Tensor, m: int) -> Tensor:
-    """The inverse of `pack_bits`."""
-    bits = packed.unsqueeze(-1) >> torch.arange(8, device=packed.device, dtype=torch.uint8) & 1
-    return bits.flatten(-2)[..., :m].bool()
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -54,6 +54,11 @@ class Sampling:
         """Whether some tokens are left out of the distribution that is sampled from."""
         return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
 
+    @property
+    def leaves_out(self) -> bool:
+        """The same, or at some steps stop tokens alone."""
+        return self.truncates or (self.temperature > 0 and self.min_new_tokens > 0)
+
 
 _MULTIPLIERS = (-0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)  # 64-bit constants as signed integers
 
@@ -103,9 +108,9 @@ def choose(z: Tensor, sampling: Sampling, samples: Tensor, steps: Tensor) -> tup
     if sampling.temperature not in (0, 1):
         z /= sampling.temperature
     tokens, top = _argmax(z) if sampling.temperature == 0 else (None, mp_all_reduce(z.amax(-1), dist.ReduceOp.MAX))
-    kept = None
+    kept = z > -torch.inf if sampling.leaves_out else None  # without the stop tokens that come too early
     if sampling.truncates:
-        kept = z >= _threshold(z, sampling, top).unsqueeze(-1)
+        kept &= z >= _threshold(z, sampling, top).unsqueeze(-1)
         z.masked_fill_(~kept, -torch.inf)
     z -= top.unsqueeze(-1)
     if sampling.temperature == 0:

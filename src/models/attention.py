@@ -61,15 +61,15 @@ class Packed:
     ) -> None:
         self.lengths, self.prefixes = lengths, prefixes or [None] * len(lengths)
         before = [0 if p is None else lengths[p] for p in self.prefixes]
-        self.longest = max(lengths)
-        self.context = max(map(int.__add__, lengths, before))  # positions that the rotary table must cover
-        self.size = torch.tensor(lengths)
+        self.longest = max(lengths, default=0)
+        self.context = max(map(int.__add__, lengths, before), default=0)  # positions that the rotary table must cover
+        self.size = torch.tensor(lengths, dtype=torch.long)
         starts = self.size.cumsum(0) - self.size
         self.starts = starts.to(device)
         sequence = torch.arange(len(lengths)).repeat_interleave(self.size)
         positions = torch.arange(int(self.size.sum())) - starts[sequence]
-        self.positions = (positions + torch.tensor(before)[sequence]).to(device)
-        self.full = min(lengths) == self.longest  # a rectangle already
+        self.positions = (positions + torch.tensor(before, dtype=torch.long)[sequence]).to(device)
+        self.full = min(lengths, default=0) == self.longest  # a rectangle already
         self.index = (sequence * self.longest + positions).to(device)
         self.before = before  # tokens of each sequence's prefix
 

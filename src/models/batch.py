@@ -3,6 +3,7 @@
 from array import array
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 from typing import Callable, TypeVar
 
 import torch
@@ -41,8 +42,8 @@ class Batch:
     def __init__(self, tokens: Tensor, lengths: list[int], prompt_lengths: list[int]) -> None:
         self.tokens, self.layout = tokens, Packed(lengths, tokens.device)
         self.responses = [length - prompt for length, prompt in zip(lengths, prompt_lengths)]
-        ends = torch.tensor(lengths).cumsum(0)
-        self.rows = end_to_end(ends - torch.tensor(self.responses) - 1, self.responses).to(tokens.device)
+        ends = torch.tensor(lengths, dtype=torch.long).cumsum(0)
+        self.rows = end_to_end(ends - torch.tensor(self.responses, dtype=torch.long) - 1, self.responses).to(tokens.device)
         self.targets = tokens[self.rows + 1]
 
     @classmethod
@@ -94,37 +95,47 @@ class PromptTree:
 
 def end_to_end(starts: Tensor, lengths: list[int]) -> Tensor:
     """The ranges [start, start + length) laid end to end: [n] → [Σ lengths]. On the host."""
-    size = torch.tensor(lengths)
+    size = torch.tensor(lengths, dtype=torch.long)
     offset = starts - (size.cumsum(0) - size)
     return torch.arange(int(size.sum())) + offset.repeat_interleave(size)
 
 
-def response_logprobs(model: Transformer, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def response_logprobs(
+    model: Transformer, batch: Batch, temperature: float = 1.0, kept: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Log-probability of every response token, and the entropy of the distribution it was one of; [R] each, fp32.
 
-    The logits live a chunk at a time, and are computed again in backward. For training see `response_loss`.
+    kept: [R, bytes], which tokens that distribution is over; see `token_logprobs`. The logits live a chunk at a time, and are
+    computed again in backward. For training see `response_loss`.
     """
     hidden = model(batch.tokens, batch.layout, batch.rows)
     size = rows_at_once(len(batch.targets), model.vocabulary_weight)
 
-    def of(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        return token_logprobs(model.logits(hidden), targets, temperature)
+    def of(hidden: Tensor, targets: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
+        return token_logprobs(model.logits(hidden), targets, temperature, kept)
 
     if torch.is_grad_enabled():
         of = partial(checkpoint, of, use_reentrant=False)
-    parts = [of(h, t) for h, t in zip(hidden.split(size), batch.targets.split(size))]
+    chunks = zip(hidden.split(size), batch.targets.split(size), repeat(None) if kept is None else kept.split(size))
+    parts = [of(*chunk) for chunk in chunks]
     return torch.cat([logprobs for logprobs, _ in parts]), torch.cat([entropy for _, entropy in parts])
 
 
 def response_loss(
-    model: Transformer, batch: Batch, loss_of: LossOf, temperature: float = 1.0, entropy: bool = False
+    model: Transformer,
+    batch: Batch,
+    loss_of: LossOf,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    kept: Tensor | None = None,
 ) -> Tensor:
     """A loss that every response token has for itself; see `target_loss`.
 
     Its log-probabilities are those of `response_logprobs`, bit for bit.
     """
     hidden = copy_to_model_parallel_region(model(batch.tokens, batch.layout, batch.rows))
-    return target_loss(hidden, model.vocabulary_weight, model.vocabulary, batch.targets, loss_of, temperature, entropy)
+    weight, real = model.vocabulary_weight, model.vocabulary
+    return target_loss(hidden, weight, real, batch.targets, loss_of, temperature, entropy, kept)
 
 
 def response_values(model: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:

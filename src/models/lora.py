@@ -17,7 +17,7 @@ from src.models.experts import GroupedLinear, grouped_linear
 from src.models.init import random_tensor
 from src.models.layout import TensorSpec, tensor_table
 from src.models.quantize import dense
-from src.models.transformer import Transformer
+from src.models.transformer import FeedForward, Transformer, build
 from src.parallel.layers import ColumnParallelLinear, RowParallelLinear, copy_to_model_parallel_region, sum_gradient
 from src.parallel.setup import Parallel
 
@@ -132,6 +132,28 @@ def add_lora(
         parameter = nn.Parameter(local.clone(memory_format=torch.contiguous_format))
         parameter.copies = spec.copies(n)
         setattr(getattr(parent, child), factor, parameter)
+
+
+def sharing(model: Transformer, head: str, parallel: Parallel) -> Transformer:
+    """A model without adapter whose weights are the frozen ones of `model`: the same tensors, no copies.
+
+    model: one with an adapter; head: "lm", or "score", whose weight is left on the meta device, to be filled in.
+    """
+    table = tensor_table(model.config)
+    replicas = parallel.replicas(table["layers.0.attention.wk.weight"].copies(parallel.mp_size))
+    config = model.config.with_head(head)
+    new = build(config, parallel.mp_rank, parallel.mp_size, model.norm.weight.dtype, replicas)
+    for name, module in list(new.named_modules()):
+        if name == "score" or next(module.parameters(recurse=False), None) is None:
+            continue
+        own = model.get_submodule(name)
+        parent, _, child = name.rpartition(".")
+        setattr(new.get_submodule(parent), child, own.base if isinstance(own, LoRA) else own)
+    for block, own in zip(new.layers, model.layers):
+        block.attention.stacked = own.attention.stacked
+        if isinstance(own.feed_forward, FeedForward):
+            block.feed_forward.stacked = own.feed_forward.stacked
+    return new.train(model.training)
 
 
 def default_targets(config: ModelConfig) -> tuple[str, ...]:

@@ -131,6 +131,11 @@ def dense(weight: Tensor) -> Tensor:
     return weight.dequantized(weight.dtype) if isinstance(weight, Quantized) else weight
 
 
+def plain_parts(weight: Tensor) -> list[Tensor]:
+    """The plain tensors that hold it."""
+    return [weight.codes, weight.scales] if isinstance(weight, Quantized) else [weight]
+
+
 def stored_bytes(weight: Tensor) -> int:
     """The bytes that it holds in memory."""
-    return weight.codes.nbytes + weight.scales.nbytes if isinstance(weight, Quantized) else weight.nbytes
+    return sum(part.nbytes for part in plain_parts(weight))

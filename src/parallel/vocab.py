@@ -31,6 +31,23 @@ def vocab_range(local_size: int) -> tuple[int, int]:
     return start, start + local_size
 
 
+def pack_bits(mask: Tensor) -> Tensor:
+    """[n, m] of bool → [n, ⌈m / 8⌉] of bytes, the first in the lowest bit."""
+    bits = F.pad(mask, (0, -mask.size(-1) % 8)).unflatten(-1, (-1, 8))
+    return (bits * (1 << torch.arange(8, device=mask.device))).sum(-1).to(torch.uint8)
+
+
+def unpack_bits(packed: Tensor, m: int) -> Tensor:
+    """The inverse of `pack_bits`."""
+    bits = packed.unsqueeze(-1) >> torch.arange(8, device=packed.device, dtype=torch.uint8) & 1
+    return bits.flatten(-2)[..., :m].bool()
+
+
+def keep_only(z: Tensor, kept: Tensor | None) -> Tensor:
+    """z, in place, with a probability of 0 for what is not kept. z: [N, vocabulary / n]; kept: bits, [N, bytes], or None: all."""
+    return z if kept is None else z.masked_fill_(~unpack_bits(kept, z.size(-1)), IMPOSSIBLE)
+
+
 class _Where(NamedTuple):
     """What the gradient needs beside the exponentials, [N] each: their sums, and this rank's column of the target, if it has it."""
 
@@ -77,9 +94,9 @@ def _softmax_gradient(
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits: Tensor, targets: Tensor, temperature: float):
+    def forward(ctx, logits: Tensor, targets: Tensor, temperature: float, kept: Tensor | None):
         ctx.set_materialize_grads(False)
-        exp = logits.float() / temperature  # a copy: the logits stay as they are
+        exp = keep_only(logits.float() / temperature, kept)  # a copy: the logits stay as they are
         logprobs, entropy, at = _softmax(exp, targets, entropy=True)
         ctx.save_for_backward(exp, entropy, *at)
         ctx.temperature, ctx.dtype = temperature, logits.dtype
@@ -89,15 +106,18 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx, grad_logprobs: Tensor, grad_entropy: Tensor):
         exp, entropy, *at = ctx.saved_tensors
         grad = _softmax_gradient(exp.clone(), grad_logprobs, grad_entropy, entropy, _Where(*at), 1 / ctx.temperature)
-        return grad.to(ctx.dtype), None, None
+        return grad.to(ctx.dtype), None, None, None
 
 
-def token_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def token_logprobs(
+    logits: Tensor, targets: Tensor, temperature: float = 1.0, kept: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Log-probability of each target under its row of logits, and the row's entropy, both fp32 in nats.
 
-    logits: this rank's columns, [N, vocabulary / n]; targets: global token ids, [N]; returns ([N], [N]).
+    logits: this rank's columns, [N, vocabulary / n]; targets: global token ids, [N]; kept: this rank's tokens that have a
+    probability at all, as bits, [N, bytes]; returns ([N], [N]).
     """
-    return _TokenLogprobs.apply(logits, targets, temperature)
+    return _TokenLogprobs.apply(logits, targets, temperature, kept)
 
 
 def rows_at_once(n: int, weight: Tensor) -> int:
@@ -113,7 +133,7 @@ LossOf = Callable[[Tensor, Tensor | None, slice], Tensor]
 class _TargetLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, real: int, targets: Tensor, loss_of: LossOf, options: tuple):
-        temperature, entropy = options
+        temperature, entropy, kept = options
         ctx.scale = 1024.0 if weight.dtype == torch.float16 else 1.0  # fp16 would lose what is smaller than 6e-8
         wanted, n = ctx.needs_input_grad, targets.size(0)
         at_once = rows_at_once(n, weight)
@@ -126,6 +146,7 @@ class _TargetLoss(torch.autograd.Function):
             z = z.float()
             if temperature != 1:
                 z /= temperature
+            keep_only(z, None if kept is None else kept[rows])
             logprobs, h, at = _softmax(z, targets[rows], entropy)
             with torch.enable_grad():
                 inputs = [x.requires_grad_() for x in (logprobs, h) if x is not None]
@@ -164,6 +185,7 @@ def target_loss(
     loss_of: LossOf,
     temperature: float = 1.0,
     entropy: bool = False,
+    kept: Tensor | None = None,
 ) -> Tensor:
     """Σ over chunks of rows of loss_of(log-probabilities, entropies or None, rows): a loss that each row has for itself.
 
@@ -172,6 +194,6 @@ def target_loss(
     half-precision gradients keep more digits when they are about 1.
 
     hidden: [N, dim]; weight: this rank's rows of the output layer, [vocabulary / n, dim], `real` of them without padding;
-    targets: global token ids, [N].
+    targets: global token ids, [N]; kept: see `token_logprobs`.
     """
-    return _TargetLoss.apply(hidden, weight, real, targets, loss_of, (temperature, entropy))
+    return _TargetLoss.apply(hidden, weight, real, targets, loss_of, (temperature, entropy, kept))

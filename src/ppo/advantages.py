@@ -4,6 +4,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+GROUPED = ("grpo", "dr_grpo", "rloo")  # advantages that compare the samples of one prompt
+
 
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
     """r_t = −kl_coef · (log π_old − log π_ref)_t at every response token, plus the score at the last one.
@@ -19,7 +21,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, bootstrap: Tensor, gamma:
     """Generalised advantage estimates and returns (arXiv 1506.02438, equation 16), [B, T] each, 0 where masked.
 
     values: [B, T], V before each response token; bootstrap: [B], V after the last one: 0 after EOS, the value of the
-    state for a truncated response.
+    state for a truncated response. With values of 0 and lam 1 both are the discounted rewards to go.
     """
     advantages = torch.zeros_like(rewards)
     carry, next_value = torch.zeros_like(bootstrap), bootstrap
@@ -32,6 +34,21 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, bootstrap: Tensor, gamma:
     return advantages, torch.where(mask, advantages + values, 0.0)
 
 
+def group_advantages(rewards: Tensor, samples: int, kind: str) -> Tensor:
+    """One advantage per response, out of the rewards of the samples of its prompt, which stand one after the other; [B] → [B].
+
+    "grpo": (r − mean) / std (arXiv 2402.03300, section 4.1.2; std over the samples, with 1e-6 added); "dr_grpo": r − mean
+    (arXiv 2503.20783); "rloo": r − mean of the other samples (arXiv 2402.14740, equation 10).
+    """
+    groups = rewards.view(-1, samples)
+    centred = groups - groups.mean(1, keepdim=True)
+    if kind == "grpo":
+        centred = centred / (groups.std(1, correction=0, keepdim=True) + 1e-6)
+    elif kind == "rloo":
+        centred = centred * (samples / (samples - 1))
+    return centred.flatten()
+
+
 def whiten(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """(x − mean) / std over the entries of all ranks of `group`; x: [R]. One sample, or equal ones, give 0."""
     count, total = torch.tensor(float(x.numel()), device=x.device, dtype=torch.float64), x.double().sum()
@@ -41,6 +58,35 @@ def whiten(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     squares = centred.square().sum()
     _all_reduce(squares, group)
     return (centred / (squares / sums[0] + 1e-8).sqrt()).to(x.dtype)
+
+
+class Moments:
+    """Running mean and standard deviation of numbers that come in batches, over all ranks of a group.
+
+    decay: what the past still weighs when a batch comes; 1 counts all numbers alike. Both are sums over the sum of the weights,
+    so that the first batches do not lean towards 0. Before the first batch: 0 and 1.
+    """
+
+    def __init__(self, decay: float = 1.0) -> None:
+        self.decay, self.sums = decay, [0.0, 0.0, 0.0]  # of the weights, the numbers, their squares
+
+    def update(self, x: Tensor, group: dist.ProcessGroup | None = None) -> None:
+        """Take in a batch of any shape; all ranks of the group must."""
+        x = x.double()
+        new = torch.stack((torch.tensor(float(x.numel()), dtype=torch.float64, device=x.device), x.sum(), x.square().sum()))
+        _all_reduce(new, group)
+        self.sums = [self.decay * old + more for old, more in zip(self.sums, new.tolist())]
+
+    @property
+    def mean(self) -> float:
+        return self.sums[1] / self.sums[0] if self.sums[0] else 0.0
+
+    @property
+    def std(self) -> float:
+        """At least 1e-4: equal numbers are centred, not blown up."""
+        if not self.sums[0]:
+            return 1.0
+        return max(max(self.sums[2] / self.sums[0] - self.mean**2, 0.0) ** 0.5, 1e-4)
 
 
 def _all_reduce(x: Tensor, group: dist.ProcessGroup | None) -> None:

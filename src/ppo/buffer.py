@@ -1,6 +1,6 @@
 """The rollout buffer: flat tensors on the training device, without padding; minibatches are gathers on the device."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -11,51 +11,105 @@ from src.models.batch import Batch, end_to_end
 
 @dataclass(frozen=True)
 class Prompt:
-    """A query's ids, and the right answer where the data has one."""
+    """A query's ids, the right answer where the data has one, and the data row that it came from."""
 
     tokens: list[int]
     gold: str = ""
+    row: dict = field(default_factory=dict)
+
+
+PER_TOKEN, PER_SEQUENCE = {"per": "token"}, {"per": "sequence"}
+
+
+def _per(kind: dict):
+    return field(default=None, metadata=kind)
 
 
 @dataclass
 class RolloutBuffer:
     """B sequences, N tokens in all, R of them response tokens. What is known grows phase by phase.
 
-    tokens: [N]; lengths, prompt_lengths: of each sequence; truncated: [B], by the stop reason;
-    scores: [B] and its components; logprobs, ref_logprobs, entropy, values, rewards, advantages, returns: [R];
-    last_values: [B], the value after the last token.
+    prompts: of each sequence; places: its number among the sequences of all ranks; tokens: [N]; lengths: of each sequence;
+    truncated: [B], by the stop reason; rollout_logprobs: [R], of sampling; kept: [R, bytes], which of this rank's vocabulary each
+    token was chosen among; components: of the reward, [B] each; scores: their sum, [B]; shaped: what is learned from, [B];
+    logprobs, ref_logprobs, entropy, values, rewards, advantages, returns: [R]; last_values: [B], the value after the last token;
+    old_values, value_targets: [R], the values and returns in the value model's own units.
     """
 
+    prompts: list[Prompt]
+    places: list[int]
     tokens: Tensor
     lengths: list[int]
-    prompt_lengths: list[int]
-    truncated: Tensor
-    rollout_logprobs: Tensor
-    scores: Tensor | None = None
+    truncated: Tensor = field(metadata=PER_SEQUENCE)
+    rollout_logprobs: Tensor = field(metadata=PER_TOKEN)
+    kept: Tensor | None = _per(PER_TOKEN)
     components: dict[str, Tensor] = field(default_factory=dict)
-    logprobs: Tensor | None = None
-    ref_logprobs: Tensor | None = None
-    entropy: Tensor | None = None
-    values: Tensor | None = None
-    last_values: Tensor | None = None
-    rewards: Tensor | None = None
-    advantages: Tensor | None = None
-    returns: Tensor | None = None
+    scores: Tensor | None = _per(PER_SEQUENCE)
+    shaped: Tensor | None = _per(PER_SEQUENCE)
+    logprobs: Tensor | None = _per(PER_TOKEN)
+    ref_logprobs: Tensor | None = _per(PER_TOKEN)
+    entropy: Tensor | None = _per(PER_TOKEN)
+    values: Tensor | None = _per(PER_TOKEN)
+    last_values: Tensor | None = _per(PER_SEQUENCE)
+    rewards: Tensor | None = _per(PER_TOKEN)
+    advantages: Tensor | None = _per(PER_TOKEN)
+    returns: Tensor | None = _per(PER_TOKEN)
+    old_values: Tensor | None = _per(PER_TOKEN)
+    value_targets: Tensor | None = _per(PER_TOKEN)
 
     def __post_init__(self) -> None:
-        sizes, responses = torch.tensor(self.lengths), torch.tensor(self.response_lengths)
+        sizes, responses = torch.tensor(self.lengths).long(), torch.tensor(self.response_lengths).long()
         self._starts, self._response_starts = sizes.cumsum(0) - sizes, responses.cumsum(0) - responses
+
+    @property
+    def prompt_lengths(self) -> list[int]:
+        return [len(prompt.tokens) for prompt in self.prompts]
 
     @property
     def response_lengths(self) -> list[int]:
         return [length - prompt for length, prompt in zip(self.lengths, self.prompt_lengths)]
 
+    def responses(self) -> list[list[int]]:
+        """The response tokens of each sequence, on the host."""
+        return [ids[p:].tolist() for ids, p in zip(self.tokens.cpu().split(self.lengths), self.prompt_lengths)]
+
     def select(self, rows: list[int]) -> tuple[Batch, Tensor]:
         """Some sequences as a batch, and the indices [r] of their response tokens in the tensors of length R."""
         lengths = [self.lengths[i] for i in rows]
         tokens = end_to_end(self._starts[rows], lengths).to(self.tokens.device)
-        batch = Batch(self.tokens[tokens], lengths, [self.prompt_lengths[i] for i in rows])
+        batch = Batch(self.tokens[tokens], lengths, [len(self.prompts[i].tokens) for i in rows])
         return batch, end_to_end(self._response_starts[rows], batch.responses).to(self.tokens.device)
+
+    def take(self, rows: list[int], places: list[int]) -> "RolloutBuffer":
+        """A buffer of some of the sequences, under new places."""
+        batch, responses = self.select(rows)
+        index = {"token": responses, "sequence": torch.tensor(rows, dtype=torch.long, device=self.tokens.device)}
+        return RolloutBuffer(
+            prompts=[self.prompts[i] for i in rows],
+            places=places,
+            tokens=batch.tokens,
+            lengths=[self.lengths[i] for i in rows],
+            components={name: x[index["sequence"]] for name, x in self.components.items()},
+            **{f.name: x[index[f.metadata["per"]]] for f, x in self._tensors()},
+        )
+
+    @classmethod
+    def joined(cls, parts: list["RolloutBuffer"]) -> "RolloutBuffer":
+        """Several buffers, which know the same things, as one."""
+        first = parts[0]
+        tensors = [dict((f.name, x) for f, x in part._tensors()) for part in parts]
+        return cls(
+            prompts=[p for part in parts for p in part.prompts],
+            places=[p for part in parts for p in part.places],
+            tokens=torch.cat([part.tokens for part in parts]),
+            lengths=[n for part in parts for n in part.lengths],
+            components={name: torch.cat([part.components[name] for part in parts]) for name in first.components},
+            **{name: torch.cat([t[name] for t in tensors]) for name in tensors[0]},
+        )
+
+    def _tensors(self):
+        """(field, tensor) of what is known of each token or sequence."""
+        return [(f, getattr(self, f.name)) for f in fields(self) if f.metadata and getattr(self, f.name) is not None]
 
     def response_layout(self) -> Packed:
         """How the response tokens [R] lie in a rectangle [B, longest response]."""

@@ -1,17 +1,17 @@
 """PPO's outer loop: which prompts, which learning rates, when to evaluate, what to log."""
 
-import itertools
 import json
-import random
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Callable
 
 from src.checkpoint.files import read_json
 from src.errors import UserError
 from src.logs import RunLog
 from src.ppo.buffer import Prompt
 from src.ppo.trainer import PPO
+from src.trainer.fit import endless_batches
 from src.trainer.optimizer import lr_at
 
 STATE_FILE = "ppo_state.json"
@@ -21,7 +21,10 @@ SHOWN = ("reward", "kl", "entropy", "response_length", "truncated", "clipfrac")
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast. `iterations`, when given, ends the run early, or goes on past the epochs."""
+    """How long and how fast. `iterations`, when given, ends the run early, or goes on past the epochs.
+
+    Evaluations come every `eval_every` iterations, or after each epoch.
+    """
 
     lr: float
     critic_lr: float
@@ -29,67 +32,87 @@ class Schedule:
     schedule: str
     epochs: int
     iterations: int | None
-    samples_per_prompt: int
     seed: int
+    eval_every: int | None = None
 
     def __post_init__(self) -> None:
-        counts = (self.epochs, self.samples_per_prompt, 1 if self.iterations is None else self.iterations)
+        counts = (self.epochs, 1 if self.iterations is None else self.iterations)
         if min(counts) < 1 or min(self.lr, self.critic_lr) <= 0 or not 0 <= self.warmup < 1:
             raise UserError(
                 f"--lr {self.lr} --critic_lr {self.critic_lr} --warmup {self.warmup} --epochs {self.epochs} --iterations "
-                f"{self.iterations} --samples_per_prompt {self.samples_per_prompt}: the rates must be positive, the counts 1 "
-                "or more, warmup in [0, 1)"
+                f"{self.iterations}: the rates must be positive, the counts 1 or more, warmup in [0, 1)"
             )
 
 
-def prompt_batches(n_prompts: int, per_iteration: int, seed: int) -> Iterator[list[int]]:
-    """Prompt numbers for each iteration, without end. Every pass shuffles all prompts anew; batches are always full."""
-    waiting: list[int] = []
-    for epoch in itertools.count(1):
-        order = list(range(n_prompts))
-        random.Random(f"{seed}/prompts/epoch {epoch}").shuffle(order)
-        waiting += order
-        while len(waiting) >= per_iteration:
-            yield waiting[:per_iteration]
-            waiting = waiting[per_iteration:]
-
-
 def fit(
-    ppo: PPO, prompts: list[Prompt], plan: Schedule, log: RunLog, evaluate: Callable[[int], None]
+    ppo: PPO, prompts: list[Prompt], plan: Schedule, log: RunLog, evaluate: Callable[[str, int], None]
 ) -> list[dict[str, float]]:
-    """Run the iterations; `evaluate(epoch)` before the first, after every epoch, and at the end. Returns what was logged."""
-    per_iteration = ppo.settings.max_buffer_size // plan.samples_per_prompt
+    """Run the iterations. Returns what was logged of each.
+
+    `evaluate` is called before the first, as the plan says, and at the end, with a name ("iteration 20") and its number.
+    """
+    samples = ppo.settings.samples_per_prompt
+    per_iteration = ppo.settings.max_buffer_size // samples
     per_epoch = -(-len(prompts) // per_iteration)
     total = plan.iterations or per_epoch * plan.epochs
-    history: list[dict[str, float]] = []
-    evaluate(0)
+    unit, every = ("iteration", plan.eval_every) if plan.eval_every else ("epoch", per_epoch)
+    batches, history = endless_batches(len(prompts), per_iteration, f"{plan.seed}/prompts"), []
+
+    def draw() -> list[Prompt]:
+        return [prompts[i] for i in next(batches) for _ in range(samples)]
+
+    evaluate(f"{unit} 0", 0)
     with log.progress(total, "PPO", unit="iteration") as bar:
-        for number, chosen in zip(range(total), prompt_batches(len(prompts), per_iteration, plan.seed)):
-            batch = [prompts[i] for i in chosen for _ in range(plan.samples_per_prompt)]
+        for number in range(total):
+            batch = draw()
             lr, critic_lr = (lr_at(number, total, rate, plan.warmup, plan.schedule) for rate in (plan.lr, plan.critic_lr))
-            stats = ppo.iteration(number, batch, lr, critic_lr)
-            if stats["skipped"]:
-                log.warning(f"iteration {number + 1}: steps with a gradient norm that is not finite were skipped")
+            stats = ppo.iteration(number, batch, lr, critic_lr, more=draw)
+            _warn(number, stats, log)
             history.append(stats)
             log.scalars(number + 1, {**stats, "lr": lr, "critic_lr": critic_lr}, prefix="ppo")
-            tokens = int(stats["response_length"] * len(batch))
-            bar.update(1, tokens=tokens, **{name: stats[name] for name in SHOWN})
-            if number + 1 == total or (number + 1) % per_epoch == 0:
-                evaluate(-(-(number + 1) // per_epoch))
+            tokens = int(stats.get("response_length", 0) * len(batch))
+            bar.update(1, tokens=tokens, **{name: stats[name] for name in SHOWN if name in stats})
+            if (number + 1) % every == 0 or number + 1 == total:
+                at = number + 1 if unit == "iteration" else -(-(number + 1) // per_epoch)
+                evaluate(f"{unit} {at}", at)
     return history
 
 
-def write_state(folder: str, kl_coef: float) -> None:
-    """Keep the KL controller's state beside the policy."""
-    (Path(folder) / STATE_FILE).write_text(json.dumps({"kl_coef": kl_coef}) + "\n")
+def _warn(number: int, stats: dict[str, float], log: RunLog) -> None:
+    if stats.get("policy_skipped") or stats.get("value_skipped"):
+        log.warning(f"iteration {number + 1}: steps with a gradient norm that is not finite were skipped")
+    if "response_length" not in stats:
+        log.warning(f"iteration {number + 1}: the rewards of each prompt's samples were all equal: nothing was learned")
 
 
-def read_kl_coef(folder: str) -> float:
-    """Where an earlier PPO run of this policy left kl_coef, or the default."""
+def write_state(folder: str, state: dict) -> None:
+    """Keep what lies beside a role's weights (`PPO.state`); nothing when there is nothing."""
+    if state:
+        (Path(folder) / STATE_FILE).write_text(json.dumps(state) + "\n")
+
+
+def read_state(folder: str) -> dict:
+    """Where an earlier PPO run left a role, {} without one. Raises UserError for what cannot be a state."""
     path = Path(folder) / STATE_FILE
     if not path.is_file():
-        return DEFAULT_KL_COEF
-    kl_coef = read_json(path).get("kl_coef")
+        return {}
+    state = read_json(path)
+    kl_coef = state.get("kl_coef", DEFAULT_KL_COEF)
     if not isinstance(kl_coef, (int, float)) or not 0 <= kl_coef < 1e6:
         raise UserError(f"{path}: kl_coef is {kl_coef!r}, a number from 0 is expected; or give --kl_coef")
-    return float(kl_coef)
+    for name in ("reward_moments", "value_moments"):
+        sums = state.get(name, [0.0, 0.0, 0.0])
+        if not (isinstance(sums, list) and len(sums) == 3 and all(_is_number(x) for x in sums) and sums[0] >= 0 <= sums[2]):
+            raise UserError(f"{path}: {name} is {sums!r}; three finite numbers are expected: of weights, values and squares")
+    return state
+
+
+def _is_number(x) -> bool:
+    return type(x) in (int, float) and math.isfinite(x)
+
+
+def changed_rewards(state: dict, settings: dict) -> str | None:
+    """What this run does otherwise with the reward than the one that left `state`, in words; None when nothing."""
+    names = ("reward_norm", "reward_scale", "reward_bias", "reward_clip")
+    changed = [f"--{name} {state[name]} → {settings[name]}" for name in names if name in state and state[name] != settings[name]]
+    return ", ".join(changed) or None

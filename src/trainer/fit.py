@@ -1,5 +1,6 @@
 """The training loop of solver and verifier: epochs, batches, steps, evaluations."""
 
+import itertools
 import random
 import resource
 import sys
@@ -7,7 +8,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Callable, Protocol
+from typing import Callable, Iterator, Protocol
 
 import torch
 import torch.distributed as dist
@@ -99,6 +100,18 @@ def epoch_batches(n_rows: int, batch_size: int, seed: int, epoch: int) -> list[l
     order = list(range(n_rows))
     random.Random(f"{seed}/epoch {epoch}").shuffle(order)
     return [order[i : i + batch_size] for i in range(0, n_rows, batch_size)]
+
+
+def endless_batches(n_rows: int, batch_size: int, seed: str) -> Iterator[list[int]]:
+    """Batches of row numbers without end. Every pass shuffles all rows anew; batches are always full."""
+    waiting: list[int] = []
+    for epoch in itertools.count(1):
+        order = list(range(n_rows))
+        random.Random(f"{seed}/epoch {epoch}").shuffle(order)
+        waiting += order
+        while len(waiting) >= batch_size:
+            yield waiting[:batch_size]
+            waiting = waiting[batch_size:]
 
 
 def share_of(

@@ -104,6 +104,11 @@ class Optimizer:
         if self.buckets:
             self.buckets.start_rest()
 
+    def state_tensors(self) -> list[Tensor]:
+        """What this rank keeps from step to step: Adam's averages, and the masters of half-precision weights."""
+        averages = [x for state in self.local.state.values() for x in state.values() if isinstance(x, Tensor)]
+        return averages + [master for _, master in self.local.rounded]
+
     @torch.no_grad()
     def step(self, lr: float) -> dict[str, float]:
         """One update with the summed gradients of all ranks; returns the gradient norm before clipping, and `skipped`.

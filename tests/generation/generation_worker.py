@@ -17,7 +17,7 @@ from src.checkpoint.source import Checkpoint
 from src.generation import sampling as sampling_module
 from src.generation.beam import BeamSearch
 from src.generation.cache import Cache, Decode, Prefill
-from src.generation.engine import Engine, Stop, generate_sharded, unpack_bits
+from src.generation.engine import Engine, Stop, generate_sharded
 from src.generation.relayout import RelaidEngine
 from src.generation.sampling import Sampling, choose
 from src.models.attention import Packed

@@ -18,7 +18,9 @@ from src.parallel.setup import Parallel, start, stop
 from src.ppo import trainer
 from src.ppo.buffer import Prompt
 from src.ppo.rewards import RuleReward, VerifierReward
-from src.ppo.trainer import PPO, KLController, PPOSettings
+from src.ppo.roles import Role, Stage
+from src.ppo.settings import PPOSettings
+from src.ppo.trainer import PPO, KLController
 from src.trainer.optimizer import Optimizer
 from tests.trainer.tiny import ours, some_sequences, whole_weights
 
@@ -48,21 +50,28 @@ def prompts() -> list[Prompt]:
     return [row for row in rows for _ in range(2)]
 
 
-def make_ppo(folder: Path, parallel: Parallel, dtype=torch.float32, sampling: Sampling | None = None, **settings) -> PPO:
-    """The four roles, each another random model; two rewards."""
+def make_ppo(
+    folder: Path, parallel: Parallel, dtype=torch.float32, sampling: Sampling | None = None, offload: bool = False,
+    value_mp: int | None = None, **settings,
+) -> PPO:
+    """The four roles, each another random model; two rewards. value_mp: ranks per value and per reward model."""
     settings = dict(max_batch_size=4, max_buffer_size=8, mini_batches=2, ppo_epochs=2, seed=11) | settings
-    policy, value = ours(folder / "policy", parallel, dtype), ours(folder / "value", parallel, dtype)
-    verifier = ours(folder / "verifier", parallel, dtype).requires_grad_(False)
+    settings = PPOSettings(**settings)
+    stage, divided = Stage(offload), parallel if value_mp is None else parallel.divided(value_mp)
+    trained = {"policy": parallel} | ({"value": divided} if settings.has_value else {})
+    for name, division in trained.items():
+        model = ours(folder / name, division, dtype)
+        stage.add(Role(name, model, division, Optimizer(model, division, max_grad_norm=MAX_GRAD_NORM, eps=1e-5)))
+    for name, role in {"reference": "reference", "reward": "verifier"}.items():
+        division = divided if name == "reward" else parallel
+        stage.add(Role(name, ours(folder / role, division, dtype).requires_grad_(False), division))
     rewards = [
-        (WEIGHTS["verifier"], VerifierReward(verifier)),
+        (WEIGHTS["verifier"], VerifierReward(stage.roles["reward"], parallel, settings.max_batch_size)),
         (WEIGHTS["rule"], RuleReward(find_task("GSM8K"), Parity())),
     ]
     return PPO(
-        policy, value, ours(folder / "reference", parallel, dtype).requires_grad_(False), rewards,
-        Optimizer(policy, parallel, max_grad_norm=MAX_GRAD_NORM, eps=1e-5),
-        Optimizer(value, parallel, max_grad_norm=MAX_GRAD_NORM, eps=1e-5),
-        Engine(policy, parallel, 5, 64), sampling or Sampling(MAX_NEW_TOKENS, TEMPERATURE, seed=4), STOPS,
-        KLController(KL_COEF), PPOSettings(**settings), parallel,
+        stage, rewards, Engine(stage.roles["policy"].model, parallel, 5, 64),
+        sampling or Sampling(MAX_NEW_TOKENS, TEMPERATURE, seed=4), STOPS, KLController(KL_COEF), settings, parallel,
     )
 
 
@@ -71,7 +80,7 @@ class Recorder:
 
     def __init__(self, ppo: PPO) -> None:
         self.ppo, self.buffer, self.minibatches, self.losses, self.steps = ppo, None, [], [], []
-        update, plan, accumulate = ppo._update, ppo._plan, ppo._accumulate
+        update, plan, policy_loss = ppo._update, ppo._plan, ppo._policy_loss
 
         def keep_buffer(number, buffer, *rest):
             self.buffer, self.minibatches = buffer, []  # what was planned for scoring is planned again for epoch 0
@@ -79,10 +88,10 @@ class Recorder:
 
         def keep_plan(*arguments):
             found = plan(*arguments)
-            self.minibatches += [[i for rows in minibatch for i in rows] for minibatch in found]
+            self.minibatches += [[i for rows in minibatch.rows for i in rows] for minibatch in found]
             return found
 
-        def keep_losses(batch, index, buffer, *rest, **more):
+        def keep_losses(*arguments):
             real = trainer.policy_loss
 
             def spy(logprobs, old_logprobs, *others):
@@ -91,18 +100,18 @@ class Recorder:
 
             trainer.policy_loss = spy
             try:
-                return accumulate(batch, index, buffer, *rest, **more)
+                return policy_loss(*arguments)
             finally:
                 trainer.policy_loss = real
 
-        ppo._update, ppo._plan, ppo._accumulate = keep_buffer, keep_plan, keep_losses
-        step = ppo.policy_optimizer.step
+        ppo._update, ppo._plan, ppo._policy_loss = keep_buffer, keep_plan, keep_losses
+        step = ppo.policy.optimizer.step
 
         def keep_step(lr):
             self.steps.append(lr)
             return step(lr)
 
-        ppo.policy_optimizer.step = keep_step
+        ppo.policy.optimizer.step = keep_step
 
     def ratio_starts_at_one(self) -> bool:
         """Bitwise, in every micro-batch before the first step; and not after it."""
@@ -113,18 +122,19 @@ class Recorder:
     def rollouts(self, parallel: Parallel) -> list[dict]:
         """What is known of every rollout, from all data-parallel ranks, in the prompts' order."""
         b, mine = self.buffer, []
-        tokens, each = b.tokens.split(b.lengths), {n: getattr(b, n).split(b.response_lengths) for n in PER_TOKEN}
+        known = [n for n in PER_TOKEN if getattr(b, n) is not None]
+        tokens, each = b.tokens.split(b.lengths), {n: getattr(b, n).split(b.response_lengths) for n in known}
         for i, prompt in enumerate(b.prompt_lengths):
             mine.append(
                 {"prompt": tokens[i][:prompt].tolist(), "response": tokens[i][prompt:].tolist(),
-                 "truncated": bool(b.truncated[i]), "score": float(b.scores[i]), "last_value": float(b.last_values[i]),
+                 "truncated": bool(b.truncated[i]), "score": float(b.scores[i]), "place": b.places[i],
+                 **({} if b.last_values is None else {"last_value": float(b.last_values[i])}),
                  **{name: float(x[i]) for name, x in b.components.items()},
-                 **{name: each[name][i].tolist() for name in PER_TOKEN}}
+                 **{name: each[name][i].tolist() for name in known}}
             )
         every = [None] * parallel.dp_size
         dist.all_gather_object(every, mine, group=parallel.dp_group)
-        count = sum(map(len, every))
-        return [every[i % parallel.dp_size][i // parallel.dp_size] for i in range(count)]
+        return sorted((row for part in every for row in part), key=lambda row: row["place"])
 
 
 def one_iteration(folder: Path, parallel: Parallel, **settings) -> dict:
@@ -132,7 +142,7 @@ def one_iteration(folder: Path, parallel: Parallel, **settings) -> dict:
     recorder = Recorder(ppo)
     stats = ppo.iteration(NUMBER, prompts(), LR, VALUE_LR)
     plans = [None] * parallel.dp_size
-    whole = [[i * parallel.dp_size + parallel.dp_rank for i in rows] for rows in recorder.minibatches]
+    whole = [[recorder.buffer.places[i] for i in rows] for rows in recorder.minibatches]
     dist.all_gather_object(plans, whole, group=parallel.dp_group)
     ones = [None] * parallel.world_size
     dist.all_gather_object(ones, recorder.ratio_starts_at_one())
@@ -142,8 +152,8 @@ def one_iteration(folder: Path, parallel: Parallel, **settings) -> dict:
         "minibatches": [sorted(i for part in parts for i in part) for parts in zip(*plans)],
         "steps": len(recorder.steps),
         "ratio starts at one": ones,
-        "policy": whole_weights(ppo.policy, parallel),
-        "value": whole_weights(ppo.value, parallel),
+        "policy": whole_weights(ppo.policy.model, parallel),
+        "value": ppo.value and whole_weights(ppo.value.model, ppo.value.parallel),
     }
 
 

@@ -1,0 +1,81 @@
+"""Rollouts on disk, one Parquet file per iteration, and as texts in the log."""
+
+from pathlib import Path
+
+import torch.distributed as dist
+
+from src.data.tokenizer import Tokenizer
+from src.logs import RunLog
+from src.parallel.setup import Parallel
+from src.ppo.buffer import RolloutBuffer
+
+PER_TOKEN = ("rollout_logprobs", "logprobs", "ref_logprobs", "entropy", "values", "rewards", "advantages", "returns")
+
+
+def rows_of(buffer: RolloutBuffer, tokenizer: Tokenizer) -> list[dict]:
+    """A row per rollout of this rank: texts, tokens, and all that is known of each response token."""
+    known = {name: getattr(buffer, name) for name in PER_TOKEN}
+    lists = {name: x.cpu().split(buffer.response_lengths) for name, x in known.items() if x is not None}
+    components = {name: x.tolist() for name, x in buffer.components.items()}
+    shaped = buffer.scores if buffer.shaped is None else buffer.shaped
+    columns = zip(
+        buffer.prompts, buffer.places, buffer.responses(), buffer.truncated.tolist(), buffer.scores.tolist(), shaped.tolist()
+    )
+    return [
+        {
+            "place": place,
+            "prompt": prompt.row.get("instruction", tokenizer.decode(prompt.tokens)),
+            "response": tokenizer.decode(response),
+            "gold": prompt.gold,
+            "prompt_tokens": prompt.tokens,
+            "tokens": response,
+            "stop_reason": "length" if truncated else "stop",
+            "score": score,
+            "shaped_score": shaped_score,
+            **{f"score_{name}": values[i] for name, values in components.items()},
+            **{name: parts[i].tolist() for name, parts in lists.items()},
+        }
+        for i, (prompt, place, response, truncated, score, shaped_score) in enumerate(columns)
+    ]
+
+
+class RolloutDump:
+    """Writes FOLDER/iteration-000001.parquet and so on, all ranks' rollouts in the order of their places."""
+
+    def __init__(self, folder: str, tokenizer: Tokenizer, parallel: Parallel) -> None:
+        self.folder, self.tokenizer, self.parallel = Path(folder), tokenizer, parallel
+
+    def __call__(self, number: int, buffer: RolloutBuffer) -> None:
+        if self.parallel.mp_rank:
+            return  # the ranks of a model all have the same
+        parts = [None] * self.parallel.dp_size if self.parallel.is_main else None
+        dist.gather_object(rows_of(buffer, self.tokenizer), parts, dst=0, group=self.parallel.dp_group)
+        rows = sorted((row for part in parts or [] for row in part), key=lambda row: row["place"])
+        if rows:
+            self._write(number, rows)
+
+    def _write(self, number: int, rows: list[dict]) -> None:
+        import pyarrow
+        from pyarrow import parquet
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"iteration-{number + 1:06d}.parquet"
+        table = pyarrow.Table.from_pylist([{"iteration": number + 1, **row} for row in rows])
+        parquet.write_table(table, path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").rename(path)
+
+
+class SampleTexts:
+    """The first few rollouts of an iteration, with their rewards, as text in the log and in TensorBoard."""
+
+    def __init__(self, count: int, tokenizer: Tokenizer, log: RunLog) -> None:
+        self.count, self.tokenizer, self.log = count, tokenizer, log
+
+    def __call__(self, number: int, buffer: RolloutBuffer) -> None:
+        for i in range(min(self.count, len(buffer))):
+            prompt, ids = buffer.prompts[i], buffer.responses()[i]
+            parts = ", ".join(f"{name} {float(x[i]):.4g}" for name, x in buffer.components.items())
+            cut = ", cut at the limit" if bool(buffer.truncated[i]) else ""
+            query = prompt.row.get("instruction", self.tokenizer.decode(prompt.tokens))
+            text = f"{query}\n\n{self.tokenizer.decode(ids)}\n\nreward {float(buffer.scores[i]):.4g} ({parts}){cut}"
+            self.log.text(number + 1, f"samples/{i + 1}", text)
