@@ -309,7 +309,7 @@ def main(
         actor, critic = opened.actor, opened.critic
         for message in warnings:
             log.warning(f"{message} and are left out")
-        changed = changed_rewards(states[0], settings)
+        changed = changed_rewards(states[0], ppo_settings)
         if changed:
             log.warning(f"the run that left {actor_ckpt_dir} had other rewards: {changed}")
         if opened.moments:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 from src.cli import run
 from src.errors import UserError
@@ -50,13 +51,14 @@ class Stages:
             sys.exit(f"quickstart stopped: {stage} ended with exit code {code}; the line above shows the command")
 
 
-def main(seed: int = 0, work_dir: str | None = None, ranks: int = 2):
+def main(seed: int = 0, work_dir: str | None = None, ranks: int = 2, until: Literal["end", "verifier"] = "end"):
     """Run everything and print the table.
 
     Args:
         seed: of the data, the weights and the training.
         work_dir: where everything goes; runs/quickstart-SEED when not given.
         ranks: model-parallel ranks.
+        until: the last stage to run; "verifier" leaves what PPO starts from.
     """
     if ranks not in (1, 2, 4):
         raise UserError(f"--ranks {ranks}: the small model has 4 heads; 1, 2 or 4 ranks can share them")
@@ -86,6 +88,9 @@ def main(seed: int = 0, work_dir: str | None = None, ranks: int = 2):
         "verifier", "verifier_train.py", ckpt_dir=sft, save_dir=verifier, train_file=data / "pairs-train.json",
         max_batch_size=32, lr=1e-3, epochs=2, label_file=data / "pairs-test.json", seed=seed, max_seq_len=256,
     )
+    if until == "verifier":
+        print(f"{sft} and {verifier} are there; PPO was left out (--until verifier)")
+        return
     stages.torchrun(
         "PPO", "ppo_train.py", actor_ckpt_dir=sft, actor_save_dir=policy, critic_ckpt_dir=verifier, critic_save_dir=critic,
         reward_model_ckpt_dir=verifier, train_file=train, max_batch_size=64, max_buffer_size=256, iterations=40,

@@ -82,6 +82,14 @@ def ppo_flags(base: Path, save_dir: Path, **more) -> list[str]:
         max_new_tokens=6, lr=1e-3, critic_lr=1e-3) | more)
 
 
+def grouped_flags(base: Path, save_dir: Path, **more) -> list[str]:
+    """GRPO by length, so that the samples of a prompt do differ; no value model, no verifier."""
+    return flags(**dict(
+        actor_ckpt_dir=base / "solver", actor_save_dir=save_dir / "policy", train_file=base / "data" / "train.json", advantage="grpo",
+        reward="length", max_batch_size=4, max_buffer_size=8, samples_per_prompt=4, iterations=2, mini_batches=2, ppo_epochs=1,
+        max_new_tokens=12, lr=1e-3) | more)
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """Everything a user would make, once: data, a model, its shards, and at two ranks all the trainers in a row."""
@@ -109,12 +117,28 @@ def base(tmp_path_factory):
                                      label_file=base / "data" / "verifier_test.json", max_batch_size=4, lr=1e-3)],
         ["verifier_evaluate.py", *flags(ckpt_dir=base / "verifier", label_file=base / "data" / "verifier_test.json",
                                         log_dir=base / "verifier-evaluated")],
-        ["ppo_train.py", *ppo_flags(base, base / "ppo", reward="both", task="GSM8K", label_file=base / "data" / "test.json")],
+        ["verifier_train.py", *flags(ckpt_dir=base / "solver", save_dir=base / "adapted verifier", train_file=base / "pairs.json",
+                                     max_batch_size=4, lr=1e-2, lora_rank=4, normalize_scores=True)],
+        ["ppo_train.py", *ppo_flags(base, base / "trunk", lora_rank=4, shared_trunk=True, offload=True, update="in_turn",
+                                    critic_ckpt_dir=base / "adapted verifier", reward_model_ckpt_dir=base / "adapted verifier")],
+        ["ppo_train.py", *ppo_flags(base, base / "divided", reward="verifier,length,format,overlong,file", ref_ema=0.9,
+                                    reward_weights="1,-1,2,1,0.5", format_pattern="[0-9]", overlong_margin=3,
+                                    reward_file=f"{base / 'my_reward.py'}:score", value_norm=True, reward_norm=True,
+                                    critic_model_parallel_size=1, reward_model_parallel_size=1)],
+        ["ppo_train.py", *grouped_flags(base, base / "groups", filter_rounds=2, top_k=20, replay_mask=True, min_new_tokens=2,
+                                        model_parallel_size=1, dump_rollouts=base / "groups" / "rollouts", task="GSM8K",
+                                        label_file=base / "data" / "test.json", eval_every=1, keep_best="accuracy",
+                                        ptx_file=base / "data" / "train.json", ptx_coef=0.5, ptx_batch_size=4)],
+        ["ppo_train.py", *ppo_flags(base, base / "ppo", reward="verifier,rule", task="GSM8K", label_file=base / "data" / "test.json")],
         ["ppo_train.py", *ppo_flags(base, base / "ppo, idle ranks", model_parallel_size=1, max_buffer_size=2, samples_per_prompt=1,
                                     max_tokens_per_batch=40)],
         ["solver_evaluate.py", *flags(task="GSM8K", ckpt_dir=base / "ppo" / "policy", log_dir=base / "evaluated",
                                       label_file=base / "data" / "test.json", max_new_tokens=12)],
     ]
+    (base / "my_reward.py").write_text(
+        "def score(prompts, responses, rows):\n"
+        "    assert all(prompt == row['instruction'] for prompt, row in zip(prompts, rows))\n"
+        "    return [len(response) / 10 for response in responses]\n")
     (base / "commands.json").write_text(json.dumps(commands))
     launch(2, "tests/script_chain.py", base / "commands.json")
     return base
@@ -318,7 +342,7 @@ def test_ppo_leaves_policy_value_and_a_log_of_what_matters(base):
     assert line_26 <= {key.removeprefix("ppo/") for key in steps[0]}
     assert all(s[f"ppo/{name}"] is not None for s in steps for name in line_26)
     assert steps[0]["ppo/kl"] == 0 and steps[1]["ppo/kl"] != 0, "the reference is the policy's start, and stays there"
-    assert steps[0]["ppo/optimizer_steps"] == 4
+    assert steps[0]["ppo/policy_steps"] == steps[0]["ppo/value_steps"] == 4
     assert json.loads((policy / "ppo_state.json").read_text()) == {"kl_coef": 0.05}
     # sixty prompts at four an iteration: two iterations end inside the first epoch
     assert [s["step"] for s in scalars(logs, "ppo_train", "eval/")] == [0, 1]
@@ -326,10 +350,72 @@ def test_ppo_leaves_policy_value_and_a_log_of_what_matters(base):
     assert "score.weight" in tensors(base / "ppo" / "value") and "output.weight" in tensors(policy)
 
 
+def test_ppo_on_a_shared_trunk_trains_adapters_that_peft_can_load(base):
+    """And stores what the verifier's scores are centred and scaled by, which PPO says it uses."""
+    policy, logs = base / "trunk" / "policy", base / "trunk" / "policy-logs"
+    steps = scalars(logs, "ppo_train", "ppo/")
+    assert steps[0]["ppo/kl"] == 0 and steps[1]["ppo/kl"] != 0
+    assert steps[0]["ppo/memory_gb/policy"] > 4 * max(steps[0][f"ppo/memory_gb/{r}"] for r in ("reference", "reward"))
+    assert (policy / "adapter" / "adapter_model.safetensors").is_file() and not same_bits(policy, base / "solver")
+    moments = json.loads((base / "adapted verifier" / "score_normalization.json").read_text())
+    assert f"centred by {moments['mean']:.4f} and divided by {moments['std']:.4f}" in (logs / "ppo_train.log").read_text()
+    assert not (base / "trunk" / "value" / "score_normalization.json").exists(), "a value model is no verifier"
+
+
+def test_a_verifier_s_scores_are_centred_and_scaled_on_its_train_file(base, tmp_path):
+    pairs = rows_of(base / "pairs.json")
+    texts = [(row["instruction"], text) for row in pairs for side in ("chosen", "rejected")
+             for text in ([row[side]] if isinstance(row[side], str) else row[side])]
+    (tmp_path / "rows.json").write_text(json.dumps([{"instruction": i, "output": o} for i, o in texts]))
+    given = dict(ckpt_dir=base / "adapted verifier", input_file=tmp_path / "rows.json", output_file=tmp_path / "scores.jsonl")
+    done = must("verifier_evaluate.py", *flags(**given))
+    scores = torch.tensor([row["score"] for row in rows_of(tmp_path / "scores.jsonl")])
+    assert abs(float(scores.mean())) < 1e-4 and float(scores.std(correction=0)) == pytest.approx(1, abs=1e-4)
+    assert "scores are centred by" in done.err
+
+
+def test_ppo_adds_up_its_rewards_and_keeps_what_it_normalises_by(base):
+    steps = scalars(base / "divided" / "policy-logs", "ppo_train", "ppo/")
+    weights = dict(zip(("verifier", "length", "format", "overlong", "file"), (1, -1, 2, 1, 0.5)))
+    for step in steps:
+        assert step["ppo/reward"] == pytest.approx(sum(w * step[f"ppo/reward/{name}"] for name, w in weights.items()), abs=1e-5)
+    assert steps[0]["ppo/shaped_reward"] == pytest.approx(0, abs=1e-5), "centred"
+    state = json.loads((base / "divided" / "policy" / "ppo_state.json").read_text())
+    assert state["reward_norm"] is True and state["reward_moments"][0] == 16
+    assert json.loads((base / "divided" / "value" / "ppo_state.json").read_text())["value_moments"][0] > 0
+    assert len(list((base / "divided" / "value").glob("consolidated.*"))) == 1, "the value model was one rank's"
+    assert len(list((base / "divided" / "policy").glob("consolidated.*"))) == 2
+
+
+def test_grpo_needs_no_value_model_and_dumps_what_it_learned_from(base):
+    from pyarrow import parquet
+
+    logs = base / "groups" / "policy-logs"
+    steps = scalars(logs, "ppo_train", "ppo/")
+    assert not {key for key in steps[0] if "value" in key} and steps[0]["ppo/kept"] > 0 and steps[0]["ppo/ptx_loss"] > 0
+    for number, step in enumerate(steps, 1):
+        table = parquet.read_table(base / "groups" / "rollouts" / f"iteration-{number:06d}.parquet").to_pylist()
+        assert [row["place"] for row in table] == list(range(len(table)))
+        assert len(table) in (4, 8) and step["ppo/response_length"] == pytest.approx(sum(len(r["tokens"]) for r in table) / len(table))
+        for group in (table[i : i + 4] for i in range(0, len(table), 4)):
+            assert len({row["prompt"] for row in group}) == 1
+            scores = [row["score"] for row in group]
+            mean = sum(scores) / 4
+            std = (sum((s - mean) ** 2 for s in scores) / 4) ** 0.5
+            assert std > 0, "groups whose rewards are all equal are left out"
+            for row in group:
+                assert row["advantages"] == pytest.approx([(row["score"] - mean) / (std + 1e-6)] * len(row["tokens"]), abs=1e-4)
+                assert len(row["tokens"]) >= 2 and row["score_length"] == pytest.approx(len(row["tokens"]) / 12)
+    texts = [r for r in rows_of(logs / "ppo_train.jsonl") if r["event"] == "text"]
+    assert {r["step"] for r in texts} == {1, 2} and all("reward" in r["text"] for r in texts)
+    assert [s["step"] for s in scalars(logs, "ppo_train", "eval/")] == [0, 1, 2]
+    assert (base / "groups" / "policy-best" / "consolidated.00.pth").is_file()
+
+
 def test_ppo_s_minibatches_may_leave_a_rank_without_rollouts(base):
     """Two rollouts in two minibatches on two data-parallel ranks."""
     steps = scalars(base / "ppo, idle ranks" / "policy-logs", "ppo_train", "ppo/")
-    assert len(steps) == 2 and all(step["ppo/policy_grad_norm"] > 0 and step["ppo/skipped"] == 0 for step in steps)
+    assert len(steps) == 2 and all(step["ppo/policy_grad_norm"] > 0 and step["ppo/policy_skipped"] == 0 for step in steps)
 
 
 def test_evaluation_writes_results_and_predictions(base):
@@ -364,17 +450,17 @@ def test_a_trained_solver_loads_in_transformers_and_says_the_same(base, tmp_path
 @pytest.mark.parametrize("reward", ["verifier", "rule"])
 def test_ppo_with_either_reward_alone_and_a_seed_twice(base, tmp_path, reward, monkeypatch):
     """Also: Adam's eps is the recipe's (docs/ppo.md, line 24)."""
-    from src.trainer import optimizer
+    from src.ppo import setup
 
-    made, real = [], optimizer.Optimizer
+    made, real = [], setup.Optimizer
 
     class Spied(real):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             made.append(self)
 
-    monkeypatch.setattr(optimizer, "Optimizer", Spied)
-    more = {} if reward == "verifier" else {"rule_weight": 3.0}
+    monkeypatch.setattr(setup, "Optimizer", Spied)
+    more = {} if reward == "verifier" else {"reward_weights": 3.0}
     for name in ("a", "b"):
         arguments = ppo_flags(base, tmp_path / name, reward=reward, iterations=1, kl_coef=0.2, **more)
         if reward == "rule":  # needs no verifier
@@ -386,7 +472,7 @@ def test_ppo_with_either_reward_alone_and_a_seed_twice(base, tmp_path, reward, m
     assert [o.adam.defaults["eps"] for o in made] == [1e-5] * 4
     step = scalars(tmp_path / "a" / "policy-logs", "ppo_train", "ppo/")[0]
     assert {key for key in step if key.startswith("ppo/reward/")} == {f"ppo/reward/{reward}"}
-    assert step["ppo/reward"] == pytest.approx(step[f"ppo/reward/{reward}"] * more.get("rule_weight", 1.0))
+    assert step["ppo/reward"] == pytest.approx(step[f"ppo/reward/{reward}"] * more.get("reward_weights", 1.0))
     assert step["ppo/kl_coef"] == 0.2
     assert json.loads((tmp_path / "a" / "policy" / "ppo_state.json").read_text()) == {"kl_coef": 0.2}
 
@@ -524,12 +610,31 @@ SOLVER = {
 }
 PPO = {
     "solver given as reward model": (dict(reward_model_ckpt_dir="{}/../solver"), "is a solver, without a score head"),
-    "another tokenizer": (dict(reward_model_ckpt_dir="{}/verifier of another"), "the models must share their tokenizer"),
-    "rule without labels": (dict(reward="rule", train_file="{}/unlabelled.jsonl"), "row 1 (from 0): a row without a gold answer"),
+    "another tokenizer": (dict(critic_ckpt_dir="{}/verifier of another"), "both must share their tokenizer"),
+    "rule without labels": (dict(reward="rule", reward_model_ckpt_dir=None, train_file="{}/unlabelled.jsonl"), "row 1 (from 0): a row without a gold answer"),
     "verifier without a model": (dict(reward_model_ckpt_dir=None), "--reward verifier needs --reward_model_ckpt_dir"),
     "greedy": (dict(temperature=0), "--temperature 0"),
     "buffer no multiple of the samples": (dict(samples_per_prompt=3), "no multiple of --samples_per_prompt 3"),
-    "unknown reward": (dict(reward="rules"), "did you mean rule?"),
+    "unknown reward": (dict(reward="rules"), "--reward rules: choose from verifier, rule, file, format, length, overlong"),
+    "too few weights": (dict(reward="verifier,length", reward_weights="1"), "1 weights for 2 rewards (verifier,length)"),
+    "no value model": (dict(critic_ckpt_dir=None), "--advantage gae needs --critic_ckpt_dir"),
+    "a value model for nothing": (dict(advantage="grpo"), "--critic_ckpt_dir: has no effect with --advantage grpo"),
+    "groups of one": (dict(advantage="rloo", samples_per_prompt=1, critic_ckpt_dir=None, critic_save_dir=None),
+                      "compares samples of one prompt and needs 2 or more"),
+    "idle knobs": (dict(advantage="dr_grpo", critic_ckpt_dir=None, critic_save_dir=None, lam=0.9), "--lam 0.9: has no effect with"),
+    "no such function": (dict(reward="file", reward_file="{}/one.jsonl:score", reward_model_ckpt_dir=None), "write FILE.py:FUNCTION"),
+    "margin too wide": (dict(reward="overlong", overlong_margin=7, reward_model_ckpt_dir=None), "must lie in [1, --max_new_tokens 6]"),
+    "broken pattern": (dict(reward="format", format_pattern="(", reward_model_ckpt_dir=None), "is no regular expression"),
+    "masks of nothing": (dict(replay_mask=True), "--replay_mask: nothing is left out of sampling"),
+    "no mix": (dict(ptx_coef=0.1), "the mix needs both"),
+    "a trunk without adapters": (dict(shared_trunk=True), "--shared_trunk: the roles are adapters on one trunk; give --lora_rank"),
+    "no adapter to share": (dict(shared_trunk=True, lora_rank=2), "holds no adapter"),
+    "an adapter of another trunk": (dict(shared_trunk=True, lora_rank=4, actor_ckpt_dir="{}/../shards",
+                                         critic_ckpt_dir="{}/../adapted verifier", reward_model_ckpt_dir="{}/../adapted verifier"),
+                                    "was trained on other weights"),
+    "a reference for nothing": (dict(kl_coef=0, ref_ema=0.9), "which needs no reference"),
+    "ranks that do not divide": (dict(critic_model_parallel_size=3), "--critic_model_parallel_size 3 does not divide the 1"),
+    "best of nothing": (dict(keep_best="accuracy"), "evaluation is not asked for"),
     "verifier given as solver": (dict(actor_ckpt_dir="{}/../verifier"), "is a verifier"),
     "no room for an answer": (dict(max_seq_len=4), "60 of 60 prompts of"),
 }

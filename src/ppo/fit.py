@@ -10,6 +10,7 @@ from src.checkpoint.files import read_json
 from src.errors import UserError
 from src.logs import RunLog
 from src.ppo.buffer import Prompt
+from src.ppo.settings import SHAPING, PPOSettings
 from src.ppo.trainer import PPO
 from src.trainer.fit import endless_batches
 from src.trainer.optimizer import lr_at
@@ -111,8 +112,8 @@ def _is_number(x) -> bool:
     return type(x) in (int, float) and math.isfinite(x)
 
 
-def changed_rewards(state: dict, settings: dict) -> str | None:
+def changed_rewards(state: dict, settings: PPOSettings) -> str | None:
     """What this run does otherwise with the reward than the one that left `state`, in words; None when nothing."""
-    names = ("reward_norm", "reward_scale", "reward_bias", "reward_clip")
-    changed = [f"--{name} {state[name]} → {settings[name]}" for name in names if name in state and state[name] != settings[name]]
-    return ", ".join(changed) or None
+    before, now = {name: state[name] for name in SHAPING if name in state}, settings.shaping()
+    changed = [f"--{name} {before.get(name)} → {now.get(name)}" for name in SHAPING if before.get(name) != now.get(name)]
+    return ", ".join(changed).replace("None", "(default)") if state and changed else None

@@ -173,15 +173,19 @@ class FormatReward:
     name = "format"
 
     def __init__(self, pattern: str, tokenizer: Tokenizer) -> None:
-        try:
-            self.pattern = re.compile(pattern, re.DOTALL)
-        except re.error as error:
-            raise UserError(f"--format_pattern {pattern}: is no regular expression ({error})") from None
-        self.tokenizer = tokenizer
+        self.pattern, self.tokenizer = compiled(pattern), tokenizer
 
     def __call__(self, buffer: RolloutBuffer) -> Tensor:
         found = [self.pattern.search(self.tokenizer.decode(ids)) is not None for ids in buffer.responses()]
         return torch.tensor(found, dtype=torch.float32, device=buffer.tokens.device)
+
+
+def compiled(pattern: str) -> re.Pattern:
+    """Raises UserError for what is no regular expression."""
+    try:
+        return re.compile(pattern, re.DOTALL)
+    except re.error as error:
+        raise UserError(f"--format_pattern {pattern}: is no regular expression ({error})") from None
 
 
 class LengthReward:
@@ -202,8 +206,6 @@ class OverlongReward:
     name = "overlong"
 
     def __init__(self, max_new_tokens: int, margin: int) -> None:
-        if not 0 < margin <= max_new_tokens:
-            raise UserError(f"--overlong_margin {margin}: must lie in [1, --max_new_tokens {max_new_tokens}]")
         self.max_new_tokens, self.margin = max_new_tokens, margin
 
     def __call__(self, buffer: RolloutBuffer) -> Tensor:

@@ -5,9 +5,10 @@ from typing import Literal
 
 from src.errors import UserError
 from src.ppo.advantages import GROUPED
-from src.ppo.rewards import NAMES
+from src.ppo.rewards import NAMES, compiled
 
 Advantage = Literal["gae", "grpo", "dr_grpo", "rloo", "reinforce++"]
+SHAPING = ("reward_norm", "reward_scale", "reward_bias", "reward_clip")
 LOSS_LEVELS = {"grpo": "sequence", "dr_grpo": "constant"}  # of the papers; "token" otherwise
 
 
@@ -78,6 +79,10 @@ class PPOSettings:
     def kl_kind(self) -> str:
         """k1: in the reward; k2, k3: as a loss. By default as the papers have it."""
         return self.kl or ("k3" if self.advantage in ("grpo", "dr_grpo") else "k1")
+
+    def shaping(self) -> dict:
+        """What is done to the rewards, where it is not the default."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name in SHAPING and getattr(self, f.name) != f.default}
 
     def __post_init__(self) -> None:
         problems = [
@@ -159,6 +164,10 @@ def check_flags_together(settings: dict) -> None:
             wrong.append(f"--reward {','.join(rewards)} needs --{flag}{other}")
         if name not in rewards and s[flag] is not None:
             wrong.append(f"--{flag}: has no effect without {name} in --reward")
+    if s["format_pattern"] is not None:
+        compiled(s["format_pattern"])
+    if s["overlong_margin"] is not None and not 0 < s["overlong_margin"] <= s["max_new_tokens"]:
+        wrong.append(f"--overlong_margin {s['overlong_margin']}: must lie in [1, --max_new_tokens {s['max_new_tokens']}]")
     if s["advantage"] == "gae":
         wrong += [f"--advantage gae needs --{f}" for f in ("critic_ckpt_dir", "critic_save_dir") if s[f] is None]
     else:

@@ -487,8 +487,7 @@ class PPO:
     def state(self) -> dict[str, dict]:
         """Of the policy and of the value model: what lies beside their weights."""
         s = self.settings
-        policy = {"kl_coef": self.kl.kl_coef}
-        policy |= {name: getattr(s, name) for name in ("reward_norm", "reward_scale", "reward_bias", "reward_clip")}
+        policy = {"kl_coef": self.kl.kl_coef, **s.shaping()}
         return {
             "policy": policy | ({"reward_moments": self.reward_moments.sums} if s.reward_norm else {}),
             "value": {"value_moments": self.value_moments.sums} if s.value_norm else {},
