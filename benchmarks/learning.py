@@ -16,9 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.common import ROOT  # noqa: E402
-from src.cli import run  # noqa: E402
+from common import ROOT
+from src.cli import run
 
 ITERATIONS, EVERY = 40, 8
 COMMON = {
