@@ -4,12 +4,14 @@
 
 For each seed: quickstart.py's data, SFT and verifier (`--until verifier`; what is there already is used), then 40 iterations of
 256 rollouts by each method from that same SFT policy, evaluated greedily on 600 held-out problems every 8 iterations. "constant":
-PPO whose reward is the same number for every response: a policy that moves then, moves by noise. Methods share the cores: one
+PPO whose reward is the same number for every response: a policy that moves then, moves by noise, or by what its critic knew when it
+began: a critic that starts from the verifier prefers what that prefers until it has learned that nothing matters. Methods share the cores: one
 process of one thread each.
 """
 
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -39,12 +41,13 @@ METHODS = {
     "PPO (rule)": {"critic_lr": 5e-4, "kl_coef": 0.02, "reward": "rule"},
     "GRPO (rule)": {"advantage": "grpo", **GROUPS},
     "RLOO (rule)": {"advantage": "rloo", **GROUPS},
-    "PPO (constant)": {"critic_lr": 5e-4, "kl_coef": 0.1, "reward": "format", "format_pattern": ""},
+    "PPO (constant)": {"critic": "sft", "critic_lr": 5e-4, "kl_coef": 0.1, "reward": "format", "format_pattern": ""},
+    "PPO (constant; critic from the verifier)": {"critic_lr": 5e-4, "kl_coef": 0.1, "reward": "format", "format_pattern": ""},
 }
 
 
 def name_of(method: str) -> str:
-    return method.lower().replace(" ", "-").replace("(", "").replace(")", "")
+    return re.sub(r"\W+", "-", method.lower()).strip("-")
 
 
 def flags_of(method: str, seed: int, work: Path, out: Path) -> list[str]:
@@ -58,8 +61,9 @@ def flags_of(method: str, seed: int, work: Path, out: Path) -> list[str]:
         **COMMON,
         **METHODS[method],
     }
+    critic = given.pop("critic", "verifier")
     if "advantage" not in given:
-        given |= {"critic_ckpt_dir": work / "verifier", "critic_save_dir": f"{out}-critic"}
+        given |= {"critic_ckpt_dir": work / critic, "critic_save_dir": f"{out}-critic"}
     if "reward" not in given:
         given["reward_model_ckpt_dir"] = work / "verifier"
     return ["ppo_train.py", *(word for name, value in given.items() for word in (f"--{name}", str(value)))]
