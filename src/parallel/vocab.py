@@ -68,10 +68,11 @@ def _softmax(z: Tensor, targets: Tensor, entropy: bool) -> tuple[Tensor, Tensor 
         sums = [p.sum(-1), of_target, (p * z).sum(-1)]
         z.copy_(p)
     else:
-        sums = [z.exp_().sum(-1), of_target]
-    total, of_target, *weighted = mp_all_reduce(torch.stack(sums))
+        # A third row for nothing: in which order ranks are summed may depend on the size, and with it the last bit.
+        sums = [z.exp_().sum(-1), of_target, torch.zeros_like(of_target)]
+    total, of_target, weighted = mp_all_reduce(torch.stack(sums))
     log_total = total.log()
-    return of_target - log_total, log_total - weighted[0] / total if entropy else None, _Where(total, column, here)
+    return of_target - log_total, log_total - weighted / total if entropy else None, _Where(total, column, here)
 
 
 def _softmax_gradient(

@@ -136,10 +136,9 @@ class FileReward:
             answer = self.score(prompts, texts, [dict(row) for row in rows])
             numbers = [float(x) for x in answer]
         except Exception as error:  # whatever a user's code raises is the user's to see, with its line
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            raise UserError(
-                f"--reward_file {self.where}: {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})"
-            ) from error
+            theirs = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+            line = f" ({theirs[-1].filename}:{theirs[-1].lineno})" if theirs else ", which is no list of numbers"
+            raise UserError(f"--reward_file {self.where}: {type(error).__name__}: {error}{line}") from error
         if len(numbers) != len(texts) or not all(map(math.isfinite, numbers)):
             wrong = [x for x in numbers if not math.isfinite(x)]
             said = f"returned {wrong[0]}" if wrong else f"returned {len(numbers)} numbers for {len(texts)} responses"

@@ -1,7 +1,7 @@
 """PPO's four roles, where they are computed, and where their tensors lie."""
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Iterator, TypeVar
 
 import torch
@@ -28,6 +28,7 @@ class Role:
     model: Transformer
     parallel: Parallel
     optimizer: Optimizer | None = None
+    beside: dict[str, Tensor] = field(default_factory=dict)  # what else it keeps, such as exact weights
 
     def share(self, groups: list[T], whole: Parallel) -> list[T]:
         """Of what all ranks of one of the policy's models have to do, this model's part. whole: the run's division."""
@@ -44,7 +45,7 @@ class Role:
 
     def weights(self) -> list[Tensor]:
         """As plain tensors."""
-        return [part for weight in self.model.parameters() for part in plain_parts(weight.data)]
+        return [part for weight in self.model.parameters() for part in plain_parts(weight.data)] + list(self.beside.values())
 
     def state(self) -> list[Tensor]:
         """The optimizer's."""
@@ -119,12 +120,13 @@ def _bytes(storage: torch.UntypedStorage) -> Tensor:
 
 
 class MovingReference:
-    """A reference that follows the policy: reference ← decay · reference + (1 − decay) · policy, kept in fp32."""
+    """A reference that follows the policy: reference ← decay · reference + (1 − decay) · policy, kept in fp32 beside the role."""
 
     def __init__(self, reference: Role, decay: float) -> None:
         self.decay = decay
         self.weights = dict(reference.model.named_parameters())
-        self.exact = {name: weight.detach().float() for name, weight in self.weights.items()}  # in fp32 the weight itself
+        self.exact = reference.beside
+        self.exact |= {name: weight.detach().float() for name, weight in self.weights.items()}  # in fp32 the weight itself
 
     @torch.no_grad()
     def follow(self, policy: Transformer) -> None:

@@ -102,7 +102,10 @@ class PPO:
         self.policy, self.value, self.reference = (stage.roles.get(name) for name in ("policy", "value", "reference"))
         self.engine, self.sampling, self.stop_ids = engine, sampling, stop_ids
         self.kl, self.settings, self.parallel, self.ptx = kl, settings, parallel, ptx
-        self.follower = None if settings.ref_ema is None else MovingReference(self.reference, settings.ref_ema)
+        self.follower = None
+        if settings.ref_ema is not None:
+            with stage.at_work("reference"):
+                self.follower = MovingReference(self.reference, settings.ref_ema)
         self.reward_moments, self.value_moments = Moments(), Moments(VALUE_DECAY)
         self.times: dict[str, float] = {}
         self.seen: dict[str, float] = {}  # sums over all rollouts of the iteration, those that were left out included

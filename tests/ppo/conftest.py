@@ -1,7 +1,11 @@
-"""Four random models, and one run per number of ranks, shared by all the tests of PPO."""
+"""Four random models and three adapters, and one run per number of ranks, shared by all the tests of PPO."""
+
+import json
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.launch import launch
 from tests.ppo.worker import all_checks
@@ -17,7 +21,27 @@ def folder(tmp_path_factory):
         [("policy", "lm"), ("reference", "lm"), ("value", "score"), ("verifier", "score")]
     ):
         save_llama(folder / role, head, seed)
+    for seed, role in enumerate(("policy", "value", "verifier")):
+        save_adapter(folder / f"{role} adapter", folder / "policy", role != "policy", seed)
     return folder
+
+
+def save_adapter(folder: Path, base: Path, scored: bool, seed: int, rank: int = 3, alpha: float = 4.0) -> None:
+    """In PEFT's format, with factors large enough to matter; a score head with it when `scored`."""
+    folder.mkdir()
+    generator, factors = torch.Generator().manual_seed(seed), {}
+    for name, weight in load_file(base / "model.safetensors").items():
+        if "_proj" in name:
+            for factor, shape in (("A", (rank, weight.size(1))), ("B", (weight.size(0), rank))):
+                key = f"base_model.model.{name.removesuffix('.weight')}.lora_{factor}.weight"
+                factors[key] = 0.2 * torch.randn(shape, generator=generator)
+    if scored:
+        factors["base_model.model.score.weight"] = 0.2 * torch.randn(1, weight.size(-1), generator=generator)
+    settings = {"peft_type": "LORA", "task_type": "SEQ_CLS" if scored else "CAUSAL_LM", "r": rank, "lora_alpha": alpha,
+                "target_modules": sorted({key.split(".")[-3] for key in factors if ".lora_" in key}),
+                "modules_to_save": ["score"] if scored else None, "base_model_name_or_path": str(base)}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    save_file(factors, folder / "adapter_model.safetensors")
 
 
 @pytest.fixture(scope="session")

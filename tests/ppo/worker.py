@@ -2,39 +2,112 @@
 
     torchrun --nproc_per_node N tests/ppo/worker.py FOLDER MP_SIZE [MP_SIZE ...]
 
-FOLDER holds the models `policy`, `reference`, `value` and `verifier`; FOLDER/N-MP.pt gets the results of each division.
+FOLDER holds the models `policy`, `reference`, `value` and `verifier`, and adapters on `policy`: `policy adapter`,
+`value adapter`, `verifier adapter`; FOLDER/N-MP.pt gets the results of each division.
 """
 
+import hashlib
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 
+from src.checkpoint.adapter import Adapter
+from src.checkpoint.load import load_model, load_sharing
+from src.checkpoint.source import Checkpoint
 from src.evaluation.tasks import find_task
 from src.generation.engine import Engine
 from src.generation.sampling import Sampling
+from src.models.batch import Batch, response_logprobs, response_values, sequence_scores
+from src.models.transformer import Transformer
 from src.parallel.setup import Parallel, start, stop
 from src.ppo import trainer
 from src.ppo.buffer import Prompt
+from src.ppo.dump import RolloutDump
 from src.ppo.rewards import RuleReward, VerifierReward
 from src.ppo.roles import Role, Stage
 from src.ppo.settings import PPOSettings
-from src.ppo.trainer import PPO, KLController
+from src.ppo.trainer import PPO, KLController, PretrainingMix
 from src.trainer.optimizer import Optimizer
 from tests.trainer.tiny import ours, some_sequences, whole_weights
 
-STOPS = set(range(2, 12))  # a random model ends about one response in ten tokens
+STOPS = frozenset(range(2, 12))  # a random model ends about one response in ten tokens
 TEMPERATURE, MAX_NEW_TOKENS, NUMBER = 0.7, 8, 3
 LR, VALUE_LR, MAX_GRAD_NORM = 5e-3, 1e-2, 1.0
 WEIGHTS = {"verifier": 0.5, "rule": 2.0}
 KL_COEF = 0.3
-PER_TOKEN = ("logprobs", "ref_logprobs", "entropy", "values", "rewards", "advantages", "returns", "rollout_logprobs")
+PTX_ROWS, PTX_BATCH = 5, 3
+PER_TOKEN = ("logprobs", "ref_logprobs", "entropy", "values", "rewards", "advantages", "returns", "rollout_logprobs",
+             "old_values", "value_targets")
 
+
+@dataclass(frozen=True)
+class Run:
+    """One PPO: settings that differ from `make_ppo`'s, and what else does. state: what an earlier run left, of policy and
+
+    value; worth: of each round of prompts, the reward of each sample, instead of the two rewards.
+    """
+
+    settings: dict = field(default_factory=dict)
+    sampling: Sampling = Sampling(MAX_NEW_TOKENS, TEMPERATURE, seed=4)
+    stops: frozenset = STOPS
+    iterations: int = 1
+    offload: bool = False
+    value_mp: int | None = None
+    state: tuple[dict, dict] = ({}, {})
+    worth: tuple[tuple[float, ...], ...] = ()
+
+
+def _sampling(**change) -> Sampling:
+    return Sampling(MAX_NEW_TOKENS, TEMPERATURE, seed=4, **change)
+
+
+ONCE = dict(ppo_epochs=1)
+PAIRS = dict(ppo_epochs=1, samples_per_prompt=2)
 RUNS = {
-    "iteration": dict(max_batch_size=4, mini_batches=2, ppo_epochs=2),
-    "micro-batches": dict(max_batch_size=1, mini_batches=2, ppo_epochs=2),
+    "iteration": Run(),
+    "micro-batches": Run(dict(max_batch_size=1)),
+    "grpo": Run(PAIRS | dict(advantage="grpo")),
+    "dr_grpo": Run(PAIRS | dict(advantage="dr_grpo", max_batch_size=1)),
+    "rloo": Run(PAIRS | dict(advantage="rloo")),
+    "reinforce++": Run(ONCE | dict(advantage="reinforce++", gamma=0.9)),
+    "k2, entropy": Run(ONCE | dict(kl="k2", entropy_coef=0.05, max_batch_size=2)),
+    "k3, by sequence": Run(ONCE | dict(kl="k3", loss_level="sequence", max_tokens_per_batch=20)),
+    "constant": Run(ONCE | dict(loss_level="constant", whiten=False, max_batch_size=3)),
+    "clips": Run(dict(cliprange=0.1, cliprange_high=0.5, dual_clip=1.1)),
+    "value ranges": Run(ONCE | dict(cliprange_value=0.05, vf_coef=0.5, gamma=0.9, lam=0.8, lam_critic=0.6)),
+    "value_norm": Run(ONCE | dict(value_norm=True), state=({}, {"value_moments": [20.0, 30.0, 125.0]})),
+    "reward_norm": Run(
+        ONCE | dict(reward_norm=True, reward_scale=1.5, reward_bias=0.1, reward_clip=1.0),
+        state=({"reward_moments": [10.0, 4.0, 20.0]}, {}),
+    ),
+    "zero": Run(ONCE | dict(truncated="zero")),
+    "penalty": Run(ONCE | dict(truncated="penalty", truncation_penalty=0.7)),
+    "value_mp": Run(ONCE | dict(max_batch_size=1), value_mp=1),
+    "top_k": Run(ONCE | dict(replay_mask=True), _sampling(top_k=5)),
+    "top_p, min_new_tokens": Run(ONCE | dict(replay_mask=True, entropy_coef=0.05), _sampling(top_p=0.8, min_new_tokens=3)),
+    "whole softmax": Run(ONCE, _sampling(top_k=5)),
+    "target_kl": Run(dict(target_kl=0.25)),  # the second of four steps comes to 0.31
+    "critic_warmup": Run(ONCE | dict(critic_warmup=NUMBER + 1)),
+    "after critic_warmup": Run(ONCE | dict(critic_warmup=NUMBER, advantage="gae")),
+    "ref_ema": Run(ONCE | dict(ref_ema=0.7)),
+    "ptx": Run(ONCE | dict(ptx_coef=0.4, max_batch_size=2)),
+    "first-token ends": Run(ONCE, Sampling(3, 1.0, seed=4), frozenset(range(2, 34))),
+    "filter": Run(
+        PAIRS | dict(advantage="grpo", filter_rounds=3),
+        worth=((1, 1, 0, 1, 0, 0, 0.5, 0), (1, 0, 0.25, 0.25, 0, 1, 2, 0), (5, 6, 7, 8, 9, 10, 11, 12)),
+    ),
+    "filter, one group": Run(PAIRS | dict(filter_rounds=1, whiten=False), worth=((1, 1, 0, 0, 1, 0, 1, 1),)),
+    "filter, nothing": Run(PAIRS | dict(filter_rounds=2), worth=((1, 1, 0, 0, 1, 1, 0, 0),) * 2),
+    "twice": Run(ONCE, iterations=2),
+    "twice, in turn, offloaded": Run(ONCE | dict(update="in_turn"), iterations=2, offload=True),
 }
+# At degree 4, which differs from 2 in how layers and vocabulary are cut, only what depends on that.
+AT_FOUR = ("iteration", "micro-batches", "grpo", "k2, entropy", "k3, by sequence", "constant", "value_mp", "top_k",
+           "top_p, min_new_tokens", "ptx", "filter, one group", "filter, nothing", "twice", "twice, in turn, offloaded")
 
 
 class Parity:
@@ -44,10 +117,23 @@ class Parity:
         return f"#### {sum(ids) % 2}"
 
 
-def prompts() -> list[Prompt]:
+class Worth:
+    """A reward that is written beside each sample."""
+
+    name = "worth"
+
+    def __call__(self, buffer) -> torch.Tensor:
+        return torch.tensor([float(prompt.row["worth"]) for prompt in buffer.prompts])
+
+
+def prompts(worth: tuple[float, ...] = (0.0,) * 8) -> list[Prompt]:
     """Four prompts, two samples of each, whose right answer is 0 or 1."""
     rows = [Prompt(s.tokens[: s.prompt_length], str(i % 2)) for i, s in enumerate(some_sequences(4, seed=9))]
-    return [row for row in rows for _ in range(2)]
+    return [Prompt(row.tokens, row.gold, {"worth": x}) for row, x in zip([row for row in rows for _ in range(2)], worth)]
+
+
+def ptx_rows():
+    return some_sequences(PTX_ROWS, seed=21)
 
 
 def make_ppo(
@@ -69,14 +155,15 @@ def make_ppo(
         (WEIGHTS["verifier"], VerifierReward(stage.roles["reward"], parallel, settings.max_batch_size)),
         (WEIGHTS["rule"], RuleReward(find_task("GSM8K"), Parity())),
     ]
+    ptx = PretrainingMix(ptx_rows(), PTX_BATCH, settings, parallel.device) if settings.ptx_coef else None
     return PPO(
         stage, rewards, Engine(stage.roles["policy"].model, parallel, 5, 64),
-        sampling or Sampling(MAX_NEW_TOKENS, TEMPERATURE, seed=4), STOPS, KLController(KL_COEF), settings, parallel,
+        sampling or Sampling(MAX_NEW_TOKENS, TEMPERATURE, seed=4), STOPS, KLController(KL_COEF), settings, parallel, ptx,
     )
 
 
 class Recorder:
-    """Keeps a PPO's buffer, minibatches, loss calls and optimizer steps."""
+    """Keeps a PPO's buffer, minibatches, loss calls and the policy's optimizer steps."""
 
     def __init__(self, ppo: PPO) -> None:
         self.ppo, self.buffer, self.minibatches, self.losses, self.steps = ppo, None, [], [], []
@@ -128,6 +215,7 @@ class Recorder:
             mine.append(
                 {"prompt": tokens[i][:prompt].tolist(), "response": tokens[i][prompt:].tolist(),
                  "truncated": bool(b.truncated[i]), "score": float(b.scores[i]), "place": b.places[i],
+                 **({} if b.shaped is None else {"shaped": float(b.shaped[i])}),
                  **({} if b.last_values is None else {"last_value": float(b.last_values[i])}),
                  **{name: float(x[i]) for name, x in b.components.items()},
                  **{name: each[name][i].tolist() for name in known}}
@@ -137,32 +225,154 @@ class Recorder:
         return sorted((row for part in every for row in part), key=lambda row: row["place"])
 
 
-def one_iteration(folder: Path, parallel: Parallel, **settings) -> dict:
-    ppo = make_ppo(folder, parallel, **settings)
+class Remembered:
+    """The first completions of an engine, kept for the next PPO that starts from the same policy and asks the same."""
+
+    known: dict = {}
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.fresh = engine, True
+
+    def generate(self, prompts, sampling, stops, samples, on_tokens, **masks):
+        key = str((self.engine.parallel.mp_size, prompts, sampling, sorted(stops), samples, masks))
+        first, self.fresh = self.fresh, False
+        if first and key in self.known:
+            return self.known[key]
+        found = self.engine.generate(prompts, sampling, stops, samples, on_tokens, **masks)
+        if first:
+            self.known[key] = found
+        return found
+
+
+def adapted(folder: Path, parallel: Parallel, shared: bool) -> dict[str, Transformer]:
+    """The roles as adapters on `policy`: on one trunk, or each on weights of its own (the frozen ones merged)."""
+    def opened(adapter: str | None) -> Checkpoint:
+        return Checkpoint.open(str(folder / "policy"), adapter_dir=adapter and str(folder / adapter))
+
+    def adapter(name: str) -> Adapter:
+        return Adapter.open(str(folder / name), opened(None).config)
+
+    fp32 = (parallel, torch.float32)
+    policy = load_model(opened("policy adapter"), *fp32, "lm", lora=adapter("policy adapter").lora)
+    if shared:
+        reference = load_sharing(policy, parallel, "lm")
+        adapters = [adapter(f"{name} adapter") for name in ("value", "verifier")]
+        value, reward = (load_sharing(policy, parallel, "score", adapter=each) for each in adapters)
+    else:
+        reference = load_model(opened(None), *fp32, "lm")
+        value = load_model(opened("value adapter"), *fp32, "score", lora=adapter("value adapter").lora)
+        reward = load_model(opened("verifier adapter"), *fp32, "score")
+    for frozen in (reference, reward):
+        frozen.requires_grad_(False)
+    return {"policy": policy, "reference": reference, "value": value, "reward": reward}
+
+
+@torch.no_grad()
+def outputs(models: dict[str, Transformer], parallel: Parallel) -> dict[str, torch.Tensor]:
+    """Of some sequences, by each role."""
+    batch = Batch.of(some_sequences(5, seed=2), parallel.device)
+    found = {name: response_logprobs(models[name], batch, TEMPERATURE)[0] for name in ("policy", "reference")}
+    found["value"] = torch.cat(response_values(models["value"], batch))
+    return found | {"reward": sequence_scores(models["reward"], batch)}
+
+
+def adapters_run(folder: Path, parallel: Parallel, shared: bool, offload: bool = False) -> dict:
+    models, settings = adapted(folder, parallel, shared), PPOSettings(4, 8, ppo_epochs=2, mini_batches=2, seed=11)
+    before, stage = outputs(models, parallel), Stage(offload)
+    places = {name: {p.data_ptr() for p in model.parameters()} for name, model in models.items()}
+    trained = {name: [n for n, p in model.named_parameters() if p.requires_grad] for name, model in models.items()}
+    for name, model in models.items():
+        options = dict(max_grad_norm=MAX_GRAD_NORM, eps=1e-5)
+        stage.add(Role(name, model, parallel, Optimizer(model, parallel, **options) if trained[name] else None))
+    rewards = [(1.0, VerifierReward(stage.roles["reward"], parallel, 4))]
+    engine = Engine(models["policy"], parallel, 5, 64)
+    sampling = Sampling(MAX_NEW_TOKENS, TEMPERATURE, seed=4)
+    ppo = PPO(stage, rewards, engine, sampling, STOPS, KLController(KL_COEF), settings, parallel)
     recorder = Recorder(ppo)
     stats = ppo.iteration(NUMBER, prompts(), LR, VALUE_LR)
-    plans = [None] * parallel.dp_size
-    whole = [[recorder.buffer.places[i] for i in rows] for rows in recorder.minibatches]
-    dist.all_gather_object(plans, whole, group=parallel.dp_group)
-    ones = [None] * parallel.world_size
-    dist.all_gather_object(ones, recorder.ratio_starts_at_one())
+    with stage.at_work(*models):
+        after = outputs(models, parallel)
     return {
-        "stats": stats,
+        "stats": stats, "before": before, "after": after, "rollouts": recorder.rollouts(parallel),
+        "places": places, "trained": trained, "peak": dict(stage.peak),
+        "policy": whole(ppo, "policy"), "value": whole(ppo, "value"), "digests": everyones(digest(ppo)),
+    }
+
+
+def everyones(x, group=None) -> list:
+    found = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, x, group=group)
+    return found
+
+
+def digest(ppo: PPO) -> str:
+    """Of every bit of the roles' weights and of the optimizers' state on this rank."""
+    found = hashlib.sha256()
+    with ppo.stage.at_work(*ppo.stage.roles, training=True):
+        for role in ppo.stage.roles.values():
+            for tensor in role.weights() + role.state():
+                found.update(tensor.detach().clone().view(-1).view(torch.uint8).numpy().tobytes())  # a copy: numpy keeps it
+    return found.hexdigest()
+
+
+def whole(ppo: PPO, name: str) -> dict | None:
+    """All weights of a role."""
+    role = ppo.stage.roles.get(name)
+    if role is None:
+        return None
+    with ppo.stage.at_work(name), role.parallel.active():
+        return whole_weights(role.model, role.parallel)
+
+
+def one_run(folder: Path, parallel: Parallel, run: Run, dump: str | None = None) -> dict:
+    ppo = make_ppo(folder, parallel, sampling=run.sampling, offload=run.offload, value_mp=run.value_mp, **run.settings)
+    ppo.stop_ids = run.stops
+    if run.worth:
+        ppo.rewards = [(1.0, Worth())]
+    if not run.offload:
+        ppo.engine = Remembered(ppo.engine)
+    if dump is not None:
+        ppo.watch.append(RolloutDump(dump, SimpleNamespace(decode=lambda ids: " ".join(map(str, ids))), parallel))
+    ppo.restore(*run.state)
+    recorder, mixed = Recorder(ppo), []
+    if ppo.ptx:
+        batches = ppo.ptx.batches
+        ppo.ptx.batches = (mixed.append(rows) or rows for rows in batches)
+    rounds = iter(run.worth)
+    for number in range(NUMBER, NUMBER + run.iterations):
+        recorder.steps.clear()
+        batch = prompts(next(rounds)) if run.worth else prompts()
+        stats = ppo.iteration(number, batch, LR, VALUE_LR, more=lambda: prompts(next(rounds)))
+    result = {"stats": stats, "steps": len(recorder.steps), "state": ppo.state(), "digests": everyones(digest(ppo)),
+              **{name: whole(ppo, name) for name in ("policy", "value", "reference")}, "ptx": mixed,
+              "rounds left": len(list(rounds))}
+    if recorder.buffer is None:
+        return result
+    places = [[recorder.buffer.places[i] for i in rows] for rows in recorder.minibatches]
+    return result | {
         "rollouts": recorder.rollouts(parallel),
-        "minibatches": [sorted(i for part in parts for i in part) for parts in zip(*plans)],
-        "steps": len(recorder.steps),
-        "ratio starts at one": ones,
-        "policy": whole_weights(ppo.policy.model, parallel),
-        "value": ppo.value and whole_weights(ppo.value.model, ppo.value.parallel),
+        "rows of each rank": everyones(len(recorder.buffer)),
+        "minibatches": [sorted(i for part in parts for i in part) for parts in zip(*everyones(places, parallel.dp_group))],
+        "ratio starts at one": everyones(recorder.ratio_starts_at_one()),
     }
 
 
 def all_checks(folder: Path, mp_sizes: list[int]) -> None:
     for mp_size in mp_sizes:
-        parallel = start(mp_size, timeout=120)
-        results = {name: one_iteration(folder, parallel, **settings) for name, settings in RUNS.items()}
+        parallel, name = start(mp_size, timeout=120), f"{dist.get_world_size()}-{mp_size}"
+        torch.set_num_threads(1)  # tensors this small only wait for more
+        Remembered.known.clear()
+        results = {
+            run: one_run(folder, parallel, what, str(folder / f"dump {name}") if run == "iteration" else None)
+            for run, what in RUNS.items()
+            if mp_size < 4 or run in AT_FOUR
+        }
+        if parallel.world_size < 4:
+            results["separate"] = adapters_run(folder, parallel, shared=False)
+            results["shared"] = adapters_run(folder, parallel, shared=True)
+            results["shared, offloaded"] = adapters_run(folder, parallel, shared=True, offload=True)
         if parallel.is_main:
-            torch.save(results, folder / f"{parallel.world_size}-{mp_size}.pt")
+            torch.save(results, folder / f"{name}.pt")
     stop()
 
 

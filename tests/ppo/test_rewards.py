@@ -1,0 +1,175 @@
+"""What a response earns, by each of the rewards."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from src.errors import UserError
+from src.evaluation.tasks import find_task
+from src.ppo.rewards import (
+    ROWS_AT_ONCE,
+    FileReward,
+    FormatReward,
+    LengthReward,
+    OverlongReward,
+    RuleReward,
+    VerifierReward,
+    compiled,
+    load_score,
+    translator,
+)
+from src.ppo.roles import Role
+from tests.ppo.test_rollouts import buffer_of
+from tests.trainer.tiny import EOS, ours, padded, theirs
+
+RESPONSES = [[7, 8, EOS], [9, 10, 11, 12, 13], [EOS]]
+CUT = [False, True, False]
+
+
+def telling(texts: dict[int, str]):
+    """A tokenizer that reads a response's first token."""
+    return SimpleNamespace(decode=lambda ids: texts[ids[0]])
+
+
+def classifier(folder, sequences: list[list[int]]) -> torch.Tensor:
+    ids, mask = padded(sequences)
+    with torch.no_grad():
+        return theirs(folder / "verifier")(input_ids=ids, attention_mask=mask).logits.squeeze(-1)
+
+
+def verifier(folder, parallel, **how) -> VerifierReward:
+    model = ours(folder / "verifier", parallel).requires_grad_(False)
+    return VerifierReward(Role("reward", model, parallel), parallel, **dict(max_batch_size=2) | how)
+
+
+# --- the verifier -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", [{}, {"max_batch_size": 8}, {"max_tokens": 9}])
+def test_the_verifier_s_reward_is_transformers_classifier_s(folder, parallel, how):
+    buffer = buffer_of(RESPONSES, CUT)
+    want = classifier(folder, [[1, 5, 6, *r] for r in RESPONSES])
+    assert torch.allclose(verifier(folder, parallel, **how)(buffer), want, atol=1e-5)
+
+
+def test_scores_are_centred_and_scaled_by_what_lies_beside_the_verifier(folder, parallel):
+    plain, scaled = (verifier(folder, parallel, **how)(buffer_of(RESPONSES)) for how in ({}, {"mean": 0.7, "std": 2.5}))
+    assert torch.allclose(scaled, (plain - 0.7) / 2.5, atol=1e-6) and not scaled.requires_grad
+
+
+def test_a_verifier_with_another_tokenizer_reads_the_texts(folder, parallel):
+    """The instruction as its own prompt, the response as its own ids; its EOS only where the policy ended by itself."""
+    texts = {7: "ab", 9: "bcd", EOS: ""}
+    own = SimpleNamespace(
+        prompt_ids=lambda text: [1, *(20 + ord(c) % 16 for c in text)],
+        response_ids=lambda text: [*(40 + ord(c) % 16 for c in text), 63],
+    )
+    rows = [{"instruction": text} for text in ("x", "yz", "w?")]
+    buffer = buffer_of(RESPONSES, CUT, rows=rows)
+    got = verifier(folder, parallel, translate=translator(telling(texts), own), mean=0.5, std=2.0)(buffer)
+    sequences = [own.prompt_ids(row["instruction"]) + own.response_ids(texts[r[0]]) for row, r in zip(rows, RESPONSES)]
+    assert sequences[1].pop() == 63
+    assert torch.allclose(got, (classifier(folder, sequences) - 0.5) / 2.0, atol=1e-5)
+
+
+# --- rules --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_rule_s_reward_is_the_grader_s():
+    """On the response's text alone, by the task's headline rule, up to where the task ends an answer."""
+    task, texts = find_task("GSM8K"), {7: "so #### 12", 8: "it is 12", 9: "#### 13", 10: "Question: 6 + 6? #### 12"}
+    got = RuleReward(task, telling(texts))(buffer_of([[7, EOS], [8], [9, EOS], [10]], gold="12"))
+    assert got.tolist() == [float(task.grade(text.split("Question:")[0], "12")[task.metric]) for text in texts.values()]
+    assert got.tolist() == [1.0, 0.0, 0.0, 0.0] and got.dtype == torch.float32
+
+
+def test_the_format_s_reward_is_one_where_the_pattern_is_found():
+    texts = {7: "<think>\n2\n</think> 4", 8: "4", 9: "<think> 4"}
+    got = FormatReward(r"<think>.*</think>", telling(texts))(buffer_of([[7], [8], [9]]))
+    assert got.tolist() == [1.0, 0.0, 0.0] and got.dtype == torch.float32
+    with pytest.raises(UserError, match=r"--format_pattern \(: is no regular expression"):
+        compiled("(")
+
+
+def test_the_length_s_reward_is_a_share_and_the_overlong_s_a_soft_punishment():
+    """DAPO, equation 13, with L_max 8 and L_cache 4."""
+    lengths = list(range(1, 9))
+    buffer = buffer_of([[7] * n for n in lengths])
+    assert LengthReward(8)(buffer).tolist() == [n / 8 for n in lengths]
+    want = [0.0 if n <= 4 else (4 - n) / 4 if n <= 8 else -1.0 for n in lengths]
+    assert OverlongReward(8, 4)(buffer).tolist() == want and want[-1] == -1.0
+    assert OverlongReward(6, 2)(buffer).tolist() == [0.0, 0.0, 0.0, 0.0, -0.5, -1.0, -1.0, -1.0]
+
+
+# --- a user's function ------------------------------------------------------------------------------------------------
+
+
+def file_reward(parallel, score, tokenizer=None):
+    return FileReward("mine.py:score", score, tokenizer or SimpleNamespace(decode=lambda ids: f"text {ids[0]}"), parallel)
+
+
+def test_a_user_s_function_gets_prompts_responses_and_rows_in_batches(parallel):
+    calls, n = [], ROWS_AT_ONCE + 3
+    rows = [{"instruction": f"question {i}", "label": str(i)} for i in range(n)]
+
+    def score(prompts, responses, given):
+        calls.append((prompts, responses, [dict(row) for row in given]))
+        for row in given:
+            row.clear()  # what it does to them is its own affair
+        return [int(prompt.split()[1]) / 2 for prompt in prompts]
+
+    buffer = buffer_of([[3 + i % 60, EOS] for i in range(n)], rows=[dict(row) for row in rows])
+    got = file_reward(parallel, score)(buffer)
+    assert got.tolist() == [i / 2 for i in range(n)] and got.dtype == torch.float32
+    assert [len(prompts) for prompts, *_ in calls] == [ROWS_AT_ONCE, 3]
+    assert sum((prompts for prompts, *_ in calls), []) == [row["instruction"] for row in rows]
+    assert sum((responses for _, responses, _ in calls), []) == [f"text {3 + i % 60}" for i in range(n)]
+    assert sum((given for *_, given in calls), []) == rows == [prompt.row for prompt in buffer.prompts]
+
+
+@pytest.mark.parametrize("answer, said", [
+    ([1.0], "returned 1 numbers for 3 responses"), ([1.0] * 4, "returned 4 numbers for 3 responses"),
+    ([1.0, float("nan"), 2.0], "returned nan"), ([float("inf")] * 3, "returned inf"),
+    (None, "TypeError"), (["one", "two", "three"], "ValueError")])
+def test_what_is_no_number_for_each_response_is_refused(parallel, answer, said):
+    with pytest.raises(UserError, match="--reward_file mine.py:score: ") as refusal:
+        file_reward(parallel, lambda *_: answer)(buffer_of(RESPONSES, rows=[{"instruction": "q"}] * 3))
+    assert said in str(refusal.value)
+
+
+def test_what_a_user_s_function_returns_may_be_a_tensor_or_booleans(parallel):
+    buffer = buffer_of(RESPONSES, rows=[{"instruction": "q"}] * 3)
+    for answer in (torch.tensor([1.0, 0.0, 2.0]), (True, False, 2)):
+        assert file_reward(parallel, lambda *_: answer)(buffer).tolist() == [1.0, 0.0, 2.0]
+
+
+def test_the_line_where_a_user_s_function_fails_is_named(parallel, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("def helper(row):\n    return row['lable']\n\ndef score(p, r, rows):\n    return [*map(helper, rows)]\n")
+    reward = FileReward(f"{path}:score", load_score(f"{path}:score"), SimpleNamespace(decode=lambda ids: ""), parallel)
+    with pytest.raises(UserError) as refusal:
+        reward(buffer_of(RESPONSES, rows=[{"instruction": "q"}] * 3))
+    assert f"KeyError: 'lable' ({path}:2)" in str(refusal.value)
+
+
+@pytest.mark.parametrize("where, text, said", [
+    ("mine.py", None, "write FILE.py:FUNCTION"), ("mine:score", None, "write FILE.py:FUNCTION"),
+    ("mine.py:not a name", None, "write FILE.py:FUNCTION"), ("mine.py:score", None, "is not there"),
+    ("mine.py:score", "def scor(p, r, rows): pass\nscore = 3\nimport os\n", "has no function score; it has scor"),
+    ("mine.py:score", "x = 1\n", "has no function score; it has none"),
+    ("mine.py:score", "def score(:\n", "cannot be run: SyntaxError"),
+    ("mine.py:score", "import nowhere\n", "cannot be run: ModuleNotFound")])
+def test_a_file_without_the_function_is_refused(tmp_path, where, text, said):
+    if text is not None:
+        (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(UserError, match="--reward_file ") as refusal:
+        load_score(f"{tmp_path}/{where}")
+    assert said in str(refusal.value)
+
+
+def test_the_function_that_is_named_is_loaded(tmp_path):
+    """Classes that look their module up while they are made, too."""
+    dataclass = "from dataclasses import dataclass\n@dataclass\nclass A:\n    x: int\n"
+    (tmp_path / "mine.py").write_text(dataclass + "def score(p, r, rows):\n    return [A(1).x]\n")
+    assert load_score(f"{tmp_path}/mine.py:score")([""], [""], [{}]) == [1]
