@@ -36,13 +36,16 @@ COMMON = {
     "log_samples": 0,
 }
 GROUPS = {"samples_per_prompt": 8, "reward": "rule", "kl_coef": 0.02}
+CONSTANT = {"reward": "format", "format_pattern": ""}  # 1 for every response
 METHODS = {
     "PPO (verifier)": {"critic_lr": 5e-4, "kl_coef": 0.1},
     "PPO (rule)": {"critic_lr": 5e-4, "kl_coef": 0.02, "reward": "rule"},
     "GRPO (rule)": {"advantage": "grpo", **GROUPS},
     "RLOO (rule)": {"advantage": "rloo", **GROUPS},
-    "PPO (constant)": {"critic": "sft", "critic_lr": 5e-4, "kl_coef": 0.1, "reward": "format", "format_pattern": ""},
-    "PPO (constant; critic from the verifier)": {"critic_lr": 5e-4, "kl_coef": 0.1, "reward": "format", "format_pattern": ""},
+    "GRPO (constant)": {"advantage": "grpo", **GROUPS, **CONSTANT},
+    "PPO (constant; critic warmed up)": {"critic": "sft", "critic_lr": 5e-4, "kl_coef": 0.1, "critic_warmup": 10, **CONSTANT},
+    "PPO (constant)": {"critic": "sft", "critic_lr": 5e-4, "kl_coef": 0.1, **CONSTANT},
+    "PPO (constant; critic from the verifier)": {"critic_lr": 5e-4, "kl_coef": 0.1, **CONSTANT},
 }
 
 
