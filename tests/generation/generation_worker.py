@@ -24,7 +24,7 @@ from src.models.attention import Packed
 from src.models.batch import Batch, Sequence, response_logprobs
 from src.models.lora import LoRAConfig, add_lora
 from src.parallel.setup import start, stop
-from src.parallel.vocab import vocab_range
+from src.parallel.vocab import unpack_bits, vocab_range
 
 
 def run_recipe(models, parallel, prompts, recipe) -> dict:
