@@ -13,15 +13,22 @@ test: $(VENV)/installed
 
 # Beside other software and beside what the machine could do: PROMPTS is a .jsonl with "question" and "answer" in each line, such
 # as GSM8K's train file.
-bench: .venv-bench/installed
+bench: .venv-bench/installed .venv-bench-ppo/installed
 	.venv-bench/bin/python benchmarks/generation.py --prompts_file $(PROMPTS) --out runs/generation.md
 	.venv-bench/bin/python benchmarks/training.py --train_file $(PROMPTS) --out runs/training.md
+	.venv-bench/bin/python benchmarks/ppo.py --train_file $(PROMPTS) --trl_python .venv-bench-ppo/bin/python --out runs/ppo.md
 	.venv-bench/bin/python benchmarks/kernels.py
 	.venv-bench/bin/python benchmarks/checkpoint_memory.py
 
 .venv-bench/installed: requirements.txt benchmarks/requirements.txt
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r benchmarks/requirements.txt
+	touch $@
+
+# TRL's PPOTrainer needs another version of TRL, in an environment of its own.
+.venv-bench-ppo/installed: benchmarks/requirements-ppo.txt
+	$(PYTHON) -m venv .venv-bench-ppo
+	.venv-bench-ppo/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements-ppo.txt
 	touch $@
 
 # The environment is whole when this file exists, and made again when the requirements change.
@@ -31,4 +38,4 @@ $(VENV)/installed: requirements.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-bench runs
+	rm -rf $(VENV) .venv-bench .venv-bench-ppo runs

@@ -43,9 +43,9 @@ METHODS = {
     "GRPO (rule)": {"advantage": "grpo", **GROUPS},
     "RLOO (rule)": {"advantage": "rloo", **GROUPS},
     "GRPO (constant)": {"advantage": "grpo", **GROUPS, **CONSTANT},
-    "PPO (constant; critic warmed up)": {"critic": "sft", "critic_lr": 5e-4, "kl_coef": 0.1, "critic_warmup": 10, **CONSTANT},
-    "PPO (constant)": {"critic": "sft", "critic_lr": 5e-4, "kl_coef": 0.1, **CONSTANT},
-    "PPO (constant; critic from the verifier)": {"critic_lr": 5e-4, "kl_coef": 0.1, **CONSTANT},
+    "PPO (constant)": {"critic": "sft", "critic_lr": 5e-4, "kl_coef": 0.1, "lam": 1.0, **CONSTANT},
+    "PPO (constant; λ 0.95)": {"critic": "sft", "critic_lr": 5e-4, "kl_coef": 0.1, **CONSTANT},
+    "PPO (constant; λ 0.95; critic from the verifier)": {"critic_lr": 5e-4, "kl_coef": 0.1, **CONSTANT},
 }
 
 

@@ -9,7 +9,6 @@ import json
 import resource
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -24,8 +23,6 @@ from transformers import (
 from trl import PPOConfig, PPOTrainer
 from trl.trainer import ppo_trainer
 
-EPOCHS, MINI_BATCHES = 4, 4
-
 
 class Clock(TrainerCallback):
     """Where each iteration begins and ends; its phases: generate, score (forwards without gradient), update."""
@@ -33,6 +30,7 @@ class Clock(TrainerCallback):
     def __init__(self) -> None:
         self.ends: list[float] = []
         self.marks: list[dict[str, float]] = [{}]
+        self.lengths: set[int] = set()  # of responses
 
     def mark(self, name: str) -> None:
         self.marks[-1].setdefault(name, time.perf_counter())
@@ -62,10 +60,11 @@ def watch(clock: Clock) -> None:
     """Note when generation ends and when the first forward with gradients begins."""
     generation, forward = ppo_trainer.batch_generation, ppo_trainer.forward
 
-    def batch_generation(*args, **kwargs):
-        found = generation(*args, **kwargs)
+    def batch_generation(model, queries, *args, **kwargs):
+        rows, logits = generation(model, queries, *args, **kwargs)
         clock.mark("generated")
-        return found
+        clock.lengths.add(rows.shape[1] - queries.shape[1])
+        return rows, logits
 
     def timed_forward(*args, **kwargs):
         if torch.is_grad_enabled():
@@ -75,23 +74,22 @@ def watch(clock: Clock) -> None:
     ppo_trainer.batch_generation, ppo_trainer.forward = batch_generation, timed_forward
 
 
-@contextmanager
-def generating_in_eval(model, *_, **__):
-    yield model
-
-
-def tokenizer_of(pad: int) -> PreTrainedTokenizerFast:
+def tokenizer_of(vocab_size: int) -> PreTrainedTokenizerFast:
     """Rows are ids already; it only pads, on the left, with an id that the model cannot draw: TRL masks it everywhere."""
-    words = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "<pad>": pad}, unk_token="<unk>"))
+    words = {f"<{i}>": i for i in range(vocab_size + 1)}
     return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left"
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<0>")),
+        bos_token="<1>",
+        eos_token="<2>",
+        pad_token=f"<{vocab_size}>",
+        padding_side="left",
     )
 
 
 def main(job: dict) -> dict:
-    """job: folders "policy" and "verifier", "prompts" as ids, "iterations", "new" tokens each, "kl_coef", and TRL's "settings":
-    "rollout" (sequences generated and scored at a time), "micro" (in one forward and backward), "attention", "use_cache",
-    "compile".
+    """job: folders "policy" and "verifier", "prompts" as ids, "iterations", "epochs", "mini_batches", "new" tokens each, "kl_coef",
+    a folder "out", and "settings": "rollout" (sequences generated and scored at a time), "micro" (in one forward and backward),
+    "attention", "use_cache", "compile".
     """
     settings, rows = job["settings"], len(job["prompts"])
     attention = settings.get("attention", "sdpa")
@@ -103,7 +101,7 @@ def main(job: dict) -> dict:
 
     policy, reference = (load(AutoModelForCausalLM, job["policy"]) for _ in range(2))
     value, reward = (load(AutoModelForSequenceClassification, job["verifier"]) for _ in range(2))
-    mini = rows // MINI_BATCHES
+    mini = rows // job["mini_batches"]
     micro = settings.get("micro", mini)
     clock = Clock()
     watch(clock)
@@ -115,8 +113,8 @@ def main(job: dict) -> dict:
     args = PPOConfig(
         output_dir=job["out"],
         **pieces,
-        num_mini_batches=MINI_BATCHES,
-        num_ppo_epochs=EPOCHS,
+        num_mini_batches=job["mini_batches"],
+        num_ppo_epochs=job["epochs"],
         total_episodes=rows * job["iterations"],
         response_length=job["new"],
         stop_token=None,
@@ -156,17 +154,11 @@ def main(job: dict) -> dict:
     steps = []
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     optimizer.register_step_post_hook(lambda *_: steps.append(1))
-    lengths = set()
-    trained = ppo_trainer.selective_log_softmax
-
-    def counted(logits, responses):
-        lengths.add(responses.shape[1])
-        return trained(logits, responses)
-
-    ppo_trainer.selective_log_softmax = counted
     trainer.train()
-    if len(steps) != EPOCHS * MINI_BATCHES * job["iterations"] or lengths != {job["new"]}:
-        raise SystemExit(f"{len(steps)} optimizer steps in {job['iterations']} iterations, responses of {lengths} tokens")
+    if len(steps) != job["epochs"] * job["mini_batches"] * job["iterations"] or clock.lengths != {job["new"]}:
+        raise SystemExit(
+            f"{len(steps)} optimizer steps in {job['iterations']} iterations, responses of {clock.lengths} tokens"
+        )
     return {
         "seconds": clock.seconds(),
         "phases": clock.phases(),

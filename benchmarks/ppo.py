@@ -27,13 +27,12 @@ PROMPTS, NEW, EPOCHS, MINI_BATCHES, KL_COEF, LORA_RANK = 32, 64, 4, 4, 0.05, 16
 PHASES = ("generate", "score", "update")
 # What was tried on the machine that the tables are from; "quickest" was.
 TRL_SETTINGS = {
-    "quickest": {},
+    "quickest": {"compile": True},
+    "plain": {},
     "rollout_8": {"rollout": 8},
     "micro_4": {"micro": 4},
-    "micro_2": {"micro": 2},
     "cached": {"use_cache": True},
     "eager": {"attention": "eager"},
-    "compiled": {"compile": True},
 }
 
 
@@ -85,7 +84,8 @@ def script(name: str, work: Path, switches: tuple[str, ...] = (), **flags) -> tu
     """One of our scripts: what it logged of each step, and its peak memory."""
     logs = work / "logs"
     shutil.rmtree(logs, ignore_errors=True)
-    given = [part for flag, value in {**flags, "log_dir": logs, "dtype": "fp32"}.items() for part in (f"--{flag}", str(value))]
+    flags = {**flags, "log_dir": logs, "dtype": "fp32"}
+    given = [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
     _, peak = child([sys.executable, str(ROOT / name), *given, *switches])
     events = [json.loads(line) for line in (logs / name).with_suffix(".jsonl").read_text().splitlines()]
     return [event for event in events if event["event"] == "scalars"], peak
@@ -133,7 +133,7 @@ def phases_of(step: dict) -> dict[str, float]:
     return found
 
 
-def trl(python: str, work: Path, iterations: int, settings: dict) -> dict:
+def theirs(python: str, work: Path, iterations: int, settings: dict) -> dict:
     """`peer_ppo.py`, on as many threads as there are cores."""
     job = {
         "policy": str(work / "58m"),
@@ -165,7 +165,7 @@ def beside_trl(work: Path, python: str, rounds: int, iterations: int, batch: int
     """Seconds per iteration and phase, and memory: medians over the iterations after the first of all runs."""
     runs = {
         "ours": lambda: ppo_script(work, work / "58m", work / "58m-score", batch, iterations),
-        "trl": lambda: trl(python, work, iterations, settings),
+        "trl": lambda: theirs(python, work, iterations, settings),
     }
     found = alternate(runs, rounds, warm_up=False)
     rows: dict[str, dict[str, float]] = {"seconds": {}, **{phase: {} for phase in PHASES}, "memory": {}}
@@ -182,30 +182,40 @@ def beside_trl(work: Path, python: str, rounds: int, iterations: int, batch: int
     }
     lines = ["| PPO, fp32 | ours | TRL | TRL / ours |", "|---|---|---|---|"]
     for name, label in labels.items():
-        ours, theirs = rows[name]["ours"], rows[name]["trl"]
-        lines.append(f"| {label} | {ours:.2f} | {theirs:.2f} | {theirs / ours:.2f} |")
-    ours, theirs = rows["memory"]["ours"], rows["memory"]["trl"]
-    lines.append(f"| peak memory, GB | {ours:.2f} | {theirs:.2f} | ours / TRL {ours / theirs:.2f} |")
+        a, b = rows[name]["ours"], rows[name]["trl"]
+        lines.append(f"| {label} | {a:.2f} | {b:.2f} | {b / a:.2f} |")
+    a, b = rows["memory"]["ours"], rows["memory"]["trl"]
+    lines.append(f"| peak memory, GB | {a:.2f} | {b:.2f} | ours / TRL {a / b:.2f} |")
     spread = {side: [took for result in results for took in result["seconds"][1:]] for side, results in found.items()}
     ranges = ", ".join(f"{side} {min(took):.1f} to {max(took):.1f} s" for side, took in spread.items())
-    return [*lines, "", f"Single iterations: {ranges} ({rounds} runs of each side, {iterations - 1} counted iterations in each)."]
+    return [*lines, "", f"Single iterations: {ranges}; {rounds} runs of each side, {iterations - 1} counted in each."]
 
 
 def lora_memory(work: Path, rounds: int, batch: int, iterations: int = 2) -> list[str]:
     """Peak memory of four roles as adapters on one trunk, of the same without sharing, and of the solver's fine-tuning."""
-    lora = {"lora_rank": LORA_RANK}
-    tokenizer = {"tokenizer_file": work / "58m" / "tokenizer.model"}
-    sft = {"ckpt_dir": work / "58m", "max_batch_size": batch, "max_seq_len": 512, **lora, **tokenizer}
     adapter = work / "verifier-adapter"
-    script("verifier_train.py", work, save_dir=adapter, train_file=work / "pairs.jsonl", **sft)
+
+    def train(name: str, data: str, saved: Path, epochs: int = 1) -> int:
+        return script(
+            name,
+            work,
+            ckpt_dir=work / "58m",
+            save_dir=saved,
+            train_file=work / data,
+            epochs=epochs,
+            max_batch_size=batch,
+            max_seq_len=512,
+            lora_rank=LORA_RANK,
+        )[1]
+
+    def ppo(*switches: str) -> int:
+        return ppo_script(work, work / "58m", adapter, batch, iterations, *switches, lora_rank=LORA_RANK)["peak"]
+
+    train("verifier_train.py", "pairs.jsonl", adapter)
     runs = {
-        "solver_train.py": lambda: script(
-            "solver_train.py", work, save_dir=work / "saved-sft", train_file=work / "sft.jsonl", epochs=EPOCHS, **sft
-        )[1],
-        "ppo_train.py, four roles on one trunk": lambda: ppo_script(
-            work, work / "58m", adapter, batch, iterations, "--shared_trunk", **lora
-        )["peak"],
-        "ppo_train.py, a trunk for each role": lambda: ppo_script(work, work / "58m", adapter, batch, iterations, **lora)["peak"],
+        "solver_train.py": lambda: train("solver_train.py", "sft.jsonl", work / "saved-sft", EPOCHS),
+        "ppo_train.py, four roles on one trunk": lambda: ppo("--shared_trunk"),
+        "ppo_train.py, a trunk for each role": ppo,
     }
     found = {name: median(peaks) / 1e9 for name, peaks in alternate(runs, rounds, warm_up=False).items()}
     first = next(iter(found.values()))
@@ -221,7 +231,7 @@ def main(
     rounds: int = 3,
     iterations: int = 3,
     max_batch_size: int = 8,
-    trl: Literal["quickest", "rollout_8", "micro_4", "micro_2", "cached", "eager", "compiled"] = "quickest",
+    trl: Literal["quickest", "plain", "rollout_8", "micro_4", "cached", "eager"] = "quickest",
     work_dir: str | None = None,
 ):
     """Measure and print the tables.

@@ -22,16 +22,26 @@ class TensorFile:
         self.path = path
         if not path.is_file():
             raise UserError(f"{path}: no such file")
-        try:
-            if path.suffix == ".safetensors":
-                self._handle = safe_open(path, framework="pt")
-                self.keys = list(self._handle.keys())
-            else:
-                self._tensors = _unpickle(path)
-                self.keys = list(self._tensors)
-        except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"{path}: cannot be read as {path.suffix[1:]}, is it damaged or cut short? ({reason})") from None
+        self._opened = None
+        self.keys = list(self._handle.keys() if self.lazy else self._tensors)
+
+    def _open(self):
+        """The file's handle, or its tensors: opened at the first use, and again after `release`."""
+        if self._opened is None:
+            try:
+                self._opened = safe_open(self.path, framework="pt") if self.lazy else _unpickle(self.path)
+            except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                raise UserError(
+                    f"{self.path}: cannot be read as {self.path.suffix[1:]}, is it damaged or cut short? ({reason})"
+                ) from None
+        return self._opened
+
+    _handle = _tensors = property(_open)
+
+    def release(self) -> None:
+        """Let go of the mapped pages, which count as this process's memory."""
+        self._opened = None
 
     @property
     def lazy(self) -> bool:

@@ -50,6 +50,7 @@ def load_model(
     if not quantize:
         model.stack_projections(parallel.device)
     agreed(fill)
+    checkpoint.release()
     if lora is not None:
         add_lora(model, lora, seed, parallel, adapter and adapter.tensors)
     elif adapter is not None:

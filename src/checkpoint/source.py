@@ -75,6 +75,11 @@ class Checkpoint:
         hf = any(key.startswith(("model.", "transformer.")) or key == "lm_head.weight" for key in parts[0])
         return cls(folder, _config(folder, config_file), parts, hf)
 
+    def release(self) -> None:
+        """Let go of the files' pages; what is read later opens them again."""
+        for file in {id(file): file for part in self.parts for file in part.values()}.values():
+            file.release()
+
     def check_finite(self, name: str, tensor: Tensor) -> Tensor:
         """The tensor, unless it holds NaN or infinity: then UserError. Its extremes tell, without a mask of its size."""
         if not torch.stack(torch.aminmax(tensor)).isfinite().all():
