@@ -105,6 +105,9 @@ def main(
     eval_batch_size: int = 384,
     dump_rollouts: str | None = None,
     log_samples: int = 2,
+    save_every: int | None = None,
+    keep: int = 2,
+    resume: str = "auto",
     log_dir: str | None = None,
     dtype: Literal["bf16", "fp16", "fp32"] | None = None,
     seed: int = 0,
@@ -216,6 +219,10 @@ def main(
         eval_batch_size: sequences generated at a time in evaluations, at most.
         dump_rollouts: a folder for one Parquet file per iteration: texts, tokens, log-probabilities, values, rewards, advantages.
         log_samples: responses of each iteration that are logged as text, with their rewards.
+        save_every: keep what is needed to go on, in ACTOR_SAVE_DIR-state, every so many iterations; without it only when a signal ends the run.
+        keep: so many of the newest of these stay.
+        resume: auto goes on from the newest there, if the run is the same (a finished one says so); none begins anew; or the path of
+            one of them.
         log_dir: for the log, TensorBoard events and evaluation results; ACTOR_SAVE_DIR-logs when not given.
         dtype: of weights and activations; bf16 on a GPU and fp32 on the CPU when not given.
         seed: of everything random.
@@ -244,6 +251,8 @@ def main(
     from src.ppo.settings import PPOSettings, check_flags_together
     from src.ppo.setup import load_roles, make_rewards, open_roles
     from src.ppo.trainer import PPO, KLController, PretrainingMix
+    from src.trainer.fit import EndlessBatches
+    from src.trainer.saving import Saving
 
     check_flags(settings)
     check_flags_together(settings)
@@ -362,12 +371,19 @@ def main(
                 metrics = evaluation.run(at, number, policy, actor.tokenizer, parallel, log, settings)
             best.consider(at, number, metrics)
 
-        fit(ppo, prompts, plan, log, evaluate)
-        save("policy", actor_save_dir, actor)
-        log.info(f"saved the policy to {actor_save_dir}")
-        if critic:
-            save("value", critic_save_dir, critic)
-            log.info(f"saved the value model to {critic_save_dir}")
+        batches = EndlessBatches(len(prompts), max_buffer_size // samples_per_prompt, f"{seed}/prompts")
+        parts = {"best": best.part, "prompts": batches.part, **ppo.parts()}
+        read = [actor_ckpt_dir, critic_ckpt_dir, reward_model_ckpt_dir, train_file, ptx_file]
+        trained = {role.name: (role.model, role.optimizer) for role in stage.roles.values() if role.optimizer}
+        saving = Saving(settings, actor_save_dir, trained, read, parallel, log, parts, ppo.tensors(), stage.all_at_work)
+        if not saving.finished():
+            fit(ppo, prompts, batches, plan, log, evaluate, saving)
+            save("policy", actor_save_dir, actor)
+            log.info(f"saved the policy to {actor_save_dir}")
+            if critic:
+                save("value", critic_save_dir, critic)
+                log.info(f"saved the value model to {critic_save_dir}")
+            saving.finish()
     stop()
 
 

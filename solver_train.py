@@ -49,6 +49,9 @@ def main(
     keep_best: str | None = None,
     eval_batch_size: int = 384,
     max_new_tokens: int = 256,
+    save_every: int | None = None,
+    keep: int = 2,
+    resume: str = "auto",
     log_dir: str | None = None,
     profile: bool = False,
     dtype: Literal["bf16", "fp16", "fp32"] | None = None,
@@ -98,6 +101,10 @@ def main(
             than ever.
         eval_batch_size: sequences generated at a time, at most.
         max_new_tokens: of one answer in evaluations.
+        save_every: keep what is needed to go on, in SAVE_DIR-state, every so many steps; without it only when a signal ends the run.
+        keep: so many of the newest of these stay.
+        resume: auto goes on from the newest there, if the run is the same (a finished one says so); none begins anew; or the path of
+            one of them.
         log_dir: for the log, TensorBoard events and evaluation results; SAVE_DIR-logs when not given.
         profile: write a trace of steps 4 and 5 for https://ui.perfetto.dev to the log folder, one file per rank.
         dtype: of weights and activations; bf16 on a GPU and fp32 on the CPU when not given.
@@ -115,6 +122,7 @@ def main(
     from src.parallel.setup import agreed, pick_dtype, start, stop
     from src.trainer.fit import FitSettings, fit, prepare
     from src.trainer.optimizer import Optimizer
+    from src.trainer.saving import Saving
     from src.trainer.solver import SolverObjective
 
     check_flags(settings)
@@ -157,17 +165,16 @@ def main(
         def evaluate(at: str, number: int) -> None:
             best.consider(at, number, evaluation.run(at, number, model, opened.tokenizer, parallel, log, settings))
 
-        fit(
-            model,
-            Optimizer(model, parallel, weight_decay, max_grad_norm, betas=(0.9, beta2), zero=zero),
-            SolverObjective(sequences, parallel.device),
-            fit_settings,
-            parallel,
-            log,
-            evaluate,
-        )
-        save(save_dir)
-        log.info(f"saved to {save_dir}")
+        optimizer = Optimizer(model, parallel, weight_decay, max_grad_norm, betas=(0.9, beta2), zero=zero)
+        batch = {"rows_per_step": max_batch_size * accumulation_steps * parallel.dp_size}
+        trained, read = {"model": (model, optimizer)}, [ckpt_dir, adapter_dir, train_file]
+        saving = Saving(settings | batch, save_dir, trained, read, parallel, log, {"best": best.part})
+        if not saving.finished():
+            objective = SolverObjective(sequences, parallel.device)
+            fit(model, optimizer, objective, fit_settings, parallel, log, evaluate, saving)
+            save(save_dir)
+            log.info(f"saved to {save_dir}")
+            saving.finish()
     stop()
 
 

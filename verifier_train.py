@@ -49,6 +49,9 @@ def main(
     keep_best: str | None = None,
     normalize_scores: bool = False,
     eval_batch_size: int = 64,
+    save_every: int | None = None,
+    keep: int = 2,
+    resume: str = "auto",
     log_dir: str | None = None,
     profile: bool = False,
     dtype: Literal["bf16", "fp16", "fp32"] | None = None,
@@ -99,6 +102,10 @@ def main(
         normalize_scores: after training, measure the mean and the standard deviation of the scores of the train file's outputs, and
             store them with the verifier: PPO's reward and verifier_evaluate.py's scores are then centred and scaled by them.
         eval_batch_size: sequences scored in one forward.
+        save_every: keep what is needed to go on, in SAVE_DIR-state, every so many steps; without it only when a signal ends the run.
+        keep: so many of the newest of these stay.
+        resume: auto goes on from the newest there, if the run is the same (a finished one says so); none begins anew; or the path of
+            one of them.
         log_dir: for the log, TensorBoard events and evaluation results; SAVE_DIR-logs when not given.
         profile: write a trace of steps 4 and 5 for https://ui.perfetto.dev to the log folder, one file per rank.
         dtype: of weights and activations; bf16 on a GPU and fp32 on the CPU when not given.
@@ -117,6 +124,7 @@ def main(
     from src.parallel.setup import agreed, pick_dtype, start, stop
     from src.trainer.fit import FitSettings, fit, prepare
     from src.trainer.optimizer import Optimizer
+    from src.trainer.saving import Saving
     from src.trainer.verifier import VerifierObjective
 
     check_flags(settings)
@@ -165,17 +173,16 @@ def main(
         def evaluate(at: str, number: int) -> None:
             best.consider(at, number, evaluation.run(at, number, model, parallel, log, settings))
 
-        fit(
-            model,
-            Optimizer(model, parallel, weight_decay, max_grad_norm, betas=(0.9, beta2), zero=zero),
-            VerifierObjective(pairs, parallel.device, share_prompts=not model.config.n_experts),
-            fit_settings,
-            parallel,
-            log,
-            evaluate,
-        )
-        save(save_dir)
-        log.info(f"saved to {save_dir}")
+        optimizer = Optimizer(model, parallel, weight_decay, max_grad_norm, betas=(0.9, beta2), zero=zero)
+        batch = {"rows_per_step": max_batch_size * accumulation_steps * parallel.dp_size}
+        trained, read = {"model": (model, optimizer)}, [ckpt_dir, adapter_dir, train_file]
+        saving = Saving(settings | batch, save_dir, trained, read, parallel, log, {"best": best.part})
+        if not saving.finished():
+            objective = VerifierObjective(pairs, parallel.device, share_prompts=not model.config.n_experts)
+            fit(model, optimizer, objective, fit_settings, parallel, log, evaluate, saving)
+            save(save_dir)
+            log.info(f"saved to {save_dir}")
+            saving.finish()
     stop()
 
 

@@ -22,7 +22,7 @@ import typing
 import fire
 from fire import helptext, trace
 
-from src.errors import UserError
+from src.errors import STOPPED, Stopped, UserError
 
 BARRIER_TIMEOUT_S = 60.0
 
@@ -30,7 +30,7 @@ BARRIER_TIMEOUT_S = 60.0
 def run(target):
     """Run `target`, a function or a dict from subcommand to function, with the flags in `sys.argv`.
 
-    Exits with 0 after `--help`, 2 on a `UserError` (a wrong command line is one) and 130 on Ctrl-C.
+    Exits with 0 after `--help`, 2 on a `UserError` (a wrong command line is one), 75 when it was told to stop and has saved, 130 on Ctrl-C.
     Any other exception is a bug and keeps its traceback. Returns None; the function's result is dropped.
     """
     # Tensors in large pages, where the kernel gives them: PyTorch looks once, when it first allocates.
@@ -39,6 +39,10 @@ def run(target):
         _run(target, os.path.basename(sys.argv[0]), sys.argv[1:])
     except UserError as error:
         _fail(str(error))
+    except Stopped as stopped:
+        if _rank() == 0:
+            _say(str(stopped))
+        sys.exit(STOPPED)
     except KeyboardInterrupt:
         if _rank() == 0:
             _say("interrupted")

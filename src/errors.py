@@ -1,4 +1,4 @@
-"""The one exception that means: the user can fix this."""
+"""The exceptions that are no bugs: the user can fix this, and the run was told to stop."""
 
 
 class UserError(Exception):
@@ -6,3 +6,13 @@ class UserError(Exception):
 
     `src.cli.run` prints it once, from rank 0, without a traceback, and exits with code 2.
     """
+
+
+class Stopped(Exception):
+    """The run was told to stop, and what it needs to go on is saved.
+
+    `src.cli.run` prints it once, from rank 0, and exits with `STOPPED`.
+    """
+
+
+STOPPED = 75  # sysexits.h, EX_TEMPFAIL: the same command may be run again

@@ -81,13 +81,13 @@ class RunLog:
             self._record("text", step=step, name=name, text=text)
             self._tensorboard.add_text(name, text, step)
 
-    def progress(self, total, description, unit="it"):
-        """A `Progress` over `total` units (None: unknown); plain lines where stderr is not a terminal."""
+    def progress(self, total, description, unit="it", initial=0):
+        """A `Progress` over `total` units (None: unknown), `initial` of them done; plain lines where stderr is not a terminal."""
         style = dict(file=sys.stderr, dynamic_ncols=True)
         if not sys.stderr.isatty():
             lines = SimpleNamespace(write=lambda text: self.info(text.strip()))  # no carriage returns
             style = dict(file=lines, mininterval=PLAIN_INTERVAL_S, miniters=1, position=0)
-        return Progress(total=total, desc=description, unit=unit, disable=self.rank != 0, **style)
+        return Progress(total=total, desc=description, unit=unit, initial=initial, disable=self.rank != 0, **style)
 
     def _write(self, message):
         lines = [f"{datetime.now():%Y-%m-%d %H:%M:%S} rank {self.rank} {line}" for line in str(message).splitlines()]

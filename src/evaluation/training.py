@@ -108,6 +108,11 @@ class KeepBest:
     def __init__(self, metric: str | None, save: Callable[[], None], log: RunLog) -> None:
         self.metric, self.save, self.log, self.best = metric, save, log, None
 
+    @property
+    def part(self) -> tuple[Callable, Callable]:
+        """How to get and set what a saved run must keep of it."""
+        return (lambda: self.best), (lambda best: setattr(self, "best", best))
+
     @staticmethod
     def check(metric: str | None, eval_every: int | None, known: tuple[str, ...]) -> None:
         """Raise UserError when the evaluation gives no such metric, or is not asked for. known: the metrics that it gives."""

@@ -12,8 +12,9 @@ from src.logs import RunLog
 from src.ppo.buffer import Prompt
 from src.ppo.settings import SHAPING, PPOSettings
 from src.ppo.trainer import PPO
-from src.trainer.fit import endless_batches
+from src.trainer.fit import EndlessBatches
 from src.trainer.optimizer import lr_at
+from src.trainer.saving import Saving
 
 STATE_FILE = "ppo_state.json"
 DEFAULT_KL_COEF = 0.05
@@ -46,25 +47,31 @@ class Schedule:
 
 
 def fit(
-    ppo: PPO, prompts: list[Prompt], plan: Schedule, log: RunLog, evaluate: Callable[[str, int], None]
+    ppo: PPO,
+    prompts: list[Prompt],
+    batches: EndlessBatches,
+    plan: Schedule,
+    log: RunLog,
+    evaluate: Callable[[str, int], None],
+    saving: Saving,
 ) -> list[dict[str, float]]:
-    """Run the iterations. Returns what was logged of each.
+    """Run the iterations, from where an earlier run stopped. batches: of prompts' numbers. Returns what was logged of each.
 
     `evaluate` is called before the first, as the plan says, and at the end, with a name ("iteration 20") and its number.
     """
     samples = ppo.settings.samples_per_prompt
-    per_iteration = ppo.settings.max_buffer_size // samples
-    per_epoch = -(-len(prompts) // per_iteration)
+    per_epoch = -(-len(prompts) // (ppo.settings.max_buffer_size // samples))
     total = plan.iterations or per_epoch * plan.epochs
     unit, every = ("iteration", plan.eval_every) if plan.eval_every else ("epoch", per_epoch)
-    batches, history = endless_batches(len(prompts), per_iteration, f"{plan.seed}/prompts"), []
+    start, history = saving.resume(), []
 
     def draw() -> list[Prompt]:
-        return [prompts[i] for i in next(batches) for _ in range(samples)]
+        return [prompts[i] for i in batches.next() for _ in range(samples)]
 
-    evaluate(f"{unit} 0", 0)
-    with log.progress(total, "PPO", unit="iteration") as bar:
-        for number in range(total):
+    if start == 0:
+        evaluate(f"{unit} 0", 0)
+    with log.progress(total, "PPO", unit="iteration", initial=start) as bar:
+        for number in range(start, total):
             batch = draw()
             lr, critic_lr = (lr_at(number, total, rate, plan.warmup, plan.schedule) for rate in (plan.lr, plan.critic_lr))
             stats = ppo.iteration(number, batch, lr, critic_lr, more=draw)
@@ -76,6 +83,7 @@ def fit(
             if (number + 1) % every == 0 or number + 1 == total:
                 at = number + 1 if unit == "iteration" else -(-(number + 1) // per_epoch)
                 evaluate(f"{unit} {at}", at)
+            saving.after(number + 1)
     return history
 
 

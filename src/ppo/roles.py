@@ -1,6 +1,6 @@
 """PPO's four roles, where they are computed, and where their tensors lie."""
 
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Iterator, TypeVar
 
@@ -87,6 +87,10 @@ class Stage:
         yield
         self._measure(here if training else [])
 
+    def all_at_work(self) -> AbstractContextManager:
+        """Every role and every optimizer's state on the device."""
+        return self.at_work(*self.roles, training=True)
+
     def _measure(self, trained: list[Role]) -> None:
         """What two roles share counts for the first of them."""
         seen: set[int] = set()
@@ -132,6 +136,12 @@ class MovingReference:
     def follow(self, policy: Transformer) -> None:
         """One step towards the policy, its adapter added in."""
         for name, weight in merged_parts(policy):
-            exact = self.exact[name].lerp_(weight.float(), 1 - self.decay)
-            if exact.data_ptr() != self.weights[name].data_ptr():
-                self.weights[name].copy_(exact)
+            self.exact[name].lerp_(weight.float(), 1 - self.decay)
+        self.round()
+
+    @torch.no_grad()
+    def round(self) -> None:
+        """The reference's weights from the exact ones, in their own dtype."""
+        for name, weight in self.weights.items():
+            if weight.dtype != torch.float32:
+                weight.copy_(self.exact[name])

@@ -25,6 +25,7 @@ from src.models.batch import (
     response_values,
     weighted_balance_loss,
 )
+from src.models.layout import TensorSpec, tensor_table
 from src.parallel.setup import Parallel
 from src.ppo.advantages import Moments, gae, group_advantages, token_rewards, whiten
 from src.ppo.buffer import Prompt, RolloutBuffer
@@ -32,7 +33,7 @@ from src.ppo.loss import kl_loss, policy_loss, token_weights, value_loss
 from src.ppo.rewards import Reward
 from src.ppo.roles import MovingReference, Role, Stage
 from src.ppo.settings import PPOSettings
-from src.trainer.fit import endless_batches, peak_memory, share_of, summed
+from src.trainer.fit import EndlessBatches, peak_memory, share_of, summed
 from src.trainer.solver import SolverObjective
 
 VALUE_DECAY = 0.95  # what earlier iterations' returns still weigh in value normalisation, per iteration
@@ -57,11 +58,11 @@ class PretrainingMix:
     def __init__(self, sequences: list[Sequence], batch_size: int, settings: PPOSettings, device: torch.device) -> None:
         """batch_size: rows per optimizer step, over all ranks."""
         self.objective, self.settings = SolverObjective(sequences, device), settings
-        self.batches = endless_batches(len(sequences), batch_size, f"{settings.seed}/ptx")
+        self.batches = EndlessBatches(len(sequences), batch_size, f"{settings.seed}/ptx")
 
     def backward(self, role: Role) -> dict[str, Tensor]:
         """Add the gradient of ptx_coef × the mean −log p of the next rows' output tokens; returns this rank's part of the loss."""
-        s, objective, batch = self.settings, self.objective, next(self.batches)
+        s, objective, batch = self.settings, self.objective, self.batches.next()
         tokens, total = sum(objective.weights[i] for i in batch), torch.zeros((), device=objective.device)
         for rows in share_of(batch, objective.lengths, role.parallel, s.max_batch_size, s.max_tokens_per_batch):
             loss, _ = objective.loss(role.model, rows, tokens)
@@ -481,6 +482,23 @@ class PPO:
         self.times[phase] = self.times.get(phase, 0.0) + time.perf_counter() - began
 
     # --- what a later run goes on from ----------------------------------------------------------------------------
+
+    def parts(self) -> dict[str, tuple[Callable, Callable]]:
+        """How to get and set what changes from iteration to iteration beside the roles and `tensors`, as numbers."""
+        parts = {
+            "kl_coef": (lambda: self.kl.kl_coef, lambda x: setattr(self.kl, "kl_coef", x)),
+            "reward_moments": (lambda: self.reward_moments.sums, lambda x: setattr(self.reward_moments, "sums", x)),
+            "value_moments": (lambda: self.value_moments.sums, lambda x: setattr(self.value_moments, "sums", x)),
+        }
+        if self.follower:
+            parts["reference"] = (lambda: None, lambda _: self.follower.round())
+        return parts | ({"ptx": self.ptx.batches.part} if self.ptx else {})
+
+    def tensors(self) -> dict[str, tuple[dict[str, Tensor], dict[str, TensorSpec]]]:
+        """What changes beside what has an optimizer: name → (this rank's tensors, how they are cut)."""
+        if self.follower is None:
+            return {}
+        return {"reference": (self.follower.exact, tensor_table(self.reference.model.config))}
 
     def restore(self, policy: dict, value: dict) -> None:
         """Take up the running moments that an earlier run left (`state`); kl_coef is the controller's."""

@@ -25,6 +25,7 @@ from src.models.transformer import Transformer
 from src.parallel.clock import clock
 from src.parallel.setup import Parallel, matmul_rate, reuse_memory
 from src.trainer.optimizer import Optimizer, lr_at
+from src.trainer.saving import Saving
 
 PROFILED_STEPS = (3, 2)  # steps that pass before the profile, and steps in it
 
@@ -102,16 +103,36 @@ def epoch_batches(n_rows: int, batch_size: int, seed: int, epoch: int) -> list[l
     return [order[i : i + batch_size] for i in range(0, n_rows, batch_size)]
 
 
-def endless_batches(n_rows: int, batch_size: int, seed: str) -> Iterator[list[int]]:
+class EndlessBatches:
     """Batches of row numbers without end. Every pass shuffles all rows anew; batches are always full."""
-    waiting: list[int] = []
-    for epoch in itertools.count(1):
-        order = list(range(n_rows))
-        random.Random(f"{seed}/epoch {epoch}").shuffle(order)
-        waiting += order
-        while len(waiting) >= batch_size:
-            yield waiting[:batch_size]
-            waiting = waiting[batch_size:]
+
+    def __init__(self, n_rows: int, batch_size: int, seed: str) -> None:
+        self.taken, self._batches = 0, self._endless(n_rows, batch_size, seed)
+
+    @staticmethod
+    def _endless(n_rows: int, batch_size: int, seed: str) -> Iterator[list[int]]:
+        waiting: list[int] = []
+        for epoch in itertools.count(1):
+            order = list(range(n_rows))
+            random.Random(f"{seed}/epoch {epoch}").shuffle(order)
+            waiting += order
+            while len(waiting) >= batch_size:
+                yield waiting[:batch_size]
+                waiting = waiting[batch_size:]
+
+    def next(self) -> list[int]:
+        self.taken += 1
+        return next(self._batches)
+
+    @property
+    def part(self) -> tuple[Callable, Callable]:
+        """How to get and set what a saved run must keep of it."""
+        return (lambda: self.taken), self.wind_to
+
+    def wind_to(self, taken: int) -> None:
+        """Forward to where so many have been taken."""
+        while self.taken < taken:
+            self.next()
 
 
 def share_of(
@@ -138,21 +159,24 @@ def fit(
     parallel: Parallel,
     log: RunLog,
     evaluate: Callable[[str, int], None],
+    saving: Saving,
 ) -> list[dict[str, float]]:
-    """Train; `evaluate` is called before the first step and then as the settings say, with a name ("epoch 1") and its number.
+    """Train, from where an earlier run stopped; `evaluate` is called before the first step and then as the settings say, with a name
 
-    Returns each step's scalars.
+    ("epoch 1") and its number. Returns the scalars of each step that was taken.
     """
     batch_size = settings.max_batch_size * settings.accumulation_steps * parallel.dp_size
     steps_per_epoch = -(-len(objective.lengths) // batch_size)
-    total, step, history = steps_per_epoch * settings.epochs, 0, []
+    total, step, history = steps_per_epoch * settings.epochs, saving.resume(), []
     unit, every = ("step", settings.eval_every) if settings.eval_every else ("epoch", steps_per_epoch)
     meter = Meter(model, objective, parallel)
-    evaluate(f"{unit} 0", 0)
+    if step == 0:
+        evaluate(f"{unit} 0", 0)
     with _profiler(settings.profile, log) as profiler:
-        for epoch in range(1, settings.epochs + 1):
-            with log.progress(steps_per_epoch, f"epoch {epoch}/{settings.epochs}", unit="step") as bar:
-                for batch in epoch_batches(len(objective.lengths), batch_size, settings.seed, epoch):
+        for epoch in range(step // steps_per_epoch + 1, settings.epochs + 1):
+            begin = step % steps_per_epoch
+            with log.progress(steps_per_epoch, f"epoch {epoch}/{settings.epochs}", unit="step", initial=begin) as bar:
+                for batch in epoch_batches(len(objective.lengths), batch_size, settings.seed, epoch)[begin:]:
                     meter.start()
                     lr = lr_at(step, total, settings.lr, settings.warmup, settings.schedule)
                     scalars = {**train_step(model, optimizer, objective, batch, settings, parallel, lr), "lr": lr}
@@ -168,6 +192,7 @@ def fit(
                     if step % every == 0 or step == total:
                         number = epoch if unit == "epoch" else step
                         evaluate(f"{unit} {number}", number)
+                    saving.after(step)
     return history
 
 

@@ -104,6 +104,16 @@ class Optimizer:
         if self.buckets:
             self.buckets.start_rest()
 
+    @property
+    def sharded(self) -> bool:
+        """Whether each data-parallel rank keeps the state of some parameters only."""
+        return self.adam is not self.local
+
+    def kept(self) -> list[tuple[Tensor, Tensor]]:
+        """(parameter, its fp32 master or itself) of those whose state this rank keeps."""
+        parameters = {master: parameter for parameter, master in self.local.rounded}
+        return [(parameters.get(kept, kept), kept) for group in self.local.param_groups for kept in group["params"]]
+
     def state_tensors(self) -> list[Tensor]:
         """What this rank keeps from step to step: Adam's averages, and the masters of half-precision weights."""
         averages = [x for state in self.local.state.values() for x in state.values() if isinstance(x, Tensor)]

@@ -1,0 +1,69 @@
+"""What a folder must hold, so that damage is seen: `manifest.json` with every file's size and SHA-256."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from src.checkpoint.files import read_json
+from src.errors import UserError
+
+MANIFEST = "manifest.json"
+VERSION = 1
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def described(path: Path) -> dict:
+    """A file's entry in a manifest."""
+    return {"size": path.stat().st_size, "sha256": digest(path)}
+
+
+def sync(path: Path) -> None:
+    """A file, or a folder's list of names, down to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_manifest(folder: Path, files: dict[str, dict], **facts) -> None:
+    """Write it, down to the disk. files: name → `described`; facts: what else is to be kept."""
+    path = folder / MANIFEST
+    path.write_text(json.dumps({"format": VERSION, **facts, "files": files}, indent=1) + "\n")
+    sync(path)
+    sync(folder)
+
+
+def read_manifest(folder: Path) -> dict:
+    """The manifest, once its form is checked. Raises UserError."""
+    path = folder / MANIFEST
+    manifest = read_json(path)
+    files = manifest.get("files")
+    if manifest.get("format") != VERSION:
+        raise UserError(f"{path}: format {manifest.get('format')!r}, this code reads {VERSION}")
+    if not isinstance(files, dict) or not all(
+        Path(name).name == name and isinstance(entry, dict) and type(entry.get("size")) is int and "sha256" in entry
+        for name, entry in files.items()
+    ):
+        raise UserError(f"{path}: its list of files is damaged")
+    return manifest
+
+
+def problems(folder: Path, manifest: dict, part: int = 0, parts: int = 1) -> list[str]:
+    """What is wrong with the files that the manifest names (every `parts`-th of them): one line each, the file named."""
+    found = []
+    for name, entry in sorted(manifest["files"].items())[part::parts]:
+        path = folder / name
+        if not path.is_file():
+            found.append(f"{path}: missing")
+        elif path.stat().st_size != entry["size"]:
+            found.append(f"{path}: {path.stat().st_size} bytes, {entry['size']} were written: cut short")
+        elif digest(path) != entry["sha256"]:
+            found.append(f"{path}: its SHA-256 is not that of what was written: damaged")
+    return found

@@ -1,0 +1,123 @@
+"""A model in training and its optimizer as named tensors, and back at any tensor- and data-parallel degree, exactly."""
+
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from src.errors import UserError
+from src.models.layout import TensorSpec, tensor_table
+from src.models.lora import lora_layers, lora_table
+from src.models.transformer import Transformer
+from src.trainer.optimizer import Optimizer
+
+WEIGHT, MASTER, MEAN, SQUARE = "weight", "master", "exp_avg", "exp_avg_sq"
+
+
+def specs_of(model: Transformer) -> dict[str, TensorSpec]:
+    """How each trained parameter is cut, by its name in the model."""
+    layers = lora_layers(model)
+    table = {**tensor_table(model.config), **(lora_table(model.config, layers[0][1].config) if layers else {})}
+    return {name: table[name.replace(".base.", ".")] for name, p in model.named_parameters() if p.requires_grad}
+
+
+def file_of(name: str, mp_rank: int, dp_rank: int) -> str:
+    return f"{name}.mp-{mp_rank:02d}.dp-{dp_rank:02d}.safetensors"
+
+
+@torch.no_grad()
+def tensors_of(model: Transformer, optimizer: Optimizer) -> dict[str, Tensor]:
+    """This rank's share, copied to the host: trained weights (from the first data-parallel rank), and the optimizer's state of the
+
+    parameters that it keeps it for.
+    """
+    out, parallel = {}, optimizer.parallel
+    names = {p: name for name, p in model.named_parameters() if p.requires_grad}
+    if parallel.dp_rank == 0:
+        out |= {f"{WEIGHT}/{name}": p for p, name in names.items()}
+    first = parallel.dp_rank == 0 or optimizer.sharded
+    for parameter, kept in optimizer.kept():
+        name, state = names[parameter], optimizer.local.state.get(kept, {})
+        if not first:
+            continue  # without ZeRO all data-parallel ranks hold the same
+        if kept is not parameter:
+            out[f"{MASTER}/{name}"] = kept
+        out |= {f"{kind}/{name}": state[kind] for kind in (MEAN, SQUARE) if kind in state}
+    return {key: x.detach().to(device="cpu", copy=True).contiguous() for key, x in out.items()}
+
+
+def counters_of(optimizer: Optimizer) -> dict:
+    """What belongs to the optimizer beside tensors."""
+    steps = [int(state["step"]) for state in optimizer.local.state.values() if "step" in state]
+    return {
+        "adam_step": max(steps, default=0),
+        "loss_scale": optimizer.loss_scale,
+        "good_steps": optimizer.good_steps,
+        "skipped_in_a_row": optimizer.skipped_in_a_row,
+    }
+
+
+class SavedModel:
+    """One model's files in a saved step; gives any rank's part of any tensor at any degree."""
+
+    def __init__(self, folder: Path, name: str, layout: dict[str, int]) -> None:
+        """layout: {"mp": …, "dp": …} of the run that saved it."""
+        self.folder, self.mp_size = folder, layout["mp"]
+        self.places: list[dict[str, object]] = [{} for _ in range(self.mp_size)]  # of each model-parallel rank: key → file
+        for mp_rank in range(self.mp_size):
+            for dp_rank in range(layout["dp"]):
+                path = folder / file_of(name, mp_rank, dp_rank)
+                if path.is_file():
+                    file = safe_open(path, framework="pt")
+                    self.places[mp_rank] |= dict.fromkeys(file.keys(), file)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.places[0]
+
+    def local(self, key: str, spec: TensorSpec, rank: int, n: int) -> Tensor:
+        """Rank `rank` of `n`'s part of a tensor that is cut by `spec`."""
+        if key not in self:
+            raise UserError(f"{self.folder}: has no {key}; it was saved by a run of another model or other trained layers")
+        if spec.dim is None:
+            return self.places[0][key].get_tensor(key)
+        if n == self.mp_size:
+            return self.places[rank][key].get_tensor(key)
+        start, stop = spec.local_range(rank, n)
+        pieces = []
+        for owner, first, last in spec.owners(self.mp_size):
+            low, high = max(start, first), min(stop, last)
+            if low < high:
+                cut = tuple(slice(low - first, high - first) if d == spec.dim else slice(None) for d in range(spec.dim + 1))
+                pieces.append(self.places[owner][key].get_slice(key)[cut])
+        if not pieces:
+            whole = self.places[0][key].get_slice(key)
+            empty = tuple(slice(0, 0) if d == spec.dim else slice(None) for d in range(spec.dim + 1))
+            pieces = [whole[empty]]
+        return spec.padded(torch.cat(pieces, spec.dim), n)
+
+
+@torch.no_grad()
+def restore(model: Transformer, optimizer: Optimizer, saved: SavedModel, counters: dict) -> None:
+    """Put weights and the optimizer's state back. Raises UserError when the step is of another model."""
+    parallel, specs = optimizer.parallel, specs_of(model)
+    rank, n = parallel.mp_rank, parallel.mp_size
+    parameters = dict(model.named_parameters())
+    for name, spec in specs.items():
+        parameters[name].copy_(saved.local(f"{WEIGHT}/{name}", spec, rank, n))
+    names = {p: name for name, p in parameters.items()}
+    for parameter, kept in optimizer.kept():
+        name = names[parameter]
+        if kept is not parameter:
+            # A run in fp32 has no masters: its weights are them.
+            key = f"{MASTER}/{name}" if f"{MASTER}/{name}" in saved else f"{WEIGHT}/{name}"
+            kept.copy_(saved.local(key, specs[name], rank, n))
+        if counters["adam_step"]:
+            averages = {
+                kind: saved.local(f"{kind}/{name}", specs[name], rank, n).to(device=kept.device, dtype=torch.float32)
+                for kind in (MEAN, SQUARE)
+            }
+            step = torch.tensor(float(counters["adam_step"]), dtype=torch.float32, device=kept.device)
+            optimizer.local.state[kept] = {"step": step, **averages}
+    optimizer.loss_scale, optimizer.good_steps = counters["loss_scale"], counters["good_steps"]
+    optimizer.skipped_in_a_row = counters["skipped_in_a_row"]
