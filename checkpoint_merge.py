@@ -35,6 +35,7 @@ def main(
         use_chat_template: write the family's chat template where the checkpoint has none of its own.
     """
     from src.checkpoint.folder import check_apart, check_replaceable, find_tokenizer
+    from src.checkpoint.manifest import check_whole
     from src.checkpoint.source import Checkpoint, check_model_type
     from src.checkpoint.write import merge
     from src.data.export import pad_id_of, special_ids_of, write_tokenizer
@@ -45,6 +46,7 @@ def main(
         return  # started by torchrun with several ranks: one does the work
     check_apart({"save_dir": save_dir}, {"ckpt_dir": ckpt_dir, "adapter_dir": adapter_dir})
     checkpoint = Checkpoint.open(ckpt_dir, config_file, adapter_dir)
+    check_whole(checkpoint.folder)
     check_model_type(checkpoint.config, model_type)
     tokenizer = None
     if tokenizer_file or use_chat_template or find_tokenizer(checkpoint.folder):

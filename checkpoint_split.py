@@ -40,6 +40,7 @@ def main(
     """
     from src.checkpoint.folder import check_apart, check_replaceable
     from src.checkpoint.plan import dry_run as lay_out
+    from src.checkpoint.manifest import check_whole
     from src.checkpoint.source import Checkpoint, check_model_type, read_config
     from src.checkpoint.write import split
     from src.errors import UserError
@@ -70,6 +71,7 @@ def main(
     if save_path is not None:
         check_apart({"save_path": save_path}, {"ckpt_file": ckpt_file, "adapter_dir": adapter_dir})
     checkpoint = Checkpoint.open(ckpt_file, config_file, adapter_dir)
+    check_whole(checkpoint.folder)
     check_model_type(checkpoint.config, model_type)
     if dry_run:
         print("\n".join(lay_out(checkpoint.config, n, checkpoint.dtype).lines()))

@@ -246,7 +246,7 @@ def main(
     from src.logs import RunLog
     from src.parallel.setup import agreed, pick_dtype, start, stop
     from src.ppo.dump import RolloutDump, SampleTexts
-    from src.ppo.fit import DEFAULT_KL_COEF, Schedule, changed_rewards, fit, read_state, write_state
+    from src.ppo.fit import DEFAULT_KL_COEF, STATE_FILE, Schedule, changed_rewards, fit, read_state
     from src.ppo.rewards import load_score
     from src.ppo.settings import PPOSettings, check_flags_together
     from src.ppo.setup import load_roles, make_rewards, open_roles
@@ -356,13 +356,17 @@ def main(
             ppo.watch.append(RolloutDump(dump_rollouts, actor.tokenizer, parallel))
 
         def save(role: str, folder: str, base: Model) -> None:
+            one, tokenizer, state = stage.roles[role], base.tokenizer, ppo.state()[role]
             with stage.at_work(role):
-                one, tokenizer = stage.roles[role], base.tokenizer
                 save_model(
-                    one.model, one.parallel, folder, base.checkpoint, tokenizer.path, tokenizer.borrowed_template
+                    one.model,
+                    one.parallel,
+                    folder,
+                    base.checkpoint,
+                    tokenizer.path,
+                    tokenizer.borrowed_template,
+                    {STATE_FILE: state} if state else None,
                 )
-            if parallel.is_main:
-                write_state(folder, ppo.state()[role])
 
         best = KeepBest(keep_best, lambda: save("policy", best_dir, actor), log)
 

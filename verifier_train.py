@@ -114,7 +114,7 @@ def main(
         timeout: seconds that a collective may take before the run is given up.
     """
     settings = dict(locals())
-    from src.checkpoint.folder import check_apart
+    from src.checkpoint.folder import SCORES_FILE, check_apart
     from src.checkpoint.load import load_model
     from src.checkpoint.save import check_save, save_model
     from src.evaluation.training import KeepBest, VerifierEvaluation
@@ -163,10 +163,9 @@ def main(
             moments = score_moments(model, parallel, pairs, eval_batch_size, log) if normalize_scores else None
             if moments:
                 log.info(f"scores on the train file: mean {moments[0]:.4f}, standard deviation {moments[1]:.4f}; stored with them")
+            notes = {SCORES_FILE: {"mean": moments[0], "std": moments[1]}} if moments else None
             tokenizer = opened.tokenizer
-            save_model(
-                model, parallel, folder, opened.checkpoint, tokenizer.path, tokenizer.borrowed_template, moments
-            )
+            save_model(model, parallel, folder, opened.checkpoint, tokenizer.path, tokenizer.borrowed_template, notes)
 
         best = KeepBest(keep_best, lambda: save(best_dir), log)
 

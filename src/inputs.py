@@ -5,6 +5,7 @@ from array import array
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from src.checkpoint.manifest import check_whole
 from src.checkpoint.source import Checkpoint, check_model_type
 from src.data.rows import LABEL, TEXT, TEXTS, read_prompt_rows, read_rows, read_solver_rows, read_verifier_rows
 from src.data.tokenizer import Tokenizer, check_vocabulary
@@ -121,6 +122,7 @@ def open_model(
     chat_family: whose chat template is used where the checkpoint has none, its own family's by default.
     """
     checkpoint = Checkpoint.open(ckpt_dir, config_file, adapter_dir)
+    check_whole(checkpoint.folder, parallel.rank, parallel.world_size)
     if head == "score" != checkpoint.config.head:
         raise UserError(f"{ckpt_dir}: is a solver, without a score head; verifier_train.py makes a verifier of it")
     if head == "lm" != checkpoint.config.head:

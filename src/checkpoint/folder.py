@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator
 
+from src.checkpoint.manifest import MANIFEST, described_all, sync, write_manifest
 from src.errors import UserError
 
 TOKENIZERS = ("tokenizer.model", "tokenizer.json", "qwen.tiktoken")  # in the order in which they are looked for
@@ -28,6 +29,7 @@ _OURS = (
     "adapter",
     "ppo_state.json",
     SCORES_FILE,
+    MANIFEST,
     *TOKENIZER_FILES,
 )
 
@@ -98,18 +100,21 @@ def temporary_of(folder: Path) -> Path:
     return folder.parent / f".tmp-{folder.name}"
 
 
-def publish(folder: Path) -> None:
-    """Put the finished temporary folder in its place, replacing an older one only now that the new one is whole."""
+def publish(folder: Path, known: dict[str, dict] | None = None) -> None:
+    """Put the finished temporary folder in its place, replacing an older one only now that the new one is whole.
+
+    known: manifest entries of files that were hashed already.
+    """
     new, old = temporary_of(folder), folder.parent / f".old-{folder.name}"
-    for file in [*(f for f in new.rglob("*") if f.is_file()), new]:
-        descriptor = os.open(file, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+    for file in (f for f in new.rglob("*") if f.is_file()):
+        sync(file)
+    write_manifest(new, described_all(new, known))
     if old.exists():
         shutil.rmtree(old)
     if folder.exists():
         folder.rename(old)
     new.rename(folder)
+    sync(folder.parent)
     if old.exists():
         shutil.rmtree(old)
 

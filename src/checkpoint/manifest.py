@@ -1,4 +1,4 @@
-"""What a folder must hold, so that damage is seen: `manifest.json` with every file's size and SHA-256."""
+"""What a folder must hold, so that damage is seen: `manifest.json` with the size and the SHA-256 of every file of tensors."""
 
 import hashlib
 import json
@@ -9,6 +9,7 @@ from src.checkpoint.files import read_json
 from src.errors import UserError
 
 MANIFEST = "manifest.json"
+TENSORS = (".safetensors", ".pth", ".pt", ".bin")
 VERSION = 1
 
 
@@ -21,6 +22,14 @@ def digest(path: Path) -> str:
 def described(path: Path) -> dict:
     """A file's entry in a manifest."""
     return {"size": path.stat().st_size, "sha256": digest(path)}
+
+
+def described_all(folder: Path, known: dict[str, dict] | None = None) -> dict[str, dict]:
+    """The entries of all files of tensors in a folder and below it; those in `known` are taken from there."""
+    known = known or {}
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.suffix in TENSORS)
+    names = [file.relative_to(folder).as_posix() for file in files]
+    return {name: known[name] if name in known else described(folder / name) for name in names}
 
 
 def sync(path: Path) -> None:
@@ -48,7 +57,7 @@ def read_manifest(folder: Path) -> dict:
     if manifest.get("format") != VERSION:
         raise UserError(f"{path}: format {manifest.get('format')!r}, this code reads {VERSION}")
     if not isinstance(files, dict) or not all(
-        Path(name).name == name and isinstance(entry, dict) and type(entry.get("size")) is int and "sha256" in entry
+        not Path(name).is_absolute() and ".." not in Path(name).parts and isinstance(entry, dict) and type(entry.get("size")) is int and "sha256" in entry
         for name, entry in files.items()
     ):
         raise UserError(f"{path}: its list of files is damaged")
@@ -67,3 +76,11 @@ def problems(folder: Path, manifest: dict, part: int = 0, parts: int = 1) -> lis
         elif digest(path) != entry["sha256"]:
             found.append(f"{path}: its SHA-256 is not that of what was written: damaged")
     return found
+
+
+def check_whole(folder: Path, part: int = 0, parts: int = 1) -> None:
+    """Raise UserError when a folder has a manifest and its files are not what that says. parts: processes that share the hashing."""
+    if (folder / MANIFEST).is_file():
+        found = problems(folder, read_manifest(folder), part, parts)
+        if found:
+            raise UserError(f"{found[0]}. If the file was changed on purpose, remove {folder / MANIFEST}")

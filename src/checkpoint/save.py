@@ -20,6 +20,7 @@ from src.checkpoint.folder import (
     publish,
     temporary_of,
 )
+from src.checkpoint.manifest import described
 from src.checkpoint.source import Checkpoint
 from src.checkpoint.write import shard_name, write_params
 from src.errors import UserError
@@ -70,53 +71,52 @@ def save_model(
     base: Checkpoint,
     tokenizer: Path | None = None,
     chat_template: str | None = None,
-    score_moments: tuple[float, float] | None = None,
+    notes: dict[str, dict] | None = None,
 ) -> None:
     """Write the model to `save_dir` from all its ranks; `base`: what it came from, whose folder's side files go along.
 
-    tokenizer: the file in use, where it does not lie there; chat_template: the one in use, where none lies there; score_moments:
-    mean and standard deviation of a verifier's scores, to centre and scale them by. The folder appears whole or not at all, and
+    tokenizer: the file in use, where it does not lie there; chat_template: the one in use, where none lies there; notes: JSON files
+    to lie beside the weights, by name. The folder appears whole or not at all, and
     replaces an older one only then. Raises UserError on every rank when any cannot write.
     """
     folder = Path(save_dir).resolve()
     target, adapter = temporary_of(folder), whole_adapter(model, parallel)
 
-    def write() -> None:
+    def write() -> dict[str, dict]:
+        written = {}
         try:
             if parallel.dp_rank == 0:
-                torch.save(merged_weights(model, parallel, base), target / shard_name(parallel.mp_rank))
+                shard = shard_name(parallel.mp_rank)
+                torch.save(merged_weights(model, parallel, base), target / shard)
+                written[shard] = described(target / shard)
             if parallel.is_main:
                 write_params(model.config, target)
                 copy_side_files(base.folder, target, tokenizer)
-                write_score_moments(target, score_moments)
+                (target / SCORES_FILE).unlink(missing_ok=True)  # of the model that this one came from
+                for name, note in (notes or {}).items():
+                    (target / name).write_text(json.dumps(note) + "\n")
                 if chat_template:
                     (target / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
                 if adapter:
                     write_adapter(model.config, lora_layers(model)[0][1].config, adapter, target / "adapter", base.folder)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             raise UserError(f"{target}: writing failed ({str(error).splitlines()[0]}); {folder} is as it was") from error
+        return written
 
     if parallel.is_main:
         fresh_temporary(folder)
     dist.barrier()
     try:
-        agreed(write)
+        written = agreed(write)
+        shards = [None] * parallel.world_size
+        dist.all_gather_object(shards, written)
     except UserError:
         if parallel.is_main:
             shutil.rmtree(target, ignore_errors=True)
         raise
     if parallel.is_main:
-        publish(folder)
+        publish(folder, {name: entry for part in shards for name, entry in part.items()})
     dist.barrier()
-
-
-def write_score_moments(folder: Path, moments: tuple[float, float] | None) -> None:
-    """Mean and standard deviation of a verifier's scores beside it; None: those of the model that it came from go."""
-    path = folder / SCORES_FILE
-    if moments is None:
-        path.unlink(missing_ok=True)
-    else:
-        path.write_text(json.dumps({"mean": moments[0], "std": moments[1]}) + "\n")
 
 
 def read_score_moments(folder: Path) -> tuple[float, float] | None:

@@ -1,6 +1,5 @@
 """PPO's outer loop: which prompts, which learning rates, when to evaluate, what to log."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,12 +91,6 @@ def _warn(number: int, stats: dict[str, float], log: RunLog) -> None:
         log.warning(f"iteration {number + 1}: steps with a gradient norm that is not finite were skipped")
     if "response_length" not in stats:
         log.warning(f"iteration {number + 1}: the rewards of each prompt's samples were all equal: nothing was learned")
-
-
-def write_state(folder: str, state: dict) -> None:
-    """Keep what lies beside a role's weights (`PPO.state`); nothing when there is nothing."""
-    if state:
-        (Path(folder) / STATE_FILE).write_text(json.dumps(state) + "\n")
 
 
 def read_state(folder: str) -> dict:
