@@ -86,6 +86,7 @@ def main(
     truncated: Literal["bootstrap", "zero", "penalty"] = "bootstrap",
     truncation_penalty: float = 1.0,
     max_grad_norm: float = 1.0,
+    max_skipped_steps: int = 30,
     weight_decay: float = 0.0,
     lora_rank: int = -1,
     lora_alpha: float | None = None,
@@ -197,6 +198,7 @@ def main(
             penalty on its score. Without a value model bootstrap is zero.
         truncation_penalty: that penalty.
         max_grad_norm: each model's gradient is scaled down to this norm.
+        max_skipped_steps: stop after so many steps in a row whose gradient norm was not finite; each is skipped, and counted.
         weight_decay: AdamW's, on matrices.
         lora_rank: rank of the policy's and the value model's adapters; -1 trains all weights.
         lora_alpha: the adapter's output is scaled by lora_alpha / lora_rank; 16 when not given.
@@ -257,7 +259,7 @@ def main(
     check_flags(settings)
     check_flags_together(settings)
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed, min_p, min_new_tokens=min_new_tokens)
-    plan = Schedule(lr, critic_lr, warmup, schedule, epochs, iterations, seed, eval_every)
+    plan = Schedule(lr, critic_lr, warmup, schedule, epochs, iterations, seed, eval_every, max_skipped_steps)
     ppo_settings = PPOSettings.of(settings)
     parallel = start(model_parallel_size, timeout)
     if max_buffer_size < parallel.dp_size:

@@ -33,6 +33,7 @@ def main(
     weight_decay: float = 0.0,
     beta2: float = 0.999,
     max_grad_norm: float = 1.0,
+    max_skipped_steps: int = 30,
     lora_rank: int = -1,
     lora_alpha: float | None = None,
     lora_dropout: float | None = None,
@@ -83,6 +84,7 @@ def main(
         weight_decay: AdamW's, on matrices.
         beta2: AdamW's decay of the squared gradient's mean; lower adapts faster.
         max_grad_norm: the gradient is scaled down to this norm.
+        max_skipped_steps: stop after so many steps in a row whose gradient norm was not finite; each is skipped, and counted.
         lora_rank: rank of the adapter; -1 trains all weights.
         lora_alpha: the adapter's output is scaled by lora_alpha / lora_rank; 16 when not given.
         lora_dropout: share of the adapter's inputs that are dropped in training.

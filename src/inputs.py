@@ -21,7 +21,7 @@ from src.trainer.verifier import Comparison
 # Flag → the smallest and the largest value that make sense, and whether the smallest itself does.
 RANGES = {
     **dict.fromkeys(("max_batch_size", "eval_batch_size", "rollout_batch_size", "accumulation_steps"), (1, 10**7, True)),
-    **dict.fromkeys(("max_tokens_per_batch", "eval_every", "save_every", "keep", "overlong_margin", "ptx_batch_size"), (1, 10**9, True)),
+    **dict.fromkeys(("max_tokens_per_batch", "eval_every", "save_every", "keep", "max_skipped_steps", "overlong_margin", "ptx_batch_size"), (1, 10**9, True)),
     **dict.fromkeys(("critic_warmup", "filter_rounds", "log_samples"), (0, 10**6, True)),
     **dict.fromkeys(("critic_model_parallel_size", "reward_model_parallel_size"), (1, 10**7, True)),
     **dict.fromkeys(("cliprange_high", "target_kl", "reward_clip", "reward_scale"), (0, 1e9, False)),

@@ -57,15 +57,20 @@ class RunLog:
             self._records.close()
             self._lines = self._records = None
 
-    def info(self, message):
-        """Write a line for people."""
+    def info(self, message, level="info"):
+        """Write a line for people, and a record of it for programs."""
+        if self._records is not None:
+            self._record("message", level=level, message=str(message))
+        self._show(message)
+
+    def _show(self, message):
         if self.rank == 0:
             for line in self._write(message):
                 tqdm.write(line, file=sys.stderr)  # above a bar, not through it
 
     def warning(self, message):
         """Write a line that begins with WARNING."""
-        self.info(f"WARNING {message}")
+        self.info(f"WARNING {message}", level="warning")
 
     def scalars(self, step, values, prefix="train"):
         """Record {name: number} at `step`; NaN and infinities become null in the JSON."""
@@ -85,7 +90,7 @@ class RunLog:
         """A `Progress` over `total` units (None: unknown), `initial` of them done; plain lines where stderr is not a terminal."""
         style = dict(file=sys.stderr, dynamic_ncols=True)
         if not sys.stderr.isatty():
-            lines = SimpleNamespace(write=lambda text: self.info(text.strip()))  # no carriage returns
+            lines = SimpleNamespace(write=lambda text: self._show(text.strip()))  # no carriage returns
             style = dict(file=lines, mininterval=PLAIN_INTERVAL_S, miniters=1, position=0)
         return Progress(total=total, desc=description, unit=unit, initial=initial, disable=self.rank != 0, **style)
 

@@ -35,6 +35,7 @@ class Schedule:
     iterations: int | None
     seed: int
     eval_every: int | None = None
+    max_skipped_steps: int = 30
 
     def __post_init__(self) -> None:
         counts = (self.epochs, 1 if self.iterations is None else self.iterations)
@@ -75,6 +76,9 @@ def fit(
             lr, critic_lr = (lr_at(number, total, rate, plan.warmup, plan.schedule) for rate in (plan.lr, plan.critic_lr))
             stats = ppo.iteration(number, batch, lr, critic_lr, more=draw)
             _warn(number, stats, log)
+            for role in ppo.stage.roles.values():
+                if role.optimizer:
+                    role.optimizer.check_skipped(plan.max_skipped_steps, f"the {role.name}'s minibatches of iteration {number + 1}")
             history.append(stats)
             log.scalars(number + 1, {**stats, "lr": lr, "critic_lr": critic_lr}, prefix="ppo")
             tokens = int(stats.get("response_length", 0) * len(batch))

@@ -62,6 +62,7 @@ class FitSettings:
     max_tokens_per_batch: int | None = None
     eval_every: int | None = None
     profile: bool = False
+    max_skipped_steps: int = 30
 
     @classmethod
     def of(cls, settings: dict) -> "FitSettings":
@@ -183,6 +184,7 @@ def fit(
                     step += 1
                     if scalars["skipped"]:
                         log.warning(f"step {step}: the gradient norm is {scalars['grad_norm']}, the step is skipped")
+                        optimizer.check_skipped(settings.max_skipped_steps, f"rows {batch} of the train file (from 0)")
                     scalars |= meter.read(batch)
                     history.append(scalars)
                     log.scalars(step, scalars)

@@ -13,7 +13,6 @@ from src.parallel.gradients import GradientBuckets
 from src.parallel.setup import Parallel
 
 GOOD_STEPS_TO_DOUBLE = 1000  # of the fp16 loss scale
-MAX_SKIPPED = 30  # steps in a row; a loss scale of 2^16 has come down to nothing by then
 
 
 def lr_at(step: int, total: int, lr: float, warmup: float, schedule: str) -> float:
@@ -140,15 +139,18 @@ class Optimizer:
                 group["lr"] = lr
             self.adam.step()
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
-        if self.skipped_in_a_row == MAX_SKIPPED:
-            raise UserError(
-                f"the gradient norm was not finite ({norm}) in {MAX_SKIPPED} steps in a row: the run is stopped, nothing is "
-                "saved; a lower --lr or --dtype fp32 may help"
-            )
         self._rescale(skipped)
         for parameter in self.parameters:
             parameter.grad = None
         return {"grad_norm": norm, "skipped": float(skipped)}
+
+    def check_skipped(self, limit: int, batch: str) -> None:
+        """Raise UserError, on every rank alike, when so many steps in a row were skipped. batch: what the last one was on."""
+        if self.skipped_in_a_row >= limit:
+            raise UserError(
+                f"the gradient norm was not finite in {limit} steps in a row (--max_skipped_steps), the last on {batch}: the run is "
+                "stopped; a lower --lr or --dtype fp32 may help, or these rows hold something odd"
+            )
 
     def _grad_norm(self) -> Tensor:
         """√ of the sum of squares over all ranks of the model, copies counted once; the same on every rank."""
