@@ -3,13 +3,17 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 SEED ?= 0
 VENV := .venv
 
-.PHONY: quickstart test bench clean
+.PHONY: quickstart test faults bench clean
 
 quickstart: $(VENV)/installed
 	$(VENV)/bin/python quickstart.py --seed $(SEED)
 
 test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -q
+
+# Kills, damage, full disks, hangs: all of it takes about half an hour; `make test` has a shorter cut.
+faults: $(VENV)/installed
+	$(VENV)/bin/python -m pytest -q -s tests/faults tests/trainer/test_saving.py --full-faults
 
 # Beside other software and beside what the machine could do: PROMPTS is a .jsonl with "question" and "answer" in each line, such
 # as GSM8K's train file.

@@ -6,6 +6,10 @@ import torch
 from src.parallel.setup import start, stop
 
 
+def pytest_addoption(parser):
+    parser.addoption("--full-faults", action="store_true", help="every fault, with all repetitions (`make faults`)")
+
+
 @pytest.fixture
 def parallel():
     parallel = start(1)

@@ -1,0 +1,126 @@
+"""Training runs that are disturbed: started as a user would, killed, stopped, starved; and what they left."""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from src.checkpoint.steps import list_steps
+from tests.launch import ROOT, _free_port
+
+PATIENCE_S = 120
+
+
+class Run:
+    """A command in a session of its own, its output in a file."""
+
+    def __init__(self, arguments: list[str], ranks: int, log: Path, launcher: list[str] | None = None) -> None:
+        self.ranks, self.log = ranks, log
+        command = [sys.executable]
+        if ranks > 1:
+            command += ["-m", "torch.distributed.run", "--nnodes", "1", "--nproc_per_node", str(ranks)]
+            command += ["--master_addr", "127.0.0.1", "--master_port", str(_free_port())]
+        command = [*(launcher or []), *command, *arguments]
+        inherited = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+        env = {name: value for name, value in os.environ.items() if name not in inherited}
+        env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
+        self.output = log.open("ab")
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=env, stdout=self.output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+    def workers(self) -> list[int]:
+        """The ranks' process ids, in order; [] while they are not there yet."""
+        found = [self.process.pid] if self.ranks == 1 else sorted(children_of(self.process.pid))
+        return found if len(found) == self.ranks else []
+
+    def until(self, condition, what: str) -> None:
+        """Until the condition holds or the run has ended."""
+        began = time.monotonic()
+        while not condition() and self.process.poll() is None:
+            assert time.monotonic() - began < PATIENCE_S, f"{what} did not come\n{self.said()[-3000:]}"
+            time.sleep(0.005)
+
+    def wait(self) -> int:
+        """The exit code, once everything of the run is gone."""
+        try:
+            return self.process.wait(PATIENCE_S)
+        finally:
+            self.end()
+
+    def end(self) -> None:
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.process.wait()
+        self.output.close()
+
+    def said(self) -> str:
+        return self.log.read_text(errors="replace")
+
+
+def children_of(pid: int) -> list[int]:
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue  # gone meanwhile
+        if int(fields[1]) == pid and fields[0] != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def steps_in(state: Path) -> list[int]:
+    return [int(step.name.removeprefix("step-")) for step in list_steps(state)]
+
+
+def curve(logs: Path) -> dict[int, float]:
+    """What each step's loss (PPO: value loss and reward) was, by the last run that took it."""
+    found: dict[int, object] = {}
+    for file in logs.glob("*_train.jsonl"):
+        for line in file.read_text().split("\n"):
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue  # cut short by a kill
+            if record.get("event") == "scalars":
+                names = ("train/loss", "ppo/reward", "ppo/value_loss", "ppo/policy_grad_norm")
+                values = tuple(record[name] for name in names if name in record)
+                if values:
+                    found[record["step"]] = values
+    return found
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.glob("consolidated.*"))}
+
+
+def recorded(logs: Path) -> int:
+    """Steps that were logged so far, by all runs."""
+    return sum(file.read_text().count('"event": "scalars"') for file in logs.glob("*_train.jsonl")) if logs.is_dir() else 0
+
+
+def kill_at_random(run: Run, logs: Path, rng: random.Random, within: int) -> bool:
+    """SIGKILL to a random rank after up to `within` more steps; False when the run ended before."""
+    goal = recorded(logs) + rng.randrange(within + 1)
+    run.until(lambda: run.workers() and recorded(logs) >= goal, "a step")
+    time.sleep(rng.random() * 0.05)
+    workers = run.workers()
+    if run.process.poll() is not None or not workers:
+        return False
+    os.kill(rng.choice(workers), signal.SIGKILL)
+    return True

@@ -1,0 +1,169 @@
+"""What happens to a training run when something goes wrong, and that nothing is lost. Times to detection are printed (-s)."""
+
+import os
+import random
+import signal
+import subprocess
+import time
+
+import pytest
+
+from src.checkpoint.manifest import problems, read_manifest
+from src.checkpoint.steps import list_steps
+from src.errors import STOPPED
+from tests.faults.harness import Run, alive, curve, hashes, kill_at_random, recorded, steps_in
+from tests.launch import ROOT
+
+CUT = {("SFT", 1): 2, ("PPO", 2): 2}  # kills in `make test`; 20 of each trainer and degree in `make faults`
+
+
+def whole_steps(state) -> None:
+    for step in list_steps(state):
+        assert problems(step, read_manifest(step)) == []
+
+
+def finished(command: list[str], ranks: int, log) -> str:
+    run = Run(command, ranks, log)
+    assert run.wait() == 0, run.said()[-3000:]
+    return run.said()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("trainer", ["SFT", "verifier", "PPO"])
+def test_killed_at_random_moments_a_run_goes_on_bit_for_bit(command, undisturbed, full, tmp_path, trainer, ranks):
+    kills = 20 if full else CUT.get((trainer, ranks), 0)
+    if not kills:
+        pytest.skip("tried by `make faults`")
+    rng, done, arguments = random.Random(f"{trainer} {ranks}"), 0, command(trainer, tmp_path)
+    logs, state = tmp_path / "model-logs", tmp_path / "model-state"
+    within = 4 if trainer == "PPO" else 12
+    while done < kills:
+        run = Run(arguments, ranks, tmp_path / "log")
+        done += kill_at_random(run, logs, rng, within)
+        assert run.wait() != 0 or done == kills, "the run was over before all kills: give it more steps"
+        whole_steps(state)
+        if (state / "finished.json").exists():
+            break
+    finished(arguments, ranks, tmp_path / "log")
+    weights, losses = undisturbed(trainer, ranks)
+    assert hashes(tmp_path / "model") == weights
+    assert curve(logs) == losses
+    print(f"{trainer}, {ranks} ranks: {done} kills, weights and curve the same")
+
+
+def test_sigterm_to_a_single_process_saves_and_says_how_to_go_on(command, undisturbed, tmp_path):
+    arguments = command("SFT", tmp_path, save_every=1000)
+    run = Run(arguments, 1, tmp_path / "log")
+    run.until(lambda: recorded(tmp_path / "model-logs") >= 5, "five steps")
+    began = time.monotonic()
+    os.kill(run.process.pid, signal.SIGTERM)
+    assert run.wait() == STOPPED
+    print(f"SIGTERM to one process: saved and gone in {time.monotonic() - began:.2f} s")
+    assert "stopped by a signal after step" in run.said() and "Traceback" not in run.said()
+    assert len(steps_in(tmp_path / "model-state")) == 1 and not (tmp_path / "model").exists()
+    finished(arguments, 1, tmp_path / "log")
+    assert hashes(tmp_path / "model") == undisturbed("SFT", 1)[0]
+
+
+@pytest.mark.parametrize("to", ["launcher", "one rank"])
+def test_sigterm_under_the_launcher_saves_on_all_ranks(command, undisturbed, full, tmp_path, to):
+    if to == "launcher" and not full:
+        pytest.skip("tried by `make faults`")
+    arguments = command("SFT", tmp_path, save_every=1000)
+    run = Run(arguments, 2, tmp_path / "log")
+    run.until(lambda: recorded(tmp_path / "model-logs") >= 5, "five steps")
+    began = time.monotonic()
+    os.kill(run.process.pid if to == "launcher" else run.workers()[1], signal.SIGTERM)
+    assert run.wait() != 0
+    print(f"SIGTERM to {to}: saved and gone in {time.monotonic() - began:.2f} s")
+    assert len(steps_in(tmp_path / "model-state")) == 1
+    finished(arguments, 2, tmp_path / "log")
+    assert hashes(tmp_path / "model") == undisturbed("SFT", 2)[0]
+
+
+def test_workers_stop_when_their_launcher_is_killed(command, full, tmp_path):
+    if not full:
+        pytest.skip("tried by `make faults`")
+    run = Run(command("SFT", tmp_path, save_every=1000, epochs=400), 2, tmp_path / "log")
+    run.until(lambda: recorded(tmp_path / "model-logs") >= 5, "five steps")
+    workers, began = run.workers(), time.monotonic()
+    os.kill(run.process.pid, signal.SIGKILL)
+    while any(map(alive, workers)) and time.monotonic() - began < 60:
+        time.sleep(0.01)
+    took = time.monotonic() - began
+    left = [pid for pid in workers if alive(pid)]
+    run.end()
+    print(f"launcher killed: workers gone in {took:.2f} s")
+    assert not left and steps_in(tmp_path / "model-state"), run.said()[-2000:]
+
+
+def test_a_rank_that_hangs_is_named(command, full, tmp_path):
+    if not full:
+        pytest.skip("tried by `make faults`")
+    run = Run(command("SFT", tmp_path, epochs=400, timeout=8), 2, tmp_path / "log")
+    run.until(lambda: recorded(tmp_path / "model-logs") >= 5, "five steps")
+    began = time.monotonic()
+    os.kill(run.workers()[1], signal.SIGSTOP)
+    run.until(lambda: "did not come to" in run.said(), "a message")
+    print(f"SIGSTOP of a rank: noticed in {time.monotonic() - began:.1f} s (--timeout 8)")
+    assert "rank 1 of 2" in run.said()
+    run.end()
+
+
+@pytest.mark.parametrize("ranks", [2])
+def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(command, tmp_path, ranks):
+    """The second data-parallel rank's third loss is NaN; later all of them, until the run gives up and names the rows."""
+    arguments = command("SFT", tmp_path, model_parallel_size=1, epochs=2, save_every=1000, max_skipped_steps=3)
+    run = Run(["tests/faults/poisoned.py", "3", "5", *arguments], ranks, tmp_path / "log")
+    assert run.wait() != 0
+    said = run.said()
+    assert "step 3: the gradient norm is nan, the step is skipped" in said and "step 4:" not in said
+    assert "not finite in 3 steps in a row (--max_skipped_steps), the last on rows [" in said and "Traceback (most" not in said.split("error:")[0]
+
+
+def test_a_full_disk_is_named_and_older_steps_stay(command, full, tmp_path):
+    place = tmp_path / "small"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", place], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("a small file system cannot be mounted here: it needs root")
+    try:
+        log_dir = tmp_path / "logs"
+        run = Run(command("verifier", place, keep=50, save_every=1, log_dir=log_dir), 1, tmp_path / "log")
+        code = run.wait()
+        assert code == 2, run.said()[-2000:]
+        assert "No space left" in run.said() or "os error 28" in run.said(), run.said()[-2000:]
+        assert steps_in(place / "model-state") and not list((place / "model-state").glob(".tmp*"))
+        whole_steps(place / "model-state")
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+def test_other_settings_are_refused_and_named(command, base, tmp_path):
+    arguments = command("SFT", tmp_path, save_every=1000)
+    run = Run(arguments, 1, tmp_path / "log")
+    run.until(lambda: recorded(tmp_path / "model-logs") >= 3, "three steps")
+    os.kill(run.process.pid, signal.SIGTERM)
+    assert run.wait() == STOPPED
+    run = Run(command("SFT", tmp_path, save_every=1000, lr=2e-2), 1, tmp_path / "log 2")
+    assert run.wait() == 2
+    assert "belongs to a run with other settings (--lr 0.01 → 0.02)" in run.said()
+
+
+def test_the_supervisor_starts_again_while_there_is_progress(command, undisturbed, full, tmp_path):
+    if not full:
+        pytest.skip("tried by `make faults`")
+    run = Run(command("SFT", tmp_path), 1, tmp_path / "log", launcher=[str(ROOT / "deploy" / "run.sh")])
+    run.until(lambda: steps_in(tmp_path / "model-state"), "a step")
+    os.kill(next(pid for pid in children(run.process.pid)), signal.SIGKILL)
+    assert run.wait() == 0, run.said()[-2000:]
+    assert "restart 1" in run.said() and hashes(tmp_path / "model") == undisturbed("SFT", 1)[0]
+    hopeless = Run(command("SFT", tmp_path / "other", ckpt_dir=tmp_path / "nowhere"), 1, tmp_path / "log 2",
+                   launcher=[str(ROOT / "deploy" / "run.sh")])
+    assert hopeless.wait() == 2 and "saved no new step" in hopeless.said()
+
+
+def children(pid: int) -> list[int]:
+    from tests.faults.harness import children_of
+
+    return children_of(pid)
