@@ -10,6 +10,7 @@ between the phases: the roles stay in memory, on the device or (--offload) the h
 and the meaning of every logged number: docs/ppo.md.
 """
 
+from functools import partial
 from typing import Literal
 
 from src.cli import run
@@ -253,7 +254,6 @@ def main(
     from src.ppo.settings import PPOSettings, check_flags_together
     from src.ppo.setup import load_roles, make_rewards, open_roles
     from src.ppo.trainer import PPO, KLController, PretrainingMix
-    from src.trainer.fit import EndlessBatches
     from src.trainer.saving import Saving
 
     check_flags(settings)
@@ -377,13 +377,12 @@ def main(
                 metrics = evaluation.run(at, number, policy, actor.tokenizer, parallel, log, settings)
             best.consider(at, number, metrics)
 
-        batches = EndlessBatches(len(prompts), max_buffer_size // samples_per_prompt, f"{seed}/prompts")
-        parts = {"best": best.part, "prompts": batches.part, **ppo.parts()}
+        parts = {"best": best.part, **ppo.parts()}
         read = [actor_ckpt_dir, critic_ckpt_dir, reward_model_ckpt_dir, train_file, ptx_file]
         trained = {role.name: (role.model, role.optimizer) for role in stage.roles.values() if role.optimizer}
-        saving = Saving(settings, actor_save_dir, trained, read, parallel, log, parts, ppo.tensors(), stage.all_at_work)
+        saving = Saving(settings, actor_save_dir, trained, read, parallel, log, parts, ppo.tensors(), partial(stage.at_work, training=True))
         if not saving.finished():
-            fit(ppo, prompts, batches, plan, log, evaluate, saving)
+            fit(ppo, prompts, plan, log, evaluate, saving)
             save("policy", actor_save_dir, actor)
             log.info(f"saved the policy to {actor_save_dir}")
             if critic:

@@ -49,21 +49,24 @@ class Schedule:
 def fit(
     ppo: PPO,
     prompts: list[Prompt],
-    batches: EndlessBatches,
     plan: Schedule,
     log: RunLog,
     evaluate: Callable[[str, int], None],
-    saving: Saving,
+    saving: Saving | None = None,
 ) -> list[dict[str, float]]:
-    """Run the iterations, from where an earlier run stopped. batches: of prompts' numbers. Returns what was logged of each.
+    """Run the iterations, from where an earlier run stopped. Returns what was logged of each.
 
     `evaluate` is called before the first, as the plan says, and at the end, with a name ("iteration 20") and its number.
     """
     samples = ppo.settings.samples_per_prompt
-    per_epoch = -(-len(prompts) // (ppo.settings.max_buffer_size // samples))
+    per_iteration = ppo.settings.max_buffer_size // samples
+    per_epoch = -(-len(prompts) // per_iteration)
     total = plan.iterations or per_epoch * plan.epochs
     unit, every = ("iteration", plan.eval_every) if plan.eval_every else ("epoch", per_epoch)
-    start, history = saving.resume(), []
+    batches, history, start = EndlessBatches(len(prompts), per_iteration, f"{plan.seed}/prompts"), [], 0
+    if saving:
+        saving.parts["prompts"] = batches.part
+        start = saving.resume()
 
     def draw() -> list[Prompt]:
         return [prompts[i] for i in batches.next() for _ in range(samples)]
@@ -86,7 +89,8 @@ def fit(
             if (number + 1) % every == 0 or number + 1 == total:
                 at = number + 1 if unit == "iteration" else -(-(number + 1) // per_epoch)
                 evaluate(f"{unit} {at}", at)
-            saving.after(number + 1)
+            if saving:
+                saving.after(number + 1)
     return history
 
 

@@ -1,6 +1,6 @@
 """PPO's four roles, where they are computed, and where their tensors lie."""
 
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Iterator, TypeVar
 
@@ -86,10 +86,6 @@ class Stage:
                 self._bring_back(key)
         yield
         self._measure(here if training else [])
-
-    def all_at_work(self) -> AbstractContextManager:
-        """Every role and every optimizer's state on the device."""
-        return self.at_work(*self.roles, training=True)
 
     def _measure(self, trained: list[Role]) -> None:
         """What two roles share counts for the first of them."""

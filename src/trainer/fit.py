@@ -160,7 +160,7 @@ def fit(
     parallel: Parallel,
     log: RunLog,
     evaluate: Callable[[str, int], None],
-    saving: Saving,
+    saving: Saving | None = None,
 ) -> list[dict[str, float]]:
     """Train, from where an earlier run stopped; `evaluate` is called before the first step and then as the settings say, with a name
 
@@ -168,7 +168,7 @@ def fit(
     """
     batch_size = settings.max_batch_size * settings.accumulation_steps * parallel.dp_size
     steps_per_epoch = -(-len(objective.lengths) // batch_size)
-    total, step, history = steps_per_epoch * settings.epochs, saving.resume(), []
+    total, step, history = steps_per_epoch * settings.epochs, saving.resume() if saving else 0, []
     unit, every = ("step", settings.eval_every) if settings.eval_every else ("epoch", steps_per_epoch)
     meter = Meter(model, objective, parallel)
     if step == 0:
@@ -194,7 +194,8 @@ def fit(
                     if step % every == 0 or step == total:
                         number = epoch if unit == "epoch" else step
                         evaluate(f"{unit} {number}", number)
-                    saving.after(step)
+                    if saving:
+                        saving.after(step)
     return history
 
 

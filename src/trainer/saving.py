@@ -55,12 +55,12 @@ class Saving:
         log: RunLog,
         parts: dict[str, Part] | None = None,
         tensors: dict[str, tuple[dict[str, Tensor], dict[str, TensorSpec]]] | None = None,
-        at_work: Callable[[], AbstractContextManager] = nullcontext,
+        at_work: Callable[[str], AbstractContextManager] = lambda name: nullcontext(),
     ) -> None:
         """models: name → (model, optimizer) of what is trained; read: the files and folders that the run depends on; tensors: others
 
         that change: name → (this rank's, how they are cut); parts: what else does, as JSON: name → (how to get it, how to set it), set
-        after the tensors; at_work: around what needs all these on the device.
+        after the tensors; at_work(name): around what needs the model, or the tensors, of that name on the device.
         """
         self.folder, self.every, self.parallel, self.log = Path(f"{save_dir.rstrip('/')}-state"), settings["save_every"], parallel, log
         self.models, self.parts, self.tensors, self.at_work = models, parts or {}, tensors or {}, at_work
@@ -88,17 +88,18 @@ class Saving:
 
         def load() -> None:
             for name, (model, optimizer) in self.models.items():
-                restore(model, optimizer, SavedModel(path, name, manifest["layouts"][name]), manifest["counters"][name])
+                with self.at_work(name):
+                    restore(model, optimizer, SavedModel(path, name, manifest["layouts"][name]), manifest["counters"][name])
             for name, (tensors, specs) in self.tensors.items():
                 saved = SavedModel(path, name, manifest["layouts"][name])
-                for key, tensor in tensors.items():
-                    tensor.copy_(saved.local(key, specs[key], self.parallel.mp_rank, self.parallel.mp_size))
+                with self.at_work(name):
+                    for key, tensor in tensors.items():
+                        tensor.copy_(saved.local(key, specs[key], self.parallel.mp_rank, self.parallel.mp_size))
             for name, (_, put) in self.parts.items():
                 put(manifest["parts"][name])
             self._restore_random(path)
 
-        with self.at_work():
-            agreed(load)
+        agreed(load)
         self.step = manifest["step"]
         self.log.info(f"goes on after step {manifest['step']}, from {path}")
         return manifest["step"]
@@ -146,8 +147,7 @@ class Saving:
         dist.all_reduce(told, op=dist.ReduceOp.MAX)
         stop = bool(told)
         if stop or (self.every is not None and step % self.every == 0):
-            with self.at_work():
-                self._save(step)
+            self._save(step)
         if stop:
             self.steps.wait()
             raise Stopped(f"stopped by a signal after step {step}, which is saved; the same command goes on from there")
@@ -157,12 +157,14 @@ class Saving:
             return  # gone back to an older step, and come here again
         p, files = self.parallel, {}
         for name, (model, optimizer) in self.models.items():
-            tensors = tensors_of(model, optimizer)
+            with self.at_work(name):
+                tensors = tensors_of(model, optimizer)
             if tensors:
                 files[file_of(name, optimizer.parallel.mp_rank, optimizer.parallel.dp_rank)] = tensors
         if p.dp_rank == 0:
             for name, (tensors, _) in self.tensors.items():
-                files[file_of(name, p.mp_rank, 0)] = {key: x.detach().to(device="cpu", copy=True) for key, x in tensors.items()}
+                with self.at_work(name):
+                    files[file_of(name, p.mp_rank, 0)] = {k: x.detach().to(device="cpu", copy=True) for k, x in tensors.items()}
         if p.mp_rank == 0:
             files[f"random.dp-{p.dp_rank:02d}.safetensors"] = self._random()
         about = {

@@ -17,7 +17,7 @@ from src.models.batch import Batch, Sequence, response_logprobs, response_values
 from src.ppo import trainer
 from src.ppo.buffer import Prompt, RolloutBuffer
 from src.ppo.dump import SampleTexts, rows_of
-from src.ppo.fit import DEFAULT_KL_COEF, Schedule, changed_rewards, fit, read_state, write_state
+from src.ppo.fit import DEFAULT_KL_COEF, Schedule, changed_rewards, fit, read_state
 from src.ppo.loss import value_loss
 from src.ppo.settings import PPOSettings, check_flags_together
 from tests.ppo.worker import TEMPERATURE, Recorder, make_ppo, prompts
@@ -502,7 +502,7 @@ def test_lines_20_22_23_29_the_state_of_a_run_is_kept_beside_the_models_and_take
     iterate(ppo)
     for role, state in ppo.state().items():
         (tmp_path / role).mkdir()
-        write_state(str(tmp_path / role), state)
+        (tmp_path / role / "ppo_state.json").write_text(json.dumps(state))
     read = {role: read_state(str(tmp_path / role)) for role in ("policy", "value")}
     assert read == ppo.state() and read["policy"]["kl_coef"] == ppo.kl.kl_coef != 0.3
     later = make_ppo(folder, parallel, **change)
@@ -516,9 +516,7 @@ def test_lines_20_22_23_29_the_state_of_a_run_is_kept_beside_the_models_and_take
 
 def test_a_folder_without_a_state_and_a_role_with_none(tmp_path):
     assert read_state(str(tmp_path)) == {}
-    write_state(str(tmp_path), {})
-    assert not list(tmp_path.iterdir())
-    write_state(str(tmp_path), {"kl_coef": 0.1234567890123})
+    (tmp_path / "ppo_state.json").write_text(json.dumps({"kl_coef": 0.1234567890123}))
     assert read_state(str(tmp_path)) == {"kl_coef": 0.1234567890123}
     assert read_state(str(tmp_path)).get("kl_coef", DEFAULT_KL_COEF) == 0.1234567890123
 

@@ -138,14 +138,15 @@ def test_other_dtypes_have_no_loss_scale(folder, parallel):
     assert optimizer.step(1e-3)["skipped"] == 1 and optimizer.loss_scale == 1.0
 
 
-def test_too_many_skipped_steps_in_a_row_stop_the_run(folder, parallel, monkeypatch):
-    monkeypatch.setattr(optimizer_module, "MAX_SKIPPED", 3)
+def test_too_many_skipped_steps_in_a_row_stop_the_run(folder, parallel):
     model = ours(folder / "lm", parallel)
     optimizer = Optimizer(model, parallel)
     for scale in (torch.nan, torch.nan, 1.0, torch.nan, torch.inf):  # a good step starts the count anew
         push(model, optimizer, 1e-3, scale)
-    with pytest.raises(UserError, match="3 steps in a row"):
-        push(model, optimizer, 1e-3, torch.nan)
+        optimizer.check_skipped(3, "rows [1, 2]")
+    push(model, optimizer, 1e-3, torch.nan)
+    with pytest.raises(UserError, match=r"3 steps in a row \(--max_skipped_steps\), the last on rows \[1, 2\]"):
+        optimizer.check_skipped(3, "rows [1, 2]")
 
 
 def test_gradients_do_not_leak_into_the_next_step(folder, parallel):
