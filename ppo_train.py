@@ -254,7 +254,7 @@ def main(
     from src.ppo.settings import PPOSettings, check_flags_together
     from src.ppo.setup import load_roles, make_rewards, open_roles
     from src.ppo.trainer import PPO, KLController, PretrainingMix
-    from src.trainer.saving import Saving
+    from src.trainer.saving import Saving, check_resume
 
     check_flags(settings)
     check_flags_together(settings)
@@ -278,6 +278,7 @@ def main(
     best_dir = f"{actor_save_dir.rstrip('/')}-best" if keep_best else None
 
     def read_inputs():
+        check_resume(resume)
         read = {
             "actor_ckpt_dir": actor_ckpt_dir,
             "critic_ckpt_dir": critic_ckpt_dir,

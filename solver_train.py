@@ -124,7 +124,7 @@ def main(
     from src.parallel.setup import agreed, pick_dtype, start, stop
     from src.trainer.fit import FitSettings, fit, prepare
     from src.trainer.optimizer import Optimizer
-    from src.trainer.saving import Saving
+    from src.trainer.saving import Saving, check_resume
     from src.trainer.solver import SolverObjective
 
     check_flags(settings)
@@ -135,6 +135,7 @@ def main(
     best_dir = f"{save_dir.rstrip('/')}-best" if keep_best else None
 
     def read_inputs():
+        check_resume(resume)
         check_log_dir(logs, ckpt_dir, adapter_dir)
         read = {"ckpt_dir": ckpt_dir, "adapter_dir": adapter_dir, "train_file": train_file}
         saved = {"save_dir": save_dir} | ({"keep_best": best_dir} if best_dir else {})

@@ -1,6 +1,6 @@
 """What reinforcement learning adds to supervised training on the embedded arithmetic, by method and over seeds.
 
-    python benchmarks/learning.py --seeds 0,1,2 --work_dir runs/learning --out docs/learning.md --plot docs/learning.svg
+    python benchmarks/learning.py --seeds 0,1,2 --work_dir runs/learning --out runs/learning.md --plot docs/learning.svg
 
 For each seed: quickstart.py's data, SFT and verifier (`--until verifier`; what is there already is used), then 40 iterations of
 256 rollouts by each method from that same SFT policy, evaluated greedily on 600 held-out problems every 8 iterations. "constant":

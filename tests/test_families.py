@@ -48,7 +48,7 @@ def made(tmp_path_factory) -> Path:
             ["verifier_train.py", *flags(ckpt_dir=base / "lora", save_dir=base / "verifier", lora_rank=2,
                                          train_file=data / "verifier_test.json", label_file=data / "verifier_test.json", **small)],
             ["ppo_train.py", *flags(actor_ckpt_dir=base / "lora", actor_save_dir=base / "policy", critic_ckpt_dir=base / "verifier",
-                                    critic_save_dir=base / "value", reward_model_ckpt_dir=base / "verifier", reward="both",
+                                    critic_save_dir=base / "value", reward_model_ckpt_dir=base / "verifier", reward="verifier,rule",
                                     train_file=data / "train.json", max_batch_size=4, max_buffer_size=8, iterations=1, mini_batches=2,
                                     ppo_epochs=1, max_new_tokens=6, lr=1e-3, rollout_model_parallel_size=1)],
             ["solver_evaluate.py", *flags(task="GSM8K", ckpt_dir=base / "policy", log_dir=base / "evaluated", num_samples=2,

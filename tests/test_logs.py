@@ -33,7 +33,9 @@ def test_records_lines_and_event_files(tmp_path, capsys):
         log.scalars(8, {"accuracy": 1}, prefix="eval")
         log.text(8, "sample", "2 + 2 = 4")
     assert threading.active_count() == threads, "TensorBoard's writer was left open"
-    start, first, second, text, end = records(tmp_path)
+    start, said, careful, first, second, text, end = records(tmp_path)
+    assert [(r["event"], r["level"], r["message"]) for r in (said, careful)] == [
+        ("message", "info", "two\nlines"), ("message", "warning", "WARNING careful")]
     assert start["event"] == "start" and start["settings"] == {"lr": 1e-3}
     assert set(start["versions"]) == {"python", "torch", "transformers", "fairscale"} and start["versions"]["torch"]
     assert start["versions"]["python"] == sys.version.split()[0] and "T" in start["time"]

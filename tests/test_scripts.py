@@ -171,7 +171,7 @@ def test_solver_training_logs_every_step_and_evaluates_every_epoch(base):
         assert len(rows_of(logs / f"predictions-epoch-{epoch}.jsonl")) == 7
     assert has_events(logs) and "saved to" in (logs / "solver_train.log").read_text()
     assert sorted(f.name for f in (base / "solver").iterdir()) == [
-        "consolidated.00.pth", "consolidated.01.pth", "params.json", "tokenizer.model"]
+        "consolidated.00.pth", "consolidated.01.pth", "manifest.json", "params.json", "tokenizer.model"]
 
 
 def test_every_step_s_cost_is_logged(base):
@@ -551,6 +551,11 @@ def wrong(base):
     for rank in (0, 1):
         shard_file = folder / "NaN" / f"consolidated.{rank:02d}.pth"
         torch.save(torch.load(shard_file) | {"norm.weight": shard["norm.weight"]}, shard_file)
+    (folder / "NaN" / "manifest.json").unlink()
+    shutil.copytree(base / "shards", folder / "flipped")
+    shard = folder / "flipped" / "consolidated.01.pth"
+    data = shard.read_bytes()
+    shard.write_bytes(data[:5000] + bytes([data[5000] ^ 1]) + data[5001:])
     (folder / "foreign").mkdir()
     (folder / "foreign" / "thesis.tex").write_text("")
     must("dataset/start.py", *flags(train_file=base / "data" / "train.json", save_dir=folder / "other", vocab_size=440,
@@ -577,6 +582,8 @@ SOLVER = {
     "no checkpoint": (dict(ckpt_dir="{}/nowhere"), "nowhere: no such file or folder"),
     "shards with a hole": (dict(ckpt_dir="{}/hole"), "consolidated.01.pth missing"),
     "shard cut short": (dict(ckpt_dir="{}/cut short"), "consolidated.01.pth: cannot be read"),
+    "flipped bit": (dict(ckpt_dir="{}/flipped"), "consolidated.01.pth: its SHA-256 is not that of what was written"),
+    "no such step": (dict(resume="{}/nowhere"), "nowhere: is no saved step"),
     "degree that does not fit the ranks": (dict(model_parallel_size=2), "--model_parallel_size 2 does not divide the 1 rank"),
     "misspelt flag": (dict(lrr=1e-3), "--lrr: unknown flag; did you mean --lr?"),
     "value of another type": (dict(epochs="two"), "--epochs: must be an integer, got 'two'"),

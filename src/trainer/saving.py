@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from src.checkpoint.files import read_json
-from src.checkpoint.manifest import sync
+from src.checkpoint.manifest import MANIFEST, sync
 from src.checkpoint.steps import Steps, list_steps, open_step
 from src.data.rows import write_json
 from src.errors import Stopped, UserError
@@ -40,6 +40,12 @@ FREE = {
     *("zero", "offload", "update", "kv_cache_gb", "rollout_batch_size", "max_batch_size", "accumulation_steps"),
     *("max_tokens_per_batch", "checkpoint_activations", "compile"),
 }
+
+
+def check_resume(resume: str) -> None:
+    """Raise UserError when --resume names what is no saved step."""
+    if resume not in ("auto", "none") and not (Path(resume) / MANIFEST).is_file():
+        raise UserError(f"--resume {resume}: is no saved step; they are called step-… and lie in SAVE_DIR-state")
 
 
 class Saving:
@@ -118,10 +124,7 @@ class Saving:
         if self.resume_from == "none":
             return None
         if self.resume_from != "auto":
-            path = Path(self.resume_from)
-            if not (path / "manifest.json").is_file():
-                raise UserError(f"--resume {path}: is no saved step; they are called step-… and lie in SAVE_DIR-state")
-            return path
+            return Path(self.resume_from)
         steps = list_steps(self.folder)
         # Rank 0 looks for all: another rank may see the folder of a moment later.
         chosen = [str(steps[-1]) if steps else None]

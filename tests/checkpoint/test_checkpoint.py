@@ -29,7 +29,7 @@ def test_scripts(tmp_path, hf, ranks):
     n = ["--n", "3"] if ranks == 1 else []
     launch(ranks, "checkpoint_split.py", "--ckpt_file", str(hf), "--save_path", str(tmp_path / "shards"), *n)
     assert sorted(p.name for p in (tmp_path / "shards").iterdir()) == [
-        *(f"consolidated.0{i}.pth" for i in range(3 if n else 8)), "generation_config.json", "params.json"]
+        *(f"consolidated.0{i}.pth" for i in range(3 if n else 8)), "generation_config.json", "manifest.json", "params.json"]
     dtype = ["--dtype", "bf16"] if ranks == 1 else []
     launch(ranks, "checkpoint_merge.py", "--ckpt_dir", str(tmp_path / "shards"), "--save_dir", str(tmp_path / "back"),
            *dtype)
