@@ -2,11 +2,10 @@
 
 import json
 import os
-import pickle
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from src.errors import UserError
@@ -30,7 +29,9 @@ class TensorFile:
         if self._opened is None:
             try:
                 self._opened = safe_open(self.path, framework="pt") if self.lazy else _unpickle(self.path)
-            except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
+            except UserError:
+                raise
+            except Exception as error:  # a damaged pickle raises whatever its bytes lead to
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise UserError(
                     f"{self.path}: cannot be read as {self.path.suffix[1:]}, is it damaged or cut short? ({reason})"
