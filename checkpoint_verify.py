@@ -20,7 +20,7 @@ def main(ckpt_dir: str, config_file: str | None = None, base_dir: str | None = N
     from pathlib import Path
 
     from src.checkpoint.manifest import MANIFEST
-    from src.checkpoint.steps import list_steps
+    from src.checkpoint.steps import is_step, list_steps
     from src.checkpoint.verify import adapter_report, model_report, step_report
     from src.errors import UserError
 
@@ -29,7 +29,7 @@ def main(ckpt_dir: str, config_file: str | None = None, base_dir: str | None = N
         reports = [adapter_report(folder, base_dir)]
     elif list_steps(folder):
         reports = [step_report(step) for step in list_steps(folder)]
-    elif folder.name.startswith("step-") and (folder / MANIFEST).is_file():
+    elif is_step(folder) and (folder / MANIFEST).is_file():
         reports = [step_report(folder)]
     else:
         reports = [model_report(folder, config_file)]

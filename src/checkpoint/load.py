@@ -1,5 +1,7 @@
 """A checkpoint's slices into this rank's model."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -54,7 +56,7 @@ def load_model(
     if lora is not None:
         add_lora(model, lora, seed, parallel, adapter and adapter.tensors)
     elif adapter is not None:
-        add_lora(model, adapter.lora, seed, parallel, adapter.tensors)
+        add_lora(model, replace(adapter.lora, dropout=0.0), seed, parallel, adapter.tensors)
         model.requires_grad_(False)
     return model
 
@@ -77,8 +79,8 @@ def load_sharing(
         dim, name = model.config.dim, "score.weight"
         fresh = random_tensor(name, TensorSpec((1, dim)), (dim + 1) ** -0.5, seed)
         put(new, name, fresh if adapter is None or adapter.score is None else adapter.score, parallel.device)
-    if adapter is not None:
-        add_lora(new, adapter.lora, seed, parallel, adapter.tensors)
+    if adapter is not None:  # PPO knows no dropout (docs/ppo.md)
+        add_lora(new, replace(adapter.lora, dropout=0.0), seed, parallel, adapter.tensors)
     elif lora is not None:
         add_lora(new, lora, seed, parallel)
     return new

@@ -64,6 +64,12 @@ def read_manifest(folder: Path) -> dict:
     return manifest
 
 
+def has_manifest(folder: Path) -> bool:
+    """Whether there is one of ours: other software has files of that name too."""
+    path = folder / MANIFEST
+    return path.is_file() and {"format", "files"} <= read_json(path).keys()
+
+
 def problems(folder: Path, manifest: dict, part: int = 0, parts: int = 1) -> list[str]:
     """What is wrong with the files that the manifest names (every `parts`-th of them): one line each, the file named."""
     found = []
@@ -80,7 +86,7 @@ def problems(folder: Path, manifest: dict, part: int = 0, parts: int = 1) -> lis
 
 def check_whole(folder: Path, part: int = 0, parts: int = 1) -> None:
     """Raise UserError when a folder has a manifest and its files are not what that says. parts: processes that share the hashing."""
-    if (folder / MANIFEST).is_file():
+    if has_manifest(folder):
         found = problems(folder, read_manifest(folder), part, parts)
         if found:
             raise UserError(f"{found[0]}. If the file was changed on purpose, remove {folder / MANIFEST}")

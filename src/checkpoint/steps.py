@@ -4,6 +4,8 @@ Every rank writes its files into `.tmp-step-N` and brings them down to the disk;
 manifest, renames the folder to `step-N`, and only then removes older ones. A folder is never written to again.
 """
 
+import itertools
+import re
 import shutil
 import threading
 from pathlib import Path
@@ -18,6 +20,7 @@ from src.errors import UserError
 from src.parallel.setup import Parallel, agreed
 
 PREFIX = "step-"
+FINISHED = "finished.json"
 Stage = Callable[[str], None]
 
 
@@ -73,10 +76,25 @@ class Steps:
                 shutil.rmtree(old)
         self.reached("pruned")
 
+    def go_back_to(self, step: Path | None) -> None:
+        """From now on the run goes on from `step` of this folder (None: from nothing): what lies after it is another run's, and goes
+
+        to a folder beside. All ranks come here.
+        """
+        if self.parallel.is_main and self.folder.is_dir() and (step is None or step.resolve().parent == self.folder.resolve()):
+            later = [other for other in self.folder.glob(f"{PREFIX}*") if step is None or other.name > step.name]
+            later += [file for file in [self.folder / FINISHED] if file.is_file()]
+            aside = next(p for i in itertools.count(1) if not (p := self.folder / f"aside-{i}").exists())
+            for other in later:
+                aside.mkdir(exist_ok=True)
+                other.rename(aside / other.name)
+        dist.barrier()
+
     def _make(self, new: Path, final: Path) -> None:
         if final.exists():
             raise UserError(f"{final}: is there already; a step is never overwritten")
-        shutil.rmtree(new, ignore_errors=True)
+        for left in self.folder.glob(f".tmp-{PREFIX}*"):  # by runs that were killed while writing
+            shutil.rmtree(left, ignore_errors=True)
         new.mkdir(parents=True)
 
     def _files(self, new: Path, files: dict[str, dict[str, Tensor]]) -> dict[str, dict]:
@@ -113,11 +131,16 @@ class Steps:
         return [r for r, _ in everyone]
 
 
+def is_step(path: Path) -> bool:
+    """By its name alone."""
+    return re.fullmatch(PREFIX + "[0-9]{8,}", path.name) is not None
+
+
 def list_steps(folder: Path) -> list[Path]:
     """The steps that are whole, oldest first. What is called `.tmp-` never is one."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if path.name.startswith(PREFIX) and (path / MANIFEST).is_file())
+    return sorted(path for path in folder.iterdir() if is_step(path) and (path / MANIFEST).is_file())
 
 
 def open_step(path: Path, parallel: Parallel) -> dict:

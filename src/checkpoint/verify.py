@@ -8,7 +8,7 @@ import torch
 from src.checkpoint.adapter import Adapter
 from src.checkpoint.files import TensorFile
 from src.checkpoint.folder import find_tokenizer
-from src.checkpoint.manifest import MANIFEST, problems, read_manifest
+from src.checkpoint.manifest import has_manifest, problems, read_manifest
 from src.checkpoint.source import Checkpoint
 from src.errors import UserError
 
@@ -22,9 +22,9 @@ class Report:
 
 
 def _hashes(folder: Path) -> tuple[str, list[str]]:
-    if not (folder / MANIFEST).is_file():
-        return "no manifest to compare hashes with", []
     try:
+        if not has_manifest(folder):
+            return "no manifest to compare hashes with", []
         manifest = read_manifest(folder)
     except UserError as error:
         return "", [str(error)]

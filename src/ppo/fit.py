@@ -69,7 +69,7 @@ def fit(
         start = saving.resume()
 
     def draw() -> list[Prompt]:
-        return [prompts[i] for i in batches.next() for _ in range(samples)]
+        return [prompts[i] for i in next(batches) for _ in range(samples)]
 
     if start == 0:
         evaluate(f"{unit} 0", 0)

@@ -62,7 +62,7 @@ class PretrainingMix:
 
     def backward(self, role: Role) -> dict[str, Tensor]:
         """Add the gradient of ptx_coef × the mean −log p of the next rows' output tokens; returns this rank's part of the loss."""
-        s, objective, batch = self.settings, self.objective, self.batches.next()
+        s, objective, batch = self.settings, self.objective, next(self.batches)
         tokens, total = sum(objective.weights[i] for i in batch), torch.zeros((), device=objective.device)
         for rows in share_of(batch, objective.lengths, role.parallel, s.max_batch_size, s.max_tokens_per_batch):
             loss, _ = objective.loss(role.model, rows, tokens)

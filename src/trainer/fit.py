@@ -121,7 +121,10 @@ class EndlessBatches:
                 yield waiting[:batch_size]
                 waiting = waiting[batch_size:]
 
-    def next(self) -> list[int]:
+    def __iter__(self) -> Iterator[list[int]]:
+        return self
+
+    def __next__(self) -> list[int]:
         self.taken += 1
         return next(self._batches)
 
@@ -133,7 +136,7 @@ class EndlessBatches:
     def wind_to(self, taken: int) -> None:
         """Forward to where so many have been taken."""
         while self.taken < taken:
-            self.next()
+            next(self)
 
 
 def share_of(

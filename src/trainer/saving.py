@@ -5,6 +5,7 @@ that the trainer gives: counters, positions, controllers.
 """
 
 import ctypes
+import os
 import platform
 import signal
 from contextlib import AbstractContextManager, nullcontext
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from src.checkpoint.files import read_json
 from src.checkpoint.manifest import MANIFEST, sync
-from src.checkpoint.steps import Steps, list_steps, open_step
+from src.checkpoint.steps import FINISHED, Steps, is_step, list_steps, open_step
 from src.data.rows import write_json
 from src.errors import Stopped, UserError
 from src.generation.journal import fingerprint
@@ -30,7 +31,6 @@ from src.trainer.optimizer import Optimizer
 from src.trainer.state import SavedModel, counters_of, file_of, restore, tensors_of
 
 Part = tuple[Callable[[], Any], Callable[[Any], None]]
-FINISHED = "finished.json"
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 # Flags that change where, how fast or how visibly a run trains, not what it learns.
@@ -44,7 +44,8 @@ FREE = {
 
 def check_resume(resume: str) -> None:
     """Raise UserError when --resume names what is no saved step."""
-    if resume not in ("auto", "none") and not (Path(resume) / MANIFEST).is_file():
+    path = Path(resume)
+    if resume not in ("auto", "none") and not (is_step(path) and (path / MANIFEST).is_file()):
         raise UserError(f"--resume {resume}: is no saved step; they are called step-… and lie in SAVE_DIR-state")
 
 
@@ -68,6 +69,7 @@ class Saving:
         that change: name → (this rank's, how they are cut); parts: what else does, as JSON: name → (how to get it, how to set it), set
         after the tensors; at_work(name): around what needs the model, or the tensors, of that name on the device.
         """
+        self.save_dir = Path(save_dir)
         self.folder, self.every, self.parallel, self.log = Path(f"{save_dir.rstrip('/')}-state"), settings["save_every"], parallel, log
         self.models, self.parts, self.tensors, self.at_work = models, parts or {}, tensors or {}, at_work
         self.resume_from = settings["resume"]
@@ -75,18 +77,20 @@ class Saving:
         self.settings["files"] = fingerprint(*sorted(path for path in read if path is not None))
         self.steps = Steps(self.folder, settings["keep"], parallel)
         self.told, self.step = False, 0  # told to stop, on this rank; the last step that was taken
-        signal.signal(signal.SIGTERM, self._on_signal)
-        if platform.system() == "Linux":  # a launcher that dies takes its workers along
+        self.before = signal.signal(signal.SIGTERM, self._on_signal)
+        if platform.system() == "Linux" and "RANK" in os.environ:  # a launcher that dies takes its workers along
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
     def _on_signal(self, *_) -> None:
         self.told = True
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends what hangs
 
     # --- going on ---------------------------------------------------------------------------------------------------
 
     def resume(self) -> int:
         """Bring back the newest step, or the one that --resume names, and return its number; 0 where there is none, or by none."""
         path = agreed(self._chosen)
+        self.steps.go_back_to(None if path is None else path)
         if path is None:
             return 0
         manifest = open_step(path, self.parallel)
@@ -111,13 +115,17 @@ class Saving:
         return manifest["step"]
 
     def finished(self) -> bool:
-        """Whether this very run has been done already, and says so."""
+        """Whether this very run has been done already, its model is there, and says so."""
         path = self.folder / FINISHED
-        if self.resume_from != "auto" or not path.is_file():
+        # Rank 0 looks for all: another rank may see the folder of a moment later.
+        found = [self.resume_from == "auto" and path.is_file() and (self.save_dir / MANIFEST).is_file()]
+        dist.broadcast_object_list(found, src=0)
+        if not found[0]:
             return False
         done = agreed(lambda: read_json(path))
         agreed(lambda: self._check(path, done.get("settings")))
-        self.log.info(f"this run finished after step {done['step']}; --resume none runs it again")
+        self.log.info(f"this run finished after step {done.get('step')}; --resume none runs it again")
+        signal.signal(signal.SIGTERM, self.before)
         return True
 
     def _chosen(self) -> Path | None:
@@ -153,15 +161,14 @@ class Saving:
             self._save(step)
         if stop:
             self.steps.wait()
+            signal.signal(signal.SIGTERM, self.before)
             raise Stopped(f"stopped by a signal after step {step}, which is saved; the same command goes on from there")
 
     def _save(self, step: int) -> None:
-        if self.folder / f"step-{step:08d}" in list_steps(self.folder):
-            return  # gone back to an older step, and come here again
-        p, files = self.parallel, {}
+        p, files, counters = self.parallel, {}, {}
         for name, (model, optimizer) in self.models.items():
             with self.at_work(name):
-                tensors = tensors_of(model, optimizer)
+                tensors, counters[name] = tensors_of(model, optimizer), counters_of(optimizer)
             if tensors:
                 files[file_of(name, optimizer.parallel.mp_rank, optimizer.parallel.dp_rank)] = tensors
         if p.dp_rank == 0:
@@ -176,7 +183,7 @@ class Saving:
                 **{name: {"mp": o.parallel.mp_size, "dp": o.parallel.dp_size} for name, (_, o) in self.models.items()},
                 **{name: {"mp": p.mp_size, "dp": 1} for name in self.tensors},
             },
-            "counters": {name: counters_of(o) for name, (_, o) in self.models.items()},
+            "counters": counters,
             "parts": {name: get() for name, (get, _) in self.parts.items()},
         }
         self.steps.save(step, files, about)
@@ -197,6 +204,7 @@ class Saving:
     def finish(self) -> None:
         """The run is over and its models are saved."""
         self.steps.wait()
+        signal.signal(signal.SIGTERM, self.before)
         if self.parallel.is_main and self.folder.is_dir():
             write_json(self.folder / FINISHED, {"step": self.step, "settings": self.settings})
             sync(self.folder)

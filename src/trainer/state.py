@@ -113,10 +113,9 @@ def restore(model: Transformer, optimizer: Optimizer, saved: SavedModel, counter
             key = f"{MASTER}/{name}" if f"{MASTER}/{name}" in saved else f"{WEIGHT}/{name}"
             kept.copy_(saved.local(key, specs[name], rank, n))
         if counters["adam_step"]:
-            averages = {
-                kind: saved.local(f"{kind}/{name}", specs[name], rank, n).to(device=kept.device, dtype=torch.float32)
-                for kind in (MEAN, SQUARE)
-            }
+            averages = {kind: torch.empty_like(kept, dtype=torch.float32) for kind in (MEAN, SQUARE)}
+            for kind, average in averages.items():  # a copy: what was read is the file's memory
+                average.copy_(saved.local(f"{kind}/{name}", specs[name], rank, n))
             step = torch.tensor(float(counters["adam_step"]), dtype=torch.float32, device=kept.device)
             optimizer.local.state[kept] = {"step": step, **averages}
     optimizer.loss_scale, optimizer.good_steps = counters["loss_scale"], counters["good_steps"]

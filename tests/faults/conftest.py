@@ -24,18 +24,19 @@ def base(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def command(base):
-    """(trainer, folder, more flags) → its command line; the model goes to folder/model."""
+def command(base, full):
+    """(trainer, folder, more flags) → its command line; the model goes to folder/model. As long as the kills need."""
+    epochs, iterations = (16, 64) if full else (4, 12)
 
     def of(trainer: str, folder, **more) -> list[str]:
         script, given = {
             "SFT": ("solver_train.py", dict(ckpt_dir=base / "start", train_file=base / "data" / "train.json", lora_dropout=0.1,
-                                            lora_rank=4, max_batch_size=4, epochs=4, lr=1e-2, save_every=4)),
+                                            lora_rank=4, max_batch_size=4, epochs=epochs, lr=1e-2, save_every=4)),
             "verifier": ("verifier_train.py", dict(ckpt_dir=base / "start", train_file=base / "pairs.json", max_batch_size=4,
-                                                   epochs=4, lr=1e-3, save_every=4)),
+                                                   epochs=epochs, lr=1e-3, save_every=4)),
             "PPO": ("ppo_train.py", dict(actor_ckpt_dir=base / "start", critic_ckpt_dir=base / "verifier",
                                          reward_model_ckpt_dir=base / "verifier", train_file=base / "data" / "train.json",
-                                         max_batch_size=4, max_buffer_size=8, iterations=16, mini_batches=2, ppo_epochs=2,
+                                         max_batch_size=4, max_buffer_size=8, iterations=iterations, mini_batches=2, ppo_epochs=2,
                                          max_new_tokens=6, lr=1e-3, critic_lr=1e-3, kl_target=1.0, kl_horizon=50.0,
                                          value_norm=True, reward_norm=True, ref_ema=0.9, save_every=2)),
         }[trainer]

@@ -312,6 +312,7 @@ class Fake:
 
     def __init__(self, stats=None):
         self.settings, self.calls, self.stats = SimpleNamespace(max_buffer_size=4, samples_per_prompt=2), [], stats or {}
+        self.stage = SimpleNamespace(roles={})
 
     def iteration(self, number, batch, lr, critic_lr, more):
         self.calls.append((number, [p.tokens[0] for p in batch], lr, critic_lr))
