@@ -26,7 +26,7 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="session")
 def command(base, full):
     """(trainer, folder, more flags) → its command line; the model goes to folder/model. As long as the kills need."""
-    epochs, iterations = (16, 64) if full else (4, 12)
+    epochs, iterations = (16, 64) if full else (10, 12)
 
     def of(trainer: str, folder, **more) -> list[str]:
         script, given = {

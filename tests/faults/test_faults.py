@@ -65,7 +65,7 @@ def test_an_offloaded_run_is_saved_role_by_role_and_goes_on(command, undisturbed
 def test_sigterm_to_a_single_process_saves_and_says_how_to_go_on(command, undisturbed, tmp_path):
     arguments = command("SFT", tmp_path, save_every=1000)
     run = Run(arguments, 1, tmp_path / "log")
-    run.until(lambda: recorded(tmp_path / "model-logs") >= 5, "five steps")
+    run.until(lambda: recorded(tmp_path / "model-logs") >= 3, "three steps")
     began = time.monotonic()
     os.kill(run.process.pid, signal.SIGTERM)
     assert run.wait() == STOPPED
@@ -82,7 +82,7 @@ def test_sigterm_under_the_launcher_saves_on_all_ranks(command, undisturbed, ful
         pytest.skip("tried by `make faults`")
     arguments = command("SFT", tmp_path, save_every=1000)
     run = Run(arguments, 2, tmp_path / "log")
-    run.until(lambda: recorded(tmp_path / "model-logs") >= 5, "five steps")
+    run.until(lambda: recorded(tmp_path / "model-logs") >= 3, "three steps")
     began = time.monotonic()
     os.kill(run.process.pid if to == "launcher" else run.workers()[1], signal.SIGTERM)
     assert run.wait() != 0
@@ -96,7 +96,7 @@ def test_workers_stop_when_their_launcher_is_killed(command, full, tmp_path):
     if not full:
         pytest.skip("tried by `make faults`")
     run = Run(command("SFT", tmp_path, save_every=1000, epochs=400), 2, tmp_path / "log")
-    run.until(lambda: recorded(tmp_path / "model-logs") >= 5, "five steps")
+    run.until(lambda: recorded(tmp_path / "model-logs") >= 3, "three steps")
     workers, began = run.workers(), time.monotonic()
     os.kill(run.process.pid, signal.SIGKILL)
     while any(map(alive, workers)) and time.monotonic() - began < 60:
@@ -112,7 +112,7 @@ def test_a_rank_that_hangs_is_named(command, full, tmp_path):
     if not full:
         pytest.skip("tried by `make faults`")
     run = Run(command("SFT", tmp_path, epochs=400, timeout=8), 2, tmp_path / "log")
-    run.until(lambda: recorded(tmp_path / "model-logs") >= 5, "five steps")
+    run.until(lambda: recorded(tmp_path / "model-logs") >= 3, "three steps")
     began = time.monotonic()
     os.kill(run.workers()[1], signal.SIGSTOP)
     run.until(lambda: "did not come to" in run.said(), "a message")
