@@ -8,6 +8,7 @@ import ctypes
 import os
 import platform
 import signal
+import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Callable
@@ -31,6 +32,7 @@ from src.trainer.optimizer import Optimizer
 from src.trainer.state import SavedModel, counters_of, file_of, restore, tensors_of
 
 Part = tuple[Callable[[], Any], Callable[[Any], None]]
+SECOND_SIGNAL_S = 3.0
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 # Flags that change where, how fast or how visibly a run trains, not what it learns.
@@ -82,8 +84,11 @@ class Saving:
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
     def _on_signal(self, *_) -> None:
-        self.told = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends what hangs
+        if not self.told:
+            self.told, self.told_at = True, time.monotonic()
+        elif time.monotonic() - self.told_at > SECOND_SIGNAL_S:  # a second one ends what hangs; a launcher's end may send two at once
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
 
     # --- going on ---------------------------------------------------------------------------------------------------
 
