@@ -99,6 +99,7 @@ def start(model_parallel_size: int | None = None, timeout: float = 1800) -> Para
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, cores // local_world))
+        settle_vector_math()
     parallel = _divide(rank, world, mp, device, limit)
     _hand_over(parallel.mp_group, parallel.dp_group)
     return parallel
@@ -163,6 +164,15 @@ def reuse_memory() -> None:
         return
     for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1)):
         library.mallopt(option, value)
+
+
+def settle_vector_math() -> None:
+    """Let one thread make the process's first call of the vector math library (MKL's).
+
+    It picks its kernels in the first call. When several threads make that at once, one in fifty or so gets others, and its exponentials
+    differ by 1e-4 of themselves from the same call a moment later.
+    """
+    torch.exp(torch.ones(1))
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device, rounds: int = 3) -> float:
