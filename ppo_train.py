@@ -254,7 +254,7 @@ def main(
     from src.ppo.settings import PPOSettings, check_flags_together
     from src.ppo.setup import load_roles, make_rewards, open_roles
     from src.ppo.trainer import PPO, KLController, PretrainingMix
-    from src.trainer.saving import Saving, check_resume
+    from src.trainer.saving import Earlier, Saving
 
     check_flags(settings)
     check_flags_together(settings)
@@ -278,7 +278,6 @@ def main(
     best_dir = f"{actor_save_dir.rstrip('/')}-best" if keep_best else None
 
     def read_inputs():
-        check_resume(resume)
         read = {
             "actor_ckpt_dir": actor_ckpt_dir,
             "critic_ckpt_dir": critic_ckpt_dir,
@@ -315,6 +314,7 @@ def main(
     with_reference = kl_control.kl_coef > 0
     if not with_reference and (kl or kl_target or ref_ema is not None):
         raise UserError("--kl, --kl_target, --ref_ema: have no effect with --kl_coef 0, which needs no reference")
+    earlier = Earlier.find(settings, actor_save_dir, parallel)
     stage = load_roles(opened, settings, parallel, number_type, with_reference)
 
     with RunLog(logs, "ppo_train", settings, parallel.rank) as log:
@@ -379,17 +379,15 @@ def main(
             best.consider(at, number, metrics)
 
         parts = {"best": best.part, **ppo.parts()}
-        read = [actor_ckpt_dir, critic_ckpt_dir, reward_model_ckpt_dir, train_file, ptx_file]
         trained = {role.name: (role.model, role.optimizer) for role in stage.roles.values() if role.optimizer}
-        saving = Saving(settings, actor_save_dir, trained, read, parallel, log, parts, ppo.tensors(), partial(stage.at_work, training=True))
-        if not saving.finished():
-            fit(ppo, prompts, plan, log, evaluate, saving)
-            save("policy", actor_save_dir, actor)
-            log.info(f"saved the policy to {actor_save_dir}")
-            if critic:
-                save("value", critic_save_dir, critic)
-                log.info(f"saved the value model to {critic_save_dir}")
-            saving.finish()
+        saving = Saving(earlier, settings, trained, parallel, log, parts, ppo.tensors(), partial(stage.at_work, training=True))
+        fit(ppo, prompts, plan, log, evaluate, saving)
+        save("policy", actor_save_dir, actor)
+        log.info(f"saved the policy to {actor_save_dir}")
+        if critic:
+            save("value", critic_save_dir, critic)
+            log.info(f"saved the value model to {critic_save_dir}")
+        saving.finish()
     stop()
 
 

@@ -83,7 +83,7 @@ def main(
     from src.errors import UserError
     from src.evaluation.solver import evaluate_solver, graded, headline, write_results
     from src.generation.beam import engine_of
-    from src.generation.journal import Journal, fingerprint
+    from src.generation.journal import Journal
     from src.generation.sampling import Sampling
     from src.inputs import check_beams, check_flags, check_log_dir, open_model, read_evaluation, within
     from src.logs import RunLog
@@ -104,21 +104,17 @@ def main(
                 ckpt_dir, parallel, tokenizer_file, config_file, model_type, "lm", adapter_dir, use_chat_template
             )
             lengths = [len(opened.tokenizer.prompt_ids(text)) + 1 for text in data.instructions]
-            return (
-                data,
-                opened,
-                None,
-                within(lengths, max_seq_len, False, f"prompts of {label_file}, with one token more,")[1],
-            )
+            warning = within(lengths, max_seq_len, False, f"prompts of {label_file}, with one token more,")[1]
+            return data, opened, None, warning, Journal(Path(log_dir) / "predictions.jsonl", settings, parallel)
         texts = [row["output"] for row in read_rows(prediction_file, {"output": STRING})]
         if len(texts) != len(data.rows) * num_samples:
             raise UserError(
                 f"{prediction_file} has {len(texts)} rows and {label_file} {len(data.rows)}: {num_samples} for each (--num_samples) "
                 "are needed"
             )
-        return data, None, texts, None
+        return data, None, texts, None, None
 
-    data, opened, texts, warning = agreed(read_inputs)
+    data, opened, texts, warning, journal = agreed(read_inputs)
     if opened is not None:
         model = load_model(opened.checkpoint, parallel, pick_dtype(dtype, parallel.device), "lm", seed, quantize)
     with RunLog(log_dir, "solver_evaluate", settings, parallel.rank) as log:

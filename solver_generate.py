@@ -80,7 +80,7 @@ def main(
     from src.evaluation.solver import cut_at
     from src.generation.beam import engine_of
     from src.generation.engine import Stop
-    from src.generation.journal import Journal, fingerprint, generate_all
+    from src.generation.journal import Journal, generate_all
     from src.generation.sampling import Sampling
     from src.inputs import check_beams, check_flags, check_writable, open_model, within
     from src.logs import RunLog
@@ -99,9 +99,10 @@ def main(
         rows = read_prompt_rows(input_file)[:max_rows]
         prompts = [opened.tokenizer.prompt_ids(row["instruction"]) for row in rows]
         what = f"prompts of {input_file}, with one token more,"
-        return opened, rows, prompts, within([len(prompt) + 1 for prompt in prompts], max_seq_len, False, what)[1]
+        warning = within([len(prompt) + 1 for prompt in prompts], max_seq_len, False, what)[1]
+        return opened, rows, prompts, warning, Journal(Path(output_file), settings, parallel)
 
-    opened, rows, prompts, warning = agreed(read_inputs)
+    opened, rows, prompts, warning, journal = agreed(read_inputs)
     with RunLog(None, "solver_generate", settings, parallel.rank) as log:
         if warning:
             log.warning(f"{warning}: their outputs are empty")
@@ -110,12 +111,6 @@ def main(
         asked = [(i, row["instruction"]) for i, row in enumerate(rows) for _ in range(num_samples)]
         prompts = [prompt for prompt in prompts for _ in range(num_samples)]
         stops = tuple(stop_strings or ())
-        journal = Journal(
-            Path(output_file),
-            settings,
-            fingerprint(ckpt_dir, adapter_dir, input_file, tokenizer_file, config_file),
-            parallel,
-        )
         completions = generate_all(
             engine,
             prompts,

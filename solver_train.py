@@ -124,7 +124,7 @@ def main(
     from src.parallel.setup import agreed, pick_dtype, start, stop
     from src.trainer.fit import FitSettings, fit, prepare
     from src.trainer.optimizer import Optimizer
-    from src.trainer.saving import Saving, check_resume
+    from src.trainer.saving import Earlier, Saving
     from src.trainer.solver import SolverObjective
 
     check_flags(settings)
@@ -135,7 +135,6 @@ def main(
     best_dir = f"{save_dir.rstrip('/')}-best" if keep_best else None
 
     def read_inputs():
-        check_resume(resume)
         check_log_dir(logs, ckpt_dir, adapter_dir)
         read = {"ckpt_dir": ckpt_dir, "adapter_dir": adapter_dir, "train_file": train_file}
         saved = {"save_dir": save_dir} | ({"keep_best": best_dir} if best_dir else {})
@@ -153,6 +152,8 @@ def main(
         return opened, lora, evaluation, *solver_sequences(train_file, opened.tokenizer, max_seq_len, strict_length)
 
     opened, lora, evaluation, sequences, warning = agreed(read_inputs)
+    rows_per_step = max_batch_size * accumulation_steps * parallel.dp_size
+    earlier = Earlier.find(settings | {"rows_per_step": rows_per_step}, save_dir, parallel)
     model = load_model(opened.checkpoint, parallel, number_type, "lm", seed, quantize, lora)
     with RunLog(logs, "solver_train", settings, parallel.rank) as log:
         if warning:
@@ -169,15 +170,12 @@ def main(
             best.consider(at, number, evaluation.run(at, number, model, opened.tokenizer, parallel, log, settings))
 
         optimizer = Optimizer(model, parallel, weight_decay, max_grad_norm, betas=(0.9, beta2), zero=zero)
-        batch = {"rows_per_step": max_batch_size * accumulation_steps * parallel.dp_size}
-        trained, read = {"model": (model, optimizer)}, [ckpt_dir, adapter_dir, train_file]
-        saving = Saving(settings | batch, save_dir, trained, read, parallel, log, {"best": best.part})
-        if not saving.finished():
-            objective = SolverObjective(sequences, parallel.device)
-            fit(model, optimizer, objective, fit_settings, parallel, log, evaluate, saving)
-            save(save_dir)
-            log.info(f"saved to {save_dir}")
-            saving.finish()
+        saving = Saving(earlier, settings, {"model": (model, optimizer)}, parallel, log, {"best": best.part})
+        objective = SolverObjective(sequences, parallel.device)
+        fit(model, optimizer, objective, fit_settings, parallel, log, evaluate, saving)
+        save(save_dir)
+        log.info(f"saved to {save_dir}")
+        saving.finish()
     stop()
 
 

@@ -3,7 +3,8 @@
 #
 #     MAX_RESTARTS=10 deploy/run.sh torchrun --nproc_per_node 8 ppo_train.py --actor_save_dir OUT --save_every 5 ...
 #
-# The command goes on by itself from OUT-state (--resume auto). Ends with 0 when it finished, else with the code of its last attempt.
+# The command goes on by itself from OUT-state (--resume auto; another --resume is for the first attempt alone). Ends with 0 when it
+# finished, else with the code of its last attempt.
 # A signal is handed on, and ends the supervision: the run saves a step first.
 set -u
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # or workers started again may dial addresses of the last attempt
@@ -14,6 +15,8 @@ for i in "${!words[@]}"; do
   case "${words[$i]}" in
     --save_dir | --actor_save_dir) save_dir="${words[$((i + 1))]:-}" ;;
     --save_dir=* | --actor_save_dir=*) save_dir="${words[$i]#*=}" ;;
+    --resume=*) words[i]="--resume=auto" ;;
+    --resume) words[i + 1]="auto" ;;
   esac
 done
 if [ -z "$save_dir" ]; then
@@ -23,7 +26,7 @@ fi
 
 newest() { # the name of the newest whole step, empty when there is none
   local manifest
-  for manifest in "${save_dir%/}"-state/step-*/manifest.json; do
+  for manifest in "${save_dir%/}"-state/step-[0-9]*/manifest.json; do
     [ -e "$manifest" ] && basename "$(dirname "$manifest")"
   done | tail -n 1
 }
@@ -56,4 +59,5 @@ for ((attempt = 0; ; attempt++)); do
     exit "$code"
   fi
   echo "deploy/run.sh: ended with $code after ${after}; restart $((attempt + 1))" >&2
+  set -- "${words[@]}"
 done

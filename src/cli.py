@@ -22,7 +22,7 @@ import typing
 import fire
 from fire import helptext, trace
 
-from src.errors import STOPPED, Stopped, UserError
+from src.errors import STOPPED, Finished, Stopped, UserError
 
 BARRIER_TIMEOUT_S = 60.0
 
@@ -43,6 +43,9 @@ def run(target):
         if _rank() == 0:
             _say(str(stopped))
         sys.exit(STOPPED)
+    except Finished as finished:
+        if _rank() == 0:
+            _say(str(finished))
     except KeyboardInterrupt:
         if _rank() == 0:
             _say("interrupted")

@@ -1,4 +1,4 @@
-"""The exceptions that are no bugs: the user can fix this, and the run was told to stop."""
+"""The exceptions that are no bugs: the user can fix this; the run was told to stop; there is nothing to do."""
 
 
 class UserError(Exception):
@@ -13,6 +13,10 @@ class Stopped(Exception):
 
     `src.cli.run` prints it once, from rank 0, and exits with `STOPPED`.
     """
+
+
+class Finished(Exception):
+    """The run was done already. `src.cli.run` prints it once, from rank 0, and exits with 0."""
 
 
 STOPPED = 75  # sysexits.h, EX_TEMPFAIL: the same command may be run again

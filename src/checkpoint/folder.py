@@ -21,17 +21,8 @@ TOKENIZER_FILES = (
 
 SCORES_FILE = "score_normalization.json"  # what a verifier's scores are centred and scaled by, where they are
 
-_OURS = (
-    "consolidated*",
-    "params.json",
-    "model*.safetensors*",
-    "config.json",
-    "adapter",
-    "ppo_state.json",
-    SCORES_FILE,
-    MANIFEST,
-    *TOKENIZER_FILES,
-)
+NOTES = ("params.json", "config.json", "adapter_config.json", "ppo_state.json", SCORES_FILE, *TOKENIZER_FILES)  # what is small
+_OURS = ("consolidated*", "model*.safetensors*", "adapter", MANIFEST, *(name for name in NOTES if name != "adapter_config.json"))
 
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 

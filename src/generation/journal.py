@@ -1,7 +1,6 @@
 """Completions on disk as they finish, so that a run that was cut off goes on where it was: rows are not generated twice."""
 
 import glob
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -9,40 +8,25 @@ from pathlib import Path
 from src.errors import UserError
 from src.generation.engine import Completion, Engine, Stop, generate_sharded
 from src.generation.sampling import Sampling
+from src.identity import differences, identity
 from src.logs import RunLog
 from src.models.transformer import evaluating
-from src.parallel.setup import Parallel, agreed
+from src.parallel.setup import Parallel
 
 # Flags that change how fast completions come, not what they are.
 FREE = ("max_batch_size", "kv_cache_gb", "model_parallel_size", "timeout", "log_dir", "output_file")
 
 
-READ = (".safetensors", ".bin", ".pth", ".pt", ".model", ".tiktoken", ".jinja")  # of a checkpoint's folder
-
-
-def fingerprint(*paths: str | None) -> str:
-    """Of files, and the files right in folders (not what a run may write below), by names, sizes and times of change."""
-    digest = hashlib.sha256()
-    for path in (Path(path) for path in paths if path is not None):
-        inside = (
-            [file for file in sorted(path.iterdir()) if file.is_file() and file.suffix in READ] if path.is_dir() else [path]
-        )
-        for file in inside:
-            status = file.stat()
-            digest.update(f"{file}/{status.st_size}/{status.st_mtime_ns}\n".encode())
-    return digest.hexdigest()[:16]
-
-
 class Journal:
     """One file per data-parallel rank beside the output, `OUTPUT.partial-RANK`; gone when the output is there."""
 
-    def __init__(self, output: Path, settings: dict, read: str, parallel: Parallel) -> None:
-        """settings: the script's flags; read: the `fingerprint` of what it reads."""
+    def __init__(self, output: Path, settings: dict, parallel: Parallel) -> None:
+        """settings: the script's flags. Raises UserError when what is there was begun with others."""
         self.output, self.parallel, self._file = output, parallel, None
-        self.header = {name: value for name, value in settings.items() if name not in FREE} | {"files": read}
+        self.header = identity(settings, FREE)
+        self.known = self._read()  # what earlier runs finished
 
-    def read(self) -> dict[int, Completion]:
-        """What earlier runs finished. Raises UserError when they had other settings."""
+    def _read(self) -> dict[int, Completion]:
         known: dict[int, Completion] = {}
         for path in self._files():
             try:
@@ -58,15 +42,10 @@ class Journal:
         return known
 
     def _check(self, begun: dict, path: Path) -> None:
-        header = json.loads(json.dumps(self.header))
-        changed = [
-            f"{name} {begun.get(name)!r}, now {header.get(name)!r}"
-            for name in sorted(header.keys() | begun.keys())
-            if header.get(name) != begun.get(name)
-        ]
+        changed = differences(begun, self.header)
         if changed:
             raise UserError(
-                f"{path}: was begun with other settings: {'; '.join(changed)}. Give the same to go on, or remove it to begin again"
+                f"{path}: was begun with other settings ({', '.join(changed)}); give the same to go on, or remove it to begin again"
             )
 
     def open(self) -> None:
@@ -113,7 +92,7 @@ def generate_all(
     journal: Journal | None = None,
 ) -> list[Completion]:
     """A completion for each prompt, with a progress bar; those that the journal holds are not generated again."""
-    known = agreed(journal.read) if journal else {}
+    known = dict(journal.known) if journal else {}
     if known:
         log.info(f"{len(known)} of {len(prompts)} are there already, from a run that was cut off")
     missing = [i for i in range(len(prompts)) if i not in known]

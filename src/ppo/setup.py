@@ -67,7 +67,7 @@ def open_roles(settings: dict, parallel: Parallel, dtype: torch.dtype) -> Opened
     if s["shared_trunk"]:
         critic, verifier = (actor if s[flag] is not None else None for flag in ("critic_ckpt_dir", "reward_model_ckpt_dir"))
         if critic:
-            anew = s["critic_ckpt_dir"] == s["actor_ckpt_dir"]
+            anew = Path(s["critic_ckpt_dir"]).resolve() == Path(s["actor_ckpt_dir"]).resolve()
             adapters["value"] = None if anew else adapter_on(actor.checkpoint, s["critic_ckpt_dir"])
         if verifier:
             adapters["reward"] = adapter_on(actor.checkpoint, s["reward_model_ckpt_dir"])

@@ -10,6 +10,7 @@ import platform
 import signal
 import time
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable
 
@@ -19,15 +20,15 @@ from safetensors import safe_open
 from torch import Tensor
 
 from src.checkpoint.files import read_json
-from src.checkpoint.manifest import MANIFEST, sync
+from src.checkpoint.manifest import MANIFEST, read_manifest, sync
 from src.checkpoint.steps import FINISHED, Steps, is_step, list_steps, open_step
 from src.data.rows import write_json
-from src.errors import Stopped, UserError
-from src.generation.journal import fingerprint
+from src.errors import Finished, Stopped, UserError
+from src.identity import differences, identity
 from src.logs import RunLog
 from src.models.layout import TensorSpec
 from src.models.transformer import Transformer
-from src.parallel.setup import Parallel, agreed
+from src.parallel.setup import Parallel, agreed, stop
 from src.trainer.optimizer import Optimizer
 from src.trainer.state import SavedModel, counters_of, file_of, restore, tensors_of
 
@@ -37,18 +38,70 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 # Flags that change where, how fast or how visibly a run trains, not what it learns.
 FREE = {
-    *("log_dir", "timeout", "save_every", "keep", "resume", "profile", "log_samples", "dump_rollouts", "eval_batch_size"),
+    *("save_dir", "actor_save_dir", "critic_save_dir", "log_dir", "dump_rollouts", "log_samples", "profile"),
+    *("save_every", "keep", "resume", "timeout", "zero", "offload", "update", "kv_cache_gb", "checkpoint_activations", "compile"),
     *("model_parallel_size", "rollout_model_parallel_size", "critic_model_parallel_size", "reward_model_parallel_size"),
-    *("zero", "offload", "update", "kv_cache_gb", "rollout_batch_size", "max_batch_size", "accumulation_steps"),
-    *("max_tokens_per_batch", "checkpoint_activations", "compile"),
+    *("rollout_batch_size", "eval_batch_size", "max_batch_size", "accumulation_steps", "max_tokens_per_batch"),
 }
 
 
-def check_resume(resume: str) -> None:
-    """Raise UserError when --resume names what is no saved step."""
+@dataclass(frozen=True)
+class Earlier:
+    """What an earlier run of the same command left, as found before any work."""
+
+    folder: Path  # of the run's steps
+    settings: dict  # by which a later run is known to be the same
+    step: Path | None  # the one to go on from
+    manifest: dict  # that step's
+
+    @classmethod
+    def find(cls, settings: dict, save_dir: str, parallel: Parallel) -> "Earlier":
+        """Look, on all ranks together; settings: the script's flags. A step's hashes are compared, by all ranks.
+
+        Raises UserError when --resume names no step, when the step is damaged or was saved by a run with other settings; Finished when
+        this very run has been done and its model is there.
+        """
+        folder = Path(f"{save_dir.rstrip('/')}-state")
+        own = identity(settings, FREE) if parallel.is_main else {}
+
+        def look() -> tuple[str | None, str | None]:
+            if not parallel.is_main:  # rank 0 looks for all: another rank may see the folder of a moment later
+                return None, None
+            step = _chosen(settings["resume"], folder)
+            if settings["resume"] == "auto" and (folder / FINISHED).is_file() and (Path(save_dir) / MANIFEST).is_file():
+                done = read_json(folder / FINISHED)
+                _check_same(folder / FINISHED, done.get("settings"), own)
+                return None, f"this run finished after step {done.get('step')}; --resume none runs it again"
+            if step is not None:
+                _check_same(step, read_manifest(step).get("settings"), own)
+            return None if step is None else str(step), None
+
+        found = [agreed(look)]
+        dist.broadcast_object_list(found, src=0)
+        step, finished = found[0]
+        if finished:
+            stop()
+            raise Finished(finished)
+        return cls(folder, own, Path(step), open_step(Path(step), parallel)) if step else cls(folder, own, None, {})
+
+
+def _chosen(resume: str, folder: Path) -> Path | None:
+    if resume == "none":
+        return None
+    if resume == "auto":
+        return next(reversed(list_steps(folder)), None)
     path = Path(resume)
-    if resume not in ("auto", "none") and not (is_step(path) and (path / MANIFEST).is_file()):
-        raise UserError(f"--resume {resume}: is no saved step; they are called step-… and lie in SAVE_DIR-state")
+    if not (is_step(path) and (path / MANIFEST).is_file()):
+        raise UserError(f"--resume {resume}: is no saved step; they are called step-… and lie in {folder}")
+    return path
+
+
+def _check_same(path: Path, before: object, now: dict) -> None:
+    changed = differences(before, now)
+    if changed:
+        raise UserError(
+            f"{path}: belongs to a run with other settings ({', '.join(changed)}); give these, --resume none, or another folder to save to"
+        )
 
 
 class Saving:
@@ -56,28 +109,23 @@ class Saving:
 
     def __init__(
         self,
+        earlier: Earlier,
         settings: dict,
-        save_dir: str,
         models: dict[str, tuple[Transformer, Optimizer]],
-        read: list[str | None],
         parallel: Parallel,
         log: RunLog,
         parts: dict[str, Part] | None = None,
         tensors: dict[str, tuple[dict[str, Tensor], dict[str, TensorSpec]]] | None = None,
         at_work: Callable[[str], AbstractContextManager] = lambda name: nullcontext(),
     ) -> None:
-        """models: name → (model, optimizer) of what is trained; read: the files and folders that the run depends on; tensors: others
+        """models: name → (model, optimizer) of what is trained; tensors: others that change: name → (this rank's, how they are cut);
 
-        that change: name → (this rank's, how they are cut); parts: what else does, as JSON: name → (how to get it, how to set it), set
-        after the tensors; at_work(name): around what needs the model, or the tensors, of that name on the device.
+        parts: what else does, as JSON: name → (how to get it, how to set it), set after the tensors; at_work(name): around what needs
+        the model, or the tensors, of that name on the device.
         """
-        self.save_dir = Path(save_dir)
-        self.folder, self.every, self.parallel, self.log = Path(f"{save_dir.rstrip('/')}-state"), settings["save_every"], parallel, log
+        self.earlier, self.every, self.parallel, self.log = earlier, settings["save_every"], parallel, log
         self.models, self.parts, self.tensors, self.at_work = models, parts or {}, tensors or {}, at_work
-        self.resume_from = settings["resume"]
-        self.settings = {name: value for name, value in settings.items() if name not in FREE}
-        self.settings["files"] = fingerprint(*sorted(path for path in read if path is not None))
-        self.steps = Steps(self.folder, settings["keep"], parallel)
+        self.steps = Steps(earlier.folder, settings["keep"], parallel)
         self.told, self.step = False, 0  # told to stop, on this rank; the last step that was taken
         self.before = signal.signal(signal.SIGTERM, self._on_signal)
         if platform.system() == "Linux" and "RANK" in os.environ:  # a launcher that dies takes its workers along
@@ -93,13 +141,11 @@ class Saving:
     # --- going on ---------------------------------------------------------------------------------------------------
 
     def resume(self) -> int:
-        """Bring back the newest step, or the one that --resume names, and return its number; 0 where there is none, or by none."""
-        path = agreed(self._chosen)
-        self.steps.go_back_to(None if path is None else path)
+        """Bring back the step that was found, and return its number; 0 where there is none."""
+        path, manifest = self.earlier.step, self.earlier.manifest
+        self.steps.go_back_to(path)
         if path is None:
             return 0
-        manifest = open_step(path, self.parallel)
-        agreed(lambda: self._check(path, manifest["settings"]))
 
         def load() -> None:
             for name, (model, optimizer) in self.models.items():
@@ -116,43 +162,8 @@ class Saving:
 
         agreed(load)
         self.step = manifest["step"]
-        self.log.info(f"goes on after step {manifest['step']}, from {path}")
-        return manifest["step"]
-
-    def finished(self) -> bool:
-        """Whether this very run has been done already, its model is there, and says so."""
-        path = self.folder / FINISHED
-        # Rank 0 looks for all: another rank may see the folder of a moment later.
-        found = [self.resume_from == "auto" and path.is_file() and (self.save_dir / MANIFEST).is_file()]
-        dist.broadcast_object_list(found, src=0)
-        if not found[0]:
-            return False
-        done = agreed(lambda: read_json(path))
-        agreed(lambda: self._check(path, done.get("settings")))
-        self.log.info(f"this run finished after step {done.get('step')}; --resume none runs it again")
-        signal.signal(signal.SIGTERM, self.before)
-        return True
-
-    def _chosen(self) -> Path | None:
-        if self.resume_from == "none":
-            return None
-        if self.resume_from != "auto":
-            return Path(self.resume_from)
-        steps = list_steps(self.folder)
-        # Rank 0 looks for all: another rank may see the folder of a moment later.
-        chosen = [str(steps[-1]) if steps else None]
-        dist.broadcast_object_list(chosen, src=0)
-        return Path(chosen[0]) if chosen[0] else None
-
-    def _check(self, path: Path, before: dict | None) -> None:
-        before = before if isinstance(before, dict) else {}
-        changed = sorted(name for name in before.keys() | self.settings.keys() if before.get(name) != self.settings.get(name))
-        if changed:
-            said = ", ".join(
-                "what is read has changed" if name == "files" else f"--{name} {before.get(name)} → {self.settings.get(name)}"
-                for name in changed
-            )
-            raise UserError(f"{path}: belongs to a run with other settings ({said}); give these, --resume none, or another folder to save to")
+        self.log.info(f"goes on after step {self.step}, from {path}")
+        return self.step
 
     # --- saving -----------------------------------------------------------------------------------------------------
 
@@ -183,7 +194,7 @@ class Saving:
         if p.mp_rank == 0:
             files[f"random.dp-{p.dp_rank:02d}.safetensors"] = self._random()
         about = {
-            "settings": self.settings,
+            "settings": self.earlier.settings,
             "layouts": {
                 **{name: {"mp": o.parallel.mp_size, "dp": o.parallel.dp_size} for name, (_, o) in self.models.items()},
                 **{name: {"mp": p.mp_size, "dp": 1} for name in self.tensors},
@@ -210,7 +221,8 @@ class Saving:
         """The run is over and its models are saved."""
         self.steps.wait()
         signal.signal(signal.SIGTERM, self.before)
-        if self.parallel.is_main and self.folder.is_dir():
-            write_json(self.folder / FINISHED, {"step": self.step, "settings": self.settings})
-            sync(self.folder)
+        folder = self.earlier.folder
+        if self.parallel.is_main and folder.is_dir():
+            write_json(folder / FINISHED, {"step": self.step, "settings": self.earlier.settings})
+            sync(folder)
 

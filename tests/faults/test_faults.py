@@ -13,6 +13,7 @@ from src.checkpoint.steps import list_steps
 from src.errors import STOPPED
 from tests.faults.harness import Run, alive, curve, hashes, kill_at_random, recorded, steps_in
 from tests.launch import ROOT
+from tests.trainer.test_saving import STAGES
 
 CUT = {("SFT", 1): 1}  # kills in `make test`; 20 of each trainer and degree in `make faults`
 
@@ -49,6 +50,27 @@ def test_killed_at_random_moments_a_run_goes_on_bit_for_bit(command, undisturbed
     assert hashes(tmp_path / "model") == weights
     assert curve(logs) == losses
     print(f"{trainer}, {ranks} ranks: {done} kills, weights and curve the same")
+
+
+@pytest.mark.parametrize("trainer", ["SFT", "verifier", "PPO"])
+def test_killed_at_every_stage_of_a_save_a_run_goes_on_bit_for_bit(command, undisturbed, full, tmp_path, trainer):
+    """One kill a launch, of the rank that writes the manifest and of another one; each launch goes on from the last whole step."""
+    if not full:
+        pytest.skip("tried by `make faults`")
+    arguments, state, ranks, newest = command(trainer, tmp_path), tmp_path / "model-state", 2, []
+    for stage in STAGES:
+        rank = 0 if stage in ("written", "manifest", "renamed") else 1  # the manifest is rank 0's work
+        run = Run(["tests/faults/killed.py", stage, str(rank), *arguments], ranks, tmp_path / "log")
+        assert run.wait() != 0
+        whole_steps(state)
+        newest.append(max(steps_in(state), default=0))
+    every = 2 if trainer == "PPO" else 4
+    gained = [(after - before) // every for before, after in zip([0, *newest], newest)]
+    assert gained[:3] == [0, 0, 0] and gained[3] == 1, "a step counts from its renaming on"
+    finished(arguments, ranks, tmp_path / "log")
+    weights, losses = undisturbed(trainer, ranks)
+    assert hashes(tmp_path / "model") == weights and curve(tmp_path / "model-logs") == losses
+    print(f"{trainer}: killed at {', '.join(STAGES)}; newest steps {newest}; weights and curve the same")
 
 
 def test_an_offloaded_run_is_saved_role_by_role_and_goes_on(command, tmp_path):

@@ -6,13 +6,13 @@ import pytest
 
 from src.errors import UserError
 from src.generation.engine import Completion
-from src.generation.journal import Journal, fingerprint
+from src.generation.journal import Journal
 from tests.test_scripts import call, flags, must, refused, rows_of
 
 
 @pytest.fixture
 def journal(tmp_path, parallel):
-    return lambda **settings: Journal(tmp_path / "out.jsonl", {"temperature": 1.0, "max_batch_size": 4, **settings}, "files", parallel)
+    return lambda **settings: Journal(tmp_path / "out.jsonl", {"temperature": 1.0, "max_batch_size": 4, **settings}, parallel)
 
 
 def write(journal, *requests: int) -> None:
@@ -23,43 +23,33 @@ def write(journal, *requests: int) -> None:
 
 
 def test_what_was_added_is_read_by_the_next(journal):
-    assert journal().read() == {}
+    assert journal().known == {}
     write(journal(), 3, 1)
     write(journal(max_batch_size=9), 5)  # a flag that changes no completion
-    assert journal().read() == {i: Completion([i, 2], [-0.5, -0.25], "stop") for i in (3, 1, 5)}
+    assert journal().known == {i: Completion([i, 2], [-0.5, -0.25], "stop") for i in (3, 1, 5)}
     journal().remove()
-    assert journal().read() == {}
+    assert journal().known == {}
 
 
 def test_a_line_that_was_cut_short_is_generated_again(journal, tmp_path):
     write(journal(), 0, 1)
     path = tmp_path / "out.jsonl.partial-0"
     path.write_bytes(path.read_bytes()[:-9])
-    assert set(journal().read()) == {0}
+    assert set(journal().known) == {0}
     write(journal(), 7)
-    assert set(journal().read()) == {0, 7}
+    assert set(journal().known) == {0, 7}
 
 
 def test_other_settings_are_refused_by_name(journal):
     write(journal(), 0)
-    with pytest.raises(UserError, match=r"temperature 1.0, now 0.5.*Give the same to go on, or remove it"):
-        journal(temperature=0.5).read()
+    with pytest.raises(UserError, match=r"--temperature 1.0 → 0.5.*give the same to go on, or remove it"):
+        journal(temperature=0.5)
 
 
 def test_a_file_of_something_else_is_refused(journal, tmp_path):
     (tmp_path / "out.jsonl.partial-0").write_text("thesis\n")
     with pytest.raises(UserError, match="out.jsonl.partial-0: cannot be read"):
-        journal().read()
-
-
-def test_fingerprint_sees_a_changed_file(tmp_path):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "x.safetensors").write_text("1")
-    before = fingerprint(str(tmp_path / "a"), None)
-    (tmp_path / "a" / "out.jsonl.partial-0").write_text("what a run writes")
-    assert before == fingerprint(str(tmp_path / "a"), None)
-    (tmp_path / "a" / "x.safetensors").write_text("12")
-    assert fingerprint(str(tmp_path / "a"), None) != before
+        journal()
 
 
 def test_interrupted_generation_goes_on(tmp_path, monkeypatch):
@@ -96,7 +86,7 @@ def test_interrupted_generation_goes_on(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Engine, "generate", told)
     refused(call("solver_generate.py", *flags(**(command | {"temperature": 0.5}), output_file=tmp_path / "out.jsonl")),
-            "temperature 1.0, now 0.5")
+            "--temperature 1.0 → 0.5")
     must("solver_generate.py", *flags(**(command | {"max_batch_size": 3}), output_file=tmp_path / "out.jsonl"))
     assert len(asked) == 24 - 9
     a, b = rows_of(tmp_path / "out.jsonl"), rows_of(tmp_path / "whole.jsonl")
