@@ -11,8 +11,9 @@ import pytest
 from src.checkpoint.manifest import problems, read_manifest
 from src.checkpoint.steps import list_steps
 from src.errors import STOPPED
-from tests.faults.harness import Run, alive, curve, hashes, kill_at_random, recorded, steps_in
+from tests.faults.harness import Run, alive, children_of, curve, hashes, kill_at_random, recorded, steps_in
 from tests.launch import ROOT
+from tests.test_scripts import call, refused
 from tests.trainer.test_saving import STAGES
 
 CUT = {("SFT", 1): 1}  # kills in `make test`; 20 of each trainer and degree in `make faults`
@@ -173,15 +174,33 @@ def test_a_full_disk_is_named_and_older_steps_stay(command, full, tmp_path):
         subprocess.run(["umount", place], check=True)
 
 
-def test_other_settings_are_refused_and_named(command, base, tmp_path):
-    arguments = command("SFT", tmp_path, save_every=1000)
-    run = Run(arguments, 1, tmp_path / "log")
-    run.until(lambda: recorded(tmp_path / "model-logs") >= 3, "three steps")
-    os.kill(run.process.pid, signal.SIGTERM)
-    assert run.wait() == STOPPED
-    run = Run(command("SFT", tmp_path, save_every=1000, lr=2e-2), 1, tmp_path / "log 2")
-    assert run.wait() == 2
-    assert "belongs to a run with other settings (--lr 0.01 → 0.02)" in run.said()
+def test_the_same_run_is_known_and_another_refused_before_any_work(command, base, tmp_path, monkeypatch):
+    def asked(**more):
+        script, *given = command("SFT", tmp_path, epochs=1, **more)
+        return call(script, *given)
+
+    assert asked().code == 0
+    before = hashes(tmp_path / "model")
+    monkeypatch.setattr("src.checkpoint.load.load_model", lambda *_: pytest.fail("a model was loaded"))
+    data, state = base / "data", tmp_path / "model-state"
+    for same in ({}, dict(train_file=data / ".." / "data" / "train.json"), dict(max_batch_size=2, accumulation_steps=2), dict(keep=9)):
+        done = asked(**same)
+        assert done.code == 0 and "this run finished after step 12; --resume none runs it again" in done.err
+    changed = {
+        "--lr 0.01 → 0.02": dict(lr=2e-2),
+        "test.json": dict(train_file=data / "test.json"),
+        "--label_file None → ": dict(task="GSM8K", label_file=data / "test.json"),
+        "--rows_per_step 4 → 2": dict(max_batch_size=2),
+        "--config_file None → ": dict(config_file=base / "start" / "config.json"),
+        "nowhere: is no saved step": dict(resume="nowhere"),
+    }
+    for message, more in changed.items():
+        refused(asked(**more), message)
+    (state / "finished.json").unlink()
+    file = next(list_steps(state)[-1].glob("model*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+    refused(asked(), f"{file}: its SHA-256 is not that of what was written")
+    assert hashes(tmp_path / "model") == before
 
 
 def test_the_supervisor_starts_again_while_there_is_progress(command, undisturbed, full, tmp_path):
@@ -189,15 +208,9 @@ def test_the_supervisor_starts_again_while_there_is_progress(command, undisturbe
         pytest.skip("tried by `make faults`")
     run = Run(command("SFT", tmp_path), 1, tmp_path / "log", launcher=[str(ROOT / "deploy" / "run.sh")])
     run.until(lambda: steps_in(tmp_path / "model-state"), "a step")
-    os.kill(next(pid for pid in children(run.process.pid)), signal.SIGKILL)
+    os.kill(children_of(run.process.pid)[0], signal.SIGKILL)
     assert run.wait() == 0, run.said()[-2000:]
     assert "restart 1" in run.said() and hashes(tmp_path / "model") == undisturbed("SFT", 1)[0]
     hopeless = Run(command("SFT", tmp_path / "other", ckpt_dir=tmp_path / "nowhere"), 1, tmp_path / "log 2",
                    launcher=[str(ROOT / "deploy" / "run.sh")])
     assert hopeless.wait() == 2 and "saved no new step" in hopeless.said()
-
-
-def children(pid: int) -> list[int]:
-    from tests.faults.harness import children_of
-
-    return children_of(pid)
