@@ -100,3 +100,15 @@ def machine() -> str:
         "",
     )
     return f"{model or platform.processor()}, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}, {torch.get_num_threads()} threads"
+
+
+def report(tables: dict[str, Callable[[], list[str]]], only: str | None, out: str | None) -> None:
+    """Make the tables, or `only` one of them, print them as Markdown, and write that to the file `out`."""
+    lines = [f"Machine: {machine()}.", ""]
+    for name in [only] if only else tables:
+        lines += [*tables[name](), ""]
+    text = "\n".join(lines)
+    print(text)
+    if out:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        Path(out).write_text(text)

@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Literal
 
-from common import ROOT, alternate, machine, make_model, make_tokenizer, median
+from common import ROOT, alternate, make_model, make_tokenizer, median, report
 
 from src.cli import run
 
@@ -257,14 +257,7 @@ def main(
             "trl": lambda: beside_trl(work, trl_python, rounds, iterations, max_batch_size, TRL_SETTINGS[trl]),
             "memory": lambda: lora_memory(work, rounds, max_batch_size),
         }
-        lines = [f"Machine: {machine()}.", ""]
-        for name in [only] if only else tables:
-            lines += [*tables[name](), ""]
-    text = "\n".join(lines)
-    print(text)
-    if out:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        Path(out).write_text(text)
+        report(tables, only, out)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from common import ROOT, alternate, machine, make_model, make_tokenizer, median
+from common import ROOT, alternate, make_model, make_tokenizer, median, report
 
 from src.cli import run
 
@@ -282,14 +282,7 @@ def main(
             "length": lambda: length_of_the_run(train_file, work),
             "start": lambda: start_up(train_file, work, rounds),
         }
-        lines = [f"Machine: {machine()}.", ""]
-        for name in [only] if only else tables:
-            lines += [*tables[name](), ""]
-    text = "\n".join(lines)
-    print(text)
-    if out:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        Path(out).write_text(text)
+        report(tables, only, out)
 
 
 if __name__ == "__main__":
