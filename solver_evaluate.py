@@ -123,12 +123,6 @@ def main(
         if opened is None:
             summary, predictions = graded(data.task, data.instructions, data.golds, texts, None, num_samples)
         else:
-            journal = Journal(
-                Path(log_dir) / "predictions.jsonl",
-                settings,
-                fingerprint(ckpt_dir, adapter_dir, label_file, tokenizer_file, config_file),
-                parallel,
-            )
             engine = engine_of(model, parallel, max_batch_size, max_seq_len, kv_cache_gb, num_beams, length_penalty)
             summary, predictions = evaluate_solver(
                 engine, opened.tokenizer, data.task, data.instructions, data.golds, sampling, log, num_samples, journal
