@@ -206,7 +206,8 @@ def test_the_same_run_is_known_and_another_refused_before_any_work(command, base
 def test_the_supervisor_starts_again_while_there_is_progress(command, undisturbed, full, tmp_path):
     if not full:
         pytest.skip("tried by `make faults`")
-    run = Run(command("SFT", tmp_path), 1, tmp_path / "log", launcher=[str(ROOT / "deploy" / "run.sh")])
+    arguments = command("SFT", tmp_path, resume="none")  # of the first attempt alone
+    run = Run(arguments, 1, tmp_path / "log", launcher=[str(ROOT / "deploy" / "run.sh")])
     run.until(lambda: steps_in(tmp_path / "model-state"), "a step")
     os.kill(children_of(run.process.pid)[0], signal.SIGKILL)
     assert run.wait() == 0, run.said()[-2000:]
