@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from datetime import datetime
 from types import SimpleNamespace
 
@@ -44,9 +45,13 @@ class RunLog:
             self._record("start", settings=plain(self.settings), git=_git_revision(),
                          versions={"python": sys.version.split()[0]} | {p: _version(p) for p in PACKAGES},
                          environment={k: os.environ[k] for k in ENVIRONMENT if k in os.environ})
+        if self.rank == 0:  # what libraries warn of is a warning too
+            self._showwarning, warnings.showwarning = warnings.showwarning, self._library_warns
         return self
 
     def __exit__(self, kind, error, _):
+        if self.rank == 0:
+            warnings.showwarning = self._showwarning
         if self._records is not None:
             outcome = f"stopped by {kind.__name__}: {error}" if kind else "finished"
             self._write(outcome)  # to the file alone: an error reaches stderr by itself
@@ -71,6 +76,9 @@ class RunLog:
     def warning(self, message):
         """Write a line that begins with WARNING."""
         self.info(f"WARNING {message}", level="warning")
+
+    def _library_warns(self, message, category, filename, lineno, file=None, line=None):
+        self.warning(f"{category.__name__}: {message} ({filename}:{lineno})")
 
     def scalars(self, step, values, prefix="train"):
         """Record {name: number} at `step`; NaN and infinities become null in the JSON."""
@@ -102,7 +110,7 @@ class RunLog:
 
     def _record(self, event, **fields):
         now = datetime.now().astimezone().isoformat(timespec="milliseconds")
-        self._records.write(json.dumps({"event": event, "time": now, **fields}, allow_nan=False) + "\n")
+        self._records.write(json.dumps({"event": event, "time": now, "rank": self.rank, **fields}, allow_nan=False) + "\n")
 
     @functools.cached_property
     def _tensorboard(self):

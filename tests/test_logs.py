@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,18 @@ def test_records_lines_and_event_files(tmp_path, capsys):
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(7, 0.5)]
     assert math.isnan(events.Scalars("train/bad")[0].value)
+
+
+def test_what_libraries_warn_of_is_logged(tmp_path, capsys):
+    before = warnings.showwarning
+    with RunLog(tmp_path, "run", {}, 0), warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.warn("this goes away in 3.0", FutureWarning)
+    warned = [r for r in records(tmp_path) if r.get("level") == "warning"]
+    assert len(warned) == 1 and warned[0]["rank"] == 0
+    assert warned[0]["message"].startswith("WARNING FutureWarning: this goes away in 3.0 (") and "test_logs.py" in warned[0]["message"]
+    assert "WARNING FutureWarning" in (tmp_path / "run.log").read_text() and "WARNING FutureWarning" in capsys.readouterr().err
+    assert warnings.showwarning is before
 
 
 @pytest.mark.parametrize("terminal", [True, False])

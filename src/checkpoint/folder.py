@@ -70,13 +70,13 @@ def check_apart(saved: dict[str, str], others: dict[str, str | None]) -> None:
                 )
 
 
-def check_space(folder: Path, needed: int) -> None:
-    """Raise UserError when the disk has less than `needed` bytes free for a new folder beside the old."""
+def check_space(folder: Path, needed: int, what: str = "") -> None:
+    """Raise UserError when the disk has less than `needed` bytes free for a new folder beside the old; what: for whom."""
     above = next(parent for parent in folder.parents if parent.exists())
     free = shutil.disk_usage(above).free
     if free < needed:
         raise UserError(
-            f"{folder}: {needed / 1e9:.3f} GB are needed and {free / 1e9:.3f} GB are free: make room or save elsewhere"
+            f"{folder}: {needed / 1e9:.3f} GB are needed{what and ' ' + what} and {free / 1e9:.3f} GB are free: make room or save elsewhere"
         )
 
 

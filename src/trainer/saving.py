@@ -20,6 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from src.checkpoint.files import read_json
+from src.checkpoint.folder import check_space
 from src.checkpoint.manifest import MANIFEST, read_manifest, sync
 from src.checkpoint.steps import FINISHED, Steps, is_step, list_steps, open_step
 from src.data.rows import write_json
@@ -30,7 +31,7 @@ from src.models.layout import TensorSpec
 from src.models.transformer import Transformer
 from src.parallel.setup import Parallel, agreed, stop
 from src.trainer.optimizer import Optimizer
-from src.trainer.state import SavedModel, counters_of, file_of, restore, tensors_of
+from src.trainer.state import SavedModel, bytes_of, counters_of, file_of, restore, tensors_of
 
 Part = tuple[Callable[[], Any], Callable[[Any], None]]
 SECOND_SIGNAL_S = 3.0
@@ -144,6 +145,7 @@ class Saving:
         """Bring back the step that was found, and return its number; 0 where there is none."""
         path, manifest = self.earlier.step, self.earlier.manifest
         self.steps.go_back_to(path)
+        self._check_space()
         if path is None:
             return 0
 
@@ -207,6 +209,19 @@ class Saving:
     def _random(self) -> dict[str, Tensor]:
         states = {"cpu": torch.get_rng_state()}
         return states | ({"cuda": torch.cuda.get_rng_state()} if self.parallel.device.type == "cuda" else {})
+
+    def _check_space(self) -> None:
+        """Raise UserError when --keep steps and one more will not fit on the disk, beside those that are there."""
+        if self.every is None:
+            return
+        size = sum(bytes_of(model, optimizer) for model, optimizer in self.models.values())
+        if self.parallel.dp_rank == 0:
+            size += sum(x.nbytes for tensors, _ in self.tensors.values() for x in tensors.values())
+        total = torch.tensor(size, device=self.parallel.device)
+        dist.all_reduce(total)
+        there = min(len(list_steps(self.earlier.folder)), self.steps.keep)
+        needed = int(total) * (self.steps.keep + 1 - there)
+        agreed(lambda: check_space(self.earlier.folder, needed, f"for --keep {self.steps.keep} steps and one more"))
 
     def _restore_random(self, path: Path) -> None:
         """Dropout's state; a data-parallel rank that there was none of keeps the one that it began with."""

@@ -47,6 +47,16 @@ def tensors_of(model: Transformer, optimizer: Optimizer) -> dict[str, Tensor]:
     return {key: x.detach().to(device="cpu", copy=True).contiguous() for key, x in out.items()}
 
 
+def bytes_of(model: Transformer, optimizer: Optimizer) -> int:
+    """What `tensors_of` takes on this rank, once the optimizer has averages."""
+    first = optimizer.parallel.dp_rank == 0
+    weights = sum(p.nbytes for p in model.parameters() if p.requires_grad) if first else 0
+    if not (first or optimizer.sharded):
+        return weights
+    fp32 = 4  # bytes of a number in the averages
+    return weights + sum(2 * fp32 * kept.numel() + (kept is not p) * kept.nbytes for p, kept in optimizer.kept())
+
+
 def counters_of(optimizer: Optimizer) -> dict:
     """What belongs to the optimizer beside tensors."""
     steps = [int(state["step"]) for state in optimizer.local.state.values() if "step" in state]

@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -164,9 +165,15 @@ def test_a_full_disk_is_named_and_older_steps_stay(command, full, tmp_path):
         pytest.skip("a small file system cannot be mounted here: it needs root")
     try:
         log_dir = tmp_path / "logs"
-        run = Run(command("verifier", place, keep=50, save_every=1, log_dir=log_dir), 1, tmp_path / "log")
-        code = run.wait()
-        assert code == 2, run.said()[-2000:]
+        run = Run(command("verifier", place, keep=50, save_every=1, log_dir=log_dir), 1, tmp_path / "log 1")
+        assert run.wait() == 2 and "are needed for --keep 50 steps and one more" in run.said(), run.said()[-2000:]
+        assert recorded(log_dir) == 0 and not list(place.iterdir()), "a step was taken first"
+        run = Run(command("verifier", place, keep=1, save_every=1, log_dir=log_dir), 1, tmp_path / "log")
+        run.until(lambda: steps_in(place / "model-state"), "a step")
+        with (place / "others").open("wb", buffering=0) as others, suppress(OSError):  # somebody fills the disk
+            while True:
+                others.write(bytes(4096))
+        assert run.wait() == 2, run.said()[-2000:]
         assert "No space left" in run.said() or "os error 28" in run.said(), run.said()[-2000:]
         assert steps_in(place / "model-state") and not list((place / "model-state").glob(".tmp*"))
         whole_steps(place / "model-state")

@@ -16,7 +16,7 @@ from src.checkpoint.steps import Steps, list_steps, open_step
 from src.models.lora import LoRAConfig, add_lora
 from src.parallel.setup import Parallel, start, stop
 from src.trainer.optimizer import Optimizer
-from src.trainer.state import SavedModel, counters_of, file_of, restore, specs_of, tensors_of
+from src.trainer.state import SavedModel, bytes_of, counters_of, file_of, restore, specs_of, tensors_of
 from tests.trainer.tiny import ours
 
 DEGREES = (1, 2, 4)
@@ -62,6 +62,8 @@ def main(folder: Path) -> None:
             place = folder / f"steps {kind} {a}"
             steps = Steps(place, 2, parallel)
             tensors, counters = tensors_of(model, optimizer), counters_of(optimizer)
+            foretold = [None] * parallel.world_size
+            dist.all_gather_object(foretold, bytes_of(model, optimizer) == sum(x.nbytes for x in tensors.values()))
             files = {file_of("model", parallel.mp_rank, parallel.dp_rank): tensors} if tensors else {}
             steps.save(7, files, {"layout": {"mp": a, "dp": parallel.dp_size}, "counters": counters})
             steps.wait()
@@ -72,7 +74,7 @@ def main(folder: Path) -> None:
                 restore(model, optimizer, SavedModel(list_steps(place)[-1], "model", manifest["layout"]), manifest["counters"])
                 got = whole_state(model, optimizer)
                 differ = sorted(want.keys() ^ got.keys()) + [k for k in want.keys() & got.keys() if not torch.equal(want[k], got[k])]
-                wrong[kind, a, b] = differ + ([] if counters_of(optimizer) == counters else ["counters"])
+                wrong[kind, a, b] = differ + ["counters"] * (counters_of(optimizer) != counters) + ["size"] * (not all(foretold))
             dist.barrier()
             if parallel.is_main:
                 shutil.rmtree(place)
