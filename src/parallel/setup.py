@@ -6,6 +6,7 @@ that wait for half an hour.
 """
 
 import ctypes
+import functools
 import math
 import os
 import platform
@@ -175,6 +176,7 @@ def settle_vector_math() -> None:
     torch.exp(torch.ones(1))
 
 
+@functools.cache
 def matmul_rate(dtype: torch.dtype, device: torch.device, rounds: int = 3) -> float:
     """FLOP/s of the best of a few square matrix products: what a model's products could reach at most."""
     n = 8192 if device.type == "cuda" else 2048
