@@ -29,6 +29,8 @@ def start(n: int, script: Path | str, *args: str, timeout: float = 240) -> subpr
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     env = {name: value for name, value in os.environ.items() if name not in launcher}
     env.update(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", PYTHONUNBUFFERED="1")
+    if n == 2:  # collectives that do not match become Python errors; at more ranks that takes minutes
+        env["TORCH_DISTRIBUTED_DEBUG"] = "DETAIL"
     command = [sys.executable]
     if n > 1:
         command += ["-m", "torch.distributed.run", "--nnodes", "1", "--nproc_per_node", str(n),

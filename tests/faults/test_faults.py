@@ -13,7 +13,7 @@ from src.checkpoint.manifest import problems, read_manifest
 from src.checkpoint.steps import list_steps
 from src.errors import STOPPED
 from tests.faults.harness import Run, alive, children_of, curve, hashes, kill_at_random, recorded, steps_in
-from tests.launch import ROOT
+from tests.launch import ROOT, start
 from tests.test_scripts import call, refused
 from tests.trainer.test_saving import STAGES
 
@@ -208,6 +208,11 @@ def test_the_same_run_is_known_and_another_refused_before_any_work(command, base
     file.write_bytes(file.read_bytes()[:-1] + b"!")
     refused(asked(), f"{file}: its SHA-256 is not that of what was written")
     assert hashes(tmp_path / "model") == before
+
+
+def test_collectives_that_do_not_match_are_python_errors_in_the_tests():
+    done = start(2, "tests/faults/apart.py")
+    assert done.returncode != 0 and "mismatch between collectives" in done.stderr and "RuntimeError" in done.stderr
 
 
 def test_the_supervisor_starts_again_while_there_is_progress(command, undisturbed, full, tmp_path):
