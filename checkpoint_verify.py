@@ -19,20 +19,21 @@ def main(ckpt_dir: str, config_file: str | None = None, base_dir: str | None = N
     """
     from pathlib import Path
 
-    from src.checkpoint.manifest import MANIFEST
-    from src.checkpoint.steps import is_step, list_steps
+    from src.checkpoint.steps import is_step
     from src.checkpoint.verify import adapter_report, model_report, step_report
     from src.errors import UserError
 
     folder = Path(ckpt_dir)
-    if (folder / "adapter_config.json").is_file():
-        reports = [adapter_report(folder, base_dir)]
-    elif list_steps(folder):
-        reports = [step_report(step) for step in list_steps(folder)]
-    elif is_step(folder) and (folder / MANIFEST).is_file():
-        reports = [step_report(folder)]
-    else:
-        reports = [model_report(folder, config_file)]
+    try:
+        steps = [path for path in sorted(folder.iterdir()) if is_step(path) and path.is_dir()] if folder.is_dir() else []
+        if (folder / "adapter_config.json").is_file():
+            reports = [adapter_report(folder, base_dir)]
+        elif steps or (folder.is_dir() and is_step(folder.resolve())):
+            reports = [step_report(step) for step in steps or [folder.resolve()]]
+        else:
+            reports = [model_report(folder, config_file)]
+    except OSError as error:
+        raise UserError(f"{error.filename or folder}: cannot be read: {error.strerror}") from None
     for report in reports:
         if not report.problems:
             print(report.summary)

@@ -237,7 +237,7 @@ def main(
         timeout: seconds that a collective may take before the run is given up.
     """
     settings = dict(locals())
-    from src.checkpoint.folder import check_apart
+    from src.checkpoint.folder import beside, check_apart
     from src.checkpoint.save import check_save, save_model
     from src.evaluation.tasks import find_task
     from src.evaluation.training import KeepBest, SolverEvaluation
@@ -274,8 +274,8 @@ def main(
                 f"--{flag}_model_parallel_size {size} does not divide the {parallel.mp_size} ranks that share a model in "
                 "training (--model_parallel_size)"
             )
-    number_type, logs = pick_dtype(dtype, parallel.device), log_dir or f"{actor_save_dir.rstrip('/')}-logs"
-    best_dir = f"{actor_save_dir.rstrip('/')}-best" if keep_best else None
+    number_type, logs = pick_dtype(dtype, parallel.device), log_dir or beside(actor_save_dir, "logs")
+    best_dir = beside(actor_save_dir, "best") if keep_best else None
 
     def read_inputs():
         read = {
@@ -310,11 +310,13 @@ def main(
         return opened, evaluation, rule, prompts, mix, states, [w for w in warnings if w]
 
     opened, evaluation, rule, prompts, mix, states, warnings = agreed(read_inputs)
-    kl_control = KLController(states[0].get("kl_coef", DEFAULT_KL_COEF) if kl_coef is None else kl_coef, kl_target, kl_horizon)
+    kl_control = KLController(
+        states[0].get("kl_coef", DEFAULT_KL_COEF) if kl_coef is None else kl_coef, kl_target, kl_horizon
+    )
     with_reference = kl_control.kl_coef > 0
     if not with_reference and (kl or kl_target or ref_ema is not None):
         raise UserError("--kl, --kl_target, --ref_ema: have no effect with --kl_coef 0, which needs no reference")
-    earlier = Earlier.find(settings, actor_save_dir, parallel)
+    earlier = Earlier.find(settings, [actor_save_dir, critic_save_dir], parallel)
     stage = load_roles(opened, settings, parallel, number_type, with_reference)
 
     with RunLog(logs, "ppo_train", settings, parallel.rank) as log:
@@ -380,7 +382,9 @@ def main(
 
         parts = {"best": best.part, **ppo.parts()}
         trained = {role.name: (role.model, role.optimizer) for role in stage.roles.values() if role.optimizer}
-        saving = Saving(earlier, settings, trained, parallel, log, parts, ppo.tensors(), partial(stage.at_work, training=True))
+        saving = Saving(
+            earlier, settings, trained, parallel, log, parts, ppo.tensors(), partial(stage.at_work, training=True)
+        )
         fit(ppo, prompts, plan, log, evaluate, saving)
         save("policy", actor_save_dir, actor)
         log.info(f"saved the policy to {actor_save_dir}")

@@ -115,7 +115,7 @@ def main(
         timeout: seconds that a collective may take before the run is given up.
     """
     settings = dict(locals())
-    from src.checkpoint.folder import check_apart
+    from src.checkpoint.folder import beside, check_apart
     from src.checkpoint.load import load_model
     from src.checkpoint.save import check_save, save_model
     from src.evaluation.training import KeepBest, SolverEvaluation
@@ -131,8 +131,8 @@ def main(
     fit_settings = FitSettings.of(settings)
     parallel = start(model_parallel_size, timeout)
 
-    number_type, logs = pick_dtype(dtype, parallel.device), log_dir or f"{save_dir.rstrip('/')}-logs"
-    best_dir = f"{save_dir.rstrip('/')}-best" if keep_best else None
+    number_type, logs = pick_dtype(dtype, parallel.device), log_dir or beside(save_dir, "logs")
+    best_dir = beside(save_dir, "best") if keep_best else None
 
     def read_inputs():
         check_log_dir(logs, ckpt_dir, adapter_dir)
@@ -153,7 +153,7 @@ def main(
 
     opened, lora, evaluation, sequences, warning = agreed(read_inputs)
     rows_per_step = max_batch_size * accumulation_steps * parallel.dp_size
-    earlier = Earlier.find(settings | {"rows_per_step": rows_per_step}, save_dir, parallel)
+    earlier = Earlier.find(settings | {"rows_per_step": rows_per_step}, [save_dir], parallel)
     model = load_model(opened.checkpoint, parallel, number_type, "lm", seed, quantize, lora)
     with RunLog(logs, "solver_train", settings, parallel.rank) as log:
         if warning:

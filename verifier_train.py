@@ -116,7 +116,7 @@ def main(
         timeout: seconds that a collective may take before the run is given up.
     """
     settings = dict(locals())
-    from src.checkpoint.folder import SCORES_FILE, check_apart
+    from src.checkpoint.folder import SCORES_FILE, beside, check_apart
     from src.checkpoint.load import load_model
     from src.checkpoint.save import check_save, save_model
     from src.evaluation.training import KeepBest, VerifierEvaluation
@@ -133,8 +133,8 @@ def main(
     fit_settings = FitSettings.of(settings)
     parallel = start(model_parallel_size, timeout)
 
-    number_type, logs = pick_dtype(dtype, parallel.device), log_dir or f"{save_dir.rstrip('/')}-logs"
-    best_dir = f"{save_dir.rstrip('/')}-best" if keep_best else None
+    number_type, logs = pick_dtype(dtype, parallel.device), log_dir or beside(save_dir, "logs")
+    best_dir = beside(save_dir, "best") if keep_best else None
 
     def read_inputs():
         check_log_dir(logs, ckpt_dir, adapter_dir)
@@ -155,7 +155,7 @@ def main(
 
     opened, lora, evaluation, pairs, warning = agreed(read_inputs)
     rows_per_step = max_batch_size * accumulation_steps * parallel.dp_size
-    earlier = Earlier.find(settings | {"rows_per_step": rows_per_step}, save_dir, parallel)
+    earlier = Earlier.find(settings | {"rows_per_step": rows_per_step}, [save_dir], parallel)
     model = load_model(opened.checkpoint, parallel, number_type, "score", seed, quantize, lora)
     with RunLog(logs, "verifier_train", settings, parallel.rank) as log:
         for message in filter(None, (warning, evaluation.warning)):
@@ -166,7 +166,9 @@ def main(
         def save(folder: str) -> None:
             moments = score_moments(model, parallel, pairs, eval_batch_size, log) if normalize_scores else None
             if moments:
-                log.info(f"scores on the train file: mean {moments[0]:.4f}, standard deviation {moments[1]:.4f}; stored with them")
+                log.info(
+                    f"scores on the train file: mean {moments[0]:.4f}, standard deviation {moments[1]:.4f}; stored with them"
+                )
             notes = {SCORES_FILE: {"mean": moments[0], "std": moments[1]}} if moments else None
             tokenizer = opened.tokenizer
             save_model(model, parallel, folder, opened.checkpoint, tokenizer.path, tokenizer.borrowed_template, notes)

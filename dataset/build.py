@@ -48,6 +48,8 @@ def gsm8k(source: str, save_dir: str, negatives: Literal["corrupt", "solver"] = 
 def arithmetic(save_dir: str, n_train: int = 20_000, n_test: int = 600, seed: int = 0,
                terse_share: float = 0.5) -> None:
     """Word problems from templates, in GSM8K's format: train outputs worked or terse, test outputs worked."""
+    if min(n_train, n_test) < 1 or not 0 <= terse_share <= 1:
+        raise UserError(f"--n_train {n_train} --n_test {n_test} --terse_share {terse_share}: the counts must be 1 or more, the share in [0, 1]")
     rows = {"train": generate(n_train, seed, "train", terse_share), "test": generate(n_test, seed, "test", 0.0)}
     _write(save_dir, rows, {part: _corrupted(rows[part], seed) for part in rows})
 

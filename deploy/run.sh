@@ -12,22 +12,36 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # or workers started again may dial 
 save_dir=""
 words=("$@")
 for i in "${!words[@]}"; do
-  case "${words[$i]}" in
-    --save_dir | --actor_save_dir) save_dir="${words[$((i + 1))]:-}" ;;
-    --save_dir=* | --actor_save_dir=*) save_dir="${words[$i]#*=}" ;;
-    --resume=*) words[i]="--resume=auto" ;;
-    --resume) words[i + 1]="auto" ;;
+  word="${words[$i]}"
+  flag="${word%%=*}"
+  case "${flag//-/_}" in # --save-dir is --save_dir
+    __save_dir | __actor_save_dir)
+      if [ "$word" = "$flag" ]; then save_dir="${words[$((i + 1))]:-}"; else save_dir="${word#*=}"; fi
+      ;;
+    __resume)
+      if [ "$word" = "$flag" ]; then words[i + 1]="auto"; else words[i]="--resume=auto"; fi
+      ;;
   esac
+done
+while [ "${save_dir%/}" != "$save_dir" ] || [ "${save_dir%/.}" != "$save_dir" ]; do
+  save_dir="${save_dir%/.}"
+  save_dir="${save_dir%/}"
 done
 if [ -z "$save_dir" ]; then
   echo "error: deploy/run.sh: the command has no --save_dir or --actor_save_dir, so that no progress could be seen" >&2
   exit 2
 fi
+case "${MAX_RESTARTS:=10}" in
+  *[!0-9]*)
+    echo "error: deploy/run.sh: MAX_RESTARTS is $MAX_RESTARTS, a number is needed" >&2
+    exit 2
+    ;;
+esac
 
-newest() { # the name of the newest whole step, empty when there is none
+newest() { # the newest whole step and which folder that is, empty when there is none
   local manifest
-  for manifest in "${save_dir%/}"-state/step-[0-9]*/manifest.json; do
-    [ -e "$manifest" ] && basename "$(dirname "$manifest")"
+  for manifest in "$save_dir"-state/step-[0-9]*/manifest.json; do
+    [ -e "$manifest" ] && ls -di "$(dirname "$manifest")"
   done | tail -n 1
 }
 
@@ -49,12 +63,12 @@ for ((attempt = 0; ; attempt++)); do
     code=$?
   done
   after=$(newest)
-  if [ "$code" -eq 0 ] || [ -n "$stopped" ]; then exit "$code"; fi
-  if [ "$attempt" -ge "${MAX_RESTARTS:-10}" ]; then
+  if [ "$code" -eq 0 ] || [ "$code" -eq 2 ] || [ -n "$stopped" ]; then exit "$code"; fi # 2: wrong input, which has been said
+  if [ "$attempt" -ge "$MAX_RESTARTS" ]; then
     echo "error: deploy/run.sh: ended with $code after $attempt restarts, the most that MAX_RESTARTS allows" >&2
     exit "$code"
   fi
-  if [ "$after" = "$before" ]; then
+  if [ -z "$after" ] || [ "$after" = "$before" ]; then
     echo "error: deploy/run.sh: ended with $code and saved no new step (newest: ${after:-none}): not started again" >&2
     exit "$code"
   fi

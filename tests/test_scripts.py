@@ -6,6 +6,7 @@ import json
 import runpy
 import shutil
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,7 +27,7 @@ RULES = ("official", "strict_match", "flexible_extract", "numeric")
 def call(script: str, *arguments) -> SimpleNamespace:
     """A script on one rank, as `python script` would run it, in this process: (code, out, err)."""
     out, err, before = io.StringIO(), io.StringIO(), sys.argv
-    sys.argv, code = [script, *map(str, arguments)], 0
+    sys.argv, code, began = [script, *map(str, arguments)], 0, time.monotonic()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             runpy.run_path(str(ROOT / script), run_name="__main__")
@@ -36,7 +37,7 @@ def call(script: str, *arguments) -> SimpleNamespace:
         sys.argv = before
         if dist.is_initialized():
             stop()
-    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
+    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue(), seconds=time.monotonic() - began)
 
 
 def must(script: str, *arguments) -> SimpleNamespace:
@@ -657,6 +658,7 @@ def changed(arguments: list[str], change: dict, folder: Path) -> list[str]:
 def refused(done: SimpleNamespace, message: str) -> None:
     assert done.code == 2 and message in done.err, done.err
     assert done.err.count("error:") == 1 and done.err.startswith("error: ") and "Traceback" not in done.err
+    assert done.seconds < 5, "10 s with a process's start"
 
 
 @pytest.mark.parametrize("case", SOLVER)
@@ -694,9 +696,19 @@ def test_ppo_refuses(base, wrong, tmp_path, case):
     ("checkpoint_split.py", dict(ckpt_file="{}/../start", save_path="{}/../start", n=2), "overlap"),
     ("solver_generate.py", dict(ckpt_dir="{}/../solver", input_file="{}/malformed.jsonl", output_file="{}/malformed.jsonl"), "would be overwritten"),
     ("dataset/start.py", dict(train_file="{}/../data/train.json", save_dir="{}/out", vocab_size=50), "--vocab_size 50: no tokenizer of that size"),
+    ("dataset/build.py arithmetics", dict(save_dir="{}/out"), "must be one of gsm8k, arithmetic, pairs; got arithmetics; did you mean arithmetic?"),
+    ("dataset/build.py arithmetic", dict(save_dir="{}/out", n_train=0), "--n_train 0 --n_test 600"),
+    ("dataset/build.py gsm8k", dict(source="{}/nowhere", save_dir="{}/out"), "nowhere"),
+    ("dataset/build.py pairs", dict(train_file="{}/../data/train.json", predictions="{}/malformed.jsonl", save_file="{}/out.json"), "malformed.jsonl"),
+    ("solver_score.py", dict(ckpt_dir="{}/../solver", input_file="{}/malformed.jsonl", output_file="{}/out.jsonl"), "malformed.jsonl:2"),
+    ("solver_score.py", dict(ckpt_dir="{}/../verifier", input_file="{}/one.jsonl", output_file="{}/out.jsonl"), "is a verifier"),
+    ("checkpoint_verify.py", dict(ckpt_dir="{}/flipped"), "consolidated.01.pth: its SHA-256 is not"),
+    ("checkpoint_verify.py", dict(ckpt_dir="{}/nowhere"), "nowhere: no such file or folder"),
+    ("quickstart.py", dict(work_dir="{}/out", ranks=3), "--ranks 3: the small model has 4 heads"),
 ])
 def test_the_other_scripts_refuse(wrong, script, given, message):
-    refused(call(script, *changed([], given, wrong)), message)
+    script, *subcommand = script.split()
+    refused(call(script, *subcommand, *changed([], given, wrong)), message)
     assert not list(wrong.glob("out*")) and not list(wrong.glob(".tmp*")), "something was written"
 
 

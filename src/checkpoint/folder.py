@@ -21,8 +21,21 @@ TOKENIZER_FILES = (
 
 SCORES_FILE = "score_normalization.json"  # what a verifier's scores are centred and scaled by, where they are
 
-NOTES = ("params.json", "config.json", "adapter_config.json", "ppo_state.json", SCORES_FILE, *TOKENIZER_FILES)  # what is small
-_OURS = ("consolidated*", "model*.safetensors*", "adapter", MANIFEST, *(name for name in NOTES if name != "adapter_config.json"))
+NOTES = (  # what is small
+    "params.json",
+    "config.json",
+    "adapter_config.json",
+    "ppo_state.json",
+    SCORES_FILE,
+    *TOKENIZER_FILES,
+)
+_OURS = (
+    "consolidated*",
+    "model*.safetensors*",
+    "adapter",
+    MANIFEST,
+    *(name for name in NOTES if name != "adapter_config.json"),
+)
 
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -70,9 +83,16 @@ def check_apart(saved: dict[str, str], others: dict[str, str | None]) -> None:
                 )
 
 
+def beside(save_dir: str, what: str) -> str:
+    """The folder OUT-what that belongs to a folder OUT, however that is spelled."""
+    path = os.path.normpath(save_dir)
+    return f"{path if Path(path).name not in ('', '..') else os.path.abspath(path)}-{what}"
+
+
 def check_space(folder: Path, needed: int, what: str = "") -> None:
     """Raise UserError when the disk has less than `needed` bytes free for a new folder beside the old; what: for whom."""
-    above = next(parent for parent in folder.parents if parent.exists())
+    folder = folder.resolve()
+    above = next(place for place in (folder, *folder.parents) if place.exists())
     free = shutil.disk_usage(above).free
     if free < needed:
         raise UserError(

@@ -54,10 +54,15 @@ def read_manifest(folder: Path) -> dict:
     path = folder / MANIFEST
     manifest = read_json(path)
     files = manifest.get("files")
-    if manifest.get("format") != VERSION:
+    if type(manifest.get("format")) is not int or manifest["format"] != VERSION:
         raise UserError(f"{path}: format {manifest.get('format')!r}, this code reads {VERSION}")
     if not isinstance(files, dict) or not all(
-        not Path(name).is_absolute() and ".." not in Path(name).parts and isinstance(entry, dict) and type(entry.get("size")) is int and "sha256" in entry
+        not Path(name).is_absolute()
+        and ".." not in Path(name).parts
+        and 0 < len(name) < 256
+        and isinstance(entry, dict)
+        and type(entry.get("size")) is int
+        and "sha256" in entry
         for name, entry in files.items()
     ):
         raise UserError(f"{path}: its list of files is damaged")
@@ -75,12 +80,15 @@ def problems(folder: Path, manifest: dict, part: int = 0, parts: int = 1) -> lis
     found = []
     for name, entry in sorted(manifest["files"].items())[part::parts]:
         path = folder / name
-        if not path.is_file():
-            found.append(f"{path}: missing")
-        elif path.stat().st_size != entry["size"]:
-            found.append(f"{path}: {path.stat().st_size} bytes, {entry['size']} were written: cut short")
-        elif digest(path) != entry["sha256"]:
-            found.append(f"{path}: its SHA-256 is not that of what was written: damaged")
+        try:
+            if not path.is_file():
+                found.append(f"{path}: missing")
+            elif path.stat().st_size != entry["size"]:
+                found.append(f"{path}: {path.stat().st_size} bytes, {entry['size']} were written: cut short")
+            elif digest(path) != entry["sha256"]:
+                found.append(f"{path}: its SHA-256 is not that of what was written: damaged")
+        except OSError as error:
+            found.append(f"{path}: cannot be read: {error.strerror}")
     return found
 
 

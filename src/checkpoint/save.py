@@ -127,7 +127,9 @@ def read_score_moments(folder: Path) -> tuple[float, float] | None:
     raw = read_json(path)
     moments = raw.get("mean"), raw.get("std")
     if any(type(x) not in (int, float) or not math.isfinite(x) for x in moments) or moments[1] <= 0:
-        raise UserError(f"{path}: holds mean {moments[0]!r} and std {moments[1]!r}; a number and a positive number are expected")
+        raise UserError(
+            f"{path}: holds mean {moments[0]!r} and std {moments[1]!r}; a number and a positive number are expected"
+        )
     return float(moments[0]), float(moments[1])
 
 

@@ -329,7 +329,9 @@ def adapter_on(base: Checkpoint, path: str) -> Adapter:
     inner = folder / "adapter"
     if not inner.is_dir():
         if not (folder / "adapter_config.json").is_file():
-            raise UserError(f"{path}: holds no adapter; --shared_trunk needs one that was trained (--lora_rank) on the actor's weights")
+            raise UserError(
+                f"{path}: holds no adapter; --shared_trunk needs one that was trained (--lora_rank) on the actor's weights"
+            )
         return Adapter.open(path, base.config)
     adapter = Adapter.open(str(inner), base.config)
     trained = Checkpoint.open(path)
@@ -337,9 +339,13 @@ def adapter_on(base: Checkpoint, path: str) -> Adapter:
     for name in ("norm.weight", f"{stem}.weight"):
         shape = base.table[name].shape
         if trained.table[name].shape != shape:
-            raise UserError(f"{path}: {name} is {list(trained.table[name].shape)}, the actor's {list(shape)}: another model's adapter")
+            raise UserError(
+                f"{path}: {name} is {list(trained.table[name].shape)}, the actor's {list(shape)}: another model's adapter"
+            )
         want = adapter.added_to(base.read(name).float(), name, None, 0, 0)
         have = trained.read(name).float()
         if (want - have).abs().max() > 0.02 * want.abs().max():  # the weights are rounded once more when they are saved
-            raise UserError(f"{path}: its adapter was trained on other weights than {base.folder}'s ({name} differs); train it on these")
+            raise UserError(
+                f"{path}: its adapter was trained on other weights than {base.folder}'s ({name} differs); train it on these"
+            )
     return adapter

@@ -30,7 +30,9 @@ class Steps:
     def __init__(self, folder: Path, keep: int, parallel: Parallel, reached: Stage = lambda stage: None) -> None:
         """keep: newest steps that stay; reached(stage) is called at each stage of writing, for tests."""
         self.folder, self.keep, self.parallel, self.reached = folder, keep, parallel, reached
-        self.group = dist.new_group(backend="gloo", timeout=parallel.timeout)  # the thread's own: never between others' exchanges
+        self.group = dist.new_group(
+            backend="gloo", timeout=parallel.timeout
+        )  # the thread's own: never between others' exchanges
         self.thread: threading.Thread | None = None
         self.failed: BaseException | None = None
 
@@ -71,30 +73,45 @@ class Steps:
         else:
             self._together(lambda: None, new)
         self.reached("published")
-        if self.parallel.is_main:
-            for old in list_steps(self.folder)[: -self.keep]:  # only now that the new one is whole
-                shutil.rmtree(old)
+        self._together(lambda: self._prune() if self.parallel.is_main else None, new)
         self.reached("pruned")
 
-    def go_back_to(self, step: Path | None) -> None:
-        """From now on the run goes on from `step` of this folder (None: from nothing): what lies after it is another run's, and goes
+    def go_back_to(self, step: Path | None) -> list[Path]:
+        """From now on the run goes on from `step` (None: from nothing): what lies after it in this folder, all of it when the step is of
 
-        to a folder beside. All ranks come here.
+        another one, is another run's, and goes to a folder beside. All ranks come here; rank 0 is told what went.
         """
-        if self.parallel.is_main and self.folder.is_dir() and (step is None or step.resolve().parent == self.folder.resolve()):
-            later = [other for other in self.folder.glob(f"{PREFIX}*") if step is None or other.name > step.name]
-            later += [file for file in [self.folder / FINISHED] if file.is_file()]
+        later = []
+        if self.parallel.is_main and self.folder.is_dir():
+            ours = self.until(step)
+            later = [other for other in self.folder.iterdir() if is_step(other) and other not in ours]
+            later += [file for file in [self.folder / FINISHED] if file.exists()]
             aside = next(p for i in itertools.count(1) if not (p := self.folder / f"aside-{i}").exists())
             for other in later:
                 aside.mkdir(exist_ok=True)
                 other.rename(aside / other.name)
         dist.barrier()
+        return later
+
+    def until(self, step: Path | None) -> list[Path]:
+        """The steps of this folder up to `step`; none when that is None or another run's."""
+        if step is None or step.resolve().parent != self.folder.resolve():
+            return []
+        return [other for other in list_steps(self.folder) if number_of(other) <= number_of(step)]
+
+    def remove_unfinished(self) -> None:
+        """What runs left that were killed while writing. Rank 0 comes here."""
+        for left in self.folder.glob(f".tmp-{PREFIX}*"):
+            _remove(left)
+
+    def _prune(self) -> None:
+        for old in list_steps(self.folder)[: -self.keep]:  # only now that the new one is whole
+            _remove(old)
 
     def _make(self, new: Path, final: Path) -> None:
         if final.exists():
             raise UserError(f"{final}: is there already; a step is never overwritten")
-        for left in self.folder.glob(f".tmp-{PREFIX}*"):  # by runs that were killed while writing
-            shutil.rmtree(left, ignore_errors=True)
+        self.remove_unfinished()
         new.mkdir(parents=True)
 
     def _files(self, new: Path, files: dict[str, dict[str, Tensor]]) -> dict[str, dict]:
@@ -120,7 +137,9 @@ class Steps:
         except UserError as error:
             problem = str(error)
         except Exception as error:  # a full disk has many names
-            problem = f"{new}: writing failed ({type(error).__name__}: {str(error).splitlines()[0]}); older steps are as they were"
+            problem = (
+                f"{new}: writing failed ({type(error).__name__}: {str(error).splitlines()[0]}); older steps are as they were"
+            )
         everyone = [None] * self.parallel.world_size
         dist.all_gather_object(everyone, (result, problem), group=self.group)
         found = next((p for _, p in everyone if p is not None), None)
@@ -131,16 +150,65 @@ class Steps:
         return [r for r, _ in everyone]
 
 
+def _remove(path: Path) -> None:
+    """A folder, a file or a link. Raises UserError."""
+    try:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be removed: {error.strerror or error}") from None
+
+
+def file_of(name: str, mp_rank: int, dp_rank: int) -> str:
+    """Where a rank's tensors of the model of that name are, in a step's folder."""
+    return f"{name}.mp-{mp_rank:02d}.dp-{dp_rank:02d}.safetensors"
+
+
+def random_file(dp_rank: int) -> str:
+    return f"random.dp-{dp_rank:02d}.safetensors"
+
+
 def is_step(path: Path) -> bool:
     """By its name alone."""
     return re.fullmatch(PREFIX + "[0-9]{8,}", path.name) is not None
+
+
+def number_of(step: Path) -> int:
+    """A step's number, by its name."""
+    return int(step.name.removeprefix(PREFIX))
 
 
 def list_steps(folder: Path) -> list[Path]:
     """The steps that are whole, oldest first. What is called `.tmp-` never is one."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if is_step(path) and (path / MANIFEST).is_file())
+    return sorted((p for p in folder.iterdir() if is_step(p) and (p / MANIFEST).is_file()), key=number_of)
+
+
+FACTS = {"step": int, "settings": dict, "layouts": dict, "counters": dict, "parts": dict}
+MOST_RANKS = 10**5
+
+
+def step_facts(step: Path) -> dict:
+    """The manifest of a training run's step. Raises UserError when that is not a step's of that number, or names too few files."""
+    manifest, where = read_manifest(step), step / MANIFEST
+    for name, kind in FACTS.items():
+        if type(manifest.get(name)) is not kind:
+            raise UserError(f"{where}: {name} is {str(manifest.get(name))[:40]}: not written by a training run, or damaged")
+    if manifest["step"] != number_of(step):
+        raise UserError(f"{where}: is of step {manifest['step']}; its folder was renamed")
+    expected = {random_file(0)}
+    for name, layout in manifest["layouts"].items():
+        degrees = [layout.get(degree) for degree in ("mp", "dp")] if isinstance(layout, dict) else [None]
+        if any(type(degree) is not int or not 0 < degree < MOST_RANKS for degree in degrees):
+            raise UserError(f"{where}: the layout of {name} is {str(layout)[:60]}: damaged")
+        expected |= {file_of(name, rank, 0) for rank in range(degrees[0])}
+    for name, counters in manifest["counters"].items():
+        if not isinstance(counters, dict) or not all(type(count) in (int, float) for count in counters.values()):
+            raise UserError(f"{where}: the counters of {name} are {str(counters)[:60]}: damaged")
+    unnamed = {file.name for file in step.glob("*.safetensors")} - manifest["files"].keys()
+    for name in sorted(unnamed | (expected - manifest["files"].keys())):
+        raise UserError(f"{where}: names no {name}: damaged")
+    return manifest
 
 
 def open_step(path: Path, parallel: Parallel) -> dict:

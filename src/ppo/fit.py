@@ -66,7 +66,7 @@ def fit(
     batches, history, start = EndlessBatches(len(prompts), per_iteration, f"{plan.seed}/prompts"), [], 0
     if saving:
         saving.parts["prompts"] = batches.part
-        start = saving.resume()
+        start = saving.resume(total)
 
     def draw() -> list[Prompt]:
         return [prompts[i] for i in next(batches) for _ in range(samples)]
@@ -81,7 +81,9 @@ def fit(
             _warn(number, stats, log)
             for role in ppo.stage.roles.values():
                 if role.optimizer:
-                    role.optimizer.check_skipped(plan.max_skipped_steps, f"the {role.name}'s minibatches of iteration {number + 1}")
+                    role.optimizer.check_skipped(
+                        plan.max_skipped_steps, f"the {role.name}'s minibatches of iteration {number + 1}"
+                    )
             history.append(stats)
             log.scalars(number + 1, {**stats, "lr": lr, "critic_lr": critic_lr}, prefix="ppo")
             tokens = int(stats.get("response_length", 0) * len(batch))

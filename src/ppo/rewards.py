@@ -100,7 +100,9 @@ class RuleReward:
         self.task, self.tokenizer = task, tokenizer
 
     def __call__(self, buffer: RolloutBuffer) -> Tensor:
-        texts = [cut_at(self.tokenizer.decode(ids), self.task.stop) for ids in buffer.responses()]  # as the evaluation reads them
+        texts = [
+            cut_at(self.tokenizer.decode(ids), self.task.stop) for ids in buffer.responses()
+        ]  # as the evaluation reads them
         right = [self.task.grade(text, prompt.gold)[self.task.metric] for text, prompt in zip(texts, buffer.prompts)]
         return torch.tensor(right, dtype=torch.float32, device=buffer.tokens.device)
 

@@ -82,7 +82,9 @@ class PPOSettings:
 
     def shaping(self) -> dict:
         """What is done to the rewards, where it is not the default."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name in SHAPING and getattr(self, f.name) != f.default}
+        return {
+            f.name: getattr(self, f.name) for f in fields(self) if f.name in SHAPING and getattr(self, f.name) != f.default
+        }
 
     def __post_init__(self) -> None:
         problems = [
@@ -152,12 +154,19 @@ def check_flags_together(settings: dict) -> None:
     rewards = s["reward"] or ["verifier"]
     unknown = [name for name in rewards if name not in NAMES]
     if unknown or len(set(rewards)) != len(rewards):
-        wrong.append(f"--reward {','.join(rewards)}: choose from {', '.join(NAMES)}, each once, such as --reward verifier,rule")
+        wrong.append(
+            f"--reward {','.join(rewards)}: choose from {', '.join(NAMES)}, each once, such as --reward verifier,rule"
+        )
     if s["reward_weights"] is not None and len(s["reward_weights"]) != len(rewards):
         wrong.append(
             f"--reward_weights: {len(s['reward_weights'])} weights for {len(rewards)} rewards ({','.join(rewards)}); give one for each"
         )
-    needs = {"verifier": "reward_model_ckpt_dir", "file": "reward_file", "format": "format_pattern", "overlong": "overlong_margin"}
+    needs = {
+        "verifier": "reward_model_ckpt_dir",
+        "file": "reward_file",
+        "format": "format_pattern",
+        "overlong": "overlong_margin",
+    }
     for name, flag in needs.items():
         if name in rewards and s[flag] is None:
             other = "; without a verifier: --reward rule" if name == "verifier" else ""
@@ -181,7 +190,9 @@ def check_flags_together(settings: dict) -> None:
         wrong.append("--ptx_batch_size: has no effect without --ptx_file")
     left_out = s["top_k"] > 0 or s["top_p"] < 1 or s["min_p"] > 0 or s["min_new_tokens"] > 0
     if s["replay_mask"] and not left_out:
-        wrong.append("--replay_mask: nothing is left out of sampling; it goes with --top_k, --top_p, --min_p or --min_new_tokens")
+        wrong.append(
+            "--replay_mask: nothing is left out of sampling; it goes with --top_k, --top_p, --min_p or --min_new_tokens"
+        )
     if s["replay_mask"] and s["rollout_model_parallel_size"] is not None:
         wrong.append("--replay_mask: masks are cut like the vocabulary in training; leave --rollout_model_parallel_size out")
     if s["shared_trunk"]:

@@ -95,9 +95,7 @@ def _verifier_tokenizer(settings: dict, actor: Model) -> str | None:
     return str(actor.tokenizer.path)
 
 
-def load_roles(
-    opened: Opened, settings: dict, parallel: Parallel, dtype: torch.dtype, with_reference: bool
-) -> Stage:
+def load_roles(opened: Opened, settings: dict, parallel: Parallel, dtype: torch.dtype, with_reference: bool) -> Stage:
     """The roles with their optimizers. With --offload each goes to host memory before the next one is loaded."""
     s, o = settings, opened
     stage = Stage(s["offload"])
@@ -127,7 +125,9 @@ def load_roles(
             trained("value", value, parallel)
         else:
             division = _division(s["critic_model_parallel_size"], parallel)
-            trained("value", load_model(o.critic.checkpoint, division, dtype, "score", lora=o.critic_lora, **common), division)
+            trained(
+                "value", load_model(o.critic.checkpoint, division, dtype, "score", lora=o.critic_lora, **common), division
+            )
     if o.verifier:
         if s["shared_trunk"]:
             frozen("reward", load_sharing(policy, parallel, "score", adapter=o.adapters["reward"]), parallel)

@@ -340,7 +340,9 @@ class PPO:
         means = {name: sum(values) / len(values) for name, values in sums.items()}
         return {**means, **{f"{name}_steps": n for name, n in steps.items()}}
 
-    def _step(self, role: Role, loss_of: Callable, lr: float, minibatch: Minibatch, buffer: RolloutBuffer) -> dict[str, float]:
+    def _step(
+        self, role: Role, loss_of: Callable, lr: float, minibatch: Minibatch, buffer: RolloutBuffer
+    ) -> dict[str, float]:
         """One optimizer step of one role; returns the loss and what else is logged, over all ranks."""
         sums: dict[str, Tensor] = {}
         if role is self.policy and self.ptx is not None:

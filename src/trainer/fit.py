@@ -171,7 +171,8 @@ def fit(
     """
     batch_size = settings.max_batch_size * settings.accumulation_steps * parallel.dp_size
     steps_per_epoch = -(-len(objective.lengths) // batch_size)
-    total, step, history = steps_per_epoch * settings.epochs, saving.resume() if saving else 0, []
+    total, history = steps_per_epoch * settings.epochs, []
+    step = saving.resume(total) if saving else 0
     unit, every = ("step", settings.eval_every) if settings.eval_every else ("epoch", steps_per_epoch)
     meter = Meter(model, objective, parallel)
     if step == 0:

@@ -16,13 +16,13 @@ from typing import Any, Callable
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from src.checkpoint.files import read_json
-from src.checkpoint.folder import check_space
-from src.checkpoint.manifest import MANIFEST, read_manifest, sync
-from src.checkpoint.steps import FINISHED, Steps, is_step, list_steps, open_step
+from src.checkpoint.folder import beside, check_space
+from src.checkpoint.manifest import MANIFEST, has_manifest, read_manifest, sync
+from src.checkpoint.steps import FINISHED, Steps, file_of, is_step, number_of, open_step, random_file, step_facts
 from src.data.rows import write_json
 from src.errors import Finished, Stopped, UserError
 from src.identity import differences, identity
@@ -31,7 +31,7 @@ from src.models.layout import TensorSpec
 from src.models.transformer import Transformer
 from src.parallel.setup import Parallel, agreed, stop
 from src.trainer.optimizer import Optimizer
-from src.trainer.state import SavedModel, bytes_of, counters_of, file_of, restore, tensors_of
+from src.trainer.state import SavedModel, bytes_of, counters_of, restore, tensors_of
 
 Part = tuple[Callable[[], Any], Callable[[Any], None]]
 SECOND_SIGNAL_S = 3.0
@@ -40,7 +40,18 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # Flags that change where, how fast or how visibly a run trains, not what it learns.
 FREE = {
     *("save_dir", "actor_save_dir", "critic_save_dir", "log_dir", "dump_rollouts", "log_samples", "profile"),
-    *("save_every", "keep", "resume", "timeout", "zero", "offload", "update", "kv_cache_gb", "checkpoint_activations", "compile"),
+    *(
+        "save_every",
+        "keep",
+        "resume",
+        "timeout",
+        "zero",
+        "offload",
+        "update",
+        "kv_cache_gb",
+        "checkpoint_activations",
+        "compile",
+    ),
     *("model_parallel_size", "rollout_model_parallel_size", "critic_model_parallel_size", "reward_model_parallel_size"),
     *("rollout_batch_size", "eval_batch_size", "max_batch_size", "accumulation_steps", "max_tokens_per_batch"),
 }
@@ -56,30 +67,43 @@ class Earlier:
     manifest: dict  # that step's
 
     @classmethod
-    def find(cls, settings: dict, save_dir: str, parallel: Parallel) -> "Earlier":
-        """Look, on all ranks together; settings: the script's flags. A step's hashes are compared, by all ranks.
+    def find(cls, settings: dict, save_dirs: list[str | None], parallel: Parallel) -> "Earlier":
+        """Look, on all ranks together. settings: the script's flags; save_dirs: where the models go, the first one's name is that of the
+
+        steps' folder, too. A step's hashes are compared, by all ranks.
 
         Raises UserError when --resume names no step, when the step is damaged or was saved by a run with other settings; Finished when
         this very run has been done and its model is there.
         """
-        folder = Path(f"{save_dir.rstrip('/')}-state")
-        own = identity(settings, FREE) if parallel.is_main else {}
+        folder = Path(beside(save_dirs[0], "state"))
 
-        def look() -> tuple[str | None, str | None]:
+        def look() -> tuple[dict, str | None, str | None]:
             if not parallel.is_main:  # rank 0 looks for all: another rank may see the folder of a moment later
-                return None, None
-            step = _chosen(settings["resume"], folder)
-            if settings["resume"] == "auto" and (folder / FINISHED).is_file() and (Path(save_dir) / MANIFEST).is_file():
-                done = read_json(folder / FINISHED)
-                _check_same(folder / FINISHED, done.get("settings"), own)
-                return None, f"this run finished after step {done.get('step')}; --resume none runs it again"
-            if step is not None:
-                _check_same(step, read_manifest(step).get("settings"), own)
-            return None if step is None else str(step), None
+                return {}, None, None
+            try:
+                own, step = identity(settings, FREE), _chosen(settings["resume"], folder)
+                _check_writable(folder)
+                if (
+                    settings["resume"] == "auto"
+                    and (folder / FINISHED).exists()
+                    and all(map(_is_there, filter(None, save_dirs)))
+                ):
+                    done = read_json(folder / FINISHED)
+                    if type(done.get("step")) is not int:
+                        raise UserError(
+                            f"{folder / FINISHED}: step is {done.get('step')}: damaged; remove it, or give --resume none"
+                        )
+                    _check_same(folder / FINISHED, done.get("settings"), own)
+                    return own, None, f"this run finished after step {done.get('step')}; --resume none runs it again"
+                if step is not None:
+                    _check_same(step, step_facts(step)["settings"], own)
+            except OSError as error:
+                raise UserError(f"{error.filename or folder}: cannot be read: {error.strerror}") from None
+            return own, None if step is None else str(step), None
 
-        found = [agreed(look)]
+        own, *found = agreed(look)
         dist.broadcast_object_list(found, src=0)
-        step, finished = found[0]
+        step, finished = found
         if finished:
             stop()
             raise Finished(finished)
@@ -89,12 +113,31 @@ class Earlier:
 def _chosen(resume: str, folder: Path) -> Path | None:
     if resume == "none":
         return None
-    if resume == "auto":
-        return next(reversed(list_steps(folder)), None)
+    if resume == "auto":  # a step that lost its manifest is damaged, too: an older one is for the user to choose
+        steps = [path for path in folder.iterdir() if is_step(path) and path.is_dir()] if folder.is_dir() else []
+        return max((path for path in steps if any(path.iterdir())), key=number_of, default=None)
     path = Path(resume)
     if not (is_step(path) and (path / MANIFEST).is_file()):
         raise UserError(f"--resume {resume}: is no saved step; they are called step-… and lie in {folder}")
     return path
+
+
+def _check_writable(folder: Path) -> None:
+    """Raise UserError when steps could not be saved to a folder."""
+    place = next(place for place in (folder, *folder.absolute().parents) if place.exists() or place.is_symlink())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UserError(f"{folder}: {place} is not a folder that can be written to; the run's steps are saved there")
+
+
+def _is_there(save_dir: str) -> bool:
+    """Whether a model was saved to a folder, and its files have their sizes."""
+    folder = Path(save_dir)
+    try:
+        return has_manifest(folder) and all(
+            (folder / n).stat().st_size == f["size"] for n, f in read_manifest(folder)["files"].items()
+        )
+    except (UserError, FileNotFoundError):
+        return False
 
 
 def _check_same(path: Path, before: object, now: dict) -> None:
@@ -135,21 +178,30 @@ class Saving:
     def _on_signal(self, *_) -> None:
         if not self.told:
             self.told, self.told_at = True, time.monotonic()
-        elif time.monotonic() - self.told_at > SECOND_SIGNAL_S:  # a second one ends what hangs; a launcher's end may send two at once
+        elif (
+            time.monotonic() - self.told_at > SECOND_SIGNAL_S
+        ):  # a second one ends what hangs; a launcher's end may send two at once
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGTERM)
 
     # --- going on ---------------------------------------------------------------------------------------------------
 
-    def resume(self) -> int:
-        """Bring back the step that was found, and return its number; 0 where there is none."""
+    def resume(self, total: int) -> int:
+        """Bring back the step that was found, and return its number; 0 where there is none. total: the run's steps."""
         path, manifest = self.earlier.step, self.earlier.manifest
-        self.steps.go_back_to(path)
-        self._check_space()
-        if path is None:
-            return 0
+        agreed(lambda: self.steps.remove_unfinished() if self.parallel.is_main else None)
+        self._check_space(total - manifest.get("step", 0))
+        if path is not None:
+            agreed(lambda: self._bring_back(path, manifest))
+            self.step = manifest["step"]
+        for other in self.steps.go_back_to(path):
+            self.log.info(f"{other.name} of {other.parent} is set aside: it is not of this run, or later")
+        if path is not None:
+            self.log.info(f"goes on after step {self.step}, from {path}")
+        return self.step
 
-        def load() -> None:
+    def _bring_back(self, path: Path, manifest: dict) -> None:
+        try:
             for name, (model, optimizer) in self.models.items():
                 with self.at_work(name):
                     restore(model, optimizer, SavedModel(path, name, manifest["layouts"][name]), manifest["counters"][name])
@@ -161,11 +213,8 @@ class Saving:
             for name, (_, put) in self.parts.items():
                 put(manifest["parts"][name])
             self._restore_random(path)
-
-        agreed(load)
-        self.step = manifest["step"]
-        self.log.info(f"goes on after step {self.step}, from {path}")
-        return self.step
+        except (LookupError, TypeError, ValueError, AttributeError, OSError, SafetensorError) as error:
+            raise UserError(f"{path}: is damaged, or not of this run ({type(error).__name__}: {error})") from error
 
     # --- saving -----------------------------------------------------------------------------------------------------
 
@@ -192,9 +241,11 @@ class Saving:
         if p.dp_rank == 0:
             for name, (tensors, _) in self.tensors.items():
                 with self.at_work(name):
-                    files[file_of(name, p.mp_rank, 0)] = {k: x.detach().to(device="cpu", copy=True) for k, x in tensors.items()}
+                    files[file_of(name, p.mp_rank, 0)] = {
+                        k: x.detach().to(device="cpu", copy=True) for k, x in tensors.items()
+                    }
         if p.mp_rank == 0:
-            files[f"random.dp-{p.dp_rank:02d}.safetensors"] = self._random()
+            files[random_file(p.dp_rank)] = self._random()
         about = {
             "settings": self.earlier.settings,
             "layouts": {
@@ -210,22 +261,23 @@ class Saving:
         states = {"cpu": torch.get_rng_state()}
         return states | ({"cuda": torch.cuda.get_rng_state()} if self.parallel.device.type == "cuda" else {})
 
-    def _check_space(self) -> None:
-        """Raise UserError when --keep steps and one more will not fit on the disk, beside those that are there."""
+    def _check_space(self, steps_left: int) -> None:
+        """Raise UserError when the steps to be saved will not fit on the disk: --keep and one more, beside those that stay."""
         if self.every is None:
             return
+        more = min(
+            self.steps.keep + 1 - len(self.steps.until(self.earlier.step)[-self.steps.keep :]), steps_left // self.every
+        )
         size = sum(bytes_of(model, optimizer) for model, optimizer in self.models.values())
         if self.parallel.dp_rank == 0:
             size += sum(x.nbytes for tensors, _ in self.tensors.values() for x in tensors.values())
         total = torch.tensor(size, device=self.parallel.device)
         dist.all_reduce(total)
-        there = min(len(list_steps(self.earlier.folder)), self.steps.keep)
-        needed = int(total) * (self.steps.keep + 1 - there)
-        agreed(lambda: check_space(self.earlier.folder, needed, f"for --keep {self.steps.keep} steps and one more"))
+        agreed(lambda: check_space(self.earlier.folder, int(total) * more, f"for {more} steps (--save_every, --keep)"))
 
     def _restore_random(self, path: Path) -> None:
         """Dropout's state; a data-parallel rank that there was none of keeps the one that it began with."""
-        file = path / f"random.dp-{self.parallel.dp_rank:02d}.safetensors"
+        file = path / random_file(self.parallel.dp_rank)
         if file.is_file():
             with safe_open(file, framework="pt") as states:
                 torch.set_rng_state(states.get_tensor("cpu"))
@@ -240,4 +292,3 @@ class Saving:
         if self.parallel.is_main and folder.is_dir():
             write_json(folder / FINISHED, {"step": self.step, "settings": self.earlier.settings})
             sync(folder)
-

@@ -6,6 +6,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from src.checkpoint.steps import file_of
 from src.errors import UserError
 from src.models.layout import TensorSpec, tensor_table
 from src.models.lora import lora_layers, lora_table
@@ -20,10 +21,6 @@ def specs_of(model: Transformer) -> dict[str, TensorSpec]:
     layers = lora_layers(model)
     table = {**tensor_table(model.config), **(lora_table(model.config, layers[0][1].config) if layers else {})}
     return {name: table[name.replace(".base.", ".")] for name, p in model.named_parameters() if p.requires_grad}
-
-
-def file_of(name: str, mp_rank: int, dp_rank: int) -> str:
-    return f"{name}.mp-{mp_rank:02d}.dp-{dp_rank:02d}.safetensors"
 
 
 @torch.no_grad()
