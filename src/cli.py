@@ -25,6 +25,8 @@ from fire import helptext, trace
 from src.errors import STOPPED, Finished, Stopped, UserError
 
 BARRIER_TIMEOUT_S = 60.0
+ROLL_CALL_S = 3.0
+LOST = re.compile(r"timed out|connection (closed|reset)", re.IGNORECASE)  # what collectives say when a rank does not come
 
 
 def run(target):
@@ -50,6 +52,10 @@ def run(target):
         if _rank() == 0:
             _say("interrupted")
         sys.exit(130)
+    except RuntimeError as error:
+        if LOST.search(str(error)) and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            _name_the_lost()
+        raise
 
 
 def _run(target, name, arguments):
@@ -242,6 +248,29 @@ def _fail(message):
     if world_size > 1 and not _rank_zero_spoke(rank, world_size) and rank != 0:
         _say(f"error: rank {rank}: {message}")
     sys.exit(2)
+
+
+def _name_the_lost():
+    """After a collective in which ranks were missing: whoever is here says so in the rendezvous store, and the first names the others."""
+    from datetime import timedelta
+
+    from torch.distributed import DistError, PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    rank, world_size = _rank(), int(os.environ["WORLD_SIZE"])
+    try:
+        store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=BARRIER_TIMEOUT_S)))
+        store = PrefixStore("roll_call", store)
+        store.set(str(rank), "here")
+        try:
+            store.wait([str(other) for other in range(world_size)], timedelta(seconds=ROLL_CALL_S))
+        except DistError:  # the time-out: some are not here
+            lost = [other for other in range(world_size) if not store.check([str(other)])]
+            if lost and rank == min(set(range(world_size)) - set(lost)):
+                ranks = f"rank{'s' * (len(lost) > 1)} {', '.join(map(str, lost))} of {world_size}"
+                _say(f"error: {ranks} did not come to what all ranks do together (--timeout): hanging, or gone")
+    except (DistError, ValueError) as error:
+        _say(f"error: a rank did not come to what all ranks do together, and who cannot be told ({error})")
 
 
 def _rank_zero_spoke(rank, world_size):

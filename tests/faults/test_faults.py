@@ -146,6 +146,16 @@ def test_a_rank_that_hangs_is_named(command, full, tmp_path):
     run.end()
 
 
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_rank_that_hangs_while_gloo_reduces_is_named(full, tmp_path, ranks):
+    if not full and ranks == 3:
+        pytest.skip("tried by `make faults`")
+    run = Run(["tests/faults/lost.py"], ranks, tmp_path / "log")
+    run.until(lambda: run.workers() and "did not come to" in run.said(), "a message")
+    assert run.said().count(f"error: rank 1 of {ranks} did not come to what all ranks do together") == 1, run.said()[-3000:]
+    run.end()
+
+
 @pytest.mark.parametrize("ranks", [2])
 def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(command, tmp_path, ranks):
     """The second data-parallel rank's third loss is NaN; later all of them, until the run gives up and names the rows."""
