@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from src.checkpoint.steps import list_steps
@@ -20,7 +21,7 @@ class Run:
     """A command in a session of its own, its output in a file."""
 
     def __init__(self, arguments: list[str], ranks: int, log: Path, launcher: list[str] | None = None) -> None:
-        self.ranks, self.log = ranks, log
+        self.ranks, self.log, self.seen = ranks, log, set()
         command = [sys.executable]
         if ranks > 1:
             command += ["-m", "torch.distributed.run", "--nnodes", "1", "--nproc_per_node", str(ranks)]
@@ -37,6 +38,7 @@ class Run:
     def workers(self) -> list[int]:
         """The ranks' process ids, in order; [] while they are not there yet."""
         found = [self.process.pid] if self.ranks == 1 else sorted(children_of(self.process.pid))
+        self.seen.update(found)
         return found if len(found) == self.ranks else []
 
     def until(self, condition, what: str) -> None:
@@ -54,10 +56,9 @@ class Run:
             self.end()
 
     def end(self) -> None:
-        try:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+        for kill, pid in [(os.killpg, self.process.pid), *((os.kill, pid) for pid in self.seen)]:
+            with suppress(ProcessLookupError):  # a launcher's workers have sessions of their own, and one that is stopped stays
+                kill(pid, signal.SIGKILL)
         self.process.wait()
         self.output.close()
 

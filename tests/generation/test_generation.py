@@ -113,7 +113,7 @@ def output(folder, others, stop_id, tmp_path_factory):
         "other seed": dict(slots=16, sampling=dict(max_new_tokens=SAMPLED, seed=8, **KINDS["plain"])),
         "one prompt, five slots": dict(slots=5, order=[0] * 5, sampling=dict(max_new_tokens=SAMPLED, seed=7, **KINDS["plain"])),
         "one prompt, two slots": dict(slots=2, order=[0] * 5, sampling=dict(max_new_tokens=SAMPLED, seed=7, **KINDS["plain"])),
-        "little memory": dict(slots=16, kv_cache_gb=1e-4, sampling=greedily),
+        "little memory": dict(slots=16, kv_cache_gb=4e-5, sampling=greedily),
         "stop string": dict(slots=3, sampling=greedily, stop_strings=[f"{stop_id}>", "nowhere"]),
         "repetition": dict(slots=3, sampling=dict(repetition_penalty=1.4, **greedily)),
         "not yet": dict(slots=3, sampling=dict(min_new_tokens=20, **greedily), stop_ids=[stop_id]),
