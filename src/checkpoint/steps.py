@@ -30,9 +30,8 @@ class Steps:
     def __init__(self, folder: Path, keep: int, parallel: Parallel, reached: Stage = lambda stage: None) -> None:
         """keep: newest steps that stay; reached(stage) is called at each stage of writing, for tests."""
         self.folder, self.keep, self.parallel, self.reached = folder, keep, parallel, reached
-        self.group = dist.new_group(
-            backend="gloo", timeout=parallel.timeout
-        )  # the thread's own: never between others' exchanges
+        # The thread's own: never between others' exchanges.
+        self.group = dist.new_group(backend="gloo", timeout=parallel.timeout)
         self.thread: threading.Thread | None = None
         self.failed: BaseException | None = None
 
