@@ -51,7 +51,10 @@ def main(
     tokenizer = None
     if tokenizer_file or use_chat_template or find_tokenizer(checkpoint.folder):
         tokenizer = Tokenizer.find(
-            checkpoint.folder, tokenizer_file, use_chat_template, model_type or checkpoint.config.family
+            checkpoint.folder,
+            tokenizer_file,
+            use_chat_template,
+            model_type or checkpoint.config.family,
         )
     merge(
         checkpoint,

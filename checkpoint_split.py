@@ -39,8 +39,8 @@ def main(
         dtype: what a dry run without a checkpoint counts bytes in; bf16 when not given.
     """
     from src.checkpoint.folder import check_apart, check_replaceable
-    from src.checkpoint.plan import dry_run as lay_out
     from src.checkpoint.manifest import check_whole
+    from src.checkpoint.plan import dry_run as lay_out
     from src.checkpoint.source import Checkpoint, check_model_type, read_config
     from src.checkpoint.write import split
     from src.errors import UserError
@@ -61,11 +61,15 @@ def main(
         return  # started by torchrun with several ranks: one does the work
     if ckpt_file is None:
         if config_file is None and model_type not in PRESETS:
-            raise UserError(f"--dry_run without --ckpt_file needs --config_file, or a --model_type of {', '.join(PRESETS)}")
+            raise UserError(
+                f"--dry_run without --ckpt_file needs --config_file, or a --model_type of {', '.join(PRESETS)}"
+            )
         config = PRESETS[model_type] if config_file is None else read_config(config_file)
         check_model_type(config, model_type)
         if config.vocab_size == -1:
-            raise UserError(f"{config_file}: vocab_size is -1, which the tensors would tell; give --ckpt_file")
+            raise UserError(
+                f"{config_file}: vocab_size is -1, which the tensors would tell; give --ckpt_file"
+            )
         print("\n".join(lay_out(config, n, DTYPES[dtype or "bf16"]).lines()))
         return
     if save_path is not None:

@@ -25,7 +25,11 @@ def main(ckpt_dir: str, config_file: str | None = None, base_dir: str | None = N
 
     folder = Path(ckpt_dir)
     try:
-        steps = [path for path in sorted(folder.iterdir()) if is_step(path) and path.is_dir()] if folder.is_dir() else []
+        steps = (
+            [path for path in sorted(folder.iterdir()) if is_step(path) and path.is_dir()]
+            if folder.is_dir()
+            else []
+        )
         if (folder / "adapter_config.json").is_file():
             reports = [adapter_report(folder, base_dir)]
         elif steps or (folder.is_dir() and is_step(folder.resolve())):
@@ -39,7 +43,9 @@ def main(ckpt_dir: str, config_file: str | None = None, base_dir: str | None = N
             print(report.summary)
     found = [problem for report in reports for problem in report.problems]
     if found:
-        raise UserError("\n  ".join([f"{len(found)} problem{'s' * (len(found) > 1)} found", *found]))
+        raise UserError(
+            "\n  ".join([f"{len(found)} problem{'s' * (len(found) > 1)} found", *found])
+        )
 
 
 if __name__ == "__main__":

@@ -239,12 +239,12 @@ def main(
     settings = dict(locals())
     from src.checkpoint.folder import beside, check_apart
     from src.checkpoint.save import check_save, save_model
+    from src.errors import UserError
     from src.evaluation.tasks import find_task
     from src.evaluation.training import KeepBest, SolverEvaluation
     from src.generation.engine import Engine
     from src.generation.relayout import RelaidEngine
     from src.generation.sampling import Sampling
-    from src.errors import UserError
     from src.inputs import Model, check_flags, check_log_dir, ppo_prompts, solver_sequences
     from src.logs import RunLog
     from src.parallel.setup import agreed, pick_dtype, start, stop
@@ -258,8 +258,12 @@ def main(
 
     check_flags(settings)
     check_flags_together(settings)
-    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed, min_p, min_new_tokens=min_new_tokens)
-    plan = Schedule(lr, critic_lr, warmup, schedule, epochs, iterations, seed, eval_every, max_skipped_steps)
+    sampling = Sampling(
+        max_new_tokens, temperature, top_p, top_k, seed, min_p, min_new_tokens=min_new_tokens
+    )
+    plan = Schedule(
+        lr, critic_lr, warmup, schedule, epochs, iterations, seed, eval_every, max_skipped_steps
+    )
     ppo_settings = PPOSettings.of(settings)
     parallel = start(model_parallel_size, timeout)
     if max_buffer_size < parallel.dp_size:
@@ -274,7 +278,10 @@ def main(
                 f"--{flag}_model_parallel_size {size} does not divide the {parallel.mp_size} ranks that share a model in "
                 "training (--model_parallel_size)"
             )
-    number_type, logs = pick_dtype(dtype, parallel.device), log_dir or beside(actor_save_dir, "logs")
+    number_type, logs = (
+        pick_dtype(dtype, parallel.device),
+        log_dir or beside(actor_save_dir, "logs"),
+    )
     best_dir = beside(actor_save_dir, "best") if keep_best else None
 
     def read_inputs():
@@ -285,7 +292,11 @@ def main(
             "train_file": train_file,
             "ptx_file": ptx_file,
         }
-        saved = {"actor_save_dir": actor_save_dir, "critic_save_dir": critic_save_dir, "keep_best": best_dir}
+        saved = {
+            "actor_save_dir": actor_save_dir,
+            "critic_save_dir": critic_save_dir,
+            "keep_best": best_dir,
+        }
         check_log_dir(logs, actor_ckpt_dir, critic_ckpt_dir, reward_model_ckpt_dir)
         saved = {flag: path for flag, path in saved.items() if path is not None}
         check_apart(saved, {**read, "log_dir": logs, "dump_rollouts": dump_rollouts})
@@ -295,7 +306,9 @@ def main(
         tokenizer = opened.actor.tokenizer
         if best_dir:
             check_save(best_dir, opened.actor.checkpoint, number_type)
-        evaluation = SolverEvaluation.read(task, label_file, eval_batch_size, max_new_tokens, max_seq_len)
+        evaluation = SolverEvaluation.read(
+            task, label_file, eval_batch_size, max_new_tokens, max_seq_len
+        )
         KeepBest.check(keep_best, eval_every, evaluation.metrics)
         rule = find_task(task or "GSM8K") if "rule" in (reward or []) else None
         if reward_file is not None:
@@ -311,11 +324,15 @@ def main(
 
     opened, evaluation, rule, prompts, mix, states, warnings = agreed(read_inputs)
     kl_control = KLController(
-        states[0].get("kl_coef", DEFAULT_KL_COEF) if kl_coef is None else kl_coef, kl_target, kl_horizon
+        states[0].get("kl_coef", DEFAULT_KL_COEF) if kl_coef is None else kl_coef,
+        kl_target,
+        kl_horizon,
     )
     with_reference = kl_control.kl_coef > 0
     if not with_reference and (kl or kl_target or ref_ema is not None):
-        raise UserError("--kl, --kl_target, --ref_ema: have no effect with --kl_coef 0, which needs no reference")
+        raise UserError(
+            "--kl, --kl_target, --ref_ema: have no effect with --kl_coef 0, which needs no reference"
+        )
     earlier = Earlier.find(settings, [actor_save_dir, critic_save_dir], parallel)
     stage = load_roles(opened, settings, parallel, number_type, with_reference)
 
@@ -327,11 +344,15 @@ def main(
         if changed:
             log.warning(f"the run that left {actor_ckpt_dir} had other rewards: {changed}")
         if opened.moments:
-            log.info(f"the verifier's scores are centred by {opened.moments[0]:.4f} and divided by {opened.moments[1]:.4f}")
+            log.info(
+                f"the verifier's scores are centred by {opened.moments[0]:.4f} and divided by {opened.moments[1]:.4f}"
+            )
         if opened.translates:
             log.info("the verifier has another tokenizer and reads the texts")
         if offload and parallel.device.type == "cpu":
-            log.warning("--offload: on the CPU the device's memory is the host's: roles are moved, and nothing is saved")
+            log.warning(
+                "--offload: on the CPU the device's memory is the host's: roles are moved, and nothing is saved"
+            )
         log.info(
             f"{len(prompts)} prompts; ranks: {parallel.mp_size} model-parallel × {parallel.dp_size} data-parallel; "
             f"advantages: {advantage}; kl_coef {kl_control.kl_coef}{'' if with_reference else ': no reference'}"
@@ -377,13 +398,26 @@ def main(
 
         def evaluate(at: str, number: int) -> None:
             with stage.at_work("policy"):
-                metrics = evaluation.run(at, number, policy, actor.tokenizer, parallel, log, settings)
+                metrics = evaluation.run(
+                    at, number, policy, actor.tokenizer, parallel, log, settings
+                )
             best.consider(at, number, metrics)
 
         parts = {"best": best.part, **ppo.parts()}
-        trained = {role.name: (role.model, role.optimizer) for role in stage.roles.values() if role.optimizer}
+        trained = {
+            role.name: (role.model, role.optimizer)
+            for role in stage.roles.values()
+            if role.optimizer
+        }
         saving = Saving(
-            earlier, settings, trained, parallel, log, parts, ppo.tensors(), partial(stage.at_work, training=True)
+            earlier,
+            settings,
+            trained,
+            parallel,
+            log,
+            parts,
+            ppo.tensors(),
+            partial(stage.at_work, training=True),
         )
         fit(ppo, prompts, plan, log, evaluate, saving)
         save("policy", actor_save_dir, actor)

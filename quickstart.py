@@ -32,7 +32,14 @@ class Stages:
 
     def torchrun(self, stage: str, script: str, **flags) -> None:
         """A script on all ranks."""
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(self.ranks)]
+        launcher = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            str(self.ranks),
+        ]
         self._run(stage, launcher, [script], flags)
 
     def _run(self, stage: str, launcher: list[str], script: list[str], flags: dict) -> None:
@@ -43,15 +50,24 @@ class Stages:
         on_cpu = {  # the same job everywhere, with or without a GPU
             **os.environ,
             "CUDA_VISIBLE_DEVICES": "",
-            "OMP_NUM_THREADS": str(max(1, os.cpu_count() // (self.ranks if len(launcher) > 1 else 1))),
+            "OMP_NUM_THREADS": str(
+                max(1, os.cpu_count() // (self.ranks if len(launcher) > 1 else 1))
+            ),
         }
         code = subprocess.run([*launcher, *script, *arguments], cwd=ROOT, env=on_cpu).returncode
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
         if code:
-            sys.exit(f"quickstart stopped: {stage} ended with exit code {code}; the line above shows the command")
+            sys.exit(
+                f"quickstart stopped: {stage} ended with exit code {code}; the line above shows the command"
+            )
 
 
-def main(seed: int = 0, work_dir: str | None = None, ranks: int = 2, until: Literal["end", "verifier"] = "end"):
+def main(
+    seed: int = 0,
+    work_dir: str | None = None,
+    ranks: int = 2,
+    until: Literal["end", "verifier"] = "end",
+):
     """Run everything and print the table.
 
     Args:
@@ -61,7 +77,9 @@ def main(seed: int = 0, work_dir: str | None = None, ranks: int = 2, until: Lite
         until: the last stage to run; "verifier" leaves what PPO starts from.
     """
     if ranks not in (1, 2, 4):
-        raise UserError(f"--ranks {ranks}: the small model has 4 heads; 1, 2 or 4 ranks can share them")
+        raise UserError(
+            f"--ranks {ranks}: the small model has 4 heads; 1, 2 or 4 ranks can share them"
+        )
     work = Path(work_dir or f"runs/quickstart-{seed}")
     data, base, shards, sft = work / "data", work / "base", work / "base-shards", work / "sft"
     verifier, policy, critic = work / "verifier", work / "ppo", work / "ppo-critic"
@@ -69,35 +87,102 @@ def main(seed: int = 0, work_dir: str | None = None, ranks: int = 2, until: Lite
     answers = {"max_new_tokens": 90, "max_seq_len": 256}
     began = time.perf_counter()
 
-    stages.run("data", "dataset/build.py arithmetic", save_dir=data, n_train=20000, n_test=600, seed=seed)
-    stages.run("start", "dataset/start.py", train_file=train, save_dir=base, dim=96, n_layers=2, seed=seed)
+    stages.run(
+        "data", "dataset/build.py arithmetic", save_dir=data, n_train=20000, n_test=600, seed=seed
+    )
+    stages.run(
+        "start", "dataset/start.py", train_file=train, save_dir=base, dim=96, n_layers=2, seed=seed
+    )
     stages.run("start", "checkpoint_split.py", ckpt_file=base, save_path=shards, n=ranks)
     stages.torchrun(
-        "SFT", "solver_train.py", ckpt_dir=shards, save_dir=sft, train_file=train, max_batch_size=32, lr=4e-3, beta2=0.99, epochs=4,
-        task="GSM8K", label_file=test, seed=seed, **answers,
+        "SFT",
+        "solver_train.py",
+        ckpt_dir=shards,
+        save_dir=sft,
+        train_file=train,
+        max_batch_size=32,
+        lr=4e-3,
+        beta2=0.99,
+        epochs=4,
+        task="GSM8K",
+        label_file=test,
+        seed=seed,
+        **answers,
     )
-    stages.torchrun("evaluate", "solver_evaluate.py", task="GSM8K", ckpt_dir=sft, log_dir=work / "sft-evaluation",
-                    label_file=test, **answers)
+    stages.torchrun(
+        "evaluate",
+        "solver_evaluate.py",
+        task="GSM8K",
+        ckpt_dir=sft,
+        log_dir=work / "sft-evaluation",
+        label_file=test,
+        **answers,
+    )
     for part, file, rows in (("train", train, 4000), ("test", test, 600)):
         samples = work / f"samples-{part}.jsonl"
-        stages.torchrun("sample", "solver_generate.py", ckpt_dir=sft, input_file=file, output_file=samples, max_rows=rows,
-                        num_samples=4, temperature=1.0, seed=seed, **answers)
-        stages.run("sample", "dataset/build.py pairs", train_file=file, predictions=samples,
-                   save_file=data / f"pairs-{part}.json")
+        stages.torchrun(
+            "sample",
+            "solver_generate.py",
+            ckpt_dir=sft,
+            input_file=file,
+            output_file=samples,
+            max_rows=rows,
+            num_samples=4,
+            temperature=1.0,
+            seed=seed,
+            **answers,
+        )
+        stages.run(
+            "sample",
+            "dataset/build.py pairs",
+            train_file=file,
+            predictions=samples,
+            save_file=data / f"pairs-{part}.json",
+        )
     stages.torchrun(
-        "verifier", "verifier_train.py", ckpt_dir=sft, save_dir=verifier, train_file=data / "pairs-train.json",
-        max_batch_size=32, lr=1e-3, epochs=2, label_file=data / "pairs-test.json", seed=seed, max_seq_len=256,
+        "verifier",
+        "verifier_train.py",
+        ckpt_dir=sft,
+        save_dir=verifier,
+        train_file=data / "pairs-train.json",
+        max_batch_size=32,
+        lr=1e-3,
+        epochs=2,
+        label_file=data / "pairs-test.json",
+        seed=seed,
+        max_seq_len=256,
     )
     if until == "verifier":
         print(f"{sft} and {verifier} are there; PPO was left out (--until verifier)")
         return
     stages.torchrun(
-        "PPO", "ppo_train.py", actor_ckpt_dir=sft, actor_save_dir=policy, critic_ckpt_dir=verifier, critic_save_dir=critic,
-        reward_model_ckpt_dir=verifier, train_file=train, max_batch_size=64, max_buffer_size=256, iterations=40,
-        lr=2e-4, critic_lr=5e-4, ppo_epochs=2, kl_coef=0.1, seed=seed, **answers,
+        "PPO",
+        "ppo_train.py",
+        actor_ckpt_dir=sft,
+        actor_save_dir=policy,
+        critic_ckpt_dir=verifier,
+        critic_save_dir=critic,
+        reward_model_ckpt_dir=verifier,
+        train_file=train,
+        max_batch_size=64,
+        max_buffer_size=256,
+        iterations=40,
+        lr=2e-4,
+        critic_lr=5e-4,
+        ppo_epochs=2,
+        kl_coef=0.1,
+        seed=seed,
+        **answers,
     )
-    stages.torchrun("evaluate", "solver_evaluate.py", task="GSM8K", ckpt_dir=policy, log_dir=work / "ppo-evaluation",
-                    label_file=test, **answers)
+    stages.torchrun(
+        "evaluate",
+        "solver_evaluate.py",
+        task="GSM8K",
+        ckpt_dir=policy,
+        log_dir=work / "ppo-evaluation",
+        label_file=test,
+        **answers,
+    )
     stages.run("merge", "checkpoint_merge.py", ckpt_dir=policy, save_dir=work / "ppo-huggingface")
 
     minutes = (time.perf_counter() - began) / 60
@@ -116,8 +201,10 @@ def main(seed: int = 0, work_dir: str | None = None, ranks: int = 2, until: Lite
     for stage, seconds in stages.seconds.items():
         print(f"  {stage:24} {seconds / 60:5.1f}")
     print(f"  {'all':24} {minutes:5.1f}")
-    print(f"Everything lies in {work}: {sft.name}, {verifier.name}, {policy.name} and {critic.name} (shards), "
-          f"ppo-huggingface (for transformers), *-logs (TensorBoard), *-evaluation (predictions), summary.json")
+    print(
+        f"Everything lies in {work}: {sft.name}, {verifier.name}, {policy.name} and {critic.name} (shards), "
+        f"ppo-huggingface (for transformers), *-logs (TensorBoard), *-evaluation (predictions), summary.json"
+    )
 
 
 def _accuracy(path: Path) -> float:

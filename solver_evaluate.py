@@ -85,15 +85,26 @@ def main(
     from src.generation.beam import engine_of
     from src.generation.journal import Journal
     from src.generation.sampling import Sampling
-    from src.inputs import check_beams, check_flags, check_log_dir, open_model, read_evaluation, within
+    from src.inputs import (
+        check_beams,
+        check_flags,
+        check_log_dir,
+        open_model,
+        read_evaluation,
+        within,
+    )
     from src.logs import RunLog
     from src.parallel.setup import agreed, pick_dtype, start, stop
 
     check_flags(settings)
     check_beams(settings)
-    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed, min_p, repetition_penalty, min_new_tokens)
+    sampling = Sampling(
+        max_new_tokens, temperature, top_p, top_k, seed, min_p, repetition_penalty, min_new_tokens
+    )
     if (ckpt_dir is None) == (prediction_file is None):
-        raise UserError("give --ckpt_dir to generate answers, or --prediction_file to grade existing ones: one of the two")
+        raise UserError(
+            "give --ckpt_dir to generate answers, or --prediction_file to grade existing ones: one of the two"
+        )
     parallel = start(model_parallel_size, timeout)
 
     def read_inputs():
@@ -101,11 +112,26 @@ def main(
         data = read_evaluation(task, label_file)
         if ckpt_dir is not None:
             opened = open_model(
-                ckpt_dir, parallel, tokenizer_file, config_file, model_type, "lm", adapter_dir, use_chat_template
+                ckpt_dir,
+                parallel,
+                tokenizer_file,
+                config_file,
+                model_type,
+                "lm",
+                adapter_dir,
+                use_chat_template,
             )
             lengths = [len(opened.tokenizer.prompt_ids(text)) + 1 for text in data.instructions]
-            warning = within(lengths, max_seq_len, False, f"prompts of {label_file}, with one token more,")[1]
-            return data, opened, None, warning, Journal(Path(log_dir) / "predictions.jsonl", settings, parallel)
+            warning = within(
+                lengths, max_seq_len, False, f"prompts of {label_file}, with one token more,"
+            )[1]
+            return (
+                data,
+                opened,
+                None,
+                warning,
+                Journal(Path(log_dir) / "predictions.jsonl", settings, parallel),
+            )
         texts = [row["output"] for row in read_rows(prediction_file, {"output": STRING})]
         if len(texts) != len(data.rows) * num_samples:
             raise UserError(
@@ -116,16 +142,30 @@ def main(
 
     data, opened, texts, warning, journal = agreed(read_inputs)
     if opened is not None:
-        model = load_model(opened.checkpoint, parallel, pick_dtype(dtype, parallel.device), "lm", seed, quantize)
+        model = load_model(
+            opened.checkpoint, parallel, pick_dtype(dtype, parallel.device), "lm", seed, quantize
+        )
     with RunLog(log_dir, "solver_evaluate", settings, parallel.rank) as log:
         if warning:
             log.warning(f"{warning}: they count as wrong")
         if opened is None:
-            summary, predictions = graded(data.task, data.instructions, data.golds, texts, None, num_samples)
+            summary, predictions = graded(
+                data.task, data.instructions, data.golds, texts, None, num_samples
+            )
         else:
-            engine = engine_of(model, parallel, max_batch_size, max_seq_len, kv_cache_gb, num_beams, length_penalty)
+            engine = engine_of(
+                model, parallel, max_batch_size, max_seq_len, kv_cache_gb, num_beams, length_penalty
+            )
             summary, predictions = evaluate_solver(
-                engine, opened.tokenizer, data.task, data.instructions, data.golds, sampling, log, num_samples, journal
+                engine,
+                opened.tokenizer,
+                data.task,
+                data.instructions,
+                data.golds,
+                sampling,
+                log,
+                num_samples,
+                journal,
             )
         if parallel.is_main:
             write_results(log_dir, summary, predictions, settings)

@@ -88,13 +88,22 @@ def main(
 
     check_flags(settings)
     check_beams(settings)
-    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed, min_p, repetition_penalty, min_new_tokens)
+    sampling = Sampling(
+        max_new_tokens, temperature, top_p, top_k, seed, min_p, repetition_penalty, min_new_tokens
+    )
     parallel = start(model_parallel_size, timeout)
 
     def read_inputs():
         check_writable(output_file, ".jsonl", input_file)
         opened = open_model(
-            ckpt_dir, parallel, tokenizer_file, config_file, model_type, "lm", adapter_dir, use_chat_template
+            ckpt_dir,
+            parallel,
+            tokenizer_file,
+            config_file,
+            model_type,
+            "lm",
+            adapter_dir,
+            use_chat_template,
         )
         rows = read_prompt_rows(input_file)[:max_rows]
         prompts = [opened.tokenizer.prompt_ids(row["instruction"]) for row in rows]
@@ -106,8 +115,12 @@ def main(
     with RunLog(None, "solver_generate", settings, parallel.rank) as log:
         if warning:
             log.warning(f"{warning}: their outputs are empty")
-        model = load_model(opened.checkpoint, parallel, pick_dtype(dtype, parallel.device), "lm", seed, quantize).eval()
-        engine = engine_of(model, parallel, max_batch_size, max_seq_len, kv_cache_gb, num_beams, length_penalty)
+        model = load_model(
+            opened.checkpoint, parallel, pick_dtype(dtype, parallel.device), "lm", seed, quantize
+        ).eval()
+        engine = engine_of(
+            model, parallel, max_batch_size, max_seq_len, kv_cache_gb, num_beams, length_penalty
+        )
         asked = [(i, row["instruction"]) for i, row in enumerate(rows) for _ in range(num_samples)]
         prompts = [prompt for prompt in prompts for _ in range(num_samples)]
         stops = tuple(stop_strings or ())

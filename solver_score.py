@@ -70,7 +70,14 @@ def main(
     def read_inputs():
         check_writable(output_file, ".jsonl", input_file)
         opened = open_model(
-            ckpt_dir, parallel, tokenizer_file, config_file, model_type, "lm", adapter_dir, use_chat_template
+            ckpt_dir,
+            parallel,
+            tokenizer_file,
+            config_file,
+            model_type,
+            "lm",
+            adapter_dir,
+            use_chat_template,
         )
         rows = read_rows(input_file, {"instruction": TEXT, "output": TEXT})
         sequences = [encode(opened.tokenizer, row["instruction"], row["output"]) for row in rows]
@@ -79,14 +86,21 @@ def main(
 
     opened, sequences = agreed(read_inputs)
     with RunLog(None, "solver_score", settings, parallel.rank) as log, torch.no_grad():
-        model = load_model(opened.checkpoint, parallel, pick_dtype(dtype, parallel.device), "lm", seed, quantize).eval()
+        model = load_model(
+            opened.checkpoint, parallel, pick_dtype(dtype, parallel.device), "lm", seed, quantize
+        ).eval()
 
         def score(rows: list[int]) -> list[list[float]]:
             batch = Batch.of([sequences[i] for i in rows], parallel.device)
-            return [x.tolist() for x in response_logprobs(model, batch, temperature)[0].split(batch.responses)]
+            return [
+                x.tolist()
+                for x in response_logprobs(model, batch, temperature)[0].split(batch.responses)
+            ]
 
         with log.progress(len(sequences), "scoring", unit="row") as bar:
-            scored = over_ranks(score, [len(s.tokens) for s in sequences], max_batch_size, parallel, bar)
+            scored = over_ranks(
+                score, [len(s.tokens) for s in sequences], max_batch_size, parallel, bar
+            )
         if parallel.is_main:
             lines = [
                 {

@@ -119,7 +119,14 @@ def main(
     from src.checkpoint.load import load_model
     from src.checkpoint.save import check_save, save_model
     from src.evaluation.training import KeepBest, SolverEvaluation
-    from src.inputs import check_flags, check_log_dir, check_model_flags, lora_of, open_model, solver_sequences
+    from src.inputs import (
+        check_flags,
+        check_log_dir,
+        check_model_flags,
+        lora_of,
+        open_model,
+        solver_sequences,
+    )
     from src.logs import RunLog
     from src.parallel.setup import agreed, pick_dtype, start, stop
     from src.trainer.fit import FitSettings, fit, prepare
@@ -140,16 +147,30 @@ def main(
         saved = {"save_dir": save_dir} | ({"keep_best": best_dir} if best_dir else {})
         check_apart(saved, {**read, "log_dir": logs})
         opened = open_model(
-            ckpt_dir, parallel, tokenizer_file, config_file, model_type, "lm", adapter_dir, use_chat_template
+            ckpt_dir,
+            parallel,
+            tokenizer_file,
+            config_file,
+            model_type,
+            "lm",
+            adapter_dir,
+            use_chat_template,
         )
         check_model_flags(settings, opened.checkpoint)
         check_save(save_dir, opened.checkpoint, number_type, len(saved))
         if best_dir:
             check_save(best_dir, opened.checkpoint, number_type, len(saved))
-        evaluation = SolverEvaluation.read(task, label_file, eval_batch_size, max_new_tokens, max_seq_len)
+        evaluation = SolverEvaluation.read(
+            task, label_file, eval_batch_size, max_new_tokens, max_seq_len
+        )
         KeepBest.check(keep_best, eval_every, evaluation.metrics)
         lora = lora_of(settings, opened.checkpoint)
-        return opened, lora, evaluation, *solver_sequences(train_file, opened.tokenizer, max_seq_len, strict_length)
+        return (
+            opened,
+            lora,
+            evaluation,
+            *solver_sequences(train_file, opened.tokenizer, max_seq_len, strict_length),
+        )
 
     opened, lora, evaluation, sequences, warning = agreed(read_inputs)
     rows_per_step = max_batch_size * accumulation_steps * parallel.dp_size
@@ -158,19 +179,36 @@ def main(
     with RunLog(logs, "solver_train", settings, parallel.rank) as log:
         if warning:
             log.warning(f"{warning} and are left out")
-        log.info(f"{len(sequences)} rows; ranks: {parallel.mp_size} model-parallel × {parallel.dp_size} data-parallel")
+        log.info(
+            f"{len(sequences)} rows; ranks: {parallel.mp_size} model-parallel × {parallel.dp_size} data-parallel"
+        )
         prepare(model, settings, parallel)
 
         def save(folder: str) -> None:
-            save_model(model, parallel, folder, opened.checkpoint, opened.tokenizer.path, opened.tokenizer.borrowed_template)
+            save_model(
+                model,
+                parallel,
+                folder,
+                opened.checkpoint,
+                opened.tokenizer.path,
+                opened.tokenizer.borrowed_template,
+            )
 
         best = KeepBest(keep_best, lambda: save(best_dir), log)
 
         def evaluate(at: str, number: int) -> None:
-            best.consider(at, number, evaluation.run(at, number, model, opened.tokenizer, parallel, log, settings))
+            best.consider(
+                at,
+                number,
+                evaluation.run(at, number, model, opened.tokenizer, parallel, log, settings),
+            )
 
-        optimizer = Optimizer(model, parallel, weight_decay, max_grad_norm, betas=(0.9, beta2), zero=zero)
-        saving = Saving(earlier, settings, {"model": (model, optimizer)}, parallel, log, {"best": best.part})
+        optimizer = Optimizer(
+            model, parallel, weight_decay, max_grad_norm, betas=(0.9, beta2), zero=zero
+        )
+        saving = Saving(
+            earlier, settings, {"model": (model, optimizer)}, parallel, log, {"best": best.part}
+        )
         objective = SolverObjective(sequences, parallel.device)
         fit(model, optimizer, objective, fit_settings, parallel, log, evaluate, saving)
         save(save_dir)

@@ -62,19 +62,38 @@ def main(
     from src.errors import UserError
     from src.evaluation.solver import write_results
     from src.evaluation.verifier import evaluate_pairs, score_all
-    from src.inputs import check_flags, check_log_dir, check_writable, comparisons, encode, open_model, within
+    from src.inputs import (
+        check_flags,
+        check_log_dir,
+        check_writable,
+        comparisons,
+        encode,
+        open_model,
+        within,
+    )
     from src.logs import RunLog
     from src.parallel.setup import agreed, pick_dtype, start, stop
 
     check_flags(settings)
     measure, score = (label_file, log_dir), (input_file, output_file)
-    if (None in measure) == (None in score) or any(None in pair and pair != (None, None) for pair in (measure, score)):
-        raise UserError("give --label_file with --log_dir to measure, or --input_file with --output_file to score")
+    if (None in measure) == (None in score) or any(
+        None in pair and pair != (None, None) for pair in (measure, score)
+    ):
+        raise UserError(
+            "give --label_file with --log_dir to measure, or --input_file with --output_file to score"
+        )
     parallel = start(model_parallel_size, timeout)
 
     def read_inputs():
         opened = open_model(
-            ckpt_dir, parallel, tokenizer_file, config_file, model_type, "score", adapter_dir, use_chat_template
+            ckpt_dir,
+            parallel,
+            tokenizer_file,
+            config_file,
+            model_type,
+            "score",
+            adapter_dir,
+            use_chat_template,
         )
         if label_file is not None:
             check_log_dir(log_dir, ckpt_dir)
@@ -82,11 +101,19 @@ def main(
         check_writable(output_file, ".jsonl", input_file)
         rows = read_rows(input_file, {"instruction": TEXT, "output": TEXT})
         sequences = [encode(opened.tokenizer, row["instruction"], row["output"]) for row in rows]
-        return opened, sequences, within([len(s.tokens) for s in sequences], max_seq_len, True, f"rows of {input_file}")[1]
+        return (
+            opened,
+            sequences,
+            within([len(s.tokens) for s in sequences], max_seq_len, True, f"rows of {input_file}")[
+                1
+            ],
+        )
 
     opened, items, warning = agreed(read_inputs)
     moments = agreed(lambda: read_score_moments(opened.checkpoint.folder))
-    model = load_model(opened.checkpoint, parallel, pick_dtype(dtype, parallel.device), "score", seed, quantize)
+    model = load_model(
+        opened.checkpoint, parallel, pick_dtype(dtype, parallel.device), "score", seed, quantize
+    )
     with RunLog(log_dir, "verifier_evaluate", settings, parallel.rank) as log:
         if warning:
             log.warning(f"{warning} and are left out")
@@ -98,7 +125,9 @@ def main(
         else:
             scores = score_all(model, parallel, items, max_batch_size, log)
             if moments:
-                log.info(f"scores are centred by {moments[0]:.4f} and divided by {moments[1]:.4f}, as stored with the verifier")
+                log.info(
+                    f"scores are centred by {moments[0]:.4f} and divided by {moments[1]:.4f}, as stored with the verifier"
+                )
                 scores = (scores - moments[0]) / moments[1]
             scores = scores.tolist()
             if parallel.is_main:

@@ -121,7 +121,14 @@ def main(
     from src.checkpoint.save import check_save, save_model
     from src.evaluation.training import KeepBest, VerifierEvaluation
     from src.evaluation.verifier import score_moments
-    from src.inputs import check_flags, check_log_dir, check_model_flags, comparisons, lora_of, open_model
+    from src.inputs import (
+        check_flags,
+        check_log_dir,
+        check_model_flags,
+        comparisons,
+        lora_of,
+        open_model,
+    )
     from src.logs import RunLog
     from src.parallel.setup import agreed, pick_dtype, start, stop
     from src.trainer.fit import FitSettings, fit, prepare
@@ -142,16 +149,30 @@ def main(
         saved = {"save_dir": save_dir} | ({"keep_best": best_dir} if best_dir else {})
         check_apart(saved, {**read, "log_dir": logs})
         opened = open_model(
-            ckpt_dir, parallel, tokenizer_file, config_file, model_type, None, adapter_dir, use_chat_template
+            ckpt_dir,
+            parallel,
+            tokenizer_file,
+            config_file,
+            model_type,
+            None,
+            adapter_dir,
+            use_chat_template,
         )
         check_model_flags(settings, opened.checkpoint)
         check_save(save_dir, opened.checkpoint, number_type, len(saved))
         if best_dir:
             check_save(best_dir, opened.checkpoint, number_type, len(saved))
-        evaluation = VerifierEvaluation.read(task, label_file, opened.tokenizer, eval_batch_size, max_seq_len, strict_length)
+        evaluation = VerifierEvaluation.read(
+            task, label_file, opened.tokenizer, eval_batch_size, max_seq_len, strict_length
+        )
         KeepBest.check(keep_best, eval_every, evaluation.metrics)
         lora = lora_of(settings, opened.checkpoint)
-        return opened, lora, evaluation, *comparisons(train_file, opened.tokenizer, max_seq_len, strict_length)
+        return (
+            opened,
+            lora,
+            evaluation,
+            *comparisons(train_file, opened.tokenizer, max_seq_len, strict_length),
+        )
 
     opened, lora, evaluation, pairs, warning = agreed(read_inputs)
     rows_per_step = max_batch_size * accumulation_steps * parallel.dp_size
@@ -160,27 +181,47 @@ def main(
     with RunLog(logs, "verifier_train", settings, parallel.rank) as log:
         for message in filter(None, (warning, evaluation.warning)):
             log.warning(f"{message} and are left out")
-        log.info(f"{len(pairs)} rows; ranks: {parallel.mp_size} model-parallel × {parallel.dp_size} data-parallel")
+        log.info(
+            f"{len(pairs)} rows; ranks: {parallel.mp_size} model-parallel × {parallel.dp_size} data-parallel"
+        )
         prepare(model, settings, parallel)
 
         def save(folder: str) -> None:
-            moments = score_moments(model, parallel, pairs, eval_batch_size, log) if normalize_scores else None
+            moments = (
+                score_moments(model, parallel, pairs, eval_batch_size, log)
+                if normalize_scores
+                else None
+            )
             if moments:
                 log.info(
                     f"scores on the train file: mean {moments[0]:.4f}, standard deviation {moments[1]:.4f}; stored with them"
                 )
             notes = {SCORES_FILE: {"mean": moments[0], "std": moments[1]}} if moments else None
             tokenizer = opened.tokenizer
-            save_model(model, parallel, folder, opened.checkpoint, tokenizer.path, tokenizer.borrowed_template, notes)
+            save_model(
+                model,
+                parallel,
+                folder,
+                opened.checkpoint,
+                tokenizer.path,
+                tokenizer.borrowed_template,
+                notes,
+            )
 
         best = KeepBest(keep_best, lambda: save(best_dir), log)
 
         def evaluate(at: str, number: int) -> None:
             best.consider(at, number, evaluation.run(at, number, model, parallel, log, settings))
 
-        optimizer = Optimizer(model, parallel, weight_decay, max_grad_norm, betas=(0.9, beta2), zero=zero)
-        saving = Saving(earlier, settings, {"model": (model, optimizer)}, parallel, log, {"best": best.part})
-        objective = VerifierObjective(pairs, parallel.device, share_prompts=not model.config.n_experts)
+        optimizer = Optimizer(
+            model, parallel, weight_decay, max_grad_norm, betas=(0.9, beta2), zero=zero
+        )
+        saving = Saving(
+            earlier, settings, {"model": (model, optimizer)}, parallel, log, {"best": best.part}
+        )
+        objective = VerifierObjective(
+            pairs, parallel.device, share_prompts=not model.config.n_experts
+        )
         fit(model, optimizer, objective, fit_settings, parallel, log, evaluate, saving)
         save(save_dir)
         log.info(f"saved to {save_dir}")

@@ -18,18 +18,26 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from src.cli import run  # noqa: E402
+from src.cli import run
 
 
 def status_bytes(field: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    line = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(field)
+    )
     return int(line.split()[1]) * 1024
 
 
 def read_bytes() -> int:
     """Bytes that this process asked the disk for (not what it found in the page cache)."""
     return int(
-        next(line for line in Path("/proc/self/io").read_text().splitlines() if line.startswith("read_bytes")).split()[1]
+        next(
+            line
+            for line in Path("/proc/self/io").read_text().splitlines()
+            if line.startswith("read_bytes")
+        ).split()[1]
     )
 
 
@@ -37,7 +45,12 @@ class Peak:
     """The largest anonymous memory above where it began, looked at every millisecond."""
 
     def __enter__(self) -> "Peak":
-        self.start, self.peak, self._done, self.began = status_bytes("RssAnon"), 0, threading.Event(), time.perf_counter()
+        self.start, self.peak, self._done, self.began = (
+            status_bytes("RssAnon"),
+            0,
+            threading.Event(),
+            time.perf_counter(),
+        )
         self._watcher = threading.Thread(target=self._watch)
         self._watcher.start()
         return self
@@ -65,7 +78,9 @@ def make(folder: Path, gigabytes: float) -> int:
     dim, hidden = 2048, 5632
     config = ModelConfig(dim, 1, 16, 16, 128, hidden, 32000)
     per_layer = sum(torch.Size(spec.shape).numel() for spec in layer_table(config).values())
-    config = ModelConfig(dim, round((gigabytes * 1e9 / 2 - 2 * 32000 * dim) / per_layer), 16, 16, 128, hidden, 32000)
+    config = ModelConfig(
+        dim, round((gigabytes * 1e9 / 2 - 2 * 32000 * dim) / per_layer), 16, 16, 128, hidden, 32000
+    )
     folder.mkdir(parents=True)
     weight_map, tensors, number, total, limit = {}, {}, 0, 0, gigabytes * 1e9 / 4
 
@@ -84,7 +99,9 @@ def make(folder: Path, gigabytes: float) -> int:
         total += sum(t.nbytes for t in new.values())
     flush()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    (folder / "config.json").write_text(json.dumps(hf_config(config, "bfloat16", {"bos_token_id": 1, "eos_token_id": 2})))
+    (folder / "config.json").write_text(
+        json.dumps(hf_config(config, "bfloat16", {"bos_token_id": 1, "eos_token_id": 2}))
+    )
     return total
 
 
@@ -113,7 +130,8 @@ def load_one(source: str) -> None:
     held = sum(p.nbytes for p in model.parameters())
     reports = [None] * parallel.world_size
     dist.all_gather_object(
-        reports, {"peak": peak.peak, "held": held, "seconds": peak.seconds, "read": read_bytes() - before}
+        reports,
+        {"peak": peak.peak, "held": held, "seconds": peak.seconds, "read": read_bytes() - before},
     )
     if parallel.is_main:
         print(json.dumps(reports))
@@ -150,7 +168,9 @@ def main(gigabytes: float = 2.0, n: int = 4, work_dir: str | None = None):
         total = make(work / "hf", gigabytes)
         largest = max(file.stat().st_size for file in (work / "hf").iterdir())
         drop_from_cache(work / "hf")
-        split = last_line([sys.executable, __file__, "split", str(work / "hf"), str(work / "shards"), str(n)])
+        split = last_line(
+            [sys.executable, __file__, "split", str(work / "hf"), str(work / "shards"), str(n)]
+        )
         shard = max(file.stat().st_size for file in (work / "shards").glob("*.pth"))
         print(
             f"checkpoint {total / 1e9:.2f} GB in files of at most {largest / 1e9:.2f} GB; a shard of {n}: {shard / 1e9:.3f} GB"

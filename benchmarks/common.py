@@ -6,15 +6,17 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-SIZES = dict(dim=512, n_layers=8, n_heads=8, n_kv_heads=8, hidden_dim=1376, vocab_size=32000)  # 58M parameters
+SIZES = dict(
+    dim=512, n_layers=8, n_heads=8, n_kv_heads=8, hidden_dim=1376, vocab_size=32000
+)  # 58M parameters
 
 
 def make_model(folder: Path, seed: int = 0, head: str = "lm", **sizes) -> Path:
@@ -33,10 +35,14 @@ def make_model(folder: Path, seed: int = 0, head: str = "lm", **sizes) -> Path:
     config = ModelConfig(**sizes, head_dim=sizes["dim"] // sizes["n_heads"], head=head)
     tensors = {}
     for name, spec in tensor_table(config).items():
-        tensors |= hf_tensors(name, random_tensor(name, spec, initial_std(name, spec, config.n_layers), seed), config)
+        tensors |= hf_tensors(
+            name, random_tensor(name, spec, initial_std(name, spec, config.n_layers), seed), config
+        )
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(hf_config(config, "float32", {"bos_token_id": 1, "eos_token_id": 2})))
+    (folder / "config.json").write_text(
+        json.dumps(hf_config(config, "float32", {"bos_token_id": 1, "eos_token_id": 2}))
+    )
     return folder
 
 
@@ -58,7 +64,9 @@ def make_tokenizer(folder: Path, texts: list[str], vocab_size: int = 4000) -> Pa
     return path
 
 
-def alternate(runs: dict[str, Callable[[], float]], rounds: int, warm_up: bool = True) -> dict[str, list[float]]:
+def alternate(
+    runs: dict[str, Callable[[], float]], rounds: int, warm_up: bool = True
+) -> dict[str, list[float]]:
     """Each run's results in turn, round after round: A B A B …; the first round is not counted with `warm_up`."""
     results: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds + warm_up):
@@ -96,7 +104,11 @@ def read_rate(megabytes: int = 1024, rounds: int = 5) -> float:
 def machine() -> str:
     """One line for the tables."""
     model = next(
-        (line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
         "",
     )
     return f"{model or platform.processor()}, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}, {torch.get_num_threads()} threads"

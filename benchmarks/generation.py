@@ -15,11 +15,22 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import alternate, machine, make_model, make_tokenizer, matmul_rate, median, read_rate, seconds
+from common import (
+    alternate,
+    machine,
+    make_model,
+    make_tokenizer,
+    matmul_rate,
+    median,
+    read_rate,
+    seconds,
+)
 
 from src.cli import run
 
-STOPS = set(range(100, 420))  # one token in a hundred ends a text: lengths vary as they do for a trained model
+STOPS = set(
+    range(100, 420)
+)  # one token in a hundred ends a text: lengths vary as they do for a trained model
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -30,7 +41,9 @@ def open_engine(folder: Path, dtype: torch.dtype, slots: int):
     from src.parallel.setup import start
 
     parallel = start()
-    return Engine(load_model(Checkpoint.open(str(folder)), parallel, dtype).eval(), parallel, slots, 2048)
+    return Engine(
+        load_model(Checkpoint.open(str(folder)), parallel, dtype).eval(), parallel, slots, 2048
+    )
 
 
 def ours(engine, prompts: list[list[int]], new: int, stops: set[int], seed: int = 1) -> float:
@@ -38,7 +51,9 @@ def ours(engine, prompts: list[list[int]], new: int, stops: set[int], seed: int 
     from src.generation.sampling import Sampling
 
     made = []
-    took = seconds(lambda: made.extend(engine.generate(prompts, Sampling(new, 1.0, seed=seed), stops)))
+    took = seconds(
+        lambda: made.extend(engine.generate(prompts, Sampling(new, 1.0, seed=seed), stops))
+    )
     return sum(len(c.tokens) for c in made) / took
 
 
@@ -47,7 +62,9 @@ def theirs(model, prompts: list[list[int]], new: int, stops: set[int], seed: int
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
     torch.manual_seed(seed)
-    ends = dict(eos_token_id=sorted(stops)) if stops else dict(eos_token_id=None, min_new_tokens=new)
+    ends = (
+        dict(eos_token_id=sorted(stops)) if stops else dict(eos_token_id=None, min_new_tokens=new)
+    )
     made = []
     took = seconds(
         lambda: made.append(
@@ -65,7 +82,13 @@ def theirs(model, prompts: list[list[int]], new: int, stops: set[int], seed: int
         )
     )
     rows = made[0][:, longest:].tolist()
-    return sum(next((at + 1 for at, token in enumerate(row) if token in stops), len(row)) for row in rows) / took
+    return (
+        sum(
+            next((at + 1 for at, token in enumerate(row) if token in stops), len(row))
+            for row in rows
+        )
+        / took
+    )
 
 
 def against_transformers(folder: Path, prompts: list[list[int]], rounds: int) -> list[str]:
@@ -74,9 +97,14 @@ def against_transformers(folder: Path, prompts: list[list[int]], rounds: int) ->
     lines = ["| | ours, tokens/s | transformers, tokens/s | ratio |", "|---|---|---|---|"]
     for name, dtype in DTYPES.items():
         engine = open_engine(folder, dtype, 64)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation="sdpa"
+        ).eval()
         model.generation_config.eos_token_id = None
-        for what, new, stops in (("varying lengths, at most 256 new", 256, STOPS), ("128 new each", 128, set())):
+        for what, new, stops in (
+            ("varying lengths, at most 256 new", 256, STOPS),
+            ("128 new each", 128, set()),
+        ):
             got = alternate(
                 {
                     "ours": lambda: ours(engine, prompts[:64], new, stops),
@@ -100,7 +128,9 @@ def rank_main(folder: str, prompts_file: str, dtype: str) -> None:
         print(f"RATE {rate}")
 
 
-def ranks_against_process(folder: Path, prompts: list[list[int]], rounds: int, work: Path) -> list[str]:
+def ranks_against_process(
+    folder: Path, prompts: list[list[int]], rounds: int, work: Path
+) -> list[str]:
     (work / "prompts.json").write_text(json.dumps(prompts[:64]))
     cores = len(os.sched_getaffinity(0))
     lines = [
@@ -111,7 +141,9 @@ def ranks_against_process(folder: Path, prompts: list[list[int]], rounds: int, w
 
         def launch(n: int) -> float:
             command = (
-                [sys.executable] if n == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(n)]
+                [sys.executable]
+                if n == 1
+                else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(n)]
             )
             environment = {**os.environ, "OMP_NUM_THREADS": str(cores // n)}
             done = subprocess.run(
@@ -123,7 +155,9 @@ def ranks_against_process(folder: Path, prompts: list[list[int]], rounds: int, w
             )
             return float(done.stdout.split("RATE ")[1].split()[0])
 
-        got = alternate({"one": lambda: launch(1), "two": lambda: launch(cores)}, rounds, warm_up=False)
+        got = alternate(
+            {"one": lambda: launch(1), "two": lambda: launch(cores)}, rounds, warm_up=False
+        )
         a, b = median(got["one"]), median(got["two"])
         lines.append(f"| {dtype} | {a:.0f} | {b:.0f} | {b / a:.2f} |")
         print(lines[-1], flush=True)
@@ -155,8 +189,12 @@ def roofline(folder: Path, prompts: list[list[int]], rounds: int) -> list[str]:
 
             with torch.no_grad(), packed_weights(model, engine.parallel):
                 took = min(step() for _ in range(5 * rounds))
-            weights = sum(p.numel() for n, p in model.named_parameters() if "tok_embeddings" not in n)
-            read = (weights + 2 * batch * length * model.config.dim * model.config.n_layers) * dtype.itemsize
+            weights = sum(
+                p.numel() for n, p in model.named_parameters() if "tok_embeddings" not in n
+            )
+            read = (
+                weights + 2 * batch * length * model.config.dim * model.config.n_layers
+            ) * dtype.itemsize
             work = 2 * batch * (weights + 2 * length * model.config.dim * model.config.n_layers)
             least = max(read / bandwidth, work / rate)
             lines.append(
@@ -176,7 +214,10 @@ def roofline(folder: Path, prompts: list[list[int]], rounds: int) -> list[str]:
 def scaling(folder: Path, prompts: list[list[int]], rounds: int) -> list[str]:
     """Cost per token from 64 to 512 prompts in the queue, and from contexts of 128 to 1024."""
     engine = open_engine(folder, torch.float32, 64)
-    queue = alternate({str(n): lambda n=n: ours(engine, prompts[:n], 48, set()) for n in (64, 128, 256, 512)}, rounds)
+    queue = alternate(
+        {str(n): lambda n=n: ours(engine, prompts[:n], 48, set()) for n in (64, 128, 256, 512)},
+        rounds,
+    )
     lines = [
         "| prompts in the queue, 64 slots, 48 new each | " + " | ".join(queue) + " |",
         "|---|" + "---|" * len(queue),
@@ -185,13 +226,17 @@ def scaling(folder: Path, prompts: list[list[int]], rounds: int) -> list[str]:
     ]
     flat = [p for p in prompts if len(p) >= 32][0]
     made = {n: [(flat * 40)[:n]] * 16 for n in (128, 256, 512, 1024)}
-    context = alternate({str(n): lambda n=n: 16 / decode_seconds(engine, made[n]) for n in made}, rounds)
+    context = alternate(
+        {str(n): lambda n=n: 16 / decode_seconds(engine, made[n]) for n in made}, rounds
+    )
     cost = {n: 1e3 / median(v) for n, v in context.items()}
     lines += [
         "| tokens of context, 16 slots | " + " | ".join(cost) + " |",
         "|---|" + "---|" * len(cost),
         "| ms per token | " + " | ".join(f"{v:.3f}" for v in cost.values()) + " |",
-        "| cache, MB per slot | " + " | ".join(f"{2 * int(n) * 512 * 8 * 4 / 1e6:.1f}" for n in cost) + " |",
+        "| cache, MB per slot | "
+        + " | ".join(f"{2 * int(n) * 512 * 8 * 4 / 1e6:.1f}" for n in cost)
+        + " |",
     ]
     print("\n".join(lines), flush=True)
     return lines
@@ -222,8 +267,14 @@ def main(prompts_file: str, out: str | None = None, rounds: int = 3, only: str |
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(make_tokenizer(folder, texts)))
     prompts = [[1, *tokenizer.encode(text)] for text in texts]
     parts = {
-        "transformers": ("Beside `transformers.generate`", lambda: against_transformers(folder, prompts, rounds)),
-        "ranks": ("Ranks beside threads", lambda: ranks_against_process(folder, prompts, rounds, work)),
+        "transformers": (
+            "Beside `transformers.generate`",
+            lambda: against_transformers(folder, prompts, rounds),
+        ),
+        "ranks": (
+            "Ranks beside threads",
+            lambda: ranks_against_process(folder, prompts, rounds, work),
+        ),
         "roofline": ("Beside the roofline", lambda: roofline(folder, prompts, rounds)),
         "scaling": ("Queue and context", lambda: scaling(folder, prompts, rounds)),
     }

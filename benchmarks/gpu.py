@@ -15,7 +15,7 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from src.cli import run  # noqa: E402
+from src.cli import run
 
 
 def main(
@@ -60,7 +60,9 @@ def main(
     device, dtype = parallel.device, torch.bfloat16
 
     def made(dim: int, n_layers: int, n_heads: int, hidden_dim: int):
-        config = ModelConfig(dim, n_layers, n_heads, n_heads, dim // n_heads, hidden_dim, 32000, max_seq_len=4096)
+        config = ModelConfig(
+            dim, n_layers, n_heads, n_heads, dim // n_heads, hidden_dim, 32000, max_seq_len=4096
+        )
         model = build(config, parallel.mp_rank, parallel.mp_size, dtype)
         model.stack_projections(device)
         with torch.no_grad():
@@ -82,10 +84,17 @@ def main(
         generation(made(dim, n_layers, n_heads, hidden_dim), parallel, wait, batch, rounds)
     if only != "generation":
         if parallel.is_main:
-            print("| | step, s | tokens/s | MFU | memory, GB | where the time goes |\n|---|---|---|---|---|---|")
+            print(
+                "| | step, s | tokens/s | MFU | memory, GB | where the time goes |\n|---|---|---|---|---|---|"
+            )
         head = dim // n_heads
         for name, shape, lora, recompute in (
-            ("full fine-tune", (full_dim, full_layers, full_dim // head, full_hidden_dim), False, "none"),
+            (
+                "full fine-tune",
+                (full_dim, full_layers, full_dim // head, full_hidden_dim),
+                False,
+                "none",
+            ),
             (
                 "full fine-tune, recomputed in part",
                 (full_dim, full_layers, full_dim // head, full_hidden_dim),
@@ -98,7 +107,9 @@ def main(
     stop()
 
 
-def training(name: str, model, parallel, lora: bool, recompute: str, length: int, batch: int, rounds: int) -> None:
+def training(
+    name: str, model, parallel, lora: bool, recompute: str, length: int, batch: int, rounds: int
+) -> None:
     """Prints a row: the best of a few optimizer steps."""
     import torch
 
@@ -112,7 +123,10 @@ def training(name: str, model, parallel, lora: bool, recompute: str, length: int
     if lora:
         add_lora(model.requires_grad_(False), LoRAConfig(16), 0, parallel)
     model.recompute = recompute
-    rows = [Sequence([1 + (7 * i + j) % 31000 for j in range(length)], length // 2) for i in range(batch * parallel.dp_size)]
+    rows = [
+        Sequence([1 + (7 * i + j) % 31000 for j in range(length)], length // 2)
+        for i in range(batch * parallel.dp_size)
+    ]
     objective, settings = SolverObjective(rows, parallel.device), FitSettings(1e-5, 1, batch)
     optimizer, meter, best = Optimizer(model, parallel), Meter(model, objective, parallel), None
     if parallel.device.type == "cuda":
@@ -123,7 +137,9 @@ def training(name: str, model, parallel, lora: bool, recompute: str, length: int
         found = meter.read(list(range(len(rows))))
         best = found if best is None or found["seconds"] < best["seconds"] else best
     if parallel.is_main:
-        phases = ", ".join(f"{k.split('/')[1]} {v:.3f}" for k, v in best.items() if k.startswith("seconds/"))
+        phases = ", ".join(
+            f"{k.split('/')[1]} {v:.3f}" for k, v in best.items() if k.startswith("seconds/")
+        )
         print(
             f"| {size / 1e9:.2f}B, {name}, {len(rows)} × {length} tokens | {best['seconds']:.3f} | {best['tokens_per_s']:.0f} | "
             f"{best['mfu']:.2f} | {best['memory_gb']:.1f} | {phases} |"
@@ -161,7 +177,12 @@ def generation(model, parallel, wait, batch: int, rounds: int) -> None:
     bandwidth = 2 * x.nbytes / min(times)
     weights = sum(p.nbytes for name, p in model.named_parameters() if "tok_embeddings" not in name)
     cache = (
-        2 * config.n_layers * model.kv_heads * config.head_dim * 192 * model.norm.weight.element_size()
+        2
+        * config.n_layers
+        * model.kv_heads
+        * config.head_dim
+        * 192
+        * model.norm.weight.element_size()
     )  # at the middle of the decoding
     one, many = rate(1), rate(batch)
     if parallel.is_main:

@@ -25,7 +25,9 @@ def products() -> None:
                 x, w = torch.randn(rows, k).to(dtype), torch.randn(n, k).to(dtype)
                 packed = torch.ops.mkldnn._reorder_linear_weight(w)
                 plain = timed(lambda: F.linear(x, w))
-                fast = timed(lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], ""))
+                fast = timed(
+                    lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+                )
                 line = f"product {dtype} {rows} x {k} x {n}: plain {plain:.3f} ms, packed {fast:.3f} ms ({plain / fast:.2f})"
                 if dtype == torch.float32 and rows == 64:
                     mkl = torch.ops.mkl._mkl_reorder_linear_weight(w, rows)
@@ -37,8 +39,14 @@ def attention() -> None:
     """One query for each of 64 sequences, over eight layers' caches in turn, so that they come from memory."""
     n, heads, dim, context = 64, 8, 64, 160
     for dtype in (torch.float32, torch.bfloat16):
-        layers = [[torch.randn(n, heads, context + 32, dim).to(dtype)[:, :, :context] for _ in range(2)] for _ in range(8)]
-        q, mask = torch.randn(n, heads, 1, dim).to(dtype), torch.zeros(n, 1, 1, context, dtype=dtype)
+        layers = [
+            [torch.randn(n, heads, context + 32, dim).to(dtype)[:, :, :context] for _ in range(2)]
+            for _ in range(8)
+        ]
+        q, mask = (
+            torch.randn(n, heads, 1, dim).to(dtype),
+            torch.zeros(n, 1, 1, context, dtype=dtype),
+        )
 
         def kernel():
             for k, v in layers:
@@ -46,7 +54,9 @@ def attention() -> None:
 
         def two_products():
             for k, v in layers:
-                torch.matmul((torch.matmul(q * dim**-0.5, k.transpose(-1, -2)) + mask).softmax(-1), v)
+                torch.matmul(
+                    (torch.matmul(q * dim**-0.5, k.transpose(-1, -2)) + mask).softmax(-1), v
+                )
 
         size = 16 * n * heads * context * dim * dtype.itemsize
         for name, work in (("fused kernel", kernel), ("two products", two_products)):
@@ -78,5 +88,13 @@ if __name__ == "__main__":
         print(machine())
         products()
         attention()
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", __file__, "all-reduce"]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            "2",
+            __file__,
+            "all-reduce",
+        ]
         subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})

@@ -19,6 +19,7 @@ from pathlib import Path
 from queue import Queue
 
 from common import ROOT
+
 from src.cli import run
 
 ITERATIONS, EVERY = 40, 8
@@ -45,7 +46,11 @@ METHODS = {
     "GRPO (constant)": {"advantage": "grpo", **GROUPS, **CONSTANT},
     "PPO (constant)": {"critic": "sft", "critic_lr": 5e-4, "kl_coef": 0.1, "lam": 1.0, **CONSTANT},
     "PPO (constant; λ 0.95)": {"critic": "sft", "critic_lr": 5e-4, "kl_coef": 0.1, **CONSTANT},
-    "PPO (constant; λ 0.95; critic from the verifier)": {"critic_lr": 5e-4, "kl_coef": 0.1, **CONSTANT},
+    "PPO (constant; λ 0.95; critic from the verifier)": {
+        "critic_lr": 5e-4,
+        "kl_coef": 0.1,
+        **CONSTANT,
+    },
 }
 
 
@@ -69,7 +74,10 @@ def flags_of(method: str, seed: int, work: Path, out: Path) -> list[str]:
         given |= {"critic_ckpt_dir": work / critic, "critic_save_dir": f"{out}-critic"}
     if "reward" not in given:
         given["reward_model_ckpt_dir"] = work / "verifier"
-    return ["ppo_train.py", *(word for name, value in given.items() for word in (f"--{name}", str(value)))]
+    return [
+        "ppo_train.py",
+        *(word for name, value in given.items() for word in (f"--{name}", str(value))),
+    ]
 
 
 def curve(logs: Path) -> tuple[dict[int, float], int]:
@@ -106,7 +114,14 @@ def main(
     work.mkdir(parents=True, exist_ok=True)
     for seed in seeds:
         if not (ROOT / f"{quickstart_dir}-{seed}" / "verifier" / "params.json").is_file():
-            arguments = ["--seed", str(seed), "--work_dir", f"{quickstart_dir}-{seed}", "--until", "verifier"]
+            arguments = [
+                "--seed",
+                str(seed),
+                "--work_dir",
+                f"{quickstart_dir}-{seed}",
+                "--until",
+                "verifier",
+            ]
             subprocess.run([sys.executable, "quickstart.py", *arguments], cwd=ROOT, check=True)
     for core in sorted(os.sched_getaffinity(0))[:jobs]:
         cores.put(core)
@@ -120,7 +135,10 @@ def main(
         done.unlink(missing_ok=True)
         core = cores.get()
         try:
-            command = [sys.executable, *flags_of(method, seed, ROOT / f"{quickstart_dir}-{seed}", folder)]
+            command = [
+                sys.executable,
+                *flags_of(method, seed, ROOT / f"{quickstart_dir}-{seed}", folder),
+            ]
             pinned = {"preexec_fn": lambda: os.sched_setaffinity(0, {core})}
             subprocess.run(command, cwd=ROOT, check=True, capture_output=True, **pinned)
         finally:
@@ -140,7 +158,9 @@ def main(
 def table(results: dict[str, list[tuple[dict[int, float], int]]], seeds: list[int]) -> str:
     """Accuracy at the start and the end of each run, in per cent, and the tokens it generated."""
     lines = [
-        "| method | " + " | ".join(f"seed {seed}" for seed in seeds) + " | mean gain | tokens generated |",
+        "| method | "
+        + " | ".join(f"seed {seed}" for seed in seeds)
+        + " | mean gain | tokens generated |",
         "|---|" + "---|" * (len(seeds) + 2),
     ]
     for method, runs in results.items():
@@ -164,8 +184,16 @@ def draw(results: dict[str, list[tuple[dict[int, float], int]]], path: str) -> N
         steps = sorted(runs[0][0])
         values = [[100 * curve[step] for curve, _ in runs] for step in steps]
         (line,) = axes.plot(steps, [sum(v) / len(v) for v in values], label=method)
-        axes.fill_between(steps, list(map(min, values)), list(map(max, values)), alpha=0.15, color=line.get_color())
-    axes.set(xlabel=f"iterations of {COMMON['max_buffer_size']} rollouts", ylabel="greedy accuracy, %")
+        axes.fill_between(
+            steps,
+            list(map(min, values)),
+            list(map(max, values)),
+            alpha=0.15,
+            color=line.get_color(),
+        )
+    axes.set(
+        xlabel=f"iterations of {COMMON['max_buffer_size']} rollouts", ylabel="greedy accuracy, %"
+    )
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()

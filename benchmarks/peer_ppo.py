@@ -96,7 +96,9 @@ def main(job: dict) -> dict:
 
     def load(kind, folder: str):
         model = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
-        model.config.use_cache = settings.get("use_cache", False)  # generation has its cache either way
+        model.config.use_cache = settings.get(
+            "use_cache", False
+        )  # generation has its cache either way
         return model
 
     policy, reference = (load(AutoModelForCausalLM, job["policy"]) for _ in range(2))
@@ -109,7 +111,10 @@ def main(job: dict) -> dict:
     # `gradient_accumulation_steps` of them, four times per iteration; hence the accelerator is told below.
     pieces = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 1}
     if micro < mini:
-        pieces = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": rows // micro}
+        pieces = {
+            "per_device_train_batch_size": micro,
+            "gradient_accumulation_steps": rows // micro,
+        }
     args = PPOConfig(
         output_dir=job["out"],
         **pieces,
@@ -155,7 +160,9 @@ def main(job: dict) -> dict:
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     optimizer.register_step_post_hook(lambda *_: steps.append(1))
     trainer.train()
-    if len(steps) != job["epochs"] * job["mini_batches"] * job["iterations"] or clock.lengths != {job["new"]}:
+    if len(steps) != job["epochs"] * job["mini_batches"] * job["iterations"] or clock.lengths != {
+        job["new"]
+    }:
         raise SystemExit(
             f"{len(steps)} optimizer steps in {job['iterations']} iterations, responses of {clock.lengths} tokens"
         )

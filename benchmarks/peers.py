@@ -29,11 +29,16 @@ def plain_loop(folder: Path, job: dict) -> dict:
             if verifier:
                 rows = [pair[0] for pair in batch] + [pair[1] for pair in batch]
                 mask = padded([[1] * len(row) for row in rows])
-                chosen, rejected = model(padded(rows), attention_mask=mask).logits.squeeze(-1).float().chunk(2)
+                chosen, rejected = (
+                    model(padded(rows), attention_mask=mask).logits.squeeze(-1).float().chunk(2)
+                )
                 loss = -torch.nn.functional.logsigmoid(chosen - rejected).mean()
             else:
                 tokens = [row["tokens"] for row in batch]
-                labels = [[-100] * row["prompt_length"] + row["tokens"][row["prompt_length"] :] for row in batch]
+                labels = [
+                    [-100] * row["prompt_length"] + row["tokens"][row["prompt_length"] :]
+                    for row in batch
+                ]
                 mask = padded([[1] * len(row) for row in tokens])
                 loss = model(padded(tokens), attention_mask=mask, labels=padded(labels, -100)).loss
         loss.backward()
@@ -48,16 +53,18 @@ def plain_loop(folder: Path, job: dict) -> dict:
 def trl(folder: Path, job: dict) -> dict:
     """SFTTrainer on completions only, or RewardTrainer; without what costs time: recomputation, saving, reports."""
     from datasets import Dataset
+    from tokenizers import Tokenizer, models
     from transformers import (
         AutoModelForCausalLM,
         AutoModelForSequenceClassification,
         PreTrainedTokenizerFast,
         TrainerCallback,
     )
-    from tokenizers import Tokenizer, models
 
     words = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2}, unk_token="<pad>"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
     losses, ends = [], []
 
     class Clock(TrainerCallback):
@@ -94,9 +101,13 @@ def trl(folder: Path, job: dict) -> dict:
     if job["task"] == "verifier":
         from trl import RewardConfig, RewardTrainer
 
-        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+        model = AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="sdpa"
+        )
         model.config.pad_token_id = 0
-        data = Dataset.from_list([{"chosen_ids": chosen, "rejected_ids": rejected} for chosen, rejected, _ in rows])
+        data = Dataset.from_list(
+            [{"chosen_ids": chosen, "rejected_ids": rejected} for chosen, rejected, _ in rows]
+        )
         trainer = RewardTrainer(
             model=model,
             args=RewardConfig(disable_dropout=False, **common),
@@ -107,9 +118,18 @@ def trl(folder: Path, job: dict) -> dict:
     else:
         from trl import SFTConfig, SFTTrainer
 
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
-        masks = [[int(at >= row["prompt_length"]) for at in range(len(row["tokens"]))] for row in rows]
-        data = Dataset.from_list([{"input_ids": row["tokens"], "completion_mask": mask} for row, mask in zip(rows, masks)])
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="sdpa"
+        )
+        masks = [
+            [int(at >= row["prompt_length"]) for at in range(len(row["tokens"]))] for row in rows
+        ]
+        data = Dataset.from_list(
+            [
+                {"input_ids": row["tokens"], "completion_mask": mask}
+                for row, mask in zip(rows, masks)
+            ]
+        )
         trainer = SFTTrainer(
             model=model,
             args=SFTConfig(completion_only_loss=True, **common),

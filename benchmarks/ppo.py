@@ -45,19 +45,27 @@ def prepare(train_file: str, work: Path) -> None:
     path = make_tokenizer(policy, [row["question"] + "\n" + row["answer"] for row in rows])
     shutil.copy(path, verifier)
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    answers = [tokenizer.encode(row["answer"] + "\n" + row["question"]) for row in rows[: PROMPTS + 1]]
+    answers = [
+        tokenizer.encode(row["answer"] + "\n" + row["question"]) for row in rows[: PROMPTS + 1]
+    ]
     outputs = [tokenizer.decode(answer[: NEW - 1]) for answer in answers]  # EOS makes it 64
     chosen = rows[:PROMPTS]
     write_rows(work / "prompts.jsonl", [{"instruction": row["question"]} for row in chosen])
     write_rows(
-        work / "sft.jsonl", [{"instruction": row["question"], "output": output} for row, output in zip(chosen, outputs)]
+        work / "sft.jsonl",
+        [
+            {"instruction": row["question"], "output": output}
+            for row, output in zip(chosen, outputs)
+        ],
     )
     pairs = [
         {"instruction": row["question"], "chosen": right, "rejected": wrong}
         for row, right, wrong in zip(chosen, outputs, outputs[1:])
     ]
     write_rows(work / "pairs.jsonl", pairs)
-    ids = [[1, *tokenizer.encode(row["question"])] for row in chosen]  # as ppo_train.py reads an instruction
+    ids = [
+        [1, *tokenizer.encode(row["question"])] for row in chosen
+    ]  # as ppo_train.py reads an instruction
     (work / "prompts.json").write_text(json.dumps(ids))
 
 
@@ -68,7 +76,9 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 def child(command: list[str], **environment: str) -> tuple[str, int]:
     """What a process said, and the most memory it ever held, in bytes."""
     with tempfile.TemporaryFile("w+") as text:
-        process = subprocess.Popen(command, stdout=text, stderr=subprocess.STDOUT, env={**os.environ, **environment})
+        process = subprocess.Popen(
+            command, stdout=text, stderr=subprocess.STDOUT, env={**os.environ, **environment}
+        )
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         text.seek(0)
@@ -76,22 +86,30 @@ def child(command: list[str], **environment: str) -> tuple[str, int]:
     if process.returncode:
         raise SystemExit(f"{' '.join(command)}\nended with {process.returncode}:\n{said[-6000:]}")
     if usage.ru_maxrss <= resource.getrusage(resource.RUSAGE_SELF).ru_maxrss:
-        raise SystemExit("the child's peak memory cannot be told from that of this process, which it begins with")
+        raise SystemExit(
+            "the child's peak memory cannot be told from that of this process, which it begins with"
+        )
     return said, usage.ru_maxrss * 1024
 
 
-def script(name: str, work: Path, switches: tuple[str, ...] = (), **flags) -> tuple[list[dict], int]:
+def script(
+    name: str, work: Path, switches: tuple[str, ...] = (), **flags
+) -> tuple[list[dict], int]:
     """One of our scripts: what it logged of each step, and its peak memory."""
     logs = work / "logs"
     shutil.rmtree(logs, ignore_errors=True)
     flags = {**flags, "log_dir": logs, "dtype": "fp32"}
     given = [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
     _, peak = child([sys.executable, str(ROOT / name), *given, *switches])
-    events = [json.loads(line) for line in (logs / name).with_suffix(".jsonl").read_text().splitlines()]
+    events = [
+        json.loads(line) for line in (logs / name).with_suffix(".jsonl").read_text().splitlines()
+    ]
     return [event for event in events if event["event"] == "scalars"], peak
 
 
-def ppo_script(work: Path, actor: Path, verifier: Path, batch: int, iterations: int, *switches: str, **flags) -> dict:
+def ppo_script(
+    work: Path, actor: Path, verifier: Path, batch: int, iterations: int, *switches: str, **flags
+) -> dict:
     """`ppo_train.py`: seconds per iteration and phase, peak memory. Fails unless the work was as long as the table says."""
     steps, peak = script(
         "ppo_train.py",
@@ -119,8 +137,14 @@ def ppo_script(work: Path, actor: Path, verifier: Path, batch: int, iterations: 
     wanted = (iterations, {EPOCHS * MINI_BATCHES}, {float(NEW)})
     updates = {step[f"ppo/{role}_steps"] for step in steps for role in ("policy", "value")}
     if (len(steps), updates, {step["ppo/response_length"] for step in steps}) != wanted:
-        raise SystemExit(f"iterations, steps of each and tokens per response are not {wanted}: {steps}")
-    return {"seconds": [step["ppo/seconds"] for step in steps], "phases": [phases_of(step) for step in steps], "peak": peak}
+        raise SystemExit(
+            f"iterations, steps of each and tokens per response are not {wanted}: {steps}"
+        )
+    return {
+        "seconds": [step["ppo/seconds"] for step in steps],
+        "phases": [phases_of(step) for step in steps],
+        "peak": peak,
+    }
 
 
 def phases_of(step: dict) -> dict[str, float]:
@@ -161,18 +185,28 @@ def theirs(python: str, work: Path, iterations: int, settings: dict) -> dict:
     return {**json.loads(line.removeprefix("RESULT ")), "peak": peak}
 
 
-def beside_trl(work: Path, python: str, rounds: int, iterations: int, batch: int, settings: dict) -> list[str]:
+def beside_trl(
+    work: Path, python: str, rounds: int, iterations: int, batch: int, settings: dict
+) -> list[str]:
     """Seconds per iteration and phase, and memory: medians over the iterations after the first of all runs."""
     runs = {
         "ours": lambda: ppo_script(work, work / "58m", work / "58m-score", batch, iterations),
         "trl": lambda: theirs(python, work, iterations, settings),
     }
     found = alternate(runs, rounds, warm_up=False)
-    rows: dict[str, dict[str, float]] = {"seconds": {}, **{phase: {} for phase in PHASES}, "memory": {}}
+    rows: dict[str, dict[str, float]] = {
+        "seconds": {},
+        **{phase: {} for phase in PHASES},
+        "memory": {},
+    }
     for side, results in found.items():
-        rows["seconds"][side] = median([took for result in results for took in result["seconds"][1:]])
+        rows["seconds"][side] = median(
+            [took for result in results for took in result["seconds"][1:]]
+        )
         for phase in PHASES:
-            rows[phase][side] = median([step[phase] for result in results for step in result["phases"][1:]])
+            rows[phase][side] = median(
+                [step[phase] for result in results for step in result["phases"][1:]]
+            )
         rows["memory"][side] = median([result["peak"] for result in results]) / 1e9
     labels = {
         "seconds": "seconds per iteration",
@@ -186,9 +220,18 @@ def beside_trl(work: Path, python: str, rounds: int, iterations: int, batch: int
         lines.append(f"| {label} | {a:.2f} | {b:.2f} | {b / a:.2f} |")
     a, b = rows["memory"]["ours"], rows["memory"]["trl"]
     lines.append(f"| peak memory, GB | {a:.2f} | {b:.2f} | ours / TRL {a / b:.2f} |")
-    spread = {side: [took for result in results for took in result["seconds"][1:]] for side, results in found.items()}
-    ranges = ", ".join(f"{side} {min(took):.1f} to {max(took):.1f} s" for side, took in spread.items())
-    return [*lines, "", f"Single iterations: {ranges}; {rounds} runs of each side, {iterations - 1} counted in each."]
+    spread = {
+        side: [took for result in results for took in result["seconds"][1:]]
+        for side, results in found.items()
+    }
+    ranges = ", ".join(
+        f"{side} {min(took):.1f} to {max(took):.1f} s" for side, took in spread.items()
+    )
+    return [
+        *lines,
+        "",
+        f"Single iterations: {ranges}; {rounds} runs of each side, {iterations - 1} counted in each.",
+    ]
 
 
 def lora_memory(work: Path, rounds: int, batch: int, iterations: int = 2) -> list[str]:
@@ -209,18 +252,30 @@ def lora_memory(work: Path, rounds: int, batch: int, iterations: int = 2) -> lis
         )[1]
 
     def ppo(*switches: str) -> int:
-        return ppo_script(work, work / "58m", adapter, batch, iterations, *switches, lora_rank=LORA_RANK)["peak"]
+        return ppo_script(
+            work, work / "58m", adapter, batch, iterations, *switches, lora_rank=LORA_RANK
+        )["peak"]
 
     train("verifier_train.py", "pairs.jsonl", adapter)
     runs = {
-        "solver_train.py": lambda: train("solver_train.py", "sft.jsonl", work / "saved-sft", EPOCHS),
+        "solver_train.py": lambda: train(
+            "solver_train.py", "sft.jsonl", work / "saved-sft", EPOCHS
+        ),
         "ppo_train.py, four roles on one trunk": lambda: ppo("--shared_trunk"),
         "ppo_train.py, a trunk for each role": ppo,
     }
-    found = {name: median(peaks) / 1e9 for name, peaks in alternate(runs, rounds, warm_up=False).items()}
+    found = {
+        name: median(peaks) / 1e9 for name, peaks in alternate(runs, rounds, warm_up=False).items()
+    }
     first = next(iter(found.values()))
-    lines = [f"| LoRA rank {LORA_RANK}, fp32, {batch} sequences at a time | peak memory, GB | ratio |", "|---|---|---|"]
-    return [*lines, *(f"| {name} | {peak:.2f} | {peak / first:.2f} |" for name, peak in found.items())]
+    lines = [
+        f"| LoRA rank {LORA_RANK}, fp32, {batch} sequences at a time | peak memory, GB | ratio |",
+        "|---|---|---|",
+    ]
+    return [
+        *lines,
+        *(f"| {name} | {peak:.2f} | {peak / first:.2f} |" for name, peak in found.items()),
+    ]
 
 
 def main(
@@ -254,7 +309,9 @@ def main(
         work.mkdir(parents=True, exist_ok=True)
         subprocess.run([sys.executable, __file__, "prepare", train_file, str(work)], check=True)
         tables = {
-            "trl": lambda: beside_trl(work, trl_python, rounds, iterations, max_batch_size, TRL_SETTINGS[trl]),
+            "trl": lambda: beside_trl(
+                work, trl_python, rounds, iterations, max_batch_size, TRL_SETTINGS[trl]
+            ),
             "memory": lambda: lora_memory(work, rounds, max_batch_size),
         }
         report(tables, only, out)

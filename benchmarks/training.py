@@ -50,11 +50,15 @@ def ours(folder: Path, job: dict) -> dict:
 
     parallel = start(job.get("mp"))
     verifier = job["task"] == "verifier"
-    model = load_model(Checkpoint.open(str(folder)), parallel, DTYPES[job["dtype"]], "score" if verifier else "lm").train()
+    model = load_model(
+        Checkpoint.open(str(folder)), parallel, DTYPES[job["dtype"]], "score" if verifier else "lm"
+    ).train()
     rows = [row for batch in job["batches"] for row in batch]
     if verifier:
         pairs = [[Sequence(tokens, row[2]) for tokens in row[:2]] for row in rows]
-        objective = VerifierObjective([Comparison([chosen], [rejected]) for chosen, rejected in pairs], parallel.device)
+        objective = VerifierObjective(
+            [Comparison([chosen], [rejected]) for chosen, rejected in pairs], parallel.device
+        )
     else:
         objective = SolverObjective([Sequence(**row) for row in rows], parallel.device)
     order = iter(range(len(rows)))
@@ -71,13 +75,23 @@ def ours(folder: Path, job: dict) -> dict:
         "compile": job.get("compile", False),
         "checkpoint_activations": job.get("recompute", "none"),
     }
-    fitting.prepare(model, {**model_settings, "freeze_layers": 0, "router_aux_loss_coef": None}, parallel)
-    settings = fitting.FitSettings(LR, 1, BATCH // parallel.dp_size, warmup=0.0, schedule="constant")
+    fitting.prepare(
+        model, {**model_settings, "freeze_layers": 0, "router_aux_loss_coef": None}, parallel
+    )
+    settings = fitting.FitSettings(
+        LR, 1, BATCH // parallel.dp_size, warmup=0.0, schedule="constant"
+    )
     optimizer = Optimizer(model, parallel)
     with Clock(None, "benchmark", {}, 1) as log:
-        history = fitting.fit(model, optimizer, objective, settings, parallel, log, lambda at, number: None)
+        history = fitting.fit(
+            model, optimizer, objective, settings, parallel, log, lambda at, number: None
+        )
     mfu = median([step["mfu"] for step in history[WARM:]])
-    phases = {name: median([step[name] for step in history[WARM:]]) for name in history[0] if name.startswith("seconds")}
+    phases = {
+        name: median([step[name] for step in history[WARM:]])
+        for name in history[0]
+        if name.startswith("seconds")
+    }
     losses = [step["loss"] for step in history]
     return {"losses": losses, "ends": ends, "mfu": mfu, "phases": phases, "main": parallel.is_main}
 
@@ -98,7 +112,9 @@ def worker(system: str, folder: str, job_file: str) -> None:
 def launch(system: str, folder: Path, job_file: Path, ranks: int = 1) -> dict:
     cores = len(os.sched_getaffinity(0))
     start = (
-        [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
+        [sys.executable]
+        if ranks == 1
+        else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
     )
     environment = {**os.environ, "OMP_NUM_THREADS": str(cores // ranks), "HF_HUB_OFFLINE": "1"}
     if system == "ours":
@@ -115,7 +131,9 @@ def read_questions(path: str) -> list[dict]:
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
-def make_batches(rows: list[dict], tokenizer, task: str, steps: int, batch: int = BATCH) -> list[list]:
+def make_batches(
+    rows: list[dict], tokenizer, task: str, steps: int, batch: int = BATCH
+) -> list[list]:
     """Batches of rows: {"tokens", "prompt_length"}, or for the verifier (chosen tokens, rejected tokens, prompt length)."""
     found = []
     for number, row in enumerate(rows[: steps * batch]):
@@ -130,10 +148,14 @@ def make_batches(rows: list[dict], tokenizer, task: str, steps: int, batch: int 
 
 
 def model_for(task: str, work: Path) -> Path:
-    return make_model(work / ("58m" if task == "sft" else "58m-score"), head="lm" if task == "sft" else "score")
+    return make_model(
+        work / ("58m" if task == "sft" else "58m-score"), head="lm" if task == "sft" else "score"
+    )
 
 
-def prepared(task: str, dtype: str, train_file: str, work: Path, steps: int, **more) -> tuple[Path, Path]:
+def prepared(
+    task: str, dtype: str, train_file: str, work: Path, steps: int, **more
+) -> tuple[Path, Path]:
     """The model's folder and the file that says what to do."""
     import sentencepiece
 
@@ -141,13 +163,21 @@ def prepared(task: str, dtype: str, train_file: str, work: Path, steps: int, **m
     folder = model_for(task, work)
     path = make_tokenizer(work / "58m", [row["question"] + "\n" + row["answer"] for row in rows])
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    job = {"task": task, "dtype": dtype, "lr": LR, "batches": make_batches(rows, tokenizer, task, steps + WARM), **more}
+    job = {
+        "task": task,
+        "dtype": dtype,
+        "lr": LR,
+        "batches": make_batches(rows, tokenizer, task, steps + WARM),
+        **more,
+    }
     job_file = work / f"{task}-{dtype}.json"
     job_file.write_text(json.dumps(job))
     return folder, job_file
 
 
-def beside_others(task: str, train_file: str, work: Path, rounds: int, steps: int, trl: str) -> list[str]:
+def beside_others(
+    task: str, train_file: str, work: Path, rounds: int, steps: int, trl: str
+) -> list[str]:
     """Examples (pairs) per second and the most memory held: ours, TRL's trainer, a plain transformers loop."""
     what = {"sft": ("SFT", "examples"), "verifier": ("Verifier", "pairs")}[task]
     lines = [
@@ -155,13 +185,20 @@ def beside_others(task: str, train_file: str, work: Path, rounds: int, steps: in
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for dtype in DTYPES:
-        folder, job_file = prepared(task, dtype, train_file, work, steps, trl=TRL_SETTINGS[trl][task])
-        runs = {name: lambda name=name: launch(name, folder, job_file) for name in ("ours", "trl", "plain")}
+        folder, job_file = prepared(
+            task, dtype, train_file, work, steps, trl=TRL_SETTINGS[trl][task]
+        )
+        runs = {
+            name: lambda name=name: launch(name, folder, job_file)
+            for name in ("ours", "trl", "plain")
+        }
         found = alternate(runs, rounds, warm_up=False)
         rate = {name: median([run["examples_per_s"] for run in found[name]]) for name in runs}
         peak = {name: median([run["peak"] for run in found[name]]) / 1e9 for name in runs}
         mfu = median([run["mfu"] for run in found["ours"]])
-        apart = max(abs(a - b) for a, b in zip(found["ours"][0]["losses"], found["plain"][0]["losses"]))
+        apart = max(
+            abs(a - b) for a, b in zip(found["ours"][0]["losses"], found["plain"][0]["losses"])
+        )
         lines.append(
             f"| {dtype} | {rate['ours']:.2f} | {rate['trl']:.2f} | {rate['ours'] / rate['trl']:.2f} | {rate['plain']:.2f} | "
             f"{rate['ours'] / rate['plain']:.2f} | {peak['ours']:.2f} | {peak['trl']:.2f} | {peak['ours'] / peak['trl']:.2f} | "
@@ -173,7 +210,10 @@ def beside_others(task: str, train_file: str, work: Path, rounds: int, steps: in
 
 def ranks_against_process(train_file: str, work: Path, rounds: int, steps: int) -> list[str]:
     cores = len(os.sched_getaffinity(0))
-    lines = [f"| SFT, examples/s | 1 process × {cores} threads | {cores} ranks × 1 thread | ratio |", "|---|---|---|---|"]
+    lines = [
+        f"| SFT, examples/s | 1 process × {cores} threads | {cores} ranks × 1 thread | ratio |",
+        "|---|---|---|---|",
+    ]
     for dtype in DTYPES:
         folder, job_file = prepared("sft", dtype, train_file, work, steps)
         runs = {n: lambda n=n: launch("ours", folder, job_file, n) for n in (1, cores)}
@@ -184,35 +224,64 @@ def ranks_against_process(train_file: str, work: Path, rounds: int, steps: int) 
     return lines
 
 
-def length_of_the_run(train_file: str, work: Path, sizes: tuple[int, ...] = (1000, 10_000, 100_000)) -> list[str]:
+def length_of_the_run(
+    train_file: str, work: Path, sizes: tuple[int, ...] = (1000, 10_000, 100_000)
+) -> list[str]:
     """A small model over ever more examples: time per token, and memory while training."""
-    lines = ["| examples | tokens/s | memory after the first tenth, GB | at the end, GB |", "|---|---|---|---|"]
+    lines = [
+        "| examples | tokens/s | memory after the first tenth, GB | at the end, GB |",
+        "|---|---|---|---|",
+    ]
     rows = read_questions(train_file)
-    folder = make_model(work / "tiny", dim=64, n_layers=2, n_heads=4, n_kv_heads=4, hidden_dim=172, vocab_size=4000)
+    folder = make_model(
+        work / "tiny", dim=64, n_layers=2, n_heads=4, n_kv_heads=4, hidden_dim=172, vocab_size=4000
+    )
     tokenizer = make_tokenizer(folder, [row["question"] + "\n" + row["answer"] for row in rows])
     for size in sizes:
         many = [rows[i % len(rows)] for i in range(size)]
         data = work / "many.jsonl"
-        data.write_text("".join(json.dumps({"instruction": r["question"], "output": r["answer"]}) + "\n" for r in many))
+        data.write_text(
+            "".join(
+                json.dumps({"instruction": r["question"], "output": r["answer"]}) + "\n"
+                for r in many
+            )
+        )
         logs = work / f"many-{size}-logs"
-        command = command_of("solver_train.py", folder, tokenizer, data, logs, work, 1, max_batch_size=100)
+        command = command_of(
+            "solver_train.py", folder, tokenizer, data, logs, work, 1, max_batch_size=100
+        )
         subprocess.run(command, check=True, capture_output=True)
-        steps = [json.loads(line) for line in (logs / "solver_train.jsonl").read_text().splitlines()]
+        steps = [
+            json.loads(line) for line in (logs / "solver_train.jsonl").read_text().splitlines()
+        ]
         steps = [step for step in steps if step["event"] == "scalars" and "train/seconds" in step]
         warm = steps[len(steps) // 10 :]
-        rate = sum(s["train/tokens_per_s"] * s["train/seconds"] for s in warm) / sum(s["train/seconds"] for s in warm)
-        lines.append(f"| {size} | {rate:.0f} | {warm[0]['train/memory_gb']:.3f} | {steps[-1]['train/memory_gb']:.3f} |")
+        rate = sum(s["train/tokens_per_s"] * s["train/seconds"] for s in warm) / sum(
+            s["train/seconds"] for s in warm
+        )
+        lines.append(
+            f"| {size} | {rate:.0f} | {warm[0]['train/memory_gb']:.3f} | {steps[-1]['train/memory_gb']:.3f} |"
+        )
         print(lines[-1], flush=True)
     return lines
 
 
 def command_of(
-    script: str, folder: Path, tokenizer: Path, data: Path, logs: Path, work: Path, ranks: int, **flags
+    script: str,
+    folder: Path,
+    tokenizer: Path,
+    data: Path,
+    logs: Path,
+    work: Path,
+    ranks: int,
+    **flags,
 ) -> list[str]:
     """A training script's command line on a data file; `logs` is emptied."""
     shutil.rmtree(logs, ignore_errors=True)
     start = (
-        [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
+        [sys.executable]
+        if ranks == 1
+        else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
     )
     flags = {
         "ckpt_dir": folder,
@@ -222,18 +291,30 @@ def command_of(
         "log_dir": logs,
         **flags,
     }
-    return [*start, str(ROOT / script), *(part for name, value in flags.items() for part in (f"--{name}", str(value)))]
+    return [
+        *start,
+        str(ROOT / script),
+        *(part for name, value in flags.items() for part in (f"--{name}", str(value))),
+    ]
 
 
 def start_up(train_file: str, work: Path, rounds: int) -> list[str]:
     """From the command to the end of the first step of 8 rows on 2 ranks, with all of the train file."""
     rows = read_questions(train_file)
     data, logs, folder = work / "all.jsonl", work / "start-logs", model_for("sft", work)
-    data.write_text("".join(json.dumps({"instruction": r["question"], "output": r["answer"]}) + "\n" for r in rows))
-    tokenizer = make_tokenizer(work / "58m", [row["question"] + "\n" + row["answer"] for row in rows])
+    data.write_text(
+        "".join(
+            json.dumps({"instruction": r["question"], "output": r["answer"]}) + "\n" for r in rows
+        )
+    )
+    tokenizer = make_tokenizer(
+        work / "58m", [row["question"] + "\n" + row["answer"] for row in rows]
+    )
     took = []
     for _ in range(rounds):
-        command = command_of("solver_train.py", folder, tokenizer, data, logs, work, 2, max_batch_size=BATCH)
+        command = command_of(
+            "solver_train.py", folder, tokenizer, data, logs, work, 2, max_batch_size=BATCH
+        )
         began = time.time()
         run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         first = None
@@ -241,7 +322,11 @@ def start_up(train_file: str, work: Path, rounds: int) -> list[str]:
             time.sleep(0.05)
             log = logs / "solver_train.jsonl"
             events = (
-                [json.loads(line) for line in log.read_text().splitlines(True) if line.endswith("\n")]
+                [
+                    json.loads(line)
+                    for line in log.read_text().splitlines(True)
+                    if line.endswith("\n")
+                ]
                 if log.exists()
                 else []
             )
@@ -249,7 +334,9 @@ def start_up(train_file: str, work: Path, rounds: int) -> list[str]:
         run.terminate()
         run.wait()
         took.append(datetime.fromisoformat(first["time"]).timestamp() - began)
-    return [f"From the command to the end of the first step, 58M, 2 ranks, {len(rows)} rows: {median(took):.1f} s."]
+    return [
+        f"From the command to the end of the first step, 58M, 2 ranks, {len(rows)} rows: {median(took):.1f} s."
+    ]
 
 
 def main(

@@ -10,6 +10,7 @@ data set. Both write train.json and test.json (`instruction`, `output`, `label`)
 verifier_test.json (`instruction`, `chosen`, `rejected`), where a rejected answer is the gold one with a slip in it.
 `pairs` makes better verifier data from graded samples of a solver, which `gsm8k --negatives solver` does in one go.
 """
+
 import random
 import sys
 from pathlib import Path
@@ -26,60 +27,91 @@ from src.errors import UserError
 from src.evaluation.gsm8k import extract, gold_of, grade
 
 
-def gsm8k(source: str, save_dir: str, negatives: Literal["corrupt", "solver"] = "corrupt",
-          predictions: str | None = None, seed: int = 0, hub_config: str = "main", max_per_side: int = 2,
-          gold_when_none_right: bool = True) -> None:
+def gsm8k(
+    source: str,
+    save_dir: str,
+    negatives: Literal["corrupt", "solver"] = "corrupt",
+    predictions: str | None = None,
+    seed: int = 0,
+    hub_config: str = "main",
+    max_per_side: int = 2,
+    gold_when_none_right: bool = True,
+) -> None:
     """GSM8K from a folder with train.jsonl and test.jsonl, or from the hub.
 
     negatives: corrupt (a slip in the gold answer) or solver (graded samples of the train rows in `predictions`, see
     `pairs`; the test pairs are corrupted ones either way).
     """
     if (negatives == "solver") != bool(predictions):
-        raise UserError(f"--negatives {negatives} with --predictions {predictions}: solver negatives need a "
-                        "predictions file, and corrupt ones take none")
+        raise UserError(
+            f"--negatives {negatives} with --predictions {predictions}: solver negatives need a "
+            "predictions file, and corrupt ones take none"
+        )
     rows = {part: _gsm8k_rows(source, part, hub_config) for part in ("train", "test")}
     verifier = {part: _corrupted(rows[part], seed) for part in rows}
     if negatives == "solver":
-        verifier["train"], counts = pairs_of(rows["train"], predictions, max_per_side, gold_when_none_right)
+        verifier["train"], counts = pairs_of(
+            rows["train"], predictions, max_per_side, gold_when_none_right
+        )
         print(f"samples: {counts}")
     _write(save_dir, rows, verifier)
 
 
-def arithmetic(save_dir: str, n_train: int = 20_000, n_test: int = 600, seed: int = 0,
-               terse_share: float = 0.5) -> None:
+def arithmetic(
+    save_dir: str, n_train: int = 20_000, n_test: int = 600, seed: int = 0, terse_share: float = 0.5
+) -> None:
     """Word problems from templates, in GSM8K's format: train outputs worked or terse, test outputs worked."""
     if min(n_train, n_test) < 1 or not 0 <= terse_share <= 1:
-        raise UserError(f"--n_train {n_train} --n_test {n_test} --terse_share {terse_share}: the counts must be 1 or more, the share in [0, 1]")
-    rows = {"train": generate(n_train, seed, "train", terse_share), "test": generate(n_test, seed, "test", 0.0)}
+        raise UserError(
+            f"--n_train {n_train} --n_test {n_test} --terse_share {terse_share}: the counts must be 1 or more, the share in [0, 1]"
+        )
+    rows = {
+        "train": generate(n_train, seed, "train", terse_share),
+        "test": generate(n_test, seed, "test", 0.0),
+    }
     _write(save_dir, rows, {part: _corrupted(rows[part], seed) for part in rows})
 
 
-def pairs(train_file: str, predictions: str, save_file: str, max_per_side: int = 2,
-          gold_when_none_right: bool = True) -> None:
+def pairs(
+    train_file: str,
+    predictions: str,
+    save_file: str,
+    max_per_side: int = 2,
+    gold_when_none_right: bool = True,
+) -> None:
     """Verifier rows from a solver's samples: right ones against wrong ones, by GSM8K's official rule.
 
     predictions: a file of `{"index": row of train_file from 0, "output": sample}`, any number of them per index.
     """
     if Path(save_file).resolve() in (Path(train_file).resolve(), Path(predictions).resolve()):
-        raise UserError(f"--save_file {save_file}: is read and would be overwritten; write to another file")
+        raise UserError(
+            f"--save_file {save_file}: is read and would be overwritten; write to another file"
+        )
     if Path(save_file).suffix != ".json":
         raise UserError(f"--save_file {save_file}: a .json file is written; name it so")
-    rows, counts = pairs_of(read_solver_rows(train_file), predictions, max_per_side, gold_when_none_right)
+    rows, counts = pairs_of(
+        read_solver_rows(train_file), predictions, max_per_side, gold_when_none_right
+    )
     write_json(save_file, rows)
     print(f"{save_file}: {len(rows)} rows; {counts}")
 
 
-def pairs_of(rows: list[dict], predictions: str, max_per_side: int,
-             gold_when_none_right: bool) -> tuple[list[dict], str]:
+def pairs_of(
+    rows: list[dict], predictions: str, max_per_side: int, gold_when_none_right: bool
+) -> tuple[list[dict], str]:
     """(verifier rows, what became of the samples). A prompt needs a wrong sample, and a right one or its gold."""
     if max_per_side < 1:
         raise UserError(f"--max_per_side {max_per_side}: must be at least 1")
     samples: dict[int, list[str]] = {}
     for sample in read_rows(predictions, {"index": INDEX, "output": STRING}):
         if sample["index"] >= len(rows):
-            raise UserError(f"{predictions}: index {sample['index']} in a train file of {len(rows)} rows (counted "
-                            "from 0): these are predictions for another file")
-        if sample["output"].strip():  # a blank sample is wrong, but gives a verifier nothing to read
+            raise UserError(
+                f"{predictions}: index {sample['index']} in a train file of {len(rows)} rows (counted "
+                "from 0): these are predictions for another file"
+            )
+        if sample[
+            "output"
+        ].strip():  # a blank sample is wrong, but gives a verifier nothing to read
             samples.setdefault(sample["index"], []).append(sample["output"])
     built, none_wrong, none_right = [], 0, 0
     for index, texts in sorted(samples.items()):
@@ -91,14 +123,23 @@ def pairs_of(rows: list[dict], predictions: str, max_per_side: int,
         if not sides[True] and gold_when_none_right:
             sides[True] = row["outputs"]
         if sides[True] and sides[False]:
-            built.append({"instruction": row["instruction"], "chosen": sides[True][:max_per_side],
-                          "rejected": sides[False][:max_per_side]})
-    counts = (f"{sum(map(len, samples.values()))} samples of {len(samples)} prompts, {none_wrong} prompts without a "
-              f"wrong one (skipped), {none_right} without a right one "
-              f"({'gold chosen' if gold_when_none_right else 'skipped'})")
+            built.append(
+                {
+                    "instruction": row["instruction"],
+                    "chosen": sides[True][:max_per_side],
+                    "rejected": sides[False][:max_per_side],
+                }
+            )
+    counts = (
+        f"{sum(map(len, samples.values()))} samples of {len(samples)} prompts, {none_wrong} prompts without a "
+        f"wrong one (skipped), {none_right} without a right one "
+        f"({'gold chosen' if gold_when_none_right else 'skipped'})"
+    )
     if not built:
-        raise UserError(f"{predictions}: no prompt gives a pair: {counts}; sample more often or at a higher "
-                        "temperature")
+        raise UserError(
+            f"{predictions}: no prompt gives a pair: {counts}; sample more often or at a higher "
+            "temperature"
+        )
     return built, counts
 
 
@@ -112,10 +153,18 @@ def _gsm8k_rows(source: str, part: str, hub_config: str) -> list[dict]:
     for number, row in enumerate(official):
         label = extract("official", row["answer"])
         if label is None:
-            raise UserError(f"{source}: {part} row {number} (from 0) has no '#### N' in its answer "
-                            f"{row['answer'][-60:]!r}; this is not GSM8K's format")
-        rows.append({"instruction": row["question"], "output": row["answer"], "outputs": [row["answer"]],
-                     "label": label})
+            raise UserError(
+                f"{source}: {part} row {number} (from 0) has no '#### N' in its answer "
+                f"{row['answer'][-60:]!r}; this is not GSM8K's format"
+            )
+        rows.append(
+            {
+                "instruction": row["question"],
+                "output": row["answer"],
+                "outputs": [row["answer"]],
+                "label": label,
+            }
+        )
     return rows
 
 
@@ -123,28 +172,43 @@ def _hub_rows(source: str, part: str, hub_config: str) -> list[dict]:
     try:
         from datasets import load_dataset  # only this route needs it
     except ImportError as error:
-        raise UserError(f"--source {source}: no such folder, and reading a hub data set needs the datasets library: "
-                        "pip install datasets, or name a folder with train.jsonl and test.jsonl") from error
+        raise UserError(
+            f"--source {source}: no such folder, and reading a hub data set needs the datasets library: "
+            "pip install datasets, or name a folder with train.jsonl and test.jsonl"
+        ) from error
     try:
         rows = list(load_dataset(source, hub_config, split=part))
     except (OSError, ValueError) as error:
-        raise UserError(f"--source {source}: no such folder, and the hub gave no split {part!r} of it with "
-                        f"--hub_config {hub_config}: {error}") from error
+        raise UserError(
+            f"--source {source}: no such folder, and the hub gave no split {part!r} of it with "
+            f"--hub_config {hub_config}: {error}"
+        ) from error
     if not rows or not {"question", "answer"} <= set(rows[0]):
-        raise UserError(f"--source {source}: its {part} rows have {sorted(rows[0]) if rows else 'no'} columns; "
-                        "expected question and answer")
+        raise UserError(
+            f"--source {source}: its {part} rows have {sorted(rows[0]) if rows else 'no'} columns; "
+            "expected question and answer"
+        )
     return rows
 
 
 def _corrupted(rows: list[dict], seed: int) -> list[dict]:
     rng = random.Random(seed)
-    return [{"instruction": row["instruction"], "chosen": row["output"], "rejected": corrupt(row["output"], rng)}
-            for row in rows]
+    return [
+        {
+            "instruction": row["instruction"],
+            "chosen": row["output"],
+            "rejected": corrupt(row["output"], rng),
+        }
+        for row in rows
+    ]
 
 
 def _write(save_dir: str, rows: dict[str, list[dict]], verifier: dict[str, list[dict]]) -> None:
     for part in rows:
-        kept = [{field: row[field] for field in ("instruction", "output", "label")} for row in rows[part]]
+        kept = [
+            {field: row[field] for field in ("instruction", "output", "label")}
+            for row in rows[part]
+        ]
         for name, content in ((f"{part}.json", kept), (f"verifier_{part}.json", verifier[part])):
             write_json(Path(save_dir) / name, content)
             print(f"{Path(save_dir) / name}: {len(content)} rows")

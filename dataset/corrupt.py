@@ -2,6 +2,7 @@
 
 These are the cheap negatives of a verifier; samples of a solver (`build.py pairs`) are the better ones.
 """
+
 import random
 import re
 from collections.abc import Iterator
@@ -32,8 +33,10 @@ def corrupt(answer: str, rng: random.Random) -> str:
             if text is not None and extract("official", text) not in (None, gold):
                 return text
     final = _FINAL.search(answer)
-    wrong = rng.choice(list(_slips(_value(final[0].rstrip(".")))) or [Fraction(1), Fraction(2)])  # 1.2.3
-    return answer[:final.start()] + _written(wrong, like=final[0]) + answer[final.end():]
+    wrong = rng.choice(
+        list(_slips(_value(final[0].rstrip(".")))) or [Fraction(1), Fraction(2)]
+    )  # 1.2.3
+    return answer[: final.start()] + _written(wrong, like=final[0]) + answer[final.end() :]
 
 
 def evaluate(expression: str) -> Fraction | None:
@@ -87,7 +90,7 @@ def _redo(answer: str, slipped: int, wrong: Fraction) -> str | None:
             new = evaluate(here)
             if evaluate(expression) != old or not _plausible(new, old):
                 return None
-        pieces.append(_renumber(answer[at:step.start()], changed))
+        pieces.append(_renumber(answer[at : step.start()], changed))
         if new == old:
             changed.pop(old, None)  # from here on this number means this right result
         else:
@@ -102,6 +105,7 @@ def _renumber(text: str, changed: dict[Fraction, Fraction]) -> str:
     def new(number: re.Match) -> str:
         value = _value(number[0])
         return _written(changed[value], like=number[0]) if value in changed else number[0]
+
     return _NUMBERS.sub(new, text) if changed else text
 
 
@@ -111,7 +115,10 @@ def _slips(value: Fraction | None) -> Iterator[Fraction]:
         return
     whole, sign = abs(int(value)), -1 if value < 0 else 1
     digits = str(whole)
-    swaps = [int(digits[:i] + digits[i + 1] + digits[i] + digits[i + 2:]) for i in range(len(digits) - 1)]
+    swaps = [
+        int(digits[:i] + digits[i + 1] + digits[i] + digits[i + 2 :])
+        for i in range(len(digits) - 1)
+    ]
     near = [whole + 1, whole - 1] + ([whole + 10, whole - 10] if whole > 9 else []) + swaps
     for other in dict.fromkeys(near):
         if other > 0 and other != whole:
@@ -120,17 +127,25 @@ def _slips(value: Fraction | None) -> Iterator[Fraction]:
 
 def _value(number: str) -> Fraction | None:
     number = number.strip().replace(",", "")
-    return Fraction(number) if re.fullmatch(r"-?(?:\d{1,15}(?:\.\d{1,9})?|\.\d{1,9})", number) else None
+    return (
+        Fraction(number)
+        if re.fullmatch(r"-?(?:\d{1,15}(?:\.\d{1,9})?|\.\d{1,9})", number)
+        else None
+    )
 
 
 def _plausible(new: Fraction | None, old: Fraction) -> bool:
     """Positive, and whole where the right result is whole: a fraction of a person would betray the slip."""
-    return new is not None and new > 0 and (new.denominator == 1 or old.denominator > 1 and 100 % new.denominator == 0)
+    return (
+        new is not None
+        and new > 0
+        and (new.denominator == 1 or old.denominator > 1 and 100 % new.denominator == 0)
+    )
 
 
 def _written(value: Fraction, like: str) -> str:
     """`value` written the way `like` is: with its thousands commas and at least its decimals, so that the slip is
     not betrayed by its form."""
-    needed = next(places for places in range(10) if 10 ** places % value.denominator == 0)
+    needed = next(places for places in range(10) if 10**places % value.denominator == 0)
     places = max(needed, len(like.partition(".")[2]))
     return f"{float(value):{',' if ',' in like else ''}.{places}f}"

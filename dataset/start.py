@@ -9,7 +9,9 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, the repository's root is not on the path
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # run as a script, the repository's root is not on the path
 
 from src.cli import run
 
@@ -56,20 +58,41 @@ def main(
     from src.models.init import initial_std, random_tensor
     from src.models.layout import tensor_table
 
-    sizes = {"vocab_size": vocab_size, "dim": dim, "n_layers": n_layers, "n_heads": n_heads, "n_kv_heads": n_kv_heads,
-             "hidden_dim": hidden_dim, "max_seq_len": max_seq_len}
-    wrong = [f"--{name} {size}" for name, size in sizes.items() if size is not None and not 1 <= size <= 10**6]
+    sizes = {
+        "vocab_size": vocab_size,
+        "dim": dim,
+        "n_layers": n_layers,
+        "n_heads": n_heads,
+        "n_kv_heads": n_kv_heads,
+        "hidden_dim": hidden_dim,
+        "max_seq_len": max_seq_len,
+    }
+    wrong = [
+        f"--{name} {size}"
+        for name, size in sizes.items()
+        if size is not None and not 1 <= size <= 10**6
+    ]
     if wrong:
         raise UserError(f"{', '.join(wrong)}: sizes lie between 1 and a million")
     if dim % (2 * n_heads) or n_heads % (n_kv_heads or n_heads):
-        raise UserError(f"--dim {dim} --n_heads {n_heads} --n_kv_heads {n_kv_heads}: dim must be a multiple of 2 * n_heads, "
-                        "and n_heads of n_kv_heads")
+        raise UserError(
+            f"--dim {dim} --n_heads {n_heads} --n_kv_heads {n_kv_heads}: dim must be a multiple of 2 * n_heads, "
+            "and n_heads of n_kv_heads"
+        )
     rows = read_solver_rows(train_file)
     texts = [row["instruction"] for row in rows] + [text for row in rows for text in row["outputs"]]
     folder = check_replaceable(save_dir)
     hidden_dim = hidden_dim or -(-dim * 8 // 3 // 32) * 32
-    config = ModelConfig(dim, n_layers, n_heads, n_kv_heads or n_heads, dim // n_heads, hidden_dim, vocab_size,
-                         max_seq_len=max_seq_len)
+    config = ModelConfig(
+        dim,
+        n_layers,
+        n_heads,
+        n_kv_heads or n_heads,
+        dim // n_heads,
+        hidden_dim,
+        vocab_size,
+        max_seq_len=max_seq_len,
+    )
     tensors = {}
     for name, spec in tensor_table(config).items():
         tensor = random_tensor(name, spec, initial_std(name, spec, n_layers), seed)
@@ -77,14 +100,29 @@ def main(
     with whole_folder(folder) as new:
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(texts), model_prefix=str(new / "tokenizer"), vocab_size=vocab_size, model_type="bpe",
-                byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
-                user_defined_symbols=SYMBOLS, minloglevel=2, num_threads=1)
+                sentence_iterator=iter(texts),
+                model_prefix=str(new / "tokenizer"),
+                vocab_size=vocab_size,
+                model_type="bpe",
+                byte_fallback=True,
+                normalization_rule_name="identity",
+                remove_extra_whitespaces=False,
+                user_defined_symbols=SYMBOLS,
+                minloglevel=2,
+                num_threads=1,
+            )
         except RuntimeError as error:
-            raise UserError(f"--vocab_size {vocab_size}: no tokenizer of that size from {train_file}: {error}") from None
+            raise UserError(
+                f"--vocab_size {vocab_size}: no tokenizer of that size from {train_file}: {error}"
+            ) from None
         (new / "tokenizer.vocab").unlink()
         save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
-        (new / "config.json").write_text(json.dumps(hf_config(config, "float32", {"bos_token_id": 1, "eos_token_id": 2}), indent=1) + "\n")
+        (new / "config.json").write_text(
+            json.dumps(
+                hf_config(config, "float32", {"bos_token_id": 1, "eos_token_id": 2}), indent=1
+            )
+            + "\n"
+        )
     count = sum(tensor.numel() for tensor in tensors.values())
     print(f"wrote {folder}: {count:,} parameters, vocabulary {vocab_size}")
 

@@ -26,7 +26,9 @@ from src.errors import STOPPED, Finished, Stopped, UserError
 
 BARRIER_TIMEOUT_S = 60.0
 ROLL_CALL_S = 3.0
-LOST = re.compile(r"timed out|connection (closed|reset)", re.IGNORECASE)  # what collectives say when a rank does not come
+LOST = re.compile(
+    r"timed out|connection (closed|reset)", re.IGNORECASE
+)  # what collectives say when a rank does not come
 
 
 def run(target):
@@ -64,8 +66,11 @@ def _run(target, name, arguments):
         if command in ("-h", "--help"):
             _show_help(target, name)
         if command not in target:
-            raise UserError(f"the first argument must be one of {', '.join(target)}; got {command or 'nothing'}"
-                            + _nearest(command, target) + f"\n(`{name} --help` says more)")
+            raise UserError(
+                f"the first argument must be one of {', '.join(target)}; got {command or 'nothing'}"
+                + _nearest(command, target)
+                + f"\n(`{name} --help` says more)"
+            )
         target, name, arguments = target[command], f"{name} {command}", rest
 
     parsers = _parsers(target)
@@ -80,14 +85,18 @@ def _run(target, name, arguments):
                 parsers[flag](text)
         except ValueError as error:
             problems.append(f"--{flag}: {error}")
-    required = [p.name for p in inspect.signature(target).parameters.values() if p.default is p.empty]
+    required = [
+        p.name for p in inspect.signature(target).parameters.values() if p.default is p.empty
+    ]
     problems += [f"--{flag}: required, but not given" for flag in required if flag not in given]
     if problems:
         head = [f"{len(problems)} problems on the command line"] if len(problems) > 1 else []
         raise UserError("\n  ".join(head + problems) + f"\n(`{name} --help` lists the flags)")
 
     # One canonical token for each flag: nothing is left for Fire to guess.
-    fire.decorators.SetParseFns(**parsers)(component)  # only now: --help would list the mark it leaves
+    fire.decorators.SetParseFns(**parsers)(
+        component
+    )  # only now: --help would list the mark it leaves
     fire.Fire(component, command=[f"--{flag}={text}" for flag, text in given.items()], name=name)
 
 
@@ -113,7 +122,9 @@ def _read_flags(arguments, parsers):
             if rest and not rest[0].startswith("--"):
                 text = rest.pop(0)
             elif text is None and name in parsers:
-                problems.append(f"--{name}: no value given (one that begins with -- needs --{name}=VALUE)")
+                problems.append(
+                    f"--{name}: no value given (one that begins with -- needs --{name}=VALUE)"
+                )
         if name not in parsers:
             names = [*parsers, *("no" + flag for flag in bools)]
             problems.append(f"--{spelling}: unknown flag" + _nearest(name, names, prefix="--"))
@@ -138,7 +149,9 @@ def _parsers(function):
     parsers = {}
     for p in inspect.signature(function).parameters.values():
         if p.kind not in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) or p.name not in hints:
-            raise TypeError(f"{function.__name__}({p}): every parameter needs a name and an annotation")
+            raise TypeError(
+                f"{function.__name__}({p}): every parameter needs a name and an annotation"
+            )
         parsers[p.name] = _parser(hints[p.name])
     return parsers
 
@@ -152,7 +165,10 @@ def _parser(kind):
         choices = {str(value): value for value in args}
         parse, shown = functools.partial(_choose, choices), " | ".join(choices)
     elif origin is list and args[0] in (str, int, float):
-        parse, shown = functools.partial(_split, _SCALARS[args[0]]), f"{args[0].__name__},{args[0].__name__},..."
+        parse, shown = (
+            functools.partial(_split, _SCALARS[args[0]]),
+            f"{args[0].__name__},{args[0].__name__},...",
+        )
     elif origin in (typing.Union, types.UnionType) and len(args) == 2 and type(None) in args:
         inner = _parser(next(a for a in args if a is not type(None)))
         parse, shown = functools.partial(_or_none, inner), f"{inner.__qualname__} | None"
@@ -165,7 +181,9 @@ def _parser(kind):
 
 def _parse_bool(text):
     try:
-        return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
+        return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[
+            text.lower()
+        ]
     except KeyError:
         raise ValueError(f"must be true or false (or 1, 0, yes, no), got {text!r}") from None
 
@@ -188,12 +206,16 @@ def _parse_float(text):
 
 def _choose(choices, text):
     if text not in choices:
-        raise ValueError(f"must be one of {', '.join(choices)}; got {text!r}" + _nearest(text, choices))
+        raise ValueError(
+            f"must be one of {', '.join(choices)}; got {text!r}" + _nearest(text, choices)
+        )
     return choices[text]
 
 
 def _split(parse, text):
-    items = [item if parse is str else item.strip() for item in text.split(",")]  # a stop string may begin with a blank
+    items = [
+        item if parse is str else item.strip() for item in text.split(",")
+    ]  # a stop string may begin with a blank
     if "" in items:
         raise ValueError(f"must be a comma separated list without empty items, got {text!r}")
     return [parse(item) for item in items]
@@ -217,8 +239,13 @@ def _fire_component(function, parsers):
         function(**settings)  # Fire would print the result, or call it if it can
 
     signature = inspect.signature(function)
-    component.__signature__ = signature.replace(return_annotation=signature.empty, parameters=[
-        p.replace(kind=p.KEYWORD_ONLY, annotation=parsers[p.name]) for p in signature.parameters.values()])
+    component.__signature__ = signature.replace(
+        return_annotation=signature.empty,
+        parameters=[
+            p.replace(kind=p.KEYWORD_ONLY, annotation=parsers[p.name])
+            for p in signature.parameters.values()
+        ],
+    )
     return component
 
 
@@ -268,9 +295,13 @@ def _name_the_lost():
             lost = [other for other in range(world_size) if not store.check([str(other)])]
             if lost and rank == min(set(range(world_size)) - set(lost)):
                 ranks = f"rank{'s' * (len(lost) > 1)} {', '.join(map(str, lost))} of {world_size}"
-                _say(f"error: {ranks} did not come to what all ranks do together (--timeout): hanging, or gone")
+                _say(
+                    f"error: {ranks} did not come to what all ranks do together (--timeout): hanging, or gone"
+                )
     except (DistError, ValueError) as error:
-        _say(f"error: a rank did not come to what all ranks do together, and who cannot be told ({error})")
+        _say(
+            f"error: a rank did not come to what all ranks do together, and who cannot be told ({error})"
+        )
 
 
 def _rank_zero_spoke(rank, world_size):
@@ -294,6 +325,9 @@ def _rank_zero_spoke(rank, world_size):
         else:
             store.wait(["0"])
             store.set(str(rank), "heard")
-    except (DistError, ValueError):  # time-out, rank 0 already gone, or no rendezvous address at all
+    except (
+        DistError,
+        ValueError,
+    ):  # time-out, rank 0 already gone, or no rendezvous address at all
         return False
     return True

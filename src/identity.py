@@ -1,8 +1,8 @@
 """What makes a run the same run when its command is given again: the settings that matter, and what the files they name hold."""
 
 import hashlib
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Collection, Iterator
 
 from src.checkpoint.folder import NOTES, TOKENIZERS, find_tokenizer
 from src.checkpoint.manifest import MANIFEST, TENSORS, digest, has_manifest
@@ -17,7 +17,9 @@ def identity(settings: dict, free: Collection[str]) -> dict:
     Raises UserError for what cannot be read.
     """
     return {
-        name: {"path": value, "holds": held(value)} if name.endswith(("_dir", "_file")) and value is not None else value
+        name: {"path": value, "holds": held(value)}
+        if name.endswith(("_dir", "_file")) and value is not None
+        else value
         for name, value in settings.items()
         if name not in free
     }
@@ -44,7 +46,9 @@ def _described(path: Path) -> Iterator[str]:
     if path.is_dir():
         told = has_manifest(path)
         for file in sorted(path.iterdir()):
-            if file.is_file() and (file.name in (*NOTES, MANIFEST) or (file.suffix in TENSORS and not told)):
+            if file.is_file() and (
+                file.name in (*NOTES, MANIFEST) or (file.suffix in TENSORS and not told)
+            ):
                 yield f"{file.name} {_of_file(file)}"
         if (path / "adapter").is_dir():
             yield from _described(path / "adapter")
@@ -54,7 +58,11 @@ def _described(path: Path) -> Iterator[str]:
         return
     yield _of_file(path)
     if path.suffix in TENSORS or path.name in TOKENIZERS or path.suffix in TOKENIZER_SUFFIXES:
-        yield from (f"{name} {digest(path.parent / name)}" for name in NOTES if (path.parent / name).is_file())
+        yield from (
+            f"{name} {digest(path.parent / name)}"
+            for name in NOTES
+            if (path.parent / name).is_file()
+        )
 
 
 def _of_file(file: Path) -> str:
@@ -69,9 +77,18 @@ def differences(before: object, now: dict) -> list[str]:
     before, said = before if isinstance(before, dict) else {}, []
     for name in sorted(before.keys() | now.keys()):
         old, new = before.get(name), now.get(name)
-        paths = [value["path"] if isinstance(value, dict) and "path" in value else value for value in (old, new)]
-        if old == new or (isinstance(old, dict) and isinstance(new, dict) and old.get("holds") == new.get("holds")):
+        paths = [
+            value["path"] if isinstance(value, dict) and "path" in value else value
+            for value in (old, new)
+        ]
+        if old == new or (
+            isinstance(old, dict) and isinstance(new, dict) and old.get("holds") == new.get("holds")
+        ):
             continue
         same = paths[0] == paths[1] and paths[0] is not None
-        said.append(f"--{name} {paths[0]} holds something else now" if same else f"--{name} {paths[0]} → {paths[1]}")
+        said.append(
+            f"--{name} {paths[0]} holds something else now"
+            if same
+            else f"--{name} {paths[0]} → {paths[1]}"
+        )
     return said

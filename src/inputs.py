@@ -7,7 +7,15 @@ from pathlib import Path
 
 from src.checkpoint.manifest import check_whole
 from src.checkpoint.source import Checkpoint, check_model_type
-from src.data.rows import LABEL, TEXT, TEXTS, read_prompt_rows, read_rows, read_solver_rows, read_verifier_rows
+from src.data.rows import (
+    LABEL,
+    TEXT,
+    TEXTS,
+    read_prompt_rows,
+    read_rows,
+    read_solver_rows,
+    read_verifier_rows,
+)
 from src.data.tokenizer import Tokenizer, check_vocabulary
 from src.errors import UserError
 from src.evaluation.tasks import Task, find_task
@@ -17,27 +25,53 @@ from src.parallel.setup import Parallel
 from src.ppo.buffer import Prompt
 from src.trainer.verifier import Comparison
 
-
 # Flag → the smallest and the largest value that make sense, and whether the smallest itself does.
 RANGES = {
-    **dict.fromkeys(("max_batch_size", "eval_batch_size", "rollout_batch_size", "accumulation_steps"), (1, 10**7, True)),
-    **dict.fromkeys(("max_tokens_per_batch", "eval_every", "save_every", "keep", "max_skipped_steps", "overlong_margin", "ptx_batch_size"), (1, 10**9, True)),
+    **dict.fromkeys(
+        ("max_batch_size", "eval_batch_size", "rollout_batch_size", "accumulation_steps"),
+        (1, 10**7, True),
+    ),
+    **dict.fromkeys(
+        (
+            "max_tokens_per_batch",
+            "eval_every",
+            "save_every",
+            "keep",
+            "max_skipped_steps",
+            "overlong_margin",
+            "ptx_batch_size",
+        ),
+        (1, 10**9, True),
+    ),
     **dict.fromkeys(("critic_warmup", "filter_rounds", "log_samples"), (0, 10**6, True)),
     **dict.fromkeys(("critic_model_parallel_size", "reward_model_parallel_size"), (1, 10**7, True)),
-    **dict.fromkeys(("cliprange_high", "target_kl", "reward_clip", "reward_scale"), (0, 1e9, False)),
+    **dict.fromkeys(
+        ("cliprange_high", "target_kl", "reward_clip", "reward_scale"), (0, 1e9, False)
+    ),
     **dict.fromkeys(("entropy_coef", "ptx_coef"), (0, 1e6, True)),
     "reward_bias": (-1e9, 1e9, True),
     "dual_clip": (1, 1e9, False),
     "lam_critic": (0, 1, True),
     "ref_ema": (0, 0.9999999, True),
     **dict.fromkeys(
-        ("max_new_tokens", "max_buffer_size", "samples_per_prompt", "num_samples", "max_rows"), (1, 10**7, True)
-    ),
-    **dict.fromkeys(
-        ("epochs", "iterations", "mini_batches", "ppo_epochs", "model_parallel_size", "rollout_model_parallel_size"),
+        ("max_new_tokens", "max_buffer_size", "samples_per_prompt", "num_samples", "max_rows"),
         (1, 10**7, True),
     ),
-    **dict.fromkeys(("lr", "critic_lr", "max_grad_norm", "lora_alpha", "kl_target", "kl_horizon"), (0, 1e9, False)),
+    **dict.fromkeys(
+        (
+            "epochs",
+            "iterations",
+            "mini_batches",
+            "ppo_epochs",
+            "model_parallel_size",
+            "rollout_model_parallel_size",
+        ),
+        (1, 10**7, True),
+    ),
+    **dict.fromkeys(
+        ("lr", "critic_lr", "max_grad_norm", "lora_alpha", "kl_target", "kl_horizon"),
+        (0, 1e9, False),
+    ),
     **dict.fromkeys(("weight_decay", "kl_coef", "vf_coef", "truncation_penalty"), (0, 1e6, True)),
     "temperature": (0, 100, True),
     **dict.fromkeys(("beta2", "warmup"), (0, 0.999999, True)),
@@ -91,10 +125,14 @@ def check_beams(settings: dict) -> None:
         "min_new_tokens": 0,
         "num_samples": 1,
     }
-    idle = [f"--{name} {settings[name]}" for name, value in plain.items() if settings[name] != value]
+    idle = [
+        f"--{name} {settings[name]}" for name, value in plain.items() if settings[name] != value
+    ]
     idle += ["--stop_strings"] * bool(settings.get("stop_strings"))
     if idle:
-        raise UserError(f"--num_beams {settings['num_beams']}: beam search has no {', '.join(idle)}")
+        raise UserError(
+            f"--num_beams {settings['num_beams']}: beam search has no {', '.join(idle)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -124,12 +162,19 @@ def open_model(
     checkpoint = Checkpoint.open(ckpt_dir, config_file, adapter_dir)
     check_whole(checkpoint.folder, parallel.rank, parallel.world_size)
     if head == "score" != checkpoint.config.head:
-        raise UserError(f"{ckpt_dir}: is a solver, without a score head; verifier_train.py makes a verifier of it")
+        raise UserError(
+            f"{ckpt_dir}: is a solver, without a score head; verifier_train.py makes a verifier of it"
+        )
     if head == "lm" != checkpoint.config.head:
-        raise UserError(f"{ckpt_dir}: is a verifier, without an output layer, and cannot generate; give a solver")
+        raise UserError(
+            f"{ckpt_dir}: is a verifier, without an output layer, and cannot generate; give a solver"
+        )
     check_model_type(checkpoint.config, model_type)
     tokenizer = Tokenizer.find(
-        checkpoint.folder, tokenizer_file, use_chat_template, chat_family or model_type or checkpoint.config.family
+        checkpoint.folder,
+        tokenizer_file,
+        use_chat_template,
+        chat_family or model_type or checkpoint.config.family,
     )
     check_vocabulary(tokenizer, checkpoint.config.vocab_size)
     return Model(checkpoint, tokenizer)
@@ -147,10 +192,14 @@ def lora_of(settings: dict, checkpoint: Checkpoint) -> LoRAConfig | None:
         if idle:
             raise UserError(f"{', '.join(idle)}: has no effect without --lora_rank")
         if settings["quantize"]:
-            raise UserError(f"--quantize {settings['quantize']}: quantised weights cannot be trained; give --lora_rank too")
+            raise UserError(
+                f"--quantize {settings['quantize']}: quantised weights cannot be trained; give --lora_rank too"
+            )
         return None
     if adapter is None:
-        targets = tuple(name.strip() for name in given["lora_targets"] or default_targets(checkpoint.config))
+        targets = tuple(
+            name.strip() for name in given["lora_targets"] or default_targets(checkpoint.config)
+        )
         gate_and_up = {"w1", "w3"} & set(targets)
         if checkpoint.config.n_experts and gate_and_up and not {"w1", "w2", "w3"} <= set(targets):
             raise UserError(
@@ -175,9 +224,13 @@ def check_model_flags(settings: dict, checkpoint: Checkpoint) -> None:
     frozen, adapted = settings.get("freeze_layers", 0), settings.get("lora_rank", -1) != -1
     if frozen > config.n_layers or (adapted and frozen == config.n_layers):
         rest = ", and an adapter none elsewhere" if adapted else ""
-        raise UserError(f"--freeze_layers {frozen}: {checkpoint.folder} has {config.n_layers} layers{rest}")
+        raise UserError(
+            f"--freeze_layers {frozen}: {checkpoint.folder} has {config.n_layers} layers{rest}"
+        )
     if settings.get("router_aux_loss_coef") is not None and not config.n_experts:
-        raise UserError(f"--router_aux_loss_coef {settings['router_aux_loss_coef']}: the model has no experts to balance")
+        raise UserError(
+            f"--router_aux_loss_coef {settings['router_aux_loss_coef']}: the model has no experts to balance"
+        )
 
 
 @dataclass(frozen=True)
@@ -193,7 +246,13 @@ class Evaluation:
 def read_evaluation(task: str, label_file: str) -> Evaluation:
     """A task's label file: rows `{"instruction", "label"}` as `dataset/build.py` writes them, or the official files'."""
     found = find_task(task)
-    fields = {"instruction": TEXT, "question": TEXT, "label": LABEL, "output": TEXTS, "answer": TEXT}
+    fields = {
+        "instruction": TEXT,
+        "question": TEXT,
+        "label": LABEL,
+        "output": TEXTS,
+        "answer": TEXT,
+    }
     rows = read_rows(label_file, {}, fields)
     instructions = [row.get("instruction") or row.get("question") for row in rows]
     if None in instructions:
@@ -201,17 +260,23 @@ def read_evaluation(task: str, label_file: str) -> Evaluation:
         raise UserError(f'{label_file}: row {number} (from 0) has no "instruction" (or "question")')
     golds = [found.gold_of(row) for row in rows]
     for gold in golds:
-        found.grade("", gold)  # a gold that the task's rules cannot read is refused here, not after an epoch
+        found.grade(
+            "", gold
+        )  # a gold that the task's rules cannot read is refused here, not after an epoch
     return Evaluation(found, rows, instructions, golds)
 
 
 def encode(tokenizer: Tokenizer, instruction: str, output: str) -> Sequence:
     """Prompt and response as ids: BOS, the instruction, the output, EOS."""
     prompt = tokenizer.prompt_ids(instruction)
-    return Sequence(array("i", prompt + tokenizer.response_ids(output)), len(prompt))  # a list takes nine times the memory
+    return Sequence(
+        array("i", prompt + tokenizer.response_ids(output)), len(prompt)
+    )  # a list takes nine times the memory
 
 
-def within(lengths: list[int], max_seq_len: int, strict: bool, what: str) -> tuple[list[bool], str | None]:
+def within(
+    lengths: list[int], max_seq_len: int, strict: bool, what: str
+) -> tuple[list[bool], str | None]:
     """Which lengths fit into max_seq_len, and a warning that counts the others; UserError when `strict`, or none fits."""
     fits = [length <= max_seq_len for length in lengths]
     if all(fits):
@@ -222,19 +287,32 @@ def within(lengths: list[int], max_seq_len: int, strict: bool, what: str) -> tup
     return fits, message
 
 
-def solver_sequences(path: str, tokenizer: Tokenizer, max_seq_len: int, strict: bool) -> tuple[list[Sequence], str | None]:
+def solver_sequences(
+    path: str, tokenizer: Tokenizer, max_seq_len: int, strict: bool
+) -> tuple[list[Sequence], str | None]:
     """Training sequences of a solver file, each accepted output a row of its own; and a warning, or None."""
     rows = read_solver_rows(path)
-    sequences = [encode(tokenizer, row["instruction"], output) for row in rows for output in row["outputs"]]
-    fits, warning = within([len(s.tokens) for s in sequences], max_seq_len, strict, f"rows of {path}")
+    sequences = [
+        encode(tokenizer, row["instruction"], output) for row in rows for output in row["outputs"]
+    ]
+    fits, warning = within(
+        [len(s.tokens) for s in sequences], max_seq_len, strict, f"rows of {path}"
+    )
     return [s for s, fit in zip(sequences, fits) if fit], warning
 
 
-def comparisons(path: str, tokenizer: Tokenizer, max_seq_len: int, strict: bool) -> tuple[list[Comparison], str | None]:
+def comparisons(
+    path: str, tokenizer: Tokenizer, max_seq_len: int, strict: bool
+) -> tuple[list[Comparison], str | None]:
     """Training comparisons of a verifier file; and a warning, or None."""
     rows = read_verifier_rows(path)
     found = [
-        Comparison(*([encode(tokenizer, row["instruction"], text) for text in row[side]] for side in ("chosen", "rejected")))
+        Comparison(
+            *(
+                [encode(tokenizer, row["instruction"], text) for text in row[side]]
+                for side in ("chosen", "rejected")
+            )
+        )
         for row in rows
     ]
     longest = [max(len(s.tokens) for s in c.chosen + c.rejected) for c in found]
@@ -249,7 +327,9 @@ def check_log_dir(log_dir: str, *read: str | None) -> None:
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"--log_dir {log_dir}: {existing} is not a folder that can be written to")
     if any(path is not None and Path(path).resolve() == folder for path in read):
-        raise UserError(f"--log_dir {log_dir}: is a checkpoint that is read; logs need a folder of their own")
+        raise UserError(
+            f"--log_dir {log_dir}: is a checkpoint that is read; logs need a folder of their own"
+        )
 
 
 def check_writable(path: str, suffix: str, *read: str) -> None:
@@ -269,14 +349,17 @@ def check_writable(path: str, suffix: str, *read: str) -> None:
 def same_tokenizer(a: Tokenizer, b: Tokenizer) -> bool:
     """Whether two models read the same ids as the same texts, and write prompts alike."""
     chats = a.chat and a.chat.source, b.chat and b.chat.source
-    return a.path.read_bytes() == b.path.read_bytes() and a.bos_id == b.bos_id and chats[0] == chats[1]
+    return (
+        a.path.read_bytes() == b.path.read_bytes() and a.bos_id == b.bos_id and chats[0] == chats[1]
+    )
 
 
 def check_same_tokenizer(actor: Model, other: Model) -> None:
     """Raise UserError when two roles read the same ids as different texts."""
     if not same_tokenizer(actor.tokenizer, other.tokenizer):
         files = [
-            f"{m.tokenizer.path}" + (f" with {m.tokenizer.chat.name}" if m.tokenizer.chat else "") for m in (actor, other)
+            f"{m.tokenizer.path}" + (f" with {m.tokenizer.chat.name}" if m.tokenizer.chat else "")
+            for m in (actor, other)
         ]
         raise UserError(
             f"{files[0]} and {files[1]} differ: a value is learned for each of the policy's tokens, so that both must share "
@@ -284,7 +367,9 @@ def check_same_tokenizer(actor: Model, other: Model) -> None:
         )
 
 
-def ppo_prompts(path: str, tokenizer: Tokenizer, rule: Task | None, max_seq_len: int) -> tuple[list[Prompt], str | None]:
+def ppo_prompts(
+    path: str, tokenizer: Tokenizer, rule: Task | None, max_seq_len: int
+) -> tuple[list[Prompt], str | None]:
     """PPO's prompts; for a rule, with their right answers, which must be there and readable. And a warning, or None."""
     prompts = []
     for number, row in enumerate(read_prompt_rows(path)):
@@ -296,6 +381,9 @@ def ppo_prompts(path: str, tokenizer: Tokenizer, rule: Task | None, max_seq_len:
             raise UserError(f"{path}: row {number} (from 0): {error}") from None
         prompts.append(Prompt(tokenizer.prompt_ids(row["instruction"]), gold, row))
     fits, warning = within(
-        [len(p.tokens) + 1 for p in prompts], max_seq_len, False, f"prompts of {path}, with one token more,"
+        [len(p.tokens) + 1 for p in prompts],
+        max_seq_len,
+        False,
+        f"prompts of {path}, with one token more,",
     )
     return [p for p, fit in zip(prompts, fits) if fit], warning

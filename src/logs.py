@@ -17,9 +17,16 @@ from tqdm import tqdm
 from src.errors import UserError
 
 PLAIN_INTERVAL_S = 10.0  # between progress lines where stderr is not a terminal
-ENVIRONMENT = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")  # no other is logged
+ENVIRONMENT = (
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "OMP_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES",
+)  # no other is logged
 PACKAGES = ("torch", "transformers", "fairscale")
-SECRET = re.compile(r"(^|_)token$|secret|password|api_key", re.IGNORECASE)  # hf_token, not max_new_tokens
+SECRET = re.compile(
+    r"(^|_)token$|secret|password|api_key", re.IGNORECASE
+)  # hf_token, not max_new_tokens
 
 
 class RunLog:
@@ -38,13 +45,25 @@ class RunLog:
             try:
                 os.makedirs(self.log_dir, exist_ok=True)
                 self._lines, self._records = (
-                    open(os.path.join(self.log_dir, self.name + suffix), "a", buffering=1, encoding="utf-8")
-                    for suffix in (".log", ".jsonl"))
+                    open(
+                        os.path.join(self.log_dir, self.name + suffix),
+                        "a",
+                        buffering=1,
+                        encoding="utf-8",
+                    )
+                    for suffix in (".log", ".jsonl")
+                )
             except OSError as error:
-                raise UserError(f"cannot write the log {error.filename}: {error.strerror}") from error
-            self._record("start", settings=plain(self.settings), git=_git_revision(),
-                         versions={"python": sys.version.split()[0]} | {p: _version(p) for p in PACKAGES},
-                         environment={k: os.environ[k] for k in ENVIRONMENT if k in os.environ})
+                raise UserError(
+                    f"cannot write the log {error.filename}: {error.strerror}"
+                ) from error
+            self._record(
+                "start",
+                settings=plain(self.settings),
+                git=_git_revision(),
+                versions={"python": sys.version.split()[0]} | {p: _version(p) for p in PACKAGES},
+                environment={k: os.environ[k] for k in ENVIRONMENT if k in os.environ},
+            )
         if self.rank == 0:  # what libraries warn of is a warning too
             self._showwarning, warnings.showwarning = warnings.showwarning, self._library_warns
         return self
@@ -84,7 +103,11 @@ class RunLog:
         """Record {name: number} at `step`; NaN and infinities become null in the JSON."""
         if self._records is not None:
             numbers = {f"{prefix}/{name}": float(value) for name, value in values.items()}
-            self._record("scalars", step=step, **{k: v if math.isfinite(v) else None for k, v in numbers.items()})
+            self._record(
+                "scalars",
+                step=step,
+                **{k: v if math.isfinite(v) else None for k, v in numbers.items()},
+            )
             for name, number in numbers.items():
                 self._tensorboard.add_scalar(name, number, step)
 
@@ -98,23 +121,39 @@ class RunLog:
         """A `Progress` over `total` units (None: unknown), `initial` of them done; plain lines where stderr is not a terminal."""
         style = dict(file=sys.stderr, dynamic_ncols=True)
         if not sys.stderr.isatty():
-            lines = SimpleNamespace(write=lambda text: self._show(text.strip()))  # no carriage returns
+            lines = SimpleNamespace(
+                write=lambda text: self._show(text.strip())
+            )  # no carriage returns
             style = dict(file=lines, mininterval=PLAIN_INTERVAL_S, miniters=1, position=0)
-        return Progress(total=total, desc=description, unit=unit, initial=initial, disable=self.rank != 0, **style)
+        return Progress(
+            total=total,
+            desc=description,
+            unit=unit,
+            initial=initial,
+            disable=self.rank != 0,
+            **style,
+        )
 
     def _write(self, message):
-        lines = [f"{datetime.now():%Y-%m-%d %H:%M:%S} rank {self.rank} {line}" for line in str(message).splitlines()]
+        lines = [
+            f"{datetime.now():%Y-%m-%d %H:%M:%S} rank {self.rank} {line}"
+            for line in str(message).splitlines()
+        ]
         if self._lines:
             self._lines.writelines(line + "\n" for line in lines)
         return lines
 
     def _record(self, event, **fields):
         now = datetime.now().astimezone().isoformat(timespec="milliseconds")
-        self._records.write(json.dumps({"event": event, "time": now, "rank": self.rank, **fields}, allow_nan=False) + "\n")
+        self._records.write(
+            json.dumps({"event": event, "time": now, "rank": self.rank, **fields}, allow_nan=False)
+            + "\n"
+        )
 
     @functools.cached_property
     def _tensorboard(self):
         from torch.utils.tensorboard import SummaryWriter  # seconds to import
+
         return SummaryWriter(self.log_dir)
 
 
@@ -156,7 +195,9 @@ def _version(package):
 def _git_revision():
     """The commit this code is at; None outside a git checkout or without git."""
     try:
-        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=os.path.dirname(__file__), capture_output=True)
+        git = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=os.path.dirname(__file__), capture_output=True
+        )
     except FileNotFoundError:
         return None
     return git.stdout.decode().strip() if git.returncode == 0 else None

@@ -7,7 +7,11 @@ from src.parallel.setup import start, stop
 
 
 def pytest_addoption(parser):
-    parser.addoption("--full-faults", action="store_true", help="every fault, with all repetitions (`make faults`)")
+    parser.addoption(
+        "--full-faults",
+        action="store_true",
+        help="every fault, with all repetitions (`make faults`)",
+    )
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
 """Runs a script of the repository on n ranks, the way a user would, and shows the end of its log when it fails."""
+
 from __future__ import annotations
 
 import os
@@ -6,8 +7,9 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable, TypeVar
+from typing import TypeVar
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,7 +21,9 @@ def _free_port() -> int:
         return listener.getsockname()[1]
 
 
-def start(n: int, script: Path | str, *args: str, timeout: float = 240) -> subprocess.CompletedProcess:
+def start(
+    n: int, script: Path | str, *args: str, timeout: float = 240
+) -> subprocess.CompletedProcess:
     """Run `script` (relative to the repository root) on n CPU ranks and return whatever it came to.
 
     n == 1 is plain Python without torch.distributed. On a timeout the whole process group is ended, so no rank
@@ -28,30 +32,57 @@ def start(n: int, script: Path | str, *args: str, timeout: float = 240) -> subpr
     # A launcher's variables inherited from an outer torchrun would turn one plain process into a rank of it.
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     env = {name: value for name, value in os.environ.items() if name not in launcher}
-    env.update(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", PYTHONUNBUFFERED="1")
-    if n == 2:  # collectives that do not match become Python errors; at more ranks that takes minutes
+    env.update(
+        PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", PYTHONUNBUFFERED="1"
+    )
+    if (
+        n == 2
+    ):  # collectives that do not match become Python errors; at more ranks that takes minutes
         env["TORCH_DISTRIBUTED_DEBUG"] = "DETAIL"
     command = [sys.executable]
     if n > 1:
-        command += ["-m", "torch.distributed.run", "--nnodes", "1", "--nproc_per_node", str(n),
-                    "--master_addr", "127.0.0.1", "--master_port", str(_free_port())]
+        command += [
+            "-m",
+            "torch.distributed.run",
+            "--nnodes",
+            "1",
+            "--nproc_per_node",
+            str(n),
+            "--master_addr",
+            "127.0.0.1",
+            "--master_port",
+            str(_free_port()),
+        ]
     command += [str(ROOT / script), *map(str, args)]
-    process = subprocess.Popen(command, cwd=ROOT, env=env, text=True, start_new_session=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=env,
+        text=True,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     try:
         stdout, stderr = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         stdout, stderr = process.communicate()
-        raise AssertionError(f"{script} on {n} ranks ran past {timeout} s\n{_tail(stdout)}\n{_tail(stderr)}") from None
+        raise AssertionError(
+            f"{script} on {n} ranks ran past {timeout} s\n{_tail(stdout)}\n{_tail(stderr)}"
+        ) from None
     return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
 
 
-def launch(n: int, script: Path | str, *args: str, timeout: float = 240) -> subprocess.CompletedProcess:
+def launch(
+    n: int, script: Path | str, *args: str, timeout: float = 240
+) -> subprocess.CompletedProcess:
     """`start`, and the run must succeed."""
     done = start(n, script, *args, timeout=timeout)
-    assert done.returncode == 0, (f"{script} on {n} ranks ended with {done.returncode}\n--- stdout\n"
-                                  f"{_tail(done.stdout)}\n--- stderr\n{_tail(done.stderr)}")
+    assert done.returncode == 0, (
+        f"{script} on {n} ranks ended with {done.returncode}\n--- stdout\n"
+        f"{_tail(done.stdout)}\n--- stderr\n{_tail(done.stderr)}"
+    )
     return done
 
 

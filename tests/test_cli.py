@@ -51,8 +51,23 @@ if __name__ == "__main__":
         open(f"{__file__}.exit.{os.environ.get('RANK', 0)}", "w").write(str(code))
     print("after")
 '''
-DEFAULTS = dict(data_file="d", lr=1e-5, lora_rank=8, flag=True, cache=False, run_name="run", dtype="bf16", degree=1,
-                limit=None, seed=0, tasks=["gsm8k"], ranks=None, notes="", gains=None, ran="train")
+DEFAULTS = dict(
+    data_file="d",
+    lr=1e-5,
+    lora_rank=8,
+    flag=True,
+    cache=False,
+    run_name="run",
+    dtype="bf16",
+    degree=1,
+    limit=None,
+    seed=0,
+    tasks=["gsm8k"],
+    ranks=None,
+    notes="",
+    gains=None,
+    ran="train",
+)
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +87,13 @@ def train(script):
 
 def launch(command, **env):
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, timeout=60,
-                          env={**kept, "PYTHONPATH": str(REPO), **env})
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**kept, "PYTHONPATH": str(REPO), **env},
+    )
 
 
 def call(target, words, monkeypatch, capsys):
@@ -119,7 +139,8 @@ def test_right_command_line_gives_exactly_these_values(train, line, expected, mo
     assert (code, err) == (None, "")
     got = json.loads(out)  # one line: the returned dict is not printed
     assert got == DEFAULTS | expected and [type(v) for v in got.values()] == [
-        type(v) for v in (DEFAULTS | expected).values()]
+        type(v) for v in (DEFAULTS | expected).values()
+    ]
 
 
 def test_values_with_spaces_and_newlines_arrive_whole(train, monkeypatch, capsys):
@@ -158,9 +179,15 @@ WRONG = [  # command line, then what the message must hold
     ("--data_file d --lr nan", "--lr: must be finite, got 'nan'"),
     ("--data_file d --lr=-inf", "--lr: must be finite, got '-inf'"),
     ("--data_file d --lr 1e999", "--lr: must be finite, got '1e999'"),
-    ("--data_file d --dtype bf17", "--dtype: must be one of fp32, bf16; got 'bf17'; did you mean bf16?"),
+    (
+        "--data_file d --dtype bf17",
+        "--dtype: must be one of fp32, bf16; got 'bf17'; did you mean bf16?",
+    ),
     ("--data_file d --degree 3", "--degree: must be one of 1, 2, 4; got '3'"),
-    ("--data_file d --tasks a,,b", "--tasks: must be a comma separated list without empty items, got 'a,,b'"),
+    (
+        "--data_file d --tasks a,,b",
+        "--tasks: must be a comma separated list without empty items, got 'a,,b'",
+    ),
     ("--data_file d --ranks 1,x", "--ranks: must be an integer, got 'x'"),
     ("--data_file d --gains 1,nan", "--gains: must be finite, got 'nan'"),
 ]
@@ -170,7 +197,9 @@ WRONG = [  # command line, then what the message must hold
 def test_wrong_command_line_runs_nothing(train, line, message, monkeypatch, capsys):
     code, out, err = call(train, line.split(), monkeypatch, capsys)
     assert (code, out) == (2, "")
-    assert err.startswith(f"error: {message}") and err.endswith("(`script.py --help` lists the flags)\n")
+    assert err.startswith(f"error: {message}") and err.endswith(
+        "(`script.py --help` lists the flags)\n"
+    )
     assert err.count("\n") == 2, "one problem, told once"
 
 
@@ -179,7 +208,13 @@ def test_all_problems_come_in_one_message(train, monkeypatch, capsys):
     code, out, err = call(train, line.split(), monkeypatch, capsys)
     assert (code, out, err.count("error:")) == (2, "", 1)
     assert [said.split(":")[0].strip() for said in err.splitlines()[1:-1]] == [
-        "--lrr", "'extra'", "--cache", "--lora_rank", "--dtype", "--data_file"]
+        "--lrr",
+        "'extra'",
+        "--cache",
+        "--lora_rank",
+        "--dtype",
+        "--data_file",
+    ]
     assert err.startswith("error: 6 problems")
 
 
@@ -195,7 +230,11 @@ COMMANDS = [
 @pytest.mark.parametrize("words, message", COMMANDS)
 def test_wrong_subcommands(train, words, message, monkeypatch, capsys):
     code, out, err = call({"train": train, "fail": print}, words, monkeypatch, capsys)
-    assert (code, out) == (2, "") and err.startswith(f"error: {message}") and "script.py" in err.splitlines()[-1]
+    assert (
+        (code, out) == (2, "")
+        and err.startswith(f"error: {message}")
+        and "script.py" in err.splitlines()[-1]
+    )
 
 
 def test_a_signature_that_cannot_be_a_command_line_is_a_bug(monkeypatch, capsys):
@@ -204,14 +243,27 @@ def test_a_signature_that_cannot_be_a_command_line_is_a_bug(monkeypatch, capsys)
     def odd(x: dict = None): ...
     def two(x: int | str = 1): ...
     def nested(x: list[Literal["a"]] = None): ...
+
     for function in (unannotated, positional, odd, two, nested):
         with pytest.raises(TypeError):
             call(function, [], monkeypatch, capsys)
 
 
-@pytest.mark.parametrize("words, shown", [
-    (["--help"], ["--data_file=DATA_FILE (required)", "Type: fp32 | bf16", "Rows to train on.", "Default: 1e-05"]),
-    (["--lrr", "1", "-h"], ["Train something."])])
+@pytest.mark.parametrize(
+    "words, shown",
+    [
+        (
+            ["--help"],
+            [
+                "--data_file=DATA_FILE (required)",
+                "Type: fp32 | bf16",
+                "Rows to train on.",
+                "Default: 1e-05",
+            ],
+        ),
+        (["--lrr", "1", "-h"], ["Train something."]),
+    ],
+)
 def test_help_is_on_stdout_and_runs_nothing(train, words, shown, monkeypatch, capsys):
     code, out, err = call(train, words, monkeypatch, capsys)
     assert (code, err) == (0, "") and all(text in out for text in shown)
@@ -220,7 +272,11 @@ def test_help_is_on_stdout_and_runs_nothing(train, words, shown, monkeypatch, ca
 
 def test_help_of_subcommands(script):
     ran = launch([script, "--help"], COMMANDS="1")
-    assert (ran.returncode, ran.stderr) == (0, "") and "Train something." in ran.stdout and "fail" in ran.stdout
+    assert (
+        (ran.returncode, ran.stderr) == (0, "")
+        and "Train something." in ran.stdout
+        and "fail" in ran.stdout
+    )
     ran = launch([script, "fail", "--help"], COMMANDS="1")
     assert (ran.returncode, ran.stderr) == (0, "") and "user | bug | interrupt" in ran.stdout
 
@@ -228,10 +284,15 @@ def test_help_of_subcommands(script):
 def test_a_process_runs_checks_and_exits(script):
     ran = launch([script, "--data_file", "d", "--run_name=2024_01", "--flag=false"])
     assert ran.returncode == 0 and ran.stdout.splitlines()[1:] == ["after"]
-    assert json.loads(ran.stdout.splitlines()[0]) == DEFAULTS | {"run_name": "2024_01", "flag": False}
+    assert json.loads(ran.stdout.splitlines()[0]) == DEFAULTS | {
+        "run_name": "2024_01",
+        "flag": False,
+    }
     ran = launch([script, "--lrr=1"])
     assert (ran.returncode, ran.stdout, ran.stderr.count("error:")) == (2, "", 1)
-    assert "torch" not in launch(["-X", "importtime", script, "--lrr=1"]).stderr, "torch takes seconds to import"
+    assert "torch" not in launch(["-X", "importtime", script, "--lrr=1"]).stderr, (
+        "torch takes seconds to import"
+    )
 
 
 def test_the_three_ways_to_fail(script):
@@ -240,30 +301,45 @@ def test_the_three_ways_to_fail(script):
     ran = launch([script, "fail", "--kind=interrupt"], COMMANDS="1")
     assert (ran.returncode, ran.stdout, ran.stderr) == (130, "", "interrupted\n")
     ran = launch([script, "fail", "--kind=bug"], COMMANDS="1")
-    assert ran.returncode == 1 and "Traceback" in ran.stderr and "ZeroDivisionError: a bug" in ran.stderr
+    assert (
+        ran.returncode == 1
+        and "Traceback" in ran.stderr
+        and "ZeroDivisionError: a bug" in ran.stderr
+    )
 
 
 def torchrun(script, *words, **env):
     """Run at 2 ranks: (stdout and stderr, exit code of each rank, "" where the launcher ended it first)."""
     for rank in (0, 1):
         Path(f"{script}.exit.{rank}").unlink(missing_ok=True)
-    ran = launch(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *words],
-                 COMMANDS="1", OMP_NUM_THREADS="1", **env)
+    ran = launch(
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *words],
+        COMMANDS="1",
+        OMP_NUM_THREADS="1",
+        **env,
+    )
     exits = [Path(f"{script}.exit.{rank}") for rank in (0, 1)]
     return ran.stdout + ran.stderr, [path.read_text() if path.exists() else "" for path in exits]
 
 
 def test_when_all_ranks_fail_rank_zero_speaks_once(script):
     said, exits = torchrun(script, "train", "--lrr=1")
-    assert said.count("error:") == 1 and "error: 2 problems" in said and "--lrr: unknown flag" in said
+    assert (
+        said.count("error:") == 1 and "error: 2 problems" in said and "--lrr: unknown flag" in said
+    )
     assert "UserError" not in said, "a traceback"
     assert exits == ["2", "2"]
 
 
 @pytest.mark.parametrize("late_rank, shared_store", [(0, True), (1, True), (1, False)])
 def test_nobody_leaves_before_rank_zero_has_spoken(script, late_rank, shared_store):
-    said, exits = torchrun(script, "fail", "--kind=user", f"--late_rank={late_rank}",
-                           TORCH_DISABLE_SHARE_RDZV_TCP_STORE=str(int(not shared_store)))
+    said, exits = torchrun(
+        script,
+        "fail",
+        "--kind=user",
+        f"--late_rank={late_rank}",
+        TORCH_DISABLE_SHARE_RDZV_TCP_STORE=str(int(not shared_store)),
+    )
     assert said.count("error:") == 1 and "error: the file\nis bad" in said and exits == ["2", "2"]
 
 

@@ -24,7 +24,10 @@ def save_tokenizer(folder: Path) -> None:
     """A token for each character: small enough for the families' small vocabularies."""
     vocabulary = {text: i for i, text in enumerate(["<unk>", "<s>", "</s>", *CHARACTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated"), decoders.Fuse()
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated"),
+        decoders.Fuse(),
+    )
     tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
     tokenizer.save(str(folder / "tokenizer.json"))
 
@@ -54,7 +57,9 @@ def made(tmp_path_factory) -> Path:
             ["solver_evaluate.py", *flags(task="GSM8K", ckpt_dir=base / "policy", log_dir=base / "evaluated", num_samples=2,
                                           label_file=data / "test.json", max_new_tokens=6, temperature=1.0, quantize="int8")],
         ]  # fmt: skip
-    (root / "commands.json").write_text(json.dumps([[str(part) for part in command] for command in commands]))
+    (root / "commands.json").write_text(
+        json.dumps([[str(part) for part in command] for command in commands])
+    )
     launch(2, "tests/script_chain.py", root / "commands.json")
     return root
 
@@ -62,7 +67,11 @@ def made(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_script_serves_the_family(made, name):
     base, start = made / name, tensors(made / name / "start")
-    for trained, before in (("solver", start), ("lora", tensors(base / "solver")), ("policy", tensors(base / "lora"))):
+    for trained, before in (
+        ("solver", start),
+        ("lora", tensors(base / "solver")),
+        ("policy", tensors(base / "lora")),
+    ):
         after = tensors(base / trained)
         assert after.keys() == before.keys() and all(t.isfinite().all() for t in after.values())
         assert any(not torch.equal(after[key], before[key]) for key in after), trained
@@ -70,17 +79,25 @@ def test_every_script_serves_the_family(made, name):
     lora, solver = tensors(base / "lora"), tensors(base / "solver")
     assert all(torch.equal(lora[key], solver[key]) for key in frozen)
     results = json.loads((base / "evaluated" / "results.json").read_text())
-    assert results["n"] == 8 and {"pass@1", "pass@2", "maj@2"} <= set(results) and len(rows_of(base / "evaluated" / "predictions.jsonl")) == 8
+    assert (
+        results["n"] == 8
+        and {"pass@1", "pass@2", "maj@2"} <= set(results)
+        and len(rows_of(base / "evaluated" / "predictions.jsonl")) == 8
+    )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_was_trained_goes_home(made, tmp_path, name):
     """Policy and value model load in transformers, with the tokenizer; Qwen v1 as a Qwen2 model."""
-    for role, auto in (("policy", AutoModelForCausalLM), ("value", AutoModelForSequenceClassification)):
+    for role, auto in (
+        ("policy", AutoModelForCausalLM),
+        ("value", AutoModelForSequenceClassification),
+    ):
         must("checkpoint_merge.py", *flags(ckpt_dir=made / name / role, save_dir=tmp_path / role))
         model = auto.from_pretrained(tmp_path / role)
         theirs, ours = model.state_dict(), tensors(tmp_path / role)
         key = "model.norm.weight"
-        assert torch.equal(theirs[key], ours["norm.weight"]) and model.config.model_type == {"qwen": "qwen2"}.get(
-            name, families.CASES[name][0])
+        assert torch.equal(theirs[key], ours["norm.weight"]) and model.config.model_type == {
+            "qwen": "qwen2"
+        }.get(name, families.CASES[name][0])
     assert AutoTokenizer.from_pretrained(tmp_path / "policy").decode([5, 6, 7]) == CHARACTERS[2:5]

@@ -55,7 +55,10 @@ def test_a_function_of_a_file_is_both(tmp_path):
     for name, text in (("a.py", "1"), ("b.py", "2"), ("c.py", "1")):
         (tmp_path / name).write_text(text)
     of = lambda text: held(str(tmp_path / text))
-    assert of("a.py:f") == of("c.py:f") and len({of("a.py:f"), of("a.py:g"), of("b.py:f"), of("a.py")}) == 4
+    assert (
+        of("a.py:f") == of("c.py:f")
+        and len({of("a.py:f"), of("a.py:g"), of("b.py:f"), of("a.py")}) == 4
+    )
 
 
 def test_a_file_is_its_content(tmp_path, monkeypatch):
@@ -64,11 +67,19 @@ def test_a_file_is_its_content(tmp_path, monkeypatch):
         (tmp_path / name).write_text(text)
 
     def of(path, **more):
-        return identity({"train_file": path, "lr": 0.1, "log_dir": path, "label_file": None, **more}, {"log_dir"})
+        return identity(
+            {"train_file": path, "lr": 0.1, "log_dir": path, "label_file": None, **more},
+            {"log_dir"},
+        )
 
     before = of("a.json")
     assert "log_dir" not in before
-    assert differences(before, of("a.json")) == differences(before, of("./a.json")) == differences(before, of("b.json")) == []
+    assert (
+        differences(before, of("a.json"))
+        == differences(before, of("./a.json"))
+        == differences(before, of("b.json"))
+        == []
+    )
     assert differences(before, of("c.json")) == ["--train_file a.json → c.json"]
     assert differences(before, of("a.json", lr=0.2)) == ["--lr 0.1 → 0.2"]
     assert differences(before, of("a.json", label_file="c.json")) == ["--label_file None → c.json"]

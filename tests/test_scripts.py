@@ -37,7 +37,9 @@ def call(script: str, *arguments) -> SimpleNamespace:
         sys.argv = before
         if dist.is_initialized():
             stop()
-    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue(), seconds=time.monotonic() - began)
+    return SimpleNamespace(
+        code=code, out=out.getvalue(), err=err.getvalue(), seconds=time.monotonic() - began
+    )
 
 
 def must(script: str, *arguments) -> SimpleNamespace:
@@ -52,7 +54,11 @@ def flags(**values) -> list[str]:
 
 def rows_of(path: Path) -> list[dict]:
     text = path.read_text()
-    return json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
+    return (
+        json.loads(text)
+        if path.suffix == ".json"
+        else [json.loads(line) for line in text.splitlines()]
+    )
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -68,27 +74,68 @@ def same_bits(a: Path, b: Path) -> bool:
 
 def solver_flags(base: Path, save_dir: Path, **more) -> list[str]:
     """Training at the command line of a user; few rows, three steps an epoch."""
-    return flags(**dict(
-        ckpt_dir=base / "shards", save_dir=save_dir, train_file=base / "data" / "train.json", max_batch_size=8,
-        accumulation_steps=3, epochs=2, lr=1e-2, task="GSM8K", label_file=base / "data" / "test.json",
-        max_new_tokens=12, eval_batch_size=3) | more)
+    return flags(
+        **dict(
+            ckpt_dir=base / "shards",
+            save_dir=save_dir,
+            train_file=base / "data" / "train.json",
+            max_batch_size=8,
+            accumulation_steps=3,
+            epochs=2,
+            lr=1e-2,
+            task="GSM8K",
+            label_file=base / "data" / "test.json",
+            max_new_tokens=12,
+            eval_batch_size=3,
+        )
+        | more
+    )
 
 
 def ppo_flags(base: Path, save_dir: Path, **more) -> list[str]:
     verifier = base / "verifier"
-    return flags(**dict(
-        actor_ckpt_dir=base / "solver", actor_save_dir=save_dir / "policy", critic_ckpt_dir=verifier,
-        critic_save_dir=save_dir / "value", reward_model_ckpt_dir=verifier, train_file=base / "data" / "train.json",
-        max_batch_size=4, max_buffer_size=8, samples_per_prompt=2, iterations=2, mini_batches=2, ppo_epochs=2,
-        max_new_tokens=6, lr=1e-3, critic_lr=1e-3) | more)
+    return flags(
+        **dict(
+            actor_ckpt_dir=base / "solver",
+            actor_save_dir=save_dir / "policy",
+            critic_ckpt_dir=verifier,
+            critic_save_dir=save_dir / "value",
+            reward_model_ckpt_dir=verifier,
+            train_file=base / "data" / "train.json",
+            max_batch_size=4,
+            max_buffer_size=8,
+            samples_per_prompt=2,
+            iterations=2,
+            mini_batches=2,
+            ppo_epochs=2,
+            max_new_tokens=6,
+            lr=1e-3,
+            critic_lr=1e-3,
+        )
+        | more
+    )
 
 
 def grouped_flags(base: Path, save_dir: Path, **more) -> list[str]:
     """GRPO by length, so that the samples of a prompt do differ; no value model, no verifier."""
-    return flags(**dict(
-        actor_ckpt_dir=base / "solver", actor_save_dir=save_dir / "policy", train_file=base / "data" / "train.json", advantage="grpo",
-        reward="length", max_batch_size=4, max_buffer_size=8, samples_per_prompt=4, iterations=2, mini_batches=2, ppo_epochs=1,
-        max_new_tokens=12, lr=1e-3) | more)
+    return flags(
+        **dict(
+            actor_ckpt_dir=base / "solver",
+            actor_save_dir=save_dir / "policy",
+            train_file=base / "data" / "train.json",
+            advantage="grpo",
+            reward="length",
+            max_batch_size=4,
+            max_buffer_size=8,
+            samples_per_prompt=4,
+            iterations=2,
+            mini_batches=2,
+            ppo_epochs=1,
+            max_new_tokens=12,
+            lr=1e-3,
+        )
+        | more
+    )
 
 
 @pytest.fixture(scope="module")
@@ -96,50 +143,200 @@ def base(tmp_path_factory):
     """Everything a user would make, once: data, a model, its shards, and at two ranks all the trainers in a row."""
     base = tmp_path_factory.mktemp("scripts")
     must("dataset/build.py", "arithmetic", *flags(save_dir=base / "data", n_train=60, n_test=7))
-    must("dataset/start.py", *flags(train_file=base / "data" / "train.json", save_dir=base / "start", vocab_size=430,
-                                    dim=32, n_layers=1, n_heads=4))
+    must(
+        "dataset/start.py",
+        *flags(
+            train_file=base / "data" / "train.json",
+            save_dir=base / "start",
+            vocab_size=430,
+            dim=32,
+            n_layers=1,
+            n_heads=4,
+        ),
+    )
     must("checkpoint_split.py", *flags(ckpt_file=base / "start", save_path=base / "shards", n=2))
     launch(2, "solver_train.py", *solver_flags(base, base / "solver"))
     commands = [
         ["solver_train.py", *solver_flags(base, base / "solver again")],
-        ["solver_train.py", *solver_flags(base, base / "tuned", model_parallel_size=1, max_batch_size=4, max_tokens_per_batch=150,
-                                          zero=0, checkpoint_activations="selective", eval_every=4, keep_best="accuracy",
-                                          profile=True)],
+        [
+            "solver_train.py",
+            *solver_flags(
+                base,
+                base / "tuned",
+                model_parallel_size=1,
+                max_batch_size=4,
+                max_tokens_per_batch=150,
+                zero=0,
+                checkpoint_activations="selective",
+                eval_every=4,
+                keep_best="accuracy",
+                profile=True,
+            ),
+        ],
         ["solver_train.py", *solver_flags(base, base / "lora", lora_rank=4, epochs=1)],
-        ["solver_train.py", *solver_flags(base, base / "qlora", lora_rank=4, epochs=1, quantize="nf4", lora_targets="wq,w2",
-                                          lora_dropout=0.1)],
-        ["solver_train.py", *solver_flags(base, base / "lora on", lora_rank=4, epochs=1, lr=1e-9, ckpt_dir=base / "start",
-                                          adapter_dir=base / "lora" / "adapter")],
-        ["solver_generate.py", *flags(ckpt_dir=base / "solver", input_file=base / "data" / "train.json", max_rows=8,
-                                      output_file=base / "samples.jsonl", num_samples=2, temperature=1.0, max_new_tokens=8)],
-        ["dataset/build.py", "pairs", *flags(train_file=base / "data" / "train.json", predictions=base / "samples.jsonl",
-                                             save_file=base / "pairs.json")],
-        ["verifier_train.py", *flags(ckpt_dir=base / "solver", save_dir=base / "verifier", train_file=base / "pairs.json",
-                                     label_file=base / "data" / "verifier_test.json", max_batch_size=4, lr=1e-3)],
-        ["verifier_evaluate.py", *flags(ckpt_dir=base / "verifier", label_file=base / "data" / "verifier_test.json",
-                                        log_dir=base / "verifier-evaluated")],
-        ["verifier_train.py", *flags(ckpt_dir=base / "solver", save_dir=base / "adapted verifier", train_file=base / "pairs.json",
-                                     max_batch_size=4, lr=1e-2, lora_rank=4, normalize_scores=True)],
-        ["ppo_train.py", *ppo_flags(base, base / "trunk", lora_rank=4, shared_trunk=True, offload=True, update="in_turn",
-                                    critic_ckpt_dir=base / "adapted verifier", reward_model_ckpt_dir=base / "adapted verifier")],
-        ["ppo_train.py", *ppo_flags(base, base / "divided", reward="verifier,length,format,overlong,file", ref_ema=0.9,
-                                    reward_weights="1,-1,2,1,0.5", format_pattern="[0-9]", overlong_margin=3,
-                                    reward_file=f"{base / 'my_reward.py'}:score", value_norm=True, reward_norm=True,
-                                    critic_model_parallel_size=1, reward_model_parallel_size=1)],
-        ["ppo_train.py", *grouped_flags(base, base / "groups", filter_rounds=2, top_k=20, replay_mask=True, min_new_tokens=2,
-                                        model_parallel_size=1, dump_rollouts=base / "groups" / "rollouts", task="GSM8K",
-                                        label_file=base / "data" / "test.json", eval_every=1, keep_best="accuracy",
-                                        ptx_file=base / "data" / "train.json", ptx_coef=0.5, ptx_batch_size=4)],
-        ["ppo_train.py", *ppo_flags(base, base / "ppo", reward="verifier,rule", task="GSM8K", label_file=base / "data" / "test.json")],
-        ["ppo_train.py", *ppo_flags(base, base / "ppo, idle ranks", model_parallel_size=1, max_buffer_size=2, samples_per_prompt=1,
-                                    max_tokens_per_batch=40)],
-        ["solver_evaluate.py", *flags(task="GSM8K", ckpt_dir=base / "ppo" / "policy", log_dir=base / "evaluated",
-                                      label_file=base / "data" / "test.json", max_new_tokens=12)],
+        [
+            "solver_train.py",
+            *solver_flags(
+                base,
+                base / "qlora",
+                lora_rank=4,
+                epochs=1,
+                quantize="nf4",
+                lora_targets="wq,w2",
+                lora_dropout=0.1,
+            ),
+        ],
+        [
+            "solver_train.py",
+            *solver_flags(
+                base,
+                base / "lora on",
+                lora_rank=4,
+                epochs=1,
+                lr=1e-9,
+                ckpt_dir=base / "start",
+                adapter_dir=base / "lora" / "adapter",
+            ),
+        ],
+        [
+            "solver_generate.py",
+            *flags(
+                ckpt_dir=base / "solver",
+                input_file=base / "data" / "train.json",
+                max_rows=8,
+                output_file=base / "samples.jsonl",
+                num_samples=2,
+                temperature=1.0,
+                max_new_tokens=8,
+            ),
+        ],
+        [
+            "dataset/build.py",
+            "pairs",
+            *flags(
+                train_file=base / "data" / "train.json",
+                predictions=base / "samples.jsonl",
+                save_file=base / "pairs.json",
+            ),
+        ],
+        [
+            "verifier_train.py",
+            *flags(
+                ckpt_dir=base / "solver",
+                save_dir=base / "verifier",
+                train_file=base / "pairs.json",
+                label_file=base / "data" / "verifier_test.json",
+                max_batch_size=4,
+                lr=1e-3,
+            ),
+        ],
+        [
+            "verifier_evaluate.py",
+            *flags(
+                ckpt_dir=base / "verifier",
+                label_file=base / "data" / "verifier_test.json",
+                log_dir=base / "verifier-evaluated",
+            ),
+        ],
+        [
+            "verifier_train.py",
+            *flags(
+                ckpt_dir=base / "solver",
+                save_dir=base / "adapted verifier",
+                train_file=base / "pairs.json",
+                max_batch_size=4,
+                lr=1e-2,
+                lora_rank=4,
+                normalize_scores=True,
+            ),
+        ],
+        [
+            "ppo_train.py",
+            *ppo_flags(
+                base,
+                base / "trunk",
+                lora_rank=4,
+                shared_trunk=True,
+                offload=True,
+                update="in_turn",
+                critic_ckpt_dir=base / "adapted verifier",
+                reward_model_ckpt_dir=base / "adapted verifier",
+            ),
+        ],
+        [
+            "ppo_train.py",
+            *ppo_flags(
+                base,
+                base / "divided",
+                reward="verifier,length,format,overlong,file",
+                ref_ema=0.9,
+                reward_weights="1,-1,2,1,0.5",
+                format_pattern="[0-9]",
+                overlong_margin=3,
+                reward_file=f"{base / 'my_reward.py'}:score",
+                value_norm=True,
+                reward_norm=True,
+                critic_model_parallel_size=1,
+                reward_model_parallel_size=1,
+            ),
+        ],
+        [
+            "ppo_train.py",
+            *grouped_flags(
+                base,
+                base / "groups",
+                filter_rounds=2,
+                top_k=20,
+                replay_mask=True,
+                min_new_tokens=2,
+                model_parallel_size=1,
+                dump_rollouts=base / "groups" / "rollouts",
+                task="GSM8K",
+                label_file=base / "data" / "test.json",
+                eval_every=1,
+                keep_best="accuracy",
+                ptx_file=base / "data" / "train.json",
+                ptx_coef=0.5,
+                ptx_batch_size=4,
+            ),
+        ],
+        [
+            "ppo_train.py",
+            *ppo_flags(
+                base,
+                base / "ppo",
+                reward="verifier,rule",
+                task="GSM8K",
+                label_file=base / "data" / "test.json",
+            ),
+        ],
+        [
+            "ppo_train.py",
+            *ppo_flags(
+                base,
+                base / "ppo, idle ranks",
+                model_parallel_size=1,
+                max_buffer_size=2,
+                samples_per_prompt=1,
+                max_tokens_per_batch=40,
+            ),
+        ],
+        [
+            "solver_evaluate.py",
+            *flags(
+                task="GSM8K",
+                ckpt_dir=base / "ppo" / "policy",
+                log_dir=base / "evaluated",
+                label_file=base / "data" / "test.json",
+                max_new_tokens=12,
+            ),
+        ],
     ]
     (base / "my_reward.py").write_text(
         "def score(prompts, responses, rows):\n"
         "    assert all(prompt == row['instruction'] for prompt, row in zip(prompts, rows))\n"
-        "    return [len(response) / 10 for response in responses]\n")
+        "    return [len(response) / 10 for response in responses]\n"
+    )
     (base / "commands.json").write_text(json.dumps(commands))
     launch(2, "tests/script_chain.py", base / "commands.json")
     return base
@@ -150,8 +347,14 @@ def base(tmp_path_factory):
 
 def scalars(folder: Path, name: str, prefix: str) -> list[dict]:
     records = rows_of(folder / f"{name}.jsonl")
-    assert records[0]["event"] == "start" and records[-1]["event"] == "end" and records[-1]["outcome"] == "finished"
-    return [r for r in records if r["event"] == "scalars" and any(key.startswith(prefix) for key in r)]
+    assert (
+        records[0]["event"] == "start"
+        and records[-1]["event"] == "end"
+        and records[-1]["outcome"] == "finished"
+    )
+    return [
+        r for r in records if r["event"] == "scalars" and any(key.startswith(prefix) for key in r)
+    ]
 
 
 def has_events(folder: Path) -> bool:
@@ -166,26 +369,43 @@ def test_solver_training_logs_every_step_and_evaluates_every_epoch(base):
     assert steps[-1]["train/loss"] < steps[0]["train/loss"] - 0.1
     assert [s["step"] for s in scalars(logs, "solver_train", "eval/")] == [0, 1, 2]
     start = rows_of(logs / "solver_train.jsonl")[0]
-    assert start["settings"]["lr"] == 1e-2 and start["settings"]["train_file"] == str(base / "data" / "train.json")
+    assert start["settings"]["lr"] == 1e-2 and start["settings"]["train_file"] == str(
+        base / "data" / "train.json"
+    )
     for epoch in (0, 1, 2):
         assert json.loads((logs / f"results-epoch-{epoch}.json").read_text())["n"] == 7
         assert len(rows_of(logs / f"predictions-epoch-{epoch}.jsonl")) == 7
     assert has_events(logs) and "saved to" in (logs / "solver_train.log").read_text()
     assert sorted(f.name for f in (base / "solver").iterdir()) == [
-        "consolidated.00.pth", "consolidated.01.pth", "manifest.json", "params.json", "tokenizer.model"]
+        "consolidated.00.pth",
+        "consolidated.01.pth",
+        "manifest.json",
+        "params.json",
+        "tokenizer.model",
+    ]
 
 
 def test_every_step_s_cost_is_logged(base):
     for step in scalars(base / "solver-logs", "solver_train", "train/"):
-        phases = [step[f"train/seconds/{name}"] for name in ("data", "forward", "backward", "communication", "optimizer")]
+        phases = [
+            step[f"train/seconds/{name}"]
+            for name in ("data", "forward", "backward", "communication", "optimizer")
+        ]
         assert all(seconds >= 0 for seconds in phases) and min(phases[1:]) > 0
         assert 0.5 * step["train/seconds"] < sum(phases) <= step["train/seconds"] * 1.001
-        assert step["train/tokens_per_s"] > 0 and step["train/memory_gb"] > 0.05 and 0 < step["train/mfu"] < 1
+        assert (
+            step["train/tokens_per_s"] > 0
+            and step["train/memory_gb"] > 0.05
+            and 0 < step["train/mfu"] < 1
+        )
 
 
 def test_data_parallel_ranks_packed_by_tokens_take_the_same_steps(base):
     """With the optimizer's state on each, activations computed again in part, evaluations and a profile between."""
-    losses = [[s["train/loss"] for s in scalars(base / f"{name}-logs", "solver_train", "train/")] for name in ("solver", "tuned")]
+    losses = [
+        [s["train/loss"] for s in scalars(base / f"{name}-logs", "solver_train", "train/")]
+        for name in ("solver", "tuned")
+    ]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
@@ -195,7 +415,9 @@ def test_evaluations_by_step_keep_the_best_and_a_profile_is_left(base):
     assert list(found) == [0, 4, 6] and (logs / "results-step-4.json").is_file()
     best = tensors(base / "tuned-best")
     assert best.keys() == tensors(base / "tuned").keys()
-    assert same_bits(base / "tuned-best", base / "tuned") == (found[6] > found[4]), "a tie keeps the earlier one"
+    assert same_bits(base / "tuned-best", base / "tuned") == (found[6] > found[4]), (
+        "a tie keeps the earlier one"
+    )
     assert "the best so far, saved" in (logs / "solver_train.log").read_text()
     for rank in (0, 1):
         trace = json.loads((logs / f"trace-rank-{rank}.json").read_text())
@@ -205,7 +427,10 @@ def test_evaluations_by_step_keep_the_best_and_a_profile_is_left(base):
 def test_the_same_seed_twice_gives_the_same_bits(base):
     assert same_bits(base / "solver", base / "solver again")
     assert not same_bits(base / "solver", base / "shards"), "nothing was trained"
-    losses = [[s["train/loss"] for s in scalars(base / f"{name}-logs", "solver_train", "train/")] for name in ("solver", "solver again")]
+    losses = [
+        [s["train/loss"] for s in scalars(base / f"{name}-logs", "solver_train", "train/")]
+        for name in ("solver", "solver again")
+    ]
     assert losses[0] == losses[1]
 
 
@@ -214,12 +439,17 @@ def test_lora_leaves_an_adapter_and_shards_that_hold_it_already(base, tmp_path):
     from peft import PeftModel
     from transformers import LlamaForCausalLM
 
-    assert {f.name for f in (base / "lora" / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert {f.name for f in (base / "lora" / "adapter").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
     must("checkpoint_merge.py", *flags(ckpt_dir=base / "lora", save_dir=tmp_path / "merged"))
     ours = LlamaForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
     start = LlamaForCausalLM.from_pretrained(base / "start")
     before = {name: p.clone() for name, p in start.state_dict().items()}
-    theirs = PeftModel.from_pretrained(start, base / "lora" / "adapter").merge_and_unload().state_dict()
+    theirs = (
+        PeftModel.from_pretrained(start, base / "lora" / "adapter").merge_and_unload().state_dict()
+    )
     assert ours.keys() == theirs.keys()
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in ours)
     moved = {name for name in ours if not torch.equal(ours[name], before[name])}
@@ -230,7 +460,10 @@ def test_an_adapter_is_trained_on_from_where_it_was(base):
     """At a learning rate of nothing: the same adapter on the base model that was given in another format."""
     a, b = tensors(base / "lora on"), tensors(base / "lora")
     assert all(torch.allclose(a[name], b[name], atol=1e-6) for name in a)
-    a, b = (load_file(base / name / "adapter" / "adapter_model.safetensors") for name in ("lora on", "lora"))
+    a, b = (
+        load_file(base / name / "adapter" / "adapter_model.safetensors")
+        for name in ("lora on", "lora")
+    )
     assert a.keys() == b.keys() and all(torch.allclose(a[name], b[name], atol=1e-6) for name in a)
 
 
@@ -240,22 +473,43 @@ def test_qlora_adapts_its_targets_and_saves_the_base_s_own_weights(base, tmp_pat
     moved = {name for name in trained if not torch.equal(trained[name], before[name])}
     assert moved == {"layers.0.attention.wq.weight", "layers.0.feed_forward.w2.weight"}
     config = json.loads((base / "qlora" / "adapter" / "adapter_config.json").read_text())
-    assert (config["target_modules"], config["lora_dropout"], config["r"]) == (["down_proj", "q_proj"], 0.1, 4)
+    assert (config["target_modules"], config["lora_dropout"], config["r"]) == (
+        ["down_proj", "q_proj"],
+        0.1,
+        4,
+    )
 
 
 def greedy_of(base: Path, out: Path, **more) -> list[dict]:
-    must("solver_generate.py", *flags(**dict(input_file=base / "data" / "test.json", output_file=out, max_new_tokens=4) | more))
+    must(
+        "solver_generate.py",
+        *flags(
+            **dict(input_file=base / "data" / "test.json", output_file=out, max_new_tokens=4) | more
+        ),
+    )
     return rows_of(out)
 
 
 def test_an_adapter_is_added_when_it_is_named(base, tmp_path):
     merged = greedy_of(base, tmp_path / "merged.jsonl", ckpt_dir=base / "lora")
-    apart = greedy_of(base, tmp_path / "apart.jsonl", ckpt_dir=base / "start", adapter_dir=base / "lora" / "adapter")
+    apart = greedy_of(
+        base,
+        tmp_path / "apart.jsonl",
+        ckpt_dir=base / "start",
+        adapter_dir=base / "lora" / "adapter",
+    )
     alone = greedy_of(base, tmp_path / "alone.jsonl", ckpt_dir=base / "start")
     assert [r["tokens"] for r in merged] == [r["tokens"] for r in apart]
     for a, b, c in zip(merged, apart, alone):
-        assert a["logprobs"] == pytest.approx(b["logprobs"], abs=1e-4) and a["logprobs"][0] != pytest.approx(c["logprobs"][0], abs=1e-3)
-    must("checkpoint_merge.py", *flags(ckpt_dir=base / "start", adapter_dir=base / "lora" / "adapter", save_dir=tmp_path / "hf"))
+        assert a["logprobs"] == pytest.approx(b["logprobs"], abs=1e-4) and a["logprobs"][
+            0
+        ] != pytest.approx(c["logprobs"][0], abs=1e-3)
+    must(
+        "checkpoint_merge.py",
+        *flags(
+            ckpt_dir=base / "start", adapter_dir=base / "lora" / "adapter", save_dir=tmp_path / "hf"
+        ),
+    )
     a, b = tensors(tmp_path / "hf"), tensors(base / "lora")
     assert all(torch.allclose(a[name], b[name], atol=1e-6) for name in a)
 
@@ -264,16 +518,28 @@ def test_an_adapter_is_added_when_it_is_named(base, tmp_path):
 def test_quantised_generation_is_near_the_whole_one(base, tmp_path, kind, near):
     """And keeps a trained adapter beside the quantised weights."""
     given = dict(ckpt_dir=base / "start", adapter_dir=base / "lora" / "adapter")
-    whole, quantised = (greedy_of(base, tmp_path / f"{q}.jsonl", **given, **more)
-                        for q, more in (("whole", {}), (kind, {"quantize": kind})))
-    first = [(a["logprobs"][0], b["logprobs"][0]) for a, b in zip(whole, quantised) if a["tokens"][0] == b["tokens"][0]]
+    whole, quantised = (
+        greedy_of(base, tmp_path / f"{q}.jsonl", **given, **more)
+        for q, more in (("whole", {}), (kind, {"quantize": kind}))
+    )
+    first = [
+        (a["logprobs"][0], b["logprobs"][0])
+        for a, b in zip(whole, quantised)
+        if a["tokens"][0] == b["tokens"][0]
+    ]
     assert first and all(abs(a - b) < near for a, b in first) and any(a != b for a, b in first)
 
 
 def test_frozen_layers_stay_as_they_were(base, tmp_path):
-    must("solver_train.py", *solver_flags(base, tmp_path / "out", epochs=1, freeze_layers=1, task="GSM8K"))
+    must(
+        "solver_train.py",
+        *solver_flags(base, tmp_path / "out", epochs=1, freeze_layers=1, task="GSM8K"),
+    )
     trained, before = tensors(tmp_path / "out"), tensors(base / "shards")
-    assert {name for name in trained if not torch.equal(trained[name], before[name])} == {"norm.weight", "output.weight"}
+    assert {name for name in trained if not torch.equal(trained[name], before[name])} == {
+        "norm.weight",
+        "output.weight",
+    }
 
 
 def test_a_chat_template_writes_the_turns(base, tmp_path):
@@ -281,23 +547,42 @@ def test_a_chat_template_writes_the_turns(base, tmp_path):
     shutil.copytree(base / "solver", tmp_path / "solver")
     (tmp_path / "solver" / "chat_template.jinja").write_text(
         "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}Q: {{ m.content }} A:{% else %} {{ m.content }}"
-        "{{ eos_token }}{% endif %}{% endfor %}")
+        "{{ eos_token }}{% endif %}{% endfor %}"
+    )
     (tmp_path / "rows.json").write_text(json.dumps([{"instruction": "2 + 3", "output": "5"}]))
     for name, more in (("chat", {"use_chat_template": True}), ("plain", {})):
-        must("solver_score.py", *flags(ckpt_dir=tmp_path / "solver", input_file=tmp_path / "rows.json",
-                                       output_file=tmp_path / f"{name}.jsonl", **more))
-    sp = __import__("sentencepiece").SentencePieceProcessor(model_file=str(tmp_path / "solver" / "tokenizer.model"))
+        must(
+            "solver_score.py",
+            *flags(
+                ckpt_dir=tmp_path / "solver",
+                input_file=tmp_path / "rows.json",
+                output_file=tmp_path / f"{name}.jsonl",
+                **more,
+            ),
+        )
+    sp = __import__("sentencepiece").SentencePieceProcessor(
+        model_file=str(tmp_path / "solver" / "tokenizer.model")
+    )
     chat, plain = rows_of(tmp_path / "chat.jsonl")[0], rows_of(tmp_path / "plain.jsonl")[0]
-    assert chat["prompt_tokens"] == [1, *sp.encode("Q: 2 + 3 A:")] and plain["prompt_tokens"] == [1, *sp.encode("2 + 3")]
+    assert chat["prompt_tokens"] == [1, *sp.encode("Q: 2 + 3 A:")] and plain["prompt_tokens"] == [
+        1,
+        *sp.encode("2 + 3"),
+    ]
     assert chat["tokens"] == [*sp.encode("5"), 2] == plain["tokens"]
     must("checkpoint_merge.py", *flags(ckpt_dir=tmp_path / "solver", save_dir=tmp_path / "hf"))
-    assert (tmp_path / "hf" / "chat_template.jinja").read_text() == (tmp_path / "solver" / "chat_template.jinja").read_text()
+    assert (tmp_path / "hf" / "chat_template.jinja").read_text() == (
+        tmp_path / "solver" / "chat_template.jinja"
+    ).read_text()
 
 
 def test_a_dry_run_needs_no_weights_and_writes_nothing(base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     said = must("checkpoint_split.py", *flags(model_type="llama-2-70b", n=8), "--dry_run").out
-    assert "68,976,648,192 parameters" in said and "[1024, 8192]" in said and "17,246,470,144 bytes" in said
+    assert (
+        "68,976,648,192 parameters" in said
+        and "[1024, 8192]" in said
+        and "17,246,470,144 bytes" in said
+    )
     said = must("checkpoint_split.py", *flags(ckpt_file=base / "solver", n=3), "--dry_run").out
     assert "each of 3 ranks" in said and not list(tmp_path.iterdir())
 
@@ -306,7 +591,10 @@ def test_generation_writes_every_sample_in_order(base):
     rows, train = rows_of(base / "samples.jsonl"), rows_of(base / "data" / "train.json")
     assert [r["index"] for r in rows] == [i for i in range(8) for _ in range(2)]
     assert all(r["instruction"] == train[r["index"]]["instruction"] for r in rows)
-    assert all(len(r["tokens"]) == len(r["logprobs"]) <= 8 and r["stop_reason"] in ("stop", "length") for r in rows)
+    assert all(
+        len(r["tokens"]) == len(r["logprobs"]) <= 8 and r["stop_reason"] in ("stop", "length")
+        for r in rows
+    )
     assert any(a["tokens"] != b["tokens"] for a, b in zip(rows[::2], rows[1::2]))
     assert {"instruction", "chosen", "rejected"} == set(rows_of(base / "pairs.json")[0])
 
@@ -316,38 +604,72 @@ def test_the_verifier_s_training_and_evaluation(base):
 
     logs = base / "verifier-logs"
     assert {"train/loss", "train/accuracy"} <= set(scalars(logs, "verifier_train", "train/")[0])
-    assert [s["step"] for s in scalars(logs, "verifier_train", "eval/")] == [0, 1] and has_events(logs)
+    assert [s["step"] for s in scalars(logs, "verifier_train", "eval/")] == [0, 1] and has_events(
+        logs
+    )
     results = json.loads((base / "verifier-evaluated" / "results.json").read_text())
     rows = rows_of(base / "verifier-evaluated" / "predictions.jsonl")
     assert results["n"] == results["pairs"] == len(rows) == 7
     assert results["accuracy"] == sum(r["chosen"][0] > r["rejected"][0] for r in rows) / 7
     last = json.loads((logs / "results-epoch-1.json").read_text())
-    assert last["accuracy"] == results["accuracy"] and last["margin"] == pytest.approx(results["margin"], abs=1e-5)
+    assert last["accuracy"] == results["accuracy"] and last["margin"] == pytest.approx(
+        results["margin"], abs=1e-5
+    )
 
-    must("checkpoint_merge.py", *flags(ckpt_dir=base / "verifier", save_dir=base / "verifier merged"))
+    must(
+        "checkpoint_merge.py", *flags(ckpt_dir=base / "verifier", save_dir=base / "verifier merged")
+    )
     model = LlamaForSequenceClassification.from_pretrained(base / "verifier merged")
-    tokenizer = __import__("sentencepiece").SentencePieceProcessor(model_file=str(base / "start" / "tokenizer.model"))
+    tokenizer = __import__("sentencepiece").SentencePieceProcessor(
+        model_file=str(base / "start" / "tokenizer.model")
+    )
     pair = rows_of(base / "data" / "verifier_test.json")[0]
     ids = [1, *tokenizer.encode(pair["instruction"]), *tokenizer.encode(pair["chosen"]), 2]
     with torch.no_grad():
-        assert float(model(input_ids=torch.tensor([ids])).logits) == pytest.approx(rows[0]["chosen"][0], abs=1e-5)
+        assert float(model(input_ids=torch.tensor([ids])).logits) == pytest.approx(
+            rows[0]["chosen"][0], abs=1e-5
+        )
 
 
 def test_ppo_leaves_policy_value_and_a_log_of_what_matters(base):
     logs, policy = base / "ppo" / "policy-logs", base / "ppo" / "policy"
     steps = scalars(logs, "ppo_train", "ppo/")
     assert [s["step"] for s in steps] == [1, 2] and has_events(logs)
-    line_26 = {"reward", "reward/verifier", "reward/rule", "kl", "kl_max", "entropy", "response_length", "truncated", "clipfrac",
-               "approxkl", "policy_loss", "value_loss", "explained_variance", "policy_grad_norm", "value_grad_norm",
-               "tokens_per_s/generate", "tokens_per_s/update", "logprob_drift", "kl_coef", "lr", "critic_lr"}
+    line_26 = {
+        "reward",
+        "reward/verifier",
+        "reward/rule",
+        "kl",
+        "kl_max",
+        "entropy",
+        "response_length",
+        "truncated",
+        "clipfrac",
+        "approxkl",
+        "policy_loss",
+        "value_loss",
+        "explained_variance",
+        "policy_grad_norm",
+        "value_grad_norm",
+        "tokens_per_s/generate",
+        "tokens_per_s/update",
+        "logprob_drift",
+        "kl_coef",
+        "lr",
+        "critic_lr",
+    }
     assert line_26 <= {key.removeprefix("ppo/") for key in steps[0]}
     assert all(s[f"ppo/{name}"] is not None for s in steps for name in line_26)
-    assert steps[0]["ppo/kl"] == 0 and steps[1]["ppo/kl"] != 0, "the reference is the policy's start, and stays there"
+    assert steps[0]["ppo/kl"] == 0 and steps[1]["ppo/kl"] != 0, (
+        "the reference is the policy's start, and stays there"
+    )
     assert steps[0]["ppo/policy_steps"] == steps[0]["ppo/value_steps"] == 4
     assert json.loads((policy / "ppo_state.json").read_text()) == {"kl_coef": 0.05}
     # sixty prompts at four an iteration: two iterations end inside the first epoch
     assert [s["step"] for s in scalars(logs, "ppo_train", "eval/")] == [0, 1]
-    assert not same_bits(policy, base / "solver") and not same_bits(base / "ppo" / "value", base / "verifier")
+    assert not same_bits(policy, base / "solver") and not same_bits(
+        base / "ppo" / "value", base / "verifier"
+    )
     assert "score.weight" in tensors(base / "ppo" / "value") and "output.weight" in tensors(policy)
 
 
@@ -356,22 +678,43 @@ def test_ppo_on_a_shared_trunk_trains_adapters_that_peft_can_load(base):
     policy, logs = base / "trunk" / "policy", base / "trunk" / "policy-logs"
     steps = scalars(logs, "ppo_train", "ppo/")
     assert steps[0]["ppo/kl"] == 0 and steps[1]["ppo/kl"] != 0
-    assert steps[0]["ppo/memory_gb/policy"] > 4 * max(steps[0][f"ppo/memory_gb/{r}"] for r in ("reference", "reward"))
-    assert (policy / "adapter" / "adapter_model.safetensors").is_file() and not same_bits(policy, base / "solver")
+    assert steps[0]["ppo/memory_gb/policy"] > 4 * max(
+        steps[0][f"ppo/memory_gb/{r}"] for r in ("reference", "reward")
+    )
+    assert (policy / "adapter" / "adapter_model.safetensors").is_file() and not same_bits(
+        policy, base / "solver"
+    )
     moments = json.loads((base / "adapted verifier" / "score_normalization.json").read_text())
-    assert f"centred by {moments['mean']:.4f} and divided by {moments['std']:.4f}" in (logs / "ppo_train.log").read_text()
-    assert not (base / "trunk" / "value" / "score_normalization.json").exists(), "a value model is no verifier"
+    assert (
+        f"centred by {moments['mean']:.4f} and divided by {moments['std']:.4f}"
+        in (logs / "ppo_train.log").read_text()
+    )
+    assert not (base / "trunk" / "value" / "score_normalization.json").exists(), (
+        "a value model is no verifier"
+    )
 
 
 def test_a_verifier_s_scores_are_centred_and_scaled_on_its_train_file(base, tmp_path):
     pairs = rows_of(base / "pairs.json")
-    texts = [(row["instruction"], text) for row in pairs for side in ("chosen", "rejected")
-             for text in ([row[side]] if isinstance(row[side], str) else row[side])]
-    (tmp_path / "rows.json").write_text(json.dumps([{"instruction": i, "output": o} for i, o in texts]))
-    given = dict(ckpt_dir=base / "adapted verifier", input_file=tmp_path / "rows.json", output_file=tmp_path / "scores.jsonl")
+    texts = [
+        (row["instruction"], text)
+        for row in pairs
+        for side in ("chosen", "rejected")
+        for text in ([row[side]] if isinstance(row[side], str) else row[side])
+    ]
+    (tmp_path / "rows.json").write_text(
+        json.dumps([{"instruction": i, "output": o} for i, o in texts])
+    )
+    given = dict(
+        ckpt_dir=base / "adapted verifier",
+        input_file=tmp_path / "rows.json",
+        output_file=tmp_path / "scores.jsonl",
+    )
     done = must("verifier_evaluate.py", *flags(**given))
     scores = torch.tensor([row["score"] for row in rows_of(tmp_path / "scores.jsonl")])
-    assert abs(float(scores.mean())) < 1e-4 and float(scores.std(correction=0)) == pytest.approx(1, abs=1e-4)
+    assert abs(float(scores.mean())) < 1e-4 and float(scores.std(correction=0)) == pytest.approx(
+        1, abs=1e-4
+    )
     assert "scores are centred by" in done.err
 
 
@@ -379,12 +722,19 @@ def test_ppo_adds_up_its_rewards_and_keeps_what_it_normalises_by(base):
     steps = scalars(base / "divided" / "policy-logs", "ppo_train", "ppo/")
     weights = dict(zip(("verifier", "length", "format", "overlong", "file"), (1, -1, 2, 1, 0.5)))
     for step in steps:
-        assert step["ppo/reward"] == pytest.approx(sum(w * step[f"ppo/reward/{name}"] for name, w in weights.items()), abs=1e-5)
+        assert step["ppo/reward"] == pytest.approx(
+            sum(w * step[f"ppo/reward/{name}"] for name, w in weights.items()), abs=1e-5
+        )
     assert steps[0]["ppo/shaped_reward"] == pytest.approx(0, abs=1e-5), "centred"
     state = json.loads((base / "divided" / "policy" / "ppo_state.json").read_text())
     assert state["reward_norm"] is True and state["reward_moments"][0] == 16
-    assert json.loads((base / "divided" / "value" / "ppo_state.json").read_text())["value_moments"][0] > 0
-    assert len(list((base / "divided" / "value").glob("consolidated.*"))) == 1, "the value model was one rank's"
+    assert (
+        json.loads((base / "divided" / "value" / "ppo_state.json").read_text())["value_moments"][0]
+        > 0
+    )
+    assert len(list((base / "divided" / "value").glob("consolidated.*"))) == 1, (
+        "the value model was one rank's"
+    )
     assert len(list((base / "divided" / "policy").glob("consolidated.*"))) == 2
 
 
@@ -393,11 +743,19 @@ def test_grpo_needs_no_value_model_and_dumps_what_it_learned_from(base):
 
     logs = base / "groups" / "policy-logs"
     steps = scalars(logs, "ppo_train", "ppo/")
-    assert not {key for key in steps[0] if "value" in key} and steps[0]["ppo/kept"] > 0 and steps[0]["ppo/ptx_loss"] > 0
+    assert (
+        not {key for key in steps[0] if "value" in key}
+        and steps[0]["ppo/kept"] > 0
+        and steps[0]["ppo/ptx_loss"] > 0
+    )
     for number, step in enumerate(steps, 1):
-        table = parquet.read_table(base / "groups" / "rollouts" / f"iteration-{number:06d}.parquet").to_pylist()
+        table = parquet.read_table(
+            base / "groups" / "rollouts" / f"iteration-{number:06d}.parquet"
+        ).to_pylist()
         assert [row["place"] for row in table] == list(range(len(table)))
-        assert len(table) in (4, 8) and step["ppo/response_length"] == pytest.approx(sum(len(r["tokens"]) for r in table) / len(table))
+        assert len(table) in (4, 8) and step["ppo/response_length"] == pytest.approx(
+            sum(len(r["tokens"]) for r in table) / len(table)
+        )
         for group in (table[i : i + 4] for i in range(0, len(table), 4)):
             assert len({row["prompt"] for row in group}) == 1
             scores = [row["score"] for row in group]
@@ -405,8 +763,12 @@ def test_grpo_needs_no_value_model_and_dumps_what_it_learned_from(base):
             std = (sum((s - mean) ** 2 for s in scores) / 4) ** 0.5
             assert std > 0, "groups whose rewards are all equal are left out"
             for row in group:
-                assert row["advantages"] == pytest.approx([(row["score"] - mean) / (std + 1e-6)] * len(row["tokens"]), abs=1e-4)
-                assert len(row["tokens"]) >= 2 and row["score_length"] == pytest.approx(len(row["tokens"]) / 12)
+                assert row["advantages"] == pytest.approx(
+                    [(row["score"] - mean) / (std + 1e-6)] * len(row["tokens"]), abs=1e-4
+                )
+                assert len(row["tokens"]) >= 2 and row["score_length"] == pytest.approx(
+                    len(row["tokens"]) / 12
+                )
     texts = [r for r in rows_of(logs / "ppo_train.jsonl") if r["event"] == "text"]
     assert {r["step"] for r in texts} == {1, 2} and all("reward" in r["text"] for r in texts)
     assert [s["step"] for s in scalars(logs, "ppo_train", "eval/")] == [0, 1, 2]
@@ -416,17 +778,27 @@ def test_grpo_needs_no_value_model_and_dumps_what_it_learned_from(base):
 def test_ppo_s_minibatches_may_leave_a_rank_without_rollouts(base):
     """Two rollouts in two minibatches on two data-parallel ranks."""
     steps = scalars(base / "ppo, idle ranks" / "policy-logs", "ppo_train", "ppo/")
-    assert len(steps) == 2 and all(step["ppo/policy_grad_norm"] > 0 and step["ppo/policy_skipped"] == 0 for step in steps)
+    assert len(steps) == 2 and all(
+        step["ppo/policy_grad_norm"] > 0 and step["ppo/policy_skipped"] == 0 for step in steps
+    )
 
 
 def test_evaluation_writes_results_and_predictions(base):
     results = json.loads((base / "evaluated" / "results.json").read_text())
     assert {"task", "accuracy", "n", "unparsed", "truncated", "settings", *RULES} == set(results)
-    assert results["task"] == "GSM8K" and results["n"] == 7 and results["accuracy"] == results["official"]
+    assert (
+        results["task"] == "GSM8K"
+        and results["n"] == 7
+        and results["accuracy"] == results["official"]
+    )
     assert results["settings"]["max_new_tokens"] == 12
-    predictions, test = rows_of(base / "evaluated" / "predictions.jsonl"), rows_of(base / "data" / "test.json")
+    predictions, test = (
+        rows_of(base / "evaluated" / "predictions.jsonl"),
+        rows_of(base / "data" / "test.json"),
+    )
     assert [(p["index"], p["instruction"], p["gold"]) for p in predictions] == [
-        (i, row["instruction"], row["label"]) for i, row in enumerate(test)]
+        (i, row["instruction"], row["label"]) for i, row in enumerate(test)
+    ]
     assert all(isinstance(p["output"], str) and set(RULES) <= set(p) for p in predictions)
 
 
@@ -436,10 +808,20 @@ def test_a_trained_solver_loads_in_transformers_and_says_the_same(base, tmp_path
     must("checkpoint_merge.py", *flags(ckpt_dir=base / "solver", save_dir=tmp_path / "merged"))
     assert same_bits(tmp_path / "merged", base / "solver")
     model = LlamaForCausalLM.from_pretrained(tmp_path / "merged")
-    must("solver_generate.py", *flags(ckpt_dir=base / "solver", input_file=base / "data" / "test.json", max_rows=1,
-                                      output_file=tmp_path / "greedy.jsonl", max_new_tokens=6))
+    must(
+        "solver_generate.py",
+        *flags(
+            ckpt_dir=base / "solver",
+            input_file=base / "data" / "test.json",
+            max_rows=1,
+            output_file=tmp_path / "greedy.jsonl",
+            max_new_tokens=6,
+        ),
+    )
     said = rows_of(tmp_path / "greedy.jsonl")[0]
-    tokenizer = __import__("sentencepiece").SentencePieceProcessor(model_file=str(tmp_path / "merged" / "tokenizer.model"))
+    tokenizer = __import__("sentencepiece").SentencePieceProcessor(
+        model_file=str(tmp_path / "merged" / "tokenizer.model")
+    )
     ids = torch.tensor([[1, *tokenizer.encode(said["instruction"])]])
     theirs = model.generate(ids, do_sample=False, max_new_tokens=6)[0, ids.size(1) :].tolist()
     assert theirs[: len(said["tokens"])] == said["tokens"]
@@ -463,7 +845,9 @@ def test_ppo_with_either_reward_alone_and_a_seed_twice(base, tmp_path, reward, m
     monkeypatch.setattr(setup, "Optimizer", Spied)
     more = {} if reward == "verifier" else {"reward_weights": 3.0}
     for name in ("a", "b"):
-        arguments = ppo_flags(base, tmp_path / name, reward=reward, iterations=1, kl_coef=0.2, **more)
+        arguments = ppo_flags(
+            base, tmp_path / name, reward=reward, iterations=1, kl_coef=0.2, **more
+        )
         if reward == "rule":  # needs no verifier
             at = arguments.index("--reward_model_ckpt_dir")
             del arguments[at : at + 2]
@@ -473,16 +857,30 @@ def test_ppo_with_either_reward_alone_and_a_seed_twice(base, tmp_path, reward, m
     assert [o.adam.defaults["eps"] for o in made] == [1e-5] * 4
     step = scalars(tmp_path / "a" / "policy-logs", "ppo_train", "ppo/")[0]
     assert {key for key in step if key.startswith("ppo/reward/")} == {f"ppo/reward/{reward}"}
-    assert step["ppo/reward"] == pytest.approx(step[f"ppo/reward/{reward}"] * more.get("reward_weights", 1.0))
+    assert step["ppo/reward"] == pytest.approx(
+        step[f"ppo/reward/{reward}"] * more.get("reward_weights", 1.0)
+    )
     assert step["ppo/kl_coef"] == 0.2
-    assert json.loads((tmp_path / "a" / "policy" / "ppo_state.json").read_text()) == {"kl_coef": 0.2}
+    assert json.loads((tmp_path / "a" / "policy" / "ppo_state.json").read_text()) == {
+        "kl_coef": 0.2
+    }
 
 
 def test_ppo_goes_on_with_the_coefficient_that_an_earlier_run_left(base, tmp_path):
     shutil.copytree(base / "solver", tmp_path / "actor")
     (tmp_path / "actor" / "ppo_state.json").write_text('{"kl_coef": 0.123}')
-    must("ppo_train.py", *ppo_flags(base, tmp_path / "out", actor_ckpt_dir=tmp_path / "actor", iterations=1, kl_target=1.0,
-                                    kl_horizon=10.0, truncated="zero"))
+    must(
+        "ppo_train.py",
+        *ppo_flags(
+            base,
+            tmp_path / "out",
+            actor_ckpt_dir=tmp_path / "actor",
+            iterations=1,
+            kl_target=1.0,
+            kl_horizon=10.0,
+            truncated="zero",
+        ),
+    )
     assert scalars(tmp_path / "out" / "policy-logs", "ppo_train", "ppo/")[0]["ppo/kl_coef"] == 0.123
     # KL 0 on the first batch is 100 % below the target: the error is clipped to -0.2, over 8 samples of 10
     left = json.loads((tmp_path / "out" / "policy" / "ppo_state.json").read_text())["kl_coef"]
@@ -491,11 +889,15 @@ def test_ppo_goes_on_with_the_coefficient_that_an_earlier_run_left(base, tmp_pat
 
 def test_rows_that_are_too_long_are_counted_or_refused(base, tmp_path):
     train = rows_of(base / "data" / "train.json")[:6]
-    (tmp_path / "train.json").write_text(json.dumps([*train, {"instruction": "long " * 200, "output": "1"}]))
+    (tmp_path / "train.json").write_text(
+        json.dumps([*train, {"instruction": "long " * 200, "output": "1"}])
+    )
     given = dict(train_file=tmp_path / "train.json", epochs=1, max_seq_len=300)
     done = must("solver_train.py", *solver_flags(base, tmp_path / "out", **given))
     assert "1 of 7 rows of" in done.err and "left out" in done.err
-    done = call("solver_train.py", *solver_flags(base, tmp_path / "strict", **given, strict_length="true"))
+    done = call(
+        "solver_train.py", *solver_flags(base, tmp_path / "strict", **given, strict_length="true")
+    )
     assert done.code == 2 and "1 of 7 rows" in done.err and not (tmp_path / "strict").exists()
 
 
@@ -505,9 +907,18 @@ def test_gold_answers_score_full_marks_by_every_rule_without_a_model(base, tmp_p
         pytest.skip("the official GSM8K test.jsonl is not beside the repository")
     labels = base / "data" / "test.json" if source == "arithmetic" else GSM8K / "test.jsonl"
     answers = [row.get("answer") or row["output"] for row in rows_of(labels)]
-    (tmp_path / "predictions.jsonl").write_text("".join(json.dumps({"output": text}) + "\n" for text in answers))
-    must("solver_evaluate.py", *flags(task="GSM8K", label_file=labels, prediction_file=tmp_path / "predictions.jsonl",
-                                      log_dir=tmp_path / "logs"))
+    (tmp_path / "predictions.jsonl").write_text(
+        "".join(json.dumps({"output": text}) + "\n" for text in answers)
+    )
+    must(
+        "solver_evaluate.py",
+        *flags(
+            task="GSM8K",
+            label_file=labels,
+            prediction_file=tmp_path / "predictions.jsonl",
+            log_dir=tmp_path / "logs",
+        ),
+    )
     results = json.loads((tmp_path / "logs" / "results.json").read_text())
     assert results["n"] == len(answers) and results["unparsed"] == 0
     assert [results[rule] for rule in (*RULES, "accuracy")] == [1.0] * 5
@@ -517,13 +928,26 @@ def test_gold_answers_score_full_marks_by_every_rule_without_a_model(base, tmp_p
 def test_wrong_and_empty_predictions_count_as_wrong(base, tmp_path):
     labels = rows_of(base / "data" / "test.json")
     texts = [labels[0]["output"], "", "#### 99999", *["no number"] * (len(labels) - 3)]
-    (tmp_path / "predictions.jsonl").write_text("".join(json.dumps({"output": text}) + "\n" for text in texts))
-    must("solver_evaluate.py", *flags(task="GSM8K", label_file=base / "data" / "test.json",
-                                      prediction_file=tmp_path / "predictions.jsonl", log_dir=tmp_path / "logs"))
+    (tmp_path / "predictions.jsonl").write_text(
+        "".join(json.dumps({"output": text}) + "\n" for text in texts)
+    )
+    must(
+        "solver_evaluate.py",
+        *flags(
+            task="GSM8K",
+            label_file=base / "data" / "test.json",
+            prediction_file=tmp_path / "predictions.jsonl",
+            log_dir=tmp_path / "logs",
+        ),
+    )
     results = json.loads((tmp_path / "logs" / "results.json").read_text())
-    assert [results[rule] for rule in RULES] == [pytest.approx(1 / 7)] * 4 and results["unparsed"] == 5
+    assert [results[rule] for rule in RULES] == [pytest.approx(1 / 7)] * 4 and results[
+        "unparsed"
+    ] == 5
     graded = rows_of(tmp_path / "logs" / "predictions.jsonl")
-    assert [row["official"] for row in graded] == [find_task("GSM8K").grade(t, r["label"])["official"] for t, r in zip(texts, labels)]
+    assert [row["official"] for row in graded] == [
+        find_task("GSM8K").grade(t, r["label"])["official"] for t, r in zip(texts, labels)
+    ]
 
 
 # --- wrong input ----------------------------------------------------------------------------------------------------
@@ -535,8 +959,12 @@ def wrong(base):
     folder = base / "wrong"
     folder.mkdir()
     good = {"instruction": "1 + 1?", "output": "#### 2", "label": "2"}
-    (folder / "malformed.jsonl").write_text(json.dumps(good) + '\n{"instruction": "1 + 1?", "output": 2}\n')
-    (folder / "broken.json").write_text('[\n{"instruction": "a", "output": "b"},\n{"instruction": "c" "output"}\n]')
+    (folder / "malformed.jsonl").write_text(
+        json.dumps(good) + '\n{"instruction": "1 + 1?", "output": 2}\n'
+    )
+    (folder / "broken.json").write_text(
+        '[\n{"instruction": "a", "output": "b"},\n{"instruction": "c" "output"}\n]'
+    )
     (folder / "empty.json").write_text("[]")
     (folder / "unlabelled.jsonl").write_text(json.dumps(good) + '\n{"instruction": "2 + 2?"}\n')
     (folder / "one.jsonl").write_text('{"output": "#### 2"}\n')
@@ -559,23 +987,46 @@ def wrong(base):
     shard.write_bytes(data[:5000] + bytes([data[5000] ^ 1]) + data[5001:])
     (folder / "foreign").mkdir()
     (folder / "foreign" / "thesis.tex").write_text("")
-    must("dataset/start.py", *flags(train_file=base / "data" / "train.json", save_dir=folder / "other", vocab_size=440,
-                                    dim=32, n_layers=1, n_heads=4))
+    must(
+        "dataset/start.py",
+        *flags(
+            train_file=base / "data" / "train.json",
+            save_dir=folder / "other",
+            vocab_size=440,
+            dim=32,
+            n_layers=1,
+            n_heads=4,
+        ),
+    )
     shutil.copytree(base / "verifier", folder / "verifier of another")
     shutil.copyfile(folder / "other" / "tokenizer.model", folder / "larger.model")
-    (folder / "verifier of another" / "tokenizer.model").write_bytes(_smaller_tokenizer(base, folder))
+    (folder / "verifier of another" / "tokenizer.model").write_bytes(
+        _smaller_tokenizer(base, folder)
+    )
     return folder
 
 
 def _smaller_tokenizer(base: Path, folder: Path) -> bytes:
-    must("dataset/start.py", *flags(train_file=base / "data" / "train.json", save_dir=folder / "smaller", vocab_size=424,
-                                    dim=32, n_layers=1, n_heads=4))
+    must(
+        "dataset/start.py",
+        *flags(
+            train_file=base / "data" / "train.json",
+            save_dir=folder / "smaller",
+            vocab_size=424,
+            dim=32,
+            n_layers=1,
+            n_heads=4,
+        ),
+    )
     return (folder / "smaller" / "tokenizer.model").read_bytes()
 
 
 # id: (script, flags changed from the good command line, what the message must say). {} is the folder of wrong things.
 SOLVER = {
-    "missing file": (dict(train_file="{}/nope.json"), "nope.json: cannot be read: No such file or directory"),
+    "missing file": (
+        dict(train_file="{}/nope.json"),
+        "nope.json: cannot be read: No such file or directory",
+    ),
     "another suffix": (dict(train_file="{}/x.csv"), "must end in .json"),
     "malformed row": (dict(train_file="{}/malformed.jsonl"), 'malformed.jsonl:2: field "output"'),
     "not JSON": (dict(train_file="{}/broken.json"), "broken.json:3: not JSON"),
@@ -583,65 +1034,164 @@ SOLVER = {
     "no checkpoint": (dict(ckpt_dir="{}/nowhere"), "nowhere: no such file or folder"),
     "shards with a hole": (dict(ckpt_dir="{}/hole"), "consolidated.01.pth missing"),
     "shard cut short": (dict(ckpt_dir="{}/cut short"), "consolidated.01.pth: cannot be read"),
-    "flipped bit": (dict(ckpt_dir="{}/flipped"), "consolidated.01.pth: its SHA-256 is not that of what was written"),
+    "flipped bit": (
+        dict(ckpt_dir="{}/flipped"),
+        "consolidated.01.pth: its SHA-256 is not that of what was written",
+    ),
     "no such step": (dict(resume="{}/nowhere"), "nowhere: is no saved step"),
-    "degree that does not fit the ranks": (dict(model_parallel_size=2), "--model_parallel_size 2 does not divide the 1 rank"),
+    "degree that does not fit the ranks": (
+        dict(model_parallel_size=2),
+        "--model_parallel_size 2 does not divide the 1 rank",
+    ),
     "misspelt flag": (dict(lrr=1e-3), "--lrr: unknown flag; did you mean --lr?"),
     "value of another type": (dict(epochs="two"), "--epochs: must be an integer, got 'two'"),
     "other model_type": (dict(model_type="llama-1-7b"), "dim 32 (a llama-1-7b has 4096)"),
     "unknown model_type": (dict(model_type="llama-9"), "--model_type llama-9: unknown"),
-    "tokenizer too large": (dict(tokenizer_file="{}/larger.model"), "has 440 entries, the model 430"),
+    "tokenizer too large": (
+        dict(tokenizer_file="{}/larger.model"),
+        "has 440 entries, the model 430",
+    ),
     "no tokenizer": (dict(tokenizer_file="{}/none.model"), "none.model: no such file"),
-    "task without labels": (dict(label_file=None), "--task GSM8K --label_file None: evaluation needs both"),
+    "task without labels": (
+        dict(label_file=None),
+        "--task GSM8K --label_file None: evaluation needs both",
+    ),
     "labels without task": (dict(task=None), "evaluation needs both"),
     "unknown task": (dict(task="GSM9K"), "unknown task 'GSM9K'; did you mean 'GSM8K'?"),
     "all rows too long": (dict(max_seq_len=3), "60 of 60 rows of"),
     "no learning rate": (dict(lr=0), "--lr 0.0"),
-    "best of nothing": (dict(keep_best="loss"), "--keep_best loss: the evaluation gives accuracy, "),
-    "best without an evaluation": (dict(keep_best="accuracy", task=None, label_file=None), "evaluation is not asked for"),
-    "evaluations of nothing": (dict(eval_every=3, task=None, label_file=None), "--eval_every 3: has no effect without --label_file"),
+    "best of nothing": (
+        dict(keep_best="loss"),
+        "--keep_best loss: the evaluation gives accuracy, ",
+    ),
+    "best without an evaluation": (
+        dict(keep_best="accuracy", task=None, label_file=None),
+        "evaluation is not asked for",
+    ),
+    "evaluations of nothing": (
+        dict(eval_every=3, task=None, label_file=None),
+        "--eval_every 3: has no effect without --label_file",
+    ),
     "no ZeRO 2": (dict(zero=2), "--zero: must be one of 0, 1; got '2'"),
-    "no room for a token": (dict(max_tokens_per_batch=0), "--max_tokens_per_batch 0: must be at least 1"),
-    "unknown recomputation": (dict(checkpoint_activations="true"), "--checkpoint_activations: must be one of none, selective, full"),
-    "several out of range": (dict(lr=0, warmup=1.5, lora_rank=0), "--lora_rank 0: must be at least 1"),
-    "saving over what is read": (dict(ckpt_dir="{}/fine", save_dir="{}/fine"), "overlap: saving would remove"),
+    "no room for a token": (
+        dict(max_tokens_per_batch=0),
+        "--max_tokens_per_batch 0: must be at least 1",
+    ),
+    "unknown recomputation": (
+        dict(checkpoint_activations="true"),
+        "--checkpoint_activations: must be one of none, selective, full",
+    ),
+    "several out of range": (
+        dict(lr=0, warmup=1.5, lora_rank=0),
+        "--lora_rank 0: must be at least 1",
+    ),
+    "saving over what is read": (
+        dict(ckpt_dir="{}/fine", save_dir="{}/fine"),
+        "overlap: saving would remove",
+    ),
     "NaN weights": (dict(ckpt_dir="{}/NaN"), "NaN or infinite weights in norm.weight"),
-    "dropout without an adapter": (dict(lora_dropout=0.1), "--lora_dropout: has no effect without --lora_rank"),
-    "quantised and trained": (dict(quantize="nf4"), "quantised weights cannot be trained; give --lora_rank"),
-    "unknown target": (dict(lora_rank=2, lora_targets="wq,q_proj"), "--lora_targets wq,q_proj: choose from wq,wk"),
+    "dropout without an adapter": (
+        dict(lora_dropout=0.1),
+        "--lora_dropout: has no effect without --lora_rank",
+    ),
+    "quantised and trained": (
+        dict(quantize="nf4"),
+        "quantised weights cannot be trained; give --lora_rank",
+    ),
+    "unknown target": (
+        dict(lora_rank=2, lora_targets="wq,q_proj"),
+        "--lora_targets wq,q_proj: choose from wq,wk",
+    ),
     "more frozen layers than there are": (dict(freeze_layers=2), "shards has 1 layers"),
-    "balance without experts": (dict(router_aux_loss_coef=0.1), "the model has no experts to balance"),
+    "balance without experts": (
+        dict(router_aux_loss_coef=0.1),
+        "the model has no experts to balance",
+    ),
     "no adapter there": (dict(adapter_dir="{}/fine"), "adapter_config.json: not there"),
-    "adapter of another rank": (dict(adapter_dir="{}/../lora/adapter", lora_rank=2), "has rank 4, alpha 16, on wq,wk,wv,wo,w1,w2,w3"),
+    "adapter of another rank": (
+        dict(adapter_dir="{}/../lora/adapter", lora_rank=2),
+        "has rank 4, alpha 16, on wq,wk,wv,wo,w1,w2,w3",
+    ),
     "chat without a template": (dict(use_chat_template=True), "chat_template.jinja"),
     "folder of something else": (dict(save_dir="{}/foreign"), "holds thesis.tex"),
 }
 PPO = {
-    "solver given as reward model": (dict(reward_model_ckpt_dir="{}/../solver"), "is a solver, without a score head"),
-    "another tokenizer": (dict(critic_ckpt_dir="{}/verifier of another"), "both must share their tokenizer"),
-    "rule without labels": (dict(reward="rule", reward_model_ckpt_dir=None, train_file="{}/unlabelled.jsonl"), "row 1 (from 0): a row without a gold answer"),
-    "verifier without a model": (dict(reward_model_ckpt_dir=None), "--reward verifier needs --reward_model_ckpt_dir"),
+    "solver given as reward model": (
+        dict(reward_model_ckpt_dir="{}/../solver"),
+        "is a solver, without a score head",
+    ),
+    "another tokenizer": (
+        dict(critic_ckpt_dir="{}/verifier of another"),
+        "both must share their tokenizer",
+    ),
+    "rule without labels": (
+        dict(reward="rule", reward_model_ckpt_dir=None, train_file="{}/unlabelled.jsonl"),
+        "row 1 (from 0): a row without a gold answer",
+    ),
+    "verifier without a model": (
+        dict(reward_model_ckpt_dir=None),
+        "--reward verifier needs --reward_model_ckpt_dir",
+    ),
     "greedy": (dict(temperature=0), "--temperature 0"),
-    "buffer no multiple of the samples": (dict(samples_per_prompt=3), "no multiple of --samples_per_prompt 3"),
-    "unknown reward": (dict(reward="rules"), "--reward rules: choose from verifier, rule, file, format, length, overlong"),
-    "too few weights": (dict(reward="verifier,length", reward_weights="1"), "1 weights for 2 rewards (verifier,length)"),
+    "buffer no multiple of the samples": (
+        dict(samples_per_prompt=3),
+        "no multiple of --samples_per_prompt 3",
+    ),
+    "unknown reward": (
+        dict(reward="rules"),
+        "--reward rules: choose from verifier, rule, file, format, length, overlong",
+    ),
+    "too few weights": (
+        dict(reward="verifier,length", reward_weights="1"),
+        "1 weights for 2 rewards (verifier,length)",
+    ),
     "no value model": (dict(critic_ckpt_dir=None), "--advantage gae needs --critic_ckpt_dir"),
-    "a value model for nothing": (dict(advantage="grpo"), "--critic_ckpt_dir: has no effect with --advantage grpo"),
-    "groups of one": (dict(advantage="rloo", samples_per_prompt=1, critic_ckpt_dir=None, critic_save_dir=None),
-                      "compares samples of one prompt and needs 2 or more"),
-    "idle knobs": (dict(advantage="dr_grpo", critic_ckpt_dir=None, critic_save_dir=None, lam=0.9), "--lam 0.9: has no effect with"),
-    "no such function": (dict(reward="file", reward_file="{}/one.jsonl:score", reward_model_ckpt_dir=None), "write FILE.py:FUNCTION"),
-    "margin too wide": (dict(reward="overlong", overlong_margin=7, reward_model_ckpt_dir=None), "must lie in [1, --max_new_tokens 6]"),
-    "broken pattern": (dict(reward="format", format_pattern="(", reward_model_ckpt_dir=None), "is no regular expression"),
+    "a value model for nothing": (
+        dict(advantage="grpo"),
+        "--critic_ckpt_dir: has no effect with --advantage grpo",
+    ),
+    "groups of one": (
+        dict(advantage="rloo", samples_per_prompt=1, critic_ckpt_dir=None, critic_save_dir=None),
+        "compares samples of one prompt and needs 2 or more",
+    ),
+    "idle knobs": (
+        dict(advantage="dr_grpo", critic_ckpt_dir=None, critic_save_dir=None, lam=0.9),
+        "--lam 0.9: has no effect with",
+    ),
+    "no such function": (
+        dict(reward="file", reward_file="{}/one.jsonl:score", reward_model_ckpt_dir=None),
+        "write FILE.py:FUNCTION",
+    ),
+    "margin too wide": (
+        dict(reward="overlong", overlong_margin=7, reward_model_ckpt_dir=None),
+        "must lie in [1, --max_new_tokens 6]",
+    ),
+    "broken pattern": (
+        dict(reward="format", format_pattern="(", reward_model_ckpt_dir=None),
+        "is no regular expression",
+    ),
     "masks of nothing": (dict(replay_mask=True), "--replay_mask: nothing is left out of sampling"),
     "no mix": (dict(ptx_coef=0.1), "the mix needs both"),
-    "a trunk without adapters": (dict(shared_trunk=True), "--shared_trunk: the roles are adapters on one trunk; give --lora_rank"),
+    "a trunk without adapters": (
+        dict(shared_trunk=True),
+        "--shared_trunk: the roles are adapters on one trunk; give --lora_rank",
+    ),
     "no adapter to share": (dict(shared_trunk=True, lora_rank=2), "holds no adapter"),
-    "an adapter of another trunk": (dict(shared_trunk=True, lora_rank=4, actor_ckpt_dir="{}/../shards",
-                                         critic_ckpt_dir="{}/../adapted verifier", reward_model_ckpt_dir="{}/../adapted verifier"),
-                                    "was trained on other weights"),
+    "an adapter of another trunk": (
+        dict(
+            shared_trunk=True,
+            lora_rank=4,
+            actor_ckpt_dir="{}/../shards",
+            critic_ckpt_dir="{}/../adapted verifier",
+            reward_model_ckpt_dir="{}/../adapted verifier",
+        ),
+        "was trained on other weights",
+    ),
     "a reference for nothing": (dict(kl_coef=0, ref_ema=0.9), "which needs no reference"),
-    "ranks that do not divide": (dict(critic_model_parallel_size=3), "--critic_model_parallel_size 3 does not divide the 1"),
+    "ranks that do not divide": (
+        dict(critic_model_parallel_size=3),
+        "--critic_model_parallel_size 3 does not divide the 1",
+    ),
     "best of nothing": (dict(keep_best="accuracy"), "evaluation is not asked for"),
     "verifier given as solver": (dict(actor_ckpt_dir="{}/../verifier"), "is a verifier"),
     "no room for an answer": (dict(max_seq_len=4), "60 of 60 prompts of"),
@@ -657,7 +1207,11 @@ def changed(arguments: list[str], change: dict, folder: Path) -> list[str]:
 
 def refused(done: SimpleNamespace, message: str) -> None:
     assert done.code == 2 and message in done.err, done.err
-    assert done.err.count("error:") == 1 and done.err.startswith("error: ") and "Traceback" not in done.err
+    assert (
+        done.err.count("error:") == 1
+        and done.err.startswith("error: ")
+        and "Traceback" not in done.err
+    )
     assert done.seconds < 5, "10 s with a process's start"
 
 
@@ -679,33 +1233,142 @@ def test_ppo_refuses(base, wrong, tmp_path, case):
     assert not list(tmp_path.iterdir()), "something was written"
 
 
-@pytest.mark.parametrize("script, given, message", [
-    ("verifier_train.py", dict(ckpt_dir="{}/../shards", save_dir="{}/out", train_file="{}/malformed.jsonl"), 'malformed.jsonl:1: field "chosen" is missing'),
-    ("verifier_evaluate.py", dict(ckpt_dir="{}/../solver", label_file="{}/../pairs.json", log_dir="{}/out"), "is a solver, without a score head"),
-    ("verifier_evaluate.py", dict(ckpt_dir="{}/../verifier", label_file="{}/../pairs.json"), "give --label_file with --log_dir"),
-    ("solver_generate.py", dict(ckpt_dir="{}/../solver", input_file="{}/malformed.jsonl", output_file="{}/out.txt"), "a .jsonl file is written"),
-    ("solver_evaluate.py", dict(task="GSM8K", label_file="{}/../data/test.json", log_dir="{}/out", prediction_file="{}/one.jsonl"), "has 1 rows and"),
-    ("solver_evaluate.py", dict(task="GSM8K", label_file="{}/../data/test.json", log_dir="{}/out"), "one of the two"),
-    ("solver_evaluate.py", dict(task="GSM8K", label_file="{}/unlabelled.jsonl", log_dir="{}/out", prediction_file="{}/one.jsonl"), "without a gold answer"),
-    ("checkpoint_split.py", dict(ckpt_file="{}/../start", save_path="{}/out", n=0), "--n 0: at least one shard is needed"),
-    ("checkpoint_split.py", dict(n=2), "--ckpt_file and --save_path are needed"),
-    ("checkpoint_split.py", dict(n=2, dry_run=True, model_type="llama-9"), "--dry_run without --ckpt_file needs --config_file, or"),
-    ("checkpoint_merge.py", dict(ckpt_dir="{}/../start", save_dir="{}/out", adapter_dir="{}/../solver"), "adapter_config.json: not there"),
-    ("checkpoint_merge.py", dict(ckpt_dir="{}/hole", save_dir="{}/out"), "consolidated.01.pth missing"),
-    ("checkpoint_merge.py", dict(ckpt_dir="{}/../shards", save_dir="{}/../shards"), "overlap"),
-    ("checkpoint_split.py", dict(ckpt_file="{}/../start", save_path="{}/../start", n=2), "overlap"),
-    ("solver_generate.py", dict(ckpt_dir="{}/../solver", input_file="{}/malformed.jsonl", output_file="{}/malformed.jsonl"), "would be overwritten"),
-    ("dataset/start.py", dict(train_file="{}/../data/train.json", save_dir="{}/out", vocab_size=50), "--vocab_size 50: no tokenizer of that size"),
-    ("dataset/build.py arithmetics", dict(save_dir="{}/out"), "must be one of gsm8k, arithmetic, pairs; got arithmetics; did you mean arithmetic?"),
-    ("dataset/build.py arithmetic", dict(save_dir="{}/out", n_train=0), "--n_train 0 --n_test 600"),
-    ("dataset/build.py gsm8k", dict(source="{}/nowhere", save_dir="{}/out"), "nowhere"),
-    ("dataset/build.py pairs", dict(train_file="{}/../data/train.json", predictions="{}/malformed.jsonl", save_file="{}/out.json"), "malformed.jsonl"),
-    ("solver_score.py", dict(ckpt_dir="{}/../solver", input_file="{}/malformed.jsonl", output_file="{}/out.jsonl"), "malformed.jsonl:2"),
-    ("solver_score.py", dict(ckpt_dir="{}/../verifier", input_file="{}/one.jsonl", output_file="{}/out.jsonl"), "is a verifier"),
-    ("checkpoint_verify.py", dict(ckpt_dir="{}/flipped"), "consolidated.01.pth: its SHA-256 is not"),
-    ("checkpoint_verify.py", dict(ckpt_dir="{}/nowhere"), "nowhere: no such file or folder"),
-    ("quickstart.py", dict(work_dir="{}/out", ranks=3), "--ranks 3: the small model has 4 heads"),
-])
+@pytest.mark.parametrize(
+    "script, given, message",
+    [
+        (
+            "verifier_train.py",
+            dict(ckpt_dir="{}/../shards", save_dir="{}/out", train_file="{}/malformed.jsonl"),
+            'malformed.jsonl:1: field "chosen" is missing',
+        ),
+        (
+            "verifier_evaluate.py",
+            dict(ckpt_dir="{}/../solver", label_file="{}/../pairs.json", log_dir="{}/out"),
+            "is a solver, without a score head",
+        ),
+        (
+            "verifier_evaluate.py",
+            dict(ckpt_dir="{}/../verifier", label_file="{}/../pairs.json"),
+            "give --label_file with --log_dir",
+        ),
+        (
+            "solver_generate.py",
+            dict(
+                ckpt_dir="{}/../solver", input_file="{}/malformed.jsonl", output_file="{}/out.txt"
+            ),
+            "a .jsonl file is written",
+        ),
+        (
+            "solver_evaluate.py",
+            dict(
+                task="GSM8K",
+                label_file="{}/../data/test.json",
+                log_dir="{}/out",
+                prediction_file="{}/one.jsonl",
+            ),
+            "has 1 rows and",
+        ),
+        (
+            "solver_evaluate.py",
+            dict(task="GSM8K", label_file="{}/../data/test.json", log_dir="{}/out"),
+            "one of the two",
+        ),
+        (
+            "solver_evaluate.py",
+            dict(
+                task="GSM8K",
+                label_file="{}/unlabelled.jsonl",
+                log_dir="{}/out",
+                prediction_file="{}/one.jsonl",
+            ),
+            "without a gold answer",
+        ),
+        (
+            "checkpoint_split.py",
+            dict(ckpt_file="{}/../start", save_path="{}/out", n=0),
+            "--n 0: at least one shard is needed",
+        ),
+        ("checkpoint_split.py", dict(n=2), "--ckpt_file and --save_path are needed"),
+        (
+            "checkpoint_split.py",
+            dict(n=2, dry_run=True, model_type="llama-9"),
+            "--dry_run without --ckpt_file needs --config_file, or",
+        ),
+        (
+            "checkpoint_merge.py",
+            dict(ckpt_dir="{}/../start", save_dir="{}/out", adapter_dir="{}/../solver"),
+            "adapter_config.json: not there",
+        ),
+        (
+            "checkpoint_merge.py",
+            dict(ckpt_dir="{}/hole", save_dir="{}/out"),
+            "consolidated.01.pth missing",
+        ),
+        ("checkpoint_merge.py", dict(ckpt_dir="{}/../shards", save_dir="{}/../shards"), "overlap"),
+        (
+            "checkpoint_split.py",
+            dict(ckpt_file="{}/../start", save_path="{}/../start", n=2),
+            "overlap",
+        ),
+        (
+            "solver_generate.py",
+            dict(
+                ckpt_dir="{}/../solver",
+                input_file="{}/malformed.jsonl",
+                output_file="{}/malformed.jsonl",
+            ),
+            "would be overwritten",
+        ),
+        (
+            "dataset/start.py",
+            dict(train_file="{}/../data/train.json", save_dir="{}/out", vocab_size=50),
+            "--vocab_size 50: no tokenizer of that size",
+        ),
+        (
+            "dataset/build.py arithmetics",
+            dict(save_dir="{}/out"),
+            "must be one of gsm8k, arithmetic, pairs; got arithmetics; did you mean arithmetic?",
+        ),
+        (
+            "dataset/build.py arithmetic",
+            dict(save_dir="{}/out", n_train=0),
+            "--n_train 0 --n_test 600",
+        ),
+        ("dataset/build.py gsm8k", dict(source="{}/nowhere", save_dir="{}/out"), "nowhere"),
+        (
+            "dataset/build.py pairs",
+            dict(
+                train_file="{}/../data/train.json",
+                predictions="{}/malformed.jsonl",
+                save_file="{}/out.json",
+            ),
+            "malformed.jsonl",
+        ),
+        (
+            "solver_score.py",
+            dict(
+                ckpt_dir="{}/../solver", input_file="{}/malformed.jsonl", output_file="{}/out.jsonl"
+            ),
+            "malformed.jsonl:2",
+        ),
+        (
+            "solver_score.py",
+            dict(ckpt_dir="{}/../verifier", input_file="{}/one.jsonl", output_file="{}/out.jsonl"),
+            "is a verifier",
+        ),
+        (
+            "checkpoint_verify.py",
+            dict(ckpt_dir="{}/flipped"),
+            "consolidated.01.pth: its SHA-256 is not",
+        ),
+        ("checkpoint_verify.py", dict(ckpt_dir="{}/nowhere"), "nowhere: no such file or folder"),
+        (
+            "quickstart.py",
+            dict(work_dir="{}/out", ranks=3),
+            "--ranks 3: the small model has 4 heads",
+        ),
+    ],
+)
 def test_the_other_scripts_refuse(wrong, script, given, message):
     script, *subcommand = script.split()
     refused(call(script, *subcommand, *changed([], given, wrong)), message)
@@ -714,47 +1377,104 @@ def test_the_other_scripts_refuse(wrong, script, given, message):
 
 def test_a_verifier_s_adapter_makes_a_verifier_of_its_base(base, tmp_path):
     """With its own score head, merged, quantised, or trained on; never a head that is drawn anew."""
-    must("verifier_train.py", *flags(ckpt_dir=base / "solver", save_dir=tmp_path / "v", train_file=base / "pairs.json", lora_rank=2,
-                                     max_batch_size=4, lr=1e-2))
+    must(
+        "verifier_train.py",
+        *flags(
+            ckpt_dir=base / "solver",
+            save_dir=tmp_path / "v",
+            train_file=base / "pairs.json",
+            lora_rank=2,
+            max_batch_size=4,
+            lr=1e-2,
+        ),
+    )
     adapter = tmp_path / "v" / "adapter"
     rows = [{"instruction": "2 + 3", "output": text} for text in ("5", "6 apples", "no")]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     scores = {}
-    for name, given in {"merged": dict(ckpt_dir=tmp_path / "v"), "added": dict(ckpt_dir=base / "solver", adapter_dir=adapter),
-                        "int8": dict(ckpt_dir=base / "solver", adapter_dir=adapter, quantize="int8")}.items():
-        must("verifier_evaluate.py", *flags(**given, input_file=tmp_path / "rows.json", output_file=tmp_path / f"{name}.jsonl"))
+    for name, given in {
+        "merged": dict(ckpt_dir=tmp_path / "v"),
+        "added": dict(ckpt_dir=base / "solver", adapter_dir=adapter),
+        "int8": dict(ckpt_dir=base / "solver", adapter_dir=adapter, quantize="int8"),
+    }.items():
+        must(
+            "verifier_evaluate.py",
+            *flags(
+                **given, input_file=tmp_path / "rows.json", output_file=tmp_path / f"{name}.jsonl"
+            ),
+        )
         scores[name] = [row["score"] for row in rows_of(tmp_path / f"{name}.jsonl")]
-    assert scores["added"] == pytest.approx(scores["merged"], abs=1e-5) and scores["int8"] == pytest.approx(scores["merged"], abs=0.1)
-    must("verifier_train.py", *flags(ckpt_dir=base / "solver", save_dir=tmp_path / "on", train_file=base / "pairs.json", lora_rank=2,
-                                     adapter_dir=adapter, max_batch_size=4, lr=1e-9))
+    assert scores["added"] == pytest.approx(scores["merged"], abs=1e-5) and scores[
+        "int8"
+    ] == pytest.approx(scores["merged"], abs=0.1)
+    must(
+        "verifier_train.py",
+        *flags(
+            ckpt_dir=base / "solver",
+            save_dir=tmp_path / "on",
+            train_file=base / "pairs.json",
+            lora_rank=2,
+            adapter_dir=adapter,
+            max_batch_size=4,
+            lr=1e-9,
+        ),
+    )
     a, b = tensors(tmp_path / "on"), tensors(tmp_path / "v")
     assert a.keys() == b.keys() and all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
-    must("checkpoint_merge.py", *flags(ckpt_dir=base / "solver", adapter_dir=adapter, save_dir=tmp_path / "hf"))
-    assert json.loads((tmp_path / "hf" / "config.json").read_text())["architectures"] == ["LlamaForSequenceClassification"]
+    must(
+        "checkpoint_merge.py",
+        *flags(ckpt_dir=base / "solver", adapter_dir=adapter, save_dir=tmp_path / "hf"),
+    )
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["architectures"] == [
+        "LlamaForSequenceClassification"
+    ]
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(lora_dropout=1.0), "lora_dropout is 1.0"), (dict(lora_dropout="x"), "lora_dropout is 'x'"),
-    (dict(r=10**400), "r is 1000"), (dict(lora_alpha=True), "lora_alpha is True"), (dict(use_dora=True), "use_dora is set"),
-    (dict(init_lora_weights="pissa"), "init_lora_weights is 'pissa'"), (dict(peft_type="IA3"), "peft_type is 'IA3'"),
-    (dict(r=3), "expected [3, "),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(lora_dropout=1.0), "lora_dropout is 1.0"),
+        (dict(lora_dropout="x"), "lora_dropout is 'x'"),
+        (dict(r=10**400), "r is 1000"),
+        (dict(lora_alpha=True), "lora_alpha is True"),
+        (dict(use_dora=True), "use_dora is set"),
+        (dict(init_lora_weights="pissa"), "init_lora_weights is 'pissa'"),
+        (dict(peft_type="IA3"), "peft_type is 'IA3'"),
+        (dict(r=3), "expected [3, "),
+    ],
+)
 def test_adapters_that_lie_are_refused(base, tmp_path, change, message):
     shutil.copytree(base / "lora" / "adapter", tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    refused(call("checkpoint_merge.py", *flags(ckpt_dir=base / "start", adapter_dir=tmp_path / "adapter", save_dir=tmp_path / "out")),
-            message)
+    refused(
+        call(
+            "checkpoint_merge.py",
+            *flags(
+                ckpt_dir=base / "start", adapter_dir=tmp_path / "adapter", save_dir=tmp_path / "out"
+            ),
+        ),
+        message,
+    )
     assert not (tmp_path / "out").exists()
 
 
 def test_damaged_factors_are_refused(base, tmp_path):
     whole = load_file(base / "lora" / "adapter" / "adapter_model.safetensors")
     key = next(key for key in whole if "q_proj.lora_B" in key)
-    for tensor, message in ((whole[key] * torch.nan, "NaN or infinity in"), (whole[key][:7].contiguous(), "has shape [7, 4]"),
-                            (whole[key].int(), "no fp32, bf16 or fp16")):
+    for tensor, message in (
+        (whole[key] * torch.nan, "NaN or infinity in"),
+        (whole[key][:7].contiguous(), "has shape [7, 4]"),
+        (whole[key].int(), "no fp32, bf16 or fp16"),
+    ):
         folder = tmp_path / "adapter"
         shutil.copytree(base / "lora" / "adapter", folder, dirs_exist_ok=True)
         save_file(whole | {key: tensor}, folder / "adapter_model.safetensors")
-        refused(call("solver_train.py", *solver_flags(base, tmp_path / "out", adapter_dir=folder, lora_rank=4)), message)
+        refused(
+            call(
+                "solver_train.py",
+                *solver_flags(base, tmp_path / "out", adapter_dir=folder, lora_rank=4),
+            ),
+            message,
+        )
         assert not (tmp_path / "out").exists()

@@ -27,14 +27,22 @@ _REFUSED = (
         "target_parameters",
         "lora_bias",
     ),
-    *("alora_invocation_tokens", "layer_replication", "megatron_config", "use_qalora", "trainable_token_indices"),
+    *(
+        "alora_invocation_tokens",
+        "layer_replication",
+        "megatron_config",
+        "use_qalora",
+        "trainable_token_indices",
+    ),
 )
 
 
 class Adapter:
     """An adapter's factors, whole, in our names and row order: `layers.0.attention.wq.lora_a` [rank, in], `…lora_b` [out, rank]."""
 
-    def __init__(self, folder: Path, lora: LoRAConfig, tensors: dict[str, Tensor], score: Tensor | None) -> None:
+    def __init__(
+        self, folder: Path, lora: LoRAConfig, tensors: dict[str, Tensor], score: Tensor | None
+    ) -> None:
         """score: the scalar head trained with a verifier's adapter."""
         self.folder, self.lora, self.tensors, self.score = folder, lora, tensors, score
 
@@ -44,11 +52,18 @@ class Adapter:
         folder = Path(path)
         where = folder / "adapter_config.json"
         if not where.is_file():
-            raise UserError(f"{where}: not there; an adapter's folder holds it, beside adapter_model.safetensors")
+            raise UserError(
+                f"{where}: not there; an adapter's folder holds it, beside adapter_model.safetensors"
+            )
         raw = read_json(where)
         _check(raw, where)
         file = next(
-            (folder / name for name in ("adapter_model.safetensors", "adapter_model.bin") if (folder / name).is_file()), None
+            (
+                folder / name
+                for name in ("adapter_model.safetensors", "adapter_model.bin")
+                if (folder / name).is_file()
+            ),
+            None,
         )
         if file is None:
             raise UserError(f"{folder}: no adapter_model.safetensors in it")
@@ -56,7 +71,9 @@ class Adapter:
         alpha = number(raw, "lora_alpha", str(where), 8, float)
         dropout = raw.get("lora_dropout") or 0.0
         if type(dropout) not in (int, float) or not 0 <= dropout < 1:
-            raise UserError(f"{where}: lora_dropout is {dropout!r}; a number from 0 and below 1 is expected")
+            raise UserError(
+                f"{where}: lora_dropout is {dropout!r}; a number from 0 and below 1 is expected"
+            )
         if raw.get("use_rslora"):
             alpha *= rank**0.5  # its scale is alpha / √rank
         opened = TensorFile(file)
@@ -76,13 +93,19 @@ class Adapter:
         score = _read(opened, head, (1, config.dim)) if head in unread else None
         unread.discard(head)
         if unread:
-            raise UserError(f"{file}: {sorted(unread)[0]} fits no layer of this model ({len(unread)} such tensors)")
+            raise UserError(
+                f"{file}: {sorted(unread)[0]} fits no layer of this model ({len(unread)} such tensors)"
+            )
         if not tensors:
             raise UserError(f"{file}: holds no adapter for this model")
-        lora = LoRAConfig(rank, float(alpha), float(dropout), tuple(t for t in TARGETS if t in targets))
+        lora = LoRAConfig(
+            rank, float(alpha), float(dropout), tuple(t for t in TARGETS if t in targets)
+        )
         lacking = [name for name in lora_table(config, lora) if name not in tensors]
         if lacking:
-            raise UserError(f"{file}: has nothing for {lacking[0]}, though for other layers' ({len(lacking)} are lacking)")
+            raise UserError(
+                f"{file}: has nothing for {lacking[0]}, though for other layers' ({len(lacking)} are lacking)"
+            )
         return cls(folder, lora, tensors, score)
 
     def added_to(self, tensor: Tensor, name: str, dim: int | None, start: int, stop: int) -> Tensor:
@@ -98,7 +121,9 @@ class Adapter:
         return (tensor.float() + self.lora.scale * (b @ a)).to(tensor.dtype)
 
 
-def write_adapter(config: ModelConfig, lora: LoRAConfig, tensors: dict[str, Tensor], folder: Path, base: Path) -> None:
+def write_adapter(
+    config: ModelConfig, lora: LoRAConfig, tensors: dict[str, Tensor], folder: Path, base: Path
+) -> None:
     """Write whole factors (by our names; a verifier's `score.weight` among them) for `peft` to load beside the base model."""
     folder.mkdir()
     family, out = family_written(config)[1], {}
@@ -109,9 +134,17 @@ def write_adapter(config: ModelConfig, lora: LoRAConfig, tensors: dict[str, Tens
         stem, factor = name.rsplit(".", 1)
         rows = to_halves(tensor, config.head_dim) if is_rotary(name) else tensor
         keys = _keys(
-            family.names[generalised(f"{stem}.weight")][0], stem, config, {"lora_a": "lora_A", "lora_b": "lora_B"}[factor]
+            family.names[generalised(f"{stem}.weight")][0],
+            stem,
+            config,
+            {"lora_a": "lora_A", "lora_b": "lora_B"}[factor],
         )
-        out |= dict(zip(keys, [rows.contiguous()] if len(keys) == 1 else [matrix.contiguous() for matrix in rows]))
+        out |= dict(
+            zip(
+                keys,
+                [rows.contiguous()] if len(keys) == 1 else [matrix.contiguous() for matrix in rows],
+            )
+        )
     scored = config.head == "score"
     settings = {
         "peft_type": "LORA",
@@ -145,7 +178,9 @@ def _check(raw: dict, where: Path) -> None:
         raise UserError(f"{where}: bias is {raw['bias']!r}; only 'none' is supported")
     kept = raw.get("modules_to_save") or []
     if kept not in ([], ["score"], ["classifier", "score"]):
-        raise UserError(f"{where}: modules_to_save is {kept!r}; only a classifier's 'score' is supported")
+        raise UserError(
+            f"{where}: modules_to_save is {kept!r}; only a classifier's 'score' is supported"
+        )
 
 
 def _stems(config: ModelConfig) -> list[str]:
@@ -159,7 +194,10 @@ def _stems(config: ModelConfig) -> list[str]:
 def _keys(place: Stored, stem: str, config: ModelConfig, factor: str) -> list[str]:
     """PEFT's key of a factor, or one for each expert."""
     experts = range(config.n_experts) if "{expert}" in place.key else [0]
-    stems = [place.key.removesuffix(".weight").format(layer_of(stem), expert=expert) for expert in experts]
+    stems = [
+        place.key.removesuffix(".weight").format(layer_of(stem), expert=expert)
+        for expert in experts
+    ]
     return [f"{_PREFIX}{key}.{factor}.weight" for key in stems]
 
 
@@ -167,7 +205,9 @@ def _read(file: TensorFile, key: str, shape: tuple[int, ...]) -> Tensor:
     """A factor, if it has the shape, a dtype that weights have, and finite numbers."""
     if file.shape(key) != shape or file.dtype(key) is None:
         kind = file.dtype(key) or "no fp32, bf16 or fp16"
-        raise UserError(f"{file.path}: {key} has shape {list(file.shape(key))} ({kind}), expected {list(shape)}")
+        raise UserError(
+            f"{file.path}: {key} has shape {list(file.shape(key))} ({kind}), expected {list(shape)}"
+        )
     tensor = file.read(key)
     if not tensor.isfinite().all():
         raise UserError(f"{file.path}: NaN or infinity in {key}; the adapter is damaged")
@@ -175,11 +215,18 @@ def _read(file: TensorFile, key: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def _factors(
-    file: TensorFile, keys: list[list[str]], place: Stored, stem: str, config: ModelConfig, rank: int
+    file: TensorFile,
+    keys: list[list[str]],
+    place: Stored,
+    stem: str,
+    config: ModelConfig,
+    rank: int,
 ) -> dict[str, Tensor]:
     *_, rows, columns = tensor_table(config)[f"{stem}.weight"].shape
     shapes = ((rank, columns), (rows * place.parts, rank))
-    a, b = ([_read(file, key, shape) for key in of_experts] for of_experts, shape in zip(keys, shapes))
+    a, b = (
+        [_read(file, key, shape) for key in of_experts] for of_experts, shape in zip(keys, shapes)
+    )
     if place.parts > 1:  # a fused layer's adapter: A serves all its parts, B is cut
         b = [matrix.chunk(place.parts, place.dim)[place.index] for matrix in b]
     a, b = (torch.stack(x) if "{expert}" in place.key else x[0] for x in (a, b))

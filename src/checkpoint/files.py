@@ -10,7 +10,11 @@ from torch import Tensor
 
 from src.errors import UserError
 
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # by their names in safetensors
+DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+}  # by their names in safetensors
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
 
@@ -28,7 +32,9 @@ class TensorFile:
         """The file's handle, or its tensors: opened at the first use, and again after `release`."""
         if self._opened is None:
             try:
-                self._opened = safe_open(self.path, framework="pt") if self.lazy else _unpickle(self.path)
+                self._opened = (
+                    safe_open(self.path, framework="pt") if self.lazy else _unpickle(self.path)
+                )
             except UserError:
                 raise
             except Exception as error:  # a damaged pickle raises whatever its bytes lead to
@@ -49,7 +55,9 @@ class TensorFile:
         return self.path.suffix == ".safetensors"
 
     def shape(self, key: str) -> tuple[int, ...]:
-        return tuple(self._handle.get_slice(key).get_shape() if self.lazy else self._tensors[key].shape)
+        return tuple(
+            self._handle.get_slice(key).get_shape() if self.lazy else self._tensors[key].shape
+        )
 
     def dtype(self, key: str) -> torch.dtype | None:
         """None when it is not one that weights have here: fp32, bf16 or fp16."""
@@ -78,11 +86,15 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
     except RuntimeError as error:
         if "mmap can only be used" not in str(error):
             raise
-        loaded = torch.load(path, map_location="cpu", weights_only=True)  # torch's format before 1.6
+        loaded = torch.load(
+            path, map_location="cpu", weights_only=True
+        )  # torch's format before 1.6
     if not isinstance(loaded, dict) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in loaded.items()
     ):
-        raise UserError(f"{path}: holds no plain dictionary of tensors; export the model's state_dict alone")
+        raise UserError(
+            f"{path}: holds no plain dictionary of tensors; export the model's state_dict alone"
+        )
     return loaded
 
 
@@ -105,7 +117,12 @@ def indexed_files(folder: Path, index: Path) -> dict[str, Path]:
     root = folder.resolve()
     for key, name in weight_map.items():
         # Links inside a hub cache point to its blobs: the name must stay in the folder, the link may not climb by name.
-        if not isinstance(name, str) or os.path.isabs(name) or ".." in Path(name).parts or Path(name).name != name:
+        if (
+            not isinstance(name, str)
+            or os.path.isabs(name)
+            or ".." in Path(name).parts
+            or Path(name).name != name
+        ):
             raise UserError(f"{index}: {key} lies in {name!r}, which is outside the folder")
         if not (root / name).is_file():
             raise UserError(f"{index}: {key} lies in {name}, which is missing from {folder}")

@@ -2,14 +2,18 @@
 
 import os
 import shutil
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator
 
 from src.checkpoint.manifest import MANIFEST, described_all, sync, write_manifest
 from src.errors import UserError
 
-TOKENIZERS = ("tokenizer.model", "tokenizer.json", "qwen.tiktoken")  # in the order in which they are looked for
+TOKENIZERS = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "qwen.tiktoken",
+)  # in the order in which they are looked for
 TOKENIZER_FILES = (
     *TOKENIZERS,
     "tokenizer_config.json",
@@ -19,7 +23,9 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 
-SCORES_FILE = "score_normalization.json"  # what a verifier's scores are centred and scaled by, where they are
+SCORES_FILE = (
+    "score_normalization.json"  # what a verifier's scores are centred and scaled by, where they are
+)
 
 NOTES = (  # what is small
     "params.json",
@@ -49,7 +55,9 @@ def check_replaceable(path: str) -> Path:
     if folder.is_file():
         raise UserError(f"{folder}: is a file, a folder is needed to save to")
     if folder.is_mount():
-        raise UserError(f"{folder}: is a mount point, which cannot be replaced as a whole: name a folder inside it")
+        raise UserError(
+            f"{folder}: is a mount point, which cannot be replaced as a whole: name a folder inside it"
+        )
     above = next(parent for parent in folder.parents if parent.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise UserError(f"{folder}: {above} is not a folder that can be written to")
@@ -58,7 +66,9 @@ def check_replaceable(path: str) -> Path:
         foreign = sorted(file.name for file in set(folder.iterdir()) - ours)
         adapter = folder / "adapter"
         if adapter.is_dir():
-            foreign += sorted(f"adapter/{f.name}" for f in adapter.iterdir() if f.name not in _ADAPTER)
+            foreign += sorted(
+                f"adapter/{f.name}" for f in adapter.iterdir() if f.name not in _ADAPTER
+            )
         if foreign:
             raise UserError(
                 f"{folder}: holds {', '.join(foreign[:3])}, which is no part of a checkpoint; saving would remove it: "
@@ -72,7 +82,9 @@ def check_apart(saved: dict[str, str], others: dict[str, str | None]) -> None:
 
     What lies in a folder that is saved to is lost when it is replaced.
     """
-    paths = {flag: Path(path).resolve() for flag, path in (saved | others).items() if path is not None}
+    paths = {
+        flag: Path(path).resolve() for flag, path in (saved | others).items() if path is not None
+    }
     for flag in saved:
         for other, path in paths.items():
             inside = paths[flag] in (path, *path.parents)
@@ -161,5 +173,7 @@ def copy_side_files(source: Path, target: Path, tokenizer: Path | None = None) -
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
     if not own:
-        name = "qwen.tiktoken" if tokenizer.suffix == ".tiktoken" else f"tokenizer{tokenizer.suffix}"
+        name = (
+            "qwen.tiktoken" if tokenizer.suffix == ".tiktoken" else f"tokenizer{tokenizer.suffix}"
+        )
         shutil.copyfile(tokenizer, target / name)

@@ -44,9 +44,13 @@ def load_model(
     def fill() -> None:
         for name in table:
             if name == "score.weight" and checkpoint.config.head == "lm":
-                local = random_tensor(name, TensorSpec((1, config.dim)), (config.dim + 1) ** -0.5, seed)
+                local = random_tensor(
+                    name, TensorSpec((1, config.dim)), (config.dim + 1) ** -0.5, seed
+                )
             else:
-                local = checkpoint.check_finite(name, checkpoint.local(name, rank, n, merged=adapter is None))
+                local = checkpoint.check_finite(
+                    name, checkpoint.local(name, rank, n, merged=adapter is None)
+                )
             put(model, name, local, parallel.device, quantize)
 
     if not quantize:
@@ -78,7 +82,12 @@ def load_sharing(
     if head == "score":
         dim, name = model.config.dim, "score.weight"
         fresh = random_tensor(name, TensorSpec((1, dim)), (dim + 1) ** -0.5, seed)
-        put(new, name, fresh if adapter is None or adapter.score is None else adapter.score, parallel.device)
+        put(
+            new,
+            name,
+            fresh if adapter is None or adapter.score is None else adapter.score,
+            parallel.device,
+        )
     if adapter is not None:  # PPO knows no dropout (docs/ppo.md)
         add_lora(new, replace(adapter.lora, dropout=0.0), seed, parallel, adapter.tensors)
     elif lora is not None:
@@ -86,7 +95,9 @@ def load_sharing(
     return new
 
 
-def put(model: Transformer, name: str, local: Tensor, device: torch.device, quantize: str | None = None) -> None:
+def put(
+    model: Transformer, name: str, local: Tensor, device: torch.device, quantize: str | None = None
+) -> None:
     """A rank's part of a weight in its place in a model that was just built, in the model's dtype."""
     parent, child = name.rsplit(".", 1)
     parent = model.get_submodule(parent)

@@ -84,7 +84,9 @@ def problems(folder: Path, manifest: dict, part: int = 0, parts: int = 1) -> lis
             if not path.is_file():
                 found.append(f"{path}: missing")
             elif path.stat().st_size != entry["size"]:
-                found.append(f"{path}: {path.stat().st_size} bytes, {entry['size']} were written: cut short")
+                found.append(
+                    f"{path}: {path.stat().st_size} bytes, {entry['size']} were written: cut short"
+                )
             elif digest(path) != entry["sha256"]:
                 found.append(f"{path}: its SHA-256 is not that of what was written: damaged")
         except OSError as error:
@@ -97,4 +99,6 @@ def check_whole(folder: Path, part: int = 0, parts: int = 1) -> None:
     if has_manifest(folder):
         found = problems(folder, read_manifest(folder), part, parts)
         if found:
-            raise UserError(f"{found[0]}. If the file was changed on purpose, remove {folder / MANIFEST}")
+            raise UserError(
+                f"{found[0]}. If the file was changed on purpose, remove {folder / MANIFEST}"
+            )

@@ -44,5 +44,8 @@ def hf_tensors(name: str, tensor: Tensor, config: ModelConfig) -> dict[str, Tens
         tensor = to_halves(tensor, config.head_dim)
     key = family_written(config)[1].names[generalised(name)][0].key
     if "{expert}" in key:
-        return {key.format(layer_of(name), expert=e): matrix.contiguous() for e, matrix in enumerate(tensor)}
+        return {
+            key.format(layer_of(name), expert=e): matrix.contiguous()
+            for e, matrix in enumerate(tensor)
+        }
     return {key.format(layer_of(name)): tensor.contiguous()}

@@ -29,7 +29,10 @@ class Plan:
 
     @property
     def rank_bytes(self) -> int:
-        return sum(torch.Size(spec.local_shape(self.n)).numel() for spec in self.table.values()) * self.dtype.itemsize
+        return (
+            sum(torch.Size(spec.local_shape(self.n)).numel() for spec in self.table.values())
+            * self.dtype.itemsize
+        )
 
     def lines(self) -> list[str]:
         """A line per kind of tensor (layers are alike), then the sums."""
@@ -43,7 +46,10 @@ class Plan:
             rows.append((name, str(len(specs)), str(list(whole)), str(list(local)), f"{size:,}"))
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         lines = [
-            "  ".join(cell.ljust(w) if i < 1 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+            "  ".join(
+                cell.ljust(w) if i < 1 else cell.rjust(w)
+                for i, (cell, w) in enumerate(zip(row, widths))
+            )
             for row in rows
         ]
         overhead = self.rank_bytes * self.n / self.total_bytes - 1
@@ -62,7 +68,11 @@ def dry_run(config: ModelConfig, n: int, dtype: torch.dtype) -> Plan:
         built = {name: tuple(p.shape) for name, p in model.named_parameters()}
         planned = {name: spec.local_shape(n) for name, spec in table.items()}
         if built != planned:
-            wrong = next(name for name in built.keys() | planned.keys() if built.get(name) != planned.get(name))
+            wrong = next(
+                name
+                for name in built.keys() | planned.keys()
+                if built.get(name) != planned.get(name)
+            )
             raise AssertionError(
                 f"rank {rank} of {n}: {wrong} is built as {built.get(wrong)}, its shard holds {planned.get(wrong)}"
             )

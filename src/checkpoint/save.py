@@ -31,7 +31,9 @@ from src.parallel.setup import Parallel, agreed
 
 
 @torch.no_grad()
-def merged_weights(model: Transformer, parallel: Parallel, base: Checkpoint | None = None) -> dict[str, Tensor]:
+def merged_weights(
+    model: Transformer, parallel: Parallel, base: Checkpoint | None = None
+) -> dict[str, Tensor]:
     """This rank's plain weights on the host, adapters added in: what a checkpoint without LoRA would hold.
 
     Under a quantised weight lies the base's own, unquantised, which is read again from `base`.
@@ -40,7 +42,9 @@ def merged_weights(model: Transformer, parallel: Parallel, base: Checkpoint | No
     def plain(name: str, weight: Tensor) -> Tensor:
         if not isinstance(weight, Quantized):
             return weight
-        return base.local(name, parallel.mp_rank, parallel.mp_size, merged=False).to(parallel.device)
+        return base.local(name, parallel.mp_rank, parallel.mp_size, merged=False).to(
+            parallel.device
+        )
 
     return {name: weight.to(device="cpu", copy=True) for name, weight in merged_parts(model, plain)}
 
@@ -51,7 +55,11 @@ def whole_adapter(model: Transformer, parallel: Parallel) -> dict[str, Tensor]:
     layers = lora_layers(model)
     if not layers:
         return {}
-    table, parameters, adapter = lora_table(model.config, layers[0][1].config), dict(model.named_parameters()), {}
+    table, parameters, adapter = (
+        lora_table(model.config, layers[0][1].config),
+        dict(model.named_parameters()),
+        {},
+    )
     for name, spec in table.items():
         local = parameters[name].detach().contiguous()
         parts = [local]
@@ -92,15 +100,25 @@ def save_model(
             if parallel.is_main:
                 write_params(model.config, target)
                 copy_side_files(base.folder, target, tokenizer)
-                (target / SCORES_FILE).unlink(missing_ok=True)  # of the model that this one came from
+                (target / SCORES_FILE).unlink(
+                    missing_ok=True
+                )  # of the model that this one came from
                 for name, note in (notes or {}).items():
                     (target / name).write_text(json.dumps(note) + "\n")
                 if chat_template:
                     (target / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
                 if adapter:
-                    write_adapter(model.config, lora_layers(model)[0][1].config, adapter, target / "adapter", base.folder)
+                    write_adapter(
+                        model.config,
+                        lora_layers(model)[0][1].config,
+                        adapter,
+                        target / "adapter",
+                        base.folder,
+                    )
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-            raise UserError(f"{target}: writing failed ({str(error).splitlines()[0]}); {folder} is as it was") from error
+            raise UserError(
+                f"{target}: writing failed ({str(error).splitlines()[0]}); {folder} is as it was"
+            ) from error
         return written
 
     if parallel.is_main:

@@ -34,7 +34,9 @@ COMPUTED = (
 class Checkpoint:
     """Open with `Checkpoint.open`. `config`: the sizes; `table`: name → TensorSpec of every weight in it."""
 
-    def __init__(self, folder: Path, config: ModelConfig, parts: list[dict[str, TensorFile]], hf: bool) -> None:
+    def __init__(
+        self, folder: Path, config: ModelConfig, parts: list[dict[str, TensorFile]], hf: bool
+    ) -> None:
         """parts: for each shard, which file holds each tensor (by the file's own names). HF checkpoints have one."""
         self.folder, self.parts, self.hf = folder, parts, hf
         self.config = self._settle(config)
@@ -43,7 +45,9 @@ class Checkpoint:
         self._check()
 
     @classmethod
-    def open(cls, path: str, config_file: str | None = None, adapter_dir: str | None = None) -> "Checkpoint":
+    def open(
+        cls, path: str, config_file: str | None = None, adapter_dir: str | None = None
+    ) -> "Checkpoint":
         """path: a Hugging Face folder, a folder of consolidated shards, or one tensor file. Raises UserError.
 
         adapter_dir: a folder in PEFT's format, whose adapter is added to every weight that is read.
@@ -52,12 +56,16 @@ class Checkpoint:
             checkpoint = cls._open(Path(path), config_file)
             if adapter_dir is not None:
                 checkpoint.adapter = Adapter.open(adapter_dir, checkpoint.config)
-                if checkpoint.adapter.score is not None:  # a verifier's adapter makes a verifier of its base
+                if (
+                    checkpoint.adapter.score is not None
+                ):  # a verifier's adapter makes a verifier of its base
                     checkpoint.config = checkpoint.config.with_head("score")
                     checkpoint.table = tensor_table(checkpoint.config)
             return checkpoint
         except OSError as error:
-            raise UserError(f"{error.filename or path}: cannot be read ({error.strerror or error})") from None
+            raise UserError(
+                f"{error.filename or path}: cannot be read ({error.strerror or error})"
+            ) from None
 
     @classmethod
     def _open(cls, path: Path, config_file: str | None) -> "Checkpoint":
@@ -68,11 +76,16 @@ class Checkpoint:
         if path.is_dir() and not files:
             parts = [_hf_files(folder)]
         elif not path.is_dir() and path.suffix not in SUFFIXES:
-            raise UserError(f"{path}: unknown kind of file; expected a folder or one of {', '.join(SUFFIXES)}")
+            raise UserError(
+                f"{path}: unknown kind of file; expected a folder or one of {', '.join(SUFFIXES)}"
+            )
         else:
             opened = [TensorFile(file) for file in files]
-            parts = [{key: file for key in file.keys} for file in opened]
-        hf = any(key.startswith(("model.", "transformer.")) or key == "lm_head.weight" for key in parts[0])
+            parts = [dict.fromkeys(file.keys, file) for file in opened]
+        hf = any(
+            key.startswith(("model.", "transformer.")) or key == "lm_head.weight"
+            for key in parts[0]
+        )
         return cls(folder, _config(folder, config_file), parts, hf)
 
     def release(self) -> None:
@@ -83,7 +96,9 @@ class Checkpoint:
     def check_finite(self, name: str, tensor: Tensor) -> Tensor:
         """The tensor, unless it holds NaN or infinity: then UserError. Its extremes tell, without a mask of its size."""
         if not torch.stack(torch.aminmax(tensor)).isfinite().all():
-            raise UserError(f"{self.folder}: NaN or infinite weights in {name}; the checkpoint is damaged")
+            raise UserError(
+                f"{self.folder}: NaN or infinite weights in {name}; the checkpoint is damaged"
+            )
         return tensor
 
     @property
@@ -95,10 +110,14 @@ class Checkpoint:
         """Bytes of a whole tensor, in its own dtype or another."""
         if dtype is None:
             key = self._places(name)[0]
-            dtype = self.parts[0][key].dtype(key) if key in self.parts[0] else self.dtype  # an adapter's score head
+            dtype = (
+                self.parts[0][key].dtype(key) if key in self.parts[0] else self.dtype
+            )  # an adapter's score head
         return torch.Size(self.table[name].shape).numel() * dtype.itemsize
 
-    def read(self, name: str, dim: int | None = None, start: int = 0, stop: int = 0, merged: bool = True) -> Tensor:
+    def read(
+        self, name: str, dim: int | None = None, start: int = 0, stop: int = 0, merged: bool = True
+    ) -> Tensor:
         """A tensor in Meta's name and row order, whole or its [start, stop) along `dim`; with the adapter's part when `merged`."""
         if name == "score.weight" and self.adapter and self.adapter.score is not None:
             return self.adapter.score.to(self.dtype)
@@ -111,7 +130,11 @@ class Checkpoint:
             if dim == 1:
                 raise ValueError(f"{name} is cut along its heads, not along dim 1")
             tensor = to_interleaved(tensor, self.config.head_dim)
-        return self.adapter.added_to(tensor, name, dim, start, stop) if self.adapter and merged else tensor
+        return (
+            self.adapter.added_to(tensor, name, dim, start, stop)
+            if self.adapter and merged
+            else tensor
+        )
 
     def local(self, name: str, rank: int, n: int, merged: bool = True) -> Tensor:
         """The part of `name` that rank `rank` of `n` holds, zeros behind it where its axis does not divide."""
@@ -129,14 +152,25 @@ class Checkpoint:
             if low < high:
                 shape = spec.local_shape(len(self.parts))
                 pieces.append(
-                    self._read_part(self.parts[rank], name, {**cuts, spec.dim: (low - first, high - first)}, shape)
+                    self._read_part(
+                        self.parts[rank],
+                        name,
+                        {**cuts, spec.dim: (low - first, high - first)},
+                        shape,
+                    )
                 )
         if not pieces:  # an empty range: a rank whose part is all padding
-            return self._read_part(self.parts[0], name, {**cuts, spec.dim: (0, 0)}, spec.local_shape(len(self.parts)))
+            return self._read_part(
+                self.parts[0], name, {**cuts, spec.dim: (0, 0)}, spec.local_shape(len(self.parts))
+            )
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, spec.dim)
 
     def _read_part(
-        self, part: dict[str, TensorFile], name: str, cuts: dict[int, tuple[int, int]], shape: tuple[int, ...]
+        self,
+        part: dict[str, TensorFile],
+        name: str,
+        cuts: dict[int, tuple[int, int]],
+        shape: tuple[int, ...],
     ) -> Tensor:
         """From one shard's files; `shape`: the tensor's in this shard."""
         stored, keys = self._stored(name), self._places(name)
@@ -156,7 +190,9 @@ class Checkpoint:
             places = FAMILIES[self.config.family].names[general]
         else:  # under our own name, or a matrix per expert, as Mistral writes them
             places = (Stored(general), Stored(general.replace("experts.", "experts.{expert}.")))
-        return next((place for place in places if self._keys(place, name)[0] in self.parts[0]), places[0])
+        return next(
+            (place for place in places if self._keys(place, name)[0] in self.parts[0]), places[0]
+        )
 
     def _places(self, name: str) -> list[str]:
         return self._keys(self._stored(name), name)
@@ -181,7 +217,9 @@ class Checkpoint:
         if config.vocab_size == -1 and output is not None:
             config = replace(config, vocab_size=output.shape("output.weight")[0] * len(self.parts))
         if config.vocab_size == -1:
-            raise UserError(f"{self.folder}: vocab_size is -1 and there is no output.weight to take it from")
+            raise UserError(
+                f"{self.folder}: vocab_size is -1 and there is no output.weight to take it from"
+            )
         return config
 
     def _check(self) -> None:
@@ -200,8 +238,13 @@ class Checkpoint:
                 found = part[key].shape(key)
                 kind, first = part[key].dtype(key), self.parts[0].get(key, part[key]).dtype(key)
                 if kind is None or kind != first:
-                    found_kind, expected_kind = kind or "no fp32, bf16 or fp16", first or "one of them"
-                    problems.append(f"{where}{part[key].path.name}: {key} is {found_kind}, expected {expected_kind}")
+                    found_kind, expected_kind = (
+                        kind or "no fp32, bf16 or fp16",
+                        first or "one of them",
+                    )
+                    problems.append(
+                        f"{where}{part[key].path.name}: {key} is {found_kind}, expected {expected_kind}"
+                    )
                 if found != expected:
                     problems.append(
                         f"{where}{part[key].path.name}: {key} has shape {list(found)}, expected {list(expected)}"
@@ -213,7 +256,9 @@ class Checkpoint:
                     problems.append(f"{where}{part[key].path.name}: unknown tensor {key}")
         if problems:
             more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
-            raise UserError(f"{self.folder} does not hold the model its config describes: {'; '.join(problems[:5])}{more}")
+            raise UserError(
+                f"{self.folder} does not hold the model its config describes: {'; '.join(problems[:5])}{more}"
+            )
 
     def _untied(self, number: int, part: dict[str, TensorFile]) -> list[str]:
         """What is wrong with an output layer that the file holds beside an embedding that is said to be the same."""
@@ -223,7 +268,9 @@ class Checkpoint:
         spec = TensorSpec((self.config.vocab_size, self.config.dim), 0)
         shape, expected = part[key].shape(key), spec.local_shape(n)
         if shape != expected:
-            return [f"{part[key].path.name}: {key} has shape {list(shape)}, expected {list(expected)}"]
+            return [
+                f"{part[key].path.name}: {key} has shape {list(shape)}, expected {list(expected)}"
+            ]
         start, stop = spec.local_range(number, n)
         for row in sorted(
             {start + i * (stop - start) // 16 for i in range(16)} if stop > start else ()
@@ -240,7 +287,10 @@ class Checkpoint:
         stored, n = self._stored(name), len(self.parts)
         shape = list(self._shard_spec(name).local_shape(n) if n > 1 else self.table[name].shape)
         shape[stored.dim] *= stored.parts
-        return [(key, tuple(shape[1:] if "{expert}" in stored.key else shape)) for key in self._places(name)]
+        return [
+            (key, tuple(shape[1:] if "{expert}" in stored.key else shape))
+            for key in self._places(name)
+        ]
 
 
 def _consolidated(folder: Path) -> list[Path]:
@@ -251,12 +301,16 @@ def _consolidated(folder: Path) -> list[Path]:
         if match:
             number = int(match[1] or 0)
             if number in found:
-                raise UserError(f"{folder}: {found[number].name} and {path.name} are both shard {number}; remove one")
+                raise UserError(
+                    f"{folder}: {found[number].name} and {path.name} are both shard {number}; remove one"
+                )
             found[number] = path
     holes = sorted(set(range(max(found, default=-1) + 1)) - found.keys())
     if holes:
         names = ", ".join(f"consolidated.{i:02d}.pth" for i in holes)
-        raise UserError(f"{folder}: {names} missing; shards up to consolidated.{max(found):02d} are there")
+        raise UserError(
+            f"{folder}: {names} missing; shards up to consolidated.{max(found):02d} are there"
+        )
     return [found[i] for i in sorted(found)]
 
 
@@ -267,12 +321,14 @@ def _hf_files(folder: Path) -> dict[str, TensorFile]:
             opened = {path: TensorFile(path) for path in sorted(set(located.values()))}
             for key, path in located.items():
                 if key not in opened[path].keys:
-                    raise UserError(f"{index}: {key} is said to lie in {path.name}, which does not hold it")
+                    raise UserError(
+                        f"{index}: {key} is said to lie in {path.name}, which does not hold it"
+                    )
             return {key: opened[path] for key, path in located.items()}
     for file in (folder / "model.safetensors", folder / "pytorch_model.bin"):
         if file.is_file():
             opened = TensorFile(file)
-            return {key: opened for key in opened.keys}
+            return dict.fromkeys(opened.keys, opened)
     raise UserError(
         f"{folder}: no checkpoint in it; expected consolidated.00.pth …, model.safetensors, pytorch_model.bin or their index"
     )
@@ -286,9 +342,17 @@ def read_config(path: str | Path) -> ModelConfig:
     if family is None:
         raise UserError(f"{path}: unknown family {config.family!r}; one of {', '.join(FAMILIES)}")
     nameless = [name for name in layer_table(config) if f"layers.{{}}.{name}" not in family.names]
-    unlike = [f"{field} {getattr(config, field)}" for field, value in family.has.items() if getattr(config, field) != value]
+    unlike = [
+        f"{field} {getattr(config, field)}"
+        for field, value in family.has.items()
+        if getattr(config, field) != value
+    ]
     if nameless or unlike or (config.sliding_window and family.windows == "never"):
-        what = nameless[:1] + unlike + [f"sliding_window {config.sliding_window}"] * (family.windows == "never")
+        what = (
+            nameless[:1]
+            + unlike
+            + [f"sliding_window {config.sliding_window}"] * (family.windows == "never")
+        )
         raise UserError(
             f"{path}: a model of family {config.family} has no {what[0]}; another family, or another value, is right"
         )
@@ -297,11 +361,15 @@ def read_config(path: str | Path) -> ModelConfig:
 
 def _config(folder: Path, config_file: str | None) -> ModelConfig:
     """From the named file, else from the folder's `params.json` or `config.json`."""
-    candidates = [Path(config_file)] if config_file else [folder / "params.json", folder / "config.json"]
+    candidates = (
+        [Path(config_file)] if config_file else [folder / "params.json", folder / "config.json"]
+    )
     for path in candidates:
         if path.is_file():
             return read_config(path)
-    raise UserError(f"{' and '.join(str(path) for path in candidates)}: not there; give the model's sizes by --config_file")
+    raise UserError(
+        f"{' and '.join(str(path) for path in candidates)}: not there; give the model's sizes by --config_file"
+    )
 
 
 def check_model_type(config: ModelConfig, model_type: str | None) -> None:
@@ -317,7 +385,9 @@ def check_model_type(config: ModelConfig, model_type: str | None) -> None:
         if getattr(config, size) != getattr(preset, size)
     ]
     if wrong:
-        raise UserError(f"--model_type {model_type} disagrees with the checkpoint: {', '.join(wrong)}; leave the flag out")
+        raise UserError(
+            f"--model_type {model_type} disagrees with the checkpoint: {', '.join(wrong)}; leave the flag out"
+        )
 
 
 def adapter_on(base: Checkpoint, path: str) -> Adapter:
@@ -344,7 +414,9 @@ def adapter_on(base: Checkpoint, path: str) -> Adapter:
             )
         want = adapter.added_to(base.read(name).float(), name, None, 0, 0)
         have = trained.read(name).float()
-        if (want - have).abs().max() > 0.02 * want.abs().max():  # the weights are rounded once more when they are saved
+        if (
+            (want - have).abs().max() > 0.02 * want.abs().max()
+        ):  # the weights are rounded once more when they are saved
             raise UserError(
                 f"{path}: its adapter was trained on other weights than {base.folder}'s ({name} differs); train it on these"
             )

@@ -8,14 +8,21 @@ import itertools
 import re
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from src.checkpoint.manifest import MANIFEST, described, problems, read_manifest, sync, write_manifest
+from src.checkpoint.manifest import (
+    MANIFEST,
+    described,
+    problems,
+    read_manifest,
+    sync,
+    write_manifest,
+)
 from src.errors import UserError
 from src.parallel.setup import Parallel, agreed
 
@@ -27,7 +34,9 @@ Stage = Callable[[str], None]
 class Steps:
     """The folder of a run's steps. Writing goes on in a thread while training does; one step at a time."""
 
-    def __init__(self, folder: Path, keep: int, parallel: Parallel, reached: Stage = lambda stage: None) -> None:
+    def __init__(
+        self, folder: Path, keep: int, parallel: Parallel, reached: Stage = lambda stage: None
+    ) -> None:
         """keep: newest steps that stay; reached(stage) is called at each stage of writing, for tests."""
         self.folder, self.keep, self.parallel, self.reached = folder, keep, parallel, reached
         # The thread's own: never between others' exchanges.
@@ -83,9 +92,13 @@ class Steps:
         later = []
         if self.parallel.is_main and self.folder.is_dir():
             ours = self.until(step)
-            later = [other for other in self.folder.iterdir() if is_step(other) and other not in ours]
+            later = [
+                other for other in self.folder.iterdir() if is_step(other) and other not in ours
+            ]
             later += [file for file in [self.folder / FINISHED] if file.exists()]
-            aside = next(p for i in itertools.count(1) if not (p := self.folder / f"aside-{i}").exists())
+            aside = next(
+                p for i in itertools.count(1) if not (p := self.folder / f"aside-{i}").exists()
+            )
             for other in later:
                 aside.mkdir(exist_ok=True)
                 other.rename(aside / other.name)
@@ -136,9 +149,7 @@ class Steps:
         except UserError as error:
             problem = str(error)
         except Exception as error:  # a full disk has many names
-            problem = (
-                f"{new}: writing failed ({type(error).__name__}: {str(error).splitlines()[0]}); older steps are as they were"
-            )
+            problem = f"{new}: writing failed ({type(error).__name__}: {str(error).splitlines()[0]}); older steps are as they were"
         everyone = [None] * self.parallel.world_size
         dist.all_gather_object(everyone, (result, problem), group=self.group)
         found = next((p for _, p in everyone if p is not None), None)
@@ -180,7 +191,9 @@ def list_steps(folder: Path) -> list[Path]:
     """The steps that are whole, oldest first. What is called `.tmp-` never is one."""
     if not folder.is_dir():
         return []
-    return sorted((p for p in folder.iterdir() if is_step(p) and (p / MANIFEST).is_file()), key=number_of)
+    return sorted(
+        (p for p in folder.iterdir() if is_step(p) and (p / MANIFEST).is_file()), key=number_of
+    )
 
 
 FACTS = {"step": int, "settings": dict, "layouts": dict, "counters": dict, "parts": dict}
@@ -192,17 +205,23 @@ def step_facts(step: Path) -> dict:
     manifest, where = read_manifest(step), step / MANIFEST
     for name, kind in FACTS.items():
         if type(manifest.get(name)) is not kind:
-            raise UserError(f"{where}: {name} is {str(manifest.get(name))[:40]}: not written by a training run, or damaged")
+            raise UserError(
+                f"{where}: {name} is {str(manifest.get(name))[:40]}: not written by a training run, or damaged"
+            )
     if manifest["step"] != number_of(step):
         raise UserError(f"{where}: is of step {manifest['step']}; its folder was renamed")
     expected = {random_file(0)}
     for name, layout in manifest["layouts"].items():
-        degrees = [layout.get(degree) for degree in ("mp", "dp")] if isinstance(layout, dict) else [None]
+        degrees = (
+            [layout.get(degree) for degree in ("mp", "dp")] if isinstance(layout, dict) else [None]
+        )
         if any(type(degree) is not int or not 0 < degree < MOST_RANKS for degree in degrees):
             raise UserError(f"{where}: the layout of {name} is {str(layout)[:60]}: damaged")
         expected |= {file_of(name, rank, 0) for rank in range(degrees[0])}
     for name, counters in manifest["counters"].items():
-        if not isinstance(counters, dict) or not all(type(count) in (int, float) for count in counters.values()):
+        if not isinstance(counters, dict) or not all(
+            type(count) in (int, float) for count in counters.values()
+        ):
             raise UserError(f"{where}: the counters of {name} are {str(counters)[:60]}: damaged")
     unnamed = {file.name for file in step.glob("*.safetensors")} - manifest["files"].keys()
     for name in sorted(unnamed | (expected - manifest["files"].keys())):

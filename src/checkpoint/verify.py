@@ -63,24 +63,34 @@ def adapter_report(folder: Path, base_dir: str | None, base: Checkpoint | None =
     said, found = _hashes(folder)
     try:
         if base is None and base_dir is None:
-            raise UserError(f"{folder}: is an adapter; give the model that it belongs to as --base_dir")
+            raise UserError(
+                f"{folder}: is an adapter; give the model that it belongs to as --base_dir"
+            )
         config = (base or Checkpoint.open(base_dir)).config
         adapter = Adapter.open(str(folder), config)
     except UserError as error:
         return Report("", [*found, str(error)])
     return Report(
-        f"{folder}: an adapter of rank {adapter.lora.rank}, {len(adapter.tensors)} factors, all finite; {said}", found
+        f"{folder}: an adapter of rank {adapter.lora.rank}, {len(adapter.tensors)} factors, all finite; {said}",
+        found,
     )
 
 
 def step_report(folder: Path) -> Report:
     """A saved step of a training run: all files as written, every number finite."""
     try:
-        said, found = f"{len(step_facts(folder)['files'])} hashes compared", problems(folder, read_manifest(folder))
+        said, found = (
+            f"{len(step_facts(folder)['files'])} hashes compared",
+            problems(folder, read_manifest(folder)),
+        )
     except UserError as error:
         return Report("", [str(error)])
     if not found:
-        found = [problem for file in sorted(folder.glob("*.safetensors")) for problem in _not_finite(file)]
+        found = [
+            problem
+            for file in sorted(folder.glob("*.safetensors"))
+            for problem in _not_finite(file)
+        ]
     return Report(f"{folder}: step {number_of(folder)}; {said}; all numbers finite", found)
 
 
@@ -92,6 +102,10 @@ def _not_finite(path: Path) -> list[str]:
     bad = []
     for key in file.keys:
         tensor = file.read(key)
-        if tensor.is_floating_point() and tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
+        if (
+            tensor.is_floating_point()
+            and tensor.numel()
+            and not torch.stack(torch.aminmax(tensor)).isfinite().all()
+        ):
             bad.append(f"{path}: NaN or infinity in {key}")
     return bad

@@ -1,8 +1,8 @@
 """Checkpoints out: Meta's consolidated shards, and Hugging Face folders. Nothing is ever held whole but one output file."""
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Callable, Iterator
 
 import torch
 from safetensors.torch import save_file
@@ -64,11 +64,17 @@ def merge(
     with whole_folder(save_dir) as folder:
         weight_map, progress = {}, tqdm(total=len(checkpoint.table), desc="merging", unit="tensor")
         for number, names in enumerate(files, 1):
-            name_out = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+            name_out = (
+                "model.safetensors"
+                if len(files) == 1
+                else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+            )
             tensors = {}
             for name in names:
                 tensor = checkpoint.check_finite(name, checkpoint.read(name))
-                tensors |= hf_tensors(name, tensor if dtype is None else tensor.to(dtype), checkpoint.config)
+                tensors |= hf_tensors(
+                    name, tensor if dtype is None else tensor.to(dtype), checkpoint.config
+                )
                 progress.update()
             save_file(tensors, folder / name_out, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(tensors, name_out)
@@ -77,7 +83,9 @@ def merge(
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
         side_files(checkpoint.folder, folder)
-        config = hf_config(checkpoint.config, DTYPE_NAMES[dtype or checkpoint.dtype], special_ids, pad_id)
+        config = hf_config(
+            checkpoint.config, DTYPE_NAMES[dtype or checkpoint.dtype], special_ids, pad_id
+        )
         (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         if not (folder / "generation_config.json").exists() and checkpoint.config.head == "lm":
             (folder / "generation_config.json").write_text(json.dumps(special_ids, indent=1) + "\n")

@@ -2,9 +2,10 @@
 
 import json
 import threading
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 from jinja2 import TemplateError, nodes
 from jinja2.exceptions import SecurityError
@@ -58,9 +59,14 @@ class Chat:
         """
         self.source, self.name, self.own, self._tokens = source, name, own, tokens
         self._template = self._bounded(lambda: _environment().from_string(source))
-        prompt, self.sample = self._render(_QUESTION, generate=True), self._render(_QUESTION, _ANSWER)
+        prompt, self.sample = (
+            self._render(_QUESTION, generate=True),
+            self._render(_QUESTION, _ANSWER),
+        )
         if _QUESTION not in prompt:
-            raise UserError(f"{name}: writes {prompt!r} for a user's {_QUESTION!r}, without the text; correct the template")
+            raise UserError(
+                f"{name}: writes {prompt!r} for a user's {_QUESTION!r}, without the text; correct the template"
+            )
         if not self.sample.startswith(prompt):
             raise UserError(
                 f"{name}: the whole conversation {self.sample!r} does not begin with the prompt {prompt!r} for generation; "
@@ -69,7 +75,9 @@ class Chat:
         rest = self.sample[len(prompt) :]
         if rest.count(_ANSWER) != 1:
             count = rest.count(_ANSWER)
-            raise UserError(f"{name}: writes the answer {count} times after the prompt {prompt!r}; it must be there once")
+            raise UserError(
+                f"{name}: writes the answer {count} times after the prompt {prompt!r}; it must be there once"
+            )
         before, self.ending = rest.split(_ANSWER)
         # A template that knows no generation prompt writes the answer's header with the answer: it belongs to the prompt.
         # Not the space at its end, which tokenizers make one with the answer's first word.
@@ -99,7 +107,11 @@ class Chat:
         def write() -> str:
             parts, length = [], 0
             for part in self._template.generate(
-                messages=messages, add_generation_prompt=generate, tools=None, documents=None, **self._tokens
+                messages=messages,
+                add_generation_prompt=generate,
+                tools=None,
+                documents=None,
+                **self._tokens,
             ):
                 parts.append(part)
                 length += len(part)
@@ -126,7 +138,9 @@ class Chat:
         if "value" in outcome:
             return outcome["value"]
         if "error" not in outcome:
-            raise UserError(f"{self.name}: the chat template takes more than {SECONDS} seconds for one answer; correct it")
+            raise UserError(
+                f"{self.name}: the chat template takes more than {SECONDS} seconds for one answer; correct it"
+            )
         error = outcome["error"]
         kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
         line = f" (line {error.lineno})" if getattr(error, "lineno", None) else ""
@@ -163,16 +177,22 @@ def _default(named: Any, config: Path) -> str:
     if isinstance(named, list) and all(isinstance(entry, dict) for entry in named):
         templates = {str(entry.get("name")): entry.get("template") for entry in named}
         if "default" not in templates:
-            raise UserError(f'{config}: its chat templates are {list(templates)}, none is called "default"; name one so')
+            raise UserError(
+                f'{config}: its chat templates are {list(templates)}, none is called "default"; name one so'
+            )
         named = templates["default"]
     if not isinstance(named, str):
-        raise UserError(f"{config}: chat_template holds a {type(named).__name__}, a text is expected")
+        raise UserError(
+            f"{config}: chat_template holds a {type(named).__name__}, a text is expected"
+        )
     return named
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
     """Jinja as `transformers` sets it up for templates: sandboxed, so that a template can compute text and nothing else."""
-    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+    environment = _Sandbox(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
@@ -198,7 +218,9 @@ class _Generation(Extension):
 
     def parse(self, parser: Any) -> nodes.Node:
         line = next(parser.stream).lineno
-        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
+        return nodes.Scope(
+            parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        ).set_lineno(line)
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, **settings: Any) -> str:

@@ -12,7 +12,10 @@ def special_ids_of(tokenizer: Tokenizer | None) -> dict[str, int | list[int] | N
     if tokenizer is None:
         return {"bos_token_id": None, "eos_token_id": None}
     stops = [tokenizer.eos_id, *sorted(tokenizer.stop_ids - {tokenizer.eos_id})]
-    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops[0] if len(stops) == 1 else stops}
+    return {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": stops[0] if len(stops) == 1 else stops,
+    }
 
 
 def pad_id_of(tokenizer: Tokenizer | None, vocab_size: int) -> int:
@@ -35,7 +38,9 @@ def write_tokenizer(tokenizer: Tokenizer | None, source: Path, folder: Path) -> 
         return
     template = tokenizer.chat.source if tokenizer.chat and not tokenizer.chat.own else None
     config = folder / "tokenizer_config.json"
-    if tokenizer.ranked:  # tiktoken's ranks, for which transformers needs code from the model's folder
+    if (
+        tokenizer.ranked
+    ):  # tiktoken's ranks, for which transformers needs code from the model's folder
         if config.is_file() and not (folder / "chat_template.jinja").exists():
             kept = read_json(config).get("chat_template")
             template = kept if isinstance(kept, str) else template

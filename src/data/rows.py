@@ -3,6 +3,7 @@
 Rows stay plain dicts and keep their extra keys. Everything wrong with a file is one `UserError` that names
 file:line, the field, what it holds, what it must hold and how a row looks; no row is dropped or repaired in silence.
 """
+
 import difflib
 import json
 import math
@@ -22,6 +23,7 @@ _UNUSABLE = re.compile("[\0\ud800-\udfff]")  # what no tokenizer and no UTF-8 fi
 @dataclass(frozen=True)
 class Kind:
     """What a field may hold: in words, as an example, and as a test."""
+
     words: str
     example: str
     accepts: Callable[[Any], bool]
@@ -41,9 +43,14 @@ def _is_number(value) -> bool:
 
 STRING = Kind("a string", '"..."', _is_string)
 TEXT = Kind("a non-blank string", '"..."', _is_text)
-TEXTS = Kind("a non-blank string or a list of them", '"..." or ["...", "..."]',
-             lambda v: _is_text(v) or isinstance(v, list) and bool(v) and all(map(_is_text, v)))
-LABEL = Kind("a non-blank string or a finite number", '"..." or 1', lambda v: _is_text(v) or _is_number(v))
+TEXTS = Kind(
+    "a non-blank string or a list of them",
+    '"..." or ["...", "..."]',
+    lambda v: _is_text(v) or isinstance(v, list) and bool(v) and all(map(_is_text, v)),
+)
+LABEL = Kind(
+    "a non-blank string or a finite number", '"..." or 1', lambda v: _is_text(v) or _is_number(v)
+)
 INDEX = Kind("a whole number from 0", "0", lambda v: type(v) is int and v >= 0)
 
 
@@ -73,7 +80,9 @@ def as_list(value: str | list[str]) -> list[str]:
     return value if isinstance(value, list) else [value]
 
 
-def read_rows(path: str | Path, required: dict[str, Kind], optional: dict[str, Kind] | None = None) -> list[dict]:
+def read_rows(
+    path: str | Path, required: dict[str, Kind], optional: dict[str, Kind] | None = None
+) -> list[dict]:
     """All rows of `path`, each with every `required` field, and each field of the kind given for it.
 
     An `optional` field may be missing, not null. Raises `UserError`, with the first few problems and their count.
@@ -83,15 +92,21 @@ def read_rows(path: str | Path, required: dict[str, Kind], optional: dict[str, K
     rows, problems = [], []
     for line, value in elements(text):
         rows.append(value)
-        problems += [f"{path}:{line}: {problem}" for problem in _row_problems(value, required, optional)]
+        problems += [
+            f"{path}:{line}: {problem}" for problem in _row_problems(value, required, optional)
+        ]
     if problems:
         shown = "\n".join(f"  {problem}" for problem in problems[:_SHOWN_PROBLEMS])
         hidden = len(problems) - _SHOWN_PROBLEMS
         more = f"\n  ... and {hidden} more" if hidden > 0 else ""
-        raise UserError(f"{path}: {len(problems)} problem{'s' * (len(problems) > 1)}:\n{shown}{more}\n"
-                        f"A row looks like {_example(required, optional)}")
+        raise UserError(
+            f"{path}: {len(problems)} problem{'s' * (len(problems) > 1)}:\n{shown}{more}\n"
+            f"A row looks like {_example(required, optional)}"
+        )
     if not rows:
-        raise UserError(f"{path}: holds no rows; it needs at least one like {_example(required, optional)}")
+        raise UserError(
+            f"{path}: holds no rows; it needs at least one like {_example(required, optional)}"
+        )
     return rows
 
 
@@ -110,10 +125,13 @@ def write_jsonl(path: str | Path, rows: list[dict]) -> None:
 
 # ---- text in and out -------------------------------------------------------------------------------------------------
 
+
 def _read_text(path) -> str:
     if Path(path).suffix not in (".json", ".jsonl"):
-        raise UserError(f"{path}: a data file must end in .json (a list of objects) or .jsonl (one object per line), "
-                        f"not {Path(path).suffix or 'nothing'!r}")
+        raise UserError(
+            f"{path}: a data file must end in .json (a list of objects) or .jsonl (one object per line), "
+            f"not {Path(path).suffix or 'nothing'!r}"
+        )
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -121,13 +139,17 @@ def _read_text(path) -> str:
     if not data.strip():
         raise UserError(f"{path}: is empty; it needs at least one row")
     if b"\0" in data:
-        raise UserError(f"{path}:{_line_of(data, data.index(0))}: holds a NUL byte; save it as UTF-8 text "
-                        "(UTF-16 and half-written files look like this)")
+        raise UserError(
+            f"{path}:{_line_of(data, data.index(0))}: holds a NUL byte; save it as UTF-8 text "
+            "(UTF-16 and half-written files look like this)"
+        )
     try:
         return data.decode("utf-8-sig")  # -sig: some editors put a byte-order mark first
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}:{_line_of(data, error.start)}: byte 0x{data[error.start]:02x} is not UTF-8; "
-                        "save the file as UTF-8") from error
+        raise UserError(
+            f"{path}:{_line_of(data, error.start)}: byte 0x{data[error.start]:02x} is not UTF-8; "
+            "save the file as UTF-8"
+        ) from error
 
 
 def _nearest_file(path) -> str:
@@ -165,6 +187,7 @@ def _write_text(path, text: str) -> None:
 
 # ---- text to elements ------------------------------------------------------------------------------------------------
 
+
 class _Broken(Exception):
     """The text is not JSON at `line`; takes an element's place among the values."""
 
@@ -182,12 +205,16 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def _line_elements(text: str) -> Iterator[tuple[int, Any]]:
-    for line, row in enumerate(text.split("\n"), start=1):  # splitlines() would also cut at U+2028 inside strings
+    for line, row in enumerate(
+        text.split("\n"), start=1
+    ):  # splitlines() would also cut at U+2028 inside strings
         if row.strip():
             try:
                 value, end = _decode(row, _SPACE.match(row).end(), line)
                 if row[end:].strip():
-                    raise _Broken(line, f"column {end + 1}: text after the object; write one object per line")
+                    raise _Broken(
+                        line, f"column {end + 1}: text after the object; write one object per line"
+                    )
                 yield line, value
             except _Broken as broken:
                 yield line, broken
@@ -195,6 +222,7 @@ def _line_elements(text: str) -> Iterator[tuple[int, Any]]:
 
 def _array_elements(text: str) -> Iterator[tuple[int, Any]]:
     """Decodes one element at a time, because the line on which each starts is wanted."""
+
     def skip_space(at, line):
         end = _SPACE.match(text, at).end()
         return end, line + text.count("\n", at, end)
@@ -202,7 +230,10 @@ def _array_elements(text: str) -> Iterator[tuple[int, Any]]:
     try:
         at, line = skip_space(0, 1)
         if not text.startswith("[", at):
-            raise _Broken(line, "the file must be one list [...] of objects; with one object per line, name it .jsonl")
+            raise _Broken(
+                line,
+                "the file must be one list [...] of objects; with one object per line, name it .jsonl",
+            )
         at, line = skip_space(at + 1, line)
         closed = text.startswith("]", at)
         while not closed:
@@ -236,6 +267,7 @@ def _decode(text: str, start: int, line: int) -> tuple[Any, int]:
 
 # ---- elements to rows ------------------------------------------------------------------------------------------------
 
+
 def _row_problems(value, required: dict[str, Kind], optional: dict[str, Kind]) -> Iterator[str]:
     if isinstance(value, _Broken):
         yield str(value)
@@ -267,7 +299,9 @@ def _describe(value) -> str:
             return "an empty list"
         case list():
             odd = next((i for i, item in enumerate(value) if not _is_text(item)), None)
-            return "a list" if odd is None else f"a list whose item {odd} is {_describe(value[odd])}"
+            return (
+                "a list" if odd is None else f"a list whose item {odd} is {_describe(value[odd])}"
+            )
         case _:
             return "an object"
 

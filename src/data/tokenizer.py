@@ -7,10 +7,11 @@ which are converted as they are read.
 import base64
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
@@ -34,7 +35,11 @@ class Tokenizer:
     """
 
     def __init__(
-        self, path: Path, folder: Path | None = None, use_chat_template: bool = False, family: str = "llama"
+        self,
+        path: Path,
+        folder: Path | None = None,
+        use_chat_template: bool = False,
+        family: str = "llama",
     ) -> None:
         """folder: the checkpoint's, if the tokenizer lies elsewhere. family: whose template is used if no file has one."""
         self.path = path
@@ -45,8 +50,12 @@ class Tokenizer:
             self._runtime = _open(path)
         except UserError:
             raise
-        except Exception as error:  # both libraries raise bare Exception or RuntimeError for a damaged file
-            raise UserError(f"{path}: cannot be read as a tokenizer ({str(error).splitlines()[0]})") from None
+        except (
+            Exception
+        ) as error:  # both libraries raise bare Exception or RuntimeError for a damaged file
+            raise UserError(
+                f"{path}: cannot be read as a tokenizer ({str(error).splitlines()[0]})"
+            ) from None
         # A config's ids may be another tokenizer's: an ordinary token never ends a text.
         control, size = self._runtime.control.values(), self._runtime.size
         stops = [i for i in _stop_ids(folders) if i in control or i >= size]
@@ -67,7 +76,11 @@ class Tokenizer:
         tokens = {"eos_token": text_of.get(self.eos_id, "")}
         if self.bos_id is not None:
             tokens["bos_token"] = text_of.get(self.bos_id, "")
-        tokens |= {key: value for key, value in named.items() if key.endswith("_token") and isinstance(value, str)}
+        tokens |= {
+            key: value
+            for key, value in named.items()
+            if key.endswith("_token") and isinstance(value, str)
+        }
         if family == "llama" and "<|start_header_id|>" in runtime.control:
             family = "llama-3"
         self.chat = find_chat(folders, family, tokens)
@@ -92,7 +105,11 @@ class Tokenizer:
 
     @classmethod
     def find(
-        cls, folder: Path, tokenizer_file: str | None = None, use_chat_template: bool = False, family: str = "llama"
+        cls,
+        folder: Path,
+        tokenizer_file: str | None = None,
+        use_chat_template: bool = False,
+        family: str = "llama",
     ) -> "Tokenizer":
         """The named file, else the one that lies with the checkpoint."""
         path = Path(tokenizer_file) if tokenizer_file else find_tokenizer(folder)
@@ -113,7 +130,9 @@ class Tokenizer:
         if self.bos_id is not None and ids[:1] != [self.bos_id]:
             return [self.bos_id, *ids]
         if not ids:
-            raise UserError(f"{self.path}: has no BOS, and a prompt is empty; leave out the rows with an empty text")
+            raise UserError(
+                f"{self.path}: has no BOS, and a prompt is empty; leave out the rows with an empty text"
+            )
         return ids
 
     def response_ids(self, text: str) -> list[int]:
@@ -125,7 +144,9 @@ class Tokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """Text of the ids, without special tokens and ids that only the model's padded vocabulary has."""
-        return self._runtime.decode([i for i in ids if i not in self._special and i < self.vocab_size])
+        return self._runtime.decode(
+            [i for i in ids if i not in self._special and i < self.vocab_size]
+        )
 
     def save_json(self, folder: Path) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`, as transformers' AutoTokenizer reads them.
@@ -134,7 +155,9 @@ class Tokenizer:
         which goes as the file it is.
         """
         if not isinstance(self._runtime, _Rust):
-            raise UserError(f"{self.path}: is SentencePiece's, which transformers reads; copy it instead")
+            raise UserError(
+                f"{self.path}: is SentencePiece's, which transformers reads; copy it instead"
+            )
         text_of = {i: text for text, i in self._runtime.control.items()}
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -168,7 +191,9 @@ class _Pieces:
         self._sp = SentencePieceProcessor(model_file=str(path))
         self.encode, self.decode = self._sp.encode, self._sp.decode
         self.size = self._sp.vocab_size()
-        self.control = {self._sp.id_to_piece(i): i for i in range(self.size) if self._sp.is_control(i)}
+        self.control = {
+            self._sp.id_to_piece(i): i for i in range(self.size) if self._sp.is_control(i)
+        }
 
     @cached_property
     def _going_on(self) -> SentencePieceProcessor:
@@ -187,11 +212,16 @@ class _Pieces:
             if part in self.control:
                 ids.append(self.control[part])
             elif part:
-                begins = ids in ([], [self._sp.bos_id()])  # as a plain prompt does, with SentencePiece's own space
+                begins = ids in (
+                    [],
+                    [self._sp.bos_id()],
+                )  # as a plain prompt does, with SentencePiece's own space
                 ids += (self._sp if begins else self._going_on).encode(part)
         return ids[start:]
 
-    def special_ids(self, path: Path, named: dict[str, Any] | None, stops: list[int]) -> tuple[int | None, int | None]:
+    def special_ids(
+        self, path: Path, named: dict[str, Any] | None, stops: list[int]
+    ) -> tuple[int | None, int | None]:
         bos, eos = (i if i >= 0 else None for i in (self._sp.bos_id(), self._sp.eos_id()))
         if (named or {}).get("add_bos_token") is False:
             bos = None
@@ -201,12 +231,18 @@ class _Pieces:
 class _Rust:
     """Hugging Face's `tokenizers`. It reads special tokens wherever they are spelled, as `transformers` does."""
 
-    def __init__(self, rust: RustTokenizer, bos: str = "<s>", eos: str = "</s>", ranked: bool = False) -> None:
+    def __init__(
+        self, rust: RustTokenizer, bos: str = "<s>", eos: str = "</s>", ranked: bool = False
+    ) -> None:
         """bos, eos: what they are called if no file says so. ranked: whether they were tiktoken's ranks."""
         self._rust, self._usual, self.ranked = rust, (bos, eos), ranked
         self.save = lambda path: rust.save(str(path))
         self.size = max(rust.get_vocab().values()) + 1
-        self.control = {token.content: i for i, token in rust.get_added_tokens_decoder().items() if token.special}
+        self.control = {
+            token.content: i
+            for i, token in rust.get_added_tokens_decoder().items()
+            if token.special
+        }
 
     def encode(self, text: str) -> list[int]:
         return self._rust.encode(text, add_special_tokens=False).ids
@@ -228,19 +264,27 @@ class _Rust:
         if last is None:
             return self.encode(text)
         for special, i in self.control.items():
-            if i == last:  # what follows a special token depends on its being there, in some tokenizers
+            if (
+                i == last
+            ):  # what follows a special token depends on its being there, in some tokenizers
                 return self.encode(special + text)[1:]
         return self._going_on.encode(text, add_special_tokens=False).ids
 
-    def special_ids(self, path: Path, named: dict[str, Any] | None, stops: list[int]) -> tuple[int | None, int | None]:
+    def special_ids(
+        self, path: Path, named: dict[str, Any] | None, stops: list[int]
+    ) -> tuple[int | None, int | None]:
         names = named or {}
         encoded = self._rust.encode("a")
-        if encoded.special_tokens_mask[:-1][:1] == [1]:  # the file's own post-processor puts it there
+        if encoded.special_tokens_mask[:-1][:1] == [
+            1
+        ]:  # the file's own post-processor puts it there
             bos = encoded.ids[0]
         elif names.get("add_bos_token") is True:
             bos = self._id_of(names.get("bos_token"), "bos_token", path)
             if bos is None:
-                raise UserError(f"{path}: tokenizer_config.json says add_bos_token, but names no bos_token")
+                raise UserError(
+                    f"{path}: tokenizer_config.json says add_bos_token, but names no bos_token"
+                )
         else:  # a config that says neither means none; without a config, the usual name
             bos = self._rust.token_to_id(self._usual[0]) if named is None else None
         eos = self._id_of(names.get("eos_token"), "eos_token", path)
@@ -251,7 +295,9 @@ class _Rust:
 
     def _id_of(self, token: str | None, key: str, path: Path) -> int | None:
         if token is not None and self._rust.token_to_id(token) is None:
-            raise UserError(f"{path}: {key} {token!r} is not in the vocabulary; tokenizer_config.json names it")
+            raise UserError(
+                f"{path}: {key} {token!r} is not in the vocabulary; tokenizer_config.json names it"
+            )
         return None if token is None else self._rust.token_to_id(token)
 
 
@@ -299,11 +345,15 @@ def _named_tokens(path: Path) -> dict[str, Any]:
 def _stop_ids(folders: list[Path]) -> list[int]:
     """The `eos_token_id` of each generation_config.json and config.json, a number or several."""
     found = []
-    for path in (folder / name for folder in folders for name in ("generation_config.json", "config.json")):
+    for path in (
+        folder / name for folder in folders for name in ("generation_config.json", "config.json")
+    ):
         value = read_json(path).get("eos_token_id") if path.is_file() else None
         ids = value if isinstance(value, list) else [] if value is None else [value]
         if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
-            raise UserError(f"{path}: eos_token_id is {value!r}, an id or a list of ids is expected")
+            raise UserError(
+                f"{path}: eos_token_id is {value!r}, an id or a list of ids is expected"
+            )
         found += ids
     return found
 
@@ -315,9 +365,13 @@ def _added_tokens(folders: list[Path]) -> dict[str, int]:
         added, config = folder / "added_tokens.json", folder / "tokenizer_config.json"
         listed = read_json(config).get("added_tokens_decoder") if config.is_file() else None
         try:
-            found |= {text: int(i) for text, i in (read_json(added) if added.is_file() else {}).items()}
+            found |= {
+                text: int(i) for text, i in (read_json(added) if added.is_file() else {}).items()
+            }
             found |= {token["content"]: int(i) for i, token in (listed or {}).items()}
-            if not all(isinstance(text, str) and text and 0 <= i < 2**31 for text, i in found.items()):
+            if not all(
+                isinstance(text, str) and text and 0 <= i < 2**31 for text, i in found.items()
+            ):
                 raise ValueError
         except (AttributeError, KeyError, TypeError, ValueError):
             raise UserError(
@@ -342,14 +396,21 @@ class _Ranked:
     @property
     def pattern(self) -> str:
         return (
-            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + self.digits + r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+            + self.digits
+            + r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
             r"|\s*[\r\n]+|\s+(?!\S)|\s+"
         )
 
 
 _QWEN = _Ranked(
     digits="",
-    special=("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205))),
+    special=(
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+        *(f"<|extra_{i}|>" for i in range(205)),
+    ),
     bos=None,
     eos="<|endoftext|>",
     nfc=True,
@@ -357,7 +418,12 @@ _QWEN = _Ranked(
 _LLAMA_3 = _Ranked(
     digits="{1,3}",
     special=(
-        *("<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>"),
+        *(
+            "<|begin_of_text|>",
+            "<|end_of_text|>",
+            "<|reserved_special_token_0|>",
+            "<|reserved_special_token_1|>",
+        ),
         *("<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>"),
         *("<|eom_id|>", "<|eot_id|>", "<|python_tag|>", "<|image|>"),
         *(f"<|reserved_special_token_{i}|>" for i in range(2, 246)),
@@ -387,12 +453,20 @@ def _from_ranks(path: Path) -> _Rust:
         ]
     )
     rust.decoder = decoders.ByteLevel()
-    rust.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in kind.special])
-    if [rust.token_to_id(text) for text in kind.special] != list(range(len(ranks), len(ranks) + len(kind.special))):
-        raise UserError(f"{path}: has special tokens such as {kind.special[0]} among its ranks, where they follow them")
+    rust.add_special_tokens(
+        [AddedToken(text, normalized=False, special=True) for text in kind.special]
+    )
+    if [rust.token_to_id(text) for text in kind.special] != list(
+        range(len(ranks), len(ranks) + len(kind.special))
+    ):
+        raise UserError(
+            f"{path}: has special tokens such as {kind.special[0]} among its ranks, where they follow them"
+        )
     if kind.bos:
         rust.post_processor = processors.TemplateProcessing(
-            single=f"{kind.bos} $A", pair=f"{kind.bos} $A {kind.bos} $B", special_tokens=[(kind.bos, len(ranks))]
+            single=f"{kind.bos} $A",
+            pair=f"{kind.bos} $A {kind.bos} $B",
+            special_tokens=[(kind.bos, len(ranks))],
         )
     return _Rust(rust, kind.bos or "", kind.eos, ranked=True)
 
@@ -405,13 +479,19 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
             text, rank = line.split()
             ranks[base64.b64decode(text, validate=True)] = int(rank)
         except ValueError:
-            raise UserError(f"{path}: line {number} is {line[:60]!r}, not bytes in base64 and their rank") from None
+            raise UserError(
+                f"{path}: line {number} is {line[:60]!r}, not bytes in base64 and their rank"
+            ) from None
     ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
     if list(ranks.values()) != list(range(len(ranks))):
-        raise UserError(f"{path}: its {len(ranks)} tokens do not have the ranks 0 to {len(ranks) - 1}; is it cut short?")
+        raise UserError(
+            f"{path}: its {len(ranks)} tokens do not have the ranks 0 to {len(ranks) - 1}; is it cut short?"
+        )
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
-        raise UserError(f"{path}: lacks {len(missing)} of the 256 bytes, {missing[0]:#04x} first; is it cut short?")
+        raise UserError(
+            f"{path}: lacks {len(missing)} of the 256 bytes, {missing[0]:#04x} first; is it cut short?"
+        )
     return ranks
 
 

@@ -7,6 +7,7 @@ numeric           ours, beside the rules and never instead of them: `#### N`, el
 
 Responses are written by models, so nothing here executes, nests or converts more than a bounded piece of them.
 """
+
 import re
 from decimal import Decimal
 from functools import partial
@@ -21,7 +22,9 @@ _SCANNED = 65_536
 _MARKED = re.compile(r"#### (\-?[0-9\.\,]+)")
 _LOOSE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
 _BARE = re.compile(r"-?[0-9.,]*[0-9][0-9.,]*")
-_NUMBER = re.compile(r"-?(?:[0-9]{1,18}(?:\.[0-9]{0,9})?|\.[0-9]{1,9})")  # no exponent: 1e3000000 must stay text
+_NUMBER = re.compile(
+    r"-?(?:[0-9]{1,18}(?:\.[0-9]{0,9})?|\.[0-9]{1,9})"
+)  # no exponent: 1e3000000 must stay text
 
 
 def extract(rule: str, text: str) -> str | None:
@@ -48,7 +51,9 @@ def grade(response: str, gold: str) -> dict[str, bool]:
     return right
 
 
-def score(responses: list[str], golds: list[str], truncated: list[bool] | None = None) -> tuple[dict, list[dict]]:
+def score(
+    responses: list[str], golds: list[str], truncated: list[bool] | None = None
+) -> tuple[dict, list[dict]]:
     """(summary, per_row): `n`, the accuracy in [0, 1] by each rule and `numeric`, and counts.
 
     `unparsed` counts responses without an official `#### N`, `truncated` those cut by the token limit: both stay in
@@ -63,13 +68,17 @@ def gold_of(row: dict) -> str:
         gold = field_text(row.get(field))
         if gold is not None:
             return gold
-    raise UserError(f'a row without a gold answer: it needs "label", "answer" or "output", and has {sorted(row)}')
+    raise UserError(
+        f'a row without a gold answer: it needs "label", "answer" or "output", and has {sorted(row)}'
+    )
 
 
 def _gold_text(gold: str) -> str:
     text = gold.strip() if "####" in gold else "#### " + gold.strip().replace("$", "")
     if _MARKED.search(text) is None or ("####" not in gold and not _BARE.fullmatch(text[5:])):
-        raise UserError(f"gold answer {gold[-60:]!r} is neither a number nor a text with '#### N'; GSM8K needs one")
+        raise UserError(
+            f"gold answer {gold[-60:]!r} is neither a number nor a text with '#### N'; GSM8K needs one"
+        )
     return text
 
 

@@ -25,7 +25,30 @@ _SAYS = re.compile(r"(?i:answer is|final answer:)|#### ")
 _TOKEN = re.compile(r"(?s)\\[A-Za-z]+|\\.|\S")
 _DEGREES = re.compile(r"\^\s*(?:\{\s*\\(?:circ|degree)\s*\}|\\(?:circ|degree)(?![A-Za-z]))")
 _INVISIBLE = frozenset(
-    r"\! \, \; \: \> ~ $ \$ % \% \( \) \[ \] ° \degree \quad \qquad \displaystyle \left \right \limits".split()
+    [
+        r"\!",
+        r"\,",
+        r"\;",
+        r"\:",
+        r"\>",
+        r"~",
+        r"$",
+        r"\$",
+        r"%",
+        r"\%",
+        r"\(",
+        r"\)",
+        r"\[",
+        r"\]",
+        r"°",
+        r"\degree",
+        r"\quad",
+        r"\qquad",
+        r"\displaystyle",
+        r"\left",
+        r"\right",
+        r"\limits",
+    ]
 ) | {"\\ ", "\\\n"}
 _SAME = {
     **dict.fromkeys((r"\dfrac", r"\tfrac", r"\cfrac"), r"\frac"),
@@ -37,10 +60,77 @@ _SAME = {
 }  # fmt: skip
 _ARGUMENTS = {r"\frac": 2, r"\binom": 2, r"\sqrt": 1, "^": 1, "_": 1}
 _UNITS = frozenset(
-    """unit units in inch inches ft foot feet yd yard yards mile miles mm cm dm km millimeter millimeters centimeter
-    centimeters meter meters metre metres kilometer kilometers mph degree degrees radian radians percent dollar dollars cent
-    cents second seconds sec minute minutes min hour hours day days week weeks month months year years gram grams kg kilogram
-    kilograms lb lbs pound pounds ounce ounces ml liter liters gallon gallons""".split()
+    [
+        "unit",
+        "units",
+        "in",
+        "inch",
+        "inches",
+        "ft",
+        "foot",
+        "feet",
+        "yd",
+        "yard",
+        "yards",
+        "mile",
+        "miles",
+        "mm",
+        "cm",
+        "dm",
+        "km",
+        "millimeter",
+        "millimeters",
+        "centimeter",
+        "centimeters",
+        "meter",
+        "meters",
+        "metre",
+        "metres",
+        "kilometer",
+        "kilometers",
+        "mph",
+        "degree",
+        "degrees",
+        "radian",
+        "radians",
+        "percent",
+        "dollar",
+        "dollars",
+        "cent",
+        "cents",
+        "second",
+        "seconds",
+        "sec",
+        "minute",
+        "minutes",
+        "min",
+        "hour",
+        "hours",
+        "day",
+        "days",
+        "week",
+        "weeks",
+        "month",
+        "months",
+        "year",
+        "years",
+        "gram",
+        "grams",
+        "kg",
+        "kilogram",
+        "kilograms",
+        "lb",
+        "lbs",
+        "pound",
+        "pounds",
+        "ounce",
+        "ounces",
+        "ml",
+        "liter",
+        "liters",
+        "gallon",
+        "gallons",
+    ]
 )
 # What a \text after a number may hold that is no unit: a part of the number or of the time.
 _MEANT = re.compile(r"[ie]|[ap]m|.*(?:[0-9]|hundred|thousand|million|billion|trillion|dozen).*")
@@ -83,7 +173,9 @@ def grade(response: str, gold: str) -> dict[str, bool]:
     }
 
 
-def score(responses: list[str], golds: list[str], truncated: list[bool] | None = None) -> tuple[dict, list[dict]]:
+def score(
+    responses: list[str], golds: list[str], truncated: list[bool] | None = None
+) -> tuple[dict, list[dict]]:
     """(summary, per_row): `n`, the accuracy in [0, 1] by each rule, and counts.
 
     `unparsed` counts responses without a boxed answer, `truncated` those cut by the token limit: both stay in the
@@ -142,7 +234,9 @@ def _reference(gold: str) -> str:
     else:
         reference = None if "####" in gold else _normal(gold)
     if reference is None:
-        raise UserError(f"gold answer {gold[-60:]!r} is neither an answer nor a text with a \\boxed one; MATH needs one")
+        raise UserError(
+            f"gold answer {gold[-60:]!r} is neither an answer nor a text with a \\boxed one; MATH needs one"
+        )
     return reference
 
 
@@ -151,7 +245,14 @@ def _normal(answer: str) -> str | None:
     tokens = _tokens(answer) if len(answer) <= _LONGEST else []
     if _partners(tokens) is None:
         return None
-    for step in (_without_dots, _without_units, _without_text_boxes, _without_dots, _without_name, _with_braces):
+    for step in (
+        _without_dots,
+        _without_units,
+        _without_text_boxes,
+        _without_dots,
+        _without_name,
+        _with_braces,
+    ):
         tokens = step(tokens)
     text = _joined(tokens)
     text = _THOUSANDS.sub(lambda number: number[0].replace("{,}", ""), text)
@@ -219,10 +320,19 @@ def _unit_start(tokens: list[str], partners: dict[int, int], end: int) -> int | 
         content = "".join(tokens[opening + 1 : end - 1]).replace(".", "").lower()
         return opening - 1 if is_unit and not _MEANT.fullmatch(content) else None
     start = end
-    while start and len(tokens[start - 1]) == 1 and tokens[start - 1].isascii() and tokens[start - 1].isalpha():
+    while (
+        start
+        and len(tokens[start - 1]) == 1
+        and tokens[start - 1].isascii()
+        and tokens[start - 1].isalpha()
+    ):
         start -= 1
     word = "".join(tokens[start:end]).lower()
-    return start if word.removeprefix("square").removeprefix("cubic").removeprefix("sq") in _UNITS else None
+    return (
+        start
+        if word.removeprefix("square").removeprefix("cubic").removeprefix("sq") in _UNITS
+        else None
+    )
 
 
 def _without_text_boxes(tokens: list[str]) -> list[str]:
@@ -253,7 +363,11 @@ def _with_braces(tokens: list[str]) -> list[str]:
         for _ in range(_ARGUMENTS.get(token, 0)):
             if argument in partners and tokens[argument] == "{":
                 argument = partners[argument] + 1
-            elif argument < len(tokens) and tokens[argument][-1].isalnum() and tokens[argument] not in _ARGUMENTS:
+            elif (
+                argument < len(tokens)
+                and tokens[argument][-1].isalnum()
+                and tokens[argument] not in _ARGUMENTS
+            ):
                 bare.add(argument)
                 argument += 1
             else:
@@ -279,7 +393,12 @@ def _value(answer: str | None) -> Fraction | None:
     parts = _FRACTION.fullmatch(answer)
     if parts is None:
         return None
-    sign, whole, above, below = -1 if parts[1] == "-" else 1, parts[2], Fraction(parts[3]), Fraction(parts[4])
+    sign, whole, above, below = (
+        -1 if parts[1] == "-" else 1,
+        parts[2],
+        Fraction(parts[3]),
+        Fraction(parts[4]),
+    )
     if below == 0 or whole and not 0 < above < below:
         return None
     return sign * (int(whole or 0) + above / below)

@@ -39,4 +39,6 @@ def field_text(value: Any) -> str | None:
         value = value[0]
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # a label 18.0 means 18, which no rule would see in its digits
-    return str(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else None
+    return (
+        str(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else None
+    )

@@ -15,7 +15,9 @@ from src.logs import RunLog
 
 def cut_at(text: str, stops: tuple[str, ...]) -> str:
     """The text up to the first of the stop strings."""
-    return text[: min((at for at in (text.find(stop) for stop in stops) if at >= 0), default=len(text))]
+    return text[
+        : min((at for at in (text.find(stop) for stop in stops) if at >= 0), default=len(text))
+    ]
 
 
 def evaluate_solver(
@@ -33,11 +35,20 @@ def evaluate_solver(
 
     With several samples of each question the accuracy is that of all of them, and pass@k and maj@n stand beside it.
     """
-    prompts = [prompt for prompt in map(tokenizer.prompt_ids, instructions) for _ in range(num_samples)]
+    prompts = [
+        prompt for prompt in map(tokenizer.prompt_ids, instructions) for _ in range(num_samples)
+    ]
     stop = Stop(tokenizer.stop_ids, task.stop, tokenizer.decode)
     completions = generate_all(engine, prompts, sampling, stop, log, task.name, journal)
     texts = [cut_at(tokenizer.decode(c.tokens), task.stop) for c in completions]
-    return graded(task, instructions, golds, texts, [c.stop_reason == "length" for c in completions], num_samples)
+    return graded(
+        task,
+        instructions,
+        golds,
+        texts,
+        [c.stop_reason == "length" for c in completions],
+        num_samples,
+    )
 
 
 def graded(
@@ -49,7 +60,9 @@ def graded(
     num_samples: int = 1,
 ) -> tuple[dict, list[dict]]:
     """The same for texts that are there already, `num_samples` of each question one after the other."""
-    golds, instructions = ([x for x in values for _ in range(num_samples)] for values in (golds, instructions))
+    golds, instructions = (
+        [x for x in values for _ in range(num_samples)] for values in (golds, instructions)
+    )
     summary, rows = task.score(texts, golds, truncated)
     predictions = [
         {"index": i // num_samples, "instruction": instruction, "output": text, "gold": gold, **row}
@@ -70,14 +83,23 @@ def of_samples(answers: list[tuple[str | None, bool]], n: int) -> dict[str, floa
     ks = sorted({n, *(2**e for e in range(n.bit_length()) if 2**e <= n)})
     result = {}
     for k in ks:
-        passed = [1 - math.comb(n - sum(right for _, right in q), k) / math.comb(n, k) for q in questions]
+        passed = [
+            1 - math.comb(n - sum(right for _, right in q), k) / math.comb(n, k) for q in questions
+        ]
         result[f"pass@{k}"] = sum(passed) / len(passed)
-    votes = [Counter(answer for answer, _ in q if answer is not None).most_common(1) for q in questions]
-    won = [bool(vote) and next(right for answer, right in q if answer == vote[0][0]) for vote, q in zip(votes, questions)]
+    votes = [
+        Counter(answer for answer, _ in q if answer is not None).most_common(1) for q in questions
+    ]
+    won = [
+        bool(vote) and next(right for answer, right in q if answer == vote[0][0])
+        for vote, q in zip(votes, questions)
+    ]
     return {**result, f"maj@{n}": sum(won) / len(won)}
 
 
-def write_results(log_dir: str, summary: dict, predictions: list[dict], settings: dict, suffix: str = "") -> None:
+def write_results(
+    log_dir: str, summary: dict, predictions: list[dict], settings: dict, suffix: str = ""
+) -> None:
     """`results.json` and `predictions.jsonl` in log_dir; the suffix (an epoch) goes before the dot."""
     folder = Path(log_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -87,6 +109,10 @@ def write_results(log_dir: str, summary: dict, predictions: list[dict], settings
 
 def headline(summary: dict) -> str:
     """The summary in one line."""
-    shares = ", ".join(f"{name} {100 * value:.1f} %" for name, value in summary.items() if isinstance(value, float))
-    counts = ", ".join(f"{summary[name]} {name}" for name in ("unparsed", "truncated") if name in summary)
+    shares = ", ".join(
+        f"{name} {100 * value:.1f} %" for name, value in summary.items() if isinstance(value, float)
+    )
+    counts = ", ".join(
+        f"{summary[name]} {name}" for name in ("unparsed", "truncated") if name in summary
+    )
     return f"{summary['task']}, {summary['n']} problems: {shares}; {counts}"

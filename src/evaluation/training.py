@@ -1,7 +1,7 @@
 """Evaluations inside a training run: before its first step and every so often after it, written beside the log."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 from src.data.tokenizer import Tokenizer
 from src.errors import UserError
@@ -18,7 +18,9 @@ from src.trainer.verifier import Comparison
 
 def _both_or_none(task: str | None, label_file: str | None) -> bool:
     if (task is None) != (label_file is None):
-        raise UserError(f"--task {task} --label_file {label_file}: evaluation needs both; give both or neither")
+        raise UserError(
+            f"--task {task} --label_file {label_file}: evaluation needs both; give both or neither"
+        )
     return task is not None
 
 
@@ -33,7 +35,12 @@ class SolverEvaluation:
 
     @classmethod
     def read(
-        cls, task: str | None, label_file: str | None, batch_size: int, max_new_tokens: int, max_seq_len: int
+        cls,
+        task: str | None,
+        label_file: str | None,
+        batch_size: int,
+        max_new_tokens: int,
+        max_seq_len: int,
     ) -> "SolverEvaluation":
         data = read_evaluation(task, label_file) if _both_or_none(task, label_file) else None
         return cls(data, batch_size, max_new_tokens, max_seq_len)
@@ -58,7 +65,9 @@ class SolverEvaluation:
         engine = Engine(model, parallel, self.batch_size, self.max_seq_len)
         sampling = Sampling(max_new_tokens=self.max_new_tokens, temperature=0.0)
         data = self.data
-        summary, predictions = evaluate_solver(engine, tokenizer, data.task, data.instructions, data.golds, sampling, log)
+        summary, predictions = evaluate_solver(
+            engine, tokenizer, data.task, data.instructions, data.golds, sampling, log
+        )
         log.info(f"after {at}: {headline(summary)}")
         metrics = {k: v for k, v in summary.items() if isinstance(v, float)}
         log.scalars(number, metrics, prefix=f"eval/{data.task.name}")
@@ -78,9 +87,17 @@ class VerifierEvaluation:
 
     @classmethod
     def read(
-        cls, task: str | None, label_file: str | None, tokenizer: Tokenizer, batch_size: int, max_seq_len: int, strict: bool
+        cls,
+        task: str | None,
+        label_file: str | None,
+        tokenizer: Tokenizer,
+        batch_size: int,
+        max_seq_len: int,
+        strict: bool,
     ) -> "VerifierEvaluation":
-        pairs, warning = comparisons(label_file, tokenizer, max_seq_len, strict) if label_file else (None, None)
+        pairs, warning = (
+            comparisons(label_file, tokenizer, max_seq_len, strict) if label_file else (None, None)
+        )
         return cls(task or "pairs", pairs, warning, batch_size)
 
     @property
@@ -88,13 +105,21 @@ class VerifierEvaluation:
         return () if self.pairs is None else ("accuracy", "margin")
 
     def run(
-        self, at: str, number: int, model: Transformer, parallel: Parallel, log: RunLog, settings: dict
+        self,
+        at: str,
+        number: int,
+        model: Transformer,
+        parallel: Parallel,
+        log: RunLog,
+        settings: dict,
     ) -> dict[str, float]:
         """The metrics; `at`, such as "epoch 2", names the moment in the log and the files, `number` on the curves' axis."""
         if self.pairs is None:
             return {}
         summary, rows = evaluate_pairs(model, parallel, self.pairs, self.batch_size, log)
-        log.info(f"after {at}: {self.task}, pair accuracy {100 * summary['accuracy']:.1f} % on {summary['pairs']} pairs")
+        log.info(
+            f"after {at}: {self.task}, pair accuracy {100 * summary['accuracy']:.1f} % on {summary['pairs']} pairs"
+        )
         metrics = {name: summary[name] for name in self.metrics}
         log.scalars(number, metrics, prefix=f"eval/{self.task}")
         if parallel.is_main:
@@ -119,7 +144,11 @@ class KeepBest:
         if eval_every is not None and not known:
             raise UserError(f"--eval_every {eval_every}: has no effect without --label_file")
         if metric is not None and metric not in known:
-            gives = f"gives {', '.join(known)}" if known else "is not asked for: give --label_file (and --task, of a solver)"
+            gives = (
+                f"gives {', '.join(known)}"
+                if known
+                else "is not asked for: give --label_file (and --task, of a solver)"
+            )
             raise UserError(f"--keep_best {metric}: the evaluation {gives}")
 
     def consider(self, at: str, number: int, metrics: dict[str, float]) -> None:

@@ -5,8 +5,8 @@ log-probability over its length to the `length_penalty`. A search ends when no r
 `num_beams` ended ones at its present length.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Callable
 
 import torch
 from torch import Tensor
@@ -59,7 +59,9 @@ class BeamSearch(Engine):
     ) -> list[Completion]:
         """The best response to each prompt, in their order; a stop string cuts nothing short here."""
         stops = stop.ids if isinstance(stop, Stop) else stop
-        limits = [min(sampling.max_new_tokens, self.max_seq_len - len(prompt)) for prompt in prompts]
+        limits = [
+            min(sampling.max_new_tokens, self.max_seq_len - len(prompt)) for prompt in prompts
+        ]
         done = [None if limit > 0 else Completion([], [], "length") for limit in limits]
         for i, completion in enumerate(done):
             if completion is not None and on_completion:
@@ -68,9 +70,13 @@ class BeamSearch(Engine):
         with packed_weights(self.model, self.parallel):
             while order:
                 length = max(len(prompts[i]) + limits[i] for i in order)
-                together = max(1, self._slots_that_fit(len(order) * self.num_beams, length) // self.num_beams)
+                together = max(
+                    1, self._slots_that_fit(len(order) * self.num_beams, length) // self.num_beams
+                )
                 now, order = order[:together], order[together:]
-                best = self._search([prompts[i] for i in now], [limits[i] for i in now], stops, on_tokens)
+                best = self._search(
+                    [prompts[i] for i in now], [limits[i] for i in now], stops, on_tokens
+                )
                 for i, completion in zip(now, best):
                     done[i] = completion
                     if on_completion:
@@ -79,14 +85,20 @@ class BeamSearch(Engine):
                     on_tokens(len(now), 0, 0)
         return done
 
-    def _search(self, prompts: list[list[int]], limits: list[int], stops: set[int], on_tokens) -> list[Completion]:
+    def _search(
+        self, prompts: list[list[int]], limits: list[int], stops: set[int], on_tokens
+    ) -> list[Completion]:
         """Beams of prompt p lie in slots p · num_beams …; prompts that are done stay there, and are not looked at again."""
         width, count, device = self.num_beams, len(prompts), self.parallel.device
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        cache = Cache(self.model, count * width, max(len(p) + limit for p, limit in zip(prompts, limits)))
+        cache = Cache(
+            self.model, count * width, max(len(p) + limit for p, limit in zip(prompts, limits))
+        )
         layout = Prefill(lengths.tolist(), cache, 0, device)
         logits = self.model.logits(
-            self.model(torch.tensor([t for p in prompts for t in p], device=device), layout, layout.ends)
+            self.model(
+                torch.tensor([t for p in prompts for t in p], device=device), layout, layout.ends
+            )
         )
         source = torch.arange(count, device=device).repeat_interleave(width)
         cache.copy(source, torch.arange(count * width, device=device), int(lengths.max()))
@@ -116,7 +128,9 @@ class BeamSearch(Engine):
                         kept.append((row, beam))
                 ended[p] = sorted(ended[p], key=lambda pair: -pair[0])[:width]
                 if kept:
-                    kept += [(kept[0][0], Beam(NEVER, kept[0][1].tokens, kept[0][1].logprobs))] * (width - len(kept))
+                    kept += [(kept[0][0], Beam(NEVER, kept[0][1].tokens, kept[0][1].logprobs))] * (
+                        width - len(kept)
+                    )
                     parents[rows.start : rows.stop] = [row for row, _ in kept]
                     running[p] = [beam for _, beam in kept]
                 worst = ended[p][-1][0] if len(ended[p]) == width else NEVER
@@ -130,9 +144,13 @@ class BeamSearch(Engine):
                     torch.arange(count * width, device=device),
                     int(lengths.max()) + step - 1,
                 )
-                last = torch.tensor([beam.tokens[-1] for beams in running for beam in beams], device=device)
+                last = torch.tensor(
+                    [beam.tokens[-1] for beams in running for beam in beams], device=device
+                )
                 positions = prompt_lengths + step - 1
-                context = min(-(-(int(lengths.max()) + step) // CONTEXT_STEP) * CONTEXT_STEP, cache.length)
+                context = min(
+                    -(-(int(lengths.max()) + step) // CONTEXT_STEP) * CONTEXT_STEP, cache.length
+                )
                 positions = positions.clamp_max(cache.length - 1)  # of prompts that are done
                 layout = Decode(cache, positions, prompt_lengths, [(0, count * width, context)])
                 logits = self.model.logits(self.model(last, layout))
@@ -149,7 +167,9 @@ class BeamSearch(Engine):
     @staticmethod
     def _best(found: list[tuple[float, Beam]], stops: set[int]) -> Completion:
         beam = found[0][1]
-        return Completion(beam.tokens, beam.logprobs, "stop" if beam.tokens[-1] in stops else "length")
+        return Completion(
+            beam.tokens, beam.logprobs, "stop" if beam.tokens[-1] in stops else "length"
+        )
 
 
 def engine_of(
@@ -164,4 +184,6 @@ def engine_of(
     """A plain engine, or with several beams one that searches."""
     if num_beams == 1:
         return Engine(model, parallel, max_batch_size, max_seq_len, kv_cache_gb)
-    return BeamSearch(model, parallel, max_batch_size, max_seq_len, kv_cache_gb, num_beams, length_penalty)
+    return BeamSearch(
+        model, parallel, max_batch_size, max_seq_len, kv_cache_gb, num_beams, length_penalty
+    )

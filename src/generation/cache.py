@@ -30,7 +30,9 @@ class Cache:
 class Prefill(Packed):
     """Whole prompts end to end, whose keys and values are also kept: the i-th prompt's in slot `first_slot + i`."""
 
-    def __init__(self, lengths: list[int], cache: Cache, first_slot: int, device: torch.device) -> None:
+    def __init__(
+        self, lengths: list[int], cache: Cache, first_slot: int, device: torch.device
+    ) -> None:
         super().__init__(lengths, device)
         self.cache, self.first_slot = cache, first_slot
 
@@ -48,24 +50,44 @@ class Decode:
     read as much of the cache as the longest of them needs: (first slot, slot after the last, positions > their lengths).
     """
 
-    def __init__(self, cache: Cache, lengths: Tensor, prompt_lengths: Tensor, contexts: list[tuple[int, int, int]]) -> None:
-        self.cache, self.positions, self.prompt_lengths, self.contexts = cache, lengths, prompt_lengths, contexts
+    def __init__(
+        self,
+        cache: Cache,
+        lengths: Tensor,
+        prompt_lengths: Tensor,
+        contexts: list[tuple[int, int, int]],
+    ) -> None:
+        self.cache, self.positions, self.prompt_lengths, self.contexts = (
+            cache,
+            lengths,
+            prompt_lengths,
+            contexts,
+        )
         self.context = max(context for _, _, context in contexts)
-        heads = torch.arange(lengths.size(0) * cache.kv_heads, device=lengths.device).view(-1, cache.kv_heads)
-        self.rows = (heads * cache.length + lengths.unsqueeze(1)).flatten()  # of the flattened cache
+        heads = torch.arange(lengths.size(0) * cache.kv_heads, device=lengths.device).view(
+            -1, cache.kv_heads
+        )
+        self.rows = (
+            heads * cache.length + lengths.unsqueeze(1)
+        ).flatten()  # of the flattened cache
         self._masks: dict[int, list[Tensor]] = {}
 
     def masks(self, window: int, dtype: torch.dtype) -> list[Tensor]:
         """What is added to each slot's scores: 0 for the keys that its new token sees; per context [slots, 1, 1, positions]."""
         if window not in self._masks:
-            keys, lengths = torch.arange(self.context, device=self.positions.device), self.positions.unsqueeze(1)
+            keys, lengths = (
+                torch.arange(self.context, device=self.positions.device),
+                self.positions.unsqueeze(1),
+            )
             hidden = keys > lengths
             if window:
                 hidden |= keys <= lengths - window
-            whole = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)[
-                :, None, None
+            whole = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(
+                hidden, -torch.inf
+            )[:, None, None]
+            self._masks[window] = [
+                whole[first:last, ..., :context] for first, last, context in self.contexts
             ]
-            self._masks[window] = [whole[first:last, ..., :context] for first, last, context in self.contexts]
         return self._masks[window]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor:
@@ -76,7 +98,14 @@ class Decode:
         q = q.unflatten(1, (k.size(1), -1))
         parts = []
         for (first, last, context), mask in zip(self.contexts, self.masks(window, q.dtype)):
-            parts.append(attention(q[first:last], keys[first:last, :, :context], values[first:last, :, :context], mask))
+            parts.append(
+                attention(
+                    q[first:last],
+                    keys[first:last, :, :context],
+                    values[first:last, :, :context],
+                    mask,
+                )
+            )
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1, 2)
 
 

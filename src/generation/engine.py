@@ -6,9 +6,9 @@ of which several samples are wanted is prefilled once.
 
 import os
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable
 
 import torch
 import torch.distributed as dist
@@ -68,18 +68,36 @@ class Slots:
         self.host_lengths = [0] * n  # the same as `lengths`
         self.samples = torch.zeros(n, dtype=torch.long, device=device)
         self.lengths = torch.zeros(n, dtype=torch.long, device=device)  # tokens in the cache
-        self.prompts = torch.zeros(n, dtype=torch.long, device=device)  # those of them that were the prompt
+        self.prompts = torch.zeros(
+            n, dtype=torch.long, device=device
+        )  # those of them that were the prompt
         self.limits = torch.zeros(n, dtype=torch.long, device=device)  # new tokens allowed
         self.steps = torch.zeros(n, dtype=torch.long, device=device)  # new tokens so far
         self.last = torch.zeros(n, dtype=torch.long, device=device)  # the newest token
         self.tokens = torch.zeros(n, max_new_tokens, dtype=torch.long, device=device)
         self.logprobs = torch.zeros(n, max_new_tokens, device=device)
-        self.seen: Tensor | None = None  # tokens of this rank's vocabulary that a sequence holds, [n, vocabulary / ranks]
-        self.kept: Tensor | None = None  # bits of what was kept at each choice, [n, max_new_tokens, bytes]
+        self.seen: Tensor | None = (
+            None  # tokens of this rank's vocabulary that a sequence holds, [n, vocabulary / ranks]
+        )
+        self.kept: Tensor | None = (
+            None  # bits of what was kept at each choice, [n, max_new_tokens, bytes]
+        )
 
     def move(self, source: int, target: int) -> None:
-        self.requests[target], self.host_lengths[target] = self.requests[source], self.host_lengths[source]
-        states = (self.samples, self.lengths, self.prompts, self.limits, self.steps, self.last, self.tokens, self.logprobs)
+        self.requests[target], self.host_lengths[target] = (
+            self.requests[source],
+            self.host_lengths[source],
+        )
+        states = (
+            self.samples,
+            self.lengths,
+            self.prompts,
+            self.limits,
+            self.steps,
+            self.last,
+            self.tokens,
+            self.logprobs,
+        )
         for state in (*states, self.seen, self.kept):
             if state is not None:
                 state[target] = state[source]
@@ -89,7 +107,12 @@ class Engine:
     """Generates with a model in place, by its own weights."""
 
     def __init__(
-        self, model: Transformer, parallel: Parallel, max_batch_size: int, max_seq_len: int, kv_cache_gb: float | None = None
+        self,
+        model: Transformer,
+        parallel: Parallel,
+        max_batch_size: int,
+        max_seq_len: int,
+        kv_cache_gb: float | None = None,
     ) -> None:
         """max_batch_size: sequences at a time, at most; fewer when the cache would take more than kv_cache_gb per rank, or,
 
@@ -115,23 +138,40 @@ class Engine:
         tokens, running) is called once a step, on_completion(index, completion) as each is done; keep_masks: see Completion.
         """
         stop = stop if isinstance(stop, Stop) else Stop(stop)
-        limits = [min(sampling.max_new_tokens, self.max_seq_len - len(prompt)) for prompt in prompts]
-        done: list[Completion | None] = [None if limit > 0 else Completion([], [], "length") for limit in limits]
+        limits = [
+            min(sampling.max_new_tokens, self.max_seq_len - len(prompt)) for prompt in prompts
+        ]
+        done: list[Completion | None] = [
+            None if limit > 0 else Completion([], [], "length") for limit in limits
+        ]
         for i, completion in enumerate(done):
             if completion is not None and on_completion:
                 on_completion(i, completion)
         waiting = self._queue(prompts, [i for i, c in enumerate(done) if c is None])
         if not waiting:
             return done
-        cache_length = max(len(prompts[i]) + limits[i] for request in waiting for i in request.waiting)
-        n_slots = self._slots_that_fit(sum(len(request.waiting) for request in waiting), cache_length)
+        cache_length = max(
+            len(prompts[i]) + limits[i] for request in waiting for i in request.waiting
+        )
+        n_slots = self._slots_that_fit(
+            sum(len(request.waiting) for request in waiting), cache_length
+        )
         device = self.parallel.device
-        cache, slots = Cache(self.model, n_slots, cache_length), Slots(n_slots, sampling.max_new_tokens, device)
+        cache, slots = (
+            Cache(self.model, n_slots, cache_length),
+            Slots(n_slots, sampling.max_new_tokens, device),
+        )
         if sampling.repetition_penalty != 1:
-            slots.seen = torch.zeros(n_slots, self.model.vocabulary_part, dtype=torch.bool, device=device)
+            slots.seen = torch.zeros(
+                n_slots, self.model.vocabulary_part, dtype=torch.bool, device=device
+            )
         if keep_masks and sampling.leaves_out:
             slots.kept = torch.zeros(
-                n_slots, sampling.max_new_tokens, -(-self.model.vocabulary_part // 8), dtype=torch.uint8, device=device
+                n_slots,
+                sampling.max_new_tokens,
+                -(-self.model.vocabulary_part // 8),
+                dtype=torch.uint8,
+                device=device,
             )
         stops = torch.tensor(sorted(stop.ids), dtype=torch.long, device=device)
         running = 0
@@ -189,30 +229,51 @@ class Engine:
         return news
 
     def _prefill(
-        self, news: list[Request], cache: Cache, slots: Slots, rows: slice, samples: list[int] | None, limits: list[int]
+        self,
+        news: list[Request],
+        cache: Cache,
+        slots: Slots,
+        rows: slice,
+        samples: list[int] | None,
+        limits: list[int],
     ) -> Tensor:
         """The new requests' state and cache, and the logits after each prompt: first one slot per prompt, then its copies."""
         device = self.parallel.device
         lengths = [len(request.prompt) for request in news]
-        tokens = torch.tensor([token for request in news for token in request.prompt], device=device)
+        tokens = torch.tensor(
+            [token for request in news for token in request.prompt], device=device
+        )
         layout = Prefill(lengths, cache, rows.start, device)
         logits = self.model.logits(self.model(tokens, layout, layout.ends))
-        source = [*range(len(news)), *(g for g, request in enumerate(news) for _ in request.waiting[1:])]
-        requests = [request.waiting[0] for request in news] + [i for request in news for i in request.waiting[1:]]
+        source = [
+            *range(len(news)),
+            *(g for g, request in enumerate(news) for _ in request.waiting[1:]),
+        ]
+        requests = [request.waiting[0] for request in news] + [
+            i for request in news for i in request.waiting[1:]
+        ]
         if len(requests) > len(news):
             copies = torch.arange(rows.start + len(news), rows.stop, device=device)
-            cache.copy(torch.tensor(source[len(news) :], device=device) + rows.start, copies, max(lengths))
+            cache.copy(
+                torch.tensor(source[len(news) :], device=device) + rows.start, copies, max(lengths)
+            )
             logits = logits[torch.tensor(source, device=device)]
         slots.requests[rows] = requests
         slots.host_lengths[rows] = [lengths[g] for g in source]
-        slots.lengths[rows] = slots.prompts[rows] = torch.tensor(slots.host_lengths[rows], device=device)
-        slots.samples[rows] = torch.tensor([samples[i] if samples else i for i in requests], device=device)
+        slots.lengths[rows] = slots.prompts[rows] = torch.tensor(
+            slots.host_lengths[rows], device=device
+        )
+        slots.samples[rows] = torch.tensor(
+            [samples[i] if samples else i for i in requests], device=device
+        )
         slots.limits[rows] = torch.tensor([limits[i] for i in requests], device=device)
         slots.steps[rows] = 0
         if slots.seen is not None:
             slots.seen[rows] = False
             for slot, g in zip(range(rows.start, rows.stop), source):
-                self._see(slots.seen[slot : slot + 1], torch.tensor([news[g].prompt], device=device))
+                self._see(
+                    slots.seen[slot : slot + 1], torch.tensor([news[g].prompt], device=device)
+                )
         return logits
 
     def _decode(self, slots: Slots, n: int, cache: Cache) -> Tensor:
@@ -225,15 +286,23 @@ class Engine:
                 contexts[-1] = (contexts[-1][0], min(first + width, n), context)
             else:
                 contexts.append((first, min(first + width, n), context))
-        logits = self.model.logits(self.model(slots.last[:n], Decode(cache, slots.lengths[:n], slots.prompts[:n], contexts)))
+        logits = self.model.logits(
+            self.model(
+                slots.last[:n], Decode(cache, slots.lengths[:n], slots.prompts[:n], contexts)
+            )
+        )
         slots.lengths[:n] += 1
         for slot in range(n):
             slots.host_lengths[slot] += 1
         return logits
 
-    def _choose(self, logits: Tensor, slots: Slots, rows: slice, sampling: Sampling, stops: Tensor) -> None:
+    def _choose(
+        self, logits: Tensor, slots: Slots, rows: slice, sampling: Sampling, stops: Tensor
+    ) -> None:
         steps = slots.steps[rows]
-        z = constrained(logits, sampling, steps, stops, None if slots.seen is None else slots.seen[rows])
+        z = constrained(
+            logits, sampling, steps, stops, None if slots.seen is None else slots.seen[rows]
+        )
         tokens, logprobs, kept = choose(z, sampling, slots.samples[rows], steps)
         slots.last[rows] = tokens
         slots.tokens[rows].scatter_(1, steps.unsqueeze(1), tokens.unsqueeze(1))
@@ -241,7 +310,9 @@ class Engine:
         if slots.seen is not None:
             self._see(slots.seen[rows], tokens.unsqueeze(1))
         if slots.kept is not None:
-            slots.kept[rows.start + torch.arange(len(steps), device=steps.device), steps] = pack_bits(kept)
+            slots.kept[rows.start + torch.arange(len(steps), device=steps.device), steps] = (
+                pack_bits(kept)
+            )
         slots.steps[rows] += 1
 
     def _see(self, seen: Tensor, tokens: Tensor) -> None:
@@ -251,7 +322,9 @@ class Engine:
         row, column = here.nonzero(as_tuple=True)
         seen[row, tokens[row, column] - start] = True
 
-    def _ended(self, slots: Slots, rows: slice, stops: Tensor, stop: Stop) -> list[tuple[int, bool, int]]:
+    def _ended(
+        self, slots: Slots, rows: slice, stops: Tensor, stop: Stop
+    ) -> list[tuple[int, bool, int]]:
         """(slot, whether by a stop, new tokens) of the sequences that just ended, in order of slots."""
         stopped = torch.isin(slots.last[rows], stops)
         if stop.strings:
@@ -272,9 +345,17 @@ class Engine:
     def _slots_that_fit(self, wanted: int, length: int) -> int:
         """As many as are wanted, allowed, and fit the memory for the cache on the fullest rank; one at least."""
         config, dtype = self.model.config, self.model.norm.weight.dtype
-        per_slot = 2 * config.n_layers * self.model.kv_heads * config.head_dim * length * dtype.itemsize
-        room = _free_bytes(self.parallel.device) // 2 if self.kv_cache_gb is None else int(self.kv_cache_gb * 1e9)
-        fits = torch.tensor(min(wanted, self.max_batch_size, room // per_slot), device=self.parallel.device)
+        per_slot = (
+            2 * config.n_layers * self.model.kv_heads * config.head_dim * length * dtype.itemsize
+        )
+        room = (
+            _free_bytes(self.parallel.device) // 2
+            if self.kv_cache_gb is None
+            else int(self.kv_cache_gb * 1e9)
+        )
+        fits = torch.tensor(
+            min(wanted, self.max_batch_size, room // per_slot), device=self.parallel.device
+        )
         dist.all_reduce(fits, op=dist.ReduceOp.MIN, group=self.parallel.mp_group)
         return max(1, int(fits))
 
@@ -312,14 +393,24 @@ def generate_sharded(
     different: dict[tuple[int, ...], list[int]] = {}
     for i, prompt in enumerate(prompts):
         different.setdefault(tuple(prompt), []).append(i)
-    together = list(different.values()) if len(different) >= parallel.dp_size else [[i] for i in range(len(prompts))]
+    together = (
+        list(different.values())
+        if len(different) >= parallel.dp_size
+        else [[i] for i in range(len(prompts))]
+    )
     together.sort(key=lambda requests: -len(prompts[requests[0]]))
     mine = [i for requests in together[parallel.dp_rank :: parallel.dp_size] for i in requests]
     ids = [samples[i] if samples else i for i in mine]
 
-    def report(finished: int, new_tokens: int, running: int) -> None:  # the other ranks are about as far
+    def report(
+        finished: int, new_tokens: int, running: int
+    ) -> None:  # the other ranks are about as far
         if on_tokens:
-            on_tokens(finished * parallel.dp_size, new_tokens * parallel.dp_size, running * parallel.dp_size)
+            on_tokens(
+                finished * parallel.dp_size,
+                new_tokens * parallel.dp_size,
+                running * parallel.dp_size,
+            )
 
     def finish(place: int, completion: Completion) -> None:
         if on_completion:

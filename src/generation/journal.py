@@ -34,11 +34,17 @@ class Journal:
                 if not lines:
                     continue  # not even its first line was written whole
                 self._check(json.loads(first), path)
-                for line in lines[:-1]:  # after the last newline: nothing, or a line that was cut short
+                for line in lines[
+                    :-1
+                ]:  # after the last newline: nothing, or a line that was cut short
                     row = json.loads(line)
-                    known[row["request"]] = Completion(row["tokens"], row["logprobs"], row["stop_reason"])
+                    known[row["request"]] = Completion(
+                        row["tokens"], row["logprobs"], row["stop_reason"]
+                    )
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UserError(f"{path}: cannot be read ({error}); remove it to begin again") from None
+                raise UserError(
+                    f"{path}: cannot be read ({error}); remove it to begin again"
+                ) from None
         return known
 
     def _check(self, begun: dict, path: Path) -> None:
@@ -107,8 +113,12 @@ def generate_all(
                 sampling,
                 stop,
                 samples=missing,
-                on_tokens=lambda finished, new, running: bar.update(finished, tokens=new, running=running),
-                on_completion=lambda place, completion: journal.add(missing[place], completion) if journal else None,
+                on_tokens=lambda finished, new, running: bar.update(
+                    finished, tokens=new, running=running
+                ),
+                on_completion=lambda place, completion: (
+                    journal.add(missing[place], completion) if journal else None
+                ),
             )
     finally:
         if journal:

@@ -44,9 +44,16 @@ def exchanged(part: Tensor, spec: TensorSpec, parallel: Parallel, n: int) -> Ten
             a, b = max(start, low), min(stop, high)
             if a < b:
                 place = new.narrow(spec.dim, a - start, b - a)
-                receives.append((owner, place, torch.empty_like(place, memory_format=torch.contiguous_format)))
-    operations = [dist.P2POp(dist.isend, piece, first_rank + rank, parallel.mp_group) for rank, piece in sends]
-    operations += [dist.P2POp(dist.irecv, buffer, first_rank + rank, parallel.mp_group) for rank, _, buffer in receives]
+                receives.append(
+                    (owner, place, torch.empty_like(place, memory_format=torch.contiguous_format))
+                )
+    operations = [
+        dist.P2POp(dist.isend, piece, first_rank + rank, parallel.mp_group) for rank, piece in sends
+    ]
+    operations += [
+        dist.P2POp(dist.irecv, buffer, first_rank + rank, parallel.mp_group)
+        for rank, _, buffer in receives
+    ]
     waits = dist.batch_isend_irecv(operations) if operations else []
     for wait in waits:
         wait.wait()
@@ -85,7 +92,12 @@ class RelaidEngine:
         self.seconds = 0.0  # that the last change of layout took
 
     def generate(
-        self, prompts: list[list[int]], sampling: Sampling, stop: Stop | set[int], samples: list[int], on_tokens=None
+        self,
+        prompts: list[list[int]],
+        sampling: Sampling,
+        stop: Stop | set[int],
+        samples: list[int],
+        on_tokens=None,
     ) -> list[Completion]:
         """`Engine.generate` for prompts that all ranks of one (training) model give alike; all get all completions."""
         began = time.perf_counter()
@@ -95,7 +107,9 @@ class RelaidEngine:
         mine = list(range(self.parallel.mp_rank // self.division.mp_size, len(prompts), models))
         with self.division.active():
             engine = Engine(model, self.division, *self.limits)
-            done = engine.generate([prompts[i] for i in mine], sampling, stop, [samples[i] for i in mine], on_tokens)
+            done = engine.generate(
+                [prompts[i] for i in mine], sampling, stop, [samples[i] for i in mine], on_tokens
+            )
         parts = [None] * self.parallel.mp_size
         dist.all_gather_object(parts, list(zip(mine, done)), group=self.parallel.mp_group)
         whole = dict(pair for part in parts for pair in part)

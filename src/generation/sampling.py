@@ -10,7 +10,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from fairscale.nn.model_parallel.initialize import get_model_parallel_group, get_model_parallel_world_size
+from fairscale.nn.model_parallel.initialize import (
+    get_model_parallel_group,
+    get_model_parallel_world_size,
+)
 from torch import Tensor
 
 from src.errors import UserError
@@ -38,12 +41,21 @@ class Sampling:
     min_new_tokens: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0 or self.max_new_tokens < 1:
+        if (
+            self.temperature < 0
+            or not 0 < self.top_p <= 1
+            or self.top_k < 0
+            or self.max_new_tokens < 1
+        ):
             raise UserError(
                 f"--temperature {self.temperature} --top_p {self.top_p} --top_k {self.top_k} --max_new_tokens "
                 f"{self.max_new_tokens}: need temperature >= 0, 0 < top_p <= 1, top_k >= 0, max_new_tokens >= 1"
             )
-        if not 0 <= self.min_p <= 1 or self.repetition_penalty <= 0 or not 0 <= self.min_new_tokens <= self.max_new_tokens:
+        if (
+            not 0 <= self.min_p <= 1
+            or self.repetition_penalty <= 0
+            or not 0 <= self.min_new_tokens <= self.max_new_tokens
+        ):
             raise UserError(
                 f"--min_p {self.min_p} --repetition_penalty {self.repetition_penalty} --min_new_tokens {self.min_new_tokens}: "
                 f"need 0 <= min_p <= 1, repetition_penalty > 0, 0 <= min_new_tokens <= max_new_tokens ({self.max_new_tokens})"
@@ -60,7 +72,11 @@ class Sampling:
         return self.truncates or (self.temperature > 0 and self.min_new_tokens > 0)
 
 
-_MULTIPLIERS = (-0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)  # 64-bit constants as signed integers
+_MULTIPLIERS = (
+    -0x61C8864680B583EB,
+    -0x40A7B892E31B1A47,
+    -0x6B2FB644ECCEEE15,
+)  # 64-bit constants as signed integers
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
@@ -81,7 +97,9 @@ def uniforms(seed: int, samples: Tensor, steps: Tensor) -> Tensor:
     return _shift_right(mixed, 11).double() * 2.0**-53
 
 
-def constrained(logits: Tensor, sampling: Sampling, steps: Tensor, stops: Tensor, seen: Tensor | None) -> Tensor:
+def constrained(
+    logits: Tensor, sampling: Sampling, steps: Tensor, stops: Tensor, seen: Tensor | None
+) -> Tensor:
     """Logits after the repetition penalty, and without stop tokens where too few tokens have come; fp32.
 
     logits: [n, vocabulary / ranks], used up; steps: tokens so far, [n]; stops: global ids; seen: which tokens of this rank's part
@@ -89,7 +107,11 @@ def constrained(logits: Tensor, sampling: Sampling, steps: Tensor, stops: Tensor
     """
     z = logits.float()
     if seen is not None:
-        z = torch.where(seen, torch.where(z > 0, z / sampling.repetition_penalty, z * sampling.repetition_penalty), z)
+        z = torch.where(
+            seen,
+            torch.where(z > 0, z / sampling.repetition_penalty, z * sampling.repetition_penalty),
+            z,
+        )
     if sampling.min_new_tokens and stops.numel():
         start, stop = vocab_range(z.size(-1))
         local = stops[(stops >= start) & (stops < stop)] - start
@@ -98,7 +120,9 @@ def constrained(logits: Tensor, sampling: Sampling, steps: Tensor, stops: Tensor
     return z
 
 
-def choose(z: Tensor, sampling: Sampling, samples: Tensor, steps: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+def choose(
+    z: Tensor, sampling: Sampling, samples: Tensor, steps: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The next token of each row and its log-probability under the distribution that was sampled from.
 
     z: this rank's columns of the (constrained) logits, [n, vocabulary / ranks], fp32, used up; samples: ids that name each
@@ -107,8 +131,14 @@ def choose(z: Tensor, sampling: Sampling, samples: Tensor, steps: Tensor) -> tup
     """
     if sampling.temperature not in (0, 1):
         z /= sampling.temperature
-    tokens, top = _argmax(z) if sampling.temperature == 0 else (None, mp_all_reduce(z.amax(-1), dist.ReduceOp.MAX))
-    kept = z > -torch.inf if sampling.leaves_out else None  # without the stop tokens that come too early
+    tokens, top = (
+        _argmax(z)
+        if sampling.temperature == 0
+        else (None, mp_all_reduce(z.amax(-1), dist.ReduceOp.MAX))
+    )
+    kept = (
+        z > -torch.inf if sampling.leaves_out else None
+    )  # without the stop tokens that come too early
     if sampling.truncates:
         kept &= z >= _threshold(z, sampling, top).unsqueeze(-1)
         z.masked_fill_(~kept, -torch.inf)
@@ -117,7 +147,9 @@ def choose(z: Tensor, sampling: Sampling, samples: Tensor, steps: Tensor) -> tup
         return tokens, -mp_all_reduce(z.exp_().sum(-1)).log(), None
     # The cumulated mass in fp64: in fp32 the last of 100,000 tokens would be lost in rounding. First of blocks, then in one.
     p, block = z.exp_(), _block(z.size(-1))
-    blocks = p.unflatten(-1, (-1, block)).sum(-1, dtype=torch.float64).cumsum(-1)  # the mass up to and with each block
+    blocks = (
+        p.unflatten(-1, (-1, block)).sum(-1, dtype=torch.float64).cumsum(-1)
+    )  # the mass up to and with each block
     bounds = torch.stack(gather_ranks(blocks[:, -1])).cumsum(0)  # and each rank
     rank, last = vocab_range(1)[0], bounds.size(0) - 1
     before = bounds[rank - 1] if rank else torch.zeros_like(bounds[0])
@@ -127,13 +159,17 @@ def choose(z: Tensor, sampling: Sampling, samples: Tensor, steps: Tensor) -> tup
     rest = (target - before).unsqueeze(-1)
     at = torch.searchsorted(blocks, rest, right=True).clamp_max(blocks.size(-1) - 1)
     rest -= blocks.gather(-1, (at - 1).clamp_min(0)) * (at > 0)
-    inside = p.gather(-1, at * block + torch.arange(block, device=p.device)).cumsum(-1, dtype=torch.float64)
+    inside = p.gather(-1, at * block + torch.arange(block, device=p.device)).cumsum(
+        -1, dtype=torch.float64
+    )
     local = at * block + torch.searchsorted(inside, rest, right=True).clamp_max(block - 1)
     logprob = p.gather(-1, local).squeeze(-1).log() - bounds[last].log()
     if last == 0:
         return local.squeeze(-1), logprob.float(), kept
     start, _ = vocab_range(z.size(-1))
-    found = mp_all_reduce(torch.stack(((local.squeeze(-1) + start) * here, logprob.masked_fill(~here, 0).double())))
+    found = mp_all_reduce(
+        torch.stack(((local.squeeze(-1) + start) * here, logprob.masked_fill(~here, 0).double()))
+    )
     return found[0].long(), found[1].float(), kept
 
 
@@ -198,7 +234,10 @@ def _threshold(z: Tensor, sampling: Sampling, top: Tensor) -> Tensor:
         return torch.maximum(threshold, _nucleus(best, total, top, sampling.top_p)[0])
     if sampling.top_p == 1:
         return threshold
-    total, width = mp_all_reduce((z - top.unsqueeze(-1)).exp().sum(-1, dtype=torch.float64)), CANDIDATES
+    total, width = (
+        mp_all_reduce((z - top.unsqueeze(-1)).exp().sum(-1, dtype=torch.float64)),
+        CANDIDATES,
+    )
     while True:
         best, complete = _largest(z, width)
         found, reached = _nucleus(best, total, top, sampling.top_p)

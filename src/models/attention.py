@@ -43,7 +43,9 @@ def gather_rows(x: Tensor, index: Tensor) -> Tensor:
 
 def band(queries: range, keys: int, window: int, device: torch.device) -> Tensor:
     """True where a query (row) may look at a key (column): itself and what is before it, at most `window` in all (0: any)."""
-    back = torch.arange(queries.start, queries.stop, device=device).unsqueeze(1) - torch.arange(keys, device=device)
+    back = torch.arange(queries.start, queries.stop, device=device).unsqueeze(1) - torch.arange(
+        keys, device=device
+    )
     return (back >= 0) & (back < window) if window else back >= 0
 
 
@@ -57,12 +59,17 @@ class Packed:
     balance_loss: Tensor | None = None  # of each sequence, after a forward with experts
 
     def __init__(
-        self, lengths: list[int], device: torch.device | str = "cpu", prefixes: list[int | None] | None = None
+        self,
+        lengths: list[int],
+        device: torch.device | str = "cpu",
+        prefixes: list[int | None] | None = None,
     ) -> None:
         self.lengths, self.prefixes = lengths, prefixes or [None] * len(lengths)
         before = [0 if p is None else lengths[p] for p in self.prefixes]
         self.longest = max(lengths, default=0)
-        self.context = max(map(int.__add__, lengths, before), default=0)  # positions that the rotary table must cover
+        self.context = max(
+            map(int.__add__, lengths, before), default=0
+        )  # positions that the rotary table must cover
         self.size = torch.tensor(lengths, dtype=torch.long)
         starts = self.size.cumsum(0) - self.size
         self.starts = starts.to(device)
@@ -81,7 +88,11 @@ class Packed:
     @property
     def prompt_lengths(self) -> Tensor:
         """For each token how long its sequence was when it was first seen: whole, prefix and all, [N]."""
-        return (self.size + torch.tensor(self.before)).repeat_interleave(self.size).to(self.starts.device)
+        return (
+            (self.size + torch.tensor(self.before))
+            .repeat_interleave(self.size)
+            .to(self.starts.device)
+        )
 
     def means(self, x: Tensor) -> Tensor:
         """Each sequence's mean over its tokens, [N, …] → [sequences, …]."""
@@ -118,7 +129,11 @@ class Packed:
             plain = not before and not 0 < window < k.size(2)
             mask = None if plain else band(range(before, k.size(2)), k.size(2), window, q.device)
             grouped = q.size(1) != k.size(1)
-            out.append(F.scaled_dot_product_attention(q, k, v, mask, is_causal=plain, enable_gqa=grouped)[0].transpose(0, 1))
+            out.append(
+                F.scaled_dot_product_attention(q, k, v, mask, is_causal=plain, enable_gqa=grouped)[
+                    0
+                ].transpose(0, 1)
+            )
         return torch.cat(out).to(dtype)
 
     def _with_prefixes(self, parts: tuple[Tensor, ...]) -> list[Tensor]:
@@ -137,7 +152,9 @@ class Packed:
             else:
                 k, v = (x.repeat_interleave(q.size(1) // x.size(1), 1) for x in (k, v))
         reach = (window - 1 if window else -1, 0)
-        return varlen_attn(q, k, v, queries, keys, self.longest, self.context, window_size=reach, **grouped)
+        return varlen_attn(
+            q, k, v, queries, keys, self.longest, self.context, window_size=reach, **grouped
+        )
 
     @staticmethod
     def _bounds(lengths: list[int], device: torch.device) -> Tensor:

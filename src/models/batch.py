@@ -1,10 +1,11 @@
 """Queries and responses as one packed batch, and what is read off the model at their tokens."""
 
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
-from typing import Callable, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -43,7 +44,9 @@ class Batch:
         self.tokens, self.layout = tokens, Packed(lengths, tokens.device)
         self.responses = [length - prompt for length, prompt in zip(lengths, prompt_lengths)]
         ends = torch.tensor(lengths, dtype=torch.long).cumsum(0)
-        self.rows = end_to_end(ends - torch.tensor(self.responses, dtype=torch.long) - 1, self.responses).to(tokens.device)
+        self.rows = end_to_end(
+            ends - torch.tensor(self.responses, dtype=torch.long) - 1, self.responses
+        ).to(tokens.device)
         self.targets = tokens[self.rows + 1]
 
     @classmethod
@@ -61,7 +64,9 @@ def shared_prompt(sequences: list[Sequence]) -> int:
     """Tokens of the prompt that all of them go on from; 0 where that is not one, or there is only one sequence."""
     first = sequences[0]
     length = first.prompt_length
-    same = all(s.prompt_length == length and s.tokens[:length] == first.tokens[:length] for s in sequences)
+    same = all(
+        s.prompt_length == length and s.tokens[:length] == first.tokens[:length] for s in sequences
+    )
     return length if same and len(sequences) > 1 else 0
 
 
@@ -116,9 +121,15 @@ def response_logprobs(
 
     if torch.is_grad_enabled():
         of = partial(checkpoint, of, use_reentrant=False)
-    chunks = zip(hidden.split(size), batch.targets.split(size), repeat(None) if kept is None else kept.split(size))
+    chunks = zip(
+        hidden.split(size),
+        batch.targets.split(size),
+        repeat(None) if kept is None else kept.split(size),
+    )
     parts = [of(*chunk) for chunk in chunks]
-    return torch.cat([logprobs for logprobs, _ in parts]), torch.cat([entropy for _, entropy in parts])
+    return torch.cat([logprobs for logprobs, _ in parts]), torch.cat(
+        [entropy for _, entropy in parts]
+    )
 
 
 def response_loss(
@@ -149,7 +160,9 @@ def sequence_scores(model: Transformer, batch: Batch | PromptTree) -> Tensor:
     return model.scores(model(batch.tokens, batch.layout, batch.ends))
 
 
-def weighted_balance_loss(model: Transformer, batch: Batch | PromptTree, weights: list[float], denominator: float) -> Tensor:
+def weighted_balance_loss(
+    model: Transformer, batch: Batch | PromptTree, weights: list[float], denominator: float
+) -> Tensor:
     """The experts' load-balancing loss of a batch that went through the model: Σ over sequences of weight × loss, over the
 
     denominator, times the model's coefficient. It is each sequence's own, so that no cut into batches changes it. 0 without experts.
@@ -160,7 +173,9 @@ def weighted_balance_loss(model: Transformer, batch: Batch | PromptTree, weights
     return model.router_aux_loss_coef * (batch.layout.balance_loss * weight).sum() / denominator
 
 
-def micro_batches(lengths: list[int], max_batch_size: int, max_tokens: int | None = None) -> list[list[int]]:
+def micro_batches(
+    lengths: list[int], max_batch_size: int, max_tokens: int | None = None
+) -> list[list[int]]:
     """Indices of `lengths` in groups of at most `max_batch_size`, and of at most `max_tokens` tokens, as few as come easily.
 
     A row that is longer by itself stands alone. Without max_tokens the rows of a group are alike in length, the longest first.
@@ -171,7 +186,11 @@ def micro_batches(lengths: list[int], max_batch_size: int, max_tokens: int | Non
     groups: list[list[int]] = []
     room: list[int] = []  # tokens that each group still takes
     for i in order:  # first fit, the longest first
-        fitting = (g for g, group in enumerate(groups) if room[g] >= lengths[i] and len(group) < max_batch_size)
+        fitting = (
+            g
+            for g, group in enumerate(groups)
+            if room[g] >= lengths[i] and len(group) < max_batch_size
+        )
         at = next(fitting, None)
         if at is None:
             at = len(groups)
@@ -183,7 +202,11 @@ def micro_batches(lengths: list[int], max_batch_size: int, max_tokens: int | Non
 
 
 def over_ranks(
-    compute: Callable[[list[int]], list[T]], lengths: list[int], max_batch_size: int, parallel: Parallel, progress
+    compute: Callable[[list[int]], list[T]],
+    lengths: list[int],
+    max_batch_size: int,
+    parallel: Parallel,
+    progress,
 ) -> list[T]:
     """A result for every row: `compute` is given micro-batches of row numbers, shared among the data-parallel ranks.
 

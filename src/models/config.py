@@ -57,8 +57,17 @@ SIZES = (
     "sliding_window", "n_experts", "experts_per_token", "qkv_bias",
 )  # fmt: skip
 
-LARGEST = {"n_layers": 10_000, "n_experts": 10_000}  # what no model has, and would keep us building tables
-MAY_BE_ZERO = ("sliding_window", "first_window_layer", "n_experts", "experts_per_token", "router_aux_loss_coef")
+LARGEST = {
+    "n_layers": 10_000,
+    "n_experts": 10_000,
+}  # what no model has, and would keep us building tables
+MAY_BE_ZERO = (
+    "sliding_window",
+    "first_window_layer",
+    "n_experts",
+    "experts_per_token",
+    "router_aux_loss_coef",
+)
 _NO_DEFAULT = object()
 
 
@@ -117,7 +126,9 @@ def _read_scaling(ours, raw: dict, where: str) -> RopeScaling | None:
     """Our own `rope_scaling`, or Meta's `use_scaled_rope` (Llama 3.1: factor 8 over 8192 tokens)."""
     if ours is not None:
         if not isinstance(ours, dict) or set(ours) - {field.name for field in fields(RopeScaling)}:
-            raise UserError(f"{where}: rope_scaling is {ours!r}, its fields are {[f.name for f in fields(RopeScaling)]}")
+            raise UserError(
+                f"{where}: rope_scaling is {ours!r}, its fields are {[f.name for f in fields(RopeScaling)]}"
+            )
         return checked_scaling(where, **ours)
     if not raw.get("use_scaled_rope"):
         return None
@@ -133,7 +144,9 @@ def params_of(config: ModelConfig) -> dict:
 def checked_scaling(where: str, **values) -> RopeScaling:
     """A RopeScaling whose values make sense, or UserError."""
     if values.get("kind") not in ("linear", "llama3", "yarn"):
-        raise UserError(f"{where}: rope scaling {values.get('kind')!r} is not supported; linear, llama3 and yarn are")
+        raise UserError(
+            f"{where}: rope scaling {values.get('kind')!r} is not supported; linear, llama3 and yarn are"
+        )
     for name in ("factor", "original_max_seq_len"):
         number(values, name, where, kind=float)
     for name in values.keys() - {"kind"}:
@@ -160,23 +173,37 @@ def checked(where: str, **values) -> ModelConfig:
         if good and kind is float:
             good = 0 < value < 1e12 or (value == 0 and least == 0)
         if not good:
-            words = {int: "a whole number", float: "a number", str: "a name", bool: "true or false"}[kind]
-            wanted = words if kind in (str, bool) else f"{words} {'from' if least == 0 else 'above'} 0"
+            words = {
+                int: "a whole number",
+                float: "a number",
+                str: "a name",
+                bool: "true or false",
+            }[kind]
+            wanted = (
+                words if kind in (str, bool) else f"{words} {'from' if least == 0 else 'above'} 0"
+            )
             raise UserError(f"{where}: {field.name} is {value!r}; {wanted} is expected")
     config = ModelConfig(**values)
     if config.head not in ("lm", "score"):
         raise UserError(f"{where}: unknown head {config.head!r}; lm or score is expected")
     if config.n_heads % config.n_kv_heads:
-        raise UserError(f"{where}: {config.n_heads} heads cannot share {config.n_kv_heads} kv heads evenly")
+        raise UserError(
+            f"{where}: {config.n_heads} heads cannot share {config.n_kv_heads} kv heads evenly"
+        )
     if config.rope_scaling and config.rope_scaling.kind == "yarn" and config.rope_theta <= 1:
         raise UserError(f"{where}: rope_theta is {config.rope_theta}; yarn needs one above 1")
-    if (config.use_logn_attn or config.use_dynamic_ntk) and (config.max_seq_len < 2 or config.head_dim < 4):
+    if (config.use_logn_attn or config.use_dynamic_ntk) and (
+        config.max_seq_len < 2 or config.head_dim < 4
+    ):
         raise UserError(
             f"{where}: seq_length {config.max_seq_len} and head_dim {config.head_dim}: logn and NTK need 2 and 4 at least"
         )
     if config.head_dim % 2:
         raise UserError(f"{where}: head_dim {config.head_dim} is odd; rotary embeddings need pairs")
-    if bool(config.n_experts) != bool(config.experts_per_token) or config.experts_per_token > config.n_experts:
+    if (
+        bool(config.n_experts) != bool(config.experts_per_token)
+        or config.experts_per_token > config.n_experts
+    ):
         raise UserError(
             f"{where}: {config.experts_per_token} experts per token of {config.n_experts} experts cannot be chosen"
         )

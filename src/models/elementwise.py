@@ -6,7 +6,7 @@ what they need in memory.
 
 import os
 import shutil
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from src.errors import UserError
 from src.parallel.mappings import copy_to_model_parallel_region
-
 
 _compiled: dict[str, Callable] = {}  # filled by `compile_elementwise`
 
@@ -26,7 +25,9 @@ def compile_elementwise() -> None:
     Raises UserError where there is no compiler.
     """
     if not torch.cuda.is_available() and shutil.which(os.environ.get("CXX", "g++")) is None:
-        raise UserError("--compile: on the CPU torch.compile needs a C++ compiler: install g++, or leave --compile out")
+        raise UserError(
+            "--compile: on the CPU torch.compile needs a C++ compiler: install g++, or leave --compile out"
+        )
     _compiled["rms_norm"] = torch.compile(_plain_rms_norm, dynamic=True)
     _compiled["swiglu"] = torch.compile(_plain_swiglu, dynamic=True)
 
@@ -39,7 +40,11 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        mean = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_().div_(x.size(-1))
+        mean = (
+            torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+            .square_()
+            .div_(x.size(-1))
+        )
         r = mean.add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, r)
         return (x * r).to(x.dtype).mul_(weight)
@@ -48,7 +53,10 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, weight, r = ctx.saved_tensors
         rows, dim = x.reshape(-1, x.size(-1)).float(), x.size(-1)
-        r, product = r.view(-1, 1), grad.reshape(rows.shape) * rows  # g x, of which dw and the mean are two products
+        r, product = (
+            r.view(-1, 1),
+            grad.reshape(rows.shape) * rows,
+        )  # g x, of which dw and the mean are two products
         dw = (product.t() @ r).view(dim).to(weight.dtype) if ctx.needs_input_grad[1] else None
         dx = None
         if ctx.needs_input_grad[0]:
@@ -66,7 +74,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm over the last axis, in fp32 whatever the dtype (as Meta's), times the weight."""
     if _compiled:
         return _compiled["rms_norm"](x, weight, eps)
-    return _plain_rms_norm(x, weight, eps) if x.is_cuda else _RMSNorm.apply(x, weight, eps)  # CUDA has a kernel for it
+    return (
+        _plain_rms_norm(x, weight, eps) if x.is_cuda else _RMSNorm.apply(x, weight, eps)
+    )  # CUDA has a kernel for it
 
 
 class RMSNorm(nn.RMSNorm):

@@ -10,7 +10,11 @@ from torch import Tensor, nn
 from src.models.attention import gather_rows
 from src.models.config import ModelConfig
 from src.models.quantize import Quantized, dense
-from src.parallel.layers import ReplicatedLinear, copy_to_model_parallel_region, reduce_from_model_parallel_region
+from src.parallel.layers import (
+    ReplicatedLinear,
+    copy_to_model_parallel_region,
+    reduce_from_model_parallel_region,
+)
 
 
 class _Grouped(torch.autograd.Function):
@@ -91,10 +95,15 @@ class MixtureOfExperts(nn.Module):
         if self.config.norm_topk_prob:
             weights = weights / weights.sum(-1, keepdim=True)
         # Each rank's experts give a part of the output, so the gradient of the weights is a sum over the ranks, like x's.
-        weights, rows = copy_to_model_parallel_region(weights.to(x.dtype)), copy_to_model_parallel_region(x)
+        weights, rows = (
+            copy_to_model_parallel_region(weights.to(x.dtype)),
+            copy_to_model_parallel_region(x),
+        )
         order = chosen.flatten().argsort(stable=True)
         counts = torch.bincount(chosen.flatten(), minlength=n_experts)
-        rows = gather_rows(rows.unsqueeze(1).expand(-1, k, -1).flatten(0, 1), order)  # each token k times, by expert
+        rows = gather_rows(
+            rows.unsqueeze(1).expand(-1, k, -1).flatten(0, 1), order
+        )  # each token k times, by expert
         out = gather_rows(self.experts(rows, counts), order.argsort()).unflatten(0, (-1, k))
         out = reduce_from_model_parallel_region(torch.einsum("nkd,nk->nd", out, weights))
         choices = torch.zeros_like(probabilities).scatter_(1, chosen, 1.0)

@@ -25,8 +25,12 @@ class Family:
 
     architecture: str  # of the class names in transformers: LlamaForCausalLM
     names: dict[str, tuple[Stored, ...]]  # ours (Meta's) → where it may lie; written as the first
-    keys: dict[str, str] = field(default_factory=dict)  # our field → config.json's key, where it isn't Llama's
-    defaults: dict = field(default_factory=dict)  # what transformers takes for keys that are not there
+    keys: dict[str, str] = field(
+        default_factory=dict
+    )  # our field → config.json's key, where it isn't Llama's
+    defaults: dict = field(
+        default_factory=dict
+    )  # what transformers takes for keys that are not there
     has: dict = field(default_factory=dict)  # fields that are so in every model of the family
     # whether sliding_window counts; flagged: with use_sliding_window
     windows: Literal["never", "always", "flagged"] = "never"

@@ -28,8 +28,13 @@ class TrainingFlops:
 
         Layers below the lowest with a trained weight need no gradients. Of the experts those count that a token goes through.
         """
-        config, trained = model.config, {n.replace(".base.", "."): p.requires_grad for n, p in model.named_parameters()}
-        lowest = next((i for i, block in enumerate(model.layers) if _trains(block)), config.n_layers)
+        config, trained = (
+            model.config,
+            {n.replace(".base.", "."): p.requires_grad for n, p in model.named_parameters()},
+        )
+        lowest = next(
+            (i for i, block in enumerate(model.layers) if _trains(block)), config.n_layers
+        )
         lowest = -1 if trained["tok_embeddings.weight"] else lowest
         per_token = per_needed = 0.0
         for name, spec in tensor_table(config).items():
@@ -54,7 +59,9 @@ class TrainingFlops:
                 per_needed += flops
             else:
                 per_token += flops
-        per_pair = 4.0 * config.n_heads * config.head_dim * (3 * config.n_layers - 2 * max(lowest, 0))
+        per_pair = (
+            4.0 * config.n_heads * config.head_dim * (3 * config.n_layers - 2 * max(lowest, 0))
+        )
         return cls(per_token, per_needed, per_pair)
 
     def __call__(self, tokens: int, needed: int, pairs: float) -> float:
@@ -71,11 +78,19 @@ def attention_pairs(config: ModelConfig, length: int, prefix: int = 0) -> float:
     """Pairs of a query and a key that it sees, in one sequence: a mean over the layers, some of which may have a window."""
 
     def pairs(window: int) -> float:
-        short = max(0, min(length, window - prefix)) if window else length  # queries that see everything before them
+        short = (
+            max(0, min(length, window - prefix)) if window else length
+        )  # queries that see everything before them
         return short * prefix + short * (short + 1) / 2 + (length - short) * window
 
-    plain = min(config.first_window_layer, config.n_layers) if config.sliding_window else config.n_layers
-    return (plain * pairs(0) + (config.n_layers - plain) * pairs(config.sliding_window)) / config.n_layers
+    plain = (
+        min(config.first_window_layer, config.n_layers)
+        if config.sliding_window
+        else config.n_layers
+    )
+    return (
+        plain * pairs(0) + (config.n_layers - plain) * pairs(config.sliding_window)
+    ) / config.n_layers
 
 
 def _trains(module: nn.Module) -> bool:

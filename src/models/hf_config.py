@@ -71,7 +71,9 @@ def config_from_hf(raw: dict, where: str) -> ModelConfig:
         raise UserError(f"{where}: model_type is {name!r}; supported: {', '.join(FAMILIES)}")
     for key, reason in REFUSED.items():
         if raw.get(key):
-            raise UserError(f"{where}: {key} is set: {reason}, and this model would be wrong without it")
+            raise UserError(
+                f"{where}: {key} is set: {reason}, and this model would be wrong without it"
+            )
     if raw.get("hidden_act", "silu") != "silu":
         raise UserError(f"{where}: hidden_act is {raw['hidden_act']!r}; only 'silu' is supported")
     if raw.get("decoder_sparse_step", 1) != 1:
@@ -80,18 +82,31 @@ def config_from_hf(raw: dict, where: str) -> ModelConfig:
         )
     rope = _rope(raw, where)
     raw = raw | {key: value for key, value in rope.items() if raw.get(key) is None}
-    for key, other in (("num_experts", "num_local_experts"), ("num_local_experts", "num_experts")):  # transformers 4, 5
+    for key, other in (
+        ("num_experts", "num_local_experts"),
+        ("num_local_experts", "num_experts"),
+    ):  # transformers 4, 5
         raw.setdefault(key, raw.get(other))
 
     def read(field: str, default=None, kind: type = int):
-        return number(raw, family.keys.get(field, KEYS[field]), where, family.defaults.get(field, default), kind)
+        return number(
+            raw,
+            family.keys.get(field, KEYS[field]),
+            where,
+            family.defaults.get(field, default),
+            kind,
+        )
 
-    sizes = {field: read(field) for field in ("dim", "n_layers", "n_heads", "hidden_dim", "vocab_size")}
+    sizes = {
+        field: read(field) for field in ("dim", "n_layers", "n_heads", "hidden_dim", "vocab_size")
+    }
     for field, value in sizes.items():
         if value is None:
             number(raw, family.keys.get(field, KEYS[field]), where)  # says that it is needed
     if sizes["hidden_dim"] % family.ffn_factor:
-        raise UserError(f"{where}: intermediate_size {sizes['hidden_dim']} is not {family.ffn_factor} times a whole width")
+        raise UserError(
+            f"{where}: intermediate_size {sizes['hidden_dim']} is not {family.ffn_factor} times a whole width"
+        )
     sizes["hidden_dim"] //= family.ffn_factor
     max_seq_len = read("max_seq_len", 2048)
     values = {
@@ -108,13 +123,22 @@ def config_from_hf(raw: dict, where: str) -> ModelConfig:
         **family.has,
     }
     if "n_experts" in family.keys:
-        values["n_experts"], values["experts_per_token"] = read("n_experts"), read("experts_per_token")
+        values["n_experts"], values["experts_per_token"] = (
+            read("n_experts"),
+            read("experts_per_token"),
+        )
         coefficient = raw.get("router_aux_loss_coef")
-        values["router_aux_loss_coef"] = family.defaults["router_aux_loss_coef"] if coefficient is None else coefficient
-        values["norm_topk_prob"] = raw.get("norm_topk_prob", family.defaults.get("norm_topk_prob", True))
+        values["router_aux_loss_coef"] = (
+            family.defaults["router_aux_loss_coef"] if coefficient is None else coefficient
+        )
+        values["norm_topk_prob"] = raw.get(
+            "norm_topk_prob", family.defaults.get("norm_topk_prob", True)
+        )
     if name == "qwen":
         if raw.get("no_bias", True) is not True:
-            raise UserError(f"{where}: no_bias is {raw['no_bias']!r}; only Qwen with a bias on c_attn alone is supported")
+            raise UserError(
+                f"{where}: no_bias is {raw['no_bias']!r}; only Qwen with a bias on c_attn alone is supported"
+            )
         values |= {field: raw.get(field, True) for field in ("use_logn_attn", "use_dynamic_ntk")}
     return checked(where, **values)
 
@@ -127,7 +151,9 @@ def _rope(raw: dict, where: str) -> dict:
             raise UserError(f"{where}: {key} is {part!r}, a JSON object is expected")
         rope |= part
     if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1)) not in (None, 1):
-        raise UserError(f"{where}: partial_rotary_factor is not 1; only whole heads are rotated here")
+        raise UserError(
+            f"{where}: partial_rotary_factor is not 1; only whole heads are rotated here"
+        )
     return rope
 
 
@@ -135,19 +161,30 @@ def _scaling(rope: dict, max_seq_len: int, where: str) -> RopeScaling | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
-    values = {ours: rope[theirs] for ours, theirs in SCALING_KEYS.items() if rope.get(theirs) is not None}
+    values = {
+        ours: rope[theirs] for ours, theirs in SCALING_KEYS.items() if rope.get(theirs) is not None
+    }
     if rope.get("mscale") or rope.get("mscale_all_dim") or rope.get("truncate") is False:
-        raise UserError(f"{where}: rope scaling by mscale, mscale_all_dim or truncate is not supported")
+        raise UserError(
+            f"{where}: rope scaling by mscale, mscale_all_dim or truncate is not supported"
+        )
     values["original_max_seq_len"] = rope.get("original_max_position_embeddings") or max_seq_len
     if kind == "yarn":
         factor = number(rope, "factor", where, kind=float)
-        values["attention_factor"] = rope.get("attention_factor") or 0.1 * math.log(max(factor, 1.0)) + 1.0
+        values["attention_factor"] = (
+            rope.get("attention_factor") or 0.1 * math.log(max(factor, 1.0)) + 1.0
+        )
     return checked_scaling(where, kind=kind, factor=rope.get("factor"), **values)
 
 
 def _head(raw: dict, where: str) -> dict:
-    architectures, labels = raw.get("architectures") or [], raw.get("id2label", raw.get("num_labels", 2))
-    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+    architectures, labels = (
+        raw.get("architectures") or [],
+        raw.get("id2label", raw.get("num_labels", 2)),
+    )
+    if not isinstance(architectures, list) or not all(
+        isinstance(name, str) for name in architectures
+    ):
         raise UserError(f"{where}: architectures is {architectures!r}, a list of names is expected")
     scored = any("SequenceClassification" in name for name in architectures)
     labels = len(labels) if isinstance(labels, (dict, list)) else labels
@@ -155,14 +192,20 @@ def _head(raw: dict, where: str) -> dict:
     if not isinstance(tied, bool):
         raise UserError(f"{where}: tie_word_embeddings is {tied!r}, true or false is expected")
     if scored and labels != 1:
-        raise UserError(f"{where}: a verifier has one score per sequence, this classifier has {labels} labels")
+        raise UserError(
+            f"{where}: a verifier has one score per sequence, this classifier has {labels} labels"
+        )
     return {"head": "score" if scored else "lm", "tie_word_embeddings": tied and not scored}
 
 
 def _window(raw: dict, family: Family, n_layers: int, where: str) -> dict:
     """The sliding window and the layer at which it begins; `layer_types` may spell out the same, nothing else."""
     window, first = raw.get("sliding_window", family.defaults.get("sliding_window")), 0
-    if family.windows == "never" or (family.windows == "flagged" and not raw.get("use_sliding_window")) or window is None:
+    if (
+        family.windows == "never"
+        or (family.windows == "flagged" and not raw.get("use_sliding_window"))
+        or window is None
+    ):
         window = 0
     elif "first_window_layer" in family.defaults:
         first = raw.get("max_window_layers", family.defaults["first_window_layer"])
@@ -172,16 +215,25 @@ def _window(raw: dict, family: Family, n_layers: int, where: str) -> dict:
     types = raw.get("layer_types")
     if types is not None and not isinstance(types, list):
         raise UserError(f"{where}: layer_types is {types!r}, a list is expected")
-    if types is not None and (len(types) != n_layers or types != layer_types(window, first, n_layers)):
-        raise UserError(f"{where}: layer_types {types} do not follow from sliding_window {window} from layer {first} on")
+    if types is not None and (
+        len(types) != n_layers or types != layer_types(window, first, n_layers)
+    ):
+        raise UserError(
+            f"{where}: layer_types {types} do not follow from sliding_window {window} from layer {first} on"
+        )
     return {"sliding_window": window, "first_window_layer": first}
 
 
 def layer_types(window: int, first: int, n_layers: int) -> list[str]:
-    return ["sliding_attention" if window and layer >= first else "full_attention" for layer in range(n_layers)]
+    return [
+        "sliding_attention" if window and layer >= first else "full_attention"
+        for layer in range(n_layers)
+    ]
 
 
-def hf_config(config: ModelConfig, dtype: str, special_ids: dict[str, int | list[int] | None], pad_id: int = 0) -> dict:
+def hf_config(
+    config: ModelConfig, dtype: str, special_ids: dict[str, int | list[int] | None], pad_id: int = 0
+) -> dict:
     """`config.json` with the keys of transformers 4 and 5 both, so that either reads it.
 
     special_ids: "bos_token_id" and "eos_token_id"; pad_id: for a classifier, an id that no text holds.
@@ -191,13 +243,23 @@ def hf_config(config: ModelConfig, dtype: str, special_ids: dict[str, int | list
     rope = {"rope_type": "default", "rope_theta": c.rope_theta}
     if c.rope_scaling:
         s = c.rope_scaling
-        rope |= {"rope_type": s.kind, "factor": s.factor, "original_max_position_embeddings": int(s.original_max_seq_len)}
+        rope |= {
+            "rope_type": s.kind,
+            "factor": s.factor,
+            "original_max_position_embeddings": int(s.original_max_seq_len),
+        }
         if s.kind == "llama3":
             rope |= {"low_freq_factor": s.low_freq_factor, "high_freq_factor": s.high_freq_factor}
         if s.kind == "yarn":
-            rope |= {"beta_fast": s.beta_fast, "beta_slow": s.beta_slow, "attention_factor": s.attention_factor}
+            rope |= {
+                "beta_fast": s.beta_fast,
+                "beta_slow": s.beta_slow,
+                "attention_factor": s.attention_factor,
+            }
     written = {
-        "architectures": [family.architecture + ("ForSequenceClassification" if scored else "ForCausalLM")],
+        "architectures": [
+            family.architecture + ("ForSequenceClassification" if scored else "ForCausalLM")
+        ],
         "model_type": name,
         "hidden_act": "silu",
         "rope_parameters": rope,
@@ -238,5 +300,10 @@ def hf_config(config: ModelConfig, dtype: str, special_ids: dict[str, int | list
         }
     if scored:
         # transformers scores the last token that is not padding: the pad id must be one that no text holds.
-        written |= {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}, "pad_token_id": pad_id}
+        written |= {
+            "num_labels": 1,
+            "id2label": {"0": "score"},
+            "label2id": {"score": 0},
+            "pad_token_id": pad_id,
+        }
     return written

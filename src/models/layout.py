@@ -51,7 +51,10 @@ class TensorSpec:
 
     def local_shape(self, n: int) -> tuple[int, ...]:
         """Shape of each rank's part, the same for all."""
-        return tuple(self._share(n) * self.unit if axis == self.dim else size for axis, size in enumerate(self.shape))
+        return tuple(
+            self._share(n) * self.unit if axis == self.dim else size
+            for axis, size in enumerate(self.shape)
+        )
 
     def copies(self, n: int) -> int:
         """How many ranks hold the same values: all of them, one, or those that share a kv head."""
@@ -90,7 +93,10 @@ class TensorSpec:
         if self.dim is None:
             return parts[0]
         owners = self.owners(len(parts))
-        return torch.cat([parts[rank].narrow(self.dim, 0, stop - start) for rank, start, stop in owners], self.dim)
+        return torch.cat(
+            [parts[rank].narrow(self.dim, 0, stop - start) for rank, start, stop in owners],
+            self.dim,
+        )
 
 
 def layer_table(config: ModelConfig) -> dict[str, TensorSpec]:
@@ -131,7 +137,11 @@ def tensor_table(config: ModelConfig) -> dict[str, TensorSpec]:
     c = config
     # Meta cuts the embedding along its width; a tied one must be cut like the output layer it also is.
     vocabulary = TensorSpec((c.vocab_size, c.dim), 0)
-    table = {"tok_embeddings.weight": vocabulary if c.tie_word_embeddings else TensorSpec((c.vocab_size, c.dim), 1)}
+    table = {
+        "tok_embeddings.weight": vocabulary
+        if c.tie_word_embeddings
+        else TensorSpec((c.vocab_size, c.dim), 1)
+    }
     layer = layer_table(c)
     for i in range(c.n_layers):
         table |= {f"layers.{i}.{name}": spec for name, spec in layer.items()}

@@ -4,8 +4,26 @@ from src.models.config import ModelConfig
 from src.models.family import Family, stored
 
 
-def _llama(dim: int, n_layers: int, n_heads: int, n_kv_heads: int, hidden_dim: int, norm_eps: float, context: int):
-    return ModelConfig(dim, n_layers, n_heads, n_kv_heads, dim // n_heads, hidden_dim, 32000, norm_eps, max_seq_len=context)
+def _llama(
+    dim: int,
+    n_layers: int,
+    n_heads: int,
+    n_kv_heads: int,
+    hidden_dim: int,
+    norm_eps: float,
+    context: int,
+):
+    return ModelConfig(
+        dim,
+        n_layers,
+        n_heads,
+        n_kv_heads,
+        dim // n_heads,
+        hidden_dim,
+        32000,
+        norm_eps,
+        max_seq_len=context,
+    )
 
 
 # ours (Meta's) → Hugging Face's; {} is the layer

@@ -4,8 +4,8 @@ y = W x + (alpha / rank) · B A x. On a column-parallel layer A is replicated an
 A is cut like W and B is replicated. B starts at zero, so that the adapted model starts as the base model.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,12 @@ from src.models.init import random_tensor
 from src.models.layout import TensorSpec, tensor_table
 from src.models.quantize import dense
 from src.models.transformer import FeedForward, Transformer, build
-from src.parallel.layers import ColumnParallelLinear, RowParallelLinear, copy_to_model_parallel_region, sum_gradient
+from src.parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    copy_to_model_parallel_region,
+    sum_gradient,
+)
 from src.parallel.setup import Parallel
 
 TARGETS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
@@ -36,7 +41,9 @@ class LoRAConfig:
     def __post_init__(self) -> None:
         unknown = [name for name in self.targets if name not in TARGETS]
         if unknown or not self.targets:
-            raise UserError(f"--lora_targets {','.join(self.targets)}: choose from {','.join(TARGETS)}")
+            raise UserError(
+                f"--lora_targets {','.join(self.targets)}: choose from {','.join(TARGETS)}"
+            )
 
     @property
     def scale(self) -> float:
@@ -96,8 +103,16 @@ def lora_table(config: ModelConfig, lora: LoRAConfig) -> dict[str, TensorSpec]:
         stem = name.removesuffix(".weight")
         if stem.rsplit(".", 1)[-1] in lora.targets:
             *experts, out_features, in_features = spec.shape
-            a, b = TensorSpec((*experts, lora.rank, in_features)), TensorSpec((*experts, out_features, lora.rank))
-            cut_like_base = {"dim": spec.dim, "unit": spec.unit, "kv_heads": spec.kv_heads, "repeated": spec.repeated}
+            a, b = (
+                TensorSpec((*experts, lora.rank, in_features)),
+                TensorSpec((*experts, out_features, lora.rank)),
+            )
+            cut_like_base = {
+                "dim": spec.dim,
+                "unit": spec.unit,
+                "kv_heads": spec.kv_heads,
+                "repeated": spec.repeated,
+            }
             if spec.dim == len(experts) + 1:
                 a = replace(a, **cut_like_base)
             else:
@@ -107,7 +122,11 @@ def lora_table(config: ModelConfig, lora: LoRAConfig) -> dict[str, TensorSpec]:
 
 
 def add_lora(
-    model: Transformer, lora: LoRAConfig, seed: int, parallel: Parallel, start_from: dict[str, Tensor] | None = None
+    model: Transformer,
+    lora: LoRAConfig,
+    seed: int,
+    parallel: Parallel,
+    start_from: dict[str, Tensor] | None = None,
 ) -> None:
     """Wrap the target layers of a loaded model and freeze everything else (but a score head, which is new).
 
@@ -121,7 +140,11 @@ def add_lora(
         parent, child = stem.rsplit(".", 1)
         parent = model.get_submodule(parent)
         if not isinstance(getattr(parent, child), LoRA):
-            setattr(parent, child, LoRA(getattr(parent, child), base_table[f"{stem}.weight"], lora, parallel))
+            setattr(
+                parent,
+                child,
+                LoRA(getattr(parent, child), base_table[f"{stem}.weight"], lora, parallel),
+            )
         if start_from is not None:
             whole = start_from[name]
         elif factor == "lora_b":

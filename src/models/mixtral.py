@@ -10,9 +10,15 @@ def experts(block: str, w1: str, w2: str, w3: str) -> dict[str, tuple[Stored, ..
     ours, each = "layers.{}.feed_forward.experts", f"{block}.experts.{{expert}}"
     fused = "model.layers.{}.mlp.experts"
     return {
-        f"{ours}.w1.weight": (Stored(f"{each}.{w1}.weight"), Stored(f"{fused}.gate_up_proj", 0, 2, 1)),
+        f"{ours}.w1.weight": (
+            Stored(f"{each}.{w1}.weight"),
+            Stored(f"{fused}.gate_up_proj", 0, 2, 1),
+        ),
         f"{ours}.w2.weight": (Stored(f"{each}.{w2}.weight"), Stored(f"{fused}.down_proj")),
-        f"{ours}.w3.weight": (Stored(f"{each}.{w3}.weight"), Stored(f"{fused}.gate_up_proj", 1, 2, 1)),
+        f"{ours}.w3.weight": (
+            Stored(f"{each}.{w3}.weight"),
+            Stored(f"{fused}.gate_up_proj", 1, 2, 1),
+        ),
     }
 
 

@@ -38,28 +38,38 @@ class Quantized(Tensor):
     """A weight [..., out, in] of which only codes and one fp32 scale per block are kept; `dtype` is what it is computed in."""
 
     @staticmethod
-    def __new__(cls, codes: Tensor, scales: Tensor, kind: str, in_features: int, dtype: torch.dtype):
+    def __new__(
+        cls, codes: Tensor, scales: Tensor, kind: str, in_features: int, dtype: torch.dtype
+    ):
         shape = (*codes.shape[:-1], in_features)
         return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=codes.device)
 
-    def __init__(self, codes: Tensor, scales: Tensor, kind: str, in_features: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, codes: Tensor, scales: Tensor, kind: str, in_features: int, dtype: torch.dtype
+    ) -> None:
         self.codes, self.scales, self.kind = codes, scales, kind
 
     def _like(self, change, dtype: torch.dtype | None = None) -> "Quantized":
-        return Quantized(change(self.codes), change(self.scales), self.kind, self.shape[-1], dtype or self.dtype)
+        return Quantized(
+            change(self.codes), change(self.scales), self.kind, self.shape[-1], dtype or self.dtype
+        )
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         if self.kind == "nf4":
             padded = (*self.codes.shape[:-1], self.codes.shape[-1] * 2)
             whole = _library().dequantize_4bit(self.codes, self.scales, BLOCK, "nf4", padded, dtype)
         else:
-            whole = _library().dequantize_blockwise(self.codes, self.scales, _levels(self.codes.device), BLOCK, dtype)
+            whole = _library().dequantize_blockwise(
+                self.codes, self.scales, _levels(self.codes.device), BLOCK, dtype
+            )
         return whole[..., : self.shape[-1]]
 
     def __repr__(self, **_) -> str:
         return f"Quantized({self.kind}, {tuple(self.shape)}, {self.dtype}, device={self.device})"
 
-    def __tensor_flatten__(self):  # with its inverse, what nn.Module.to asks of a parameter that is such a tensor
+    def __tensor_flatten__(
+        self,
+    ):  # with its inverse, what nn.Module.to asks of a parameter that is such a tensor
         return ["codes", "scales"], (self.kind, self.shape[-1], self.dtype)
 
     @staticmethod
@@ -81,13 +91,19 @@ class Quantized(Tensor):
         if function is aten.clone.default:
             return weight._like(torch.clone)
         if function is aten._to_copy.default:
-            return weight._like(lambda t: t.to(kwargs.get("device"), copy=True), kwargs.get("dtype"))
-        if function is aten.select.int and weight.dim() == 3 and args[1] == 0:  # one expert of a stack
+            return weight._like(
+                lambda t: t.to(kwargs.get("device"), copy=True), kwargs.get("dtype")
+            )
+        if (
+            function is aten.select.int and weight.dim() == 3 and args[1] == 0
+        ):  # one expert of a stack
             return weight._like(lambda t: t[args[2]])
         if function is aten.unbind.int and weight.dim() == 3 and args[1:] in ((), (0,)):
             return [weight._like(lambda t: t[e]) for e in range(weight.size(0))]
         if function is aten.new_empty.default:
-            return torch.empty(args[1], **{"dtype": weight.dtype, "device": weight.device, **kwargs})
+            return torch.empty(
+                args[1], **{"dtype": weight.dtype, "device": weight.device, **kwargs}
+            )
         raise NotImplementedError(f"{function} of a quantised weight: take dense(weight)")
 
 
@@ -122,7 +138,9 @@ def quantized(weight: Tensor, kind: str) -> nn.Parameter:
         codes, scales = _library().quantize_4bit(padded, BLOCK, "nf4", torch.uint8)
     else:
         codes, scales = _library().quantize_blockwise(padded, _levels(weight.device), BLOCK)
-    inner = Quantized(codes.view(*rows, -1), scales.view(*rows, -1), kind, in_features, weight.dtype)
+    inner = Quantized(
+        codes.view(*rows, -1), scales.view(*rows, -1), kind, in_features, weight.dtype
+    )
     return nn.Parameter(inner, requires_grad=False)
 
 

@@ -6,7 +6,15 @@ from src.models.llama import ATTENTION, NAMES
 from src.models.mixtral import experts
 
 
-def _qwen(dim: int, n_layers: int, n_heads: int, hidden_dim: int, vocab_size: int, rope_theta: float, context: int):
+def _qwen(
+    dim: int,
+    n_layers: int,
+    n_heads: int,
+    hidden_dim: int,
+    vocab_size: int,
+    rope_theta: float,
+    context: int,
+):
     return ModelConfig(
         dim, n_layers, n_heads, n_heads, 128, hidden_dim, vocab_size, 1e-6, rope_theta, context,
         family="qwen", qkv_bias=True, use_logn_attn=True, use_dynamic_ntk=True,
@@ -18,10 +26,13 @@ _BIASES = {
     for ours, theirs in (("wq", "q_proj"), ("wk", "k_proj"), ("wv", "v_proj"))
 }
 _NORMS = {
-    f"layers.{{}}.attention.{norm}.weight": f"model.layers.{{}}.self_attn.{norm}.weight" for norm in ("q_norm", "k_norm")
+    f"layers.{{}}.attention.{norm}.weight": f"model.layers.{{}}.self_attn.{norm}.weight"
+    for norm in ("q_norm", "k_norm")
 }
 _C_ATTN = {  # [Q; K; V] stacked
-    f"layers.{{}}.attention.{ours}.{kind}": (Stored(f"transformer.h.{{}}.attn.c_attn.{kind}", third, 3),)
+    f"layers.{{}}.attention.{ours}.{kind}": (
+        Stored(f"transformer.h.{{}}.attn.c_attn.{kind}", third, 3),
+    )
     for third, ours in enumerate(("wq", "wk", "wv"))
     for kind in ("weight", "bias")
 }
@@ -81,7 +92,9 @@ QWEN3_MOE = Family(
     "Qwen3Moe",
     {
         **ATTENTION,
-        **stored({**_NORMS, "layers.{}.feed_forward.gate.weight": "model.layers.{}.mlp.gate.weight"}),
+        **stored(
+            {**_NORMS, "layers.{}.feed_forward.gate.weight": "model.layers.{}.mlp.gate.weight"}
+        ),
         **experts("model.layers.{}.mlp", "gate_proj", "down_proj", "up_proj"),
     },
     keys={"n_experts": "num_experts", "hidden_dim": "moe_intermediate_size"},

@@ -45,7 +45,9 @@ def _yarn(frequencies: Tensor, s: RopeScaling, config: ModelConfig) -> Tensor:
 
 def rotary_table(config: ModelConfig, length: int, device: torch.device) -> Tensor:
     """cos and sin of position × frequency, as complex numbers [length, head_dim / 2]."""
-    angles = torch.outer(torch.arange(length, device=device).float(), inverse_frequencies(config, device))
+    angles = torch.outer(
+        torch.arange(length, device=device).float(), inverse_frequencies(config, device)
+    )
     scale = config.rope_scaling.attention_factor if config.rope_scaling else 1.0
     return torch.polar(torch.full_like(angles, scale), angles)
 
@@ -55,7 +57,9 @@ def ntk_rotary(config: ModelConfig, positions: Tensor, prompt_lengths: Tensor) -
 
     α = max(1, 2^⌈log₂(L / seq_length) + 1⌉ − 1) and base · α^(d / (d − 2)); fixed at prefill.
     """
-    alpha = (2 ** ((prompt_lengths.double() / config.max_seq_len).log2() + 1).ceil() - 1).clamp_min(1)
+    alpha = (2 ** ((prompt_lengths.double() / config.max_seq_len).log2() + 1).ceil() - 1).clamp_min(
+        1
+    )
     d = config.head_dim
     base = config.rope_theta * alpha ** (d / (d - 2))
     exponents = torch.arange(0, d, 2, device=positions.device).double() / d

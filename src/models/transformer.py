@@ -5,9 +5,9 @@ sequences, the generation cache for one token at a time), so training, scoring, 
 Head counts are read off the shards' shapes; what the families differ in are values of the config.
 """
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Iterator
 
 import torch
 import torch.distributed as dist
@@ -38,7 +38,6 @@ from src.parallel.layers import (
     reduce_from_model_parallel_region,
 )
 from src.parallel.vocab import IMPOSSIBLE
-
 
 _aten = torch.ops.aten
 KEPT = {  # what is dear to compute: products and attention
@@ -91,7 +90,9 @@ class Shard:
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int, shard: Shard, replicas: dist.ProcessGroup | None) -> None:
+    def __init__(
+        self, config: ModelConfig, layer: int, shard: Shard, replicas: dist.ProcessGroup | None
+    ) -> None:
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
         self.window = config.sliding_window if layer >= config.first_window_layer else 0
@@ -107,10 +108,16 @@ class Attention(nn.Module):
     def stack(self, device: torch.device) -> None:
         self.stacked = Stacked([self.wq, self.wk, self.wv], device)
 
-    def forward(self, x: Tensor, layout, rotary: tuple[Tensor, Tensor], rows: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, layout, rotary: tuple[Tensor, Tensor], rows: Tensor | None = None
+    ) -> Tensor:
         x = copy_to_model_parallel_region(x)
         layers = (self.wq, self.wk, self.wv)
-        parts = self.stacked(x, layers).split(self.stacked.sizes, -1) if self.stacked else [layer(x) for layer in layers]
+        parts = (
+            self.stacked(x, layers).split(self.stacked.sizes, -1)
+            if self.stacked
+            else [layer(x) for layer in layers]
+        )
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -119,7 +126,9 @@ class Attention(nn.Module):
         if padding:  # a padded head beside a real kv head would give its values' mean, and wo's zeros a gradient
             out = F.pad(out[:, : self.heads], (0, 0, 0, padding))
         out = out.flatten(-2)
-        return reduce_from_model_parallel_region(self.wo(out if rows is None else gather_rows(out, rows)))
+        return reduce_from_model_parallel_region(
+            self.wo(out if rows is None else gather_rows(out, rows))
+        )
 
 
 class FeedForward(nn.Module):
@@ -136,16 +145,26 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         x = copy_to_model_parallel_region(x)
         layers = (self.w1, self.w3)
-        joined = self.stacked(x, layers) if self.stacked else torch.cat([layer(x) for layer in layers], -1)
+        joined = (
+            self.stacked(x, layers)
+            if self.stacked
+            else torch.cat([layer(x) for layer in layers], -1)
+        )
         return reduce_from_model_parallel_region(self.w2(swiglu(joined))), None
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int, shard: Shard, replicas: dist.ProcessGroup | None) -> None:
+    def __init__(
+        self, config: ModelConfig, layer: int, shard: Shard, replicas: dist.ProcessGroup | None
+    ) -> None:
         super().__init__()
         self.attention = Attention(config, layer, shard.at("attention"), replicas)
         feed_forward = shard.at("feed_forward")
-        self.feed_forward = MixtureOfExperts(config, feed_forward) if config.n_experts else FeedForward(feed_forward)
+        self.feed_forward = (
+            MixtureOfExperts(config, feed_forward)
+            if config.n_experts
+            else FeedForward(feed_forward)
+        )
         self.attention_norm = RMSNorm(shard["attention_norm.weight"], config.norm_eps)
         self.ffn_norm = RMSNorm(shard["ffn_norm.weight"], config.norm_eps)
 
@@ -166,7 +185,13 @@ class Transformer(nn.Module):
     share this rank's kv heads. In training mode Qwen v1's extrapolation past its context is off, as in its own code.
     """
 
-    def __init__(self, config: ModelConfig, rank: int = 0, n: int = 1, replicas: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        rank: int = 0,
+        n: int = 1,
+        replicas: dist.ProcessGroup | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         shard = Shard(tensor_table(config), rank, n)
@@ -175,17 +200,23 @@ class Transformer(nn.Module):
             self.tok_embeddings = VocabParallelEmbedding(embedding, rank)
         else:
             self.tok_embeddings = ParallelEmbedding(embedding, config.dim)
-        self.layers = nn.ModuleList(Block(config, i, shard.at(f"layers.{i}"), replicas) for i in range(config.n_layers))
+        self.layers = nn.ModuleList(
+            Block(config, i, shard.at(f"layers.{i}"), replicas) for i in range(config.n_layers)
+        )
         self.norm = RMSNorm(shard["norm.weight"], config.norm_eps)
         if config.head == "score":
             self.score = ReplicatedLinear(shard["score.weight"])
         else:
             vocabulary = "tok_embeddings.weight" if config.tie_word_embeddings else "output.weight"
             self.vocabulary = shard.real(vocabulary)  # entries of this rank without padding
-            self.vocabulary_part = shard.spec(vocabulary).local_shape(n)[0]  # with padding: the logits' columns
+            self.vocabulary_part = shard.spec(vocabulary).local_shape(n)[
+                0
+            ]  # with padding: the logits' columns
             if not config.tie_word_embeddings:
                 self.output = ColumnParallelLinear(shard["output.weight"])
-        self.kv_heads = shard.spec("layers.0.attention.wk.weight").local_shape(n)[0] // config.head_dim  # of this rank
+        self.kv_heads = (
+            shard.spec("layers.0.attention.wk.weight").local_shape(n)[0] // config.head_dim
+        )  # of this rank
         self.recompute = "none"  # activation checkpointing: see CHECKPOINTING
         self.router_aux_loss_coef = config.router_aux_loss_coef
         self._rotary = None
@@ -199,11 +230,15 @@ class Transformer(nn.Module):
         rotary = self.rotary(layout)
         x, routers = self.tok_embeddings(tokens), []
         for block in self.layers:
-            last = block is self.layers[-1] and not self.config.n_experts  # the experts' balance counts every token
+            last = (
+                block is self.layers[-1] and not self.config.n_experts
+            )  # the experts' balance counts every token
             wanted = rows if last else None
             if self.recompute != "none" and torch.is_grad_enabled():
                 again = CHECKPOINTING[self.recompute]
-                x, router = checkpoint(block, x, layout, rotary, wanted, use_reentrant=False, context_fn=again)
+                x, router = checkpoint(
+                    block, x, layout, rotary, wanted, use_reentrant=False, context_fn=again
+                )
             else:
                 x, router = block(x, layout, rotary, wanted)
             if router is not None and torch.is_grad_enabled() and self.router_aux_loss_coef:
@@ -230,7 +265,11 @@ class Transformer(nn.Module):
         """This rank's columns of the vocabulary's logits: [M, dim] → [M, vocabulary / n]."""
         logits = F.linear(copy_to_model_parallel_region(hidden), self.vocabulary_weight)
         padding = logits.size(-1) - self.vocabulary
-        return F.pad(logits[..., : self.vocabulary], (0, padding), value=IMPOSSIBLE) if padding else logits
+        return (
+            F.pad(logits[..., : self.vocabulary], (0, padding), value=IMPOSSIBLE)
+            if padding
+            else logits
+        )
 
     def scores(self, hidden: Tensor) -> Tensor:
         """The scalar head in fp32, the same on every rank: [M, dim] → [M]."""
@@ -240,7 +279,11 @@ class Transformer(nn.Module):
         """The rotation of each token's queries and of its keys, complex, [N, head_dim / 2] each."""
         c, positions = self.config, layout.positions
         device = positions.device
-        if self._rotary is None or self._rotary.size(0) < layout.context or self._rotary.device != device:
+        if (
+            self._rotary is None
+            or self._rotary.size(0) < layout.context
+            or self._rotary.device != device
+        ):
             self._rotary = rotary_table(c, max(layout.context, 256), device)
         keys = self._rotary[positions]
         if self.training or layout.context <= c.max_seq_len:
@@ -262,7 +305,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def build(
-    config: ModelConfig, rank: int, n: int, dtype: torch.dtype, replicas: dist.ProcessGroup | None = None
+    config: ModelConfig,
+    rank: int,
+    n: int,
+    dtype: torch.dtype,
+    replicas: dist.ProcessGroup | None = None,
 ) -> Transformer:
     """Rank `rank` of `n`'s part of the model on the meta device: names, shapes and copies, no memory."""
     with torch.device("meta"):

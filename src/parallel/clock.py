@@ -1,8 +1,8 @@
 """Where a step's time goes: its phases, and communication, which is taken out of the phase that it falls in."""
 
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Iterator
 
 import torch
 

@@ -27,8 +27,12 @@ class GradientBuckets:
                 size = 0
             self.buckets[-1].append(parameter)
             size += 4 * parameter.numel()
-        self.bucket_of = {parameter: number for number, bucket in enumerate(self.buckets) for parameter in bucket}
-        self.missing: list[int] | None = None  # gradients that each bucket waits for; None: not armed
+        self.bucket_of = {
+            parameter: number for number, bucket in enumerate(self.buckets) for parameter in bucket
+        }
+        self.missing: list[int] | None = (
+            None  # gradients that each bucket waits for; None: not armed
+        )
         self.under_way: list[tuple[Tensor, object]] = []
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(self._arrived)
@@ -47,8 +51,14 @@ class GradientBuckets:
     def _start(self) -> None:
         """The next bucket's sum begins."""
         bucket = self.buckets[len(self.under_way)]
-        grads = [torch.zeros_like(p, dtype=torch.float32) if p.grad is None else p.grad for p in bucket]
-        flat = grads[0].contiguous().view(-1) if len(grads) == 1 else torch.cat([grad.flatten() for grad in grads])
+        grads = [
+            torch.zeros_like(p, dtype=torch.float32) if p.grad is None else p.grad for p in bucket
+        ]
+        flat = (
+            grads[0].contiguous().view(-1)
+            if len(grads) == 1
+            else torch.cat([grad.flatten() for grad in grads])
+        )
         for parameter in bucket:
             parameter.grad = None
         self.under_way.append((flat, all_reduce_start(flat, self.group)))

@@ -8,8 +8,8 @@ layers (one all-reduce in backward serves q, k and v), `reduce_from_model_parall
 """
 
 import os
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Iterator
 
 import torch
 import torch.distributed as dist
@@ -52,14 +52,18 @@ class _SumGradient(torch.autograd.Function):
 
 def sum_gradient(weight: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The weight; its gradient is summed over the ranks that hold the same, if there are others."""
-    return weight if group is None or not weight.requires_grad else _SumGradient.apply(weight, group)
+    return (
+        weight if group is None or not weight.requires_grad else _SumGradient.apply(weight, group)
+    )
 
 
 PACKED_ROWS = 8  # fp32: fewer rows are faster with the plain weight
 PACKED_SHARE = 8  # weights are packed when they take at most this part of the machine's memory
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tensor | None = None
+) -> Tensor:
     """x Wᵀ + b, by the packed copy of the weight where there is one and it pays. [N, in] → [N, out]."""
     if packed is not None and (x.size(0) >= PACKED_ROWS or x.dtype == torch.bfloat16):
         return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
@@ -102,7 +106,9 @@ class Stacked:
         parts = [getattr(layer, name) for layer in self.layers]
         if not (torch.is_grad_enabled() and parts[0].requires_grad):
             return whole
-        return _Stack.apply(whole, *(sum_gradient(part, layer.replicas) for part, layer in zip(parts, self.layers)))
+        return _Stack.apply(
+            whole, *(sum_gradient(part, layer.replicas) for part, layer in zip(parts, self.layers))
+        )
 
     def __call__(self, x: Tensor, modules: tuple[nn.Module, ...]) -> Tensor:
         """What the modules make of x, side by side: the layers themselves, or adapters around them, which add their part."""
@@ -111,7 +117,10 @@ class Stacked:
         adapted = [module is not layer for module, layer in zip(modules, self.layers)]
         if not any(adapted):
             return y
-        added = [m.low_rank(x) if is_one else y.new_zeros(len(y), n) for m, is_one, n in zip(modules, adapted, self.sizes)]
+        added = [
+            m.low_rank(x) if is_one else y.new_zeros(len(y), n)
+            for m, is_one, n in zip(modules, adapted, self.sizes)
+        ]
         return y + torch.cat(added, -1)
 
 
@@ -124,7 +133,10 @@ class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
     row_parallel, packed = False, None
 
     def __init__(
-        self, weight: nn.Parameter, bias: nn.Parameter | None = None, replicas: dist.ProcessGroup | None = None
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None = None,
+        replicas: dist.ProcessGroup | None = None,
     ) -> None:
         nn.Module.__init__(self)
         self.weight, self.bias, self.replicas = weight, bias, replicas
@@ -153,9 +165,15 @@ def packed_weights(model: nn.Module, parallel) -> Iterator[None]:
 
     Only where the copies are small beside the machine's memory: they take as much as the weights.
     """
-    holders = _packable(model) if parallel.device.type == "cpu" and not torch.is_grad_enabled() else []
-    size = sum(holder.weight.nbytes for holder in holders) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if not holders or size * PACKED_SHARE > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+    holders = (
+        _packable(model) if parallel.device.type == "cpu" and not torch.is_grad_enabled() else []
+    )
+    size = sum(holder.weight.nbytes for holder in holders) * int(
+        os.environ.get("LOCAL_WORLD_SIZE", 1)
+    )
+    if not holders or size * PACKED_SHARE > os.sysconf("SC_PHYS_PAGES") * os.sysconf(
+        "SC_PAGE_SIZE"
+    ):
         yield
         return
     try:
@@ -171,13 +189,24 @@ def _packable(model: nn.Module) -> list:
     """What multiplies by a plain weight of a dtype that the library packs."""
     if not torch.backends.mkldnn.is_available():
         return []
-    holders = [holder for module in model.modules() for holder in module.__dict__.values() if isinstance(holder, Stacked)]
+    holders = [
+        holder
+        for module in model.modules()
+        for holder in module.__dict__.values()
+        if isinstance(holder, Stacked)
+    ]
     stacked = {id(layer) for holder in holders for layer in holder.layers}
     layers = [
-        m for m in model.modules() if isinstance(m, (ColumnParallelLinear, RowParallelLinear)) and id(m) not in stacked
+        m
+        for m in model.modules()
+        if isinstance(m, (ColumnParallelLinear, RowParallelLinear)) and id(m) not in stacked
     ]
     kinds = [torch.float32] + [torch.bfloat16] * torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return [h for h in holders + layers if type(h.weight) in (Tensor, nn.Parameter) and h.weight.dtype in kinds]
+    return [
+        h
+        for h in holders + layers
+        if type(h.weight) in (Tensor, nn.Parameter) and h.weight.dtype in kinds
+    ]
 
 
 class ParallelEmbedding(fairscale_layers.ParallelEmbedding):
@@ -191,7 +220,9 @@ class ParallelEmbedding(fairscale_layers.ParallelEmbedding):
         self.weight = weight
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return super().forward(tokens)[..., : self.embedding_dim]  # the last rank's padding, if any, is cut off
+        return super().forward(tokens)[
+            ..., : self.embedding_dim
+        ]  # the last rank's padding, if any, is cut off
 
 
 class VocabParallelEmbedding(fairscale_layers.VocabParallelEmbedding):

@@ -4,7 +4,10 @@ FairScale has the same, bound to `torch.distributed`; these go through shared me
 """
 
 import torch
-from fairscale.nn.model_parallel.initialize import get_model_parallel_group, get_model_parallel_world_size
+from fairscale.nn.model_parallel.initialize import (
+    get_model_parallel_group,
+    get_model_parallel_world_size,
+)
 from torch import Tensor
 
 from src.parallel.shared_memory import summed

@@ -11,10 +11,11 @@ import math
 import os
 import platform
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Callable, Iterator, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -51,7 +52,9 @@ class Parallel:
     def divided(self, mp_size: int) -> "Parallel":
         """The same ranks as more, smaller models: neighbours share one. All ranks must ask together; `active` switches to it."""
         if mp_size < 1 or self.mp_size % mp_size:
-            raise UserError(f"{mp_size} ranks per model do not divide the {self.mp_size} of --model_parallel_size")
+            raise UserError(
+                f"{mp_size} ranks per model do not divide the {self.mp_size} of --model_parallel_size"
+            )
         return _divide(self.rank, self.world_size, mp_size, self.device, self.timeout)
 
     @contextmanager
@@ -71,7 +74,9 @@ class Parallel:
         """
         if size > 1 and size not in self._replicas:
             models = torch.arange(self.world_size).split(self.mp_size)
-            self._replicas[size] = _own_group([r.tolist() for m in models for r in m.split(size)], self.rank, self.timeout)
+            self._replicas[size] = _own_group(
+                [r.tolist() for m in models for r in m.split(size)], self.rank, self.timeout
+            )
         return self._replicas.get(size)
 
 
@@ -88,7 +93,9 @@ def start(model_parallel_size: int | None = None, timeout: float = 1800) -> Para
         if "RANK" in os.environ:
             dist.init_process_group(backend, timeout=limit)
         else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
+            dist.init_process_group(
+                backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit
+            )
     rank, world = dist.get_rank(), dist.get_world_size()
     mp = world if model_parallel_size is None else model_parallel_size
     if mp < 1 or world % mp:
@@ -112,7 +119,9 @@ def _divide(rank: int, world: int, mp: int, device: torch.device, limit: timedel
     dp_group = _own_group(grid.T.tolist(), rank, limit)
     for group in (mp_group, dp_group):
         share_memory(group, device, limit.total_seconds())
-    return Parallel(rank, world, rank % mp, mp, rank // mp, world // mp, device, mp_group, dp_group, limit)
+    return Parallel(
+        rank, world, rank % mp, mp, rank // mp, world // mp, device, mp_group, dp_group, limit
+    )
 
 
 def _hand_over(mp_group: dist.ProcessGroup, dp_group: dist.ProcessGroup) -> None:
@@ -122,7 +131,9 @@ def _hand_over(mp_group: dist.ProcessGroup, dp_group: dist.ProcessGroup) -> None
 
 
 def _own_group(divisions: list[list[int]], rank: int, limit: timedelta) -> dist.ProcessGroup:
-    groups = [dist.new_group(ranks, timeout=limit) for ranks in divisions]  # every rank must make every group
+    groups = [
+        dist.new_group(ranks, timeout=limit) for ranks in divisions
+    ]  # every rank must make every group
     return next(group for ranks, group in zip(divisions, groups) if rank in ranks)
 
 

@@ -9,8 +9,8 @@ import os
 import platform
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,11 @@ BITS = 24  # of a flag, for the number of bytes
 LINE = 8  # flags of 8 bytes each, a cache line apart
 PATIENCE = 200  # looks at a flag before the core is offered to others
 
-_OPERATIONS = {dist.ReduceOp.SUM: torch.add, dist.ReduceOp.MAX: torch.maximum, dist.ReduceOp.MIN: torch.minimum}
+_OPERATIONS = {
+    dist.ReduceOp.SUM: torch.add,
+    dist.ReduceOp.MAX: torch.maximum,
+    dist.ReduceOp.MIN: torch.minimum,
+}
 _reducers: dict[dist.ProcessGroup, "SharedReducer"] = {}
 
 
@@ -32,8 +36,16 @@ class SharedReducer:
 
     def __init__(self, group: dist.ProcessGroup, timeout: float, path: str, total: int) -> None:
         """path: a file of `total` bytes in the machine's memory, that all ranks of the group open."""
-        self.rank, self.size, self.timeout, self.turn = dist.get_rank(group), dist.get_world_size(group), timeout, 0
-        memory, flag_bytes = torch.from_file(path, shared=True, size=total, dtype=torch.uint8), self.size * LINE * 8
+        self.rank, self.size, self.timeout, self.turn = (
+            dist.get_rank(group),
+            dist.get_world_size(group),
+            timeout,
+            0,
+        )
+        memory, flag_bytes = (
+            torch.from_file(path, shared=True, size=total, dtype=torch.uint8),
+            self.size * LINE * 8,
+        )
         # Each rank's word: the number of the tensor that it last wrote, and how many bytes that had, written in one go.
         self.flags = memory[:flag_bytes].view(torch.int64).view(self.size, LINE).numpy()
         self.slots = memory[flag_bytes:].view(2, self.size, SLOT_BYTES)
@@ -48,7 +60,9 @@ class SharedReducer:
         self.turn += 1
         slots = self.slots[self.turn % 2, :, : x.nbytes].view(x.dtype)
         slots[self.rank].copy_(x)
-        self.flags[self.rank, 0] = self.turn << BITS | x.nbytes  # after the data: x86 keeps the order of stores
+        self.flags[self.rank, 0] = (
+            self.turn << BITS | x.nbytes
+        )  # after the data: x86 keeps the order of stores
         for rank in range(self.size):
             if rank != self.rank:
                 self._wait_for(rank, x.nbytes)
@@ -70,7 +84,9 @@ class SharedReducer:
                     )
         theirs = word & (1 << BITS) - 1
         if word >> BITS == self.turn and theirs != size:
-            raise RuntimeError(f"rank {rank} all-reduces {theirs} bytes, rank {self.rank} {size}: they went apart")
+            raise RuntimeError(
+                f"rank {rank} all-reduces {theirs} bytes, rank {self.rank} {size}: they went apart"
+            )
 
 
 def share_memory(group: dist.ProcessGroup, device: torch.device, timeout: float) -> None:
@@ -82,7 +98,11 @@ def share_memory(group: dist.ProcessGroup, device: torch.device, timeout: float)
     size = dist.get_world_size(group)
     if size == 1 or device.type != "cpu":
         return
-    works = platform.system() == "Linux" and platform.machine() in ("x86_64", "AMD64") and os.access("/dev/shm", os.W_OK)
+    works = (
+        platform.system() == "Linux"
+        and platform.machine() in ("x86_64", "AMD64")
+        and os.access("/dev/shm", os.W_OK)
+    )
     local = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
     works = works and local <= len(os.sched_getaffinity(0))
     every: list = [None] * size

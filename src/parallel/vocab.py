@@ -1,6 +1,7 @@
 """Log-probabilities over a vocabulary that is split across ranks: the logits are never gathered."""
 
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from src.parallel.shared_memory import all_reduce
 
-IMPOSSIBLE = -30000.0  # the logit of a padded vocabulary entry: a probability of exactly 0, and finite in every dtype
+IMPOSSIBLE = (
+    -30000.0
+)  # the logit of a padded vocabulary entry: a probability of exactly 0, and finite in every dtype
 LOGITS_AT_ONCE, LOGITS_AT_ONCE_CUDA = 2**25, 2**27  # numbers in a chunk: 128 MiB in fp32, 512 MiB
 
 
@@ -72,11 +75,20 @@ def _softmax(z: Tensor, targets: Tensor, entropy: bool) -> tuple[Tensor, Tensor 
         sums = [z.exp_().sum(-1), of_target, torch.zeros_like(of_target)]
     total, of_target, weighted = mp_all_reduce(torch.stack(sums))
     log_total = total.log()
-    return of_target - log_total, log_total - weighted / total if entropy else None, _Where(total, column, here)
+    return (
+        of_target - log_total,
+        log_total - weighted / total if entropy else None,
+        _Where(total, column, here),
+    )
 
 
 def _softmax_gradient(
-    exp: Tensor, grad: Tensor | None, grad_entropy: Tensor | None, entropy: Tensor | None, at: _Where, scale: float
+    exp: Tensor,
+    grad: Tensor | None,
+    grad_entropy: Tensor | None,
+    entropy: Tensor | None,
+    at: _Where,
+    scale: float,
 ) -> Tensor:
     """scale × the gradient for z, in the exponentials' place.
 
@@ -106,7 +118,9 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_logprobs: Tensor, grad_entropy: Tensor):
         exp, entropy, *at = ctx.saved_tensors
-        grad = _softmax_gradient(exp.clone(), grad_logprobs, grad_entropy, entropy, _Where(*at), 1 / ctx.temperature)
+        grad = _softmax_gradient(
+            exp.clone(), grad_logprobs, grad_entropy, entropy, _Where(*at), 1 / ctx.temperature
+        )
         return grad.to(ctx.dtype), None, None, None
 
 
@@ -133,9 +147,19 @@ LossOf = Callable[[Tensor, Tensor | None, slice], Tensor]
 
 class _TargetLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, real: int, targets: Tensor, loss_of: LossOf, options: tuple):
+    def forward(
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        real: int,
+        targets: Tensor,
+        loss_of: LossOf,
+        options: tuple,
+    ):
         temperature, entropy, kept = options
-        ctx.scale = 1024.0 if weight.dtype == torch.float16 else 1.0  # fp16 would lose what is smaller than 6e-8
+        ctx.scale = (
+            1024.0 if weight.dtype == torch.float16 else 1.0
+        )  # fp16 would lose what is smaller than 6e-8
         wanted, n = ctx.needs_input_grad, targets.size(0)
         at_once = rows_at_once(n, weight)
         grad_hidden = torch.empty_like(hidden) if wanted[0] else None
@@ -154,9 +178,9 @@ class _TargetLoss(torch.autograd.Function):
                 part = loss_of(logprobs, h, rows)
                 grads = torch.autograd.grad(part, inputs, allow_unused=True)
             loss += part.detach()
-            grad = _softmax_gradient(z, grads[0], grads[1] if entropy else None, h, at, ctx.scale / temperature).to(
-                weight.dtype
-            )
+            grad = _softmax_gradient(
+                z, grads[0], grads[1] if entropy else None, h, at, ctx.scale / temperature
+            ).to(weight.dtype)
             if wanted[0]:
                 torch.mm(grad, weight, out=grad_hidden[rows])
             if wanted[1] and grad_weight is None:
@@ -169,7 +193,9 @@ class _TargetLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         # in place, once: what is saved is this function's own
-        hidden, weight = (None if x is None else x.mul_(grad / ctx.scale) for x in ctx.saved_tensors)
+        hidden, weight = (
+            None if x is None else x.mul_(grad / ctx.scale) for x in ctx.saved_tensors
+        )
         return hidden, weight, None, None, None, None
 
 

@@ -17,7 +17,9 @@ def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> T
     return rewards.scatter_add(1, last, scores.unsqueeze(1))
 
 
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, bootstrap: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, bootstrap: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimates and returns (arXiv 1506.02438, equation 16), [B, T] each, 0 where masked.
 
     values: [B, T], V before each response token; bootstrap: [B], V after the last one: 0 after EOS, the value of the
@@ -51,7 +53,10 @@ def group_advantages(rewards: Tensor, samples: int, kind: str) -> Tensor:
 
 def whiten(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """(x − mean) / std over the entries of all ranks of `group`; x: [R]. One sample, or equal ones, give 0."""
-    count, total = torch.tensor(float(x.numel()), device=x.device, dtype=torch.float64), x.double().sum()
+    count, total = (
+        torch.tensor(float(x.numel()), device=x.device, dtype=torch.float64),
+        x.double().sum(),
+    )
     sums = torch.stack((count, total))
     _all_reduce(sums, group)
     centred = x.double() - sums[1] / sums[0]
@@ -73,7 +78,13 @@ class Moments:
     def update(self, x: Tensor, group: dist.ProcessGroup | None = None) -> None:
         """Take in a batch of any shape; all ranks of the group must."""
         x = x.double()
-        new = torch.stack((torch.tensor(float(x.numel()), dtype=torch.float64, device=x.device), x.sum(), x.square().sum()))
+        new = torch.stack(
+            (
+                torch.tensor(float(x.numel()), dtype=torch.float64, device=x.device),
+                x.sum(),
+                x.square().sum(),
+            )
+        )
         _all_reduce(new, group)
         self.sums = [self.decay * old + more for old, more in zip(self.sums, new.tolist())]
 

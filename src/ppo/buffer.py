@@ -58,8 +58,14 @@ class RolloutBuffer:
     value_targets: Tensor | None = _per(PER_TOKEN)
 
     def __post_init__(self) -> None:
-        sizes, responses = torch.tensor(self.lengths).long(), torch.tensor(self.response_lengths).long()
-        self._starts, self._response_starts = sizes.cumsum(0) - sizes, responses.cumsum(0) - responses
+        sizes, responses = (
+            torch.tensor(self.lengths).long(),
+            torch.tensor(self.response_lengths).long(),
+        )
+        self._starts, self._response_starts = (
+            sizes.cumsum(0) - sizes,
+            responses.cumsum(0) - responses,
+        )
 
     @property
     def prompt_lengths(self) -> list[int]:
@@ -71,19 +77,27 @@ class RolloutBuffer:
 
     def responses(self) -> list[list[int]]:
         """The response tokens of each sequence, on the host."""
-        return [ids[p:].tolist() for ids, p in zip(self.tokens.cpu().split(self.lengths), self.prompt_lengths)]
+        return [
+            ids[p:].tolist()
+            for ids, p in zip(self.tokens.cpu().split(self.lengths), self.prompt_lengths)
+        ]
 
     def select(self, rows: list[int]) -> tuple[Batch, Tensor]:
         """Some sequences as a batch, and the indices [r] of their response tokens in the tensors of length R."""
         lengths = [self.lengths[i] for i in rows]
         tokens = end_to_end(self._starts[rows], lengths).to(self.tokens.device)
         batch = Batch(self.tokens[tokens], lengths, [len(self.prompts[i].tokens) for i in rows])
-        return batch, end_to_end(self._response_starts[rows], batch.responses).to(self.tokens.device)
+        return batch, end_to_end(self._response_starts[rows], batch.responses).to(
+            self.tokens.device
+        )
 
     def take(self, rows: list[int], places: list[int]) -> "RolloutBuffer":
         """A buffer of some of the sequences, under new places."""
         batch, responses = self.select(rows)
-        index = {"token": responses, "sequence": torch.tensor(rows, dtype=torch.long, device=self.tokens.device)}
+        index = {
+            "token": responses,
+            "sequence": torch.tensor(rows, dtype=torch.long, device=self.tokens.device),
+        }
         return RolloutBuffer(
             prompts=[self.prompts[i] for i in rows],
             places=places,
@@ -103,13 +117,20 @@ class RolloutBuffer:
             places=[p for part in parts for p in part.places],
             tokens=torch.cat([part.tokens for part in parts]),
             lengths=[n for part in parts for n in part.lengths],
-            components={name: torch.cat([part.components[name] for part in parts]) for name in first.components},
+            components={
+                name: torch.cat([part.components[name] for part in parts])
+                for name in first.components
+            },
             **{name: torch.cat([t[name] for t in tensors]) for name in tensors[0]},
         )
 
     def _tensors(self):
         """(field, tensor) of what is known of each token or sequence."""
-        return [(f, getattr(self, f.name)) for f in fields(self) if f.metadata and getattr(self, f.name) is not None]
+        return [
+            (f, getattr(self, f.name))
+            for f in fields(self)
+            if f.metadata and getattr(self, f.name) is not None
+        ]
 
     def response_layout(self) -> Packed:
         """How the response tokens [R] lie in a rectangle [B, longest response]."""

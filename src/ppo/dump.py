@@ -9,17 +9,33 @@ from src.logs import RunLog
 from src.parallel.setup import Parallel
 from src.ppo.buffer import RolloutBuffer
 
-PER_TOKEN = ("rollout_logprobs", "logprobs", "ref_logprobs", "entropy", "values", "rewards", "advantages", "returns")
+PER_TOKEN = (
+    "rollout_logprobs",
+    "logprobs",
+    "ref_logprobs",
+    "entropy",
+    "values",
+    "rewards",
+    "advantages",
+    "returns",
+)
 
 
 def rows_of(buffer: RolloutBuffer, tokenizer: Tokenizer) -> list[dict]:
     """A row per rollout of this rank: texts, tokens, and all that is known of each response token."""
     known = {name: getattr(buffer, name) for name in PER_TOKEN}
-    lists = {name: x.cpu().split(buffer.response_lengths) for name, x in known.items() if x is not None}
+    lists = {
+        name: x.cpu().split(buffer.response_lengths) for name, x in known.items() if x is not None
+    }
     components = {name: x.tolist() for name, x in buffer.components.items()}
     shaped = buffer.scores if buffer.shaped is None else buffer.shaped
     columns = zip(
-        buffer.prompts, buffer.places, buffer.responses(), buffer.truncated.tolist(), buffer.scores.tolist(), shaped.tolist()
+        buffer.prompts,
+        buffer.places,
+        buffer.responses(),
+        buffer.truncated.tolist(),
+        buffer.scores.tolist(),
+        shaped.tolist(),
     )
     return [
         {
@@ -49,7 +65,9 @@ class RolloutDump:
         if self.parallel.mp_rank:
             return  # the ranks of a model all have the same
         parts = [None] * self.parallel.dp_size if self.parallel.is_main else None
-        dist.gather_object(rows_of(buffer, self.tokenizer), parts, dst=0, group=self.parallel.dp_group)
+        dist.gather_object(
+            rows_of(buffer, self.tokenizer), parts, dst=0, group=self.parallel.dp_group
+        )
         rows = sorted((row for part in parts or [] for row in part), key=lambda row: row["place"])
         if rows:
             self._write(number, rows)

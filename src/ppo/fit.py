@@ -1,9 +1,9 @@
 """PPO's outer loop: which prompts, which learning rates, when to evaluate, what to log."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
 
 from src.checkpoint.files import read_json
 from src.errors import UserError
@@ -63,7 +63,11 @@ def fit(
     per_epoch = -(-len(prompts) // per_iteration)
     total = plan.iterations or per_epoch * plan.epochs
     unit, every = ("iteration", plan.eval_every) if plan.eval_every else ("epoch", per_epoch)
-    batches, history, start = EndlessBatches(len(prompts), per_iteration, f"{plan.seed}/prompts"), [], 0
+    batches, history, start = (
+        EndlessBatches(len(prompts), per_iteration, f"{plan.seed}/prompts"),
+        [],
+        0,
+    )
     if saving:
         saving.parts["prompts"] = batches.part
         start = saving.resume(total)
@@ -76,13 +80,17 @@ def fit(
     with log.progress(total, "PPO", unit="iteration", initial=start) as bar:
         for number in range(start, total):
             batch = draw()
-            lr, critic_lr = (lr_at(number, total, rate, plan.warmup, plan.schedule) for rate in (plan.lr, plan.critic_lr))
+            lr, critic_lr = (
+                lr_at(number, total, rate, plan.warmup, plan.schedule)
+                for rate in (plan.lr, plan.critic_lr)
+            )
             stats = ppo.iteration(number, batch, lr, critic_lr, more=draw)
             _warn(number, stats, log)
             for role in ppo.stage.roles.values():
                 if role.optimizer:
                     role.optimizer.check_skipped(
-                        plan.max_skipped_steps, f"the {role.name}'s minibatches of iteration {number + 1}"
+                        plan.max_skipped_steps,
+                        f"the {role.name}'s minibatches of iteration {number + 1}",
                     )
             history.append(stats)
             log.scalars(number + 1, {**stats, "lr": lr, "critic_lr": critic_lr}, prefix="ppo")
@@ -98,9 +106,13 @@ def fit(
 
 def _warn(number: int, stats: dict[str, float], log: RunLog) -> None:
     if stats.get("policy_skipped") or stats.get("value_skipped"):
-        log.warning(f"iteration {number + 1}: steps with a gradient norm that is not finite were skipped")
+        log.warning(
+            f"iteration {number + 1}: steps with a gradient norm that is not finite were skipped"
+        )
     if "response_length" not in stats:
-        log.warning(f"iteration {number + 1}: the rewards of each prompt's samples were all equal: nothing was learned")
+        log.warning(
+            f"iteration {number + 1}: the rewards of each prompt's samples were all equal: nothing was learned"
+        )
 
 
 def read_state(folder: str) -> dict:
@@ -111,11 +123,20 @@ def read_state(folder: str) -> dict:
     state = read_json(path)
     kl_coef = state.get("kl_coef", DEFAULT_KL_COEF)
     if not isinstance(kl_coef, (int, float)) or not 0 <= kl_coef < 1e6:
-        raise UserError(f"{path}: kl_coef is {kl_coef!r}, a number from 0 is expected; or give --kl_coef")
+        raise UserError(
+            f"{path}: kl_coef is {kl_coef!r}, a number from 0 is expected; or give --kl_coef"
+        )
     for name in ("reward_moments", "value_moments"):
         sums = state.get(name, [0.0, 0.0, 0.0])
-        if not (isinstance(sums, list) and len(sums) == 3 and all(_is_number(x) for x in sums) and sums[0] >= 0 <= sums[2]):
-            raise UserError(f"{path}: {name} is {sums!r}; three finite numbers are expected: of weights, values and squares")
+        if not (
+            isinstance(sums, list)
+            and len(sums) == 3
+            and all(_is_number(x) for x in sums)
+            and sums[0] >= 0 <= sums[2]
+        ):
+            raise UserError(
+                f"{path}: {name} is {sums!r}; three finite numbers are expected: of weights, values and squares"
+            )
     return state
 
 
@@ -126,5 +147,9 @@ def _is_number(x) -> bool:
 def changed_rewards(state: dict, settings: PPOSettings) -> str | None:
     """What this run does otherwise with the reward than the one that left `state`, in words; None when nothing."""
     before, now = {name: state[name] for name in SHAPING if name in state}, settings.shaping()
-    changed = [f"--{name} {before.get(name)} → {now.get(name)}" for name in SHAPING if before.get(name) != now.get(name)]
+    changed = [
+        f"--{name} {before.get(name)} → {now.get(name)}"
+        for name in SHAPING
+        if before.get(name) != now.get(name)
+    ]
     return ", ".join(changed).replace("None", "(default)") if state and changed else None

@@ -52,10 +52,14 @@ def value_loss(
     """½ · max((v − R)², (v_old + clip(v − v_old, ± cliprange_value) − R)²), and what is logged of each token."""
     clipped = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
     plain, limited = (values - returns).square(), (clipped - returns).square()
-    return 0.5 * torch.maximum(plain, limited), {"value_clipfrac": (limited > plain).to(values.dtype)}
+    return 0.5 * torch.maximum(plain, limited), {
+        "value_clipfrac": (limited > plain).to(values.dtype)
+    }
 
 
-def token_weights(level: str, lengths: list[int], tokens: int, sequences: int, max_new_tokens: int) -> list[float]:
+def token_weights(
+    level: str, lengths: list[int], tokens: int, sequences: int, max_new_tokens: int
+) -> list[float]:
     """What a token of each response weighs, so that Σ weight · loss / tokens is the minibatch's loss.
 
     "token": the mean over all tokens; "sequence": the mean over responses of the means over their tokens; "constant": each
@@ -63,4 +67,7 @@ def token_weights(level: str, lengths: list[int], tokens: int, sequences: int, m
     """
     if level == "token":
         return [1.0] * len(lengths)
-    return [tokens / (sequences * (length if level == "sequence" else max_new_tokens)) for length in lengths]
+    return [
+        tokens / (sequences * (length if level == "sequence" else max_new_tokens))
+        for length in lengths
+    ]

@@ -5,8 +5,9 @@ import math
 import re
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -54,7 +55,13 @@ class VerifierReward:
         translate: Callable[[RolloutBuffer], list[Sequence]] | None = None,
     ) -> None:
         """whole: the run's division; translate: a buffer's rollouts in the verifier's own tokens, if these are others."""
-        self.role, self.whole, self.mean, self.std, self.translate = role, whole, mean, std, translate
+        self.role, self.whole, self.mean, self.std, self.translate = (
+            role,
+            whole,
+            mean,
+            std,
+            translate,
+        )
         self.limits = max_batch_size, max_tokens
 
     @torch.no_grad()
@@ -80,7 +87,9 @@ def translator(policy: Tokenizer, verifier: Tokenizer) -> Callable[[RolloutBuffe
 
     def translate(buffer: RolloutBuffer) -> list[Sequence]:
         sequences = []
-        for prompt, ids, truncated in zip(buffer.prompts, buffer.responses(), buffer.truncated.tolist()):
+        for prompt, ids, truncated in zip(
+            buffer.prompts, buffer.responses(), buffer.truncated.tolist()
+        ):
             query = verifier.prompt_ids(prompt.row["instruction"])
             response = verifier.response_ids(policy.decode(ids))
             if truncated:
@@ -103,7 +112,10 @@ class RuleReward:
         texts = [
             cut_at(self.tokenizer.decode(ids), self.task.stop) for ids in buffer.responses()
         ]  # as the evaluation reads them
-        right = [self.task.grade(text, prompt.gold)[self.task.metric] for text, prompt in zip(texts, buffer.prompts)]
+        right = [
+            self.task.grade(text, prompt.gold)[self.task.metric]
+            for text, prompt in zip(texts, buffer.prompts)
+        ]
         return torch.tensor(right, dtype=torch.float32, device=buffer.tokens.device)
 
 
@@ -137,14 +149,32 @@ class FileReward:
         try:
             answer = self.score(prompts, texts, [dict(row) for row in rows])
             numbers = [float(x) for x in answer]
-        except Exception as error:  # whatever a user's code raises is the user's to see, with its line
-            theirs = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
-            line = f" ({theirs[-1].filename}:{theirs[-1].lineno})" if theirs else ", which is no list of numbers"
-            raise UserError(f"--reward_file {self.where}: {type(error).__name__}: {error}{line}") from error
+        except (
+            Exception
+        ) as error:  # whatever a user's code raises is the user's to see, with its line
+            theirs = [
+                frame
+                for frame in traceback.extract_tb(error.__traceback__)
+                if frame.filename != __file__
+            ]
+            line = (
+                f" ({theirs[-1].filename}:{theirs[-1].lineno})"
+                if theirs
+                else ", which is no list of numbers"
+            )
+            raise UserError(
+                f"--reward_file {self.where}: {type(error).__name__}: {error}{line}"
+            ) from error
         if len(numbers) != len(texts) or not all(map(math.isfinite, numbers)):
             wrong = [x for x in numbers if not math.isfinite(x)]
-            said = f"returned {wrong[0]}" if wrong else f"returned {len(numbers)} numbers for {len(texts)} responses"
-            raise UserError(f"--reward_file {self.where}: {said}; a finite number for each response is expected")
+            said = (
+                f"returned {wrong[0]}"
+                if wrong
+                else f"returned {len(numbers)} numbers for {len(texts)} responses"
+            )
+            raise UserError(
+                f"--reward_file {self.where}: {said}; a finite number for each response is expected"
+            )
         return numbers
 
 
@@ -152,7 +182,9 @@ def load_score(where: str) -> Score:
     """The function of "FILE.py:NAME". Raises UserError when there is none."""
     path, colon, name = where.rpartition(":")
     if not colon or not path.endswith(".py") or not name.isidentifier():
-        raise UserError(f"--reward_file {where}: write FILE.py:FUNCTION, such as my_reward.py:score")
+        raise UserError(
+            f"--reward_file {where}: write FILE.py:FUNCTION, such as my_reward.py:score"
+        )
     if not Path(path).is_file():
         raise UserError(f"--reward_file {where}: {path} is not there")
     spec = importlib.util.spec_from_file_location(f"reward_file_{Path(path).stem}", path)
@@ -161,10 +193,18 @@ def load_score(where: str) -> Score:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise UserError(f"--reward_file {where}: {path} cannot be run: {type(error).__name__}: {error}") from error
+        raise UserError(
+            f"--reward_file {where}: {path} cannot be run: {type(error).__name__}: {error}"
+        ) from error
     if not callable(getattr(module, name, None)):
-        known = [n for n, x in vars(module).items() if callable(x) and getattr(x, "__module__", "") == spec.name]
-        raise UserError(f"--reward_file {where}: {path} has no function {name}; it has {', '.join(known) or 'none'}")
+        known = [
+            n
+            for n, x in vars(module).items()
+            if callable(x) and getattr(x, "__module__", "") == spec.name
+        ]
+        raise UserError(
+            f"--reward_file {where}: {path} has no function {name}; it has {', '.join(known) or 'none'}"
+        )
     return getattr(module, name)
 
 
@@ -177,7 +217,10 @@ class FormatReward:
         self.pattern, self.tokenizer = compiled(pattern), tokenizer
 
     def __call__(self, buffer: RolloutBuffer) -> Tensor:
-        found = [self.pattern.search(self.tokenizer.decode(ids)) is not None for ids in buffer.responses()]
+        found = [
+            self.pattern.search(self.tokenizer.decode(ids)) is not None
+            for ids in buffer.responses()
+        ]
         return torch.tensor(found, dtype=torch.float32, device=buffer.tokens.device)
 
 
@@ -198,7 +241,9 @@ class LengthReward:
         self.max_new_tokens = max_new_tokens
 
     def __call__(self, buffer: RolloutBuffer) -> Tensor:
-        return torch.tensor(buffer.response_lengths, device=buffer.tokens.device) / self.max_new_tokens
+        return (
+            torch.tensor(buffer.response_lengths, device=buffer.tokens.device) / self.max_new_tokens
+        )
 
 
 class OverlongReward:

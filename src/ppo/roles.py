@@ -1,8 +1,9 @@
 """PPO's four roles, where they are computed, and where their tensors lie."""
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Iterator, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,7 +29,9 @@ class Role:
     model: Transformer
     parallel: Parallel
     optimizer: Optimizer | None = None
-    beside: dict[str, Tensor] = field(default_factory=dict)  # what else it keeps, such as exact weights
+    beside: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # what else it keeps, such as exact weights
 
     def share(self, groups: list[T], whole: Parallel) -> list[T]:
         """Of what all ranks of one of the policy's models have to do, this model's part. whole: the run's division."""
@@ -45,7 +48,9 @@ class Role:
 
     def weights(self) -> list[Tensor]:
         """As plain tensors."""
-        return [part for weight in self.model.parameters() for part in plain_parts(weight.data)] + list(self.beside.values())
+        return [
+            part for weight in self.model.parameters() for part in plain_parts(weight.data)
+        ] + list(self.beside.values())
 
     def state(self) -> list[Tensor]:
         """The optimizer's."""
@@ -53,7 +58,11 @@ class Role:
 
     def gradient_bytes(self) -> int:
         """Of the gradients, while a step is under way."""
-        return sum(4 * p.numel() for p in self.model.parameters() if p.requires_grad) if self.optimizer else 0
+        return (
+            sum(4 * p.numel() for p in self.model.parameters() if p.requires_grad)
+            if self.optimizer
+            else 0
+        )
 
 
 class Stage:
@@ -78,8 +87,12 @@ class Stage:
         """The named roles (those of them that there are) on the device; with `training` their optimizers too."""
         here = [self.roles[name] for name in names if name in self.roles]
         if self.offload:
-            needed = _storages([x for role in here for x in role.weights() + (role.state() if training else [])])
-            present = _storages([x for role in self.roles.values() for x in role.weights() + role.state()])
+            needed = _storages(
+                [x for role in here for x in role.weights() + (role.state() if training else [])]
+            )
+            present = _storages(
+                [x for role in self.roles.values() for x in role.weights() + role.state()]
+            )
             for key in present.keys() - needed.keys() - self.away.keys():
                 self._send_away(key, present[key])
             for key in needed.keys() & self.away.keys():
@@ -94,7 +107,9 @@ class Stage:
             storages = _storages(role.weights() + role.state())
             held = sum(storage.nbytes() for key, storage in storages.items() if key not in seen)
             seen |= storages.keys()
-            self.peak[role.name] = max(self.peak[role.name], held + (role.gradient_bytes() if role in trained else 0))
+            self.peak[role.name] = max(
+                self.peak[role.name], held + (role.gradient_bytes() if role in trained else 0)
+            )
 
     def _send_away(self, key: int, storage: torch.UntypedStorage) -> None:
         size = storage.nbytes()
@@ -126,7 +141,9 @@ class MovingReference:
         self.decay = decay
         self.weights = dict(reference.model.named_parameters())
         self.exact = reference.beside
-        self.exact |= {name: weight.detach().float() for name, weight in self.weights.items()}  # in fp32 the weight itself
+        self.exact |= {
+            name: weight.detach().float() for name, weight in self.weights.items()
+        }  # in fp32 the weight itself
 
     @torch.no_grad()
     def follow(self, policy: Transformer) -> None:

@@ -83,20 +83,35 @@ class PPOSettings:
     def shaping(self) -> dict:
         """What is done to the rewards, where it is not the default."""
         return {
-            f.name: getattr(self, f.name) for f in fields(self) if f.name in SHAPING and getattr(self, f.name) != f.default
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.name in SHAPING and getattr(self, f.name) != f.default
         }
 
     def __post_init__(self) -> None:
         problems = [
             *self._ranges(),
-            *(f"--{flag} {getattr(self, flag)}: has no effect with {why}" for flag, why in self._idle()),
+            *(
+                f"--{flag} {getattr(self, flag)}: has no effect with {why}"
+                for flag, why in self._idle()
+            ),
         ]
         if problems:
             raise UserError("\n  ".join(problems))
 
     def _ranges(self) -> list[str]:
-        counts = ("max_batch_size", "max_buffer_size", "mini_batches", "ppo_epochs", "samples_per_prompt")
-        found = [f"--{name} {getattr(self, name)}: must be 1 or more" for name in counts if getattr(self, name) < 1]
+        counts = (
+            "max_batch_size",
+            "max_buffer_size",
+            "mini_batches",
+            "ppo_epochs",
+            "samples_per_prompt",
+        )
+        found = [
+            f"--{name} {getattr(self, name)}: must be 1 or more"
+            for name in counts
+            if getattr(self, name) < 1
+        ]
         if self.mini_batches > self.max_buffer_size:
             found.append(
                 f"--mini_batches {self.mini_batches} cannot be cut from --max_buffer_size {self.max_buffer_size} rollouts"
@@ -114,9 +129,13 @@ class PPOSettings:
             if value is not None and value <= 0:
                 found.append(f"--{name} {value}: must be above 0")
         if self.dual_clip is not None and self.dual_clip <= 1:
-            found.append(f"--dual_clip {self.dual_clip}: must be above 1, the ratio that nothing has changed")
+            found.append(
+                f"--dual_clip {self.dual_clip}: must be above 1, the ratio that nothing has changed"
+            )
         if self.ref_ema is not None and not 0 <= self.ref_ema < 1:
-            found.append(f"--ref_ema {self.ref_ema}: must lie in [0, 1); 1 would leave the reference where it is")
+            found.append(
+                f"--ref_ema {self.ref_ema}: must lie in [0, 1); 1 would leave the reference where it is"
+            )
         if self.is_grouped and self.samples_per_prompt < 2:
             found.append(
                 f"--samples_per_prompt {self.samples_per_prompt}: --advantage {self.advantage} compares samples of one "
@@ -135,10 +154,24 @@ class PPOSettings:
         groups = {
             f"--advantage {self.advantage}, which has no value model": (
                 not self.has_value,
-                ("lam", "lam_critic", "cliprange_value", "vf_coef", "critic_warmup", "update", "value_norm"),
+                (
+                    "lam",
+                    "lam_critic",
+                    "cliprange_value",
+                    "vf_coef",
+                    "critic_warmup",
+                    "update",
+                    "value_norm",
+                ),
             ),
-            f"--advantage {self.advantage}, which gives a response one advantage": (self.is_grouped, ("gamma",)),
-            "--truncated other than penalty": (self.truncated != "penalty", ("truncation_penalty",)),
+            f"--advantage {self.advantage}, which gives a response one advantage": (
+                self.is_grouped,
+                ("gamma",),
+            ),
+            "--truncated other than penalty": (
+                self.truncated != "penalty",
+                ("truncation_penalty",),
+            ),
         }
         return [
             (name, why)
@@ -176,16 +209,31 @@ def check_flags_together(settings: dict) -> None:
     if s["format_pattern"] is not None:
         compiled(s["format_pattern"])
     if s["overlong_margin"] is not None and not 0 < s["overlong_margin"] <= s["max_new_tokens"]:
-        wrong.append(f"--overlong_margin {s['overlong_margin']}: must lie in [1, --max_new_tokens {s['max_new_tokens']}]")
+        wrong.append(
+            f"--overlong_margin {s['overlong_margin']}: must lie in [1, --max_new_tokens {s['max_new_tokens']}]"
+        )
     if s["advantage"] == "gae":
-        wrong += [f"--advantage gae needs --{f}" for f in ("critic_ckpt_dir", "critic_save_dir") if s[f] is None]
+        wrong += [
+            f"--advantage gae needs --{f}"
+            for f in ("critic_ckpt_dir", "critic_save_dir")
+            if s[f] is None
+        ]
     else:
-        idle = [f for f in ("critic_ckpt_dir", "critic_save_dir", "critic_model_parallel_size") if s[f] is not None]
-        wrong += [f"--{f}: has no effect with --advantage {s['advantage']}, which has no value model" for f in idle]
+        idle = [
+            f
+            for f in ("critic_ckpt_dir", "critic_save_dir", "critic_model_parallel_size")
+            if s[f] is not None
+        ]
+        wrong += [
+            f"--{f}: has no effect with --advantage {s['advantage']}, which has no value model"
+            for f in idle
+        ]
     if s["temperature"] == 0:
         wrong.append("--temperature 0: PPO learns from samples; give a temperature above 0")
     if (s["ptx_coef"] > 0) != (s["ptx_file"] is not None):
-        wrong.append(f"--ptx_coef {s['ptx_coef']} --ptx_file {s['ptx_file']}: the mix needs both; give both or neither")
+        wrong.append(
+            f"--ptx_coef {s['ptx_coef']} --ptx_file {s['ptx_file']}: the mix needs both; give both or neither"
+        )
     if s["ptx_batch_size"] is not None and s["ptx_file"] is None:
         wrong.append("--ptx_batch_size: has no effect without --ptx_file")
     left_out = s["top_k"] > 0 or s["top_p"] < 1 or s["min_p"] > 0 or s["min_new_tokens"] > 0
@@ -194,15 +242,26 @@ def check_flags_together(settings: dict) -> None:
             "--replay_mask: nothing is left out of sampling; it goes with --top_k, --top_p, --min_p or --min_new_tokens"
         )
     if s["replay_mask"] and s["rollout_model_parallel_size"] is not None:
-        wrong.append("--replay_mask: masks are cut like the vocabulary in training; leave --rollout_model_parallel_size out")
+        wrong.append(
+            "--replay_mask: masks are cut like the vocabulary in training; leave --rollout_model_parallel_size out"
+        )
     if s["shared_trunk"]:
         if s["lora_rank"] == -1:
             wrong.append("--shared_trunk: the roles are adapters on one trunk; give --lora_rank")
-        for flag in ("critic_model_parallel_size", "reward_model_parallel_size", "ref_ema", "reward_tokenizer_file"):
+        for flag in (
+            "critic_model_parallel_size",
+            "reward_model_parallel_size",
+            "ref_ema",
+            "reward_tokenizer_file",
+        ):
             if s[flag] is not None:
-                wrong.append(f"--{flag}: does not go with --shared_trunk, where there is one frozen trunk for all roles")
+                wrong.append(
+                    f"--{flag}: does not go with --shared_trunk, where there is one frozen trunk for all roles"
+                )
     if s["ref_ema"] is not None and s["quantize"]:
-        wrong.append(f"--ref_ema {s['ref_ema']}: a moving reference cannot be quantised; leave --quantize out")
+        wrong.append(
+            f"--ref_ema {s['ref_ema']}: a moving reference cannot be quantised; leave --quantize out"
+        )
     if s["reward_model_ckpt_dir"] is None:
         wrong += [
             f"--{f}: has no effect without --reward_model_ckpt_dir"

@@ -12,7 +12,14 @@ from src.checkpoint.save import check_save, read_score_moments
 from src.checkpoint.source import adapter_on
 from src.errors import UserError
 from src.evaluation.tasks import Task
-from src.inputs import Model, check_model_flags, check_same_tokenizer, lora_of, open_model, same_tokenizer
+from src.inputs import (
+    Model,
+    check_model_flags,
+    check_same_tokenizer,
+    lora_of,
+    open_model,
+    same_tokenizer,
+)
 from src.models.lora import LoRAConfig
 from src.models.transformer import Transformer
 from src.parallel.setup import Parallel
@@ -50,7 +57,9 @@ class Opened:
     @property
     def translates(self) -> bool:
         """Whether the verifier has a tokenizer of its own."""
-        return self.verifier is not None and not same_tokenizer(self.actor.tokenizer, self.verifier.tokenizer)
+        return self.verifier is not None and not same_tokenizer(
+            self.actor.tokenizer, self.verifier.tokenizer
+        )
 
 
 def open_roles(settings: dict, parallel: Parallel, dtype: torch.dtype) -> Opened:
@@ -58,34 +67,53 @@ def open_roles(settings: dict, parallel: Parallel, dtype: torch.dtype) -> Opened
     s = settings
     chat = {"use_chat_template": s["use_chat_template"], "chat_family": s["model_type"]}
     actor = open_model(
-        s["actor_ckpt_dir"], parallel, s["tokenizer_file"], s["config_file"], s["model_type"], head="lm", **chat
+        s["actor_ckpt_dir"],
+        parallel,
+        s["tokenizer_file"],
+        s["config_file"],
+        s["model_type"],
+        head="lm",
+        **chat,
     )
     check_model_flags(s, actor.checkpoint)
     check_save(s["actor_save_dir"], actor.checkpoint, dtype)
     critic = verifier = moments = None
     adapters: dict[str, Adapter | None] = {}
     if s["shared_trunk"]:
-        critic, verifier = (actor if s[flag] is not None else None for flag in ("critic_ckpt_dir", "reward_model_ckpt_dir"))
+        critic, verifier = (
+            actor if s[flag] is not None else None
+            for flag in ("critic_ckpt_dir", "reward_model_ckpt_dir")
+        )
         if critic:
             anew = Path(s["critic_ckpt_dir"]).resolve() == Path(s["actor_ckpt_dir"]).resolve()
             adapters["value"] = None if anew else adapter_on(actor.checkpoint, s["critic_ckpt_dir"])
         if verifier:
             adapters["reward"] = adapter_on(actor.checkpoint, s["reward_model_ckpt_dir"])
             if adapters["reward"].score is None:
-                raise UserError(f"{s['reward_model_ckpt_dir']}: its adapter has no score head; verifier_train.py makes one")
+                raise UserError(
+                    f"{s['reward_model_ckpt_dir']}: its adapter has no score head; verifier_train.py makes one"
+                )
     else:
         if s["critic_ckpt_dir"] is not None:
             critic = open_model(s["critic_ckpt_dir"], parallel, s["tokenizer_file"], **chat)
             check_model_flags(s, critic.checkpoint)
             check_same_tokenizer(actor, critic)
         if s["reward_model_ckpt_dir"] is not None:
-            verifier = open_model(s["reward_model_ckpt_dir"], parallel, _verifier_tokenizer(s, actor), head="score", **chat)
+            verifier = open_model(
+                s["reward_model_ckpt_dir"],
+                parallel,
+                _verifier_tokenizer(s, actor),
+                head="score",
+                **chat,
+            )
     if critic:
         check_save(s["critic_save_dir"], critic.checkpoint, dtype)
     if verifier:
         moments = read_score_moments(Path(s["reward_model_ckpt_dir"]))
     critic_lora = lora_of(s, critic.checkpoint) if critic else None
-    return Opened(actor, critic, verifier, lora_of(s, actor.checkpoint), critic_lora, adapters, moments)
+    return Opened(
+        actor, critic, verifier, lora_of(s, actor.checkpoint), critic_lora, adapters, moments
+    )
 
 
 def _verifier_tokenizer(settings: dict, actor: Model) -> str | None:
@@ -95,7 +123,9 @@ def _verifier_tokenizer(settings: dict, actor: Model) -> str | None:
     return str(actor.tokenizer.path)
 
 
-def load_roles(opened: Opened, settings: dict, parallel: Parallel, dtype: torch.dtype, with_reference: bool) -> Stage:
+def load_roles(
+    opened: Opened, settings: dict, parallel: Parallel, dtype: torch.dtype, with_reference: bool
+) -> Stage:
     """The roles with their optimizers. With --offload each goes to host memory before the next one is loaded."""
     s, o = settings, opened
     stage = Stage(s["offload"])
@@ -103,7 +133,9 @@ def load_roles(opened: Opened, settings: dict, parallel: Parallel, dtype: torch.
 
     def trained(name: str, model: Transformer, division: Parallel) -> Role:
         prepare(model, s, division)
-        optimizer = Optimizer(model, division, s["weight_decay"], s["max_grad_norm"], eps=1e-5, zero=s["zero"])
+        optimizer = Optimizer(
+            model, division, s["weight_decay"], s["max_grad_norm"], eps=1e-5, zero=s["zero"]
+        )
         return stage.add(Role(name, model, division, optimizer))
 
     def frozen(name: str, model: Transformer, division: Parallel) -> Role:
@@ -121,19 +153,33 @@ def load_roles(opened: Opened, settings: dict, parallel: Parallel, dtype: torch.
         frozen("reference", reference, parallel)
     if o.critic:
         if s["shared_trunk"]:
-            value = load_sharing(policy, parallel, "score", s["seed"], o.critic_lora, o.adapters["value"])
+            value = load_sharing(
+                policy, parallel, "score", s["seed"], o.critic_lora, o.adapters["value"]
+            )
             trained("value", value, parallel)
         else:
             division = _division(s["critic_model_parallel_size"], parallel)
             trained(
-                "value", load_model(o.critic.checkpoint, division, dtype, "score", lora=o.critic_lora, **common), division
+                "value",
+                load_model(
+                    o.critic.checkpoint, division, dtype, "score", lora=o.critic_lora, **common
+                ),
+                division,
             )
     if o.verifier:
         if s["shared_trunk"]:
-            frozen("reward", load_sharing(policy, parallel, "score", adapter=o.adapters["reward"]), parallel)
+            frozen(
+                "reward",
+                load_sharing(policy, parallel, "score", adapter=o.adapters["reward"]),
+                parallel,
+            )
         else:
             division = _division(s["reward_model_parallel_size"], parallel)
-            frozen("reward", load_model(o.verifier.checkpoint, division, dtype, "score", **common), division)
+            frozen(
+                "reward",
+                load_model(o.verifier.checkpoint, division, dtype, "score", **common),
+                division,
+            )
     return stage
 
 
@@ -146,12 +192,16 @@ def make_rewards(
     def verifier() -> Reward:
         translate = translator(tokenizer, opened.verifier.tokenizer) if opened.translates else None
         limits = s["max_batch_size"], s["max_tokens_per_batch"]
-        return VerifierReward(stage.roles["reward"], parallel, *limits, *(opened.moments or (0.0, 1.0)), translate)
+        return VerifierReward(
+            stage.roles["reward"], parallel, *limits, *(opened.moments or (0.0, 1.0)), translate
+        )
 
     make = {
         "verifier": verifier,
         "rule": lambda: RuleReward(rule, tokenizer),
-        "file": lambda: FileReward(s["reward_file"], load_score(s["reward_file"]), tokenizer, parallel),
+        "file": lambda: FileReward(
+            s["reward_file"], load_score(s["reward_file"]), tokenizer, parallel
+        ),
         "format": lambda: FormatReward(s["format_pattern"], tokenizer),
         "length": lambda: LengthReward(s["max_new_tokens"]),
         "overlong": lambda: OverlongReward(s["max_new_tokens"], s["overlong_margin"]),

@@ -6,9 +6,9 @@ epochs of minibatches.
 
 import random
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -36,13 +36,17 @@ from src.ppo.settings import PPOSettings
 from src.trainer.fit import EndlessBatches, peak_memory, share_of, summed
 from src.trainer.solver import SolverObjective
 
-VALUE_DECAY = 0.95  # what earlier iterations' returns still weigh in value normalisation, per iteration
+VALUE_DECAY = (
+    0.95  # what earlier iterations' returns still weigh in value normalisation, per iteration
+)
 
 
 class KLController:
     """kl_coef, fixed, or steered towards a target (arXiv 1909.08593, section 2.2): once per batch, by its mean KL."""
 
-    def __init__(self, kl_coef: float, target: float | None = None, horizon: float = 10000.0) -> None:
+    def __init__(
+        self, kl_coef: float, target: float | None = None, horizon: float = 10000.0
+    ) -> None:
         self.kl_coef, self.target, self.horizon = kl_coef, target, horizon
 
     def update(self, mean_kl: float, samples: int) -> None:
@@ -55,7 +59,13 @@ class KLController:
 class PretrainingMix:
     """Rows of plain supervised training, some beside each of the policy's steps (arXiv 2203.02155, equation 2)."""
 
-    def __init__(self, sequences: list[Sequence], batch_size: int, settings: PPOSettings, device: torch.device) -> None:
+    def __init__(
+        self,
+        sequences: list[Sequence],
+        batch_size: int,
+        settings: PPOSettings,
+        device: torch.device,
+    ) -> None:
         """batch_size: rows per optimizer step, over all ranks."""
         self.objective, self.settings = SolverObjective(sequences, device), settings
         self.batches = EndlessBatches(len(sequences), batch_size, f"{settings.seed}/ptx")
@@ -63,8 +73,13 @@ class PretrainingMix:
     def backward(self, role: Role) -> dict[str, Tensor]:
         """Add the gradient of ptx_coef × the mean −log p of the next rows' output tokens; returns this rank's part of the loss."""
         s, objective, batch = self.settings, self.objective, next(self.batches)
-        tokens, total = sum(objective.weights[i] for i in batch), torch.zeros((), device=objective.device)
-        for rows in share_of(batch, objective.lengths, role.parallel, s.max_batch_size, s.max_tokens_per_batch):
+        tokens, total = (
+            sum(objective.weights[i] for i in batch),
+            torch.zeros((), device=objective.device),
+        )
+        for rows in share_of(
+            batch, objective.lengths, role.parallel, s.max_batch_size, s.max_tokens_per_batch
+        ):
             loss, _ = objective.loss(role.model, rows, tokens)
             role.optimizer.backward(s.ptx_coef * loss)
             total += loss.detach()
@@ -100,7 +115,9 @@ class PPO:
         rewards: (weight, reward) pairs, summed; see `src/ppo/rewards.py`.
         """
         self.stage, self.rewards = stage, rewards
-        self.policy, self.value, self.reference = (stage.roles.get(name) for name in ("policy", "value", "reference"))
+        self.policy, self.value, self.reference = (
+            stage.roles.get(name) for name in ("policy", "value", "reference")
+        )
         self.engine, self.sampling, self.stop_ids = engine, sampling, stop_ids
         self.kl, self.settings, self.parallel, self.ptx = kl, settings, parallel, ptx
         self.follower = None
@@ -109,9 +126,13 @@ class PPO:
                 self.follower = MovingReference(self.reference, settings.ref_ema)
         self.reward_moments, self.value_moments = Moments(), Moments(VALUE_DECAY)
         self.times: dict[str, float] = {}
-        self.seen: dict[str, float] = {}  # sums over all rollouts of the iteration, those that were left out included
+        self.seen: dict[
+            str, float
+        ] = {}  # sums over all rollouts of the iteration, those that were left out included
         self.responses: list[int] = []  # length of every rank's responses, by their places
-        self.watch: list[Callable[[int, RolloutBuffer], None]] = []  # shown every iteration's buffer at its end
+        self.watch: list[
+            Callable[[int, RolloutBuffer], None]
+        ] = []  # shown every iteration's buffer at its end
 
     def iteration(
         self,
@@ -146,7 +167,9 @@ class PPO:
 
     # --- rollouts -----------------------------------------------------------------------------------------------
 
-    def _rollouts(self, number: int, prompts: list[Prompt], more: Callable, on_tokens) -> RolloutBuffer:
+    def _rollouts(
+        self, number: int, prompts: list[Prompt], more: Callable, on_tokens
+    ) -> RolloutBuffer:
         """The buffer to learn from, with its scores; groups whose rewards are all equal are replaced, if that is asked for."""
         s, size = self.settings, len(prompts)
         rounds, parts, count = max(1, s.filter_rounds), [], 0
@@ -165,11 +188,21 @@ class PPO:
 
     def _generated(self, prompts: list[Prompt], first_sample: int, on_tokens) -> RolloutBuffer:
         """This rank's rollouts: samples of one prompt stay together, where there are prompts for all ranks."""
-        k, ranks, device = self.settings.samples_per_prompt, self.parallel.dp_size, self.parallel.device
+        k, ranks, device = (
+            self.settings.samples_per_prompt,
+            self.parallel.dp_size,
+            self.parallel.device,
+        )
         unit = k if len(prompts) // k >= ranks else 1
         mine = [i for i in range(len(prompts)) if i // unit % ranks == self.parallel.dp_rank]
-        chosen, masks = [prompts[i] for i in mine], {"keep_masks": True} if self.settings.replay_mask else {}
-        with self.stage.at_work("policy"), self._timed("generate"):  # a change of layout is part of it, and named by itself
+        chosen, masks = (
+            [prompts[i] for i in mine],
+            {"keep_masks": True} if self.settings.replay_mask else {},
+        )
+        with (
+            self.stage.at_work("policy"),
+            self._timed("generate"),
+        ):  # a change of layout is part of it, and named by itself
             completions = self.engine.generate(
                 [p.tokens for p in chosen],
                 self.sampling,
@@ -185,8 +218,12 @@ class PPO:
             tokens=torch.tensor(flat, device=device),
             lengths=[len(p.tokens) + len(c.tokens) for p, c in zip(chosen, completions)],
             truncated=torch.tensor([c.stop_reason == "length" for c in completions], device=device),
-            rollout_logprobs=torch.tensor([x for c in completions for x in c.logprobs], device=device),
-            kept=torch.cat([c.kept for c in completions]) if masks and self.sampling.leaves_out else None,
+            rollout_logprobs=torch.tensor(
+                [x for c in completions for x in c.logprobs], device=device
+            ),
+            kept=torch.cat([c.kept for c in completions])
+            if masks and self.sampling.leaves_out
+            else None,
         )
 
     @torch.no_grad()
@@ -194,8 +231,13 @@ class PPO:
         """The components of the reward, and their sum."""
         with self.stage.at_work("reward"), self._timed("reward"):
             buffer.components = {reward.name: reward(buffer) for _, reward in self.rewards}
-            buffer.scores = sum(weight * buffer.components[reward.name] for weight, reward in self.rewards)
-        sums = {"reward": buffer.scores, **{f"reward/{name}": x for name, x in buffer.components.items()}}
+            buffer.scores = sum(
+                weight * buffer.components[reward.name] for weight, reward in self.rewards
+            )
+        sums = {
+            "reward": buffer.scores,
+            **{f"reward/{name}": x for name, x in buffer.components.items()},
+        }
         for name, x in {**sums, "rollouts": torch.ones_like(buffer.scores)}.items():
             self.seen[name] = self.seen.get(name, 0.0) + float(x.sum())
 
@@ -220,11 +262,15 @@ class PPO:
 
         The same code on the same batches gives the same bits: the first update's ratio is exactly 1.
         """
-        buffer.logprobs, buffer.entropy = (torch.empty_like(buffer.rollout_logprobs) for _ in range(2))
+        buffer.logprobs, buffer.entropy = (
+            torch.empty_like(buffer.rollout_logprobs) for _ in range(2)
+        )
         with self.stage.at_work("policy"), self._timed("logprobs"):
             for rows in groups:
                 batch, at = buffer.select(rows)
-                buffer.logprobs[at], buffer.entropy[at] = self._logprobs(self.policy, batch, at, buffer)
+                buffer.logprobs[at], buffer.entropy[at] = self._logprobs(
+                    self.policy, batch, at, buffer
+                )
         if self.reference is not None:
             buffer.ref_logprobs = torch.empty_like(buffer.logprobs)
             with self.stage.at_work("reference"), self._timed("ref_logprobs"):
@@ -235,8 +281,12 @@ class PPO:
             with self.stage.at_work("value"), self._timed("values"):
                 self._values(buffer, groups)
 
-    def _logprobs(self, role: Role, batch, at: Tensor, buffer: RolloutBuffer) -> tuple[Tensor, Tensor]:
-        return response_logprobs(role.model, batch, self.temperature, None if buffer.kept is None else buffer.kept[at])
+    def _logprobs(
+        self, role: Role, batch, at: Tensor, buffer: RolloutBuffer
+    ) -> tuple[Tensor, Tensor]:
+        return response_logprobs(
+            role.model, batch, self.temperature, None if buffer.kept is None else buffer.kept[at]
+        )
 
     def _values(self, buffer: RolloutBuffer, groups: list[list[int]]) -> None:
         role, whole = self.value, self.parallel
@@ -250,7 +300,9 @@ class PPO:
         buffer.last_values = self._in_reward_units(role.collect(last_values, whole))
 
     def _in_reward_units(self, x: Tensor) -> Tensor:
-        return x * self.value_moments.std + self.value_moments.mean if self.settings.value_norm else x
+        return (
+            x * self.value_moments.std + self.value_moments.mean if self.settings.value_norm else x
+        )
 
     @property
     def temperature(self) -> float:
@@ -268,30 +320,44 @@ class PPO:
         x = x * s.reward_scale + s.reward_bias
         if s.reward_clip is not None:
             x = x.clamp(-s.reward_clip, s.reward_clip)
-        buffer.shaped = torch.where(buffer.truncated, x - s.truncation_penalty, x) if s.truncated == "penalty" else x
+        buffer.shaped = (
+            torch.where(buffer.truncated, x - s.truncation_penalty, x)
+            if s.truncated == "penalty"
+            else x
+        )
 
     def _advantages(self, buffer: RolloutBuffer) -> None:
         s, layout, group = self.settings, buffer.response_layout(), self.parallel.dp_group
         self._shape(buffer)
         mask = layout.pad(torch.ones_like(buffer.logprobs)).bool()
         penalised = self.reference is not None and s.kl_kind == "k1"
-        kl = layout.pad(buffer.logprobs - buffer.ref_logprobs) if penalised else torch.zeros_like(mask, dtype=torch.float32)
+        kl = (
+            layout.pad(buffer.logprobs - buffer.ref_logprobs)
+            if penalised
+            else torch.zeros_like(mask, dtype=torch.float32)
+        )
         rewards = token_rewards(buffer.shaped, kl, mask, self.kl.kl_coef)
         if s.is_grouped:
             totals = self._by_place(rewards.sum(1), buffer, len(self.responses))
-            advantages = group_advantages(totals, s.samples_per_prompt, s.advantage)[buffer.places].to(rewards)
+            advantages = group_advantages(totals, s.samples_per_prompt, s.advantage)[
+                buffer.places
+            ].to(rewards)
             advantages = advantages.unsqueeze(1) * mask
         elif s.has_value:
             values, bootstrap = layout.pad(buffer.values), torch.zeros_like(buffer.last_values)
             if s.truncated == "bootstrap":
-                bootstrap = torch.where(buffer.truncated, buffer.last_values, 0.0)  # after EOS there is nothing to come
+                bootstrap = torch.where(
+                    buffer.truncated, buffer.last_values, 0.0
+                )  # after EOS there is nothing to come
             advantages, returns = gae(rewards, values, mask, bootstrap, s.gamma, s.lam)
             if s.lam_critic not in (None, s.lam):
                 _, returns = gae(rewards, values, mask, bootstrap, s.gamma, s.lam_critic)
             buffer.returns = buffer.value_targets = layout.unpad(returns)
             if s.value_norm:
                 self.value_moments.update(buffer.returns, group)
-                buffer.value_targets = (buffer.returns - self.value_moments.mean) / self.value_moments.std
+                buffer.value_targets = (
+                    buffer.returns - self.value_moments.mean
+                ) / self.value_moments.std
         else:  # rewards to go
             nothing = torch.zeros_like(buffer.shaped)
             advantages, _ = gae(rewards, torch.zeros_like(rewards), mask, nothing, s.gamma, 1.0)
@@ -314,12 +380,18 @@ class PPO:
             if not chosen:
                 continue  # groups were left out, and fewer rollouts than minibatches remain
             mine = [row_at[place] for place in sorted(chosen) if place in row_at]
-            groups = micro_batches([buffer.lengths[i] for i in mine], s.max_batch_size, s.max_tokens_per_batch)
+            groups = micro_batches(
+                [buffer.lengths[i] for i in mine], s.max_batch_size, s.max_tokens_per_batch
+            )
             tokens = sum(self.responses[place] for place in chosen)
-            plan.append(Minibatch([[mine[i] for i in group] for group in groups], tokens, len(chosen)))
+            plan.append(
+                Minibatch([[mine[i] for i in group] for group in groups], tokens, len(chosen))
+            )
         return plan
 
-    def _update(self, number: int, buffer: RolloutBuffer, lr: float, value_lr: float) -> dict[str, float]:
+    def _update(
+        self, number: int, buffer: RolloutBuffer, lr: float, value_lr: float
+    ) -> dict[str, float]:
         """All epochs; returns the means over each role's steps."""
         s, sums = self.settings, {}
         steps: dict[str, int] = {}
@@ -327,7 +399,9 @@ class PPO:
         value = [(self.value, self._value_loss, value_lr)] if self.value is not None else []
         for trained in [policy + value] if s.update == "together" else [policy, value]:
             with self.stage.at_work(*(role.name for role, *_ in trained), training=True):
-                for minibatch in (m for epoch in range(s.ppo_epochs) for m in self._plan(number, epoch, buffer)):
+                for minibatch in (
+                    m for epoch in range(s.ppo_epochs) for m in self._plan(number, epoch, buffer)
+                ):
                     for one in list(trained):
                         role, loss, rate = one
                         with self._timed(f"update_{role.name}"), role.parallel.active():
@@ -335,7 +409,11 @@ class PPO:
                         steps[role.name] = steps.get(role.name, 0) + 1
                         for name, x in stats.items():
                             sums.setdefault(name, []).append(x)
-                        if role is self.policy and s.target_kl is not None and stats["approxkl"] > s.target_kl:
+                        if (
+                            role is self.policy
+                            and s.target_kl is not None
+                            and stats["approxkl"] > s.target_kl
+                        ):
                             trained.remove(one)
         means = {name: sum(values) / len(values) for name, values in sums.items()}
         return {**means, **{f"{name}_steps": n for name, n in steps.items()}}
@@ -357,7 +435,11 @@ class PPO:
                 sums[name] = sums.get(name, 0.0) + x
         done = role.optimizer.step(lr)
         extra = ("ptx_loss",) if self.ptx is not None else ()
-        names = self._policy_stats() + extra if role is self.policy else ("value_loss", "value_clipfrac")
+        names = (
+            self._policy_stats() + extra
+            if role is self.policy
+            else ("value_loss", "value_clipfrac")
+        )
         return {
             **summed(sums, names, role.parallel),
             f"{role.name}_grad_norm": done["grad_norm"],
@@ -371,17 +453,26 @@ class PPO:
     def _has_kl_loss(self) -> bool:
         return self.reference is not None and self.settings.kl_kind != "k1"
 
-    def _policy_loss(self, batch, index: Tensor, buffer: RolloutBuffer, minibatch: Minibatch) -> tuple[Tensor, dict]:
+    def _policy_loss(
+        self, batch, index: Tensor, buffer: RolloutBuffer, minibatch: Minibatch
+    ) -> tuple[Tensor, dict]:
         """The clipped surrogate of one micro-batch, with the KL penalty and the entropy bonus where these are losses."""
         s, tokens, stats = self.settings, minibatch.tokens, {}
-        weights = token_weights(s.level, batch.responses, tokens, minibatch.sequences, self.sampling.max_new_tokens)
+        weights = token_weights(
+            s.level, batch.responses, tokens, minibatch.sequences, self.sampling.max_new_tokens
+        )
         responses = torch.tensor(batch.responses, device=index.device)
         weights = torch.tensor(weights, device=index.device).repeat_interleave(responses)
 
         def loss_of(logprobs: Tensor, entropy: Tensor | None, rows: slice) -> Tensor:
             at = index[rows]
             loss, logged = policy_loss(
-                logprobs, buffer.logprobs[at], buffer.advantages[at], s.cliprange, s.cliprange_high, s.dual_clip
+                logprobs,
+                buffer.logprobs[at],
+                buffer.advantages[at],
+                s.cliprange,
+                s.cliprange_high,
+                s.dual_clip,
             )
             if self._has_kl_loss:
                 penalty = kl_loss(logprobs, buffer.ref_logprobs[at], s.kl_kind)
@@ -393,23 +484,34 @@ class PPO:
             return (weights[rows] * loss).sum()
 
         kept = None if buffer.kept is None else buffer.kept[index]
-        loss = response_loss(self.policy.model, batch, loss_of, self.temperature, bool(s.entropy_coef), kept)
+        loss = response_loss(
+            self.policy.model, batch, loss_of, self.temperature, bool(s.entropy_coef), kept
+        )
         return loss / tokens, stats
 
-    def _value_loss(self, batch, index: Tensor, buffer: RolloutBuffer, minibatch: Minibatch) -> tuple[Tensor, dict]:
+    def _value_loss(
+        self, batch, index: Tensor, buffer: RolloutBuffer, minibatch: Minibatch
+    ) -> tuple[Tensor, dict]:
         """vf_coef times the clipped value loss of one micro-batch; what is logged is without it."""
         s, tokens = self.settings, minibatch.tokens
         values, _ = response_values(self.value.model, batch)
-        loss, logged = value_loss(values, buffer.old_values[index], buffer.value_targets[index], s.cliprange_value)
+        loss, logged = value_loss(
+            values, buffer.old_values[index], buffer.value_targets[index], s.cliprange_value
+        )
         loss = loss.sum() / tokens
-        return s.vf_coef * loss, {"value_loss": loss.detach(), "value_clipfrac": logged["value_clipfrac"].sum() / tokens}
+        return s.vf_coef * loss, {
+            "value_loss": loss.detach(),
+            "value_clipfrac": logged["value_clipfrac"].sum() / tokens,
+        }
 
     # --- what is logged -----------------------------------------------------------------------------------------
 
     def _reward_stats(self) -> dict[str, float]:
         """Means over all that was generated, what was left out included."""
         names = sorted(self.seen)
-        totals = torch.tensor([self.seen[name] for name in names], dtype=torch.float64, device=self.parallel.device)
+        totals = torch.tensor(
+            [self.seen[name] for name in names], dtype=torch.float64, device=self.parallel.device
+        )
         dist.all_reduce(totals, group=self.parallel.dp_group)
         sums = dict(zip(names, totals.tolist()))
         count = sums.pop("rollouts")
@@ -419,7 +521,11 @@ class PPO:
     def _rollout_stats(self, buffer: RolloutBuffer) -> dict[str, float]:
         """Means over all ranks' rollouts. KL: unclipped, per response (mean) and per token (max)."""
         group = self.parallel.dp_group
-        sums = {"truncated": buffer.truncated, "shaped_reward": buffer.shaped, "entropy": buffer.entropy}
+        sums = {
+            "truncated": buffer.truncated,
+            "shaped_reward": buffer.shaped,
+            "entropy": buffer.entropy,
+        }
         highs = {}
         if self._comparable:
             highs["logprob_drift"] = (buffer.logprobs - buffer.rollout_logprobs).abs()
@@ -427,15 +533,32 @@ class PPO:
             sums["kl"] = highs["kl_max"] = buffer.logprobs - buffer.ref_logprobs
         if self.value is not None:
             residuals = (buffer.returns - buffer.values).double()
-            sums |= {"values": buffer.values, "returns": buffer.returns, "returns²": buffer.returns.double().square()}
+            sums |= {
+                "values": buffer.values,
+                "returns": buffer.returns,
+                "returns²": buffer.returns.double().square(),
+            }
             sums |= {"residuals": residuals, "residuals²": residuals.square()}
-        total = summed({name: x.double().sum() for name, x in sums.items()}, tuple(sums), self.parallel)
-        most = torch.tensor([float(x.max()) if len(x) else -torch.inf for x in highs.values()], device=self.parallel.device)
+        total = summed(
+            {name: x.double().sum() for name, x in sums.items()}, tuple(sums), self.parallel
+        )
+        most = torch.tensor(
+            [float(x.max()) if len(x) else -torch.inf for x in highs.values()],
+            device=self.parallel.device,
+        )
         dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
         sequences, tokens = len(self.responses), sum(self.responses)
         stats = {
-            **{name: total[name] / sequences for name in ("shaped_reward", "truncated", "kl") if name in total},
-            **{name: total[name] / tokens for name in ("entropy", "values", "returns") if name in total},
+            **{
+                name: total[name] / sequences
+                for name in ("shaped_reward", "truncated", "kl")
+                if name in total
+            },
+            **{
+                name: total[name] / tokens
+                for name in ("entropy", "values", "returns")
+                if name in total
+            },
             **dict(zip(highs, most.tolist())),
             "response_length": tokens / sequences,
         }
@@ -456,12 +579,19 @@ class PPO:
             self.times["relayout"] = self.engine.seconds
         tokens = sum(self.responses)
         rates = {"generate": ("generate",), "update": ("update_policy", "update_value")}
-        spent = {name: sum(self.times.get(phase, 0.0) for phase in phases) for name, phases in rates.items()}
+        spent = {
+            name: sum(self.times.get(phase, 0.0) for phase in phases)
+            for name, phases in rates.items()
+        }
         passes = {"generate": 1, "update": self.settings.ppo_epochs}
         return {
             "seconds": seconds,
             **{f"seconds/{phase}": took for phase, took in self.times.items()},
-            **{f"tokens_per_s/{name}": tokens * passes[name] / took for name, took in spent.items() if took},
+            **{
+                f"tokens_per_s/{name}": tokens * passes[name] / took
+                for name, took in spent.items()
+                if took
+            },
             **{f"memory_gb/{name}": size / 1e9 for name, size in self.stage.peak.items()},
             "memory_gb": peak_memory(self.parallel.device) / 1e9,
         }
@@ -471,7 +601,9 @@ class PPO:
     def _by_place(self, local: list[int] | Tensor, buffer: RolloutBuffer, total: int) -> Tensor:
         """Every rank's numbers, one per rollout, by the rollouts' places; fp64, [total], the same on all ranks."""
         whole = torch.zeros(total, dtype=torch.float64, device=self.parallel.device)
-        whole[buffer.places] = torch.as_tensor(local, dtype=torch.float64, device=self.parallel.device)
+        whole[buffer.places] = torch.as_tensor(
+            local, dtype=torch.float64, device=self.parallel.device
+        )
         dist.all_reduce(whole, group=self.parallel.dp_group)
         return whole
 
@@ -489,8 +621,14 @@ class PPO:
         """How to get and set what changes from iteration to iteration beside the roles and `tensors`, as numbers."""
         parts = {
             "kl_coef": (lambda: self.kl.kl_coef, lambda x: setattr(self.kl, "kl_coef", x)),
-            "reward_moments": (lambda: self.reward_moments.sums, lambda x: setattr(self.reward_moments, "sums", x)),
-            "value_moments": (lambda: self.value_moments.sums, lambda x: setattr(self.value_moments, "sums", x)),
+            "reward_moments": (
+                lambda: self.reward_moments.sums,
+                lambda x: setattr(self.reward_moments, "sums", x),
+            ),
+            "value_moments": (
+                lambda: self.value_moments.sums,
+                lambda x: setattr(self.value_moments, "sums", x),
+            ),
         }
         if self.follower:
             parts["reference"] = (lambda: None, lambda _: self.follower.round())
@@ -512,6 +650,7 @@ class PPO:
         s = self.settings
         policy = {"kl_coef": self.kl.kl_coef, **s.shaping()}
         return {
-            "policy": policy | ({"reward_moments": self.reward_moments.sums} if s.reward_norm else {}),
+            "policy": policy
+            | ({"reward_moments": self.reward_moments.sums} if s.reward_norm else {}),
             "value": {"value_moments": self.value_moments.sums} if s.value_norm else {},
         }

@@ -5,10 +5,11 @@ import random
 import resource
 import sys
 import time
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Callable, Iterator, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -41,7 +42,9 @@ class Objective(Protocol):
     def pieces(self, row: int) -> list[tuple[int, int]]:
         """How a row's tokens are computed: (tokens, tokens before them that they see too) of each piece."""
 
-    def loss(self, model: Transformer, rows: list[int], denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, model: Transformer, rows: list[int], denominator: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The rows' share of the loss (their sum over the whole batch's denominator), and sums to be logged."""
 
 
@@ -70,7 +73,11 @@ class FitSettings:
         return cls(**{field.name: settings[field.name] for field in fields(cls)})
 
     def __post_init__(self) -> None:
-        if min(self.epochs, self.max_batch_size, self.accumulation_steps) < 1 or self.lr <= 0 or not 0 <= self.warmup < 1:
+        if (
+            min(self.epochs, self.max_batch_size, self.accumulation_steps) < 1
+            or self.lr <= 0
+            or not 0 <= self.warmup < 1
+        ):
             raise UserError(
                 f"--lr {self.lr} --epochs {self.epochs} --max_batch_size {self.max_batch_size} --accumulation_steps "
                 f"{self.accumulation_steps} --warmup {self.warmup}: lr must be positive, the counts 1 or more, warmup in [0, 1)"
@@ -140,7 +147,11 @@ class EndlessBatches:
 
 
 def share_of(
-    batch: list[int], lengths: list[int], parallel: Parallel, max_batch_size: int, max_tokens: int | None = None
+    batch: list[int],
+    lengths: list[int],
+    parallel: Parallel,
+    max_batch_size: int,
+    max_tokens: int | None = None,
 ) -> list[list[int]]:
     """This data-parallel rank's rows of a batch, in micro-batches.
 
@@ -152,7 +163,10 @@ def share_of(
         open_shares = (share for share in shares if len(share) < most)
         min(open_shares, key=lambda share: sum(lengths[j] for j in share)).append(i)
     mine = shares[parallel.dp_rank]
-    return [[mine[i] for i in group] for group in micro_batches([lengths[i] for i in mine], max_batch_size, max_tokens)]
+    return [
+        [mine[i] for i in group]
+        for group in micro_batches([lengths[i] for i in mine], max_batch_size, max_tokens)
+    ]
 
 
 def fit(
@@ -173,22 +187,35 @@ def fit(
     steps_per_epoch = -(-len(objective.lengths) // batch_size)
     total, history = steps_per_epoch * settings.epochs, []
     step = saving.resume(total) if saving else 0
-    unit, every = ("step", settings.eval_every) if settings.eval_every else ("epoch", steps_per_epoch)
+    unit, every = (
+        ("step", settings.eval_every) if settings.eval_every else ("epoch", steps_per_epoch)
+    )
     meter = Meter(model, objective, parallel)
     if step == 0:
         evaluate(f"{unit} 0", 0)
     with _profiler(settings.profile, log) as profiler:
         for epoch in range(step // steps_per_epoch + 1, settings.epochs + 1):
             begin = step % steps_per_epoch
-            with log.progress(steps_per_epoch, f"epoch {epoch}/{settings.epochs}", unit="step", initial=begin) as bar:
-                for batch in epoch_batches(len(objective.lengths), batch_size, settings.seed, epoch)[begin:]:
+            with log.progress(
+                steps_per_epoch, f"epoch {epoch}/{settings.epochs}", unit="step", initial=begin
+            ) as bar:
+                for batch in epoch_batches(
+                    len(objective.lengths), batch_size, settings.seed, epoch
+                )[begin:]:
                     meter.start()
                     lr = lr_at(step, total, settings.lr, settings.warmup, settings.schedule)
-                    scalars = {**train_step(model, optimizer, objective, batch, settings, parallel, lr), "lr": lr}
+                    scalars = {
+                        **train_step(model, optimizer, objective, batch, settings, parallel, lr),
+                        "lr": lr,
+                    }
                     step += 1
                     if scalars["skipped"]:
-                        log.warning(f"step {step}: the gradient norm is {scalars['grad_norm']}, the step is skipped")
-                        optimizer.check_skipped(settings.max_skipped_steps, f"rows {batch} of the train file (from 0)")
+                        log.warning(
+                            f"step {step}: the gradient norm is {scalars['grad_norm']}, the step is skipped"
+                        )
+                        optimizer.check_skipped(
+                            settings.max_skipped_steps, f"rows {batch} of the train file (from 0)"
+                        )
                     scalars |= meter.read(batch)
                     history.append(scalars)
                     log.scalars(step, scalars)
@@ -217,7 +244,13 @@ def train_step(
     sums: dict[str, Tensor] = {}
     with clock.phase("data"):
         denominator = sum(objective.weights[i] for i in batch)
-        share = share_of(batch, objective.lengths, parallel, settings.max_batch_size, settings.max_tokens_per_batch)
+        share = share_of(
+            batch,
+            objective.lengths,
+            parallel,
+            settings.max_batch_size,
+            settings.max_tokens_per_batch,
+        )
     for rows in share:
         with clock.phase("forward"):
             loss, stats = objective.loss(model, rows, denominator)
@@ -234,9 +267,16 @@ class Meter:
     """What a step cost: tokens/s, FLOP/s and their share of what matrix products reach on these ranks (MFU), time, memory."""
 
     def __init__(self, model: Transformer, objective: Objective, parallel: Parallel) -> None:
-        self.objective, self.parallel, self.config, self.flops = objective, parallel, model.config, TrainingFlops.of(model)
+        self.objective, self.parallel, self.config, self.flops = (
+            objective,
+            parallel,
+            model.config,
+            TrainingFlops.of(model),
+        )
         rate = torch.tensor(
-            matmul_rate(model.norm.weight.dtype, parallel.device), dtype=torch.float64, device=parallel.device
+            matmul_rate(model.norm.weight.dtype, parallel.device),
+            dtype=torch.float64,
+            device=parallel.device,
         )
         dist.all_reduce(rate)  # of all ranks, measured at the same time
         self.rate = float(rate)
@@ -254,7 +294,9 @@ class Meter:
         tokens = sum(o.lengths[i] for i in batch)
         pairs = sum(attention_pairs(self.config, *piece) for i in batch for piece in o.pieces(i))
         flops = self.flops(tokens, sum(o.needed[i] for i in batch), pairs)
-        memory = torch.tensor(peak_memory(self.parallel.device), dtype=torch.float64, device=self.parallel.device)
+        memory = torch.tensor(
+            peak_memory(self.parallel.device), dtype=torch.float64, device=self.parallel.device
+        )
         dist.all_reduce(memory, op=dist.ReduceOp.MAX)
         return {
             "tokens_per_s": tokens / took,
@@ -283,7 +325,9 @@ def _profiler(wanted: bool, log: RunLog):
     def write(profiler) -> None:
         path = Path(log.log_dir) / f"trace-rank-{log.rank}.json"
         profiler.export_chrome_trace(str(path))
-        log.info(f"profile of steps {wait + 1} to {wait + active}: {path}, for https://ui.perfetto.dev")
+        log.info(
+            f"profile of steps {wait + 1} to {wait + active}: {path}, for https://ui.perfetto.dev"
+        )
 
     schedule = torch.profiler.schedule(wait=wait - 1, warmup=1, active=active, repeat=1)
     return torch.profiler.profile(schedule=schedule, on_trace_ready=write, record_shapes=True)

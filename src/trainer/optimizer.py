@@ -24,7 +24,14 @@ def lr_at(step: int, total: int, lr: float, warmup: float, schedule: str) -> flo
     if step < warm_steps:
         return lr * (step + 1) / warm_steps
     progress = (step - warm_steps) / max(1, total - warm_steps)
-    return lr * {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[schedule]
+    return (
+        lr
+        * {
+            "constant": 1.0,
+            "linear": 1 - progress,
+            "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+        }[schedule]
+    )
 
 
 class MasterAdamW(torch.optim.AdamW):
@@ -87,7 +94,12 @@ class Optimizer:
         else:
             self.adam = self.local = MasterAdamW(groups, betas=betas, eps=eps)
         fp16 = any(p.dtype == torch.float16 for p in self.parameters)
-        self.fp16, self.loss_scale, self.good_steps, self.skipped_in_a_row = fp16, (2.0**16 if fp16 else 1.0), 0, 0
+        self.fp16, self.loss_scale, self.good_steps, self.skipped_in_a_row = (
+            fp16,
+            (2.0**16 if fp16 else 1.0),
+            0,
+            0,
+        )
 
     def backward(self, loss: Tensor, last: bool = False) -> None:
         """Add one micro-batch's gradient; with `last` ranks begin to sum them while it is still computed."""
@@ -111,11 +123,20 @@ class Optimizer:
     def kept(self) -> list[tuple[Tensor, Tensor]]:
         """(parameter, its fp32 master or itself) of those whose state this rank keeps."""
         parameters = {master: parameter for parameter, master in self.local.rounded}
-        return [(parameters.get(kept, kept), kept) for group in self.local.param_groups for kept in group["params"]]
+        return [
+            (parameters.get(kept, kept), kept)
+            for group in self.local.param_groups
+            for kept in group["params"]
+        ]
 
     def state_tensors(self) -> list[Tensor]:
         """What this rank keeps from step to step: Adam's averages, and the masters of half-precision weights."""
-        averages = [x for state in self.local.state.values() for x in state.values() if isinstance(x, Tensor)]
+        averages = [
+            x
+            for state in self.local.state.values()
+            for x in state.values()
+            if isinstance(x, Tensor)
+        ]
         return averages + [master for _, master in self.local.rounded]
 
     @torch.no_grad()
@@ -134,7 +155,9 @@ class Optimizer:
         if not skipped:
             factor = min(1.0, self.max_grad_norm / (norm + 1e-6)) / self.loss_scale
             # The fused step divides the gradients by this, so that clipping takes no pass of its own.
-            self.local.grad_scale = None if factor == 1.0 else torch.tensor(1 / factor, device=self.parallel.device)
+            self.local.grad_scale = (
+                None if factor == 1.0 else torch.tensor(1 / factor, device=self.parallel.device)
+            )
             for group in self.adam.param_groups:
                 group["lr"] = lr
             self.adam.step()
@@ -155,7 +178,10 @@ class Optimizer:
     def _grad_norm(self) -> Tensor:
         """√ of the sum of squares over all ranks of the model, copies counted once; the same on every rank."""
         # Rows in fp32, their sum in fp64: as exact as all in fp64, and a tenth of its time.
-        rows = [p.grad if p.dim() == 1 else torch.linalg.vector_norm(p.grad, dim=-1) for p in self.parameters]
+        rows = [
+            p.grad if p.dim() == 1 else torch.linalg.vector_norm(p.grad, dim=-1)
+            for p in self.parameters
+        ]
         squares = torch.stack([row.double().square().sum() for row in rows])
         total = (squares / torch.tensor(self.copies, device=squares.device)).sum()
         dist.all_reduce(total, group=self.parallel.mp_group)

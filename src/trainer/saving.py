@@ -9,10 +9,11 @@ import os
 import platform
 import signal
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,16 @@ from torch import Tensor
 from src.checkpoint.files import read_json
 from src.checkpoint.folder import beside, check_space
 from src.checkpoint.manifest import MANIFEST, has_manifest, read_manifest, sync
-from src.checkpoint.steps import FINISHED, Steps, file_of, is_step, number_of, open_step, random_file, step_facts
+from src.checkpoint.steps import (
+    FINISHED,
+    Steps,
+    file_of,
+    is_step,
+    number_of,
+    open_step,
+    random_file,
+    step_facts,
+)
 from src.data.rows import write_json
 from src.errors import Finished, Stopped, UserError
 from src.identity import differences, identity
@@ -39,7 +49,15 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 # Flags that change where, how fast or how visibly a run trains, not what it learns.
 FREE = {
-    *("save_dir", "actor_save_dir", "critic_save_dir", "log_dir", "dump_rollouts", "log_samples", "profile"),
+    *(
+        "save_dir",
+        "actor_save_dir",
+        "critic_save_dir",
+        "log_dir",
+        "dump_rollouts",
+        "log_samples",
+        "profile",
+    ),
     *(
         "save_every",
         "keep",
@@ -52,8 +70,19 @@ FREE = {
         "checkpoint_activations",
         "compile",
     ),
-    *("model_parallel_size", "rollout_model_parallel_size", "critic_model_parallel_size", "reward_model_parallel_size"),
-    *("rollout_batch_size", "eval_batch_size", "max_batch_size", "accumulation_steps", "max_tokens_per_batch"),
+    *(
+        "model_parallel_size",
+        "rollout_model_parallel_size",
+        "critic_model_parallel_size",
+        "reward_model_parallel_size",
+    ),
+    *(
+        "rollout_batch_size",
+        "eval_batch_size",
+        "max_batch_size",
+        "accumulation_steps",
+        "max_tokens_per_batch",
+    ),
 }
 
 
@@ -78,7 +107,9 @@ class Earlier:
         folder = Path(beside(save_dirs[0], "state"))
 
         def look() -> tuple[dict, str | None, str | None]:
-            if not parallel.is_main:  # rank 0 looks for all: another rank may see the folder of a moment later
+            if (
+                not parallel.is_main
+            ):  # rank 0 looks for all: another rank may see the folder of a moment later
                 return {}, None, None
             try:
                 own, step = identity(settings, FREE), _chosen(settings["resume"], folder)
@@ -94,11 +125,17 @@ class Earlier:
                             f"{folder / FINISHED}: step is {done.get('step')}: damaged; remove it, or give --resume none"
                         )
                     _check_same(folder / FINISHED, done.get("settings"), own)
-                    return own, None, f"this run finished after step {done.get('step')}; --resume none runs it again"
+                    return (
+                        own,
+                        None,
+                        f"this run finished after step {done.get('step')}; --resume none runs it again",
+                    )
                 if step is not None:
                     _check_same(step, step_facts(step)["settings"], own)
             except OSError as error:
-                raise UserError(f"{error.filename or folder}: cannot be read: {error.strerror}") from None
+                raise UserError(
+                    f"{error.filename or folder}: cannot be read: {error.strerror}"
+                ) from None
             return own, None if step is None else str(step), None
 
         own, *found = agreed(look)
@@ -107,26 +144,44 @@ class Earlier:
         if finished:
             stop()
             raise Finished(finished)
-        return cls(folder, own, Path(step), open_step(Path(step), parallel)) if step else cls(folder, own, None, {})
+        return (
+            cls(folder, own, Path(step), open_step(Path(step), parallel))
+            if step
+            else cls(folder, own, None, {})
+        )
 
 
 def _chosen(resume: str, folder: Path) -> Path | None:
     if resume == "none":
         return None
-    if resume == "auto":  # a step that lost its manifest is damaged, too: an older one is for the user to choose
-        steps = [path for path in folder.iterdir() if is_step(path) and path.is_dir()] if folder.is_dir() else []
+    if (
+        resume == "auto"
+    ):  # a step that lost its manifest is damaged, too: an older one is for the user to choose
+        steps = (
+            [path for path in folder.iterdir() if is_step(path) and path.is_dir()]
+            if folder.is_dir()
+            else []
+        )
         return max((path for path in steps if any(path.iterdir())), key=number_of, default=None)
     path = Path(resume)
     if not (is_step(path) and (path / MANIFEST).is_file()):
-        raise UserError(f"--resume {resume}: is no saved step; they are called step-… and lie in {folder}")
+        raise UserError(
+            f"--resume {resume}: is no saved step; they are called step-… and lie in {folder}"
+        )
     return path
 
 
 def _check_writable(folder: Path) -> None:
     """Raise UserError when steps could not be saved to a folder."""
-    place = next(place for place in (folder, *folder.absolute().parents) if place.exists() or place.is_symlink())
+    place = next(
+        place
+        for place in (folder, *folder.absolute().parents)
+        if place.exists() or place.is_symlink()
+    )
     if not place.is_dir() or not os.access(place, os.W_OK):
-        raise UserError(f"{folder}: {place} is not a folder that can be written to; the run's steps are saved there")
+        raise UserError(
+            f"{folder}: {place} is not a folder that can be written to; the run's steps are saved there"
+        )
 
 
 def _is_there(save_dir: str) -> bool:
@@ -134,7 +189,8 @@ def _is_there(save_dir: str) -> bool:
     folder = Path(save_dir)
     try:
         return has_manifest(folder) and all(
-            (folder / n).stat().st_size == f["size"] for n, f in read_manifest(folder)["files"].items()
+            (folder / n).stat().st_size == f["size"]
+            for n, f in read_manifest(folder)["files"].items()
         )
     except (UserError, FileNotFoundError):
         return False
@@ -167,12 +223,24 @@ class Saving:
         parts: what else does, as JSON: name → (how to get it, how to set it), set after the tensors; at_work(name): around what needs
         the model, or the tensors, of that name on the device.
         """
-        self.earlier, self.every, self.parallel, self.log = earlier, settings["save_every"], parallel, log
-        self.models, self.parts, self.tensors, self.at_work = models, parts or {}, tensors or {}, at_work
+        self.earlier, self.every, self.parallel, self.log = (
+            earlier,
+            settings["save_every"],
+            parallel,
+            log,
+        )
+        self.models, self.parts, self.tensors, self.at_work = (
+            models,
+            parts or {},
+            tensors or {},
+            at_work,
+        )
         self.steps = Steps(earlier.folder, settings["keep"], parallel)
         self.told, self.step = False, 0  # told to stop, on this rank; the last step that was taken
         self.before = signal.signal(signal.SIGTERM, self._on_signal)
-        if platform.system() == "Linux" and "RANK" in os.environ:  # a launcher that dies takes its workers along
+        if (
+            platform.system() == "Linux" and "RANK" in os.environ
+        ):  # a launcher that dies takes its workers along
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
     def _on_signal(self, *_) -> None:
@@ -195,7 +263,9 @@ class Saving:
             agreed(lambda: self._bring_back(path, manifest))
             self.step = manifest["step"]
         for other in self.steps.go_back_to(path):
-            self.log.info(f"{other.name} of {other.parent} is set aside: it is not of this run, or later")
+            self.log.info(
+                f"{other.name} of {other.parent} is set aside: it is not of this run, or later"
+            )
         if path is not None:
             self.log.info(f"goes on after step {self.step}, from {path}")
         return self.step
@@ -204,17 +274,35 @@ class Saving:
         try:
             for name, (model, optimizer) in self.models.items():
                 with self.at_work(name):
-                    restore(model, optimizer, SavedModel(path, name, manifest["layouts"][name]), manifest["counters"][name])
+                    restore(
+                        model,
+                        optimizer,
+                        SavedModel(path, name, manifest["layouts"][name]),
+                        manifest["counters"][name],
+                    )
             for name, (tensors, specs) in self.tensors.items():
                 saved = SavedModel(path, name, manifest["layouts"][name])
                 with self.at_work(name):
                     for key, tensor in tensors.items():
-                        tensor.copy_(saved.local(key, specs[key], self.parallel.mp_rank, self.parallel.mp_size))
+                        tensor.copy_(
+                            saved.local(
+                                key, specs[key], self.parallel.mp_rank, self.parallel.mp_size
+                            )
+                        )
             for name, (_, put) in self.parts.items():
                 put(manifest["parts"][name])
             self._restore_random(path)
-        except (LookupError, TypeError, ValueError, AttributeError, OSError, SafetensorError) as error:
-            raise UserError(f"{path}: is damaged, or not of this run ({type(error).__name__}: {error})") from error
+        except (
+            LookupError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            OSError,
+            SafetensorError,
+        ) as error:
+            raise UserError(
+                f"{path}: is damaged, or not of this run ({type(error).__name__}: {error})"
+            ) from error
 
     # --- saving -----------------------------------------------------------------------------------------------------
 
@@ -229,7 +317,9 @@ class Saving:
         if stop:
             self.steps.wait()
             signal.signal(signal.SIGTERM, self.before)
-            raise Stopped(f"stopped by a signal after step {step}, which is saved; the same command goes on from there")
+            raise Stopped(
+                f"stopped by a signal after step {step}, which is saved; the same command goes on from there"
+            )
 
     def _save(self, step: int) -> None:
         p, files, counters = self.parallel, {}, {}
@@ -237,7 +327,9 @@ class Saving:
             with self.at_work(name):
                 tensors, counters[name] = tensors_of(model, optimizer), counters_of(optimizer)
             if tensors:
-                files[file_of(name, optimizer.parallel.mp_rank, optimizer.parallel.dp_rank)] = tensors
+                files[file_of(name, optimizer.parallel.mp_rank, optimizer.parallel.dp_rank)] = (
+                    tensors
+                )
         if p.dp_rank == 0:
             for name, (tensors, _) in self.tensors.items():
                 with self.at_work(name):
@@ -249,7 +341,10 @@ class Saving:
         about = {
             "settings": self.earlier.settings,
             "layouts": {
-                **{name: {"mp": o.parallel.mp_size, "dp": o.parallel.dp_size} for name, (_, o) in self.models.items()},
+                **{
+                    name: {"mp": o.parallel.mp_size, "dp": o.parallel.dp_size}
+                    for name, (_, o) in self.models.items()
+                },
                 **{name: {"mp": p.mp_size, "dp": 1} for name in self.tensors},
             },
             "counters": counters,
@@ -259,21 +354,28 @@ class Saving:
 
     def _random(self) -> dict[str, Tensor]:
         states = {"cpu": torch.get_rng_state()}
-        return states | ({"cuda": torch.cuda.get_rng_state()} if self.parallel.device.type == "cuda" else {})
+        return states | (
+            {"cuda": torch.cuda.get_rng_state()} if self.parallel.device.type == "cuda" else {}
+        )
 
     def _check_space(self, steps_left: int) -> None:
         """Raise UserError when the steps to be saved will not fit on the disk: --keep and one more, beside those that stay."""
         if self.every is None:
             return
         more = min(
-            self.steps.keep + 1 - len(self.steps.until(self.earlier.step)[-self.steps.keep :]), steps_left // self.every
+            self.steps.keep + 1 - len(self.steps.until(self.earlier.step)[-self.steps.keep :]),
+            steps_left // self.every,
         )
         size = sum(bytes_of(model, optimizer) for model, optimizer in self.models.values())
         if self.parallel.dp_rank == 0:
             size += sum(x.nbytes for tensors, _ in self.tensors.values() for x in tensors.values())
         total = torch.tensor(size, device=self.parallel.device)
         dist.all_reduce(total)
-        agreed(lambda: check_space(self.earlier.folder, int(total) * more, f"for {more} steps (--save_every, --keep)"))
+        agreed(
+            lambda: check_space(
+                self.earlier.folder, int(total) * more, f"for {more} steps (--save_every, --keep)"
+            )
+        )
 
     def _restore_random(self, path: Path) -> None:
         """Dropout's state; a data-parallel rank that there was none of keeps the one that it began with."""

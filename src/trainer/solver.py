@@ -20,8 +20,13 @@ class SolverObjective:
     def pieces(self, row: int) -> list[tuple[int, int]]:
         return [(self.lengths[row], 0)]
 
-    def loss(self, model: Transformer, rows: list[int], denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, model: Transformer, rows: list[int], denominator: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         batch = Batch.of([self.sequences[i] for i in rows], self.device)
-        loss = response_loss(model, batch, lambda logprobs, entropy, rows: -logprobs.sum()) / denominator
+        loss = (
+            response_loss(model, batch, lambda logprobs, entropy, rows: -logprobs.sum())
+            / denominator
+        )
         balance = weighted_balance_loss(model, batch, batch.responses, denominator)
         return loss + balance, {"balance_loss": balance.detach()}

@@ -19,8 +19,15 @@ WEIGHT, MASTER, MEAN, SQUARE = "weight", "master", "exp_avg", "exp_avg_sq"
 def specs_of(model: Transformer) -> dict[str, TensorSpec]:
     """How each trained parameter is cut, by its name in the model."""
     layers = lora_layers(model)
-    table = {**tensor_table(model.config), **(lora_table(model.config, layers[0][1].config) if layers else {})}
-    return {name: table[name.replace(".base.", ".")] for name, p in model.named_parameters() if p.requires_grad}
+    table = {
+        **tensor_table(model.config),
+        **(lora_table(model.config, layers[0][1].config) if layers else {}),
+    }
+    return {
+        name: table[name.replace(".base.", ".")]
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
 
 
 @torch.no_grad()
@@ -51,7 +58,9 @@ def bytes_of(model: Transformer, optimizer: Optimizer) -> int:
     if not (first or optimizer.sharded):
         return weights
     fp32 = 4  # bytes of a number in the averages
-    return weights + sum(2 * fp32 * kept.numel() + (kept is not p) * kept.nbytes for p, kept in optimizer.kept())
+    return weights + sum(
+        2 * fp32 * kept.numel() + (kept is not p) * kept.nbytes for p, kept in optimizer.kept()
+    )
 
 
 def counters_of(optimizer: Optimizer) -> dict:
@@ -71,7 +80,9 @@ class SavedModel:
     def __init__(self, folder: Path, name: str, layout: dict[str, int]) -> None:
         """layout: {"mp": …, "dp": …} of the run that saved it."""
         self.folder, self.mp_size = folder, layout["mp"]
-        self.places: list[dict[str, object]] = [{} for _ in range(self.mp_size)]  # of each model-parallel rank: key → file
+        self.places: list[dict[str, object]] = [
+            {} for _ in range(self.mp_size)
+        ]  # of each model-parallel rank: key → file
         for mp_rank in range(self.mp_size):
             for dp_rank in range(layout["dp"]):
                 path = folder / file_of(name, mp_rank, dp_rank)
@@ -85,7 +96,9 @@ class SavedModel:
     def local(self, key: str, spec: TensorSpec, rank: int, n: int) -> Tensor:
         """Rank `rank` of `n`'s part of a tensor that is cut by `spec`."""
         if key not in self:
-            raise UserError(f"{self.folder}: has no {key}; it was saved by a run of another model or other trained layers")
+            raise UserError(
+                f"{self.folder}: has no {key}; it was saved by a run of another model or other trained layers"
+            )
         if spec.dim is None:
             return self.places[0][key].get_tensor(key)
         if n == self.mp_size:
@@ -95,11 +108,16 @@ class SavedModel:
         for owner, first, last in spec.owners(self.mp_size):
             low, high = max(start, first), min(stop, last)
             if low < high:
-                cut = tuple(slice(low - first, high - first) if d == spec.dim else slice(None) for d in range(spec.dim + 1))
+                cut = tuple(
+                    slice(low - first, high - first) if d == spec.dim else slice(None)
+                    for d in range(spec.dim + 1)
+                )
                 pieces.append(self.places[owner][key].get_slice(key)[cut])
         if not pieces:
             whole = self.places[0][key].get_slice(key)
-            empty = tuple(slice(0, 0) if d == spec.dim else slice(None) for d in range(spec.dim + 1))
+            empty = tuple(
+                slice(0, 0) if d == spec.dim else slice(None) for d in range(spec.dim + 1)
+            )
             pieces = [whole[empty]]
         return spec.padded(torch.cat(pieces, spec.dim), n)
 
@@ -120,10 +138,14 @@ def restore(model: Transformer, optimizer: Optimizer, saved: SavedModel, counter
             key = f"{MASTER}/{name}" if f"{MASTER}/{name}" in saved else f"{WEIGHT}/{name}"
             kept.copy_(saved.local(key, specs[name], rank, n))
         if counters["adam_step"]:
-            averages = {kind: torch.empty_like(kept, dtype=torch.float32) for kind in (MEAN, SQUARE)}
+            averages = {
+                kind: torch.empty_like(kept, dtype=torch.float32) for kind in (MEAN, SQUARE)
+            }
             for kind, average in averages.items():  # a copy: what was read is the file's memory
                 average.copy_(saved.local(f"{kind}/{name}", specs[name], rank, n))
-            step = torch.tensor(float(counters["adam_step"]), dtype=torch.float32, device=kept.device)
+            step = torch.tensor(
+                float(counters["adam_step"]), dtype=torch.float32, device=kept.device
+            )
             optimizer.local.state[kept] = {"step": step, **averages}
     optimizer.loss_scale, optimizer.good_steps = counters["loss_scale"], counters["good_steps"]
     optimizer.skipped_in_a_row = counters["skipped_in_a_row"]

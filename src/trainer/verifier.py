@@ -6,7 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from src.models.batch import Batch, PromptTree, Sequence, sequence_scores, shared_prompt, weighted_balance_loss
+from src.models.batch import (
+    Batch,
+    PromptTree,
+    Sequence,
+    sequence_scores,
+    shared_prompt,
+    weighted_balance_loss,
+)
 from src.models.transformer import Transformer
 
 
@@ -32,9 +39,13 @@ class VerifierObjective:
 
     stats = ("loss", "accuracy")
 
-    def __init__(self, comparisons: list[Comparison], device: torch.device, share_prompts: bool = True) -> None:
+    def __init__(
+        self, comparisons: list[Comparison], device: torch.device, share_prompts: bool = True
+    ) -> None:
         self.comparisons, self.device, self.share_prompts = comparisons, device, share_prompts
-        self.lengths = [sum(length for length, _ in self.pieces(i)) for i in range(len(comparisons))]
+        self.lengths = [
+            sum(length for length, _ in self.pieces(i)) for i in range(len(comparisons))
+        ]
         self.weights = [1] * len(comparisons)
         self.needed = [len(c.chosen) + len(c.rejected) for c in comparisons]
 
@@ -43,15 +54,21 @@ class VerifierObjective:
         prompt = shared_prompt(sequences) if self.share_prompts else 0
         return [(prompt, 0)] * bool(prompt) + [(len(s.tokens) - prompt, prompt) for s in sequences]
 
-    def loss(self, model: Transformer, rows: list[int], denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, model: Transformer, rows: list[int], denominator: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         chosen = [self.comparisons[i] for i in rows]
         groups = [c.chosen + c.rejected for c in chosen]  # one forward for both sides
         if self.share_prompts:
             batch = PromptTree.of(groups, self.device)
         else:
             batch = Batch.of([s for group in groups for s in group], self.device)
-        pairs = margins(sequence_scores(model, batch), [(len(c.chosen), len(c.rejected)) for c in chosen])
+        pairs = margins(
+            sequence_scores(model, batch), [(len(c.chosen), len(c.rejected)) for c in chosen]
+        )
         loss = torch.stack([-F.logsigmoid(m).mean() for m in pairs]).sum() / denominator
         correct = torch.stack([(m.detach() > 0).float().mean() for m in pairs]).sum()
-        balance = weighted_balance_loss(model, batch, [1 / len(group) for group in groups for _ in group], denominator)
+        balance = weighted_balance_loss(
+            model, batch, [1 / len(group) for group in groups for _ in group], denominator
+        )
         return loss + balance, {"accuracy": correct / denominator, "balance_loss": balance.detach()}

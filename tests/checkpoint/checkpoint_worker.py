@@ -4,6 +4,7 @@
 
 OUT/NAME.RANK.safetensors: every parameter, and the outputs on TOKENS.json's sequences: this rank's logits, or the scores.
 """
+
 import json
 import sys
 from pathlib import Path
@@ -34,7 +35,10 @@ def main(out: str, tokens: str, *named: str) -> None:
             else:
                 outputs = model.logits(model(batch.tokens, Packed([len(row) for row in rows])))
         held = {key: parameter.detach().contiguous() for key, parameter in model.named_parameters()}
-        save_file(held | {"outputs": outputs.contiguous()}, Path(out) / f"{name}.{parallel.rank}.safetensors")
+        save_file(
+            held | {"outputs": outputs.contiguous()},
+            Path(out) / f"{name}.{parallel.rank}.safetensors",
+        )
         save_model(model, parallel, str(Path(out) / f"{name}-saved"), checkpoint)
     stop()
 

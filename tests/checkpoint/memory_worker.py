@@ -5,10 +5,11 @@
 
 Linux: reads /proc. Mapped file pages are the system's to take back, and not counted.
 """
+
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import torch
 
@@ -19,7 +20,11 @@ from src.parallel.setup import start, stop
 
 
 def anonymous_bytes() -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    line = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("RssAnon")
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -46,7 +51,9 @@ def main(action: str, ckpt: str, *more: str) -> None:
         print(peak_of(lambda: split(Checkpoint.open(ckpt), Path(save), int(n)))[0])
         return
     parallel = start(timeout=120)
-    peak, model = peak_of(lambda: load_model(Checkpoint.open(ckpt), parallel, getattr(torch, more[0])))
+    peak, model = peak_of(
+        lambda: load_model(Checkpoint.open(ckpt), parallel, getattr(torch, more[0]))
+    )
     shard = sum(parameter.nbytes for parameter in model.parameters())
     sys.stdout.write(f"{peak} {shard}\n")  # in one piece: the ranks share the pipe
     stop()

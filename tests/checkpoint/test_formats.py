@@ -1,4 +1,5 @@
 """Every released form of every family is read as the same tensors and sizes; ranks then compute what transformers does."""
+
 import json
 import shutil
 from dataclasses import replace
@@ -13,12 +14,37 @@ from src.checkpoint.names import to_halves, to_interleaved
 from src.checkpoint.source import Checkpoint
 from src.checkpoint.write import merge, split
 from src.errors import UserError
-from tests.checkpoint.tiny import (BASE, EXPERTS, FUSED, HEAD_DIM, LAYERS, MODELS, ROWS, VOCABULARY, assert_same, cut_of,
-                                   logits_of, meta_tensors, read_hf, tiny, write_hf, write_meta)
+from tests.checkpoint.tiny import (
+    BASE,
+    EXPERTS,
+    FUSED,
+    HEAD_DIM,
+    LAYERS,
+    MODELS,
+    ROWS,
+    VOCABULARY,
+    assert_same,
+    cut_of,
+    logits_of,
+    meta_tensors,
+    read_hf,
+    tiny,
+    write_hf,
+    write_meta,
+)
 from tests.launch import launch, once
 
-FORMS = [(name, form, version) for name in MODELS for version in (4, 5) for form in ("safetensors", "sharded bin")]
-FORMS += [(name, form, 5) for name in ("llama", "mixtral", "qwen", "qwen3-moe") for form in ("sharded safetensors", "bin")]
+FORMS = [
+    (name, form, version)
+    for name in MODELS
+    for version in (4, 5)
+    for form in ("safetensors", "sharded bin")
+]
+FORMS += [
+    (name, form, 5)
+    for name in ("llama", "mixtral", "qwen", "qwen3-moe")
+    for form in ("sharded safetensors", "bin")
+]
 FORMS += [(name, "fused", 5) for name in FUSED]
 
 
@@ -42,7 +68,10 @@ def test_a_single_file_with_its_config_beside_or_named(tmp_path, file):
     file = tmp_path / "alone" / file
     file.parent.mkdir()
     (save_file if file.suffix == ".safetensors" else torch.save)(wanted, file)
-    with pytest.raises(UserError, match="params.json and .*config.json: not there; give the model's sizes by --config_file"):
+    with pytest.raises(
+        UserError,
+        match="params.json and .*config.json: not there; give the model's sizes by --config_file",
+    ):
         Checkpoint.open(str(file))
     named = Checkpoint.open(str(file), str(tmp_path / "hf" / "config.json"))
     shutil.copy(tmp_path / "hf" / "config.json", file.parent)
@@ -67,12 +96,26 @@ def drawn(kv_heads: int, ffn: int) -> dict:
     """Weights in Meta's layout that never were in another: 8 heads of 8, 96 tokens."""
     generator = torch.Generator().manual_seed(2)
     draw = lambda *shape: 0.2 * torch.randn(*shape, generator=generator) + (len(shape) == 1)
-    weights = {"tok_embeddings.weight": draw(96, 64), "norm.weight": draw(64), "output.weight": draw(96, 64)}
+    weights = {
+        "tok_embeddings.weight": draw(96, 64),
+        "norm.weight": draw(64),
+        "output.weight": draw(96, 64),
+    }
     for i in range(LAYERS):
-        weights |= {f"layers.{i}.{name}.weight": draw(*shape) for name, shape in {
-            "attention_norm": (64,), "ffn_norm": (64,), "attention.wq": (64, 64), "attention.wo": (64, 64),
-            "attention.wk": (kv_heads * 8, 64), "attention.wv": (kv_heads * 8, 64),
-            "feed_forward.w1": (ffn, 64), "feed_forward.w3": (ffn, 64), "feed_forward.w2": (64, ffn)}.items()}
+        weights |= {
+            f"layers.{i}.{name}.weight": draw(*shape)
+            for name, shape in {
+                "attention_norm": (64,),
+                "ffn_norm": (64,),
+                "attention.wq": (64, 64),
+                "attention.wo": (64, 64),
+                "attention.wk": (kv_heads * 8, 64),
+                "attention.wv": (kv_heads * 8, 64),
+                "feed_forward.w1": (ffn, 64),
+                "feed_forward.w3": (ffn, 64),
+                "feed_forward.w2": (64, ffn),
+            }.items()
+        }
     return weights
 
 
@@ -96,27 +139,55 @@ def meta_forward(w: dict, tokens: list[int], eps: float, theta: float):
         q, k, v = ((h @ layer(f"attention.{name}").T).view(t, -1, 8) for name in ("wq", "wk", "wv"))
         q, k = rotate_pairs(q, theta), rotate_pairs(k, theta)
         k, v = (y.repeat_interleave(8 // k.size(1), 1) for y in (k, v))
-        scores = torch.einsum("qhd,khd->hqk", q, k) / 8**0.5 + torch.full((t, t), -torch.inf).triu(1)
-        x = x + torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).flatten(1) @ layer("attention.wo").T
+        scores = torch.einsum("qhd,khd->hqk", q, k) / 8**0.5 + torch.full((t, t), -torch.inf).triu(
+            1
+        )
+        x = (
+            x
+            + torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).flatten(1)
+            @ layer("attention.wo").T
+        )
         h = norm(x, layer("ffn_norm"))
         gate = h @ layer("feed_forward.w1").T
-        x = x + (gate * gate.sigmoid() * (h @ layer("feed_forward.w3").T)) @ layer("feed_forward.w2").T
+        x = (
+            x
+            + (gate * gate.sigmoid() * (h @ layer("feed_forward.w3").T))
+            @ layer("feed_forward.w2").T
+        )
     return norm(x, w["norm.weight"]) @ w["output.weight"].T
 
 
 META = {
     # params.json as Meta writes it, kv heads, and the ffn width that its formula gives: 2/3 · 4 · 64 = 170 → · 1.3 = 221
     "llama-1": (dict(multiple_of=32, norm_eps=1e-6, vocab_size=-1), 8, 192),
-    "70b-like": (dict(multiple_of=16, ffn_dim_multiplier=1.3, n_kv_heads=4, norm_eps=1e-5, vocab_size=-1), 4, 224),
-    "llama-3": (dict(multiple_of=16, ffn_dim_multiplier=1.3, n_kv_heads=4, norm_eps=1e-5, vocab_size=96,
-                     rope_theta=500000.0), 4, 224),
+    "70b-like": (
+        dict(multiple_of=16, ffn_dim_multiplier=1.3, n_kv_heads=4, norm_eps=1e-5, vocab_size=-1),
+        4,
+        224,
+    ),
+    "llama-3": (
+        dict(
+            multiple_of=16,
+            ffn_dim_multiplier=1.3,
+            n_kv_heads=4,
+            norm_eps=1e-5,
+            vocab_size=96,
+            rope_theta=500000.0,
+        ),
+        4,
+        224,
+    ),
 }
 
 
 def write_drawn(folder: Path, kind: str, n: int) -> dict:
     params, kv_heads, ffn = META[kind]
     weights = drawn(kv_heads, ffn)
-    freqs = [f"layers.{i}.attention.inner_attention.rope.freqs" for i in range(LAYERS)] if kind == "llama-1" else []
+    freqs = (
+        [f"layers.{i}.attention.inner_attention.rope.freqs" for i in range(LAYERS)]
+        if kind == "llama-1"
+        else []
+    )
     params = dict(dim=64, n_heads=8, n_layers=LAYERS) | params
     write_meta(folder, params, weights, n, kind == "llama-3", ["rope.freqs", *freqs])
     return weights
@@ -125,8 +196,14 @@ def write_drawn(folder: Path, kind: str, n: int) -> dict:
 def drawn_logits(kind: str) -> torch.Tensor:
     params, kv_heads, ffn = META[kind]
     rows = [[min(token, 95) for token in row] for row in ROWS]
-    return torch.cat([meta_forward(drawn(kv_heads, ffn), row, params["norm_eps"],
-                                   params.get("rope_theta", 1e4)) for row in rows])
+    return torch.cat(
+        [
+            meta_forward(
+                drawn(kv_heads, ffn), row, params["norm_eps"], params.get("rope_theta", 1e4)
+            )
+            for row in rows
+        ]
+    )
 
 
 @pytest.mark.parametrize("n", (1, 2, 4))
@@ -140,11 +217,18 @@ def test_metas_own_shards(tmp_path, kind, n):
     split(source, tmp_path / "of-2", 2)
     for rank in range(2):
         shard = torch.load(tmp_path / "of-2" / f"consolidated.{rank:02d}.pth")
-        assert_same(shard,
-                    {name: w if cut_of(name) is None else w.chunk(2, cut_of(name))[rank] for name, w in weights.items()})
+        assert_same(
+            shard,
+            {
+                name: w if cut_of(name) is None else w.chunk(2, cut_of(name))[rank]
+                for name, w in weights.items()
+            },
+        )
     if n == 4:
         merge(Checkpoint.open(str(tmp_path / "of-2")), tmp_path / "hf", {})
-        model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", attn_implementation="eager").eval()
+        model = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "hf", attn_implementation="eager"
+        ).eval()
         with torch.no_grad():
             found = torch.cat([model(torch.tensor([row]).clamp_max(95)).logits[0] for row in ROWS])
         wanted = drawn_logits(kind)
@@ -154,9 +238,17 @@ def test_metas_own_shards(tmp_path, kind, n):
 def mistral_params(name: str) -> dict:
     kind, keys, rope = MODELS[name]
     keys = BASE | keys
-    params = dict(dim=66, n_layers=LAYERS, head_dim=HEAD_DIM, hidden_dim=50, n_heads=6,
-                  n_kv_heads=keys["num_key_value_heads"],
-                  norm_eps=1e-5, vocab_size=VOCABULARY, rope_theta=rope["rope_theta"])
+    params = dict(
+        dim=66,
+        n_layers=LAYERS,
+        head_dim=HEAD_DIM,
+        hidden_dim=50,
+        n_heads=6,
+        n_kv_heads=keys["num_key_value_heads"],
+        norm_eps=1e-5,
+        vocab_size=VOCABULARY,
+        rope_theta=rope["rope_theta"],
+    )
     if name == "mixtral":
         return params | {"moe": {"num_experts": EXPERTS, "num_experts_per_tok": 2}}
     return params | {"sliding_window": keys["sliding_window"]}
@@ -170,15 +262,24 @@ def test_mistrals_own_files(tmp_path, name, file):
     reference = Checkpoint.open(str(tmp_path / "hf"))
     own = meta_tensors(tensors)
     if name == "mixtral":
-        assert {"layers.1.feed_forward.experts.4.w2.weight", "layers.0.feed_forward.gate.weight"} < own.keys()
+        assert {
+            "layers.1.feed_forward.experts.4.w2.weight",
+            "layers.0.feed_forward.gate.weight",
+        } < own.keys()
     folder = tmp_path / "mistral"
     folder.mkdir()
     (folder / "params.json").write_text(json.dumps(mistral_params(name)))
     (save_file if file.endswith("safetensors") else torch.save)(own, folder / file)
     opened = Checkpoint.open(str(folder))
     assert_same(everything(opened), everything(reference))
-    assert replace(opened.config, max_seq_len=64,
-                   router_aux_loss_coef=reference.config.router_aux_loss_coef) == reference.config
+    assert (
+        replace(
+            opened.config,
+            max_seq_len=64,
+            router_aux_loss_coef=reference.config.router_aux_loss_coef,
+        )
+        == reference.config
+    )
     merge(opened, tmp_path / "back", {})
     assert_same(read_hf(tmp_path / "back"), tensors)
 
@@ -186,14 +287,31 @@ def test_mistrals_own_files(tmp_path, name, file):
 @pytest.mark.parametrize("vocabulary_first", (False, True))
 def test_llama_3_1_of_meta(tmp_path, vocabulary_first):
     """`use_scaled_rope` is Llama 3.1's scaling: 8 times over 8192 tokens."""
-    tensors = write_hf(tmp_path / "hf", "llama-3", hidden_size=64, num_attention_heads=4, head_dim=16, intermediate_size=224,
-                       vocab_size=96)
+    tensors = write_hf(
+        tmp_path / "hf",
+        "llama-3",
+        hidden_size=64,
+        num_attention_heads=4,
+        head_dim=16,
+        intermediate_size=224,
+        vocab_size=96,
+    )
     file = tmp_path / "hf" / "config.json"
     config = json.loads(file.read_text())
     config["rope_parameters"]["original_max_position_embeddings"] = 8192
     file.write_text(json.dumps(config))
-    params = dict(dim=64, n_layers=LAYERS, n_heads=4, n_kv_heads=2, vocab_size=96, multiple_of=16, ffn_dim_multiplier=1.3,
-                  norm_eps=1e-5, rope_theta=500000.0, use_scaled_rope=True)
+    params = dict(
+        dim=64,
+        n_layers=LAYERS,
+        n_heads=4,
+        n_kv_heads=2,
+        vocab_size=96,
+        multiple_of=16,
+        ffn_dim_multiplier=1.3,
+        norm_eps=1e-5,
+        rope_theta=500000.0,
+        use_scaled_rope=True,
+    )
     write_meta(tmp_path / "meta", params, meta_tensors(tensors, head_dim=16), 2, vocabulary_first)
     opened, reference = (Checkpoint.open(str(tmp_path / name)) for name in ("meta", "hf"))
     assert_same(everything(opened), everything(reference))
@@ -230,8 +348,13 @@ def loaded(tmp_path_factory):
     def run(n: int) -> Path:
         out = work / f"out-{n}"
         out.mkdir()
-        launch(n, "tests/checkpoint/checkpoint_worker.py", str(out), str(work / "rows.json"),
-               *(f"{name}={folder}" for name, folder in named.items()))
+        launch(
+            n,
+            "tests/checkpoint/checkpoint_worker.py",
+            str(out),
+            str(work / "rows.json"),
+            *(f"{name}={folder}" for name, folder in named.items()),
+        )
         return out
 
     return run
@@ -249,8 +372,13 @@ def test_ranks_compute_what_transformers_does(loaded, n):
     for name, logits in wanted.items():
         found = torch.cat([rank["outputs"] for rank in held(out, name, n)], -1)
         assert (found[:, logits.size(1) :] < -1e4).all(), name  # padding of the vocabulary
-        torch.testing.assert_close(found[:, : logits.size(1)], logits, rtol=0, atol=1e-5 * logits.abs().max().item(),
-                                   msg=name)
+        torch.testing.assert_close(
+            found[:, : logits.size(1)],
+            logits,
+            rtol=0,
+            atol=1e-5 * logits.abs().max().item(),
+            msg=name,
+        )
 
 
 @pytest.mark.parametrize("n", (1, 3))

@@ -1,4 +1,5 @@
 """Nothing holds more than it must: one shard and one tensor when splitting, a rank's own part when loading."""
+
 import shutil
 import sys
 from pathlib import Path
@@ -10,14 +11,19 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.checkpoint.tiny import write_tensors
 from tests.launch import launch
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the process's memory from Linux's /proc")
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="reads the process's memory from Linux's /proc"
+)
 
 
 def write_large(folder: Path, form: str, **shape) -> list[int]:
     """A Llama of ones without a model being built; the sizes of its tensors."""
     config = AutoConfig.for_model("llama", **shape, tie_word_embeddings=False)
     with torch.device("meta"):
-        shapes = {key: value.shape for key, value in AutoModelForCausalLM.from_config(config).state_dict().items()}
+        shapes = {
+            key: value.shape
+            for key, value in AutoModelForCausalLM.from_config(config).state_dict().items()
+        }
     config.architectures = ["LlamaForCausalLM"]
     folder.mkdir()
     (folder / "config.json").write_text(config.to_json_string(use_diff=False))
@@ -29,10 +35,25 @@ def write_large(folder: Path, form: str, **shape) -> list[int]:
 @pytest.mark.parametrize("form", ("safetensors", "bin"))
 def test_split_holds_one_shard_and_one_tensor_at_most(tmp_path, form):
     """310 MB in 8 shards of 39 MB; the largest tensor is 33 MB."""
-    sizes = write_large(tmp_path / "hf", form, hidden_size=1024, num_attention_heads=8, num_key_value_heads=8,
-                        intermediate_size=2816, vocab_size=8000, num_hidden_layers=5)
+    sizes = write_large(
+        tmp_path / "hf",
+        form,
+        hidden_size=1024,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        intermediate_size=2816,
+        vocab_size=8000,
+        num_hidden_layers=5,
+    )
     assert sum(sizes) > 300e6
-    done = launch(1, "tests/checkpoint/memory_worker.py", "split", str(tmp_path / "hf"), str(tmp_path / "shards"), "8")
+    done = launch(
+        1,
+        "tests/checkpoint/memory_worker.py",
+        "split",
+        str(tmp_path / "hf"),
+        str(tmp_path / "shards"),
+        "8",
+    )
     written = sum(file.stat().st_size for file in (tmp_path / "shards").iterdir())
     shutil.rmtree(tmp_path)  # 620 MB are not kept for later
     assert int(done.stdout) <= sum(sizes) / 8 + max(sizes) + 25e6
@@ -42,8 +63,16 @@ def test_split_holds_one_shard_and_one_tensor_at_most(tmp_path, form):
 @pytest.mark.parametrize("form", ("sharded safetensors", "bin"))
 def test_ranks_load_little_more_than_their_own_part(tmp_path, form):
     """72 MB in 20 layers, of which no tensor is above 1 MB, straight from Hugging Face's folder on two ranks."""
-    sizes = write_large(tmp_path / "hf", form, hidden_size=256, num_attention_heads=8, num_key_value_heads=4,
-                        intermediate_size=960, vocab_size=1000, num_hidden_layers=20)
+    sizes = write_large(
+        tmp_path / "hf",
+        form,
+        hidden_size=256,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        intermediate_size=960,
+        vocab_size=1000,
+        num_hidden_layers=20,
+    )
     assert sum(sizes) > 70e6 > 60 * max(sizes)
     done = launch(2, "tests/checkpoint/memory_worker.py", "load", str(tmp_path / "hf"), "float32")
     shutil.rmtree(tmp_path)

@@ -50,13 +50,24 @@ def expected_shapes(model_type: str, n: int) -> dict[str, list[int]]:
     if model_type.startswith("qwen"):
         layer |= {"attention.wq.bias": [q], "attention.wk.bias": [kv], "attention.wv.bias": [kv]}
     if model_type.startswith("mixtral"):
-        layer |= {"feed_forward.gate.weight": [8, dim], "feed_forward.experts.w1.weight": [8, ffn // n, dim],
-                  "feed_forward.experts.w2.weight": [8, dim, ffn // n], "feed_forward.experts.w3.weight": [8, ffn // n, dim]}
+        layer |= {
+            "feed_forward.gate.weight": [8, dim],
+            "feed_forward.experts.w1.weight": [8, ffn // n, dim],
+            "feed_forward.experts.w2.weight": [8, dim, ffn // n],
+            "feed_forward.experts.w3.weight": [8, ffn // n, dim],
+        }
     else:
-        layer |= {"feed_forward.w1.weight": [ffn // n, dim], "feed_forward.w2.weight": [dim, ffn // n],
-                  "feed_forward.w3.weight": [ffn // n, dim]}
+        layer |= {
+            "feed_forward.w1.weight": [ffn // n, dim],
+            "feed_forward.w2.weight": [dim, ffn // n],
+            "feed_forward.w3.weight": [ffn // n, dim],
+        }
     whole = {f"layers.{i}.{name}": shape for i in range(layers) for name, shape in layer.items()}
-    return whole | {"tok_embeddings.weight": [vocab, dim // n], "norm.weight": [dim], "output.weight": [vocab // n, dim]}
+    return whole | {
+        "tok_embeddings.weight": [vocab, dim // n],
+        "norm.weight": [dim],
+        "output.weight": [vocab // n, dim],
+    }
 
 
 @pytest.mark.parametrize("model_type", PARAMETERS)
@@ -70,8 +81,15 @@ def test_released_sizes(model_type):
         size = 2 * sum(torch.Size(shape).numel() for shape in expected.values())
         assert plan.rank_bytes == size
         text = "\n".join(plan.lines())
-        assert f"{PARAMETERS[model_type]:,} parameters" in text and f"each of {n} ranks: {size:,} bytes" in text
-        kinds = [name.replace("layers.0.", "layers.*.") for name in expected if "layers." not in name or "layers.0." in name]
+        assert (
+            f"{PARAMETERS[model_type]:,} parameters" in text
+            and f"each of {n} ranks: {size:,} bytes" in text
+        )
+        kinds = [
+            name.replace("layers.0.", "layers.*.")
+            for name in expected
+            if "layers." not in name or "layers.0." in name
+        ]
         assert all(kind in text for kind in kinds)
         assert str(expected["layers.0.attention.wk.weight"]) in text
 

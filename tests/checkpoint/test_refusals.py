@@ -1,4 +1,5 @@
 """What is wrong with a checkpoint is said in one message, with file, tensor and shapes; nothing is half written."""
+
 import json
 import pickle
 import re
@@ -54,21 +55,71 @@ def changed(path: Path, **change) -> None:
 # --- tensors
 
 
-@pytest.mark.parametrize("name, change, texts", (
-    ("llama", {"layers.1.attention.wo.weight": None}, ["shard 1 of 2: layers.1.attention.wo.weight is missing"]),
-    ("llama", {"layers.0.attention.wq.bias": [4]}, ["consolidated.01.pth: unknown tensor layers.0.attention.wq.bias"]),
-    ("llama", {"layers.0.feed_forward.w2.weight": [DIM, 5]},
-     [f"consolidated.01.pth: layers.0.feed_forward.w2.weight has shape [{DIM}, 5], expected [{DIM}, 25]"]),
-    ("llama", {"output.weight": [VOCABULARY // 2, DIM]}, [f"output.weight has shape [48, {DIM}], expected [49, {DIM}]"]),
-    ("llama", {"norm.weight": None, "output.weight": None, "lora": [1]},
-     ["norm.weight is missing", "output.weight is missing", "unknown tensor lora"]),
-    ("qwen2", {"layers.0.attention.wk.bias": None}, ["shard 1 of 2: layers.0.attention.wk.bias is missing"]),
-    ("qwen2", {"layers.0.attention.wk.bias": [12]}, ["layers.0.attention.wk.bias has shape [12], expected [24]"]),
-    ("qwen2-tied", {"output.weight": [49, 5]}, ["output.weight"]),  # the tie spelt out, but not the embedding's shape
-    ("qwen3", {"layers.1.attention.q_norm.weight": [6]}, ["layers.1.attention.q_norm.weight has shape [6], expected [12]"]),
-    ("mixtral", {"layers.0.feed_forward.experts.w1.weight": [4, 25, DIM]},
-     [f"layers.0.feed_forward.experts.w1.weight has shape [4, 25, {DIM}], expected [5, 25, {DIM}]"]),
-    ("mixtral", {"layers.1.feed_forward.gate.weight": None}, ["layers.1.feed_forward.gate.weight is missing"])), ids=str)
+@pytest.mark.parametrize(
+    "name, change, texts",
+    (
+        (
+            "llama",
+            {"layers.1.attention.wo.weight": None},
+            ["shard 1 of 2: layers.1.attention.wo.weight is missing"],
+        ),
+        (
+            "llama",
+            {"layers.0.attention.wq.bias": [4]},
+            ["consolidated.01.pth: unknown tensor layers.0.attention.wq.bias"],
+        ),
+        (
+            "llama",
+            {"layers.0.feed_forward.w2.weight": [DIM, 5]},
+            [
+                f"consolidated.01.pth: layers.0.feed_forward.w2.weight has shape [{DIM}, 5], expected [{DIM}, 25]"
+            ],
+        ),
+        (
+            "llama",
+            {"output.weight": [VOCABULARY // 2, DIM]},
+            [f"output.weight has shape [48, {DIM}], expected [49, {DIM}]"],
+        ),
+        (
+            "llama",
+            {"norm.weight": None, "output.weight": None, "lora": [1]},
+            ["norm.weight is missing", "output.weight is missing", "unknown tensor lora"],
+        ),
+        (
+            "qwen2",
+            {"layers.0.attention.wk.bias": None},
+            ["shard 1 of 2: layers.0.attention.wk.bias is missing"],
+        ),
+        (
+            "qwen2",
+            {"layers.0.attention.wk.bias": [12]},
+            ["layers.0.attention.wk.bias has shape [12], expected [24]"],
+        ),
+        (
+            "qwen2-tied",
+            {"output.weight": [49, 5]},
+            ["output.weight"],
+        ),  # the tie spelt out, but not the embedding's shape
+        (
+            "qwen3",
+            {"layers.1.attention.q_norm.weight": [6]},
+            ["layers.1.attention.q_norm.weight has shape [6], expected [12]"],
+        ),
+        (
+            "mixtral",
+            {"layers.0.feed_forward.experts.w1.weight": [4, 25, DIM]},
+            [
+                f"layers.0.feed_forward.experts.w1.weight has shape [4, 25, {DIM}], expected [5, 25, {DIM}]"
+            ],
+        ),
+        (
+            "mixtral",
+            {"layers.1.feed_forward.gate.weight": None},
+            ["layers.1.feed_forward.gate.weight is missing"],
+        ),
+    ),
+    ids=str,
+)
 def test_one_shard_is_wrong(tmp_path, made, name, change, texts):
     folder = made(tmp_path / "shards", name, 2)
     file = folder / "consolidated.01.pth"
@@ -85,25 +136,39 @@ def test_a_hugging_face_folder_is_wrong(hf):
     tensors["lm_head.weight"] = torch.zeros(VOCABULARY + 1, DIM)
     save_file(tensors, hf / "model.safetensors")
     message = refusal(hf)
-    for text in (str(hf), "model.layers.1.mlp.up_proj.weight is missing",
-                 "unknown tensor model.layers.0.self_attn.q_proj.bias",
-                 f"model.safetensors: lm_head.weight has shape [98, {DIM}], expected [97, {DIM}]"):
+    for text in (
+        str(hf),
+        "model.layers.1.mlp.up_proj.weight is missing",
+        "unknown tensor model.layers.0.self_attn.q_proj.bias",
+        f"model.safetensors: lm_head.weight has shape [98, {DIM}], expected [97, {DIM}]",
+    ):
         assert text in message
 
 
-@pytest.mark.parametrize("name, key, shape", (
-    ("qwen", "transformer.h.1.attn.c_attn.weight", [72, DIM]), ("qwen", "transformer.h.0.attn.c_attn.bias", [72]),
-    ("mixtral", "model.layers.1.block_sparse_moe.experts.3.w2.weight", [FFN, DIM]),
-    ("qwen3-moe", "model.layers.1.mlp.experts.4.up_proj.weight", [31, DIM])))
+@pytest.mark.parametrize(
+    "name, key, shape",
+    (
+        ("qwen", "transformer.h.1.attn.c_attn.weight", [72, DIM]),
+        ("qwen", "transformer.h.0.attn.c_attn.bias", [72]),
+        ("mixtral", "model.layers.1.block_sparse_moe.experts.3.w2.weight", [FFN, DIM]),
+        ("qwen3-moe", "model.layers.1.mlp.experts.4.up_proj.weight", [31, DIM]),
+    ),
+)
 @pytest.mark.parametrize("missing", (False, True))
-def test_fused_tensors_and_experts_are_named_as_they_lie_in_the_file(tmp_path, made, name, key, shape, missing):
+def test_fused_tensors_and_experts_are_named_as_they_lie_in_the_file(
+    tmp_path, made, name, key, shape, missing
+):
     folder = made(tmp_path / "hf", name)
     tensors = load_file(folder / "model.safetensors")
     full = list(tensors.pop(key).shape)
     if not missing:
         tensors[key] = torch.zeros(shape)
     save_file(tensors, folder / "model.safetensors")
-    text = f"{key} is missing" if missing else f"model.safetensors: {key} has shape {shape}, expected {full}"
+    text = (
+        f"{key} is missing"
+        if missing
+        else f"model.safetensors: {key} has shape {shape}, expected {full}"
+    )
     assert text in refusal(folder)
 
 
@@ -118,27 +183,38 @@ def test_one_expert_too_many(tmp_path, made):
 @pytest.mark.parametrize("dtype", (torch.int8, torch.float64, torch.float8_e4m3fn), ids=str)
 def test_tensors_of_another_kind(hf, dtype):
     tensors = load_file(hf / "model.safetensors")
-    tensors["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"].to(dtype)
+    tensors["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"].to(
+        dtype
+    )
     save_file(tensors, hf / "model.safetensors")
     assert "model.layers.0.mlp.up_proj.weight is no fp32, bf16 or fp16" in refusal(hf)
 
 
 def test_shards_of_different_kinds(tmp_path, made):
     folder = made(tmp_path / "shards", "llama", 2)
-    torch.save({key: tensor.half() for key, tensor in torch.load(folder / "consolidated.01.pth").items()},
-               folder / "consolidated.01.pth")
-    assert "layers.0.attention.wq.weight is torch.float16, expected torch.float32" in refusal(folder)
+    torch.save(
+        {key: tensor.half() for key, tensor in torch.load(folder / "consolidated.01.pth").items()},
+        folder / "consolidated.01.pth",
+    )
+    assert "layers.0.attention.wq.weight is torch.float16, expected torch.float32" in refusal(
+        folder
+    )
 
 
 @pytest.mark.parametrize("value", (float("nan"), float("inf"), -float("inf")))
-@pytest.mark.parametrize("action", (lambda c, out: split(c, out, 2), lambda c, out: merge(c, out, {})),
-                         ids=("split", "merge"))
+@pytest.mark.parametrize(
+    "action",
+    (lambda c, out: split(c, out, 2), lambda c, out: merge(c, out, {})),
+    ids=("split", "merge"),
+)
 def test_weights_that_are_not_finite(tmp_path, hf, action, value):
     tensors = load_file(hf / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][49, 65] = value
     save_file(tensors, hf / "model.safetensors")
-    with pytest.raises(UserError,
-                       match="hf: NaN or infinite weights in layers.1.feed_forward.w3.weight; the checkpoint is damaged"):
+    with pytest.raises(
+        UserError,
+        match="hf: NaN or infinite weights in layers.1.feed_forward.w3.weight; the checkpoint is damaged",
+    ):
         action(Checkpoint.open(str(hf)), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
@@ -149,10 +225,21 @@ def test_ranks_refuse_weights_that_are_not_finite(tmp_path, hf):
     tensors["model.layers.1.mlp.up_proj.weight"][49, 65] = float("nan")
     save_file(tensors, hf / "model.safetensors")
     (tmp_path / "rows.json").write_text("[[1, 2]]")
-    done = start(2, "tests/checkpoint/checkpoint_worker.py", str(tmp_path), str(tmp_path / "rows.json"), f"nan={hf}",
-                 timeout=60)
+    done = start(
+        2,
+        "tests/checkpoint/checkpoint_worker.py",
+        str(tmp_path),
+        str(tmp_path / "rows.json"),
+        f"nan={hf}",
+        timeout=60,
+    )
     assert done.returncode != 0
-    assert done.stderr.count("UserError: " + f"{hf}: NaN or infinite weights in layers.1.feed_forward.w3.weight") == 2
+    assert (
+        done.stderr.count(
+            "UserError: " + f"{hf}: NaN or infinite weights in layers.1.feed_forward.w3.weight"
+        )
+        == 2
+    )
 
 
 # --- files
@@ -167,8 +254,10 @@ def test_a_hole_in_the_row_of_shards(tmp_path, made):
 def test_the_last_shard_missing(tmp_path, made):
     folder = made(tmp_path / "shards", "llama", 4)
     (folder / "consolidated.03.pth").unlink()
-    assert re.search(r"consolidated.00.pth: tok_embeddings.weight has shape \[97, 17\], expected \[97, 22\]",
-                     refusal(folder))
+    assert re.search(
+        r"consolidated.00.pth: tok_embeddings.weight has shape \[97, 17\], expected \[97, 22\]",
+        refusal(folder),
+    )
 
 
 def test_one_shard_twice(tmp_path, made):
@@ -218,19 +307,38 @@ def test_a_pickle_of_something_else(hf):
     assert "pytorch_model.bin: holds no plain dictionary of tensors" in refusal(hf)
 
 
-@pytest.mark.parametrize("name", ("../hf/model.safetensors", "/etc/passwd", "sub/model.safetensors", 7))
+@pytest.mark.parametrize(
+    "name", ("../hf/model.safetensors", "/etc/passwd", "sub/model.safetensors", 7)
+)
 def test_index_that_points_outside(hf, name):
-    (hf / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
-    assert re.search("index.json: model.norm.weight lies in .* which is outside the folder", refusal(hf))
+    (hf / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"model.norm.weight": name}})
+    )
+    assert re.search(
+        "index.json: model.norm.weight lies in .* which is outside the folder", refusal(hf)
+    )
 
 
-@pytest.mark.parametrize("index, message", (
-    ('{"weight_map": {"model.norm.weight": "gone.safetensors"}}',
-     "model.norm.weight lies in gone.safetensors, which is missing"),
-    ('{"weight_map": {"no.such": "model.safetensors"}}',
-     "no.such is said to lie in model.safetensors, which does not hold it"),
-    ('{"weight_map": {"model.norm.weight": "model.safetensors"}}', "model.embed_tokens.weight is missing"),
-    ('{"weight_map": {}}', "no weight_map"), ("[1]", "holds a list"), ("{", "cannot be read as JSON")))
+@pytest.mark.parametrize(
+    "index, message",
+    (
+        (
+            '{"weight_map": {"model.norm.weight": "gone.safetensors"}}',
+            "model.norm.weight lies in gone.safetensors, which is missing",
+        ),
+        (
+            '{"weight_map": {"no.such": "model.safetensors"}}',
+            "no.such is said to lie in model.safetensors, which does not hold it",
+        ),
+        (
+            '{"weight_map": {"model.norm.weight": "model.safetensors"}}',
+            "model.embed_tokens.weight is missing",
+        ),
+        ('{"weight_map": {}}', "no weight_map"),
+        ("[1]", "holds a list"),
+        ("{", "cannot be read as JSON"),
+    ),
+)
 def test_index_that_is_wrong(hf, index, message):
     (hf / "model.safetensors.index.json").write_text(index)
     assert message in refusal(hf)
@@ -251,27 +359,38 @@ def test_nothing_to_open(tmp_path):
     assert "no such file or folder" in refusal(tmp_path / "gone")
     assert "no checkpoint in it; expected consolidated.00.pth" in refusal(tmp_path)
     (tmp_path / "weights.gguf").write_text("")
-    assert "unknown kind of file; expected a folder or one of .safetensors" in refusal(tmp_path / "weights.gguf")
+    assert "unknown kind of file; expected a folder or one of .safetensors" in refusal(
+        tmp_path / "weights.gguf"
+    )
 
 
 # --- configs that contradict the tensors
 
 
-@pytest.mark.parametrize("change, message", (
-    (dict(n_layers=3), "layers.2.attention_norm.weight is missing"), (dict(n_layers=1), "unknown tensor layers.1"),
-    (dict(dim=132), r"tok_embeddings.weight has shape \[97, 33\], expected \[97, 66\]"),
-    (dict(n_kv_heads=3), r"wk.weight has shape \[36, 66\], expected \[24, 66\]"),
-    (dict(hidden_dim=96), r"w1.weight has shape \[25, 66\], expected \[48, 66\]"),
-    (dict(vocab_size=100), r"expected \[100, 33\]"),
-    (dict(qkv_bias=True), "a model of family llama has no attention.wq.bias"),
-    (dict(qk_norm=True), "a model of family llama has no attention.q_norm.weight"),
-    (dict(n_experts=4, experts_per_token=2), "a model of family llama has no feed_forward.gate.weight"),
-    (dict(sliding_window=8), "a model of family llama has no sliding_window 8"),
-    (dict(family="qwen2"), "a model of family qwen2 has no qkv_bias False"),
-    (dict(head="score"), "score.weight is missing"),
-    (dict(head_dim=24), r"wq.weight has shape \[36, 66\], expected \[72, 66\]"),
-    (dict(family="gpt2"), "unknown family 'gpt2'"),
-    (dict(n_heads=0), "n_heads is 0")), ids=str)
+@pytest.mark.parametrize(
+    "change, message",
+    (
+        (dict(n_layers=3), "layers.2.attention_norm.weight is missing"),
+        (dict(n_layers=1), "unknown tensor layers.1"),
+        (dict(dim=132), r"tok_embeddings.weight has shape \[97, 33\], expected \[97, 66\]"),
+        (dict(n_kv_heads=3), r"wk.weight has shape \[36, 66\], expected \[24, 66\]"),
+        (dict(hidden_dim=96), r"w1.weight has shape \[25, 66\], expected \[48, 66\]"),
+        (dict(vocab_size=100), r"expected \[100, 33\]"),
+        (dict(qkv_bias=True), "a model of family llama has no attention.wq.bias"),
+        (dict(qk_norm=True), "a model of family llama has no attention.q_norm.weight"),
+        (
+            dict(n_experts=4, experts_per_token=2),
+            "a model of family llama has no feed_forward.gate.weight",
+        ),
+        (dict(sliding_window=8), "a model of family llama has no sliding_window 8"),
+        (dict(family="qwen2"), "a model of family qwen2 has no qkv_bias False"),
+        (dict(head="score"), "score.weight is missing"),
+        (dict(head_dim=24), r"wq.weight has shape \[36, 66\], expected \[72, 66\]"),
+        (dict(family="gpt2"), "unknown family 'gpt2'"),
+        (dict(n_heads=0), "n_heads is 0"),
+    ),
+    ids=str,
+)
 def test_params_that_contradict_the_tensors(tmp_path, made, change, message):
     folder = made(tmp_path / "shards", "llama", 2)
     changed(folder / "params.json", **change)
@@ -279,23 +398,42 @@ def test_params_that_contradict_the_tensors(tmp_path, made, change, message):
     assert str(folder) in found and re.search(message, found), found
 
 
-@pytest.mark.parametrize("name, change, message", (
-    ("llama", dict(num_hidden_layers=3), "model.layers.2.input_layernorm.weight is missing"),
-    ("llama", dict(model_type="qwen2"), "model.layers.0.self_attn.q_proj.bias is missing"),
-    ("llama", dict(model_type="gpt2"), "model_type is 'gpt2'; supported: llama, mistral"),
-    ("llama", dict(attention_bias=True), "attention_bias is set"),
-    ("llama", dict(quantization_config={"bits": 4}), "quantization_config is set"),
-    ("llama", dict(rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0}),
-     "rope scaling 'longrope' is not supported"),
-    ("qwen2", dict(model_type="llama"), "unknown tensor model.layers.0.self_attn"),
-    ("qwen3", dict(model_type="llama"), "unknown tensor model.layers.0.self_attn"),
-    ("qwen", dict(intermediate_size=50), r"transformer.h.0.mlp.w2.weight has shape \[50, 66\], expected \[25, 66\]"),
-    ("mixtral", dict(num_local_experts=6), r"block_sparse_moe.gate.weight has shape \[5, 66\], expected \[6, 66\]"),
-    ("mixtral", dict(model_type="mistral"), "model.layers.0.mlp.gate_proj.weight is missing"),
-    ("qwen3-moe", dict(mlp_only_layers=[1]), "mlp_only_layers is set"),
-    ("qwen2-tied", dict(tie_word_embeddings=False), "lm_head.weight is missing"),
-    ("llama", dict(architectures=["LlamaForSequenceClassification"], id2label={"0": "LABEL_0"}), "score.weight is missing")),
-    ids=str)
+@pytest.mark.parametrize(
+    "name, change, message",
+    (
+        ("llama", dict(num_hidden_layers=3), "model.layers.2.input_layernorm.weight is missing"),
+        ("llama", dict(model_type="qwen2"), "model.layers.0.self_attn.q_proj.bias is missing"),
+        ("llama", dict(model_type="gpt2"), "model_type is 'gpt2'; supported: llama, mistral"),
+        ("llama", dict(attention_bias=True), "attention_bias is set"),
+        ("llama", dict(quantization_config={"bits": 4}), "quantization_config is set"),
+        (
+            "llama",
+            dict(rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0}),
+            "rope scaling 'longrope' is not supported",
+        ),
+        ("qwen2", dict(model_type="llama"), "unknown tensor model.layers.0.self_attn"),
+        ("qwen3", dict(model_type="llama"), "unknown tensor model.layers.0.self_attn"),
+        (
+            "qwen",
+            dict(intermediate_size=50),
+            r"transformer.h.0.mlp.w2.weight has shape \[50, 66\], expected \[25, 66\]",
+        ),
+        (
+            "mixtral",
+            dict(num_local_experts=6),
+            r"block_sparse_moe.gate.weight has shape \[5, 66\], expected \[6, 66\]",
+        ),
+        ("mixtral", dict(model_type="mistral"), "model.layers.0.mlp.gate_proj.weight is missing"),
+        ("qwen3-moe", dict(mlp_only_layers=[1]), "mlp_only_layers is set"),
+        ("qwen2-tied", dict(tie_word_embeddings=False), "lm_head.weight is missing"),
+        (
+            "llama",
+            dict(architectures=["LlamaForSequenceClassification"], id2label={"0": "LABEL_0"}),
+            "score.weight is missing",
+        ),
+    ),
+    ids=str,
+)
 def test_config_json_that_contradicts_the_tensors(tmp_path, made, name, change, message):
     folder = made(tmp_path / "hf", name)
     changed(folder / "config.json", **change)
@@ -303,7 +441,9 @@ def test_config_json_that_contradicts_the_tensors(tmp_path, made, name, change, 
     assert str(folder) in found and re.search(message, found), found
 
 
-@pytest.mark.parametrize("name, n, key", (("llama", 0, "lm_head.weight"), ("llama", 2, "output.weight")))
+@pytest.mark.parametrize(
+    "name, n, key", (("llama", 0, "lm_head.weight"), ("llama", 2, "output.weight"))
+)
 def test_a_tie_between_matrices_that_differ(tmp_path, made, name, n, key):
     """Where a config says tied and the file holds another output layer, transformers keeps both: leaving it out is wrong."""
     folder = made(tmp_path / "folder", name, n)
@@ -313,9 +453,14 @@ def test_a_tie_between_matrices_that_differ(tmp_path, made, name, n, key):
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
-@pytest.mark.parametrize("text, message",
-                         (("{", "cannot be read as JSON"), ("[]", "holds a list"),
-                          (None, "not there; give the model's sizes")))
+@pytest.mark.parametrize(
+    "text, message",
+    (
+        ("{", "cannot be read as JSON"),
+        ("[]", "holds a list"),
+        (None, "not there; give the model's sizes"),
+    ),
+)
 def test_a_config_that_is_none(hf, text, message):
     (hf / "config.json").unlink()
     if text:
@@ -332,7 +477,10 @@ def full_disk(*_, **__):
 
 def fail_at(step: str, monkeypatch) -> None:
     """Let the disk run full at the named step of writing."""
-    saves = {"last shard": (torch, "save", "consolidated.03.pth"), "last file": (write, "save_file", "model-00004-of-")}
+    saves = {
+        "last shard": (torch, "save", "consolidated.03.pth"),
+        "last file": (write, "save_file", "model-00004-of-"),
+    }
     if step not in saves:
         return monkeypatch.setattr(write, step, full_disk)
     module, name, last = saves[step]
@@ -347,30 +495,49 @@ def fail_at(step: str, monkeypatch) -> None:
     monkeypatch.setattr(write, "MAX_FILE_BYTES", 60_000)
 
 
-@pytest.mark.parametrize("action, step", (("split", "last shard"), ("split", "write_params"), ("split", "copy_side_files"),
-                                          ("merge", "last file"), ("merge", "hf_config")))
+@pytest.mark.parametrize(
+    "action, step",
+    (
+        ("split", "last shard"),
+        ("split", "write_params"),
+        ("split", "copy_side_files"),
+        ("merge", "last file"),
+        ("merge", "hf_config"),
+    ),
+)
 @pytest.mark.parametrize("there_before", (False, True))
-def test_what_fails_midway_leaves_nothing_and_keeps_what_was_there(tmp_path, hf, monkeypatch, action, step, there_before):
+def test_what_fails_midway_leaves_nothing_and_keeps_what_was_there(
+    tmp_path, hf, monkeypatch, action, step, there_before
+):
     target = tmp_path / "target"
     checkpoint = Checkpoint.open(str(hf))
-    run = {"split": lambda n: split(checkpoint, target, n), "merge": lambda n: merge(checkpoint, target, {})}[action]
+    run = {
+        "split": lambda n: split(checkpoint, target, n),
+        "merge": lambda n: merge(checkpoint, target, {}),
+    }[action]
     if there_before:
         run(2)
     before = {file.name: file.read_bytes() for file in target.iterdir()} if there_before else None
     fail_at(step, monkeypatch)
     with pytest.raises(OSError, match="No space left"):
         run(4)
-    assert sorted(path.name for path in tmp_path.iterdir()) == (["hf", "target"] if there_before else ["hf"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == (
+        ["hf", "target"] if there_before else ["hf"]
+    )
     if there_before:
         assert {file.name: file.read_bytes() for file in target.iterdir()} == before
 
 
 @pytest.mark.parametrize("action", ("split", "merge"))
 def test_no_room(tmp_path, hf, monkeypatch, action):
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000)
+    )
     checkpoint = Checkpoint.open(str(hf))
     with pytest.raises(UserError, match=r"target: 0\.\d{3} GB are needed and 0\.000 GB are free"):
-        split(checkpoint, tmp_path / "target", 2) if action == "split" else merge(checkpoint, tmp_path / "target", {})
+        split(checkpoint, tmp_path / "target", 2) if action == "split" else merge(
+            checkpoint, tmp_path / "target", {}
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 

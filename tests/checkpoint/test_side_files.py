@@ -9,7 +9,12 @@ from src.checkpoint.folder import copy_side_files, find_tokenizer
 def folders(tmp_path):
     source, target = tmp_path / "source", tmp_path / "target"
     source.mkdir(), target.mkdir()
-    for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+    for name in (
+        "tokenizer.model",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+    ):
         (source / name).write_text(f"own {name}")
     return source, target
 
@@ -27,4 +32,6 @@ def test_another_tokenizer_in_use_is_the_one_found_again(folders, tmp_path):
     other.write_text("mine")
     copy_side_files(source, target, other)
     assert find_tokenizer(target).read_text() == "mine"
-    assert (target / "generation_config.json").is_file() and not (target / "tokenizer.model").exists()
+    assert (target / "generation_config.json").is_file() and not (
+        target / "tokenizer.model"
+    ).exists()

@@ -1,4 +1,5 @@
 """Tokenizers and chat templates of all families, against tiktoken, SentencePiece and transformers."""
+
 import base64
 import json
 import random
@@ -8,7 +9,16 @@ import pytest
 import sentencepiece
 import tiktoken
 from sentencepiece import SentencePieceProcessor
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from tokenizers import Tokenizer as RustTokenizer
 from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -20,21 +30,38 @@ from src.errors import UserError
 TEXTS = [
     "Janet's ducks lay 16 eggs per day, she'LL eat 1234567 of them. I'm sure it's 3.50!",
     "def f(x):\n    return  x ** 2\n\n\n\tif x:\r\n\r\n        pass   \n",
-    "  leading, trailing   ", " ", "\n", "\t \n \t", "", "a",
-    "日本語のテキスト、中文文本。한국어", "Ελληνικά русский עברית العربية हिन्दी ไทย",
+    "  leading, trailing   ",
+    " ",
+    "\n",
+    "\t \n \t",
+    "",
+    "a",
+    "日本語のテキスト、中文文本。한국어",
+    "Ελληνικά русский עברית العربية हिन्दी ไทย",
     "👩‍👩‍👧‍👦 🇨🇭 👍🏽 ☃️",
-    "e\u0301 \u1e9b\u0323 A\u030a \u212b ﬁ Ⅷ ①²½", "\u00a0nbsp\u2003em\u200bzero\u3000wide\u0085nel\ufeff",
+    "e\u0301 \u1e9b\u0323 A\u030a \u212b ﬁ Ⅷ ①²½",
+    "\u00a0nbsp\u2003em\u200bzero\u3000wide\u0085nel\ufeff",
     "'ſ x'ſt 'S 'Ll",
     "<|im_start|>user\n hi<|im_end|>\n<|endoftext|><|extra_0|><|extra_204|> <|not_special|> <|im_sta",
     "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|><|reserved_special_token_2|>",
-    "\0\x7f", "x" * 300,
+    "\0\x7f",
+    "x" * 300,
     "#### 72 <<48/2=24>>24 $1,000.00 http://a.b/c?d=e&f=%20",
 ]
-QWEN_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
-                r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-LLAMA_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
-                 r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205))]
+QWEN_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN_SPECIAL = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    *(f"<|extra_{i}|>" for i in range(205)),
+]
 
 
 def write_json(path, value):
@@ -44,13 +71,32 @@ def write_json(path, value):
 def byte_level(size: int) -> RustTokenizer:
     """A byte-level BPE trained on TEXTS, with ChatML's tokens after it."""
     rust = RustTokenizer(models.BPE())
-    rust.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(QWEN_PATTERN), "isolated"),
-                                                  pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    rust.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN_PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     rust.decoder = decoders.ByteLevel()
-    rust.train_from_iterator(TEXTS * 3, trainers.BpeTrainer(
-        vocab_size=size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    rust.add_special_tokens(["<s>", "<|endoftext|>", "<|im_start|>", "<|im_end|>",
-                             "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"])
+    rust.train_from_iterator(
+        TEXTS * 3,
+        trainers.BpeTrainer(
+            vocab_size=size,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    rust.add_special_tokens(
+        [
+            "<s>",
+            "<|endoftext|>",
+            "<|im_start|>",
+            "<|im_end|>",
+            "<|start_header_id|>",
+            "<|end_header_id|>",
+            "<|eot_id|>",
+        ]
+    )
     return rust
 
 
@@ -63,21 +109,37 @@ def ranks() -> dict[bytes, int]:
 
 
 def write_ranks(path, ranks):
-    path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()))
+    path.write_bytes(
+        b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items())
+    )
     return path
 
 
 def reference(ranks, pattern, special) -> tiktoken.Encoding:
-    return tiktoken.Encoding("test", pat_str=pattern, mergeable_ranks=ranks,
-                             special_tokens={text: len(ranks) + i for i, text in enumerate(special)})
+    return tiktoken.Encoding(
+        "test",
+        pat_str=pattern,
+        mergeable_ranks=ranks,
+        special_tokens={text: len(ranks) + i for i, text in enumerate(special)},
+    )
 
 
 def noise(count: int) -> list[str]:
     """Texts of characters from everywhere."""
     pick = random.Random(0)
-    ranges = [(32, 127)] * 4 + [(9, 14), (32, 33), (0xA0, 0x250), (0x300, 0x370), (0x4E00, 0x4E80), (0x1F600, 0x1F640),
-                                (0xAC00, 0xAC40)]
-    return ["".join(chr(pick.randrange(*pick.choice(ranges))) for _ in range(pick.randrange(40))) for _ in range(count)]
+    ranges = [(32, 127)] * 4 + [
+        (9, 14),
+        (32, 33),
+        (0xA0, 0x250),
+        (0x300, 0x370),
+        (0x4E00, 0x4E80),
+        (0x1F600, 0x1F640),
+        (0xAC00, 0xAC40),
+    ]
+    return [
+        "".join(chr(pick.randrange(*pick.choice(ranges))) for _ in range(pick.randrange(40)))
+        for _ in range(count)
+    ]
 
 
 # --- tiktoken's files
@@ -101,12 +163,23 @@ def test_qwen_ranks_give_tiktoken_ids(tmp_path, ranks):
 def test_llama_3_ranks_are_recognised_by_their_content(tmp_path, ranks):
     tokenizer = Tokenizer(write_ranks(tmp_path / "tokenizer.model", ranks))
     n = len(ranks)
-    special = {0: "<|begin_of_text|>", 1: "<|end_of_text|>", 6: "<|start_header_id|>", 7: "<|end_header_id|>",
-               8: "<|eom_id|>", 9: "<|eot_id|>", 10: "<|python_tag|>", 12: "<|reserved_special_token_2|>",
-               255: "<|reserved_special_token_245|>"}
+    special = {
+        0: "<|begin_of_text|>",
+        1: "<|end_of_text|>",
+        6: "<|start_header_id|>",
+        7: "<|end_header_id|>",
+        8: "<|eom_id|>",
+        9: "<|eot_id|>",
+        10: "<|python_tag|>",
+        12: "<|reserved_special_token_2|>",
+        255: "<|reserved_special_token_245|>",
+    }
     theirs = reference(ranks, LLAMA_PATTERN, [special.get(i, f"<|other_{i}|>") for i in range(256)])
     for text in TEXTS + noise(300):  # not normalised
-        assert tokenizer.response_ids(text) == [*theirs.encode(text, allowed_special="all"), n + 1], text
+        assert tokenizer.response_ids(text) == [
+            *theirs.encode(text, allowed_special="all"),
+            n + 1,
+        ], text
     assert tokenizer.prompt_ids("hi") == [n, *theirs.encode("hi")]
     assert tokenizer.prompt_ids("<|begin_of_text|>hi") == [n, *theirs.encode("hi")]  # never twice
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (n, n + 1, n + 256)
@@ -125,14 +198,22 @@ def test_ranks_in_any_order_merge_as_tiktoken_merges(tmp_path):
             assert ours.prompt_ids(text) == theirs.encode(text)
 
 
-@pytest.mark.parametrize("damage, reason", [
-    (lambda lines: lines[:300] + [b"no base64!"] + lines[300:],
-     "line 301 is b'no base64!', not bytes in base64 and their rank"),
-    (lambda lines: lines[:-2] + lines[-1:], "do not have the ranks 0 to"),
-    (lambda lines: lines[:200], "lacks 56 of the 256 bytes, 0x"),
-    (lambda lines: lines + [base64.b64encode(b"<|endoftext|>") + b" %d" % len(lines)], "among its ranks"),
-    (lambda lines: [], "is it cut short"),
-])
+@pytest.mark.parametrize(
+    "damage, reason",
+    [
+        (
+            lambda lines: lines[:300] + [b"no base64!"] + lines[300:],
+            "line 301 is b'no base64!', not bytes in base64 and their rank",
+        ),
+        (lambda lines: lines[:-2] + lines[-1:], "do not have the ranks 0 to"),
+        (lambda lines: lines[:200], "lacks 56 of the 256 bytes, 0x"),
+        (
+            lambda lines: lines + [base64.b64encode(b"<|endoftext|>") + b" %d" % len(lines)],
+            "among its ranks",
+        ),
+        (lambda lines: [], "is it cut short"),
+    ],
+)
 def test_damaged_ranks_are_named(tmp_path, ranks, damage, reason):
     path = write_ranks(tmp_path / "qwen.tiktoken", ranks)
     path.write_bytes(b"\n".join(damage(path.read_bytes().splitlines())))
@@ -141,10 +222,18 @@ def test_damaged_ranks_are_named(tmp_path, ranks, damage, reason):
     assert str(path) in str(error.value)
 
 
-@pytest.mark.parametrize("name, family, model_type", [
-    ("qwen.tiktoken", "qwen", "qwen2"), ("tokenizer.model", "llama", "llama"), ("tokenizer.model", "llama", None)])
+@pytest.mark.parametrize(
+    "name, family, model_type",
+    [
+        ("qwen.tiktoken", "qwen", "qwen2"),
+        ("tokenizer.model", "llama", "llama"),
+        ("tokenizer.model", "llama", None),
+    ],
+)
 @pytest.mark.parametrize("use_chat_template", [False, True])
-def test_transformers_loads_what_is_saved(tmp_path, ranks, name, family, model_type, use_chat_template):
+def test_transformers_loads_what_is_saved(
+    tmp_path, ranks, name, family, model_type, use_chat_template
+):
     tokenizer = Tokenizer(write_ranks(tmp_path / name, ranks), None, use_chat_template, family)
     saved = tmp_path / "saved"
     saved.mkdir()
@@ -152,7 +241,10 @@ def test_transformers_loads_what_is_saved(tmp_path, ranks, name, family, model_t
     tokenizer.save_json(saved)
     if model_type:
         write_json(saved / "config.json", {"model_type": model_type})
-    theirs, again = AutoTokenizer.from_pretrained(saved), Tokenizer(saved / "tokenizer.json", None, use_chat_template)
+    theirs, again = (
+        AutoTokenizer.from_pretrained(saved),
+        Tokenizer(saved / "tokenizer.json", None, use_chat_template),
+    )
     assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
     for text in filter(None, TEXTS):
         if use_chat_template:
@@ -164,7 +256,11 @@ def test_transformers_loads_what_is_saved(tmp_path, ranks, name, family, model_t
             assert tokenizer.prompt_ids(text) == again.prompt_ids(text) == prompt
         assert tokenizer.response_ids(text) == again.response_ids(text)
     assert not again.ranked and (not use_chat_template or again.chat.own)
-    assert (again.bos_id, again.eos_id, again.vocab_size) == (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size)
+    assert (again.bos_id, again.eos_id, again.vocab_size) == (
+        tokenizer.bos_id,
+        tokenizer.eos_id,
+        tokenizer.vocab_size,
+    )
 
 
 # --- BOS, EOS and stops of a tokenizer.json
@@ -183,53 +279,109 @@ def folder_of(tmp_path, rust, **files):
     return tmp_path
 
 
-NAMES = {"bos_token": "<s>", "eos_token": {
-    "__type": "AddedToken", "content": "<|endoftext|>", "lstrip": False, "rstrip": False, "normalized": False,
-    "single_word": False}}
+NAMES = {
+    "bos_token": "<s>",
+    "eos_token": {
+        "__type": "AddedToken",
+        "content": "<|endoftext|>",
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "single_word": False,
+    },
+}
 
 
-@pytest.mark.parametrize("config, processor, has_bos", [
-    (NAMES, True, True), (NAMES, False, False), (NAMES | {"add_bos_token": True}, False, True),
-    (NAMES | {"add_bos_token": False}, False, False), (NAMES | {"bos_token": None}, False, False), (None, True, True),
-    (None, False, True)])  # the last: by its usual name
+@pytest.mark.parametrize(
+    "config, processor, has_bos",
+    [
+        (NAMES, True, True),
+        (NAMES, False, False),
+        (NAMES | {"add_bos_token": True}, False, True),
+        (NAMES | {"add_bos_token": False}, False, False),
+        (NAMES | {"bos_token": None}, False, False),
+        (None, True, True),
+        (None, False, True),
+    ],
+)  # the last: by its usual name
 def test_bos_is_what_transformers_would_add(tmp_path, rust, config, processor, has_bos):
     rust = RustTokenizer.from_str(rust.to_str())
     bos = rust.token_to_id("<s>")
     if processor:
-        rust.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
-    files = {"tokenizer_config": config} if config else {"generation_config": {"eos_token_id": bos + 1}}
+        rust.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", bos)]
+        )
+    files = (
+        {"tokenizer_config": config} if config else {"generation_config": {"eos_token_id": bos + 1}}
+    )
     folder = folder_of(tmp_path, rust, **files)
     tokenizer = Tokenizer.find(folder)
     assert tokenizer.bos_id == (bos if has_bos else None)
-    assert tokenizer.prompt_ids("hi") == [bos] * has_bos + rust.encode("hi", add_special_tokens=False).ids
+    assert (
+        tokenizer.prompt_ids("hi")
+        == [bos] * has_bos + rust.encode("hi", add_special_tokens=False).ids
+    )
     assert tokenizer.prompt_ids("<s>hi").count(bos) == 1
     if config and not config.get("add_bos_token"):  # which transformers 4 heeds and 5 does not
-        write_json(folder / "tokenizer_config.json", config | {"tokenizer_class": "PreTrainedTokenizerFast"})
-        assert tokenizer.prompt_ids("hi") == AutoTokenizer.from_pretrained(folder)("hi")["input_ids"]
+        write_json(
+            folder / "tokenizer_config.json",
+            config | {"tokenizer_class": "PreTrainedTokenizerFast"},
+        )
+        assert (
+            tokenizer.prompt_ids("hi") == AutoTokenizer.from_pretrained(folder)("hi")["input_ids"]
+        )
 
 
 def test_all_that_end_a_text_are_found(tmp_path, rust):
     end, turn, word = (rust.token_to_id(text) for text in ("<|endoftext|>", "<|im_end|>", "a"))
-    folder = folder_of(tmp_path, rust, tokenizer_config=NAMES, config={"eos_token_id": end},
-                       generation_config={"eos_token_id": [turn, word]})
+    folder = folder_of(
+        tmp_path,
+        rust,
+        tokenizer_config=NAMES,
+        config={"eos_token_id": end},
+        generation_config={"eos_token_id": [turn, word]},
+    )
     tokenizer = Tokenizer.find(folder)
-    assert (tokenizer.eos_id, tokenizer.stop_ids) == (end, {end, turn})  # an ordinary word ends nothing
+    assert (tokenizer.eos_id, tokenizer.stop_ids) == (
+        end,
+        {end, turn},
+    )  # an ordinary word ends nothing
     assert tokenizer.decode([word, turn, end, 10**6]) == "a"
     write_json(folder / "tokenizer_config.json", {})
     assert Tokenizer.find(folder).eos_id == turn
     elsewhere = tmp_path / "checkpoint"
     elsewhere.mkdir()
-    write_json(elsewhere / "generation_config.json", {"eos_token_id": rust.token_to_id("<|eot_id|>")})
-    assert rust.token_to_id("<|eot_id|>") in Tokenizer.find(elsewhere, str(folder / "tokenizer.json")).stop_ids
+    write_json(
+        elsewhere / "generation_config.json", {"eos_token_id": rust.token_to_id("<|eot_id|>")}
+    )
+    assert (
+        rust.token_to_id("<|eot_id|>")
+        in Tokenizer.find(elsewhere, str(folder / "tokenizer.json")).stop_ids
+    )
 
 
-@pytest.mark.parametrize("files, reason", [
-    ({"tokenizer_config": NAMES | {"eos_token": "<end>"}}, "eos_token '<end>' is not in the vocabulary"),
-    ({"tokenizer_config": NAMES | {"eos_token": 7}}, "eos_token is 7, a token's text is expected"),
-    ({"tokenizer_config": {"add_bos_token": True, "eos_token": "<s>"}}, "says add_bos_token, but names no bos_token"),
-    ({"tokenizer_config": NAMES, "generation_config": {"eos_token_id": ["2"]}}, r"eos_token_id is \['2'\], an id"),
-    ({}, "has no EOS that is known"),
-])
+@pytest.mark.parametrize(
+    "files, reason",
+    [
+        (
+            {"tokenizer_config": NAMES | {"eos_token": "<end>"}},
+            "eos_token '<end>' is not in the vocabulary",
+        ),
+        (
+            {"tokenizer_config": NAMES | {"eos_token": 7}},
+            "eos_token is 7, a token's text is expected",
+        ),
+        (
+            {"tokenizer_config": {"add_bos_token": True, "eos_token": "<s>"}},
+            "says add_bos_token, but names no bos_token",
+        ),
+        (
+            {"tokenizer_config": NAMES, "generation_config": {"eos_token_id": ["2"]}},
+            r"eos_token_id is \['2'\], an id",
+        ),
+        ({}, "has no EOS that is known"),
+    ],
+)
 def test_defects_of_the_files_are_named(tmp_path, rust, files, reason):
     with pytest.raises(UserError, match=reason) as error:
         Tokenizer.find(folder_of(tmp_path, rust, **files))
@@ -238,23 +390,26 @@ def test_defects_of_the_files_are_named(tmp_path, rust, files, reason):
 
 # --- chat templates of a folder, against transformers
 
-CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 FOLDERS = {
     "chatml": CHATML,
     "an empty thought before the answer": CHATML.replace(
-        "m['content'] +", "('<think>\n\n</think>\n\n' if m.role == 'assistant' else '') + m['content'] +"),
+        "m['content'] +",
+        "('<think>\n\n</think>\n\n' if m.role == 'assistant' else '') + m['content'] +",
+    ),
     "trims": CHATML.replace("m['content']", "m['content'] | trim"),
     "no generation prompt": CHATML.split("{% if add")[0],
     "llama 3": "{{ bos_token }}" + chat.TEMPLATES["llama-3"].removeprefix("{{ bos_token }}"),
     "brackets": "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
-                "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}",
+    "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}",
     "words": "{% for m in messages %}{{ m.role | upper }}: {{ m.content }}"
-             "{{ eos_token if m.role == 'assistant' else '\n' }}{% endfor %}",
-    "all that jinja is set up with":
-        "{%- set ns = namespace(n=0) %}\n    {% for m in messages %}\n    {% if loop.index > 2 %}{% break %}{% endif %}\n"
-        "{% set ns.n = ns.n + 1 %}{{ {'é': '<a>'} | tojson }}{{ strftime_now('%Y') }}{% generation %}{{ m.content }}"
-        "{% endgeneration %}<|im_end|>\n{% endfor %}",
+    "{{ eos_token if m.role == 'assistant' else '\n' }}{% endfor %}",
+    "all that jinja is set up with": "{%- set ns = namespace(n=0) %}\n    {% for m in messages %}\n    {% if loop.index > 2 %}{% break %}{% endif %}\n"
+    "{% set ns.n = ns.n + 1 %}{{ {'é': '<a>'} | tojson }}{{ strftime_now('%Y') }}{% generation %}{{ m.content }}"
+    "{% endgeneration %}<|im_end|>\n{% endfor %}",
 }
 ENDS = {"llama 3": "<|eot_id|>", "brackets": "<|endoftext|>", "words": "<|endoftext|>"}
 ANSWERS = ["The answer is 4.", "  spaces around  ", "1", "日本語", "multiple\n\nlines\n"]
@@ -269,10 +424,19 @@ def test_prompt_and_response_are_the_conversation_of_transformers(tmp_path, rust
         (folder / "chat_template.jinja").write_text(FOLDERS[name])
         config["chat_template"] = "not this one"
     else:
-        config["chat_template"] = FOLDERS[name] if place == "config" else [
-            {"name": "tool_use", "template": "no"}, {"name": "default", "template": FOLDERS[name]}]
+        config["chat_template"] = (
+            FOLDERS[name]
+            if place == "config"
+            else [
+                {"name": "tool_use", "template": "no"},
+                {"name": "default", "template": FOLDERS[name]},
+            ]
+        )
     write_json(folder / "tokenizer_config.json", config)
-    tokenizer, theirs = Tokenizer.find(folder, use_chat_template=True), AutoTokenizer.from_pretrained(folder)
+    tokenizer, theirs = (
+        Tokenizer.find(folder, use_chat_template=True),
+        AutoTokenizer.from_pretrained(folder),
+    )
     for question, answer in zip(["2 + 2?", " a ", "'s", "e\u0301", "What\n"], ANSWERS):
         prompt, response = tokenizer.prompt_ids(question), tokenizer.response_ids(answer)
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
@@ -286,32 +450,64 @@ def test_prompt_and_response_are_the_conversation_of_transformers(tmp_path, rust
         assert response[-1] == tokenizer.eos_id == theirs.convert_tokens_to_ids(end)
         assert tokenizer.stop_ids == {tokenizer.eos_id, theirs.eos_token_id}
         assert answer.strip() in tokenizer.decode(response)
-        assert not headless or tokenizer.decode(response).lstrip().startswith(answer.strip())  # the header is the prompt's
-        assert tokenizer.decode(response).startswith("<think>") == (name == "an empty thought before the answer")
+        assert not headless or tokenizer.decode(response).lstrip().startswith(
+            answer.strip()
+        )  # the header is the prompt's
+        assert tokenizer.decode(response).startswith("<think>") == (
+            name == "an empty thought before the answer"
+        )
 
 
 METASPACE = {  # spaces as ▁, and one before a text: of the old and of the new kind
-    "prepend": (normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]), None),
+    "prepend": (
+        normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
+        None,
+    ),
     "first": (None, pre_tokenizers.Metaspace(prepend_scheme="first", split=False)),
     "always": (None, pre_tokenizers.Metaspace(prepend_scheme="always", split=False)),
 }
 
 
 @pytest.mark.parametrize("kind", METASPACE)
-@pytest.mark.parametrize("template", [
-    "[INST] {} [/INST]|{}</s>", "[INST] {} [/INST]| {} </s>", "<u> {}<a>|{}</s>", "<u>{}<a>| {}</s>"])
+@pytest.mark.parametrize(
+    "template",
+    [
+        "[INST] {} [/INST]|{}</s>",
+        "[INST] {} [/INST]| {} </s>",
+        "<u> {}<a>|{}</s>",
+        "<u>{}<a>| {}</s>",
+    ],
+)
 def test_an_answer_gets_no_space_that_the_conversation_lacks(tmp_path, kind, template):
     alphabet = ["▁", *"[/INST]abc .", "\n"]
     vocabulary = {text: i for i, text in enumerate(dict.fromkeys(["<unk>", *alphabet, "▁a", "▁b"]))}
     rust = RustTokenizer(models.BPE(vocabulary, [("▁", "a"), ("▁", "b")], unk_token="<unk>"))
     rust.normalizer, rust.pre_tokenizer = METASPACE[kind]
-    rust.add_special_tokens([AddedToken(text, normalized=False) for text in ("<s>", "</s>", "<u>", "<a>")])
+    rust.add_special_tokens(
+        [AddedToken(text, normalized=False) for text in ("<s>", "</s>", "<u>", "<a>")]
+    )
     user, answer = template.split("|")
-    source = ("<s>{% for m in messages %}{% if m.role == 'user' %}" + user.format("{{ m.content }}") + "{% else %}"
-              + answer.format("{{ m.content }}") + "{% endif %}{% endfor %}")
-    folder = folder_of(tmp_path, rust, tokenizer_config={
-        "bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast", "chat_template": source})
-    tokenizer, theirs = Tokenizer.find(folder, use_chat_template=True), AutoTokenizer.from_pretrained(folder)
+    source = (
+        "<s>{% for m in messages %}{% if m.role == 'user' %}"
+        + user.format("{{ m.content }}")
+        + "{% else %}"
+        + answer.format("{{ m.content }}")
+        + "{% endif %}{% endfor %}"
+    )
+    folder = folder_of(
+        tmp_path,
+        rust,
+        tokenizer_config={
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "chat_template": source,
+        },
+    )
+    tokenizer, theirs = (
+        Tokenizer.find(folder, use_chat_template=True),
+        AutoTokenizer.from_pretrained(folder),
+    )
     for text in ("a", "ab a", "c"):
         turns = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
         whole = theirs.apply_chat_template(turns, return_dict=False)
@@ -323,9 +519,17 @@ def test_an_answer_gets_no_space_that_the_conversation_lacks(tmp_path, kind, tem
 
 def train_pieces(path, **options):
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS[:3] * 9), model_prefix=str(path.with_suffix("")), vocab_size=420, model_type="bpe",
-        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2, num_threads=1,
-        **options)
+        sentence_iterator=iter(TEXTS[:3] * 9),
+        model_prefix=str(path.with_suffix("")),
+        vocab_size=420,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+        num_threads=1,
+        **options,
+    )
     return SentencePieceProcessor(model_file=str(path))
 
 
@@ -338,8 +542,16 @@ def pieces(tmp_path_factory):
 def test_pieces_with_and_without_bos(pieces, tmp_path):
     path, sp = pieces
     tokenizer = Tokenizer(path)
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.stop_ids, tokenizer.vocab_size) == (1, 2, {2}, 420)
-    assert tokenizer.prompt_ids("<s>an egg") == [1, *sp.encode("<s>an egg")]  # plain text holds no control tokens
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.stop_ids, tokenizer.vocab_size) == (
+        1,
+        2,
+        {2},
+        420,
+    )
+    assert tokenizer.prompt_ids("<s>an egg") == [
+        1,
+        *sp.encode("<s>an egg"),
+    ]  # plain text holds no control tokens
     assert tokenizer.response_ids("egg") == [*sp.encode("egg"), 2]
     assert tokenizer.decode([1, *sp.encode(" x  y"), 2, 500]) == " x  y"
     check_vocabulary(tokenizer, 420)
@@ -354,7 +566,9 @@ def test_pieces_with_and_without_bos(pieces, tmp_path):
         Tokenizer(copy)
 
 
-@pytest.mark.parametrize("family, answer", [("llama-2-7b", "4 eggs "), ("mistral", "4 eggs"), ("mixtral", "4 eggs")])
+@pytest.mark.parametrize(
+    "family, answer", [("llama-2-7b", "4 eggs "), ("mistral", "4 eggs"), ("mixtral", "4 eggs")]
+)
 def test_brackets_in_pieces_are_as_their_makers_encode_them(pieces, family, answer):
     path, sp = pieces
     tokenizer = Tokenizer(path, None, True, family)
@@ -367,7 +581,8 @@ def test_control_pieces_of_a_template(tmp_path):
     sp = train_pieces(tmp_path / "tokenizer.model", control_symbols=["[INST]", "[/INST]"])
     (tmp_path / "chat_template.jinja").write_text(
         "<s>{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]{% else %} {{ m.content }}</s>"
-        "{% endif %}{% endfor %}")
+        "{% endif %}{% endfor %}"
+    )
     tokenizer = Tokenizer.find(tmp_path, use_chat_template=True)
     start, end = sp.piece_to_id(["[INST]", "[/INST]"])
     assert tokenizer.prompt_ids("an egg") == [1, start, *sp.encode("an egg"), end]
@@ -378,15 +593,19 @@ def test_tokens_added_to_pieces_count_as_the_template_writes_them(pieces, tmp_pa
     path, sp = pieces
     (tmp_path / "tokenizer.model").write_bytes(path.read_bytes())
     write_json(tmp_path / "added_tokens.json", {"<|im_end|>": 420, "[PAD]": 430})
-    write_json(tmp_path / "tokenizer_config.json",
-               {"chat_template": CHATML, "added_tokens_decoder": {"421": {"content": "<|im_start|>"}}})
+    write_json(
+        tmp_path / "tokenizer_config.json",
+        {"chat_template": CHATML, "added_tokens_decoder": {"421": {"content": "<|im_start|>"}}},
+    )
     write_json(tmp_path / "generation_config.json", {"eos_token_id": 420})
     plain, tokenizer = Tokenizer.find(tmp_path), Tokenizer.find(tmp_path, use_chat_template=True)
     assert (plain.vocab_size, tokenizer.vocab_size) == (420, 422)
     assert plain.stop_ids == {2, 420} and plain.eos_id == 2
     assert tokenizer.stop_ids == {2, 420} and tokenizer.eos_id == 420
     prompt, response = tokenizer.prompt_ids("egg"), tokenizer.response_ids("egg")
-    assert [i for i in prompt if i >= 420] == [421, 420, 421] and [i for i in response if i >= 420] == [420]
+    assert [i for i in prompt if i >= 420] == [421, 420, 421] and [
+        i for i in response if i >= 420
+    ] == [420]
     # The text between is as it stands: nothing has a space before it.
     written = "".join(sp.id_to_piece(i) for i in prompt + response if i < 420)
     assert written.replace("<0x0A>", "\n") == "user\negg\nassistant\negg"
@@ -399,30 +618,55 @@ def test_tokens_added_to_pieces_count_as_the_template_writes_them(pieces, tmp_pa
 def test_families_have_their_templates(tmp_path, rust, pieces):
     folder = folder_of(tmp_path, rust, tokenizer_config=NAMES)
     assert "<|start_header_id|>" in rust.get_vocab()  # which tells Llama 3 from 1 and 2
-    text = lambda family: Tokenizer.find(folder, use_chat_template=True, family=family).chat.prompt("hi")
+    text = lambda family: Tokenizer.find(folder, use_chat_template=True, family=family).chat.prompt(
+        "hi"
+    )
     system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-    assert text("qwen") == text("qwen2") == system + "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert (
+        text("qwen")
+        == text("qwen2")
+        == system + "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    )
     assert text("qwen3_moe") == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
-    assert text("llama") == text("llama-3.1-8b") == (
-        "<s><|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n")
-    with pytest.raises(UserError, match="has no chat template, and llama models share none; put one there as chat_template"):
+    assert (
+        text("llama")
+        == text("llama-3.1-8b")
+        == (
+            "<s><|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+        )
+    )
+    with pytest.raises(
+        UserError,
+        match="has no chat template, and llama models share none; put one there as chat_template",
+    ):
         Tokenizer(pieces[0], None, True, "llama")
 
 
-@pytest.mark.parametrize("template, reason", [
-    ("{{ raise_exception('no roles') }}", "fails: no roles"),
-    ("{% for m in messages %}", "fails \\(line 1\\): Unexpected end of template"),
-    ("{{ messages[0].__class__.__mro__ }}", "fails: access to attribute '__class__'"),
-    ("{{ messages.append(1) }}", "fails: access to attribute 'append'"),
-    ("{{ 1 // 0 }}", "fails: ZeroDivisionError"),
-    ("{{ 'a' * 10 ** 11 }}", "fails: computes"),
-    ("{{ 'a' * 99999999999 }}", "fails: computes"),
-    ("{% for i in range(99999) %}{% for m in messages %}{{ m.content * 50 }}{% endfor %}{% endfor %}", "writes more than"),
-    ("{% for i in range(200) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "takes more than 0.2 seconds"),
-    ("{% if add_generation_prompt %}A{% else %}B{% endif %}{{ messages[-1].content }}",
-     "does not begin with the prompt 'AWhat"),
-    ("{{ messages[0].content }}", "writes the answer 0 times"),
-])
+@pytest.mark.parametrize(
+    "template, reason",
+    [
+        ("{{ raise_exception('no roles') }}", "fails: no roles"),
+        ("{% for m in messages %}", "fails \\(line 1\\): Unexpected end of template"),
+        ("{{ messages[0].__class__.__mro__ }}", "fails: access to attribute '__class__'"),
+        ("{{ messages.append(1) }}", "fails: access to attribute 'append'"),
+        ("{{ 1 // 0 }}", "fails: ZeroDivisionError"),
+        ("{{ 'a' * 10 ** 11 }}", "fails: computes"),
+        ("{{ 'a' * 99999999999 }}", "fails: computes"),
+        (
+            "{% for i in range(99999) %}{% for m in messages %}{{ m.content * 50 }}{% endfor %}{% endfor %}",
+            "writes more than",
+        ),
+        (
+            "{% for i in range(200) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+            "takes more than 0.2 seconds",
+        ),
+        (
+            "{% if add_generation_prompt %}A{% else %}B{% endif %}{{ messages[-1].content }}",
+            "does not begin with the prompt 'AWhat",
+        ),
+        ("{{ messages[0].content }}", "writes the answer 0 times"),
+    ],
+)
 def test_a_template_that_fails_is_named(tmp_path, rust, monkeypatch, template, reason):
     if "seconds" in reason:
         monkeypatch.setattr(chat, "SECONDS", 0.2)
@@ -436,18 +680,27 @@ def test_a_template_that_fails_is_named(tmp_path, rust, monkeypatch, template, r
 def test_an_answer_that_a_template_rewrites_is_refused(tmp_path, rust):
     folder = folder_of(tmp_path, rust, tokenizer_config=NAMES)
     (folder / "chat_template.jinja").write_text(
-        CHATML.replace("{% for", "{% if messages[-1].content == 'x' %}other{% endif %}{% for", 1))
+        CHATML.replace("{% for", "{% if messages[-1].content == 'x' %}other{% endif %}{% for", 1)
+    )
     tokenizer = Tokenizer.find(folder, use_chat_template=True)
     assert tokenizer.response_ids("y")
     with pytest.raises(UserError, match="writes the answer 'x' not between"):
         tokenizer.response_ids("x")
 
 
-@pytest.mark.parametrize("value, reason", [
-    ([{"name": "tools", "template": "x"}], r"are \['tools'\], none is called"), (3, "holds a int")])
+@pytest.mark.parametrize(
+    "value, reason",
+    [
+        ([{"name": "tools", "template": "x"}], r"are \['tools'\], none is called"),
+        (3, "holds a int"),
+    ],
+)
 def test_templates_of_another_kind_are_named(tmp_path, rust, value, reason):
     with pytest.raises(UserError, match=reason):
-        Tokenizer.find(folder_of(tmp_path, rust, tokenizer_config=NAMES | {"chat_template": value}), use_chat_template=True)
+        Tokenizer.find(
+            folder_of(tmp_path, rust, tokenizer_config=NAMES | {"chat_template": value}),
+            use_chat_template=True,
+        )
 
 
 def test_a_missing_tokenizer_is_named(tmp_path):

@@ -1,4 +1,5 @@
 """What dataset/build.py makes: right sums, wrong corruptions, no overlap, and pairs from graded samples."""
+
 import ast
 import collections
 import json
@@ -22,16 +23,25 @@ from src.evaluation.gsm8k import extract, grade
 
 ROOT = Path(__file__).parents[2]
 REAL = ROOT.parent / "shared" / "data" / "gsm8k"
-real_data = pytest.mark.skipif(not REAL.is_dir(), reason="the GSM8K files are not beside this checkout")
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+real_data = pytest.mark.skipif(
+    not REAL.is_dir(), reason="the GSM8K files are not beside this checkout"
+)
+OPERATORS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
 
 
 def value(expression: str) -> Fraction:
     """An evaluator that shares nothing with the code under test: Python's own parser, four operators."""
+
     def visit(node):
         if isinstance(node, ast.Constant):
             return Fraction(str(node.value))
         return OPERATORS[type(node.op)](visit(node.left), visit(node.right))
+
     return visit(ast.parse(expression, mode="eval").body)
 
 
@@ -41,7 +51,10 @@ def notes(answer: str) -> list[tuple[str, str, str]]:
 
 @pytest.fixture(scope="module")
 def problems():
-    return {"train": generate(6000, seed=0), "test": generate(600, seed=0, part="test", terse_share=0.0)}
+    return {
+        "train": generate(6000, seed=0),
+        "test": generate(600, seed=0, part="test", terse_share=0.0),
+    }
 
 
 def test_every_equation_of_every_answer_is_true(problems):
@@ -66,8 +79,12 @@ def test_texts_are_short_small_and_of_few_words(problems):
     assert all(60 <= len(row["instruction"]) <= 140 for row in rows)
     assert all(30 <= len(row["output"]) <= 110 for row in rows)
     assert all(2 <= int(row["label"]) < 200 for row in rows)
-    assert all(int(number) < 100 for row in rows for number in re.findall(r"\d+", row["instruction"]))
-    words = {word for row in rows for word in re.findall("[A-Za-z]+", row["instruction"] + row["output"])}
+    assert all(
+        int(number) < 100 for row in rows for number in re.findall(r"\d+", row["instruction"])
+    )
+    words = {
+        word for row in rows for word in re.findall("[A-Za-z]+", row["instruction"] + row["output"])
+    }
     assert 150 <= len(words) <= 250
 
 
@@ -79,7 +96,9 @@ def skeleton(question: str) -> str:
 def test_train_and_test_share_no_problem_and_no_question_comes_twice(problems):
     questions = [row["instruction"] for part in problems.values() for row in part]
     assert len(questions) == len(set(questions)) == 6600
-    train, test = ({skeleton(row["instruction"]) for row in problems[part]} for part in ("train", "test"))
+    train, test = (
+        {skeleton(row["instruction"]) for row in problems[part]} for part in ("train", "test")
+    )
     assert len(test) > 400 and not train & test
     elsewhere = {skeleton(row["instruction"]) for row in generate(2000, seed=7, part="test")}
     assert not train & elsewhere  # other seeds do not mix the parts either
@@ -95,6 +114,7 @@ def test_all_templates_occur_with_one_to_three_steps(problems):
 def test_styles_follow_their_share():
     def terse(row):
         return len(re.findall("[-+*/]", notes(row["output"])[0][0])) > 1
+
     steps_above_one = sum(len(template.steps) > 1 for template in TEMPLATES) / len(TEMPLATES)
     for share in (0.0, 0.5, 1.0):
         rows = generate(2000, seed=1, terse_share=share)
@@ -102,11 +122,20 @@ def test_styles_follow_their_share():
         assert share < 1.0 or all(row["output"].count("\n") == 1 for row in rows)
 
 
-@pytest.mark.parametrize("steps", [
-    (("y+z", "{}"), ("x-p", "{}")), (("y-z", "{}"), ("x-p", "{}")), (("y+z", "{}"), ("p*x", "{}")),
-    (("y-z", "{}"), ("x*p", "{}")), (("x*y", "{}"), ("p*z", "{}"), ("q/p", "{}")), (("x+y", "{}"), ("p/z", "{}")),
-    (("x+y", "{}"), ("p-z", "{}"), ("q-p", "{}")), (("x/y", "{}"), ("z/p", "{}")), (("x+y", "{}"), ("z+p", "{}")),
-])
+@pytest.mark.parametrize(
+    "steps",
+    [
+        (("y+z", "{}"), ("x-p", "{}")),
+        (("y-z", "{}"), ("x-p", "{}")),
+        (("y+z", "{}"), ("p*x", "{}")),
+        (("y-z", "{}"), ("x*p", "{}")),
+        (("x*y", "{}"), ("p*z", "{}"), ("q/p", "{}")),
+        (("x+y", "{}"), ("p/z", "{}")),
+        (("x+y", "{}"), ("p-z", "{}"), ("q-p", "{}")),
+        (("x/y", "{}"), ("z/p", "{}")),
+        (("x+y", "{}"), ("z+p", "{}")),
+    ],
+)
 def test_a_terse_expression_has_the_value_of_its_steps(steps, monkeypatch):
     monkeypatch.setattr("dataset.arithmetic.RANGES", dict.fromkeys("xyz", (1, 12)))
     monkeypatch.setattr("dataset.arithmetic.SMALLEST", -200)
@@ -139,19 +168,38 @@ GOLD = "Sold 48/2 = <<48/2=24>>24 in May.\nSold 48+24 = <<48+24=72>>72 in all.\n
 
 def test_a_slip_is_carried_on_to_the_final_answer():
     seen = {corrupt(GOLD, random.Random(seed)) for seed in range(60)}
-    assert "Sold 48/2 = <<48/2=25>>25 in May.\nSold 48+25 = <<48+25=73>>73 in all.\n#### 73" in seen  # first step
-    assert "Sold 48/2 = <<48/2=24>>24 in May.\nSold 48+24 = <<48+24=27>>27 in all.\n#### 27" in seen  # digits swapped
+    assert (
+        "Sold 48/2 = <<48/2=25>>25 in May.\nSold 48+25 = <<48+25=73>>73 in all.\n#### 73" in seen
+    )  # first step
+    assert (
+        "Sold 48/2 = <<48/2=24>>24 in May.\nSold 48+24 = <<48+24=27>>27 in all.\n#### 27" in seen
+    )  # digits swapped
     for text in seen:
         false = [note for note in notes(text) if value(note[0]) != Fraction(note[1])]
         assert len(false) == 1 and text.endswith(f"#### {notes(text)[-1][1]}")
 
 
-@pytest.mark.parametrize("gold", [
-    "No steps at all.\n#### 18", "#### 0", "#### 1", "#### -5", "#### .5", "#### 11", "#### 1,234,567", "#### 1.2.3",
-    "#### 99999999999999999999", "<<3-3=0>>0\n#### 0", "<<5*0=0>>0 then <<0*7=0>>0\n#### 7",
-    "a <<20*50%=10>>10, b <<10+1=11>>11\n#### 11",
-    "$<<1.25*2=2.50>>2.50\n#### 2.50", "<<1000*2=2000>>2,000\n#### 2,000", "<<x=y>>\n#### 3", "<<5-9=-4>>-4\n#### -4",
-])
+@pytest.mark.parametrize(
+    "gold",
+    [
+        "No steps at all.\n#### 18",
+        "#### 0",
+        "#### 1",
+        "#### -5",
+        "#### .5",
+        "#### 11",
+        "#### 1,234,567",
+        "#### 1.2.3",
+        "#### 99999999999999999999",
+        "<<3-3=0>>0\n#### 0",
+        "<<5*0=0>>0 then <<0*7=0>>0\n#### 7",
+        "a <<20*50%=10>>10, b <<10+1=11>>11\n#### 11",
+        "$<<1.25*2=2.50>>2.50\n#### 2.50",
+        "<<1000*2=2000>>2,000\n#### 2,000",
+        "<<x=y>>\n#### 3",
+        "<<5-9=-4>>-4\n#### -4",
+    ],
+)
 def test_a_corrupted_answer_always_differs(gold):
     for seed in range(40):
         wrong = corrupt(gold, random.Random(seed))
@@ -161,8 +209,10 @@ def test_a_corrupted_answer_always_differs(gold):
 
 
 def test_a_slip_keeps_the_way_numbers_are_written():
-    for gold, wrong in (("<<1000*2=2000>>2,000\n#### 2,000", "<<1000*2=2001>>2,001\n#### 2,001"),
-                        ("<<1.25*2=2.50>>2.50\n#### 2.50", "<<1.25*2=3.50>>3.50\n#### 3.50")):
+    for gold, wrong in (
+        ("<<1000*2=2000>>2,000\n#### 2,000", "<<1000*2=2001>>2,001\n#### 2,001"),
+        ("<<1.25*2=2.50>>2.50\n#### 2.50", "<<1.25*2=3.50>>3.50\n#### 3.50"),
+    ):
         assert wrong in {corrupt(gold, random.Random(seed)) for seed in range(20)}
 
 
@@ -184,31 +234,60 @@ def test_corrupting_depends_on_the_generator_alone_and_needs_an_answer():
         corrupt("nothing", random.Random(0))
 
 
-@pytest.mark.parametrize("expression, result", [
-    ("3*14+25", 67), ("2*(3+4)", 14), ("100-2*(3-1)/4", 99), ("1,000/8", 125), (".5*10", 5), ("7-3-2", 2), ("8/4/2", 1),
-    ("-3+5", 2), ("1/0", None), ("2**3", None), ("(1", None), ("1)", None), ("", None), ("x+1", None), ("5%", None),
-    ("1e9", None), ("(" * 90 + "1" + ")" * 90, None), ("__import__('os')", None),
-])
+@pytest.mark.parametrize(
+    "expression, result",
+    [
+        ("3*14+25", 67),
+        ("2*(3+4)", 14),
+        ("100-2*(3-1)/4", 99),
+        ("1,000/8", 125),
+        (".5*10", 5),
+        ("7-3-2", 2),
+        ("8/4/2", 1),
+        ("-3+5", 2),
+        ("1/0", None),
+        ("2**3", None),
+        ("(1", None),
+        ("1)", None),
+        ("", None),
+        ("x+1", None),
+        ("5%", None),
+        ("1e9", None),
+        ("(" * 90 + "1" + ")" * 90, None),
+        ("__import__('os')", None),
+    ],
+)
 def test_evaluate(expression, result):
     assert evaluate(expression) == result
 
 
 # ---- the commands ----------------------------------------------------------------------------------------------------
 
+
 @pytest.fixture
 def tiny_gsm8k(tmp_path):
     folder = tmp_path / "official"
     folder.mkdir()
     for part in ("train", "test"):
-        write_lines(folder / f"{part}.jsonl", [
-            {"question": f"{part} {i}?", "answer": f"{i}+1 = <<{i}+1={i + 1}>>{i + 1}\n#### {i + 1:,}"}
-            for i in (1, 1999)])
+        write_lines(
+            folder / f"{part}.jsonl",
+            [
+                {
+                    "question": f"{part} {i}?",
+                    "answer": f"{i}+1 = <<{i}+1={i + 1}>>{i + 1}\n#### {i + 1:,}",
+                }
+                for i in (1, 1999)
+            ],
+        )
     return folder
 
 
 def check_folder(folder: Path, n_train: int, n_test: int):
     for part, n in (("train", n_train), ("test", n_test)):
-        rows, pairs = read_solver_rows(folder / f"{part}.json"), read_verifier_rows(folder / f"verifier_{part}.json")
+        rows, pairs = (
+            read_solver_rows(folder / f"{part}.json"),
+            read_verifier_rows(folder / f"verifier_{part}.json"),
+        )
         assert len(rows) == len(read_prompt_rows(folder / f"{part}.json")) == len(pairs) == n
         for row, pair in zip(rows, pairs):
             assert set(row) == {"instruction", "output", "label", "outputs"}
@@ -221,7 +300,10 @@ def test_gsm8k_from_a_folder(tiny_gsm8k, tmp_path):
     build.gsm8k(str(tiny_gsm8k), str(tmp_path / "out"))
     check_folder(tmp_path / "out", 2, 2)
     assert json.loads((tmp_path / "out" / "train.json").read_text())[1] == {
-        "instruction": "train 1999?", "output": "1999+1 = <<1999+1=2000>>2000\n#### 2,000", "label": "2000"}
+        "instruction": "train 1999?",
+        "output": "1999+1 = <<1999+1=2000>>2000\n#### 2,000",
+        "label": "2000",
+    }
 
 
 @real_data
@@ -232,15 +314,23 @@ def test_real_gsm8k(tmp_path):
     written = json.loads((tmp_path / "test.json").read_text())[0]
     assert written == {"instruction": first["question"], "output": first["answer"], "label": "18"}
     pairs = read_verifier_rows(tmp_path / "verifier_train.json")
-    steps = [(pair["chosen"][0].rpartition("####")[0], pair["rejected"][0].rpartition("####")[0]) for pair in pairs]
-    assert sum(chosen == rejected for chosen, rejected in steps) < 0.1 * len(steps)  # the fallback is rare
+    steps = [
+        (pair["chosen"][0].rpartition("####")[0], pair["rejected"][0].rpartition("####")[0])
+        for pair in pairs
+    ]
+    assert sum(chosen == rejected for chosen, rejected in steps) < 0.1 * len(
+        steps
+    )  # the fallback is rare
 
 
 def test_gsm8k_from_the_hub(tiny_gsm8k, tmp_path, monkeypatch):
     def load_dataset(name, config, split):
         if name != "openai/gsm8k":
             raise FileNotFoundError(f"Dataset {name} does not exist")
-        return [json.loads(line) for line in (tiny_gsm8k / f"{split}.jsonl").read_text().splitlines()]
+        return [
+            json.loads(line) for line in (tiny_gsm8k / f"{split}.jsonl").read_text().splitlines()
+        ]
+
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     build.gsm8k("openai/gsm8k", str(tmp_path / "out"))
     check_folder(tmp_path / "out", 2, 2)
@@ -272,52 +362,83 @@ def write_lines(path: Path, rows) -> str:
 
 @pytest.fixture
 def samples(tmp_path):
-    train = [{"instruction": f"q{i}", "output": f"gold\n#### {i}", "label": str(i)} for i in range(4)]
-    outputs = [(0, "#### 0"), (0, "a #### 0"), (0, "b #### 0"),
-               (0, "#### 9"), (0, "#### 9"), (0, "it is 0"), (0, "#### 8"),
-               (1, "#### 1"), (1, " "),                     # no wrong one that could be read
-               (2, "#### 7")]                               # no right one
-    return (write_lines(tmp_path / "train.jsonl", train),
-            write_lines(tmp_path / "predictions.jsonl", [{"index": i, "output": text} for i, text in outputs]))
+    train = [
+        {"instruction": f"q{i}", "output": f"gold\n#### {i}", "label": str(i)} for i in range(4)
+    ]
+    outputs = [
+        (0, "#### 0"),
+        (0, "a #### 0"),
+        (0, "b #### 0"),
+        (0, "#### 9"),
+        (0, "#### 9"),
+        (0, "it is 0"),
+        (0, "#### 8"),
+        (1, "#### 1"),
+        (1, " "),  # no wrong one that could be read
+        (2, "#### 7"),
+    ]  # no right one
+    return (
+        write_lines(tmp_path / "train.jsonl", train),
+        write_lines(
+            tmp_path / "predictions.jsonl", [{"index": i, "output": text} for i, text in outputs]
+        ),
+    )
 
 
 def test_pairs_put_right_samples_against_wrong_ones(samples, tmp_path, capsys):
     build.pairs(*samples, str(tmp_path / "pairs.json"))
     assert read_verifier_rows(tmp_path / "pairs.json") == [
         {"instruction": "q0", "chosen": ["#### 0", "a #### 0"], "rejected": ["#### 9", "it is 0"]},
-        {"instruction": "q2", "chosen": ["gold\n#### 2"], "rejected": ["#### 7"]}]
-    assert capsys.readouterr().out.endswith("2 rows; 9 samples of 3 prompts, 1 prompts without a wrong one (skipped), "
-                                            "1 without a right one (gold chosen)\n")
+        {"instruction": "q2", "chosen": ["gold\n#### 2"], "rejected": ["#### 7"]},
+    ]
+    assert capsys.readouterr().out.endswith(
+        "2 rows; 9 samples of 3 prompts, 1 prompts without a wrong one (skipped), "
+        "1 without a right one (gold chosen)\n"
+    )
     build.pairs(*samples, str(tmp_path / "pairs.json"), max_per_side=1, gold_when_none_right=False)
     assert read_verifier_rows(tmp_path / "pairs.json") == [
-        {"instruction": "q0", "chosen": ["#### 0"], "rejected": ["#### 9"]}]
+        {"instruction": "q0", "chosen": ["#### 0"], "rejected": ["#### 9"]}
+    ]
 
 
 def test_pairs_refuse_what_fits_nothing(samples, tmp_path):
     train, _ = samples
     out = str(tmp_path / "pairs.json")
-    for rows, words in (([{"index": 4, "output": "x"}], "index 4 in a train file of 4 rows"),
-                        ([{"index": -1, "output": "x"}], "whole number from 0"),
-                        ([{"index": True, "output": "x"}], "whole number from 0"),
-                        ([{"index": 1, "output": "#### 1"}], "no prompt gives a pair")):
+    for rows, words in (
+        ([{"index": 4, "output": "x"}], "index 4 in a train file of 4 rows"),
+        ([{"index": -1, "output": "x"}], "whole number from 0"),
+        ([{"index": True, "output": "x"}], "whole number from 0"),
+        ([{"index": 1, "output": "#### 1"}], "no prompt gives a pair"),
+    ):
         with pytest.raises(UserError, match=words):
             build.pairs(train, write_lines(tmp_path / "p.jsonl", rows), out)
     assert not Path(out).exists()
 
 
 def test_gsm8k_takes_the_solver_route(tiny_gsm8k, tmp_path, capsys):
-    predictions = write_lines(tmp_path / "p.jsonl", [{"index": 1, "output": text} for text in ("#### 3", "#### 2000")])
+    predictions = write_lines(
+        tmp_path / "p.jsonl", [{"index": 1, "output": text} for text in ("#### 3", "#### 2000")]
+    )
     build.gsm8k(str(tiny_gsm8k), str(tmp_path / "out"), negatives="solver", predictions=predictions)
     assert read_verifier_rows(tmp_path / "out" / "verifier_train.json") == [
-        {"instruction": "train 1999?", "chosen": ["#### 2000"], "rejected": ["#### 3"]}]
+        {"instruction": "train 1999?", "chosen": ["#### 2000"], "rejected": ["#### 3"]}
+    ]
     assert len(read_verifier_rows(tmp_path / "out" / "verifier_test.json")) == 2
     assert "2 samples" in capsys.readouterr().out
 
 
 def test_the_script_runs_from_the_command_line(tmp_path):
     def script(*flags):
-        command = [sys.executable, "dataset/build.py", "arithmetic", "--save_dir", str(tmp_path / "out"), *flags]
+        command = [
+            sys.executable,
+            "dataset/build.py",
+            "arithmetic",
+            "--save_dir",
+            str(tmp_path / "out"),
+            *flags,
+        ]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
     done = script("--n_train", "50", "--n_test", "20", "--seed", "0")
     assert done.returncode == 0 and "train.json: 50 rows" in done.stdout, done.stderr
     check_folder(tmp_path / "out", 50, 20)

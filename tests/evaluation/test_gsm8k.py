@@ -1,4 +1,5 @@
 """The three public GSM8K rules, their known traps, the real gold answers, and hostile responses."""
+
 import json
 import re
 import time
@@ -11,40 +12,63 @@ from src.evaluation.gsm8k import RULES, extract, gold_of, grade, score
 from src.evaluation.tasks import TASKS, find_task
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
-real_data = pytest.mark.skipif(not REAL.is_dir(), reason="the GSM8K files are not beside this checkout")
+real_data = pytest.mark.skipif(
+    not REAL.is_dir(), reason="the GSM8K files are not beside this checkout"
+)
 
 
-@pytest.mark.parametrize("response, gold, official, strict, flexible, numeric", [
-    ("#### 18", "18", True, True, True, True),
-    ("so 18 eggs\n#### 18\n", "She has <<9*2=18>>18.\n#### 18", True, True, True, True),
-    ("#### 19", "18", False, False, False, False),
-    ("#### 1,234,567", "1234567", True, True, True, True),
-    ("#### 1234567", "#### 1,234,567", True, True, True, True),
-    ("#### 18.", "18", False, True, True, True),             # official compares strings: "18." is not "18"
-    ("#### 18.00", "18", False, False, False, True),         # only by value
-    ("#### $18", "18", False, False, True, True),            # the pattern allows no "$" after "#### "
-    ("The answer is $18.", "18", False, False, True, True),
-    ("The answer is $1,800.", "1,800", False, False, True, True),
-    ("#### -5", "-5", True, True, True, True),
-    ("#### 5", "-5", False, False, False, False),
-    ("it is -5 degrees", "-5", False, False, True, True),
-    ("#### 1", "18", False, False, False, False),            # cut by the token limit
-    ("9*2=18\n####", "18", False, False, True, True),        # cut earlier
-    ("####18", "18", False, False, True, True),              # the blank is part of the pattern
-    ("#### 18\n\nQuestion: Tom has 5 eggs", "18", True, True, False, True),   # a number in an echoed question
-    ("Question: what is 5?\nAnswer: eighteen", "18", False, False, False, False),
-    ("#### 18\n#### 20", "18", True, True, False, True),     # first match against last
-    ("#### 18, all in all", "18", True, True, True, True),   # "18," loses its comma
-    ("I paid 18 . . .", "18", False, False, True, True),     # a lone "." is no number
-    ("18 ...", "18", False, False, False, False),            # but three of them are the harness' last "number"
-    ("7", "7", False, False, True, True),                    # one digit: the second group of the pattern
-    ("", "18", False, False, False, False),
-    ("no idea", "18", False, False, False, False),
-    ("#### .5", "0.5", False, False, False, True),
-])
+@pytest.mark.parametrize(
+    "response, gold, official, strict, flexible, numeric",
+    [
+        ("#### 18", "18", True, True, True, True),
+        ("so 18 eggs\n#### 18\n", "She has <<9*2=18>>18.\n#### 18", True, True, True, True),
+        ("#### 19", "18", False, False, False, False),
+        ("#### 1,234,567", "1234567", True, True, True, True),
+        ("#### 1234567", "#### 1,234,567", True, True, True, True),
+        ("#### 18.", "18", False, True, True, True),  # official compares strings: "18." is not "18"
+        ("#### 18.00", "18", False, False, False, True),  # only by value
+        ("#### $18", "18", False, False, True, True),  # the pattern allows no "$" after "#### "
+        ("The answer is $18.", "18", False, False, True, True),
+        ("The answer is $1,800.", "1,800", False, False, True, True),
+        ("#### -5", "-5", True, True, True, True),
+        ("#### 5", "-5", False, False, False, False),
+        ("it is -5 degrees", "-5", False, False, True, True),
+        ("#### 1", "18", False, False, False, False),  # cut by the token limit
+        ("9*2=18\n####", "18", False, False, True, True),  # cut earlier
+        ("####18", "18", False, False, True, True),  # the blank is part of the pattern
+        (
+            "#### 18\n\nQuestion: Tom has 5 eggs",
+            "18",
+            True,
+            True,
+            False,
+            True,
+        ),  # a number in an echoed question
+        ("Question: what is 5?\nAnswer: eighteen", "18", False, False, False, False),
+        ("#### 18\n#### 20", "18", True, True, False, True),  # first match against last
+        ("#### 18, all in all", "18", True, True, True, True),  # "18," loses its comma
+        ("I paid 18 . . .", "18", False, False, True, True),  # a lone "." is no number
+        (
+            "18 ...",
+            "18",
+            False,
+            False,
+            False,
+            False,
+        ),  # but three of them are the harness' last "number"
+        ("7", "7", False, False, True, True),  # one digit: the second group of the pattern
+        ("", "18", False, False, False, False),
+        ("no idea", "18", False, False, False, False),
+        ("#### .5", "0.5", False, False, False, True),
+    ],
+)
 def test_rules(response, gold, official, strict, flexible, numeric):
-    assert grade(response, gold) == {"official": official, "strict_match": strict, "flexible_extract": flexible,
-                                     "numeric": numeric}
+    assert grade(response, gold) == {
+        "official": official,
+        "strict_match": strict,
+        "flexible_extract": flexible,
+        "numeric": numeric,
+    }
 
 
 def test_extract_gives_the_compared_form_or_none():
@@ -67,14 +91,31 @@ def harness(response: str, gold: str, pattern: str, which: int) -> bool:
 
 def test_harness_rules_agree_with_its_regular_expressions_on_random_texts():
     import random
+
     rng, seen = random.Random(0), set()
-    pieces = ["#### ", "18", "1,8", "-", "$", ".", ",", " ", "\n", "####", "eggs", "0", "Question: "]
+    pieces = [
+        "#### ",
+        "18",
+        "1,8",
+        "-",
+        "$",
+        ".",
+        ",",
+        " ",
+        "\n",
+        "####",
+        "eggs",
+        "0",
+        "Question: ",
+    ]
     for _ in range(4000):
         response = "".join(rng.choices(pieces, k=rng.randint(1, 9)))
         gold = f"<<9*2=18>>18\n#### {rng.choice(['18', '1,818', '-18', '0'])}"
         got = grade(response, gold)
         assert got["strict_match"] == harness(response, gold, r"#### (\-?[0-9\.\,]+)", 0), response
-        assert got["flexible_extract"] == harness(response, gold, r"(-?[$0-9.,]{2,})|(-?[0-9]+)", -1), response
+        assert got["flexible_extract"] == harness(
+            response, gold, r"(-?[$0-9.,]{2,})|(-?[0-9]+)", -1
+        ), response
         seen.add((got["strict_match"], got["flexible_extract"]))
     assert len(seen) == 4  # the texts were not all of one kind
 
@@ -87,23 +128,51 @@ def test_real_gold_answers_are_right_by_every_rule(part, n):
     labels = [extract("official", answer) for answer in answers]
     for golds in (list(map(gold_of, rows)), labels):
         summary, per_row = score(answers, golds)
-        assert summary == {"n": n, "official": 1.0, "strict_match": 1.0, "flexible_extract": 1.0, "numeric": 1.0,
-                           "unparsed": 0, "truncated": 0}
+        assert summary == {
+            "n": n,
+            "official": 1.0,
+            "strict_match": 1.0,
+            "flexible_extract": 1.0,
+            "numeric": 1.0,
+            "unparsed": 0,
+            "truncated": 0,
+        }
         assert [row["answer"] for row in per_row] == labels
 
 
-@pytest.mark.parametrize("text", [
-    "#### " + "9" * 5_000_000, "9" * 5_000_000, "#" * 5_000_000, "#### -" * 1_000_000, "1 " * 2_000_000,
-    "-" * 5_000_000, "$.," * 2_000_000, "#### 1e3000000", "1e3000000", "#### " + "(" * 2_000_000,
-    "((((9**9)**9)**9)**9)", "#### 9**9**9**9", "." * 3_000_000 + "!", "-$" * 2_000_000, "٣" * 2_000_000,
-    "#### __import__('os').abort()", "\0" * 1_000_000, "\ud800#### 18" * 300_000,
-], ids=lambda text: f"{text[:12]!r} x{len(text)}")
+@pytest.mark.parametrize(
+    "text",
+    [
+        "#### " + "9" * 5_000_000,
+        "9" * 5_000_000,
+        "#" * 5_000_000,
+        "#### -" * 1_000_000,
+        "1 " * 2_000_000,
+        "-" * 5_000_000,
+        "$.," * 2_000_000,
+        "#### 1e3000000",
+        "1e3000000",
+        "#### " + "(" * 2_000_000,
+        "((((9**9)**9)**9)**9)",
+        "#### 9**9**9**9",
+        "." * 3_000_000 + "!",
+        "-$" * 2_000_000,
+        "٣" * 2_000_000,
+        "#### __import__('os').abort()",
+        "\0" * 1_000_000,
+        "\ud800#### 18" * 300_000,
+    ],
+    ids=lambda text: f"{text[:12]!r} x{len(text)}",
+)
 def test_hostile_responses_take_no_time(text):
     def seconds():
         start = time.perf_counter()
         grade(text, "18")
         return time.perf_counter() - start
-    assert min(seconds() for _ in range(5)) < 0.05  # the fastest of five: other processes are not the grader's fault
+
+    assert (
+        min(seconds() for _ in range(5)) < 0.05
+    )  # the fastest of five: other processes are not the grader's fault
 
 
 def test_the_answer_at_either_end_of_a_very_long_response_is_found():
@@ -112,9 +181,18 @@ def test_the_answer_at_either_end_of_a_very_long_response_is_found():
 
 
 def test_scores_keep_every_response_in_the_denominator():
-    summary, rows = score(["#### 18", "18", "", "#### 7"], ["18"] * 4, truncated=[False, True, True, False])
-    assert summary == {"n": 4, "official": 0.25, "strict_match": 0.25, "flexible_extract": 0.5, "numeric": 0.5,
-                       "unparsed": 2, "truncated": 2}
+    summary, rows = score(
+        ["#### 18", "18", "", "#### 7"], ["18"] * 4, truncated=[False, True, True, False]
+    )
+    assert summary == {
+        "n": 4,
+        "official": 0.25,
+        "strict_match": 0.25,
+        "flexible_extract": 0.5,
+        "numeric": 0.5,
+        "unparsed": 2,
+        "truncated": 2,
+    }
     assert [row["official"] for row in rows] == [True, False, False, False]
     assert [row["answer"] for row in rows] == ["18", None, None, "7"]
 
@@ -128,11 +206,17 @@ def test_score_refuses_what_cannot_be_scored():
         score(["a"], ["1"], [True, False])
 
 
-@pytest.mark.parametrize("row, gold", [
-    ({"label": "18", "output": "#### 19"}, "18"), ({"label": 18}, "18"), ({"label": 18.0}, "18"),
-    ({"label": 0.5}, "0.5"), ({"question": "q", "answer": "a\n#### 3"}, "a\n#### 3"),
-    ({"output": ["#### 4"]}, "#### 4"),
-])
+@pytest.mark.parametrize(
+    "row, gold",
+    [
+        ({"label": "18", "output": "#### 19"}, "18"),
+        ({"label": 18}, "18"),
+        ({"label": 18.0}, "18"),
+        ({"label": 0.5}, "0.5"),
+        ({"question": "q", "answer": "a\n#### 3"}, "a\n#### 3"),
+        ({"output": ["#### 4"]}, "#### 4"),
+    ],
+)
 def test_gold_of_a_row(row, gold):
     assert gold_of(row) == gold
 
@@ -151,7 +235,11 @@ def test_gold_label_may_be_written_with_a_dollar():
 
 def test_tasks_are_data_and_an_unknown_one_names_the_nearest():
     task = find_task("GSM8K")
-    assert task is TASKS["GSM8K"] and task.metric in task.grade("#### 1", "1") and "Question:" in task.stop
+    assert (
+        task is TASKS["GSM8K"]
+        and task.metric in task.grade("#### 1", "1")
+        and "Question:" in task.stop
+    )
     assert task.metric in task.score(["#### 1"], ["1"])[0]
     with pytest.raises(UserError, match="did you mean 'GSM8K'"):
         find_task("gsm8")

@@ -67,10 +67,14 @@ UNEQUAL = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("answer, gold, right", [(*pair, True) for pair in EQUAL] + [(*pair, False) for pair in UNEQUAL])
+@pytest.mark.parametrize(
+    "answer, gold, right", [(*pair, True) for pair in EQUAL] + [(*pair, False) for pair in UNEQUAL]
+)
 def test_boxed_answers_in_normal_form(answer, gold, right):
     assert grade(rf"so it is \boxed{{{answer}}}.", gold)["boxed"] is right
-    assert grade(rf"so it is \boxed{{{gold}}}.", answer)["boxed"] is right, "the comparison is not symmetric"
+    assert grade(rf"so it is \boxed{{{gold}}}.", answer)["boxed"] is right, (
+        "the comparison is not symmetric"
+    )
 
 
 def test_a_normal_form_is_its_own():
@@ -126,7 +130,11 @@ def test_numbers_are_equal_in_value(answer, gold, right):
 def test_only_the_loose_rule_reads_what_is_not_boxed():
     assert grade("the answer is 5", "5") == {"boxed": False, "numeric": False, "loose": True}
     assert grade(r"\boxed{5}", "5") == {"boxed": True, "numeric": True, "loose": True}
-    assert grade(r"\boxed{4}, I mean the answer is 5", "5") == {"boxed": False, "numeric": False, "loose": False}
+    assert grade(r"\boxed{4}, I mean the answer is 5", "5") == {
+        "boxed": False,
+        "numeric": False,
+        "loose": False,
+    }
     assert grade("", "5") == {"boxed": False, "numeric": False, "loose": False}
 
 
@@ -143,8 +151,19 @@ PIECES = [
 def test_hostile_responses_take_no_time(piece):
     much = piece * (MEGABYTE // len(piece))
     some = piece * (1000 // len(piece))
-    texts = [much, much + r"\boxed{5}", r"\boxed{5}" + much, f"the answer is {much}", f"{much} the answer is {some}"]
-    texts += [rf"\boxed{{{much}}}", rf"\boxed{{{much}", rf"\boxed{{{some}}}", rf"\boxed{{5{some}" + "}" * 999]
+    texts = [
+        much,
+        much + r"\boxed{5}",
+        r"\boxed{5}" + much,
+        f"the answer is {much}",
+        f"{much} the answer is {some}",
+    ]
+    texts += [
+        rf"\boxed{{{much}}}",
+        rf"\boxed{{{much}",
+        rf"\boxed{{{some}}}",
+        rf"\boxed{{5{some}" + "}" * 999,
+    ]
     for text in texts:
         fastest = float("inf")
         for _ in range(5):  # the fastest of five: other processes are not the grader's fault
@@ -171,7 +190,8 @@ def test_the_answer_at_either_end_of_a_very_long_response_is_found():
 
 
 @pytest.mark.parametrize(
-    "gold", ["", " ", r"\boxed{}", r"\boxed{5", r"\frac{1}{2", "}", "$", "#### 5", "9" * 1025, r"5 \boxed"]
+    "gold",
+    ["", " ", r"\boxed{}", r"\boxed{5", r"\frac{1}{2", "}", "$", "#### 5", "9" * 1025, r"5 \boxed"],
 )
 def test_a_gold_that_cannot_be_read_is_refused(gold):
     with pytest.raises(UserError, match="gold answer .* MATH needs one"):
@@ -206,9 +226,28 @@ def test_a_row_without_a_gold_is_refused(row):
 
 
 def test_scores_keep_every_response_in_the_denominator():
-    responses = [r"\boxed{\frac12}", r"\boxed{0.50}", "the answer is 1/2", "", r"\boxed{7}", r"\boxed{1", r"\boxed{8}"]
-    summary, rows = score(responses, [r"\frac{1}{2}"] * 5 + ["1", "9"], [False, True, False, False, False, True, False])
-    assert summary == {"n": 7, "boxed": 1 / 7, "numeric": 2 / 7, "loose": 2 / 7, "unparsed": 3, "truncated": 2}
+    responses = [
+        r"\boxed{\frac12}",
+        r"\boxed{0.50}",
+        "the answer is 1/2",
+        "",
+        r"\boxed{7}",
+        r"\boxed{1",
+        r"\boxed{8}",
+    ]
+    summary, rows = score(
+        responses,
+        [r"\frac{1}{2}"] * 5 + ["1", "9"],
+        [False, True, False, False, False, True, False],
+    )
+    assert summary == {
+        "n": 7,
+        "boxed": 1 / 7,
+        "numeric": 2 / 7,
+        "loose": 2 / 7,
+        "unparsed": 3,
+        "truncated": 2,
+    }
     assert [row["boxed"] for row in rows] == [True, False, False, False, False, False, False]
     assert [row["loose"] for row in rows] == [True, False, True, False, False, False, False]
     assert [row["answer"] for row in rows] == [r"\frac{1}{2}", "0.50", None, None, "7", None, "8"]
@@ -228,7 +267,11 @@ def test_score_refuses_what_cannot_be_scored():
 
 def test_the_task_is_registered_and_its_samples_vote_in_normal_form():
     task = find_task("MATH")
-    assert task is TASKS["MATH"] and task.metric == "boxed" and {"Problem:", "Question:"} < set(task.stop)
+    assert (
+        task is TASKS["MATH"]
+        and task.metric == "boxed"
+        and {"Problem:", "Question:"} < set(task.stop)
+    )
     assert task.gold_of({"solution": r"\boxed{4}"}) == "4" and task.grade("", "0")["boxed"] is False
     texts = [r"\boxed{\frac12}", r"\boxed{1/2}", r"\boxed{3}"]
     summary, rows = graded(task, ["q"], [r"\frac{1}{2}"], texts, None, 3)

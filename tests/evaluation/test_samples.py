@@ -19,9 +19,17 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(right):
         assert got[f"pass@{k}"] == pytest.approx(sum(map(any, subsets)) / len(subsets))
 
 
-@pytest.mark.parametrize("answers, right", [
-    ("7 7 8 9", True), ("8 7 8 7", False), ("7 8 7 8", True), ("8 8 8 7", False), ("None None None 7", True), ("None None None None", False),
-])
+@pytest.mark.parametrize(
+    "answers, right",
+    [
+        ("7 7 8 9", True),
+        ("8 7 8 7", False),
+        ("7 8 7 8", True),
+        ("8 8 8 7", False),
+        ("None None None 7", True),
+        ("None None None None", False),
+    ],
+)
 def test_the_majority_decides_the_first_of_equals(answers, right):
     pairs = [(None if a == "None" else a, a == "7") for a in answers.split()]
     assert of_samples(pairs, 4)["maj@4"] == right
@@ -33,4 +41,6 @@ def test_questions_are_averaged_and_every_sample_is_a_row():
     assert summary["accuracy"] == pytest.approx(2 / 6) and summary["n"] == 6
     assert summary["pass@1"] == pytest.approx(1 / 3) and summary["pass@3"] == 1.0
     assert summary["maj@3"] == 0.5  # 8 beats 7; of 1 and 2 the first
-    assert [row["index"] for row in rows] == [0, 0, 0, 1, 1, 1] and [row["gold"] for row in rows] == ["7"] * 3 + ["1"] * 3
+    assert [row["index"] for row in rows] == [0, 0, 0, 1, 1, 1] and [
+        row["gold"] for row in rows
+    ] == ["7"] * 3 + ["1"] * 3

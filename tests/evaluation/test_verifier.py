@@ -22,7 +22,9 @@ def log():
 
 
 @pytest.mark.parametrize("max_batch_size", [1, 3, 64])
-def test_scores_are_transformers_in_the_rows_order_at_any_batch_size(folder, parallel, log, max_batch_size):
+def test_scores_are_transformers_in_the_rows_order_at_any_batch_size(
+    folder, parallel, log, max_batch_size
+):
     sequences = some_sequences(9, seed=5)
     assert len({len(s.tokens) for s in sequences}) > 3
     ids, mask = padded([s.tokens for s in sequences])
@@ -34,14 +36,28 @@ def test_scores_are_transformers_in_the_rows_order_at_any_batch_size(folder, par
 
 def test_accuracy_counts_every_pair_once_and_a_tie_is_not_right(parallel, log, monkeypatch):
     rows = some_sequences(8)
-    comparisons = [Comparison(rows[:2], rows[2:5]), Comparison(rows[5:6], rows[6:7]), Comparison(rows[7:], rows[7:])]
+    comparisons = [
+        Comparison(rows[:2], rows[2:5]),
+        Comparison(rows[5:6], rows[6:7]),
+        Comparison(rows[7:], rows[7:]),
+    ]
     scores = torch.tensor([1.0, 0.0, -1.0, 0.5, 0.0, 3.0, 2.0, 4.0, 4.0])
-    monkeypatch.setattr(verifier, "score_all", lambda model, parallel, sequences, *rest: scores[: len(sequences)])
+    monkeypatch.setattr(
+        verifier, "score_all", lambda model, parallel, sequences, *rest: scores[: len(sequences)]
+    )
     summary, told = evaluate_pairs(None, parallel, comparisons, 4, log)
     # (1, 0) against (-1, 0.5, 0): right are 1 > all three and 0 > -1; 0 = 0 is not; then 3 > 2, and a tie
-    assert summary == {"n": 3, "pairs": 8, "accuracy": 5 / 8, "margin": pytest.approx((3.5 + 0.5 + 1.0 + 0.0) / 8)}
-    assert told == [{"chosen": [1.0, 0.0], "rejected": [-1.0, 0.5, 0.0]}, {"chosen": [3.0], "rejected": [2.0]},
-                    {"chosen": [4.0], "rejected": [4.0]}]
+    assert summary == {
+        "n": 3,
+        "pairs": 8,
+        "accuracy": 5 / 8,
+        "margin": pytest.approx((3.5 + 0.5 + 1.0 + 0.0) / 8),
+    }
+    assert told == [
+        {"chosen": [1.0, 0.0], "rejected": [-1.0, 0.5, 0.0]},
+        {"chosen": [3.0], "rejected": [2.0]},
+        {"chosen": [4.0], "rejected": [4.0]},
+    ]
 
 
 def test_no_gradient_is_kept_while_scoring(folder, parallel, log):

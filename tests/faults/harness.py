@@ -20,19 +20,38 @@ PATIENCE_S = 120
 class Run:
     """A command in a session of its own, its output in a file."""
 
-    def __init__(self, arguments: list[str], ranks: int, log: Path, launcher: list[str] | None = None) -> None:
+    def __init__(
+        self, arguments: list[str], ranks: int, log: Path, launcher: list[str] | None = None
+    ) -> None:
         self.ranks, self.log, self.seen = ranks, log, set()
         command = [sys.executable]
         if ranks > 1:
-            command += ["-m", "torch.distributed.run", "--nnodes", "1", "--nproc_per_node", str(ranks)]
+            command += [
+                "-m",
+                "torch.distributed.run",
+                "--nnodes",
+                "1",
+                "--nproc_per_node",
+                str(ranks),
+            ]
             command += ["--master_addr", "127.0.0.1", "--master_port", str(_free_port())]
         command = [*(launcher or []), *command, *arguments]
         inherited = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
         env = {name: value for name, value in os.environ.items() if name not in inherited}
-        env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
+        env |= {
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "PYTHONUNBUFFERED": "1",
+        }
         self.output = log.open("ab")
         self.process = subprocess.Popen(
-            command, cwd=ROOT, env=env, stdout=self.output, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            cwd=ROOT,
+            env=env,
+            stdout=self.output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
 
     def workers(self) -> list[int]:
@@ -45,7 +64,9 @@ class Run:
         """Until the condition holds or the run has ended."""
         began = time.monotonic()
         while not condition() and self.process.poll() is None:
-            assert time.monotonic() - began < PATIENCE_S, f"{what} did not come\n{self.said()[-3000:]}"
+            assert time.monotonic() - began < PATIENCE_S, (
+                f"{what} did not come\n{self.said()[-3000:]}"
+            )
             time.sleep(0.005)
 
     def wait(self) -> int:
@@ -57,7 +78,9 @@ class Run:
 
     def end(self) -> None:
         for kill, pid in [(os.killpg, self.process.pid), *((os.kill, pid) for pid in self.seen)]:
-            with suppress(ProcessLookupError):  # a launcher's workers have sessions of their own, and one that is stopped stays
+            with suppress(
+                ProcessLookupError
+            ):  # a launcher's workers have sessions of their own, and one that is stopped stays
                 kill(pid, signal.SIGKILL)
         self.process.wait()
         self.output.close()
@@ -107,12 +130,19 @@ def curve(logs: Path) -> dict[int, float]:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.glob("consolidated.*"))}
+    return {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.glob("consolidated.*"))
+    }
 
 
 def recorded(logs: Path) -> int:
     """Steps that were logged so far, by all runs."""
-    return sum(file.read_text().count('"event": "scalars"') for file in logs.glob("*_train.jsonl")) if logs.is_dir() else 0
+    return (
+        sum(file.read_text().count('"event": "scalars"') for file in logs.glob("*_train.jsonl"))
+        if logs.is_dir()
+        else 0
+    )
 
 
 def kill_at_random(run: Run, logs: Path, rng: random.Random, within: int) -> bool:

@@ -1,6 +1,6 @@
 """Runs a script in which one rank is killed (SIGKILL) while the first step is written, at a stage of that.
 
-    torchrun --nproc_per_node N tests/faults/killed.py STAGE RANK script.py --flag value ...
+torchrun --nproc_per_node N tests/faults/killed.py STAGE RANK script.py --flag value ...
 """
 
 import os

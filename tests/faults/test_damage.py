@@ -61,28 +61,59 @@ def as_file(state):
 
 
 STEP = {
-    **{f"no {name}": (edited(lambda m, name=name: m.pop(name)), f"manifest.json: {name} is None")
-       for name in ("step", "settings", "layouts", "counters", "parts")},
-    "counters of another form": (put(counters={"model": {"adam_step": "x"}}), "the counters of model are"),
-    "a layout that cannot be": (put(layouts={"model": {"mp": 1, "dp": 10**9}}), "the layout of model is"),
+    **{
+        f"no {name}": (edited(lambda m, name=name: m.pop(name)), f"manifest.json: {name} is None")
+        for name in ("step", "settings", "layouts", "counters", "parts")
+    },
+    "counters of another form": (
+        put(counters={"model": {"adam_step": "x"}}),
+        "the counters of model are",
+    ),
+    "a layout that cannot be": (
+        put(layouts={"model": {"mp": 1, "dp": 10**9}}),
+        "the layout of model is",
+    ),
     "of another step": (put(step=4), "is of step 4; its folder was renamed"),
     "no hashes": (put(files={}), "names no model.mp-00.dp-00.safetensors"),
-    "a hash less": (edited(lambda m: m["files"].pop("random.dp-00.safetensors")), "names no random.dp-00.safetensors"),
-    "a name too long": (edited(lambda m: m["files"].update({"x" * 300: {"size": 1, "sha256": ""}})), "its list of files is damaged"),
-    "a path that leads out": (edited(lambda m: m["files"].update({"../x": {"size": 1, "sha256": ""}})), "its list of files is damaged"),
+    "a hash less": (
+        edited(lambda m: m["files"].pop("random.dp-00.safetensors")),
+        "names no random.dp-00.safetensors",
+    ),
+    "a name too long": (
+        edited(lambda m: m["files"].update({"x" * 300: {"size": 1, "sha256": ""}})),
+        "its list of files is damaged",
+    ),
+    "a path that leads out": (
+        edited(lambda m: m["files"].update({"../x": {"size": 1, "sha256": ""}})),
+        "its list of files is damaged",
+    ),
     "another format": (put(format=True), "format True, this code reads 1"),
-    "no manifest": (lambda state: (list_steps(state)[-1] / "manifest.json").unlink(), "step-00000012/manifest.json"),
-    "a file in the place of the steps": (as_file, "model-state is not a folder that can be written to"),
+    "no manifest": (
+        lambda state: (list_steps(state)[-1] / "manifest.json").unlink(),
+        "step-00000012/manifest.json",
+    ),
+    "a file in the place of the steps": (
+        as_file,
+        "model-state is not a folder that can be written to",
+    ),
 }
 FINISHED = {
     "no number": (finished_says(step=None), "finished.json: step is None"),
-    "settings of another form": (finished_says(settings=[1]), "belongs to a run with other settings"),
-    "no JSON": (lambda state: (state / "finished.json").write_text("{"), "finished.json: cannot be read as JSON"),
+    "settings of another form": (
+        finished_says(settings=[1]),
+        "belongs to a run with other settings",
+    ),
+    "no JSON": (
+        lambda state: (state / "finished.json").write_text("{"),
+        "finished.json: cannot be read as JSON",
+    ),
 }
 
 
 def shape(folder) -> list:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if "-logs" not in str(path))
+    return sorted(
+        str(path.relative_to(folder)) for path in folder.rglob("*") if "-logs" not in str(path)
+    )
 
 
 @pytest.mark.parametrize("case", STEP)
@@ -95,7 +126,9 @@ def test_a_damaged_step_is_refused(asked, tmp_path, case):
     refused(asked(), message)
     assert shape(tmp_path) == before
     if case not in ("settings of another form", "a file in the place of the steps"):
-        refused(call("checkpoint_verify.py", "--ckpt_dir", tmp_path / "model-state"), "step-00000012")
+        refused(
+            call("checkpoint_verify.py", "--ckpt_dir", tmp_path / "model-state"), "step-00000012"
+        )
 
 
 @pytest.mark.parametrize("case", FINISHED)
@@ -119,14 +152,24 @@ def test_a_step_of_another_folder_sets_this_one_s_aside(asked, left, tmp_path):
     assert hashes(tmp_path / "model") == hashes(left / "model")
     state = tmp_path / "model-state"
     assert [step.name for step in list_steps(state)] == ["step-00000012"]
-    assert {path.name for path in (state / "aside-1").iterdir()} == {"finished.json", "step-00000008", "step-00000012"}
+    assert {path.name for path in (state / "aside-1").iterdir()} == {
+        "finished.json",
+        "step-00000008",
+        "step-00000012",
+    }
 
 
 def test_no_room_is_said_before_anything_is_set_aside(asked, tmp_path, monkeypatch):
     before = shape(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 300_000))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 300_000)
+    )
     done = asked(resume="none", save_every=1, keep=100)
-    assert done.code == 2 and "are needed for 12 steps (--save_every, --keep)" in done.err and "Traceback" not in done.err
+    assert (
+        done.code == 2
+        and "are needed for 12 steps (--save_every, --keep)" in done.err
+        and "Traceback" not in done.err
+    )
     assert shape(tmp_path) == before
 
 

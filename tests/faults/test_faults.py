@@ -12,7 +12,16 @@ import pytest
 from src.checkpoint.manifest import problems, read_manifest
 from src.checkpoint.steps import list_steps
 from src.errors import STOPPED
-from tests.faults.harness import Run, alive, children_of, curve, hashes, kill_at_random, recorded, steps_in
+from tests.faults.harness import (
+    Run,
+    alive,
+    children_of,
+    curve,
+    hashes,
+    kill_at_random,
+    recorded,
+    steps_in,
+)
 from tests.launch import ROOT, start
 from tests.test_scripts import call, refused
 from tests.trainer.test_saving import STAGES
@@ -33,7 +42,9 @@ def finished(command: list[str], ranks: int, log) -> str:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("trainer", ["SFT", "verifier", "PPO"])
-def test_killed_at_random_moments_a_run_goes_on_bit_for_bit(command, undisturbed, full, tmp_path, trainer, ranks):
+def test_killed_at_random_moments_a_run_goes_on_bit_for_bit(
+    command, undisturbed, full, tmp_path, trainer, ranks
+):
     kills = 20 if full else CUT.get((trainer, ranks), 0)
     if not kills:
         pytest.skip("tried by `make faults`")
@@ -43,7 +54,9 @@ def test_killed_at_random_moments_a_run_goes_on_bit_for_bit(command, undisturbed
     while done < kills:
         run = Run(arguments, ranks, tmp_path / "log")
         done += kill_at_random(run, logs, rng, within)
-        assert run.wait() != 0 or done == kills, "the run was over before all kills: give it more steps"
+        assert run.wait() != 0 or done == kills, (
+            "the run was over before all kills: give it more steps"
+        )
         whole_steps(state)
         if (state / "finished.json").exists():
             break
@@ -55,13 +68,17 @@ def test_killed_at_random_moments_a_run_goes_on_bit_for_bit(command, undisturbed
 
 
 @pytest.mark.parametrize("trainer", ["SFT", "verifier", "PPO"])
-def test_killed_at_every_stage_of_a_save_a_run_goes_on_bit_for_bit(command, undisturbed, full, tmp_path, trainer):
+def test_killed_at_every_stage_of_a_save_a_run_goes_on_bit_for_bit(
+    command, undisturbed, full, tmp_path, trainer
+):
     """One kill a launch, of the rank that writes the manifest and of another one; each launch goes on from the last whole step."""
     if not full:
         pytest.skip("tried by `make faults`")
     arguments, state, ranks, newest = command(trainer, tmp_path), tmp_path / "model-state", 2, []
     for stage in STAGES:
-        rank = 0 if stage in ("written", "manifest", "renamed") else 1  # the manifest is rank 0's work
+        rank = (
+            0 if stage in ("written", "manifest", "renamed") else 1
+        )  # the manifest is rank 0's work
         run = Run(["tests/faults/killed.py", stage, str(rank), *arguments], ranks, tmp_path / "log")
         assert run.wait() != 0
         whole_steps(state)
@@ -72,7 +89,9 @@ def test_killed_at_every_stage_of_a_save_a_run_goes_on_bit_for_bit(command, undi
     finished(arguments, ranks, tmp_path / "log")
     weights, losses = undisturbed(trainer, ranks)
     assert hashes(tmp_path / "model") == weights and curve(tmp_path / "model-logs") == losses
-    print(f"{trainer}: killed at {', '.join(STAGES)}; newest steps {newest}; weights and curve the same")
+    print(
+        f"{trainer}: killed at {', '.join(STAGES)}; newest steps {newest}; weights and curve the same"
+    )
 
 
 def test_an_offloaded_run_is_saved_role_by_role_and_goes_on(command, tmp_path):
@@ -152,35 +171,55 @@ def test_a_rank_that_hangs_while_gloo_reduces_is_named(full, tmp_path, ranks):
         pytest.skip("tried by `make faults`")
     run = Run(["tests/faults/lost.py"], ranks, tmp_path / "log")
     run.until(lambda: run.workers() and "did not come to" in run.said(), "a message")
-    assert run.said().count(f"error: rank 1 of {ranks} did not come to what all ranks do together") == 1, run.said()[-3000:]
+    assert (
+        run.said().count(f"error: rank 1 of {ranks} did not come to what all ranks do together")
+        == 1
+    ), run.said()[-3000:]
     run.end()
 
 
 @pytest.mark.parametrize("ranks", [2])
 def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(command, tmp_path, ranks):
     """The second data-parallel rank's third loss is NaN; later all of them, until the run gives up and names the rows."""
-    arguments = command("SFT", tmp_path, model_parallel_size=1, epochs=2, save_every=1000, max_skipped_steps=3)
+    arguments = command(
+        "SFT", tmp_path, model_parallel_size=1, epochs=2, save_every=1000, max_skipped_steps=3
+    )
     run = Run(["tests/faults/poisoned.py", "3", "5", *arguments], ranks, tmp_path / "log")
     assert run.wait() != 0
     said = run.said()
     assert "step 3: the gradient norm is nan, the step is skipped" in said and "step 4:" not in said
-    assert "not finite in 3 steps in a row (--max_skipped_steps), the last on rows [" in said and "Traceback (most" not in said.split("error:")[0]
+    assert (
+        "not finite in 3 steps in a row (--max_skipped_steps), the last on rows [" in said
+        and "Traceback (most" not in said.split("error:")[0]
+    )
 
 
 def test_a_full_disk_is_named_and_older_steps_stay(command, full, tmp_path):
     place = tmp_path / "small"
     place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", place], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", place], capture_output=True
+    )
     if mounted.returncode:
         pytest.skip("a small file system cannot be mounted here: it needs root")
     try:
         log_dir = tmp_path / "logs"
-        run = Run(command("verifier", place, keep=50, save_every=1, log_dir=log_dir), 1, tmp_path / "log 1")
-        assert run.wait() == 2 and "are needed for 51 steps (--save_every, --keep)" in run.said(), run.said()[-2000:]
+        run = Run(
+            command("verifier", place, keep=50, save_every=1, log_dir=log_dir),
+            1,
+            tmp_path / "log 1",
+        )
+        assert run.wait() == 2 and "are needed for 51 steps (--save_every, --keep)" in run.said(), (
+            run.said()[-2000:]
+        )
         assert recorded(log_dir) == 0 and not list(place.iterdir()), "a step was taken first"
-        run = Run(command("verifier", place, keep=1, save_every=1, log_dir=log_dir), 1, tmp_path / "log")
+        run = Run(
+            command("verifier", place, keep=1, save_every=1, log_dir=log_dir), 1, tmp_path / "log"
+        )
         run.until(lambda: steps_in(place / "model-state"), "a step")
-        with (place / "others").open("wb", buffering=0) as others:  # somebody fills the disk, and what becomes free
+        with (place / "others").open(
+            "wb", buffering=0
+        ) as others:  # somebody fills the disk, and what becomes free
             while run.process.poll() is None:
                 with suppress(OSError):
                     others.write(bytes(4096))
@@ -192,18 +231,30 @@ def test_a_full_disk_is_named_and_older_steps_stay(command, full, tmp_path):
         subprocess.run(["umount", place], check=True)
 
 
-def test_the_same_run_is_known_and_another_refused_before_any_work(command, base, tmp_path, monkeypatch):
+def test_the_same_run_is_known_and_another_refused_before_any_work(
+    command, base, tmp_path, monkeypatch
+):
     def asked(**more):
         script, *given = command("SFT", tmp_path, epochs=1, **more)
         return call(script, *given)
 
     assert asked().code == 0
     before = hashes(tmp_path / "model")
-    monkeypatch.setattr("src.checkpoint.load.load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(
+        "src.checkpoint.load.load_model", lambda *_: pytest.fail("a model was loaded")
+    )
     data, state = base / "data", tmp_path / "model-state"
-    for same in ({}, dict(train_file=data / ".." / "data" / "train.json"), dict(max_batch_size=2, accumulation_steps=2), dict(keep=9)):
+    for same in (
+        {},
+        dict(train_file=data / ".." / "data" / "train.json"),
+        dict(max_batch_size=2, accumulation_steps=2),
+        dict(keep=9),
+    ):
         done = asked(**same)
-        assert done.code == 0 and "this run finished after step 12; --resume none runs it again" in done.err
+        assert (
+            done.code == 0
+            and "this run finished after step 12; --resume none runs it again" in done.err
+        )
     changed = {
         "--lr 0.01 → 0.02": dict(lr=2e-2),
         "test.json": dict(train_file=data / "test.json"),
@@ -223,7 +274,11 @@ def test_the_same_run_is_known_and_another_refused_before_any_work(command, base
 
 def test_collectives_that_do_not_match_are_python_errors_in_the_tests():
     done = start(2, "tests/faults/apart.py")
-    assert done.returncode != 0 and "mismatch between collectives" in done.stderr and "RuntimeError" in done.stderr
+    assert (
+        done.returncode != 0
+        and "mismatch between collectives" in done.stderr
+        and "RuntimeError" in done.stderr
+    )
 
 
 def test_the_supervisor_starts_again_while_there_is_progress(command, undisturbed, full, tmp_path):
@@ -235,6 +290,10 @@ def test_the_supervisor_starts_again_while_there_is_progress(command, undisturbe
     os.kill(children_of(run.process.pid)[0], signal.SIGKILL)
     assert run.wait() == 0, run.said()[-2000:]
     assert "restart 1" in run.said() and hashes(tmp_path / "model") == undisturbed("SFT", 1)[0]
-    hopeless = Run(command("SFT", tmp_path / "other", ckpt_dir=tmp_path / "nowhere"), 1, tmp_path / "log 2",
-                   launcher=[str(ROOT / "deploy" / "run.sh")])
+    hopeless = Run(
+        command("SFT", tmp_path / "other", ckpt_dir=tmp_path / "nowhere"),
+        1,
+        tmp_path / "log 2",
+        launcher=[str(ROOT / "deploy" / "run.sh")],
+    )
     assert hopeless.wait() == 2 and "nowhere" in hopeless.said() and "run.sh" not in hopeless.said()

@@ -24,18 +24,67 @@ from tests.trainer.tiny import save_llama
 READERS = (read_solver_rows, read_verifier_rows, read_prompt_rows)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(
-        ["instruction", "output", "chosen", "rejected", "label", "", "x"]), inner, max_size=5), max_leaves=12)
-ANSWERS = st.lists(st.sampled_from(
-    ["####", " ", "#### 1", "\\boxed{", "}", "{", "\\frac", "1", "0", ".", ",", "e", "e9999999", "-", "$", "\\sqrt", "^", "_", "\n", "answer is",
-     "Final Answer:", "\\text{", "%", "\\", "9" * 50, "(" * 30, "𝟗", "１", "\x00", "/", "<<", ">>"]) | st.text(max_size=8), max_size=40).map("".join)
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(["instruction", "output", "chosen", "rejected", "label", "", "x"]),
+            inner,
+            max_size=5,
+        )
+    ),
+    max_leaves=12,
+)
+ANSWERS = st.lists(
+    st.sampled_from(
+        [
+            "####",
+            " ",
+            "#### 1",
+            "\\boxed{",
+            "}",
+            "{",
+            "\\frac",
+            "1",
+            "0",
+            ".",
+            ",",
+            "e",
+            "e9999999",
+            "-",
+            "$",
+            "\\sqrt",
+            "^",
+            "_",
+            "\n",
+            "answer is",
+            "Final Answer:",
+            "\\text{",
+            "%",
+            "\\",
+            "9" * 50,
+            "(" * 30,
+            "𝟗",
+            "１",
+            "\x00",
+            "/",
+            "<<",
+            ">>",
+        ]
+    )
+    | st.text(max_size=8),
+    max_size=40,
+).map("".join)
 
 
 def many(full_count: int):
     """How many cases; the option is only known when tests run."""
     return lambda full: settings(
-        max_examples=full_count if full else max(20, full_count // 50), deadline=None, database=None, derandomize=True,
-        suppress_health_check=list(HealthCheck))
+        max_examples=full_count if full else max(20, full_count // 50),
+        deadline=None,
+        database=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+    )
 
 
 def tried(full: bool, count, strategy, check) -> None:
@@ -47,7 +96,9 @@ def tried(full: bool, count, strategy, check) -> None:
         nonlocal longest
         took = once(case)
         if took > 0.1:
-            took = min(took, once(case))  # a collection of garbage comes once, a slow case is slow again
+            took = min(
+                took, once(case)
+            )  # a collection of garbage comes once, a slow case is slow again
         longest = max(longest, took)
 
     def once(case) -> float:
@@ -91,7 +142,13 @@ def test_rows_of_any_bytes(full, tmp_path, suffix):
             except UserError as error:
                 assert str(path) in str(error)
 
-    tried(full, 5000, st.binary(max_size=200) | st.text(alphabet='{}[]",:\\u0123e-\n tfn', max_size=80).map(str.encode), check)
+    tried(
+        full,
+        5000,
+        st.binary(max_size=200)
+        | st.text(alphabet='{}[]",:\\u0123e-\n tfn', max_size=80).map(str.encode),
+        check,
+    )
 
 
 @pytest.mark.parametrize("grader", [gsm8k, math], ids=["GSM8K", "MATH"])
@@ -99,22 +156,40 @@ def test_graders_take_any_text(full, grader):
     def check(text):
         began = time.process_time()
         rules = grader.grade(text, "7")
-        assert time.process_time() - began < 0.05 and all(type(right) is bool for right in rules.values())
+        assert time.process_time() - began < 0.05 and all(
+            type(right) is bool for right in rules.values()
+        )
 
     tried(full, 10000, ANSWERS, check)
 
 
 @pytest.mark.parametrize("grader", [gsm8k, math], ids=["GSM8K", "MATH"])
 def test_graders_under_hostile_texts(grader):
-    for text in ("\\boxed{" * 10**5, "{" * 10**6, "#### " + "9" * 10**6, "#### 1e" + "9" * 10**5, "\\frac" * 10**5, "(" * 10**6, "answer is " * 10**5,
-                 "$" * 10**6, "1," * 10**5, "\\boxed{" + "{}" * 10**5 + "}", "\\sqrt" * 10**5 + "1", "#### -" + "." * 10**6, " " * 10**6):
+    for text in (
+        "\\boxed{" * 10**5,
+        "{" * 10**6,
+        "#### " + "9" * 10**6,
+        "#### 1e" + "9" * 10**5,
+        "\\frac" * 10**5,
+        "(" * 10**6,
+        "answer is " * 10**5,
+        "$" * 10**6,
+        "1," * 10**5,
+        "\\boxed{" + "{}" * 10**5 + "}",
+        "\\sqrt" * 10**5 + "1",
+        "#### -" + "." * 10**6,
+        " " * 10**6,
+    ):
         began = time.process_time()
         grader.grade(text, "7")
         assert time.process_time() - began < 0.05, text[:20]
 
 
 def test_headers_of_safetensors(full, tmp_path):
-    path, good = tmp_path / "model.safetensors", save({"a": torch.arange(6.0), "b": torch.ones(2, 3)})
+    path, good = (
+        tmp_path / "model.safetensors",
+        save({"a": torch.arange(6.0), "b": torch.ones(2, 3)}),
+    )
 
     def check(case):
         at, value, cut = case
@@ -125,7 +200,9 @@ def test_headers_of_safetensors(full, tmp_path):
         for key in file.keys:
             file.shape(key), file.dtype(key)
 
-    tried(full, 7500, st.tuples(st.integers(0, 200), st.integers(0, 255), st.integers(0, 150)), check)
+    tried(
+        full, 7500, st.tuples(st.integers(0, 200), st.integers(0, 255), st.integers(0, 150)), check
+    )
 
 
 def test_pickles_that_were_changed(full, tmp_path):
@@ -140,24 +217,40 @@ def test_pickles_that_were_changed(full, tmp_path):
         path.write_bytes(bytes(data[: len(data) - cut]))
         TensorFile(path)
 
-    tried(full, 2500, st.tuples(st.integers(0, 2000), st.integers(0, 255), st.integers(0, 300)), check)
+    tried(
+        full, 2500, st.tuples(st.integers(0, 2000), st.integers(0, 255), st.integers(0, 300)), check
+    )
 
 
 def test_configs_and_states_of_any_json(full, tmp_path):
     save_llama(tmp_path / "model", "lm", 0)
-    config, good = tmp_path / "model" / "config.json", json.loads((tmp_path / "model" / "config.json").read_text())
+    config, good = (
+        tmp_path / "model" / "config.json",
+        json.loads((tmp_path / "model" / "config.json").read_text()),
+    )
 
     def check(case):
         key, value, raw = case
         config.write_text(json.dumps(good | {key: value}))
         (tmp_path / "manifest.json").write_text(raw)
         (tmp_path / "ppo_state.json").write_text(raw)
-        for read in (lambda: Checkpoint.open(str(tmp_path / "model")), lambda: read_manifest(tmp_path), lambda: read_state(str(tmp_path))):
+        for read in (
+            lambda: Checkpoint.open(str(tmp_path / "model")),
+            lambda: read_manifest(tmp_path),
+            lambda: read_state(str(tmp_path)),
+        ):
             try:
                 read()
             except UserError as error:
                 assert str(error)
 
-    raw = st.text(max_size=30) | JSON.map(json.dumps) | st.dictionaries(
-        st.sampled_from(["format", "files", "kl_coef", "reward_moments", "value_moments"]), JSON, max_size=5).map(json.dumps)
+    raw = (
+        st.text(max_size=30)
+        | JSON.map(json.dumps)
+        | st.dictionaries(
+            st.sampled_from(["format", "files", "kl_coef", "reward_moments", "value_moments"]),
+            JSON,
+            max_size=5,
+        ).map(json.dumps)
+    )
     tried(full, 2500, st.tuples(st.sampled_from(sorted(good)), JSON, raw), check)

@@ -5,6 +5,7 @@
 RECIPES.json: {"prompts", "recipes": {name: {...}}, "choices": {name: {...}}, "families": {name: folder}}; OUT.json: what
 came of each.
 """
+
 import json
 import sys
 from pathlib import Path
@@ -30,7 +31,9 @@ from src.parallel.vocab import unpack_bits, vocab_range
 def run_recipe(models, parallel, prompts, recipe) -> dict:
     model = models[recipe.get("dtype", "float32")]
     order = recipe.get("order") or list(range(len(prompts)))
-    engine = Engine(model, parallel, recipe["slots"], recipe.get("max_seq_len", 200), recipe.get("kv_cache_gb"))
+    engine = Engine(
+        model, parallel, recipe["slots"], recipe.get("max_seq_len", 200), recipe.get("kv_cache_gb")
+    )
     strings = tuple(recipe.get("stop_strings", ()))
     told = []
     completions = generate_sharded(
@@ -49,7 +52,9 @@ def run_recipe(models, parallel, prompts, recipe) -> dict:
         "steps": len(told),
     }
     if "temperature" in recipe["sampling"]:
-        sequences = [Sequence(prompts[i] + c.tokens, len(prompts[i])) for i, c in zip(order, completions)]
+        sequences = [
+            Sequence(prompts[i] + c.tokens, len(prompts[i])) for i, c in zip(order, completions)
+        ]
         temperature = recipe["sampling"]["temperature"] or 1.0
         batch = Batch.of(sequences, parallel.device)
         with torch.no_grad():
@@ -68,16 +73,22 @@ def run_relaid(model, parallel, prompts, sampling) -> dict:
                 if name.endswith("lora_b"):  # the same at every degree
                     p.data.fill_(0.02)
             engine = Engine(model, parallel, 16, 200)
-            made["with an adapter"] = [c.tokens for c in engine.generate(prompts, Sampling(**sampling), set())]
+            made["with an adapter"] = [
+                c.tokens for c in engine.generate(prompts, Sampling(**sampling), set())
+            ]
         for n in (n for n in (1, 2) if n < parallel.mp_size):
-            done = RelaidEngine(model, parallel, n, 16, 200).generate(prompts, Sampling(**sampling), set(), samples)
+            done = RelaidEngine(model, parallel, n, 16, 200).generate(
+                prompts, Sampling(**sampling), set(), samples
+            )
             made[f"{n}{', with an adapter' if adapted else ''}"] = [c.tokens for c in done]
     return made
 
 
 def run_kept(model, parallel, prompts, sampling) -> list:
     """Which tokens of the whole vocabulary each choice was among, and the chosen."""
-    done = Engine(model, parallel, 3, 200).generate(prompts, Sampling(**sampling), set(), keep_masks=True)
+    done = Engine(model, parallel, 3, 200).generate(
+        prompts, Sampling(**sampling), set(), keep_masks=True
+    )
     kept = []
     for completion in done:
         mine = unpack_bits(completion.kept, model.vocabulary_part)[:, : model.vocabulary]
@@ -94,7 +105,9 @@ def run_choice(parallel, choice) -> list[int]:
     n = choice["draws"]
     numbers, same = torch.arange(n), torch.full((n,), 3)
     samples, steps = (same, numbers) if choice["by_step"] else (numbers, same)
-    tokens, logprobs = choose(logits[first:last].repeat(n, 1), Sampling(**choice["sampling"]), samples, steps)[:2]
+    tokens, logprobs = choose(
+        logits[first:last].repeat(n, 1), Sampling(**choice["sampling"]), samples, steps
+    )[:2]
     return [tokens.tolist(), logprobs.tolist()]
 
 
@@ -102,7 +115,9 @@ def run_choice(parallel, choice) -> list[int]:
 def run_family(model, parallel, prompts, sampling, whole: list[int], prefilled: list[int]) -> dict:
     """Greedy continuations, and how far logits token by token are from those of `whole` rows at once."""
     completions = Engine(model, parallel, 2, 200).generate(prompts, Sampling(**sampling), set())
-    tokens = torch.tensor([[(7 * i + 5 * j) % 90 + 3 for j in range(n)] for i, n in enumerate(whole)])
+    tokens = torch.tensor(
+        [[(7 * i + 5 * j) % 90 + 3 for j in range(n)] for i, n in enumerate(whole)]
+    )
     wanted = model.logits(model(tokens.flatten(), Packed(whole))).unflatten(0, (len(whole), -1))
     cache, lengths = Cache(model, len(whole), max(whole)), torch.tensor(prefilled)
     prompt = torch.cat([row[:n] for row, n in zip(tokens, prefilled)])
@@ -113,10 +128,20 @@ def run_family(model, parallel, prompts, sampling, whole: list[int], prefilled: 
         at = lengths + step - 1  # the last token that was seen
         worst = max(worst, (logits - wanted[rows, at]).abs().max().item())
         if at.max() + 1 < max(whole):
-            logits = model.logits(model(tokens[rows, at + 1], Decode(cache, at + 1, lengths, [(0, 1, max(whole)), (1, len(whole), max(whole))])))
+            logits = model.logits(
+                model(
+                    tokens[rows, at + 1],
+                    Decode(
+                        cache, at + 1, lengths, [(0, 1, max(whole)), (1, len(whole), max(whole))]
+                    ),
+                )
+            )
     seen = wanted[..., : model.vocabulary]  # without padding
-    return {"tokens": [c.tokens for c in completions], "logprobs": [c.logprobs for c in completions],
-            "step by step": worst / seen.abs().max().item() if seen.numel() else 0.0}
+    return {
+        "tokens": [c.tokens for c in completions],
+        "logprobs": [c.logprobs for c in completions],
+        "step by step": worst / seen.abs().max().item() if seen.numel() else 0.0,
+    }
 
 
 def main(folder: str, recipes: str, out: str) -> None:
@@ -124,27 +149,46 @@ def main(folder: str, recipes: str, out: str) -> None:
     sampling_module.CANDIDATES = 2  # so that top-p has to look again
     given = json.loads(Path(recipes).read_text())
     checkpoint = Checkpoint.open(folder)
-    load = lambda where: {name: load_model(checkpoint, where, getattr(torch, name)) for name in ("float32", "bfloat16")}
+    load = lambda where: {
+        name: load_model(checkpoint, where, getattr(torch, name))
+        for name in ("float32", "bfloat16")
+    }
     models = load(parallel)
     torch.set_num_threads(1)  # tiny matrices: a second thread only waits
-    results = {name: run_recipe(models, parallel, given["prompts"], recipe) for name, recipe in given["recipes"].items()}
-    results["kept"] = {kind: run_kept(models["float32"], parallel, given["prompts"][:4], s) for kind, s in given["kept"].items()}
-    results["relaid"] = run_relaid(load(parallel)["float32"], parallel, given["prompts"], given["relaid"])
+    results = {
+        name: run_recipe(models, parallel, given["prompts"], recipe)
+        for name, recipe in given["recipes"].items()
+    }
+    results["kept"] = {
+        kind: run_kept(models["float32"], parallel, given["prompts"][:4], s)
+        for kind, s in given["kept"].items()
+    }
+    results["relaid"] = run_relaid(
+        load(parallel)["float32"], parallel, given["prompts"], given["relaid"]
+    )
     for beams, penalty in given["beams"]:
         search = BeamSearch(models["float32"], parallel, 5, 200, None, beams, penalty)
         done = generate_sharded(search, given["prompts"], Sampling(30), set(given["beam stops"]))
         results[f"{beams} beams, {penalty}"] = [c.tokens for c in done]
-    results["choices"] = {name: run_choice(parallel, choice) for name, choice in given["choices"].items()}
+    results["choices"] = {
+        name: run_choice(parallel, choice) for name, choice in given["choices"].items()
+    }
     for name, where in given["families"].items():
         if parallel.world_size < 4 or name in given["families at four ranks"]:
             model = load_model(Checkpoint.open(where), parallel, torch.float32).eval()
             results[f"family {name}"] = run_family(model, parallel, **given["family"])
-    if parallel.world_size == 4:  # once more as two models of two ranks each, which share the prompts
+    if (
+        parallel.world_size == 4
+    ):  # once more as two models of two ranks each, which share the prompts
         parallel = start(2, timeout=120)
         models = load(parallel)
-        results["relaid, two models"] = run_relaid(load(parallel)["float32"], parallel, given["prompts"], given["relaid"])
+        results["relaid, two models"] = run_relaid(
+            load(parallel)["float32"], parallel, given["prompts"], given["relaid"]
+        )
         for name in given["sharded"]:
-            results[f"sharded {name}"] = run_recipe(models, parallel, given["prompts"], given["recipes"][name])
+            results[f"sharded {name}"] = run_recipe(
+                models, parallel, given["prompts"], given["recipes"][name]
+            )
     if parallel.is_main:
         Path(out).write_text(json.dumps(results))
     stop()

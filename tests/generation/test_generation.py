@@ -1,4 +1,5 @@
 """Generation: greedy is transformers' greedy; samples depend on the seed alone and follow the softmax."""
+
 import json
 import math
 
@@ -14,10 +15,21 @@ from tests.launch import launch, once
 from tests.models import families
 
 DEGREES = (1, 2, 4)
-VOCABULARY, NEW, SAMPLED = 97, 64, 12  # two and four ranks divide neither the vocabulary, nor the heads, nor the ffn
+VOCABULARY, NEW, SAMPLED = (
+    97,
+    64,
+    12,
+)  # two and four ranks divide neither the vocabulary, nor the heads, nor the ffn
 PROMPT_LENGTHS = [5, 1, 23, 9, 14, 2, 40, 9]
-PROMPTS = [[1, *torch.randint(3, VOCABULARY, (n - 1,), generator=torch.Generator().manual_seed(n + i)).tolist()]
-           for i, n in enumerate(PROMPT_LENGTHS)]
+PROMPTS = [
+    [
+        1,
+        *torch.randint(
+            3, VOCABULARY, (n - 1,), generator=torch.Generator().manual_seed(n + i)
+        ).tolist(),
+    ]
+    for i, n in enumerate(PROMPT_LENGTHS)
+]
 REVERSED = list(reversed(range(len(PROMPTS))))
 KINDS = {
     "plain": dict(temperature=1.3),
@@ -33,12 +45,27 @@ WAYS = {  # the same samples, served differently
     "three slots": dict(slots=3),
     "the other way round": dict(slots=5, order=REVERSED, samples=REVERSED),
 }
-CHOICE_LOGITS = torch.linspace(-2.5, 2.5, 32)[torch.randperm(32, generator=torch.Generator().manual_seed(1))].tolist()
+CHOICE_LOGITS = torch.linspace(-2.5, 2.5, 32)[
+    torch.randperm(32, generator=torch.Generator().manual_seed(1))
+].tolist()
 DRAWS = 20000
-FAMILIES = ["llama", "llama-tied", "llama3", "llama-yarn", "llama-linear", "mistral-odd", "mixtral-odd", "qwen2-odd",
-            "qwen3-odd", "qwen3-moe", "qwen3-moe-odd"]
+FAMILIES = [
+    "llama",
+    "llama-tied",
+    "llama3",
+    "llama-yarn",
+    "llama-linear",
+    "mistral-odd",
+    "mixtral-odd",
+    "qwen2-odd",
+    "qwen3-odd",
+    "qwen3-moe",
+    "qwen3-moe-odd",
+]
 FAMILY_RUNS = [(n, name) for n in DEGREES for name in (FAMILIES if n < 4 else ["qwen3-odd"])]
-FAMILY_PROMPTS = [[token % 96 for token in PROMPTS[i]] for i in (0, 6)]  # 5 and 40 tokens: windows are crossed in both
+FAMILY_PROMPTS = [
+    [token % 96 for token in PROMPTS[i]] for i in (0, 6)
+]  # 5 and 40 tokens: windows are crossed in both
 QWEN_CONTEXT = 16
 
 
@@ -53,9 +80,18 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    config = LlamaConfig(hidden_size=66, num_attention_heads=6, num_key_value_heads=2, head_dim=12, intermediate_size=50,
-                         vocab_size=VOCABULARY, num_hidden_layers=2, initializer_range=0.2, max_position_embeddings=256,
-                         tie_word_embeddings=False)
+    config = LlamaConfig(
+        hidden_size=66,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=12,
+        intermediate_size=50,
+        vocab_size=VOCABULARY,
+        num_hidden_layers=2,
+        initializer_range=0.2,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+    )
     torch.manual_seed(4)
     path = tmp_path_factory.mktemp("generation") / "hf"
     LlamaForCausalLM(config).save_pretrained(path)
@@ -69,8 +105,13 @@ def hf(folder):
 
 def greedy_tokens(model, prompt: list[int]) -> list[int]:
     model.generation_config.eos_token_id = None
-    out = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=NEW,
-                         do_sample=False, pad_token_id=0)
+    out = model.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt)),
+        max_new_tokens=NEW,
+        do_sample=False,
+        pad_token_id=0,
+    )
     return out[0, len(prompt) :].tolist()
 
 
@@ -94,7 +135,12 @@ def others(tmp_path_factory) -> dict:
     root, made = tmp_path_factory.mktemp("families"), {}
     for name in (*FAMILIES, "qwen"):
         made[name] = families.build(name), root / name
-        families.save(name, made[name][0], root / name, **({"seq_length": QWEN_CONTEXT} if name == "qwen" else {}))
+        families.save(
+            name,
+            made[name][0],
+            root / name,
+            **({"seq_length": QWEN_CONTEXT} if name == "qwen" else {}),
+        )
     return made
 
 
@@ -108,36 +154,74 @@ def output(folder, others, stop_id, tmp_path_factory):
         "stop": dict(slots=3, sampling=greedily, stop_ids=[stop_id]),
         "limits": dict(slots=2, sampling=greedily, max_seq_len=23),
         "short": dict(slots=3, sampling=dict(max_new_tokens=1)),
-        "bf16": dict(slots=3, sampling=dict(max_new_tokens=SAMPLED, temperature=1.0, seed=3), dtype="bfloat16"),
-        "bf16 greedy": dict(slots=3, sampling=dict(max_new_tokens=SAMPLED, temperature=0.0), dtype="bfloat16"),
-        "other seed": dict(slots=16, sampling=dict(max_new_tokens=SAMPLED, seed=8, **KINDS["plain"])),
-        "one prompt, five slots": dict(slots=5, order=[0] * 5, sampling=dict(max_new_tokens=SAMPLED, seed=7, **KINDS["plain"])),
-        "one prompt, two slots": dict(slots=2, order=[0] * 5, sampling=dict(max_new_tokens=SAMPLED, seed=7, **KINDS["plain"])),
+        "bf16": dict(
+            slots=3,
+            sampling=dict(max_new_tokens=SAMPLED, temperature=1.0, seed=3),
+            dtype="bfloat16",
+        ),
+        "bf16 greedy": dict(
+            slots=3, sampling=dict(max_new_tokens=SAMPLED, temperature=0.0), dtype="bfloat16"
+        ),
+        "other seed": dict(
+            slots=16, sampling=dict(max_new_tokens=SAMPLED, seed=8, **KINDS["plain"])
+        ),
+        "one prompt, five slots": dict(
+            slots=5, order=[0] * 5, sampling=dict(max_new_tokens=SAMPLED, seed=7, **KINDS["plain"])
+        ),
+        "one prompt, two slots": dict(
+            slots=2, order=[0] * 5, sampling=dict(max_new_tokens=SAMPLED, seed=7, **KINDS["plain"])
+        ),
         "little memory": dict(slots=16, kv_cache_gb=4e-5, sampling=greedily),
         "stop string": dict(slots=3, sampling=greedily, stop_strings=[f"{stop_id}>", "nowhere"]),
         "repetition": dict(slots=3, sampling=dict(repetition_penalty=1.4, **greedily)),
         "not yet": dict(slots=3, sampling=dict(min_new_tokens=20, **greedily), stop_ids=[stop_id]),
-        "one prompt": dict(slots=1, order=[0] * 5, sampling=dict(max_new_tokens=SAMPLED, seed=7, **KINDS["plain"])),
+        "one prompt": dict(
+            slots=1, order=[0] * 5, sampling=dict(max_new_tokens=SAMPLED, seed=7, **KINDS["plain"])
+        ),
     }
     for kind, settings in KINDS.items():
         for way, served in WAYS.items():
-            recipes[f"{kind}, {way}"] = dict(served, sampling=dict(max_new_tokens=SAMPLED, seed=7, **settings))
-    choices = {f"{kind} by {'step' if by_step else 'sample'}": dict(
-        logits=CHOICE_LOGITS, draws=DRAWS, by_step=by_step, sampling=dict(seed=5 + by_step, **settings))
-        for kind, settings in KINDS.items() for by_step in (False, True)}
-    given = {"prompts": PROMPTS, "recipes": recipes, "choices": choices,
-             "sharded": ["greedy, a slot each", "top_p, a slot each"],
-             "relaid": dict(max_new_tokens=SAMPLED, seed=7, **KINDS["plain"]),
-             "beams": BEAMS, "beam stops": [stop_id, (stop_id + 40) % VOCABULARY],
-             "kept": {kind: dict(max_new_tokens=5, seed=2, **KINDS[kind]) for kind in KINDS if kind != "plain"},
-             "families": {name: str(where) for name, (_, where) in others.items()},
-             "families at four ranks": ["qwen3-odd", "qwen"],
-             "family": dict(prompts=FAMILY_PROMPTS, sampling=greedily, whole=[30, 30], prefilled=[3, 12])}
+            recipes[f"{kind}, {way}"] = dict(
+                served, sampling=dict(max_new_tokens=SAMPLED, seed=7, **settings)
+            )
+    choices = {
+        f"{kind} by {'step' if by_step else 'sample'}": dict(
+            logits=CHOICE_LOGITS,
+            draws=DRAWS,
+            by_step=by_step,
+            sampling=dict(seed=5 + by_step, **settings),
+        )
+        for kind, settings in KINDS.items()
+        for by_step in (False, True)
+    }
+    given = {
+        "prompts": PROMPTS,
+        "recipes": recipes,
+        "choices": choices,
+        "sharded": ["greedy, a slot each", "top_p, a slot each"],
+        "relaid": dict(max_new_tokens=SAMPLED, seed=7, **KINDS["plain"]),
+        "beams": BEAMS,
+        "beam stops": [stop_id, (stop_id + 40) % VOCABULARY],
+        "kept": {
+            kind: dict(max_new_tokens=5, seed=2, **KINDS[kind]) for kind in KINDS if kind != "plain"
+        },
+        "families": {name: str(where) for name, (_, where) in others.items()},
+        "families at four ranks": ["qwen3-odd", "qwen"],
+        "family": dict(
+            prompts=FAMILY_PROMPTS, sampling=greedily, whole=[30, 30], prefilled=[3, 12]
+        ),
+    }
     (root / "recipes.json").write_text(json.dumps(given))
 
     @once
     def run(n: int) -> dict:
-        launch(n, "tests/generation/generation_worker.py", str(folder), str(root / "recipes.json"), str(root / f"{n}.json"))
+        launch(
+            n,
+            "tests/generation/generation_worker.py",
+            str(folder),
+            str(root / "recipes.json"),
+            str(root / f"{n}.json"),
+        )
         return json.loads((root / f"{n}.json").read_text())
 
     return run
@@ -148,7 +232,9 @@ def made(request, output) -> dict:
     return output(request.param)
 
 
-def kept_logprobs(logits: np.ndarray, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> np.ndarray:
+def kept_logprobs(
+    logits: np.ndarray, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> np.ndarray:
     """Log-probabilities after temperature, top-k, top-p and min-p, token by token; −inf for what is left out. [V]"""
     z = logits.astype(np.float64) / temperature
     order = sorted(range(len(z)), key=lambda i: -z[i])[: top_k or None]
@@ -184,12 +270,18 @@ def test_greedy_is_transformers_in_every_family(output, others, continued, n, na
     assert made["step by step"] <= 1e-5
     for prompt, tokens, logprobs in zip(FAMILY_PROMPTS, made["tokens"], made["logprobs"]):
         with torch.no_grad():
-            rows = others[name][0](torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            rows = (
+                others[name][0](torch.tensor([prompt + tokens]))
+                .logits[0, len(prompt) - 1 : -1]
+                .log_softmax(-1)
+            )
         np.testing.assert_allclose(logprobs, rows[torch.arange(NEW), tokens], atol=1e-4, rtol=0)
 
 
 @torch.no_grad()
-def beyond_the_context(model, prompt: list[int], logn: bool = True, ntk: bool = True) -> tuple[list[int], list[float]]:
+def beyond_the_context(
+    model, prompt: list[int], logn: bool = True, ntk: bool = True
+) -> tuple[list[int], list[float]]:
     """Greedy tokens of a Qwen2 model with Qwen v1's extrapolation put into it from outside; no cache."""
     d, base = model.config.head_dim, model.config.rope_parameters["rope_theta"]
     alpha = max(1, 2 ** math.ceil(math.log2(len(prompt) / QWEN_CONTEXT) + 1) - 1) if ntk else 1
@@ -198,12 +290,18 @@ def beyond_the_context(model, prompt: list[int], logn: bool = True, ntk: bool = 
 
     def scaled(_, __, queries):
         places = torch.arange(1, queries.size(1) + 1)
-        return queries * (places.log() / math.log(QWEN_CONTEXT)).clamp_min(1)[:, None] if logn else queries
+        return (
+            queries * (places.log() / math.log(QWEN_CONTEXT)).clamp_min(1)[:, None]
+            if logn
+            else queries
+        )
 
     hooks = [layer.self_attn.q_proj.register_forward_hook(scaled) for layer in model.model.layers]
     ids, logprobs = list(prompt), []
     for _ in range(NEW):
-        logprob, token = model(torch.tensor([ids]), use_cache=False).logits[0, -1].log_softmax(-1).max(-1)
+        logprob, token = (
+            model(torch.tensor([ids]), use_cache=False).logits[0, -1].log_softmax(-1).max(-1)
+        )
         ids.append(token.item())
         logprobs.append(logprob.item())
     for hook in hooks:
@@ -220,12 +318,17 @@ def extrapolated(others):
 def test_qwen_beyond_its_context(made, extrapolated):
     found = made["family qwen"]
     assert found["tokens"] == [tokens for tokens, _ in extrapolated]
-    np.testing.assert_allclose(found["logprobs"], [logprobs for _, logprobs in extrapolated], atol=1e-4, rtol=0)
+    np.testing.assert_allclose(
+        found["logprobs"], [logprobs for _, logprobs in extrapolated], atol=1e-4, rtol=0
+    )
 
 
 @pytest.mark.parametrize("off", ("logn", "ntk"))
 def test_qwen_beyond_its_context_is_not_what_it_is_without(others, extrapolated, off):
-    assert beyond_the_context(others["qwen"][0], FAMILY_PROMPTS[1], **{off: False})[0] != extrapolated[1][0]
+    assert (
+        beyond_the_context(others["qwen"][0], FAMILY_PROMPTS[1], **{off: False})[0]
+        != extrapolated[1][0]
+    )
 
 
 def test_greedy_and_samples_shared_among_two_models(output, greedy):
@@ -262,14 +365,20 @@ def steps_needed(lengths: list[int], slots: int) -> int:
 
 def test_a_finished_slot_takes_the_next_prompt_at_once(made):
     for recipe, slots in (("stop", 3), ("greedy", 3), ("greedy, a slot each", 16)):
-        assert made[recipe]["steps"] == steps_needed([len(tokens) for tokens in made[recipe]["tokens"]], slots)
+        assert made[recipe]["steps"] == steps_needed(
+            [len(tokens) for tokens in made[recipe]["tokens"]], slots
+        )
     for recipe in ("stop", "greedy", "limits"):
-        assert made[recipe]["told"][1] == sum(map(len, made[recipe]["tokens"])), "every new token is told once"
+        assert made[recipe]["told"][1] == sum(map(len, made[recipe]["tokens"])), (
+            "every new token is told once"
+        )
     assert made["stop"]["told"][0] == len(PROMPTS)
 
 
 def test_prompt_and_response_stay_within_max_seq_len(made, greedy):
-    for prompt, tokens, reason, whole in zip(PROMPTS, made["limits"]["tokens"], made["limits"]["stop_reason"], greedy):
+    for prompt, tokens, reason, whole in zip(
+        PROMPTS, made["limits"]["tokens"], made["limits"]["stop_reason"], greedy
+    ):
         assert reason == "length" and tokens == whole[: max(0, 23 - len(prompt))]
     assert all(len(tokens) == 1 for tokens in made["short"]["tokens"])
 
@@ -286,7 +395,9 @@ def test_samples_depend_on_the_seed_alone(made, output, kind):
 def test_samples_differ_with_the_seed_and_among_one_prompts(made):
     assert made["other seed"]["tokens"] != made["plain, a slot each"]["tokens"]
     assert len(set(map(tuple, made["one prompt"]["tokens"]))) == 5
-    assert made["one prompt"]["tokens"][0] == made["plain, a slot each"]["tokens"][0], "sample 0 of prompt 0 either way"
+    assert made["one prompt"]["tokens"][0] == made["plain, a slot each"]["tokens"][0], (
+        "sample 0 of prompt 0 either way"
+    )
 
 
 def test_samples_of_one_prompt_share_its_prefill(made):
@@ -298,11 +409,23 @@ def test_samples_of_one_prompt_share_its_prefill(made):
 
 def test_another_degree_for_generation_changes_no_sample(output):
     """Trained at 2 or 4 ranks per model, also as two models of 2, generated at fewer; with an adapter too."""
-    plain, adapted = output(1)["plain, a slot each"]["tokens"], output(1)["relaid"]["with an adapter"]
+    plain, adapted = (
+        output(1)["plain, a slot each"]["tokens"],
+        output(1)["relaid"]["with an adapter"],
+    )
     assert plain != adapted
-    found = {**{f"2: {k}": v for k, v in output(2)["relaid"].items()}, **{f"4: {k}": v for k, v in output(4)["relaid"].items()},
-             **{f"2 x 2: {k}": v for k, v in output(4)["relaid, two models"].items()}}
-    assert {key.split(": ")[1] for key in found} == {"1", "2", "1, with an adapter", "2, with an adapter", "with an adapter"}
+    found = {
+        **{f"2: {k}": v for k, v in output(2)["relaid"].items()},
+        **{f"4: {k}": v for k, v in output(4)["relaid"].items()},
+        **{f"2 x 2: {k}": v for k, v in output(4)["relaid, two models"].items()},
+    }
+    assert {key.split(": ")[1] for key in found} == {
+        "1",
+        "2",
+        "1, with an adapter",
+        "2, with an adapter",
+        "with an adapter",
+    }
     for key, tokens in found.items():
         assert tokens == (adapted if "adapter" in key else plain), key
 
@@ -314,8 +437,17 @@ def test_beam_search_is_transformers(made, hf, stop_id, beams, penalty):
     lengths = set()
     for prompt, tokens in zip(PROMPTS, made[f"{beams} beams, {penalty}"]):
         hf.generation_config.eos_token_id = None
-        out = hf.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=30, do_sample=False,
-                          pad_token_id=0, eos_token_id=stops, num_beams=beams, length_penalty=penalty, early_stopping=False)
+        out = hf.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt)),
+            max_new_tokens=30,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=stops,
+            num_beams=beams,
+            length_penalty=penalty,
+            early_stopping=False,
+        )
         theirs = out[0, len(prompt) :].tolist()
         while theirs and theirs[-1] == 0 and len(theirs) > len(tokens):
             theirs.pop()  # padding
@@ -331,7 +463,9 @@ def test_a_small_cache_serves_fewer_at_a_time(made, greedy):
 
 def test_a_stop_string_ends_a_response(made, greedy, stop_id):
     """The text of token i is <i>."""
-    for tokens, reason, whole in zip(made["stop string"]["tokens"], made["stop string"]["stop_reason"], greedy):
+    for tokens, reason, whole in zip(
+        made["stop string"]["tokens"], made["stop string"]["stop_reason"], greedy
+    ):
         ends = [at for at, token in enumerate(whole) if str(token).endswith(str(stop_id))]
         assert (reason, tokens) == (("stop", whole[: ends[0] + 1]) if ends else ("length", whole))
 
@@ -341,8 +475,14 @@ def settled(hf, **more) -> list[list[int]]:
     rows = []
     for prompt in PROMPTS:
         hf.generation_config.eos_token_id = None
-        out = hf.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=NEW, do_sample=False,
-                          pad_token_id=0, **more)
+        out = hf.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt)),
+            max_new_tokens=NEW,
+            do_sample=False,
+            pad_token_id=0,
+            **more,
+        )
         rows.append(out[0, len(prompt) :].tolist())
     return rows
 
@@ -368,7 +508,9 @@ def test_the_kept_set_comes_back(made, hf, kind):
             assert abs(wanted[token] - logprob) <= 1e-4
 
 
-@pytest.mark.parametrize("recipe", ("greedy", "stop", "plain, three slots", "plain, the other way round"))
+@pytest.mark.parametrize(
+    "recipe", ("greedy", "stop", "plain, three slots", "plain, the other way round")
+)
 def test_logprobs_are_the_full_forwards(made, recipe):
     for ours, scored in zip(made[recipe]["logprobs"], made[recipe]["scored"]):
         np.testing.assert_allclose(ours, scored, atol=1e-4, rtol=0)
@@ -391,7 +533,10 @@ def test_tokens_lie_in_the_kept_set_with_their_logprobs(made, hf, kind):
 
 def test_bf16(made):
     for recipe in ("bf16", "bf16 greedy"):
-        assert all(len(tokens) == SAMPLED and max(tokens) < VOCABULARY and min(tokens) >= 0 for tokens in made[recipe]["tokens"])
+        assert all(
+            len(tokens) == SAMPLED and max(tokens) < VOCABULARY and min(tokens) >= 0
+            for tokens in made[recipe]["tokens"]
+        )
         logprobs = np.array(made[recipe]["logprobs"])
         assert np.isfinite(logprobs).all() and (logprobs <= 1e-3).all()
         np.testing.assert_allclose(logprobs, made[recipe]["scored"], atol=0.25)
@@ -429,14 +574,27 @@ def test_uniforms_are_uniform_and_independent():
         "seeds": (uniforms(1, numbers, zero), uniforms(2, numbers, zero)),
     }
     for what, (x, y) in pairs.items():
-        assert 0 <= x.min() and x.max() < 1
-        cells = torch.bincount((x * bins).long() * bins + (y * bins).long(), minlength=bins * bins).double()
+        assert x.min() >= 0 and x.max() < 1
+        cells = torch.bincount(
+            (x * bins).long() * bins + (y * bins).long(), minlength=bins * bins
+        ).double()
         chi_square = ((cells - n / bins**2) ** 2 / (n / bins**2)).sum().item()
         assert chi_square < 63 + 4 * math.sqrt(2 * 63), what
 
 
-@pytest.mark.parametrize("wrong", (dict(temperature=-0.1), dict(top_p=0.0), dict(top_p=1.1), dict(top_k=-1), dict(max_new_tokens=0),
-                                   dict(min_p=1.5), dict(repetition_penalty=0.0), dict(min_new_tokens=-1)))
+@pytest.mark.parametrize(
+    "wrong",
+    (
+        dict(temperature=-0.1),
+        dict(top_p=0.0),
+        dict(top_p=1.1),
+        dict(top_k=-1),
+        dict(max_new_tokens=0),
+        dict(min_p=1.5),
+        dict(repetition_penalty=0.0),
+        dict(min_new_tokens=-1),
+    ),
+)
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(UserError, match=f"--{next(iter(wrong))} {next(iter(wrong.values()))}"):
         Sampling(**wrong)
@@ -444,8 +602,13 @@ def test_impossible_settings_are_refused(wrong):
 
 # --- the scripts, on a model and tokenizer made by dataset/start.py
 
-SCORED = [("Add 3 and 4.", "3+4=7\n#### 7"), ("Name a colour that you like very much, please.", "blue"), ("2*5?", "2*5=<<2*5=10>>10"),
-          ("Count", "one two three four five six seven"), ("2*5?", "é☃")]
+SCORED = [
+    ("Add 3 and 4.", "3+4=7\n#### 7"),
+    ("Name a colour that you like very much, please.", "blue"),
+    ("2*5?", "2*5=<<2*5=10>>10"),
+    ("Count", "one two three four five six seven"),
+    ("2*5?", "é☃"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -454,9 +617,25 @@ def small(tmp_path_factory):
     root = tmp_path_factory.mktemp("scripts")
     rows = [{"instruction": f"{q} ({i})", "output": a} for i in range(8) for q, a in SCORED]
     (root / "train.json").write_text(json.dumps(rows))
-    (root / "rows.jsonl").write_text("".join(json.dumps(dict(instruction=q, output=a)) + "\n" for q, a in SCORED))
-    launch(1, "dataset/start.py", "--train_file", str(root / "train.json"), "--save_dir", str(root / "model"), "--vocab_size",
-           "480", "--dim", "64", "--n_heads", "4", "--n_kv_heads", "2")
+    (root / "rows.jsonl").write_text(
+        "".join(json.dumps(dict(instruction=q, output=a)) + "\n" for q, a in SCORED)
+    )
+    launch(
+        1,
+        "dataset/start.py",
+        "--train_file",
+        str(root / "train.json"),
+        "--save_dir",
+        str(root / "model"),
+        "--vocab_size",
+        "480",
+        "--dim",
+        "64",
+        "--n_heads",
+        "4",
+        "--n_kv_heads",
+        "2",
+    )
     return root
 
 
@@ -466,17 +645,34 @@ def read_lines(file):
 
 @pytest.mark.parametrize("ranks", (1, 2))
 def test_solver_score_is_transformers(small, tmp_path, ranks):
-    launch(ranks, "solver_score.py", "--ckpt_dir", str(small / "model"), "--input_file", str(small / "rows.jsonl"),
-           "--output_file", str(tmp_path / "out.jsonl"), "--max_batch_size", "2")
+    launch(
+        ranks,
+        "solver_score.py",
+        "--ckpt_dir",
+        str(small / "model"),
+        "--input_file",
+        str(small / "rows.jsonl"),
+        "--output_file",
+        str(tmp_path / "out.jsonl"),
+        "--max_batch_size",
+        "2",
+    )
     found = read_lines(tmp_path / "out.jsonl")
-    model = AutoModelForCausalLM.from_pretrained(small / "model", attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        small / "model", attn_implementation="eager"
+    ).eval()
     pieces = SentencePieceProcessor(model_file=str(small / "model" / "tokenizer.model"))
     assert len(found) == len(SCORED)
     for (instruction, output), row in zip(SCORED, found):
         prompt, response = [1, *pieces.encode(instruction)], [*pieces.encode(output), 2]
         assert row["prompt_tokens"] == prompt and row["tokens"] == response
         with torch.no_grad():
-            logs = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
+            logs = (
+                model(torch.tensor([prompt + response]))
+                .logits[0, len(prompt) - 1 : -1]
+                .double()
+                .log_softmax(-1)
+            )
         wanted = logs[torch.arange(len(response)), response]
         np.testing.assert_allclose(row["logprobs"], wanted, atol=1e-4, rtol=0)
         assert abs(row["sum"] - wanted.sum().item()) <= 1e-3
@@ -484,20 +680,47 @@ def test_solver_score_is_transformers(small, tmp_path, ranks):
 
 def test_solver_generate_rows(small, tmp_path):
     """Two models of a rank each; every row's samples in the input's order, and one's own logprobs are what it scores."""
-    launch(2, "solver_generate.py", "--ckpt_dir", str(small / "model"), "--input_file", str(small / "rows.jsonl"),
-           "--output_file", str(tmp_path / "out.jsonl"), "--num_samples", "3", "--temperature", "0.9", "--max_new_tokens", "10",
-           "--max_batch_size", "4", "--seed", "5", "--model_parallel_size", "1")
+    launch(
+        2,
+        "solver_generate.py",
+        "--ckpt_dir",
+        str(small / "model"),
+        "--input_file",
+        str(small / "rows.jsonl"),
+        "--output_file",
+        str(tmp_path / "out.jsonl"),
+        "--num_samples",
+        "3",
+        "--temperature",
+        "0.9",
+        "--max_new_tokens",
+        "10",
+        "--max_batch_size",
+        "4",
+        "--seed",
+        "5",
+        "--model_parallel_size",
+        "1",
+    )
     found = read_lines(tmp_path / "out.jsonl")
-    assert [(row["index"], row["instruction"]) for row in found] == [(i, q) for i, (q, _) in enumerate(SCORED) for _ in range(3)]
+    assert [(row["index"], row["instruction"]) for row in found] == [
+        (i, q) for i, (q, _) in enumerate(SCORED) for _ in range(3)
+    ]
     for i in range(len(SCORED)):
         assert len({tuple(row["tokens"]) for row in found[3 * i : 3 * i + 3]}) == 3
-    model = AutoModelForCausalLM.from_pretrained(small / "model", attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        small / "model", attn_implementation="eager"
+    ).eval()
     pieces = SentencePieceProcessor(model_file=str(small / "model" / "tokenizer.model"))
     for row in found:
         assert row["stop_reason"] == ("stop" if row["tokens"][-1] == 2 else "length")
-        assert row["output"] == pieces.decode([token for token in row["tokens"] if token not in (1, 2)])
+        assert row["output"] == pieces.decode(
+            [token for token in row["tokens"] if token not in (1, 2)]
+        )
         prompt = [1, *pieces.encode(row["instruction"])]
         with torch.no_grad():
             rows = model(torch.tensor([prompt + row["tokens"]])).logits[0, len(prompt) - 1 : -1]
-        wanted = (rows.double() / 0.9).log_softmax(-1)[torch.arange(len(row["tokens"])), row["tokens"]]
+        wanted = (rows.double() / 0.9).log_softmax(-1)[
+            torch.arange(len(row["tokens"])), row["tokens"]
+        ]
         np.testing.assert_allclose(row["logprobs"], wanted, atol=1e-4, rtol=0)

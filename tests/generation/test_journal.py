@@ -12,7 +12,9 @@ from tests.test_scripts import call, flags, must, refused, rows_of
 
 @pytest.fixture
 def journal(tmp_path, parallel):
-    return lambda **settings: Journal(tmp_path / "out.jsonl", {"temperature": 1.0, "max_batch_size": 4, **settings}, parallel)
+    return lambda **settings: Journal(
+        tmp_path / "out.jsonl", {"temperature": 1.0, "max_batch_size": 4, **settings}, parallel
+    )
 
 
 def write(journal, *requests: int) -> None:
@@ -42,7 +44,9 @@ def test_a_line_that_was_cut_short_is_generated_again(journal, tmp_path):
 
 def test_other_settings_are_refused_by_name(journal):
     write(journal(), 0)
-    with pytest.raises(UserError, match=r"--temperature 1.0 → 0.5.*give the same to go on, or remove it"):
+    with pytest.raises(
+        UserError, match=r"--temperature 1.0 → 0.5.*give the same to go on, or remove it"
+    ):
         journal(temperature=0.5)
 
 
@@ -57,10 +61,25 @@ def test_interrupted_generation_goes_on(tmp_path, monkeypatch):
     from src.generation.engine import Engine
 
     must("dataset/build.py", "arithmetic", *flags(save_dir=tmp_path / "data", n_train=12, n_test=2))
-    must("dataset/start.py", *flags(train_file=tmp_path / "data" / "train.json", save_dir=tmp_path / "start", vocab_size=424,
-                                    dim=32, n_layers=1, n_heads=4))
-    command = dict(ckpt_dir=tmp_path / "start", input_file=tmp_path / "data" / "train.json", num_samples=2, temperature=1.0,
-                   max_new_tokens=6, max_batch_size=5)
+    must(
+        "dataset/start.py",
+        *flags(
+            train_file=tmp_path / "data" / "train.json",
+            save_dir=tmp_path / "start",
+            vocab_size=424,
+            dim=32,
+            n_layers=1,
+            n_heads=4,
+        ),
+    )
+    command = dict(
+        ckpt_dir=tmp_path / "start",
+        input_file=tmp_path / "data" / "train.json",
+        num_samples=2,
+        temperature=1.0,
+        max_new_tokens=6,
+        max_batch_size=5,
+    )
     must("solver_generate.py", *flags(**command, output_file=tmp_path / "whole.jsonl"))
     whole, generate = Engine.generate, Engine.generate
 
@@ -76,7 +95,10 @@ def test_interrupted_generation_goes_on(tmp_path, monkeypatch):
         return generate(self, *args[:5], count)
 
     monkeypatch.setattr(Engine, "generate", cut_off)
-    assert call("solver_generate.py", *flags(**command, output_file=tmp_path / "out.jsonl")).code == 130
+    assert (
+        call("solver_generate.py", *flags(**command, output_file=tmp_path / "out.jsonl")).code
+        == 130
+    )
     assert not (tmp_path / "out.jsonl").exists() and len(rows_of_partial(tmp_path)) == 1 + 9
     asked = []
 
@@ -85,9 +107,17 @@ def test_interrupted_generation_goes_on(tmp_path, monkeypatch):
         return whole(self, prompts, *args)
 
     monkeypatch.setattr(Engine, "generate", told)
-    refused(call("solver_generate.py", *flags(**(command | {"temperature": 0.5}), output_file=tmp_path / "out.jsonl")),
-            "--temperature 1.0 → 0.5")
-    must("solver_generate.py", *flags(**(command | {"max_batch_size": 3}), output_file=tmp_path / "out.jsonl"))
+    refused(
+        call(
+            "solver_generate.py",
+            *flags(**(command | {"temperature": 0.5}), output_file=tmp_path / "out.jsonl"),
+        ),
+        "--temperature 1.0 → 0.5",
+    )
+    must(
+        "solver_generate.py",
+        *flags(**(command | {"max_batch_size": 3}), output_file=tmp_path / "out.jsonl"),
+    )
     assert len(asked) == 24 - 9
     a, b = rows_of(tmp_path / "out.jsonl"), rows_of(tmp_path / "whole.jsonl")
     assert [row["tokens"] for row in a] == [row["tokens"] for row in b]

@@ -6,6 +6,7 @@ WORK holds a folder per case: `hf/`, a Hugging Face model, `grad/`, its gradient
 `reference.safetensors`, with the tokens and what transformers made of them. OUT.json gets {check: the largest deviation
 over the ranks}, models and what is compared between degrees go to OUT/.
 """
+
 import json
 import os
 import sys
@@ -20,12 +21,18 @@ from src.checkpoint.load import load_model
 from src.checkpoint.save import save_model, whole_adapter
 from src.checkpoint.source import Checkpoint
 from src.models.attention import Packed
-from src.models.batch import Batch, Sequence, response_logprobs, response_values, sequence_scores, weighted_balance_loss
+from src.models.batch import (
+    Batch,
+    Sequence,
+    response_logprobs,
+    response_values,
+    sequence_scores,
+    weighted_balance_loss,
+)
 from src.models.layout import TensorSpec
 from src.models.lora import LoRAConfig, add_lora, freeze_layers, lora_table
-from src.parallel.vocab import IMPOSSIBLE
 from src.parallel.setup import start, stop
-from src.parallel.vocab import token_logprobs
+from src.parallel.vocab import IMPOSSIBLE, token_logprobs
 from src.trainer.optimizer import Optimizer
 
 LORA = LoRAConfig(rank=3, alpha=8.0)
@@ -59,7 +66,9 @@ class Case:
         return rows.split(self.lengths)
 
     def model(self, **options):
-        return load_model(Checkpoint.open(str(self.folder / "hf"), **options), self.parallel, torch.float32)
+        return load_model(
+            Checkpoint.open(str(self.folder / "hf"), **options), self.parallel, torch.float32
+        )
 
     def note(self, check: str, value: float) -> None:
         self.deviations[f"{self.name}/{check}"] = value
@@ -70,7 +79,10 @@ class Case:
     def note_logits(self, check: str, logits, whole) -> None:
         """Our columns, and nothing possible behind them."""
         first, last = TensorSpec((whole.size(-1),), 0).local_range(self.rank, self.n)
-        self.note(check, deviation(logits[:, : last - first], whole[:, first:last], whole.abs().max().item()))
+        self.note(
+            check,
+            deviation(logits[:, : last - first], whole[:, first:last], whole.abs().max().item()),
+        )
         self.note(f"{check}, padding", (logits[:, last - first :] != IMPOSSIBLE).sum().item())
 
     def loss(self, model):
@@ -78,17 +90,23 @@ class Case:
 
     def note_gradient(self, check: str, gradient, spec: TensorSpec, whole) -> None:
         """This rank's part of a gradient, and exact zeros in its padding."""
-        self.note(check, deviation(gradient, spec.cut(whole, self.rank, self.n), whole.abs().max().item()))
+        self.note(
+            check, deviation(gradient, spec.cut(whole, self.rank, self.n), whole.abs().max().item())
+        )
         if spec.dim is not None and gradient is not None:
             first, last = spec.local_range(self.rank, self.n)
-            padding = gradient.narrow(spec.dim, last - first, gradient.size(spec.dim) - (last - first))
+            padding = gradient.narrow(
+                spec.dim, last - first, gradient.size(spec.dim) - (last - first)
+            )
             self.note(f"padding of {check}", padding.abs().sum().item())
 
     def note_gradients(self, check: str, model, folder: str) -> None:
         wanted = Checkpoint.open(str(self.folder / folder))
         assert {name for name, _ in model.named_parameters()} == set(wanted.table)
         for name, parameter in model.named_parameters():
-            self.note_gradient(f"{check} {name}", parameter.grad, wanted.table[name], wanted.read(name))
+            self.note_gradient(
+                f"{check} {name}", parameter.grad, wanted.table[name], wanted.read(name)
+            )
 
     def gradients_again(self, model, loss, **settings) -> dict:
         """Largest change of each gradient when it is computed once more with other settings of the model."""
@@ -97,7 +115,11 @@ class Case:
         for name, value in settings.items():
             setattr(model, name, value)
         loss(model).backward()
-        return {name: deviation(p.grad, gradients[name]) for name, p in model.named_parameters() if p.grad is not None}
+        return {
+            name: deviation(p.grad, gradients[name])
+            for name, p in model.named_parameters()
+            if p.grad is not None
+        }
 
 
 def check_language_model(case: Case) -> None:
@@ -133,10 +155,14 @@ def check_responses(case: Case, model) -> None:
         logprobs, entropy = response_logprobs(model, case.batch, 0.7)
     rows = case.parts((case.reference["logits"] / 0.7).log_softmax(-1))
     inner = [row[s.prompt_length - 1 : -1] for row, s in zip(rows, case.sequences)]
-    wanted = [row.gather(1, torch.tensor(s.tokens[s.prompt_length :], dtype=torch.long)[:, None])[:, 0]
-              for row, s in zip(inner, case.sequences)]
+    wanted = [
+        row.gather(1, torch.tensor(s.tokens[s.prompt_length :], dtype=torch.long)[:, None])[:, 0]
+        for row, s in zip(inner, case.sequences)
+    ]
     case.note("response logprobs", deviation(logprobs, torch.cat(wanted)))
-    case.note("response entropy", deviation(entropy, torch.cat([-(r.exp() * r).sum(-1) for r in inner])))
+    case.note(
+        "response entropy", deviation(entropy, torch.cat([-(r.exp() * r).sum(-1) for r in inner]))
+    )
 
 
 def check_frozen(case: Case) -> None:
@@ -145,7 +171,9 @@ def check_frozen(case: Case) -> None:
     case.loss(model).backward()
     freeze_layers(model, 1)
     again = case.gradients_again(model, case.loss, recompute="full")
-    frozen = {name for name in case.checkpoint.table if name.startswith(("tok_embeddings.", "layers.0."))}
+    frozen = {
+        name for name in case.checkpoint.table if name.startswith(("tok_embeddings.", "layers.0."))
+    }
     case.note("frozen", len(frozen ^ (case.checkpoint.table.keys() - again.keys())))
     case.note("beside the frozen", max(again.values()))
 
@@ -158,17 +186,26 @@ def check_balance(case: Case) -> None:
     def loss(model):
         batch = Batch.of(case.sequences, case.parallel.device)
         model(batch.tokens, batch.layout)
-        case.note("balance", deviation(batch.layout.balance_loss.detach(), case.reference["balance"]))
+        case.note(
+            "balance", deviation(batch.layout.balance_loss.detach(), case.reference["balance"])
+        )
         return weighted_balance_loss(model, batch, weights, coefficient)
 
     total = loss(model)
     total.backward()
-    case.note("balance, weighted", deviation(total.detach(), (case.reference["balance"] * case.reference["weights"]).sum()))
+    case.note(
+        "balance, weighted",
+        deviation(total.detach(), (case.reference["balance"] * case.reference["weights"]).sum()),
+    )
     case.note_gradients("balance grad", model, "balance-grad")
-    case.note("balance, recompute", max(case.gradients_again(model, loss, recompute="full").values()))
+    case.note(
+        "balance, recompute", max(case.gradients_again(model, loss, recompute="full").values())
+    )
     with torch.no_grad():
         model(case.batch.tokens, case.batch.layout)
-    case.note("balance without gradients", float(weighted_balance_loss(model, case.batch, weights, 1.0)))
+    case.note(
+        "balance without gradients", float(weighted_balance_loss(model, case.batch, weights, 1.0))
+    )
 
 
 def check_scores(case: Case) -> None:
@@ -198,7 +235,9 @@ def check_lora(case: Case, out: Path) -> None:
         factors = [p for name, p in model.named_parameters() if name.endswith("lora_a")]
         for a in factors:
             a.mul_(1000)
-        case.note("a fresh adapter adds exactly nothing", (case.logits(model) - fresh).abs().max().item())
+        case.note(
+            "a fresh adapter adds exactly nothing", (case.logits(model) - fresh).abs().max().item()
+        )
         for a in factors:
             a.div_(1000)
 
@@ -214,9 +253,19 @@ def check_lora(case: Case, out: Path) -> None:
     for name, whole in factor_gradients(case, table).items():
         case.note_gradient(f"lora grad {name}", parameters[name].grad, table[name], whole)
         squares += whole.double().square().sum()
-    case.note("lora recompute", max(case.gradients_again(model, case.loss, recompute="full").values()))
-    case.note("lora trains other weights", len({name for name, p in parameters.items() if p.requires_grad} ^ set(table)))
-    case.note("lora norm", deviation(torch.tensor(Optimizer(model, case.parallel).step(0.0)["grad_norm"]), squares.sqrt()))
+    case.note(
+        "lora recompute", max(case.gradients_again(model, case.loss, recompute="full").values())
+    )
+    case.note(
+        "lora trains other weights",
+        len({name for name, p in parameters.items() if p.requires_grad} ^ set(table)),
+    )
+    case.note(
+        "lora norm",
+        deviation(
+            torch.tensor(Optimizer(model, case.parallel).step(0.0)["grad_norm"]), squares.sqrt()
+        ),
+    )
     save_model(model, case.parallel, str(out / case.name), case.checkpoint)
     check_dropout(case, out)
     if case.name == "mixtral":
@@ -261,19 +310,29 @@ def check_dropout(case: Case, out: Path) -> None:
     logits = case.logits(model)
     (-token_logprobs(logits, case.targets)[0].mean()).backward()
     torch.manual_seed(7)
-    case.note("dropout, recompute", max(case.gradients_again(model, case.loss, recompute="full").values()))
+    case.note(
+        "dropout, recompute", max(case.gradients_again(model, case.loss, recompute="full").values())
+    )
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.grad
     gradients = whole_adapter(model, case.parallel)
-    save_whole(case, out / f"{case.name}-dropout.safetensors", {"logits": whole_logits(case, logits), **gradients})
+    save_whole(
+        case,
+        out / f"{case.name}-dropout.safetensors",
+        {"logits": whole_logits(case, logits), **gradients},
+    )
 
 
 def check_lora_of_attention(case: Case, out: Path) -> None:
     model, lora = case.model(), replace(LORA, targets=ATTENTION)
     add_lora(model, lora, 5, case.parallel, given_factors(case, lora))
     with torch.no_grad():
-        save_whole(case, out / f"{case.name}-attention.safetensors", {"logits": whole_logits(case, case.logits(model))})
+        save_whole(
+            case,
+            out / f"{case.name}-attention.safetensors",
+            {"logits": whole_logits(case, case.logits(model))},
+        )
     save_model(model, case.parallel, str(out / f"{case.name}-attention"), case.checkpoint)
 
 
@@ -290,7 +349,9 @@ def check_adapters(case: Case) -> None:
 
 def main(work: str, out: str) -> None:
     if os.environ.get("WORLD_SIZE") == "2":
-        dist.set_debug_level(dist.DebugLevel.DETAIL)  # checks, slowly, that every rank issues the same collectives
+        dist.set_debug_level(
+            dist.DebugLevel.DETAIL
+        )  # checks, slowly, that every rank issues the same collectives
     parallel = start(timeout=120)
     torch.set_num_threads(1)  # tensors this small only wait for more
     out = Path(out)

@@ -1,4 +1,5 @@
 """Attention of packed sequences: against a masked softmax in fp64, and a shared prompt against each sequence by itself."""
+
 import inspect
 import itertools
 import math
@@ -26,7 +27,10 @@ EACH_TREE = pytest.mark.parametrize("tree", TREES)
 def drawn(rows, heads, kv_heads, dtype=torch.float32, seed=0):
     """q, k, v and a gradient from above."""
     generator = torch.Generator().manual_seed(seed)
-    return [(1.5 * torch.randn(rows, n, DIM, generator=generator)).to(dtype) for n in (heads, kv_heads, kv_heads, heads)]
+    return [
+        (1.5 * torch.randn(rows, n, DIM, generator=generator)).to(dtype)
+        for n in (heads, kv_heads, kv_heads, heads)
+    ]
 
 
 def softmax_of_seen(q, k, v, seen):
@@ -53,16 +57,24 @@ def with_gradients(function, q, k, v, up):
 
 
 def close(ours, wanted, tolerance=1e-5):
-    for name, a, b in zip(("value", "gradient of q", "gradient of k", "gradient of v"), ours, wanted, strict=True):
+    for name, a, b in zip(
+        ("value", "gradient of q", "gradient of k", "gradient of v"), ours, wanted, strict=True
+    ):
         assert a.shape == b.shape, name
-        assert float((a.double() - b.double()).abs().max()) <= tolerance * (1 + float(b.abs().max())), name
+        assert float((a.double() - b.double()).abs().max()) <= tolerance * (
+            1 + float(b.abs().max())
+        ), name
 
 
-@pytest.mark.parametrize("dtype, tolerance", ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)), ids=("fp32", "bf16"))
+@pytest.mark.parametrize(
+    "dtype, tolerance", ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)), ids=("fp32", "bf16")
+)
 @pytest.mark.parametrize("lengths", (LENGTHS, [4, 4], [6]), ids=str)
 @WINDOWS
 @HEADS
-def test_each_sequence_attends_to_itself_and_what_came_before(lengths, window, heads, kv_heads, dtype, tolerance):
+def test_each_sequence_attends_to_itself_and_what_came_before(
+    lengths, window, heads, kv_heads, dtype, tolerance
+):
     q, k, v, up = drawn(sum(lengths), heads, kv_heads, dtype)
 
     def reference(q, k, v):
@@ -93,11 +105,15 @@ def test_a_shared_prompt_is_as_good_as_one_for_each(tree, window, heads, kv_head
     copies = torch.bincount(rows)
     alone = Packed([len(sequence) for sequence in sequences])
     share = (up / copies.view(-1, 1, 1))[rows]  # of what comes from above each copy gets the same
-    out, *grads = with_gradients(lambda *x: alone.attend(0, *x, window), q[rows], k[rows], v[rows], share)
+    out, *grads = with_gradients(
+        lambda *x: alone.attend(0, *x, window), q[rows], k[rows], v[rows], share
+    )
     summed = [torch.zeros_like(x).index_add_(0, rows, grad) for x, grad in zip((q, k, v), grads)]
     wanted = torch.zeros_like(q).index_copy_(0, rows, out)
     assert torch.allclose(wanted[rows], out, atol=1e-5), "the copies agree"
-    ours = with_gradients(lambda *x: Packed(lengths, prefixes=prefixes).attend(0, *x, window), q, k, v, up)
+    ours = with_gradients(
+        lambda *x: Packed(lengths, prefixes=prefixes).attend(0, *x, window), q, k, v, up
+    )
     close(ours, [wanted, *summed])
 
 
@@ -113,7 +129,9 @@ def test_a_shared_prompt_against_the_formula(tree, window):
             out.append(softmax_of_seen(q[rows], k[rows], v[rows], causal(window))[-own:])
         return torch.cat(out)
 
-    ours = with_gradients(lambda *x: Packed(lengths, prefixes=prefixes).attend(0, *x, window), q, k, v, up)
+    ours = with_gradients(
+        lambda *x: Packed(lengths, prefixes=prefixes).attend(0, *x, window), q, k, v, up
+    )
     close(ours, with_gradients(reference, *(x.double() for x in (q, k, v, up))))
 
 
@@ -134,7 +152,9 @@ def test_positions_ends_and_context(tree):
     lengths, prefixes = TREES[tree]
     layout = Packed(lengths, prefixes=prefixes)
     sequences = by_themselves(lengths, prefixes)
-    assert layout.positions.tolist() == [i for s, own in zip(sequences, lengths) for i in range(len(s) - own, len(s))]
+    assert layout.positions.tolist() == [
+        i for s, own in zip(sequences, lengths) for i in range(len(s) - own, len(s))
+    ]
     assert layout.ends.tolist() == [sequence[-1] for sequence in sequences]
     assert layout.starts.tolist() == [sequence[-own] for sequence, own in zip(sequences, lengths)]
     assert layout.context == max(map(len, sequences)) == int(layout.positions.max()) + 1
@@ -148,7 +168,9 @@ def test_positions_ends_and_context_written_out():
     assert layout.context == 5 and layout.longest == 4
 
 
-@pytest.mark.parametrize("lengths, prefixes", ((LENGTHS, None), ([3, 3], None), *TREES.values()), ids=str)
+@pytest.mark.parametrize(
+    "lengths, prefixes", ((LENGTHS, None), ([3, 3], None), *TREES.values()), ids=str
+)
 def test_means_and_padding_are_of_a_sequence_s_own_tokens(lengths, prefixes):
     layout = Packed(lengths, prefixes=prefixes)
     x = drawn(sum(lengths), 2, 2)[0].requires_grad_()
@@ -165,9 +187,15 @@ def kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size, gro
     """What varlen_attn is said to compute. Causal masks align the last query with the last key."""
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and len(cu_seq_q) == len(cu_seq_k)
     bounds_q, bounds_k = cu_seq_q.tolist(), cu_seq_k.tolist()
-    assert bounds_q[0] == bounds_k[0] == 0 and bounds_q[-1] == query.size(0) and bounds_k[-1] == key.size(0) == value.size(0)
+    assert (
+        bounds_q[0] == bounds_k[0] == 0
+        and bounds_q[-1] == query.size(0)
+        and bounds_k[-1] == key.size(0) == value.size(0)
+    )
     if not grouped:
-        assert query.size(1) == key.size(1) == value.size(1), "without enable_gqa all heads are the same number"
+        assert query.size(1) == key.size(1) == value.size(1), (
+            "without enable_gqa all heads are the same number"
+        )
     left, right = window_size
     out = []
     for (q0, q1), (k0, k1) in zip(itertools.pairwise(bounds_q), itertools.pairwise(bounds_k)):
@@ -181,7 +209,19 @@ def kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size, gro
     return torch.cat(out)
 
 
-def newer(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
+def newer(
+    query,
+    key,
+    value,
+    cu_seq_q,
+    cu_seq_k,
+    max_q,
+    max_k,
+    *,
+    scale=None,
+    window_size=(-1, -1),
+    enable_gqa=False,
+):
     assert scale is None
     return kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size, enable_gqa)
 
@@ -195,7 +235,9 @@ def older(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, wi
 @pytest.mark.parametrize("lengths, prefixes", ((LENGTHS, None), *TREES.values()), ids=str)
 @WINDOWS
 @HEADS
-def test_the_gpu_s_kernel_is_asked_for_the_same(monkeypatch, lengths, prefixes, window, heads, kv_heads, signature):
+def test_the_gpu_s_kernel_is_asked_for_the_same(
+    monkeypatch, lengths, prefixes, window, heads, kv_heads, signature
+):
     monkeypatch.setattr(attention, "varlen_attn", signature)
     layout = Packed(lengths, prefixes=prefixes)
     q, k, v, up = drawn(sum(lengths), heads, kv_heads)
@@ -217,5 +259,9 @@ def test_the_kernel_that_is_installed_takes_what_it_is_given(monkeypatch):
     q, k, v, _ = drawn(sum(lengths), 4, 2)
     Packed(lengths, prefixes=prefixes)._variable_length(q, k, v, 3)
     (arguments,) = given
-    assert arguments["window_size"] == (2, 0) and arguments["max_q"] == 5 and arguments["max_k"] == 9
-    assert arguments["cu_seq_q"].tolist() == [0, 4, 7, 8, 13] and arguments["cu_seq_k"].tolist() == [0, 4, 11, 16, 25]
+    assert (
+        arguments["window_size"] == (2, 0) and arguments["max_q"] == 5 and arguments["max_k"] == 9
+    )
+    assert arguments["cu_seq_q"].tolist() == [0, 4, 7, 8, 13] and arguments[
+        "cu_seq_k"
+    ].tolist() == [0, 4, 11, 16, 25]

@@ -1,4 +1,5 @@
 """Norms, SwiGLU and rotations, whose gradients are written by hand: values and gradients of the plain formulas in fp64."""
+
 import math
 import shutil
 
@@ -122,7 +123,9 @@ def test_the_modules_are_the_function_with_their_weight(parallel, kind, layout, 
     wanted = w.double().requires_grad_()
     normed(view(x.double()), wanted).backward(drawn(view(x).shape, dtype, seed=9).double())
     close(norm.weight.grad, wanted.grad, TOLERANCE[dtype], "gradient of the weight")
-    assert isinstance(norm, nn.RMSNorm) and [name for name, _ in norm.named_parameters()] == ["weight"]
+    assert isinstance(norm, nn.RMSNorm) and [name for name, _ in norm.named_parameters()] == [
+        "weight"
+    ]
 
 
 @DTYPES
@@ -146,7 +149,11 @@ def test_rotate(layout, dtype):
     shape, view = ROTATED[layout]
     angles = 3 * drawn((4, 4), seed=2)
     rotary = torch.polar(torch.ones_like(angles), angles)
-    check(lambda x: rotate(view(x), rotary), lambda x: turned(view(x), angles.double()), [drawn(shape, dtype)])
+    check(
+        lambda x: rotate(view(x), rotary),
+        lambda x: turned(view(x), angles.double()),
+        [drawn(shape, dtype)],
+    )
 
 
 def test_rotate_also_scales():
@@ -154,13 +161,19 @@ def test_rotate_also_scales():
     angles, scale = 3 * drawn((4, 4), seed=2), drawn((4, 1), seed=3).abs() + 0.5
     rotary = torch.polar(scale.expand(4, 4).contiguous(), angles)
     wanted = scale.double().unsqueeze(1)
-    check(lambda x: rotate(x, rotary), lambda x: turned(x, angles.double()) * wanted, [drawn((4, 3, 8))])
+    check(
+        lambda x: rotate(x, rotary),
+        lambda x: turned(x, angles.double()) * wanted,
+        [drawn((4, 3, 8))],
+    )
 
 
 UPSTREAM = {
     "one number for all": lambda shape: torch.ones(()).expand(shape),
     "swapped axes": lambda shape: drawn((shape[1], shape[0], *shape[2:]), seed=4).transpose(0, 1),
-    "columns of a wider one": lambda shape: drawn((*shape[:-1], 2 * shape[-1]), seed=4)[..., 2 : 2 + shape[-1]],
+    "columns of a wider one": lambda shape: drawn((*shape[:-1], 2 * shape[-1]), seed=4)[
+        ..., 2 : 2 + shape[-1]
+    ],
 }
 
 
@@ -184,7 +197,9 @@ def compiled(monkeypatch):
     return elementwise._compiled
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU torch.compile needs no C++ compiler")
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="on a GPU torch.compile needs no C++ compiler"
+)
 def test_compiling_without_a_compiler_is_refused(compiled, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match=r"install g\+\+"):
@@ -192,11 +207,17 @@ def test_compiling_without_a_compiler_is_refused(compiled, monkeypatch):
     assert not compiled
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++: torch.compile cannot work on the CPU")
+@pytest.mark.skipif(
+    shutil.which("g++") is None, reason="no g++: torch.compile cannot work on the CPU"
+)
 def test_compiled_functions_give_the_same_for_any_number_of_rows(compiled, monkeypatch, request):
     from torch._inductor import config
 
-    quick = {"cpp.vec_isa_ok": True, "compile_threads": 1, "cpp_cache_precompile_headers": False}  # a third of the time
+    quick = {
+        "cpp.vec_isa_ok": True,
+        "compile_threads": 1,
+        "cpp_cache_precompile_headers": False,
+    }  # a third of the time
     for name, value in {**quick, "cpp.cxx": (None, "g++")}.items():
         monkeypatch.setattr(config, name, value)
     monkeypatch.delenv("CXX", raising=False)
@@ -205,7 +226,10 @@ def test_compiled_functions_give_the_same_for_any_number_of_rows(compiled, monke
     compile_elementwise()
     assert sorted(compiled) == ["rms_norm", "swiglu"]
     for name, function in list(compiled.items()):
-        compiled[name] = lambda *x, function=function, name=name: (calls.append(name), function(*x))[1]
+        compiled[name] = lambda *x, function=function, name=name: (
+            calls.append(name),
+            function(*x),
+        )[1]
     weight = drawn(8, seed=1)
     for rows in (3, 7):
         check(lambda x, w: rms_norm(x, w, EPS), normed, [drawn((rows, 8)), weight])

@@ -1,4 +1,5 @@
 """How tensors are divided at any degree, against lists of heads dealt out by hand; the released shards' shapes."""
+
 import pytest
 import torch
 
@@ -8,13 +9,29 @@ from src.models.layout import TensorSpec, layer_table, tensor_table
 
 UNIT = 2  # rows of a head
 DEGREES = (*range(1, 10), 12, 16, 17)
-ATTENTION = ((8, 8), (52, 52), (28, 4), (64, 8), (32, 8), (16, 8), (6, 3), (9, 3), (6, 2), (5, 1), (4, 1), (2, 2), (1, 1),
-             (40, 40))
+ATTENTION = (
+    (8, 8),
+    (52, 52),
+    (28, 4),
+    (64, 8),
+    (32, 8),
+    (16, 8),
+    (6, 3),
+    (9, 3),
+    (6, 2),
+    (5, 1),
+    (4, 1),
+    (2, 2),
+    (1, 1),
+    (40, 40),
+)
 
 
 def dealt(heads: int, kv_heads: int, n: int) -> list[tuple[list[int], list[int]]]:
     """Every rank's query heads and kv heads: whole kv heads while there are enough, else several ranks to one of them."""
-    group = [list(range(kv * heads // kv_heads, (kv + 1) * heads // kv_heads)) for kv in range(kv_heads)]
+    group = [
+        list(range(kv * heads // kv_heads, (kv + 1) * heads // kv_heads)) for kv in range(kv_heads)
+    ]
     if n <= kv_heads:
         most = -(-kv_heads // n)
         kvs = [[kv for kv in range(kv_heads) if kv // most == rank] for rank in range(n)]
@@ -23,7 +40,10 @@ def dealt(heads: int, kv_heads: int, n: int) -> list[tuple[list[int], list[int]]
     for kv in range(kv_heads):
         sharing = n // kv_heads
         most = -(-len(group[kv]) // sharing)
-        found += [([head for i, head in enumerate(group[kv]) if i // most == turn], [kv]) for turn in range(sharing)]
+        found += [
+            ([head for i, head in enumerate(group[kv]) if i // most == turn], [kv])
+            for turn in range(sharing)
+        ]
     return found + [([], [])] * (n - len(found))
 
 
@@ -44,7 +64,9 @@ def check(spec: TensorSpec, held: list[list[int]], n: int) -> None:
         assert torch.equal(part, wanted), (rank, part, wanted)
         assert tuple(part.shape) == spec.local_shape(n)
         start, stop = spec.local_range(rank, n)
-        assert list(range(start, stop)) == [row - 1 for row in rows_of(held[rank], 0, spec.unit).tolist()]
+        assert list(range(start, stop)) == [
+            row - 1 for row in rows_of(held[rank], 0, spec.unit).tolist()
+        ]
         alone = whole.narrow(spec.dim, start, stop - start)
         assert torch.equal(spec.padded(alone, n), part)
     assert torch.equal(spec.join(parts), whole)
@@ -66,13 +88,20 @@ def test_heads_at_every_degree(heads, kv_heads):
         for name in ("wq", "wk", "wv"):
             weight, bias = table[f"attention.{name}.weight"], table[f"attention.{name}.bias"]
             assert bias.shape == weight.shape[:1] and bias.copies(n) == weight.copies(n)
-            assert [bias.local_range(rank, n) for rank in range(n)] == [weight.local_range(rank, n) for rank in range(n)]
+            assert [bias.local_range(rank, n) for rank in range(n)] == [
+                weight.local_range(rank, n) for rank in range(n)
+            ]
             assert bias.local_shape(n) == weight.local_shape(n)[:1]
         # attention gives each of a rank's kv heads an equal run of its query heads: they must be the ones that belong to it
-        q_share, kv_share = (table[f"attention.{w}.weight"].local_shape(n)[0] // UNIT for w in ("wq", "wk"))
+        q_share, kv_share = (
+            table[f"attention.{w}.weight"].local_shape(n)[0] // UNIT for w in ("wq", "wk")
+        )
         assert q_share % kv_share == 0
         for mine, kvs in ranks:
-            assert all(kvs[i // (q_share // kv_share)] == head // (heads // kv_heads) for i, head in enumerate(mine))
+            assert all(
+                kvs[i // (q_share // kv_share)] == head // (heads // kv_heads)
+                for i, head in enumerate(mine)
+            )
 
 
 @pytest.mark.parametrize("size", (1, 7, 8, 97, 101))
@@ -84,10 +113,18 @@ def test_plain_axes_at_every_degree(size):
             check(spec, held, n)
 
 
-@pytest.mark.parametrize("heads, kv_heads, n, q_share, kv_share, copies", (
-    (52, 52, 8, 7, 7, 1),  # padded to 56
-    (64, 8, 16, 4, 1, 2), (28, 4, 8, 4, 1, 2), (24, 3, 8, 4, 1, 2), (8, 1, 4, 2, 1, 4), (7, 1, 4, 2, 1, 4),
-    (12, 6, 4, 4, 2, 1)))
+@pytest.mark.parametrize(
+    "heads, kv_heads, n, q_share, kv_share, copies",
+    (
+        (52, 52, 8, 7, 7, 1),  # padded to 56
+        (64, 8, 16, 4, 1, 2),
+        (28, 4, 8, 4, 1, 2),
+        (24, 3, 8, 4, 1, 2),
+        (8, 1, 4, 2, 1, 4),
+        (7, 1, 4, 2, 1, 4),
+        (12, 6, 4, 4, 2, 1),
+    ),
+)
 def test_shares_by_hand(heads, kv_heads, n, q_share, kv_share, copies):
     table = layer_table(ModelConfig(64, 1, heads, kv_heads, UNIT, 5, 7))
     q, k = table["attention.wq.weight"], table["attention.wk.weight"]
@@ -99,8 +136,11 @@ def test_shares_by_hand(heads, kv_heads, n, q_share, kv_share, copies):
 def test_whole_tensors_are_everyones():
     spec = TensorSpec((5,))
     whole = torch.arange(5)
-    assert spec.copies(4) == 4 and spec.local_shape(4) == (5,
-                                                           ) and all(spec.cut(whole, rank, 4) is whole for rank in range(4))
+    assert (
+        spec.copies(4) == 4
+        and spec.local_shape(4) == (5,)
+        and all(spec.cut(whole, rank, 4) is whole for rank in range(4))
+    )
     assert torch.equal(spec.join([whole] * 4), whole)
 
 
@@ -112,16 +152,42 @@ def test_experts_are_cut_inside(n):
         spec = table[f"feed_forward.experts.{name}.weight"]
         whole = torch.rand(spec.shape)
         parts = [spec.cut(whole, rank, n) for rank in range(n)]
-        assert {tuple(part.shape) for part in parts} == {shape} and torch.equal(spec.join(parts), whole)
+        assert {tuple(part.shape) for part in parts} == {shape} and torch.equal(
+            spec.join(parts), whole
+        )
     assert table["feed_forward.gate.weight"] == TensorSpec((3, 6))
 
 
 # the widths of the released shards, as models.md lists them
 SHEET = {
-    "llama-1-13b": (2, dict(tok_embeddings=[32000, 2560], wq=[2560, 5120], wk=[2560, 5120], wv=[2560, 5120], wo=[5120, 2560],
-                            w1=[6912, 5120], w3=[6912, 5120], w2=[5120, 6912], output=[16000, 5120])),
-    "llama-2-70b": (8, dict(tok_embeddings=[32000, 1024], wq=[1024, 8192], wk=[128, 8192], wv=[128, 8192], wo=[8192, 1024],
-                            w1=[3584, 8192], w3=[3584, 8192], w2=[8192, 3584], output=[4000, 8192])),
+    "llama-1-13b": (
+        2,
+        dict(
+            tok_embeddings=[32000, 2560],
+            wq=[2560, 5120],
+            wk=[2560, 5120],
+            wv=[2560, 5120],
+            wo=[5120, 2560],
+            w1=[6912, 5120],
+            w3=[6912, 5120],
+            w2=[5120, 6912],
+            output=[16000, 5120],
+        ),
+    ),
+    "llama-2-70b": (
+        8,
+        dict(
+            tok_embeddings=[32000, 1024],
+            wq=[1024, 8192],
+            wk=[128, 8192],
+            wv=[128, 8192],
+            wo=[8192, 1024],
+            w1=[3584, 8192],
+            w3=[3584, 8192],
+            w2=[8192, 3584],
+            output=[4000, 8192],
+        ),
+    ),
 }
 
 
@@ -134,8 +200,16 @@ def test_released_shards_shapes(preset):
 
 
 def test_a_tied_embedding_is_cut_like_the_output_layer():
-    sizes = dict(dim=6, n_layers=1, n_heads=2, n_kv_heads=2, head_dim=2, hidden_dim=4, vocab_size=11)
-    tied, free = (tensor_table(ModelConfig(**sizes, tie_word_embeddings=tied)) for tied in (True, False))
-    assert tied["tok_embeddings.weight"].local_shape(2) == free["output.weight"].local_shape(2) == (6, 6)
+    sizes = dict(
+        dim=6, n_layers=1, n_heads=2, n_kv_heads=2, head_dim=2, hidden_dim=4, vocab_size=11
+    )
+    tied, free = (
+        tensor_table(ModelConfig(**sizes, tie_word_embeddings=tied)) for tied in (True, False)
+    )
+    assert (
+        tied["tok_embeddings.weight"].local_shape(2)
+        == free["output.weight"].local_shape(2)
+        == (6, 6)
+    )
     assert free["tok_embeddings.weight"].local_shape(2) == (11, 3) and "output.weight" not in tied
     assert tensor_table(ModelConfig(**sizes, head="score")).keys() - free.keys() == {"score.weight"}

@@ -2,6 +2,7 @@
 
 The references are made here, once; the ranks (parity_worker.py) write down how far they are from them.
 """
+
 import json
 from pathlib import Path
 
@@ -27,15 +28,26 @@ TOLERANCE = 1e-5
 DEGREES = (1, 2, 4)
 LENGTHS = [9, 1, 17, 4, 12]
 IDS = {"bos_token_id": 1, "eos_token_id": 2}
-VERIFIERS = {f"verifier-{name}": name for name in ("llama", "mistral-odd", "mixtral-odd", "qwen2-odd", "qwen3-odd")}
+VERIFIERS = {
+    f"verifier-{name}": name
+    for name in ("llama", "mistral-odd", "mixtral-odd", "qwen2-odd", "qwen3-odd")
+}
 ADAPTED = ["llama", "qwen2-odd", "mixtral", "qwen3-moe-odd"]
 PEFT = {  # a case's adapters made by peft
-    "llama": {"all": dict(r=3, lora_alpha=8),
-              "rs": dict(r=4, lora_alpha=4, use_rslora=True, target_modules=["q_proj", "down_proj"])},
+    "llama": {
+        "all": dict(r=3, lora_alpha=8),
+        "rs": dict(r=4, lora_alpha=4, use_rslora=True, target_modules=["q_proj", "down_proj"]),
+    },
     "qwen2-odd": {"all": dict(r=2, lora_alpha=5)},
-    "qwen": {"some": dict(r=3, lora_alpha=7, target_modules=["q_proj", "o_proj"]),
-             "c_attn": dict(r=3, lora_alpha=7, target_modules=["q_proj", "k_proj", "v_proj"])},
-    "mixtral": {"attention": dict(r=3, lora_alpha=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])},
+    "qwen": {
+        "some": dict(r=3, lora_alpha=7, target_modules=["q_proj", "o_proj"]),
+        "c_attn": dict(r=3, lora_alpha=7, target_modules=["q_proj", "k_proj", "v_proj"]),
+    },
+    "mixtral": {
+        "attention": dict(
+            r=3, lora_alpha=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]
+        )
+    },
     "verifier-llama": {"score": dict(r=3, lora_alpha=8)},
     "verifier-qwen3-odd": {"score": dict(r=3, lora_alpha=8, use_rslora=True)},
 }
@@ -50,7 +62,9 @@ def draw_tokens(vocab_size: int):
 
 def logits_one_by_one(model, tokens):
     """Each sequence by itself, so that the reference knows no packing: [N, vocabulary]."""
-    return torch.cat([model(input_ids=part[None], use_cache=False).logits[0] for part in tokens.split(LENGTHS)])
+    return torch.cat(
+        [model(input_ids=part[None], use_cache=False).logits[0] for part in tokens.split(LENGTHS)]
+    )
 
 
 def language_reference(name: str, model, folder: Path) -> dict:
@@ -61,14 +75,23 @@ def language_reference(name: str, model, folder: Path) -> dict:
     assert all(p.grad.any() for p in model.parameters()), "a gradient that is zero tests nothing"
     norm = torch.stack([p.grad.double().square().sum() for p in model.parameters()]).sum().sqrt()
     families.save_gradients(name, model, folder / "grad")
-    reference = dict(tokens=tokens, targets=targets, logits=logits.detach(), loss=loss.detach(), norm=norm.float())
+    reference = dict(
+        tokens=tokens,
+        targets=targets,
+        logits=logits.detach(),
+        loss=loss.detach(),
+        norm=norm.float(),
+    )
     return reference | (balance_reference(name, model, tokens, folder) if name in MOE else {})
 
 
 def balance_reference(name: str, model, tokens, folder: Path) -> dict:
     """transformers' load-balancing loss of each sequence by itself, and the gradient of their weighted sum."""
     n_experts, k = model.model.layers[0].mlp.gate.weight.size(0), model.config.num_experts_per_tok
-    routers = [model(input_ids=part[None], output_router_logits=True).router_logits for part in tokens.split(LENGTHS)]
+    routers = [
+        model(input_ids=part[None], output_router_logits=True).router_logits
+        for part in tokens.split(LENGTHS)
+    ]
     balance = torch.stack([load_balancing_loss_func(router, n_experts, k) for router in routers])
     weights = torch.linspace(-1, 2, len(LENGTHS))
     (balance * weights).sum().backward()
@@ -80,7 +103,9 @@ def lora_reference(name: str, tokens, targets, folder: Path) -> dict:
     """A model whose weights are W + scale · B A: its logits, and its gradients beside it."""
     base, generator = Checkpoint.open(str(folder / "hf")), torch.Generator().manual_seed(11)
     table = lora_table(base.config, LORA)
-    factors = {key: torch.randn(spec.shape, generator=generator) * 0.1 for key, spec in table.items()}
+    factors = {
+        key: torch.randn(spec.shape, generator=generator) * 0.1 for key, spec in table.items()
+    }
     summed = {}
     for key in base.table:
         weight, stem = base.read(key), key.removesuffix(".weight")
@@ -106,14 +131,18 @@ def peft_references(name: str, model, tokens, folder: Path) -> dict:
     found, scored = {}, name in VERIFIERS
     for key, settings in PEFT.get(name, {}).items():
         task = "SEQ_CLS" if scored else "CAUSAL_LM"
-        adapted = get_peft_model(model, LoraConfig(**{"target_modules": LINEAR, **settings}, task_type=task)).eval()
+        adapted = get_peft_model(
+            model, LoraConfig(**{"target_modules": LINEAR, **settings}, task_type=task)
+        ).eval()
         torch.manual_seed(3)
         for parameter in (p for p in adapted.parameters() if p.requires_grad):
             parameter.data = 0.2 * torch.randn_like(parameter)
         if key == "c_attn":
             share_the_first_factor(adapted)
         with torch.no_grad():
-            found[f"peft-{key}"] = scores(adapted, tokens) if scored else logits_one_by_one(adapted, tokens)
+            found[f"peft-{key}"] = (
+                scores(adapted, tokens) if scored else logits_one_by_one(adapted, tokens)
+            )
         adapted.save_pretrained(folder / f"peft-{key}")
         if key == "c_attn":
             fuse(folder / f"peft-{key}")
@@ -131,7 +160,9 @@ def fuse(folder: Path) -> None:
     """q, k and v's adapters, which share A, as Qwen v1's own code has them: one of c_attn."""
     given, fused = load_file(folder / "adapter_model.safetensors"), {}
     for key in (key for key in given if "q_proj.lora_A" in key):
-        name = key.replace("model.model.layers", "model.transformer.h").replace("self_attn.q_proj", "attn.c_attn")
+        name = key.replace("model.model.layers", "model.transformer.h").replace(
+            "self_attn.q_proj", "attn.c_attn"
+        )
         fused[name] = given[key]
         parts = [given[key.replace("q_proj.lora_A", f"{x}_proj.lora_B")] for x in "qkv"]
         fused[name.replace("lora_A", "lora_B")] = torch.cat(parts)
@@ -150,9 +181,17 @@ def verifier_reference(name: str, model, folder: Path) -> dict:
     (scored * weights).sum().backward()
     families.save_gradients(name, model, folder / "grad")
     with torch.no_grad():
-        hidden = torch.cat([model.model(part[None], use_cache=False)[0][0] for part in tokens.split(LENGTHS)])
+        hidden = torch.cat(
+            [model.model(part[None], use_cache=False)[0][0] for part in tokens.split(LENGTHS)]
+        )
         every = F.linear(hidden, model.score.weight)[:, 0]
-    return {"tokens": tokens, "targets": targets, "scores": scored.detach(), "weights": weights, "every score": every}
+    return {
+        "tokens": tokens,
+        "targets": targets,
+        "scores": scored.detach(),
+        "weights": weights,
+        "every score": every,
+    }
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -172,7 +211,9 @@ def work(tmp_path_factory) -> Path:
         folder = root / name
         model = families.build(VERIFIERS.get(name, name), scored=name in VERIFIERS)
         families.save(name, model, folder / "hf")
-        reference = (verifier_reference if name in VERIFIERS else language_reference)(name, model, folder)
+        reference = (verifier_reference if name in VERIFIERS else language_reference)(
+            name, model, folder
+        )
         if name in ADAPTED:
             reference |= lora_reference(name, reference["tokens"], reference["targets"], folder)
         reference |= peft_references(name, model, reference["tokens"], folder)
@@ -213,7 +254,14 @@ def assert_gradients(deviations: dict, case: str, check: str, names) -> None:
     found = of(deviations, f"{case}/{check} ")
     assert {key.rsplit(" ", 1)[1] for key in found} == set(names)
     assert not beyond(found, TOLERANCE)
-    assert not beyond({key: value for key, value in deviations.items() if key.startswith(f"{case}/padding of {check} ")}, 0)
+    assert not beyond(
+        {
+            key: value
+            for key, value in deviations.items()
+            if key.startswith(f"{case}/padding of {check} ")
+        },
+        0,
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -225,7 +273,9 @@ def test_logits_are_transformers(deviations, name):
 
 @pytest.mark.parametrize("name", (*CASES, *VERIFIERS))
 def test_every_gradient_is_transformers(deviations, work, name):
-    assert_gradients(deviations, name, "grad", tensor_table(Checkpoint.open(str(work / name / "hf")).config))
+    assert_gradients(
+        deviations, name, "grad", tensor_table(Checkpoint.open(str(work / name / "hf")).config)
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -249,7 +299,9 @@ def test_packed_neighbours_do_not_matter(deviations, name):
     assert deviations[f"{name}/alone"] <= TOLERANCE
     # an expert's rows are one matrix product with the neighbours', and round like it
     assert deviations[f"{name}/neighbours"] <= (1e-6 if name in MOE else 0)
-    assert deviations[f"{name}/neighbours matter not, the tokens do"] < 10, "the neighbours' tokens were never changed"
+    assert deviations[f"{name}/neighbours matter not, the tokens do"] < 10, (
+        "the neighbours' tokens were never changed"
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -264,7 +316,12 @@ def test_balance_loss_is_transformers_of_each_sequence(deviations, work, name):
     assert deviations[f"{name}/balance, weighted"] <= TOLERANCE
     assert deviations[f"{name}/balance, recompute"] <= 1e-6
     assert deviations[f"{name}/balance without gradients"] == 0
-    assert_gradients(deviations, name, "balance grad", tensor_table(Checkpoint.open(str(work / name / "hf")).config))
+    assert_gradients(
+        deviations,
+        name,
+        "balance grad",
+        tensor_table(Checkpoint.open(str(work / name / "hf")).config),
+    )
 
 
 @pytest.mark.parametrize("name", VERIFIERS)
@@ -325,7 +382,9 @@ def test_saved_adapter_loads_in_peft(work, output, name, n):
     model = PeftModel.from_pretrained(from_folder(work / name / "hf", name), adapter)
     weights = load_file(adapter / "adapter_model.safetensors")
     if name not in MOE:  # peft fuses the experts' factors, as transformers fuses the experts
-        assert weights.keys() == {k.replace(".default", "") for k in model.state_dict() if "lora_" in k}
+        assert weights.keys() == {
+            k.replace(".default", "") for k in model.state_dict() if "lora_" in k
+        }
     with torch.no_grad():
         assert close(logits_one_by_one(model, reference["tokens"]), reference["lora logits"])
 
@@ -336,7 +395,10 @@ def test_saved_adapter_of_the_attention_alone_loads_in_peft(work, output, n):
     model = PeftModel.from_pretrained(base, output(n) / "mixtral-attention" / "adapter")
     tokens = load_file(work / "mixtral" / "reference.safetensors")["tokens"]
     with torch.no_grad():
-        assert close(logits_one_by_one(model, tokens), load_file(output(n) / "mixtral-attention.safetensors")["logits"])
+        assert close(
+            logits_one_by_one(model, tokens),
+            load_file(output(n) / "mixtral-attention.safetensors")["logits"],
+        )
 
 
 @pytest.mark.parametrize("n", DEGREES)

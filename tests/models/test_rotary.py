@@ -1,4 +1,5 @@
 """Rotary frequencies are transformers'; Qwen v1's extrapolation past its context is the published formulas'."""
+
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -18,15 +19,40 @@ from src.models.transformer import Transformer
 
 SCALED = {
     "linear": dict(rope_type="linear", factor=2.5),
-    "llama3.1": dict(rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-                     original_max_position_embeddings=8192),
-    "llama3.2": dict(rope_type="llama3", rope_theta=5e5, factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0,
-                     original_max_position_embeddings=8192),
-    "llama3, other bounds": dict(rope_type="llama3", factor=4.0, low_freq_factor=2.0, high_freq_factor=9.0,
-                                 original_max_position_embeddings=512),
-    "yarn": dict(rope_type="yarn", rope_theta=1e6, factor=4.0, original_max_position_embeddings=32768),
-    "yarn, all given": dict(rope_type="yarn", factor=16.0, beta_fast=20.0, beta_slow=2.0, attention_factor=1.3,
-                            original_max_position_embeddings=4096),
+    "llama3.1": dict(
+        rope_type="llama3",
+        rope_theta=5e5,
+        factor=8.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=8192,
+    ),
+    "llama3.2": dict(
+        rope_type="llama3",
+        rope_theta=5e5,
+        factor=32.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=8192,
+    ),
+    "llama3, other bounds": dict(
+        rope_type="llama3",
+        factor=4.0,
+        low_freq_factor=2.0,
+        high_freq_factor=9.0,
+        original_max_position_embeddings=512,
+    ),
+    "yarn": dict(
+        rope_type="yarn", rope_theta=1e6, factor=4.0, original_max_position_embeddings=32768
+    ),
+    "yarn, all given": dict(
+        rope_type="yarn",
+        factor=16.0,
+        beta_fast=20.0,
+        beta_slow=2.0,
+        attention_factor=1.3,
+        original_max_position_embeddings=4096,
+    ),
     "yarn, small": dict(rope_type="yarn", factor=3.0, original_max_position_embeddings=8),
 }
 CONTEXT = 16
@@ -37,8 +63,14 @@ QWEN = ModelConfig(32, 1, 2, 2, 16, 40, 50, max_seq_len=CONTEXT, family="qwen", 
 @pytest.mark.parametrize("name", SCALED)
 def test_scaled_frequencies_are_transformers(name, head_dim):
     parameters = {"rope_theta": 1e4, **SCALED[name]}
-    config = AutoConfig.for_model("llama", hidden_size=4 * head_dim, num_attention_heads=4, head_dim=head_dim,
-                                  max_position_embeddings=131072, rope_parameters=parameters)
+    config = AutoConfig.for_model(
+        "llama",
+        hidden_size=4 * head_dim,
+        num_attention_heads=4,
+        head_dim=head_dim,
+        max_position_embeddings=131072,
+        rope_parameters=parameters,
+    )
     wanted, factor = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, torch.device("cpu"))
     raw = {key: value for key, value in config.to_dict().items() if key != "architectures"}
     older = dict(parameters)
@@ -50,7 +82,9 @@ def test_scaled_frequencies_are_transformers(name, head_dim):
         assert abs(rotary_table(ours, 3, torch.device("cpu")).abs().max().item() - factor) <= 1e-6
 
 
-def by_hand(position: int, prompt_length: int, logn: bool, ntk: bool) -> tuple[np.ndarray, np.ndarray]:
+def by_hand(
+    position: int, prompt_length: int, logn: bool, ntk: bool
+) -> tuple[np.ndarray, np.ndarray]:
     """The rotation of a query and of a key, by the formulas of Qwen's report."""
     alpha = max(1, 2 ** math.ceil(math.log2(prompt_length / CONTEXT) + 1) - 1) if ntk else 1
     d = QWEN.head_dim
@@ -59,8 +93,13 @@ def by_hand(position: int, prompt_length: int, logn: bool, ntk: bool) -> tuple[n
     return key * (math.log(position + 1, CONTEXT) if logn and position + 1 > CONTEXT else 1), key
 
 
-def assert_rotary(model: Transformer, layout, prompt_lengths: list[int], logn: bool, ntk: bool) -> None:
-    wanted = [by_hand(p, n, logn, ntk) for p, n in zip(layout.positions.tolist(), prompt_lengths, strict=True)]
+def assert_rotary(
+    model: Transformer, layout, prompt_lengths: list[int], logn: bool, ntk: bool
+) -> None:
+    wanted = [
+        by_hand(p, n, logn, ntk)
+        for p, n in zip(layout.positions.tolist(), prompt_lengths, strict=True)
+    ]
     for ours, hand in zip(model.rotary(layout), zip(*wanted)):
         np.testing.assert_allclose(ours, np.stack(hand), atol=2e-5, rtol=0)
 
@@ -83,6 +122,11 @@ def test_qwen_decodes_with_what_the_prompt_fixed(logn, ntk):
     """A prompt within the context keeps its base when it is decoded past it; a longer prompt's base stays as it was."""
     model = Transformer(replace(QWEN, use_logn_attn=logn, use_dynamic_ntk=ntk)).eval()
     positions, prompts = [9, 15, 16, 70, 40, 40, 90], [9, 15, 10, 12, 20, 40, 33]
-    layout = Decode(SimpleNamespace(length=96, kv_heads=1), torch.tensor(positions), torch.tensor(prompts), [(0, len(prompts), 96)])
+    layout = Decode(
+        SimpleNamespace(length=96, kv_heads=1),
+        torch.tensor(positions),
+        torch.tensor(prompts),
+        [(0, len(prompts), 96)],
+    )
     assert_rotary(model, layout, prompts, logn, ntk)
     assert_rotary(model.train(), layout, prompts, False, False)

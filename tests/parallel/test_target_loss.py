@@ -1,4 +1,5 @@
 """`target_loss`, whose gradients are taken chunk by chunk on the way forward, is autograd's of the whole in fp64."""
+
 import pytest
 import torch
 
@@ -15,7 +16,9 @@ def drawn(*shape, seed):
 
 
 HIDDEN, TARGETS = drawn(N, DIM, seed=0), torch.arange(N) * 5 % REAL
-WEIGHT = torch.cat((drawn(REAL, DIM, seed=1), 100 + drawn(PADDING, DIM, seed=2)))  # padding that would win if it counted
+WEIGHT = torch.cat(
+    (drawn(REAL, DIM, seed=1), 100 + drawn(PADDING, DIM, seed=2))
+)  # padding that would win if it counted
 ADVANTAGES, SCALE = drawn(N, seed=3), drawn(N, seed=4).abs()
 
 
@@ -32,7 +35,10 @@ def likelihood(logprobs, entropy, rows):
 
 def clipped(logprobs, entropy, rows):
     ratio, advantages = (logprobs - OLD[rows]).exp(), ADVANTAGES[rows]
-    return -(torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages) * SCALE[rows]).sum() / N
+    return (
+        -(torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages) * SCALE[rows]).sum()
+        / N
+    )
 
 
 def clipped_with_entropy(logprobs, entropy, rows):
@@ -51,20 +57,32 @@ LOSSES = {  # and whether they want entropies
     "entropy alone": (entropy_alone, True),
 }
 EACH_LOSS = pytest.mark.parametrize("loss", LOSSES)
-CHUNKS = {"one chunk": N, "a row at a time": 1, "5 5 5 5 3": 5, "8 8 7": 10, "12 11": 22}  # rows that fit
+CHUNKS = {
+    "one chunk": N,
+    "a row at a time": 1,
+    "5 5 5 5 3": 5,
+    "8 8 7": 10,
+    "12 11": 22,
+}  # rows that fit
 
 
 def reference(loss, temperature):
     """The loss and the gradients of the hidden states and of the weight."""
     hidden, weight = HIDDEN.double().requires_grad_(), WEIGHT.double().requires_grad_()
     logs = reference_logs(hidden, weight, temperature)
-    value = LOSSES[loss][0](logs.gather(1, TARGETS[:, None])[:, 0], -(logs.exp() * logs).sum(-1), slice(None))
+    value = LOSSES[loss][0](
+        logs.gather(1, TARGETS[:, None])[:, 0], -(logs.exp() * logs).sum(-1), slice(None)
+    )
     value.backward()
     return value.detach(), hidden.grad, weight.grad
 
 
-def ours(loss, temperature, train=(True, True), factor=1.0, hidden=HIDDEN, weight=WEIGHT, real=REAL):
-    hidden, weight = (x.clone().requires_grad_(wanted) for x, wanted in zip((hidden, weight), train))
+def ours(
+    loss, temperature, train=(True, True), factor=1.0, hidden=HIDDEN, weight=WEIGHT, real=REAL
+):
+    hidden, weight = (
+        x.clone().requires_grad_(wanted) for x, wanted in zip((hidden, weight), train)
+    )
     loss_of, entropy = LOSSES[loss]
     value = target_loss(hidden, weight, real, TARGETS, loss_of, temperature, entropy)
     assert value.shape == () and value.dtype == torch.float32
@@ -74,9 +92,13 @@ def ours(loss, temperature, train=(True, True), factor=1.0, hidden=HIDDEN, weigh
 
 
 def close(mine, wanted, tolerance=1e-5):
-    for name, a, b in zip(("loss", "gradient of hidden", "gradient of the weight"), mine, wanted, strict=True):
+    for name, a, b in zip(
+        ("loss", "gradient of hidden", "gradient of the weight"), mine, wanted, strict=True
+    ):
         assert a.shape == b.shape, name
-        assert float((a.double() - b).abs().max()) <= tolerance * (1e-3 + float(b.abs().max())), name
+        assert float((a.double() - b).abs().max()) <= tolerance * (1e-3 + float(b.abs().max())), (
+            name
+        )
 
 
 @TEMPERATURES
@@ -135,7 +157,10 @@ def test_padded_entries_have_probability_zero_and_no_gradient(parallel, monkeypa
 def test_real_alone_says_what_is_padding(parallel, loss):
     """Rows of zeros count when they are real: their logits are 0, not nothing."""
     zeros = torch.cat((WEIGHT[:REAL], torch.zeros(PADDING, DIM)))
-    counted, uncounted = ours(loss, 1.0, weight=zeros, real=len(zeros)), ours(loss, 1.0, weight=zeros)
+    counted, uncounted = (
+        ours(loss, 1.0, weight=zeros, real=len(zeros)),
+        ours(loss, 1.0, weight=zeros),
+    )
     assert counted[2][REAL:].any(-1).all() and abs(float(counted[0] - uncounted[0])) > 1e-3
 
 
@@ -144,7 +169,10 @@ def test_real_alone_says_what_is_padding(parallel, loss):
 def test_what_is_frozen_has_no_gradient_and_the_other_the_same(parallel, monkeypatch, loss, size):
     monkeypatch.setattr(vocab, "LOGITS_AT_ONCE", size * len(WEIGHT))
     value, hidden, weight = reference(loss, 1.0)
-    of_hidden, of_weight = ours(loss, 1.0, train=(True, False)), ours(loss, 1.0, train=(False, True))
+    of_hidden, of_weight = (
+        ours(loss, 1.0, train=(True, False)),
+        ours(loss, 1.0, train=(False, True)),
+    )
     neither = ours(loss, 1.0, train=(False, False))
     assert of_hidden[2] is None and of_weight[1] is None and neither[1:] == (None, None)
     for mine in (of_hidden, of_weight, neither):

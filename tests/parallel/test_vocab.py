@@ -1,4 +1,5 @@
 """src/parallel/vocab.py: log-probabilities and entropies of split logits are those of torch on the whole, gradients too."""
+
 import numpy as np
 import pytest
 import torch
@@ -15,18 +16,29 @@ def make_cases() -> dict:
     generator = torch.Generator().manual_seed(0)
     cases = {}
     for temperature in TEMPERATURES:
-        cases[f"fp32-{temperature}"] = 4 * torch.randn(N, VOCABULARY, generator=generator), temperature
-        cases[f"bf16-{temperature}"] = (4 * torch.randn(N, VOCABULARY, generator=generator)).bfloat16(), temperature
+        cases[f"fp32-{temperature}"] = (
+            4 * torch.randn(N, VOCABULARY, generator=generator),
+            temperature,
+        )
+        cases[f"bf16-{temperature}"] = (
+            (4 * torch.randn(N, VOCABULARY, generator=generator)).bfloat16(),
+            temperature,
+        )
     # Far from zero: exp overflows unless the whole row's maximum, not a rank's own, is taken off first; most p are 0.
     cases["fp32-large"] = 3000 * torch.randn(N, VOCABULARY, generator=generator) + 20000, 1.0
-    cases["bf16-large"] = (3000 * torch.randn(N, VOCABULARY, generator=generator) + 20000).bfloat16(), 1.0
+    cases["bf16-large"] = (
+        (3000 * torch.randn(N, VOCABULARY, generator=generator) + 20000).bfloat16(),
+        1.0,
+    )
     cases["fp32-flat"] = torch.full((N, VOCABULARY), 7.5), 0.5
     tensors = {}
     for case, (logits, temperature) in cases.items():
         tensors |= {
             f"{case}/logits": logits,
             # every rank's first and last column is someone's target
-            f"{case}/targets": torch.arange(N) * 31 % VOCABULARY if "flat" in case else torch.arange(VOCABULARY).repeat(2)[:N] + 8 * (torch.arange(N) % 2),
+            f"{case}/targets": torch.arange(N) * 31 % VOCABULARY
+            if "flat" in case
+            else torch.arange(VOCABULARY).repeat(2)[:N] + 8 * (torch.arange(N) % 2),
             f"{case}/temperature": torch.tensor(temperature, dtype=torch.float64),
             f"{case}/up": torch.randn(2, N, generator=generator),
         }
@@ -45,7 +57,12 @@ def results(tmp_path_factory):
 
     @once
     def run(n: int) -> dict:
-        launch(n, "tests/parallel/vocab_worker.py", str(root / "cases.safetensors"), str(root / f"{n}.safetensors"))
+        launch(
+            n,
+            "tests/parallel/vocab_worker.py",
+            str(root / "cases.safetensors"),
+            str(root / f"{n}.safetensors"),
+        )
         return load_file(root / f"{n}.safetensors")
 
     return run
@@ -83,19 +100,29 @@ def test_values(result, case):
 def test_gradients(result, case, use):
     _, wanted = reference(case, use)
     ours = result[f"{case}/{use}/grad"].double()
-    rounding = 2.0**-8 if case.startswith("bf16") else 1e-5  # a bf16 result is off by half a unit in its 8 bits
-    torch.testing.assert_close(ours, wanted, rtol=rounding, atol=2e-6 * max(1.0, wanted.abs().max().item()))
+    rounding = (
+        2.0**-8 if case.startswith("bf16") else 1e-5
+    )  # a bf16 result is off by half a unit in its 8 bits
+    torch.testing.assert_close(
+        ours, wanted, rtol=rounding, atol=2e-6 * max(1.0, wanted.abs().max().item())
+    )
 
 
 def test_gradient_by_finite_differences(result):
     """In fp64 numpy, with no autograd on either side."""
     case, step = "fp32-0.6", 1e-5
-    logits, targets, up = (CASES[f"{case}/{field}"].double().numpy() for field in ("logits", "targets", "up"))
+    logits, targets, up = (
+        CASES[f"{case}/{field}"].double().numpy() for field in ("logits", "targets", "up")
+    )
     rows = np.arange(N)
 
     def total(z):
         z = z / 0.6
-        logs = z - np.log(np.exp(z - z.max(-1, keepdims=True)).sum(-1, keepdims=True)) - z.max(-1, keepdims=True)
+        logs = (
+            z
+            - np.log(np.exp(z - z.max(-1, keepdims=True)).sum(-1, keepdims=True))
+            - z.max(-1, keepdims=True)
+        )
         return logs[rows, targets.astype(int)] * up[0] - (np.exp(logs) * logs).sum(-1) * up[1]
 
     numeric = np.empty_like(logits)

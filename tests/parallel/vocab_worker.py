@@ -5,6 +5,7 @@
 CASES.safetensors: "<case>/logits" [N, V], ".../targets", ".../temperature", ".../up" [2, N] (the gradients that come from
 above). Rank 0 writes to OUT.safetensors the values and, columns joined, the gradients, each by the same case.
 """
+
 import sys
 
 import torch
@@ -22,7 +23,9 @@ def whole(columns, parallel):
 
 
 def main(cases: str, out: str) -> None:
-    dist.set_debug_level(dist.DebugLevel.DETAIL)  # checks that every rank issues the same collectives
+    dist.set_debug_level(
+        dist.DebugLevel.DETAIL
+    )  # checks that every rank issues the same collectives
     parallel = start(timeout=120)
     given, results = load_file(cases), {}
     for case in sorted({key.split("/")[0] for key in given}):
@@ -33,8 +36,12 @@ def main(cases: str, out: str) -> None:
             mine = logits[:, first:last].clone().requires_grad_()
             before = mine.detach().clone()
             values = token_logprobs(mine, targets, temperature)
-            sum((value * row).sum() for value, row, weight in zip(values, up, weights) if weight).backward()
-            kept = torch.tensor([torch.equal(mine.detach(), before), mine.grad.dtype == logits.dtype])
+            sum(
+                (value * row).sum() for value, row, weight in zip(values, up, weights) if weight
+            ).backward()
+            kept = torch.tensor(
+                [torch.equal(mine.detach(), before), mine.grad.dtype == logits.dtype]
+            )
             results |= {
                 f"{case}/{use}/values": torch.stack([value.detach() for value in values]),
                 f"{case}/{use}/grad": whole(mine.grad, parallel),

@@ -26,7 +26,9 @@ def folder(tmp_path_factory):
     return folder
 
 
-def save_adapter(folder: Path, base: Path, scored: bool, seed: int, rank: int = 3, alpha: float = 4.0) -> None:
+def save_adapter(
+    folder: Path, base: Path, scored: bool, seed: int, rank: int = 3, alpha: float = 4.0
+) -> None:
     """In PEFT's format, with factors large enough to matter; a score head with it when `scored`."""
     folder.mkdir()
     generator, factors = torch.Generator().manual_seed(seed), {}
@@ -36,10 +38,18 @@ def save_adapter(folder: Path, base: Path, scored: bool, seed: int, rank: int = 
                 key = f"base_model.model.{name.removesuffix('.weight')}.lora_{factor}.weight"
                 factors[key] = 0.2 * torch.randn(shape, generator=generator)
     if scored:
-        factors["base_model.model.score.weight"] = 0.2 * torch.randn(1, weight.size(-1), generator=generator)
-    settings = {"peft_type": "LORA", "task_type": "SEQ_CLS" if scored else "CAUSAL_LM", "r": rank, "lora_alpha": alpha,
-                "target_modules": sorted({key.split(".")[-3] for key in factors if ".lora_" in key}),
-                "modules_to_save": ["score"] if scored else None, "base_model_name_or_path": str(base)}
+        factors["base_model.model.score.weight"] = 0.2 * torch.randn(
+            1, weight.size(-1), generator=generator
+        )
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS" if scored else "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": sorted({key.split(".")[-3] for key in factors if ".lora_" in key}),
+        "modules_to_save": ["score"] if scored else None,
+        "base_model_name_or_path": str(base),
+    }
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     save_file(factors, folder / "adapter_model.safetensors")
 

@@ -10,14 +10,39 @@ from tests.ppo.worker import KL_COEF, LR, MAX_GRAD_NORM, NUMBER, VALUE_LR, WEIGH
 from tests.trainer.tiny import padded, theirs
 
 KNOBS = dict(
-    advantage="gae", gamma=1.0, lam=0.95, lam_critic=None, whiten=None, cliprange=0.2, cliprange_high=None, dual_clip=None,
-    cliprange_value=0.2, vf_coef=0.1, entropy_coef=0.0, loss_level=None, kl=None, target_kl=None, critic_warmup=0,
-    value_norm=False, reward_norm=False, reward_scale=1.0, reward_bias=0.0, reward_clip=None, truncated="bootstrap",
-    truncation_penalty=1.0, replay_mask=False, ref_ema=None, ptx_coef=0.0, samples_per_prompt=1,
+    advantage="gae",
+    gamma=1.0,
+    lam=0.95,
+    lam_critic=None,
+    whiten=None,
+    cliprange=0.2,
+    cliprange_high=None,
+    dual_clip=None,
+    cliprange_value=0.2,
+    vf_coef=0.1,
+    entropy_coef=0.0,
+    loss_level=None,
+    kl=None,
+    target_kl=None,
+    critic_warmup=0,
+    value_norm=False,
+    reward_norm=False,
+    reward_scale=1.0,
+    reward_bias=0.0,
+    reward_clip=None,
+    truncated="bootstrap",
+    truncation_penalty=1.0,
+    replay_mask=False,
+    ref_ema=None,
+    ptx_coef=0.0,
+    samples_per_prompt=1,
 )
 BY_ADVANTAGE = {  # (k of the KL, level of the loss, whitened) where the settings leave it open
-    "gae": ("k1", "token", True), "reinforce++": ("k1", "token", True), "rloo": ("k1", "token", False),
-    "grpo": ("k3", "sequence", False), "dr_grpo": ("k3", "constant", False),
+    "gae": ("k1", "token", True),
+    "reinforce++": ("k1", "token", True),
+    "rloo": ("k1", "token", False),
+    "grpo": ("k3", "sequence", False),
+    "dr_grpo": ("k3", "constant", False),
 }
 VALUE_DECAY = 0.95
 
@@ -30,14 +55,31 @@ def moments(sums: list[float]) -> tuple[float, float]:
 class Reference:
     """The update by given rollouts, on padded batches, with torch's AdamW and clipping."""
 
-    def __init__(self, folder, run: Run, rollouts: list[dict], minibatches: list[list[int]], mix=(), worth=None, **change):
+    def __init__(
+        self,
+        folder,
+        run: Run,
+        rollouts: list[dict],
+        minibatches: list[list[int]],
+        mix=(),
+        worth=None,
+        **change,
+    ):
         """worth: the scores, where they are written beside the prompts; mix: rows of the pretraining mix for each step."""
-        self.knobs = SimpleNamespace(**KNOBS | {k: v for k, v in (run.settings | change).items() if k in KNOBS})
+        self.knobs = SimpleNamespace(
+            **KNOBS | {k: v for k, v in (run.settings | change).items() if k in KNOBS}
+        )
         s, self.run, self.rows, everyone = self.knobs, run, rollouts, range(len(rollouts))
         kl, level, whiten = BY_ADVANTAGE[s.advantage]
-        self.kl, self.level, self.whitens = s.kl or kl, s.loss_level or level, whiten if s.whiten is None else s.whiten
+        self.kl, self.level, self.whitens = (
+            s.kl or kl,
+            s.loss_level or level,
+            whiten if s.whiten is None else s.whiten,
+        )
         self.ids, self.mask = padded([r["prompt"] + r["response"] for r in rollouts])
-        self.policy, self.value, self.reference = (theirs(folder / name) for name in ("policy", "value", "reference"))
+        self.policy, self.value, self.reference = (
+            theirs(folder / name) for name in ("policy", "value", "reference")
+        )
         self.allowed = None
         with torch.no_grad():
             if s.replay_mask:
@@ -81,7 +123,10 @@ class Reference:
 
     def logprobs(self, model, rows):
         rows, found = list(rows), []
-        logits = model(input_ids=self.ids[rows], attention_mask=self.mask[rows]).logits / self.run.sampling.temperature
+        logits = (
+            model(input_ids=self.ids[rows], attention_mask=self.mask[rows]).logits
+            / self.run.sampling.temperature
+        )
         for i, z in zip(rows, logits):
             z = self.response(i, z)
             if self.allowed is not None:
@@ -95,10 +140,14 @@ class Reference:
     def values_of(self, rows):
         """Before each response token; and at the last token, for what comes after it."""
         rows = list(rows)
-        hidden = self.value.model(input_ids=self.ids[rows], attention_mask=self.mask[rows]).last_hidden_state
+        hidden = self.value.model(
+            input_ids=self.ids[rows], attention_mask=self.mask[rows]
+        ).last_hidden_state
         scores = self.value.score(hidden).squeeze(-1)
         ends = [len(self.rows[i]["prompt"]) + len(self.rows[i]["response"]) - 1 for i in rows]
-        return [self.response(i, s) for i, s in zip(rows, scores)], [float(s[end].detach()) for s, end in zip(scores, ends)]
+        return [self.response(i, s) for i, s in zip(rows, scores)], [
+            float(s[end].detach()) for s, end in zip(scores, ends)
+        ]
 
     def score(self, folder, worth) -> None:
         if worth is not None:
@@ -106,10 +155,17 @@ class Reference:
             self.scores = self.components["worth"]
             return
         with torch.no_grad():
-            scores = theirs(folder / "verifier")(input_ids=self.ids, attention_mask=self.mask).logits.squeeze(-1)
-        rule = [float(sum(r["response"]) % 2 == int(p.gold)) for r, p in zip(self.rows, worker.prompts())]
+            scores = theirs(folder / "verifier")(
+                input_ids=self.ids, attention_mask=self.mask
+            ).logits.squeeze(-1)
+        rule = [
+            float(sum(r["response"]) % 2 == int(p.gold))
+            for r, p in zip(self.rows, worker.prompts())
+        ]
         self.components = {"verifier": scores.tolist(), "rule": rule}
-        self.scores = [WEIGHTS["verifier"] * v + WEIGHTS["rule"] * r for v, r in zip(scores.tolist(), rule)]
+        self.scores = [
+            WEIGHTS["verifier"] * v + WEIGHTS["rule"] * r for v, r in zip(scores.tolist(), rule)
+        ]
 
     def cut(self, i: int) -> bool:
         """Line 9: it did not end on a stop token."""
@@ -119,7 +175,9 @@ class Reference:
         s, x = self.knobs, list(self.scores)
         if s.reward_norm:
             before = self.run.state[0].get("reward_moments", [0.0] * 3)
-            self.reward_moments = [a + b for a, b in zip(before, (len(x), sum(x), sum(v * v for v in x)))]
+            self.reward_moments = [
+                a + b for a, b in zip(before, (len(x), sum(x), sum(v * v for v in x)))
+            ]
             mean, std = moments(self.reward_moments)
             x = [(v - mean) / std for v in x]
         x = [v * s.reward_scale + s.reward_bias for v in x]
@@ -132,13 +190,19 @@ class Reference:
     def estimate(self) -> list[torch.Tensor]:
         s, self.rewards = self.knobs, []
         for i, row in enumerate(self.rows):
-            reward = [-KL_COEF * float(o - r) if self.kl == "k1" else 0.0 for o, r in zip(self.old[i], self.ref[i])]
+            reward = [
+                -KL_COEF * float(o - r) if self.kl == "k1" else 0.0
+                for o, r in zip(self.old[i], self.ref[i])
+            ]
             reward[-1] += self.shaped[i]
             self.rewards.append(reward)
         if s.advantage == "gae":
             raw = self.generalised()
         elif s.advantage == "reinforce++":
-            raw = [[sum(s.gamma ** (k - t) * r[k] for k in range(t, len(r))) for t in range(len(r))] for r in self.rewards]
+            raw = [
+                [sum(s.gamma ** (k - t) * r[k] for k in range(t, len(r))) for t in range(len(r))]
+                for r in self.rewards
+            ]
         else:
             raw = self.compared()
         if self.whitens:
@@ -168,12 +232,19 @@ class Reference:
         self.values = [v * std + mean for v in self.old_values]
         for i, reward in enumerate(self.rewards):
             n = len(reward)
-            following = self.after[i] * std + mean if self.cut(i) and s.truncated == "bootstrap" else 0.0  # lines 10 and 11
+            following = (
+                self.after[i] * std + mean if self.cut(i) and s.truncated == "bootstrap" else 0.0
+            )  # lines 10 and 11
             v = [*self.values[i].tolist(), following]
             delta = [reward[t] + s.gamma * v[t + 1] - v[t] for t in range(n)]
             both = []
             for lam in (s.lam, s.lam if s.lam_critic is None else s.lam_critic):
-                both.append([sum((s.gamma * lam) ** (k - t) * delta[k] for k in range(t, n)) for t in range(n)])
+                both.append(
+                    [
+                        sum((s.gamma * lam) ** (k - t) * delta[k] for k in range(t, n))
+                        for t in range(n)
+                    ]
+                )
             raw.append(both[0])
             returns.append(torch.tensor([both[1][t] + v[t] for t in range(n)]))
         self.returns = self.targets = returns
@@ -189,7 +260,10 @@ class Reference:
 
     def optimise(self, minibatches: list[list[int]], mix) -> None:
         s, self.logged = self.knobs, {}
-        start = [{k: p.detach().clone() for k, p in m.state_dict().items()} for m in (self.policy, self.value)]
+        start = [
+            {k: p.detach().clone() for k, p in m.state_dict().items()}
+            for m in (self.policy, self.value)
+        ]
         policy_adam, value_adam = (
             torch.optim.AdamW(m.parameters(), lr=lr, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0)
             for m, lr in ((self.policy, LR), (self.value, VALUE_LR))
@@ -208,7 +282,10 @@ class Reference:
             for name, p in self.policy.state_dict().items():
                 weights[name].copy_(s.ref_ema * weights[name] + (1 - s.ref_ema) * p)
         self.moved = {
-            role: min(float((p - old[k]).norm() / old[k].norm()) for k, p in getattr(self, role).state_dict().items())
+            role: min(
+                float((p - old[k]).norm() / old[k].norm())
+                for k, p in getattr(self, role).state_dict().items()
+            )
             for role, old in zip(("policy", "value"), start)
         }
 
@@ -224,25 +301,40 @@ class Reference:
         return float(norm)
 
     def policy_step(self, rows: list[int], adam, mixed: list[int]) -> float:
-        s, tokens, per_row, logged = self.knobs, sum(len(self.rows[i]["response"]) for i in rows), [], []
+        s, tokens, per_row, logged = (
+            self.knobs,
+            sum(len(self.rows[i]["response"]) for i in rows),
+            [],
+            [],
+        )
         high = s.cliprange if s.cliprange_high is None else s.cliprange_high
         for i, new, entropy in zip(rows, *self.logprobs(self.policy, rows)):
             ratio, a = torch.exp(new - self.old[i]), self.advantages[i]
             plain, clipped = a * ratio, a * ratio.clip(1 - s.cliprange, 1 + high)
-            objective, active, bounded = torch.minimum(plain, clipped), clipped < plain, torch.zeros_like(a).bool()
+            objective, active, bounded = (
+                torch.minimum(plain, clipped),
+                clipped < plain,
+                torch.zeros_like(a).bool(),
+            )
             if s.dual_clip is not None:
                 bounded = (a < 0) & (s.dual_clip * a > objective)
                 objective = torch.where(bounded, s.dual_clip * a, objective)
             loss, x = -objective, self.ref[i] - new
-            penalty = {"k1": torch.zeros_like(x), "k2": x * x / 2, "k3": torch.exp(x) - x - 1}[self.kl]
+            penalty = {"k1": torch.zeros_like(x), "k2": x * x / 2, "k3": torch.exp(x) - x - 1}[
+                self.kl
+            ]
             loss = loss + KL_COEF * penalty - s.entropy_coef * entropy
             per_row.append(loss)
             raised = (a > 0) & (ratio > 1 + s.cliprange) & ~active
-            logged.append([ratio - 1 - (new - self.old[i]), active | bounded, penalty, bounded, raised])
+            logged.append(
+                [ratio - 1 - (new - self.old[i]), active | bounded, penalty, bounded, raised]
+            )
         loss = {
             "token": torch.cat(per_row).sum() / tokens,
             "sequence": sum(x.mean() for x in per_row) / len(rows),
-            "constant": sum(x.sum() for x in per_row) / self.run.sampling.max_new_tokens / len(rows),
+            "constant": sum(x.sum() for x in per_row)
+            / self.run.sampling.max_new_tokens
+            / len(rows),
         }[self.level]
         sums = [sum(float(x.detach().sum()) for x in column) / tokens for column in zip(*logged)]
         total = loss
@@ -261,7 +353,11 @@ class Reference:
         sequences = [worker.ptx_rows()[i] for i in rows]
         ids, mask = padded([s.tokens for s in sequences])
         logp = self.policy(input_ids=ids, attention_mask=mask).logits.log_softmax(-1)
-        at = [(i, t, s.tokens[t]) for i, s in enumerate(sequences) for t in range(s.prompt_length, len(s.tokens))]
+        at = [
+            (i, t, s.tokens[t])
+            for i, s in enumerate(sequences)
+            for t in range(s.prompt_length, len(s.tokens))
+        ]
         return torch.stack([-logp[i, t - 1, token] for i, t, token in at]).mean()
 
     def value_step(self, rows: list[int], adam) -> None:

@@ -30,7 +30,9 @@ def expected(folder, results):
         if name not in known:
             got = results["one rank"][name]
             worth = FILTERED[name][1] if name in FILTERED else None
-            known[name] = Reference(folder, RUNS[name], got["rollouts"], got["minibatches"], got["ptx"], worth)
+            known[name] = Reference(
+                folder, RUNS[name], got["rollouts"], got["minibatches"], got["ptx"], worth
+            )
         return known[name]
 
     return of
@@ -54,17 +56,27 @@ def close(got, want, what, tolerance=TOLERANCE):
 @everywhere([*CHECKED, *TWICE])
 def test_line_27_every_division_draws_the_same_tokens(results, layout, run):
     for name in ("prompt", "response", "truncated", "place"):
-        assert [r[name] for r in results[layout][run]["rollouts"]] == [r[name] for r in results["one rank"][run]["rollouts"]]
+        assert [r[name] for r in results[layout][run]["rollouts"]] == [
+            r[name] for r in results["one rank"][run]["rollouts"]
+        ]
 
 
 def test_the_rollouts_are_worth_comparing(results):
     rows = results["one rank"]["iteration"]["rollouts"]
     assert [r["prompt"] for r in rows] == [p.tokens for p in worker.prompts()]
-    assert {r["truncated"] for r in rows} == {True, False} and {r["rule"] for r in rows} == {0.0, 1.0}
+    assert {r["truncated"] for r in rows} == {True, False} and {r["rule"] for r in rows} == {
+        0.0,
+        1.0,
+    }
     assert len({len(r["response"]) for r in rows}) > 3
-    assert any(len(set(map(tuple, pair))) == 2 for pair in zip(*[[r["response"] for r in rows[k::2]] for k in (0, 1)]))
+    assert any(
+        len(set(map(tuple, pair))) == 2
+        for pair in zip(*[[r["response"] for r in rows[k::2]] for k in (0, 1)])
+    )
     ends = results["one rank"]["first-token ends"]["rollouts"]
-    assert {(len(r["response"]), r["truncated"]) for r in ends} >= {(1, False), (3, True)}, "EOS first, and truncated"
+    assert {(len(r["response"]), r["truncated"]) for r in ends} >= {(1, False), (3, True)}, (
+        "EOS first, and truncated"
+    )
     for name in ("top_k", "top_p, min_new_tokens"):
         assert any(len(r["response"]) >= 3 for r in results["one rank"][name]["rollouts"])
 
@@ -76,11 +88,22 @@ def test_the_update_is_worth_comparing(expected):
     assert means["policy_grad_norm"] > MAX_GRAD_NORM
     assert min(expected("iteration").moved.values()) > 30 * TOLERANCE
     clips = expected("clips").means
-    assert clips["bounded"] > 0.02 and clips["raised"] > 0.02, "the dual clip and the upper range are both active"
+    assert clips["bounded"] > 0.02 and clips["raised"] > 0.02, (
+        "the dual clip and the upper range are both active"
+    )
 
 
-KNOBS = [(name, knob, value) for name, run in RUNS.items() if name in CHECKED for knob, value in run.settings.items()]
-KNOBS = [(name, knob) for name, knob, _ in KNOBS if not knob.startswith(("max_", "mini_", "ppo_", "samples_", "filter_"))]
+KNOBS = [
+    (name, knob, value)
+    for name, run in RUNS.items()
+    if name in CHECKED
+    for knob, value in run.settings.items()
+]
+KNOBS = [
+    (name, knob)
+    for name, knob, _ in KNOBS
+    if not knob.startswith(("max_", "mini_", "ppo_", "samples_", "filter_"))
+]
 
 
 @pytest.mark.parametrize("name, knob", KNOBS)
@@ -94,10 +117,18 @@ def test_every_knob_changes_its_run(folder, results, expected, name, knob):
     worth = FILTERED[name][1] if name in FILTERED else None
     if knob == "critic_warmup" and name != "critic_warmup":
         plain = {knob: NUMBER + 1}
-    other = Reference(folder, RUNS[name], got["rollouts"], got["minibatches"], got["ptx"], worth, **plain)
-    pairs = [[getattr(each, role).state_dict() for each in (want, other)] for role in ("reference", "policy", "value")]
+    other = Reference(
+        folder, RUNS[name], got["rollouts"], got["minibatches"], got["ptx"], worth, **plain
+    )
+    pairs = [
+        [getattr(each, role).state_dict() for each in (want, other)]
+        for role in ("reference", "policy", "value")
+    ]
     weights = max(apart(*pair) for pair in pairs)
-    logged = max((abs(want.means[name] - x) for name, x in other.means.items() if name in want.means), default=0.0)
+    logged = max(
+        (abs(want.means[name] - x) for name, x in other.means.items() if name in want.means),
+        default=0.0,
+    )
     assert max(weights, logged) > 10 * TOLERANCE
 
 
@@ -105,16 +136,27 @@ def test_every_knob_changes_its_run(folder, results, expected, name, knob):
 
 
 @everywhere()
-def test_lines_1_2_4_6_8_13_17_scores_logprobs_values_and_advantages_are_the_reference_s(results, expected, layout, run):
+def test_lines_1_2_4_6_8_13_17_scores_logprobs_values_and_advantages_are_the_reference_s(
+    results, expected, layout, run
+):
     want, rows = expected(run), results[layout][run]["rollouts"]
-    per_token = {"logprobs": want.old, "ref_logprobs": want.ref, "entropy": want.entropy, "rewards": want.rewards,
-                 "advantages": want.advantages}
+    per_token = {
+        "logprobs": want.old,
+        "ref_logprobs": want.ref,
+        "entropy": want.entropy,
+        "rewards": want.rewards,
+        "advantages": want.advantages,
+    }
     if want.values is not None:
         per_token |= {"values": want.values, "returns": want.returns}
         per_token |= {"old_values": want.old_values, "value_targets": want.targets}
     for i, row in enumerate(rows):
         assert row["truncated"] == want.cut(i)
-        for name, numbers in {"score": want.scores, "shaped": want.shaped, **want.components}.items():
+        for name, numbers in {
+            "score": want.scores,
+            "shaped": want.shaped,
+            **want.components,
+        }.items():
             close(row[name], numbers[i], name)
         for name, numbers in per_token.items():
             close(row[name], list(map(float, numbers[i])), name)
@@ -122,7 +164,9 @@ def test_lines_1_2_4_6_8_13_17_scores_logprobs_values_and_advantages_are_the_ref
 
 
 @everywhere()
-def test_lines_13_16_19_losses_norms_and_weights_are_the_reference_s(results, expected, layout, run):
+def test_lines_13_16_19_losses_norms_and_weights_are_the_reference_s(
+    results, expected, layout, run
+):
     want, got = expected(run), results[layout][run]
     logged = {name: x for name, x in want.means.items() if name not in ("bounded", "raised")}
     if want.kl == "k1":
@@ -138,7 +182,11 @@ def test_lines_13_16_19_losses_norms_and_weights_are_the_reference_s(results, ex
 
 @everywhere()
 def test_line_26_what_is_logged(results, expected, layout, run):
-    stats, rows, ref = results[layout][run]["stats"], results[layout][run]["rollouts"], expected(run)
+    stats, rows, ref = (
+        results[layout][run]["stats"],
+        results[layout][run]["rollouts"],
+        expected(run),
+    )
     n, tokens = len(rows), sum(len(r["response"]) for r in rows)
     kl = [float((o - r).sum()) for o, r in zip(ref.old, ref.ref)]
     want = {
@@ -156,17 +204,32 @@ def test_line_26_what_is_logged(results, expected, layout, run):
         want.pop("kl_loss", None)
     if run in FILTERED:
         every = [x for worth in RUNS[run].worth[: {"filter": 2}.get(run, 1)] for x in worth]
-        want |= {"reward": sum(every) / len(every), "reward/worth": sum(every) / len(every), "kept": FILTERED[run][2]}
+        want |= {
+            "reward": sum(every) / len(every),
+            "reward/worth": sum(every) / len(every),
+            "kept": FILTERED[run][2],
+        }
     else:
-        want |= {"reward": sum(ref.scores) / n, **{f"reward/{name}": sum(x) / n for name, x in ref.components.items()}}
-    timed = {f"seconds/{phase}" for phase in ("generate", "reward", "logprobs", "ref_logprobs")} | {"seconds", "memory_gb"}
+        want |= {
+            "reward": sum(ref.scores) / n,
+            **{f"reward/{name}": sum(x) / n for name, x in ref.components.items()},
+        }
+    timed = {f"seconds/{phase}" for phase in ("generate", "reward", "logprobs", "ref_logprobs")} | {
+        "seconds",
+        "memory_gb",
+    }
     timed |= {f"memory_gb/{role}" for role in ("policy", "reference", "reward")}
     timed |= {"tokens_per_s/generate", "tokens_per_s/update"}
     timed |= {"seconds/update_policy"} if ref.policy_steps else set()
     if ref.values is not None:
         values, returns = torch.cat(ref.values).double(), torch.cat(ref.returns).double()
-        want |= {"values": float(values.mean()), "returns": float(returns.mean()), "value_skipped": 0.0,
-                 "explained_variance": 1 - float((returns - values).var() / returns.var()), "value_steps": ref.value_steps}
+        want |= {
+            "values": float(values.mean()),
+            "returns": float(returns.mean()),
+            "value_skipped": 0.0,
+            "explained_variance": 1 - float((returns - values).var() / returns.var()),
+            "value_steps": ref.value_steps,
+        }
         timed |= {"seconds/values", "seconds/update_value", "memory_gb/value"}
     for name, value in want.items():
         assert stats[name] == pytest.approx(value, rel=TOLERANCE, abs=1e-6), name
@@ -182,7 +245,9 @@ def test_line_30_decoding_with_the_cache_drifts_little_from_one_forward(results,
     if run == "whole softmax":
         assert "logprob_drift" not in got["stats"]
         return
-    drift = max(abs(a - b) for r in got["rollouts"] for a, b in zip(r["logprobs"], r["rollout_logprobs"]))
+    drift = max(
+        abs(a - b) for r in got["rollouts"] for a, b in zip(r["logprobs"], r["rollout_logprobs"])
+    )
     assert got["stats"]["logprob_drift"] == pytest.approx(drift, abs=1e-9)
     assert drift < 2e-5 and (drift > 0 or run not in MAIN)
 
@@ -222,7 +287,9 @@ def test_line_13_minibatches_are_the_same_at_any_division(results, layout, run):
 
 
 @everywhere(["reward_norm"])
-def test_line_22_the_rewards_moments_go_on_from_the_last_run_and_are_saved(results, expected, layout, run):
+def test_line_22_the_rewards_moments_go_on_from_the_last_run_and_are_saved(
+    results, expected, layout, run
+):
     """With the settings of the reward, so that a run with others can say so."""
     state = results[layout][run]["state"]
     close(state["policy"]["reward_moments"], expected(run).reward_moments, "reward_moments")
@@ -231,7 +298,9 @@ def test_line_22_the_rewards_moments_go_on_from_the_last_run_and_are_saved(resul
 
 
 @everywhere(["value_norm"])
-def test_line_23_the_returns_moments_go_on_from_the_last_run_and_are_saved(results, expected, layout, run):
+def test_line_23_the_returns_moments_go_on_from_the_last_run_and_are_saved(
+    results, expected, layout, run
+):
     state = results[layout][run]["state"]
     close(state["value"]["value_moments"], expected(run).value_moments, "value_moments")
     assert "reward_moments" not in state["policy"]
@@ -242,7 +311,9 @@ def test_target_kl_ends_the_policy_s_steps_and_not_the_value_s(results, expected
     stats = results[layout][run]["stats"]
     assert stats["policy_steps"] == expected(run).policy_steps == results[layout][run]["steps"]
     assert 1 < stats["policy_steps"] < stats["value_steps"] == 4
-    assert max(expected(run).logged["approxkl"]) < 2 * RUNS[run].settings["target_kl"], "barely above: the bound itself decides"
+    assert max(expected(run).logged["approxkl"]) < 2 * RUNS[run].settings["target_kl"], (
+        "barely above: the bound itself decides"
+    )
 
 
 @everywhere(["critic_warmup"])
@@ -256,7 +327,10 @@ def test_line_25_in_the_critic_s_warmup_the_policy_stays(folder, results, layout
 
 def test_line_2_without_replay_log_probabilities_are_over_the_whole_vocabulary(results):
     """Of the same tokens: sampling is the same, and what was left out has a probability again."""
-    masked, whole = results["one rank"]["top_k"]["rollouts"], results["one rank"]["whole softmax"]["rollouts"]
+    masked, whole = (
+        results["one rank"]["top_k"]["rollouts"],
+        results["one rank"]["whole softmax"]["rollouts"],
+    )
     assert [r["response"] for r in masked] == [r["response"] for r in whole]
     pairs = [(a, b) for m, w in zip(masked, whole) for a, b in zip(m["logprobs"], w["logprobs"])]
     assert all(a > b for a, b in pairs)
@@ -265,7 +339,9 @@ def test_line_2_without_replay_log_probabilities_are_over_the_whole_vocabulary(r
 
 def test_every_row_of_the_pretraining_mix_is_taken_once_a_pass(results, layout):
     batches = results[layout]["ptx"]["ptx"]
-    assert [len(rows) for rows in batches] == [PTX_BATCH] * 2 and sorted(set(sum(batches, []))) == list(range(PTX_ROWS))
+    assert [len(rows) for rows in batches] == [PTX_BATCH] * 2 and sorted(
+        set(sum(batches, []))
+    ) == list(range(PTX_ROWS))
     assert batches == results["one rank"]["ptx"]["ptx"]
 
 
@@ -273,7 +349,9 @@ def test_every_row_of_the_pretraining_mix_is_taken_once_a_pass(results, layout):
 def test_groups_with_equal_rewards_are_replaced_by_others(results, layout, run):
     """In the order in which they came, and no more are asked for than are needed."""
     got, each, (kept, worth, _) = results[layout][run], worker.prompts()[::2], FILTERED[run]
-    assert [r["prompt"] for r in got["rollouts"]] == [each[i].tokens for i in kept for _ in range(2)]
+    assert [r["prompt"] for r in got["rollouts"]] == [
+        each[i].tokens for i in kept for _ in range(2)
+    ]
     assert [r["score"] for r in got["rollouts"]] == list(map(float, worth))
     assert [r["place"] for r in got["rollouts"]] == list(range(2 * len(kept)))
     assert got["rounds left"] == len(RUNS[run].worth) - {"filter": 2, "filter, one group": 1}[run]
@@ -281,7 +359,11 @@ def test_groups_with_equal_rewards_are_replaced_by_others(results, layout, run):
 
 def test_samples_of_a_prompt_stay_on_one_rank_and_a_rank_may_have_none(results):
     rows = {name: got["filter, one group"]["rows of each rank"] for name, got in results.items()}
-    assert sorted(rows["DP 2"]) == [0, 2] and sorted(rows["TP 2, DP 2"]) == [0, 0, 2, 2] and rows["TP 4"] == [2] * 4
+    assert (
+        sorted(rows["DP 2"]) == [0, 2]
+        and sorted(rows["TP 2, DP 2"]) == [0, 0, 2, 2]
+        and rows["TP 4"] == [2] * 4
+    )
 
 
 def test_where_no_group_differs_nothing_is_learned(folder, results, layout):
@@ -311,11 +393,28 @@ def test_the_dump_has_a_row_for_every_rollout_in_the_order_of_their_places(folde
     for i, (row, want, prompt) in enumerate(zip(table, rows, worker.prompts())):
         words = {"prompt": want["prompt"], "response": want["response"]}
         assert row == {
-            "iteration": NUMBER + 1, "place": i, "gold": prompt.gold,
-            "prompt_tokens": want["prompt"], "tokens": want["response"],
+            "iteration": NUMBER + 1,
+            "place": i,
+            "gold": prompt.gold,
+            "prompt_tokens": want["prompt"],
+            "tokens": want["response"],
             **{name: " ".join(map(str, ids)) for name, ids in words.items()},
-            "stop_reason": "length" if want["truncated"] else "stop", "score": want["score"], "shaped_score": want["shaped"],
-            "score_verifier": want["verifier"], "score_rule": want["rule"],
-            **{name: want[name] for name in ("rollout_logprobs", "logprobs", "ref_logprobs", "entropy", "values", "rewards",
-                                             "advantages", "returns")},
+            "stop_reason": "length" if want["truncated"] else "stop",
+            "score": want["score"],
+            "shaped_score": want["shaped"],
+            "score_verifier": want["verifier"],
+            "score_rule": want["rule"],
+            **{
+                name: want[name]
+                for name in (
+                    "rollout_logprobs",
+                    "logprobs",
+                    "ref_logprobs",
+                    "entropy",
+                    "values",
+                    "rewards",
+                    "advantages",
+                    "returns",
+                )
+            },
         }

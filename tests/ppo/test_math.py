@@ -30,14 +30,18 @@ def test_line_17_the_kl_penalty_is_at_every_token_and_the_score_at_the_last():
     scores, kl = noise(ROWS), noise(ROWS, LONGEST, seed=1)
     got = token_rewards(scores, kl, MASK, 0.3).numpy()
     for b, n in enumerate(LENGTHS):
-        want = [-0.3 * float(kl[b, t]) + (float(scores[b]) if t == n - 1 else 0.0) for t in range(n)]
+        want = [
+            -0.3 * float(kl[b, t]) + (float(scores[b]) if t == n - 1 else 0.0) for t in range(n)
+        ]
         assert got[b, :n] == pytest.approx(want, rel=1e-6)
         assert not got[b, n:].any()
 
 
 def test_line_28_a_score_of_zero_leaves_the_penalty_alone():
     kl = noise(ROWS, LONGEST)
-    assert torch.equal(token_rewards(torch.zeros(ROWS), kl, MASK, 0.3), torch.where(MASK, -0.3 * kl, 0.0))
+    assert torch.equal(
+        token_rewards(torch.zeros(ROWS), kl, MASK, 0.3), torch.where(MASK, -0.3 * kl, 0.0)
+    )
 
 
 def loop_gae(rewards, values, bootstrap, gamma, lam):
@@ -50,10 +54,16 @@ def loop_gae(rewards, values, bootstrap, gamma, lam):
 
 @pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.8), (1.0, 1.0), (0.97, 0.0)])
 def test_gae_is_the_discounted_sum_of_temporal_differences(gamma, lam):
-    rewards, values, bootstrap = noise(ROWS, LONGEST), noise(ROWS, LONGEST, seed=1), noise(ROWS, seed=2)
+    rewards, values, bootstrap = (
+        noise(ROWS, LONGEST),
+        noise(ROWS, LONGEST, seed=1),
+        noise(ROWS, seed=2),
+    )
     advantages, returns = gae(rewards, values, MASK, bootstrap, gamma, lam)
     for b, n in enumerate(LENGTHS):
-        want = loop_gae(rewards[b, :n].tolist(), values[b, :n].tolist(), float(bootstrap[b]), gamma, lam)
+        want = loop_gae(
+            rewards[b, :n].tolist(), values[b, :n].tolist(), float(bootstrap[b]), gamma, lam
+        )
         assert advantages[b, :n].tolist() == pytest.approx(want, rel=1e-5, abs=1e-6)
         sums = [a + float(values[b, t]) for t, a in enumerate(want)]
         assert returns[b, :n].tolist() == pytest.approx(sums, rel=1e-5, abs=1e-6)
@@ -62,28 +72,54 @@ def test_gae_is_the_discounted_sum_of_temporal_differences(gamma, lam):
 
 def test_with_lambda_one_returns_are_discounted_rewards_to_go():
     rewards, values = noise(1, 4), noise(1, 4, seed=1)
-    _, returns = gae(rewards, values, torch.ones(1, 4, dtype=torch.bool), torch.tensor([2.0]), 0.9, 1.0)
-    want = [sum(0.9 ** (k - t) * float(rewards[0, k]) for k in range(t, 4)) + 0.9 ** (4 - t) * 2.0 for t in range(4)]
+    _, returns = gae(
+        rewards, values, torch.ones(1, 4, dtype=torch.bool), torch.tensor([2.0]), 0.9, 1.0
+    )
+    want = [
+        sum(0.9 ** (k - t) * float(rewards[0, k]) for k in range(t, 4)) + 0.9 ** (4 - t) * 2.0
+        for t in range(4)
+    ]
     assert returns[0].tolist() == pytest.approx(want, rel=1e-5)
 
 
 def test_line_12_masked_positions_cannot_change_anything_not_even_nan():
-    rewards, values, kl = noise(ROWS, LONGEST), noise(ROWS, LONGEST, seed=1), noise(ROWS, LONGEST, seed=2)
+    rewards, values, kl = (
+        noise(ROWS, LONGEST),
+        noise(ROWS, LONGEST, seed=1),
+        noise(ROWS, LONGEST, seed=2),
+    )
     scores, bootstrap = noise(ROWS, seed=3), noise(ROWS, seed=4)
-    assert torch.equal(token_rewards(scores, nan_where_masked(kl), MASK, 0.3), token_rewards(scores, kl, MASK, 0.3))
+    assert torch.equal(
+        token_rewards(scores, nan_where_masked(kl), MASK, 0.3), token_rewards(scores, kl, MASK, 0.3)
+    )
     clean = gae(rewards, values, MASK, bootstrap, 0.9, 0.8)
-    for dirty in (gae(nan_where_masked(rewards), values, MASK, bootstrap, 0.9, 0.8),
-                  gae(rewards, nan_where_masked(values), MASK, bootstrap, 0.9, 0.8)):
+    for dirty in (
+        gae(nan_where_masked(rewards), values, MASK, bootstrap, 0.9, 0.8),
+        gae(rewards, nan_where_masked(values), MASK, bootstrap, 0.9, 0.8),
+    ):
         assert torch.equal(dirty[0], clean[0]) and torch.equal(dirty[1], clean[1])
 
 
 def test_line_6_advantages_do_not_depend_on_padding_or_neighbours():
-    rewards, values, bootstrap = noise(ROWS, LONGEST), noise(ROWS, LONGEST, seed=1), noise(ROWS, seed=2)
+    rewards, values, bootstrap = (
+        noise(ROWS, LONGEST),
+        noise(ROWS, LONGEST, seed=1),
+        noise(ROWS, seed=2),
+    )
     together, _ = gae(rewards, values, MASK, bootstrap, 0.9, 0.8)
     for b, n in enumerate(LENGTHS):
-        alone, _ = gae(rewards[b : b + 1, :n], values[b : b + 1, :n], MASK[b : b + 1, :n], bootstrap[b : b + 1], 0.9, 0.8)
+        alone, _ = gae(
+            rewards[b : b + 1, :n],
+            values[b : b + 1, :n],
+            MASK[b : b + 1, :n],
+            bootstrap[b : b + 1],
+            0.9,
+            0.8,
+        )
         assert torch.equal(alone[0], together[b, :n])
-        scored = token_rewards(rewards[b : b + 1, 0], values[b : b + 1, :n], MASK[b : b + 1, :n], 0.1)
+        scored = token_rewards(
+            rewards[b : b + 1, 0], values[b : b + 1, :n], MASK[b : b + 1, :n], 0.1
+        )
         assert torch.equal(scored[0], token_rewards(rewards[:, 0], values, MASK, 0.1)[b, :n])
 
 
@@ -115,14 +151,18 @@ def test_group_advantages_are_the_papers():
         "rloo": [[r - np.mean(np.delete(row, i)) for i, r in enumerate(row)] for row in rows],
     }
     for kind, table in want.items():
-        assert group_advantages(rewards, 3, kind).tolist() == pytest.approx(np.concatenate(table).tolist(), rel=1e-9), kind
+        assert group_advantages(rewards, 3, kind).tolist() == pytest.approx(
+            np.concatenate(table).tolist(), rel=1e-9
+        ), kind
     assert group_advantages(torch.tensor([3.0, 1.0]), 2, "rloo").tolist() == [2.0, -2.0]
 
 
 @pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "rloo"])
 def test_line_15_a_group_of_equal_rewards_gives_zeros(kind):
     """Of numbers whose mean is not exact, too."""
-    got = group_advantages(torch.tensor([0.1, 0.1, 0.1, 1.0, 2.0, 3.0], dtype=torch.float64), 3, kind)
+    got = group_advantages(
+        torch.tensor([0.1, 0.1, 0.1, 1.0, 2.0, 3.0], dtype=torch.float64), 3, kind
+    )
     assert got[:3].abs().max() < 1e-9 and got[3:].abs().max() > 0.5
 
 
@@ -132,7 +172,9 @@ def test_lines_22_23_running_moments_are_those_of_all_numbers_so_far():
     for i, batch in enumerate(batches):
         moments.update(batch)
         every = np.concatenate([b.numpy() for b in batches[: i + 1]])
-        assert moments.mean == pytest.approx(every.mean(), rel=1e-9) and moments.std == pytest.approx(every.std(), rel=1e-9)
+        assert moments.mean == pytest.approx(
+            every.mean(), rel=1e-9
+        ) and moments.std == pytest.approx(every.std(), rel=1e-9)
 
 
 def test_line_23_decay_forgets_without_leaning_towards_zero():
@@ -144,14 +186,19 @@ def test_line_23_decay_forgets_without_leaning_towards_zero():
         weights = np.repeat([0.9 ** (i - j) for j in range(i + 1)], 8)
         mean = np.average(every, weights=weights)
         assert moments.mean == pytest.approx(mean, rel=1e-9)
-        assert moments.std == pytest.approx(np.average((every - mean) ** 2, weights=weights) ** 0.5, rel=1e-6)
+        assert moments.std == pytest.approx(
+            np.average((every - mean) ** 2, weights=weights) ** 0.5, rel=1e-6
+        )
 
 
 @pytest.mark.parametrize("x", [[0.1] * 7, [3.0], [1e4] * 3])
 def test_line_15_equal_numbers_are_centred_and_not_blown_up(x):
     moments = Moments()
     moments.update(torch.tensor(x))
-    assert moments.std >= 1e-4 and abs((torch.tensor(x).double() - moments.mean) / moments.std).max() < 1e-3
+    assert (
+        moments.std >= 1e-4
+        and abs((torch.tensor(x).double() - moments.mean) / moments.std).max() < 1e-3
+    )
 
 
 def test_running_moments_go_on_from_their_sums():
@@ -187,11 +234,14 @@ def test_the_policy_loss_is_the_clipped_surrogate(high, dual):
     assert 0 < clipped < 200 and (bounds > 10) == (dual is not None)
 
 
-@pytest.mark.parametrize("options, want", [
-    ((), [-2.0, -2.2, 0.0, 3.0, -1.0, 0.0]),
-    ((0.6, None), [-2.0, -2.2, -3.0, 3.0, -1.0, 0.0]),
-    ((None, 1.4), [-2.0, -2.2, 0.0, 0.0, -1.0, 0.0]),
-])
+@pytest.mark.parametrize(
+    "options, want",
+    [
+        ((), [-2.0, -2.2, 0.0, 3.0, -1.0, 0.0]),
+        ((0.6, None), [-2.0, -2.2, -3.0, 3.0, -1.0, 0.0]),
+        ((None, 1.4), [-2.0, -2.2, 0.0, 0.0, -1.0, 0.0]),
+    ],
+)
 def test_the_policy_loss_pushes_only_what_is_not_clipped(options, want):
     """d loss / d log-prob = -A · ratio inside the range or against the clip, 0 beyond it in the advantage's direction."""
     ratios = torch.tensor([1.0, 1.1, 1.5, 1.5, 0.5, 0.5])
@@ -209,17 +259,23 @@ def test_line_18_the_log_ratio_is_clipped_before_exp():
     assert all(torch.isfinite(x).all() for x in (loss, new.grad, *stats.values(), *penalties))
 
 
-@pytest.mark.parametrize("kind, formula, slope", [
-    ("k2", lambda x: 0.5 * x * x, lambda x: -x),
-    ("k3", lambda x: math.exp(x) - 1 - x, lambda x: 1 - math.exp(x)),
-])
+@pytest.mark.parametrize(
+    "kind, formula, slope",
+    [
+        ("k2", lambda x: 0.5 * x * x, lambda x: -x),
+        ("k3", lambda x: math.exp(x) - 1 - x, lambda x: 1 - math.exp(x)),
+    ],
+)
 def test_line_17_k2_and_k3_are_schulman_s_estimates(kind, formula, slope):
     """x = log π_ref − log π. Never negative, 0 at the reference, and the gradient for log π pulls towards it."""
     new, ref = noise(40).requires_grad_(), noise(40, seed=1)
     loss = kl_loss(new, ref, kind)
     loss.sum().backward()
     xs = (ref - new).tolist()
-    assert loss.tolist() == pytest.approx([formula(x) for x in xs], rel=1e-4, abs=1e-6) and min(loss.tolist()) >= 0
+    assert (
+        loss.tolist() == pytest.approx([formula(x) for x in xs], rel=1e-4, abs=1e-6)
+        and min(loss.tolist()) >= 0
+    )
     assert new.grad.tolist() == pytest.approx([slope(x) for x in xs], rel=1e-4, abs=1e-6)
     assert all((g > 0) == (n > r) for g, n, r in zip(new.grad.tolist(), new.tolist(), ref.tolist()))
     assert kl_loss(ref, ref, kind).tolist() == [0.0] * 40
@@ -232,8 +288,8 @@ def test_line_17_k3_is_the_kl_on_average_and_k2_s_gradient_is_the_kl_s():
     p = logp.exp().detach()
     kl = (logp.exp() * (logp - ref)).sum()
     assert (p * kl_loss(logp, ref, "k3")).sum().item() == pytest.approx(kl.item(), rel=1e-9)
-    want, = torch.autograd.grad(kl, logits, retain_graph=True)
-    got, = torch.autograd.grad((p * kl_loss(logp, ref, "k2")).sum(), logits)
+    (want,) = torch.autograd.grad(kl, logits, retain_graph=True)
+    (got,) = torch.autograd.grad((p * kl_loss(logp, ref, "k2")).sum(), logits)
     assert got.tolist() == pytest.approx(want.tolist(), rel=1e-6, abs=1e-9)
 
 
@@ -255,7 +311,9 @@ def test_line_13_every_token_has_its_own_loss_whatever_stands_beside_it():
         whole, stats = loss(new, old, advantages, 0.2)
         for part in (slice(0, 3), slice(3, 30), slice(30, 40)):
             got, logged = loss(new[part], old[part], advantages[part], 0.2)
-            assert torch.equal(got, whole[part]) and all(torch.equal(logged[name], stats[name][part]) for name in stats)
+            assert torch.equal(got, whole[part]) and all(
+                torch.equal(logged[name], stats[name][part]) for name in stats
+            )
 
 
 def test_line_13_token_weights_are_the_levels_formulas_however_the_responses_are_cut():

@@ -54,7 +54,10 @@ def test_the_verifier_s_reward_is_transformers_classifier_s(folder, parallel, ho
 
 
 def test_scores_are_centred_and_scaled_by_what_lies_beside_the_verifier(folder, parallel):
-    plain, scaled = (verifier(folder, parallel, **how)(buffer_of(RESPONSES)) for how in ({}, {"mean": 0.7, "std": 2.5}))
+    plain, scaled = (
+        verifier(folder, parallel, **how)(buffer_of(RESPONSES))
+        for how in ({}, {"mean": 0.7, "std": 2.5})
+    )
     assert torch.allclose(scaled, (plain - 0.7) / 2.5, atol=1e-6) and not scaled.requires_grad
 
 
@@ -67,8 +70,13 @@ def test_a_verifier_with_another_tokenizer_reads_the_texts(folder, parallel):
     )
     rows = [{"instruction": text} for text in ("x", "yz", "w?")]
     buffer = buffer_of(RESPONSES, CUT, rows=rows)
-    got = verifier(folder, parallel, translate=translator(telling(texts), own), mean=0.5, std=2.0)(buffer)
-    sequences = [own.prompt_ids(row["instruction"]) + own.response_ids(texts[r[0]]) for row, r in zip(rows, RESPONSES)]
+    got = verifier(folder, parallel, translate=translator(telling(texts), own), mean=0.5, std=2.0)(
+        buffer
+    )
+    sequences = [
+        own.prompt_ids(row["instruction"]) + own.response_ids(texts[r[0]])
+        for row, r in zip(rows, RESPONSES)
+    ]
     assert sequences[1].pop() == 63
     assert torch.allclose(got, (classifier(folder, sequences) - 0.5) / 2.0, atol=1e-5)
 
@@ -78,9 +86,14 @@ def test_a_verifier_with_another_tokenizer_reads_the_texts(folder, parallel):
 
 def test_the_rule_s_reward_is_the_grader_s():
     """On the response's text alone, by the task's headline rule, up to where the task ends an answer."""
-    task, texts = find_task("GSM8K"), {7: "so #### 12", 8: "it is 12", 9: "#### 13", 10: "Question: 6 + 6? #### 12"}
+    task, texts = (
+        find_task("GSM8K"),
+        {7: "so #### 12", 8: "it is 12", 9: "#### 13", 10: "Question: 6 + 6? #### 12"},
+    )
     got = RuleReward(task, telling(texts))(buffer_of([[7, EOS], [8], [9, EOS], [10]], gold="12"))
-    assert got.tolist() == [float(task.grade(text.split("Question:")[0], "12")[task.metric]) for text in texts.values()]
+    assert got.tolist() == [
+        float(task.grade(text.split("Question:")[0], "12")[task.metric]) for text in texts.values()
+    ]
     assert got.tolist() == [1.0, 0.0, 0.0, 0.0] and got.dtype == torch.float32
 
 
@@ -106,7 +119,12 @@ def test_the_length_s_reward_is_a_share_and_the_overlong_s_a_soft_punishment():
 
 
 def file_reward(parallel, score, tokenizer=None):
-    return FileReward("mine.py:score", score, tokenizer or SimpleNamespace(decode=lambda ids: f"text {ids[0]}"), parallel)
+    return FileReward(
+        "mine.py:score",
+        score,
+        tokenizer or SimpleNamespace(decode=lambda ids: f"text {ids[0]}"),
+        parallel,
+    )
 
 
 def test_a_user_s_function_gets_prompts_responses_and_rows_in_batches(parallel):
@@ -124,17 +142,30 @@ def test_a_user_s_function_gets_prompts_responses_and_rows_in_batches(parallel):
     assert got.tolist() == [i / 2 for i in range(n)] and got.dtype == torch.float32
     assert [len(prompts) for prompts, *_ in calls] == [ROWS_AT_ONCE, 3]
     assert sum((prompts for prompts, *_ in calls), []) == [row["instruction"] for row in rows]
-    assert sum((responses for _, responses, _ in calls), []) == [f"text {3 + i % 60}" for i in range(n)]
-    assert sum((given for *_, given in calls), []) == rows == [prompt.row for prompt in buffer.prompts]
+    assert sum((responses for _, responses, _ in calls), []) == [
+        f"text {3 + i % 60}" for i in range(n)
+    ]
+    assert (
+        sum((given for *_, given in calls), []) == rows == [prompt.row for prompt in buffer.prompts]
+    )
 
 
-@pytest.mark.parametrize("answer, said", [
-    ([1.0], "returned 1 numbers for 3 responses"), ([1.0] * 4, "returned 4 numbers for 3 responses"),
-    ([1.0, float("nan"), 2.0], "returned nan"), ([float("inf")] * 3, "returned inf"),
-    (None, "TypeError"), (["one", "two", "three"], "ValueError")])
+@pytest.mark.parametrize(
+    "answer, said",
+    [
+        ([1.0], "returned 1 numbers for 3 responses"),
+        ([1.0] * 4, "returned 4 numbers for 3 responses"),
+        ([1.0, float("nan"), 2.0], "returned nan"),
+        ([float("inf")] * 3, "returned inf"),
+        (None, "TypeError"),
+        (["one", "two", "three"], "ValueError"),
+    ],
+)
 def test_what_is_no_number_for_each_response_is_refused(parallel, answer, said):
     with pytest.raises(UserError, match="--reward_file mine.py:score: ") as refusal:
-        file_reward(parallel, lambda *_: answer)(buffer_of(RESPONSES, rows=[{"instruction": "q"}] * 3))
+        file_reward(parallel, lambda *_: answer)(
+            buffer_of(RESPONSES, rows=[{"instruction": "q"}] * 3)
+        )
     assert said in str(refusal.value)
 
 
@@ -146,20 +177,37 @@ def test_what_a_user_s_function_returns_may_be_a_tensor_or_booleans(parallel):
 
 def test_the_line_where_a_user_s_function_fails_is_named(parallel, tmp_path):
     path = tmp_path / "mine.py"
-    path.write_text("def helper(row):\n    return row['lable']\n\ndef score(p, r, rows):\n    return [*map(helper, rows)]\n")
-    reward = FileReward(f"{path}:score", load_score(f"{path}:score"), SimpleNamespace(decode=lambda ids: ""), parallel)
+    path.write_text(
+        "def helper(row):\n    return row['lable']\n\ndef score(p, r, rows):\n    return [*map(helper, rows)]\n"
+    )
+    reward = FileReward(
+        f"{path}:score",
+        load_score(f"{path}:score"),
+        SimpleNamespace(decode=lambda ids: ""),
+        parallel,
+    )
     with pytest.raises(UserError) as refusal:
         reward(buffer_of(RESPONSES, rows=[{"instruction": "q"}] * 3))
     assert f"KeyError: 'lable' ({path}:2)" in str(refusal.value)
 
 
-@pytest.mark.parametrize("where, text, said", [
-    ("mine.py", None, "write FILE.py:FUNCTION"), ("mine:score", None, "write FILE.py:FUNCTION"),
-    ("mine.py:not a name", None, "write FILE.py:FUNCTION"), ("mine.py:score", None, "is not there"),
-    ("mine.py:score", "def scor(p, r, rows): pass\nscore = 3\nimport os\n", "has no function score; it has scor"),
-    ("mine.py:score", "x = 1\n", "has no function score; it has none"),
-    ("mine.py:score", "def score(:\n", "cannot be run: SyntaxError"),
-    ("mine.py:score", "import nowhere\n", "cannot be run: ModuleNotFound")])
+@pytest.mark.parametrize(
+    "where, text, said",
+    [
+        ("mine.py", None, "write FILE.py:FUNCTION"),
+        ("mine:score", None, "write FILE.py:FUNCTION"),
+        ("mine.py:not a name", None, "write FILE.py:FUNCTION"),
+        ("mine.py:score", None, "is not there"),
+        (
+            "mine.py:score",
+            "def scor(p, r, rows): pass\nscore = 3\nimport os\n",
+            "has no function score; it has scor",
+        ),
+        ("mine.py:score", "x = 1\n", "has no function score; it has none"),
+        ("mine.py:score", "def score(:\n", "cannot be run: SyntaxError"),
+        ("mine.py:score", "import nowhere\n", "cannot be run: ModuleNotFound"),
+    ],
+)
 def test_a_file_without_the_function_is_refused(tmp_path, where, text, said):
     if text is not None:
         (tmp_path / "mine.py").write_text(text)

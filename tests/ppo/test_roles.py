@@ -12,19 +12,27 @@ from src.trainer.optimizer import Optimizer
 from tests.ppo.worker import LR, VALUE_LR, digest, make_ppo, prompts
 from tests.trainer.tiny import ours
 
+
 def lying(ppo) -> dict[str, tuple[int, int]]:
     """Bytes of each role's weights and of its optimizer's state that are on the device."""
-    def size(tensors):
-        return sum({x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors}.values())
 
-    return {name: (size(role.weights()), size(role.state())) for name, role in ppo.stage.roles.items()}
+    def size(tensors):
+        return sum(
+            {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors}.values()
+        )
+
+    return {
+        name: (size(role.weights()), size(role.state())) for name, role in ppo.stage.roles.items()
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_offload_leaves_nothing_of_the_others_on_the_device(folder, parallel, dtype):
     """In each phase only those at work; optimizers' state, masters of bf16 weights included, only in the update."""
     ppo, seen = make_ppo(folder, parallel, dtype, offload=True, update="in_turn", ppo_epochs=1), {}
-    assert all(sizes == (0, 0) for sizes in lying(ppo).values()), "to host memory as soon as they are loaded"
+    assert all(sizes == (0, 0) for sizes in lying(ppo).values()), (
+        "to host memory as soon as they are loaded"
+    )
 
     def watching(name, real):
         def call(*arguments, **more):
@@ -41,24 +49,37 @@ def test_offload_leaves_nothing_of_the_others_on_the_device(folder, parallel, dt
     ppo.rewards = [(1.0, verifier)]
     for number in (0, 1):
         ppo.iteration(number, prompts(), LR, VALUE_LR)
-    at_work = {"generate": ("policy", 0), "reward": ("reward", 0), "_values": ("value", 0), "_policy_loss": ("policy", 1),
-               "_value_loss": ("value", 1)}
+    at_work = {
+        "generate": ("policy", 0),
+        "reward": ("reward", 0),
+        "_values": ("value", 0),
+        "_policy_loss": ("policy", 1),
+        "_value_loss": ("value", 1),
+    }
     for phase, (name, training) in at_work.items():
         for sizes in seen[phase]:
             assert [role for role, (weights, _) in sizes.items() if weights] == [name], phase
-            assert all(not state or training and role == name for role, (_, state) in sizes.items()), phase
+            assert all(
+                not state or training and role == name for role, (_, state) in sizes.items()
+            ), phase
         if training:
             assert seen[phase][-1][name][1] > seen[phase][-1][name][0], "moments, and masters"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("change", [{"offload": True}, {"update": "in_turn"}, {"offload": True, "update": "in_turn"}])
+@pytest.mark.parametrize(
+    "change", [{"offload": True}, {"update": "in_turn"}, {"offload": True, "update": "in_turn"}]
+)
 def test_offload_and_the_order_of_updates_change_no_bit(folder, parallel, dtype, change):
     found = []
     for more in ({}, change):
         ppo = make_ppo(folder, parallel, dtype, ppo_epochs=1, **more)
         stats = [ppo.iteration(number, prompts(), LR, VALUE_LR) for number in (0, 1)][-1]
-        timeless = {k: x for k, x in stats.items() if not k.startswith(("seconds", "tokens_per_s", "memory"))}
+        timeless = {
+            k: x
+            for k, x in stats.items()
+            if not k.startswith(("seconds", "tokens_per_s", "memory"))
+        }
         found.append((digest(ppo), timeless))
     assert found[0] == found[1]
 
@@ -81,7 +102,9 @@ def test_the_peak_of_a_role_is_its_weights_gradients_and_optimizer(folder, paral
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_quantised_role_goes_and_comes_back(folder, parallel, kind):
     checkpoint, stage = Checkpoint.open(str(folder / "policy")), Stage(offload=True)
-    model = load_model(checkpoint, parallel, torch.float32, "lm", quantize=kind).requires_grad_(False)
+    model = load_model(checkpoint, parallel, torch.float32, "lm", quantize=kind).requires_grad_(
+        False
+    )
     kept = {name: p.data for name, p in model.named_parameters() if isinstance(p.data, Quantized)}
     before = {name: (weight.codes.clone(), weight.scales.clone()) for name, weight in kept.items()}
     role = stage.add(Role("reference", model, parallel))
@@ -96,14 +119,22 @@ def test_a_quantised_role_goes_and_comes_back(folder, parallel, kind):
 
 def test_a_shared_trunk_stays_while_one_of_its_roles_is_at_work(folder, parallel):
     lora, stage = LoRAConfig(4), Stage(offload=True)
-    policy = load_model(Checkpoint.open(str(folder / "policy")), parallel, torch.float32, "lm", lora=lora)
+    policy = load_model(
+        Checkpoint.open(str(folder / "policy")), parallel, torch.float32, "lm", lora=lora
+    )
     reference = load_sharing(policy, parallel, "lm")
     value = load_sharing(policy, parallel, "score", lora=lora)
     for name, model in (("policy", policy), ("reference", reference), ("value", value)):
-        stage.add(Role(name, model, parallel, None if name == "reference" else Optimizer(model, parallel)))
+        stage.add(
+            Role(name, model, parallel, None if name == "reference" else Optimizer(model, parallel))
+        )
     trunk = reference.layers[0].attention.wq.weight
     adapters = [model.layers[0].attention.wq.lora_b for model in (policy, value)]
-    for name, there in (("reference", (False, False)), ("policy", (True, False)), ("value", (False, True))):
+    for name, there in (
+        ("reference", (False, False)),
+        ("policy", (True, False)),
+        ("value", (False, True)),
+    ):
         with stage.at_work(name):
             assert trunk.untyped_storage().nbytes() > 0
             assert tuple(a.untyped_storage().nbytes() > 0 for a in adapters) == there
@@ -120,7 +151,10 @@ def test_a_shared_trunk_stays_while_one_of_its_roles_is_at_work(folder, parallel
 def test_the_reference_follows_the_policy_in_fp32(folder, parallel, dtype, offload):
     """reference ← 0.9 · reference + 0.1 · policy each iteration, from the weights that were loaded."""
     ppo = make_ppo(folder, parallel, dtype, offload=offload, ppo_epochs=1, ref_ema=0.9)
-    want = {name: p.detach().float() for name, p in ours(folder / "reference", parallel, dtype).named_parameters()}
+    want = {
+        name: p.detach().float()
+        for name, p in ours(folder / "reference", parallel, dtype).named_parameters()
+    }
     for number in range(3):
         ppo.iteration(number, prompts(), LR, VALUE_LR)
         with ppo.stage.at_work("policy", "reference"):
@@ -128,7 +162,9 @@ def test_the_reference_follows_the_policy_in_fp32(folder, parallel, dtype, offlo
                 want[name] = 0.9 * want[name] + 0.1 * p.detach().float()
             digits = 1e-6 if dtype == torch.float32 else 2**-7  # one unit in the last place
             for name, p in ppo.reference.model.named_parameters():
-                assert torch.allclose(p.detach(), want[name].to(dtype), rtol=digits, atol=1e-7), name
+                assert torch.allclose(p.detach(), want[name].to(dtype), rtol=digits, atol=1e-7), (
+                    name
+                )
 
 
 def test_steps_too_small_for_bf16_add_up(folder, parallel):
@@ -140,11 +176,19 @@ def test_steps_too_small_for_bf16_add_up(folder, parallel):
         follower.follow(policy)
     for name, p in policy.named_parameters():
         want = 0.999**300 * start[name] + (1 - 0.999**300) * p.detach().float()
-        assert torch.allclose(reference.get_parameter(name).float(), want, rtol=1e-2, atol=1e-3), name
+        assert torch.allclose(reference.get_parameter(name).float(), want, rtol=1e-2, atol=1e-3), (
+            name
+        )
 
 
 def test_the_reference_follows_the_policy_with_its_adapter_added_in(folder, parallel):
-    policy = load_model(Checkpoint.open(str(folder / "policy")), parallel, torch.float32, "lm", lora=LoRAConfig(4, 8.0))
+    policy = load_model(
+        Checkpoint.open(str(folder / "policy")),
+        parallel,
+        torch.float32,
+        "lm",
+        lora=LoRAConfig(4, 8.0),
+    )
     wq = policy.layers[0].attention.wq
     torch.nn.init.normal_(wq.lora_b, generator=torch.Generator().manual_seed(0))
     reference = ours(folder / "reference", parallel).requires_grad_(False)

@@ -42,8 +42,11 @@ class Scripted:
 def buffer_of(responses, truncated=None, prompt=(1, 5, 6), gold="", rows=None):
     prompts = [Prompt(list(prompt), gold, row) for row in rows or [{}] * len(responses)]
     return RolloutBuffer(
-        prompts, list(range(len(responses))), torch.tensor([t for r in responses for t in (*prompt, *r)]),
-        [len(prompt) + len(r) for r in responses], torch.tensor(truncated or [False] * len(responses)),
+        prompts,
+        list(range(len(responses))),
+        torch.tensor([t for r in responses for t in (*prompt, *r)]),
+        [len(prompt) + len(r) for r in responses],
+        torch.tensor(truncated or [False] * len(responses)),
         torch.zeros(sum(map(len, responses))),
     )
 
@@ -58,7 +61,10 @@ def test_lines_1_2_one_temperature_and_the_whole_softmax_for_old_and_reference(f
     buffer, fresh = recorder.buffer, ours(folder / "policy", parallel)
     batch, index = buffer.select(list(range(len(buffer))))
     with torch.no_grad():
-        for model, got in ((fresh, buffer.logprobs), (ours(folder / "reference", parallel), buffer.ref_logprobs)):
+        for model, got in (
+            (fresh, buffer.logprobs),
+            (ours(folder / "reference", parallel), buffer.ref_logprobs),
+        ):
             logits = model.logits(model(batch.tokens, batch.layout)[batch.rows]).double() / 0.5
             want = logits.log_softmax(-1).gather(1, batch.targets.unsqueeze(1)).squeeze(1)
             assert torch.allclose(got[index].double(), want, atol=1e-5)
@@ -76,12 +82,26 @@ def test_line_3_everything_after_the_logits_is_fp32_in_a_bf16_run(folder, parall
             model = ppo.policy.model
             logits = model.logits(model(batch.tokens, batch.layout)[batch.rows])
         assert logits.dtype == torch.bfloat16
-        wide = (logits.double() / TEMPERATURE).log_softmax(-1).gather(1, batch.targets.unsqueeze(1)).squeeze(1)
+        wide = (
+            (logits.double() / TEMPERATURE)
+            .log_softmax(-1)
+            .gather(1, batch.targets.unsqueeze(1))
+            .squeeze(1)
+        )
         kept["error"] = float((buffer.logprobs[index].double() - wide).abs().max())
 
     ppo._score = spy
     stats, recorder = iterate(ppo, number=1)
-    for name in ("logprobs", "ref_logprobs", "entropy", "values", "rewards", "advantages", "returns", "scores"):
+    for name in (
+        "logprobs",
+        "ref_logprobs",
+        "entropy",
+        "values",
+        "rewards",
+        "advantages",
+        "returns",
+        "scores",
+    ):
         assert getattr(recorder.buffer, name).dtype == torch.float32, name
     # bf16 log-probabilities would be off by up to 2^-7 nats; what remains is the batch's effect on the bf16 trunk
     assert kept["error"] < 0.06 and stats["policy_skipped"] == stats["value_skipped"] == 0
@@ -123,7 +143,9 @@ def test_lines_7_8_eos_and_the_first_token_are_actions_and_nothing_else_is(folde
 def test_line_9_truncation_is_read_from_the_stop_reason(folder, parallel):
     """Ended by EOS at exactly max_new_tokens is not truncated; shorter, cut by the context, is."""
     ppo = make_ppo(folder, parallel, sampling=Sampling(3, seed=0))
-    ppo.engine = Scripted([Completion([7, 8, EOS], [-1.0] * 3, "stop"), Completion([7, 8], [-1.0] * 2, "length")])
+    ppo.engine = Scripted(
+        [Completion([7, 8, EOS], [-1.0] * 3, "stop"), Completion([7, 8], [-1.0] * 2, "length")]
+    )
     ppo.rewards = ppo.rewards[1:]
     buffer = ppo._rollouts(0, [Prompt([1, 5], "0"), Prompt([1, 6], "0")], None, None)
     assert buffer.truncated.tolist() == [False, True]
@@ -158,7 +180,10 @@ def test_line_10_what_follows_a_truncated_response(folder, parallel, policy):
     raw, at = [], 0
     for i, (n, cut) in enumerate([(3, False), (4, True), (1, True)]):
         part = slice(at, at + n)
-        kl, values = (buffer.logprobs - buffer.ref_logprobs)[part].tolist(), buffer.values[part].tolist()
+        kl, values = (
+            (buffer.logprobs - buffer.ref_logprobs)[part].tolist(),
+            buffer.values[part].tolist(),
+        )
         rewards = [-0.3 * k for k in kl]
         rewards[-1] += float(buffer.scores[i]) - (0.7 if cut and policy == "penalty" else 0.0)
         values.append(last_values[i] if cut and policy == "bootstrap" else 0.0)
@@ -170,7 +195,9 @@ def test_line_10_what_follows_a_truncated_response(folder, parallel, policy):
         raw, at = raw + advantages, at + n
     mean = sum(raw) / 8
     std = (sum((a - mean) ** 2 for a in raw) / 8) ** 0.5
-    assert buffer.advantages.tolist() == pytest.approx([(a - mean) / std for a in raw], rel=1e-4, abs=1e-5)
+    assert buffer.advantages.tolist() == pytest.approx(
+        [(a - mean) / std for a in raw], rel=1e-4, abs=1e-5
+    )
 
 
 def test_line_11_the_value_after_eos_is_zero(folder, parallel):
@@ -185,11 +212,16 @@ def test_line_11_the_value_after_eos_is_zero(folder, parallel):
 def test_line_11_the_value_at_the_last_token_is_not_fitted(folder, parallel, monkeypatch):
     """One value per response token enters the loss, and no gradient reaches the last token's row."""
     fitted = []
-    monkeypatch.setattr(trainer, "value_loss", lambda v, *rest: fitted.append(v.numel()) or value_loss(v, *rest))
+    monkeypatch.setattr(
+        trainer, "value_loss", lambda v, *rest: fitted.append(v.numel()) or value_loss(v, *rest)
+    )
     ppo = make_ppo(folder, parallel, mini_batches=1, ppo_epochs=1)
     _, recorder = iterate(ppo)
     assert sum(fitted) == sum(recorder.buffer.response_lengths)
-    model, batch = ours(folder / "value", parallel), Batch.of([Sequence([1, 5, 7, 8, EOS], 2)], parallel.device)
+    model, batch = (
+        ours(folder / "value", parallel),
+        Batch.of([Sequence([1, 5, 7, 8, EOS], 2)], parallel.device),
+    )
     asked, hidden, forward = [], [], model.forward
 
     def keep(tokens, layout, rows):
@@ -210,8 +242,13 @@ def test_line_15_a_single_rollout_is_safe(folder, parallel):
     ppo = make_ppo(folder, parallel, max_buffer_size=1, mini_batches=1)
     ppo.engine = Scripted([Completion([EOS], [-1.0], "stop")])
     stats, recorder = iterate(ppo, [Prompt([1, 5, 6], "1")])
-    assert recorder.buffer.advantages.tolist() == [0.0] and stats["policy_skipped"] == stats["value_skipped"] == 0
-    assert all(torch.isfinite(p).all() for role in (ppo.policy, ppo.value) for p in role.model.parameters())
+    assert (
+        recorder.buffer.advantages.tolist() == [0.0]
+        and stats["policy_skipped"] == stats["value_skipped"] == 0
+    )
+    assert all(
+        torch.isfinite(p).all() for role in (ppo.policy, ppo.value) for p in role.model.parameters()
+    )
     assert stats["explained_variance"] == 0.0
 
 
@@ -220,7 +257,10 @@ def test_line_18_the_logged_kl_is_not_clipped(folder, parallel):
     buffer = buffer_of([[7, 8], [9]], [False, False])
     buffer.scores = buffer.shaped = buffer.last_values = torch.zeros(2)
     ppo.responses = [2, 1]
-    buffer.logprobs, buffer.ref_logprobs = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([-50.0, 2.0, -1.0])
+    buffer.logprobs, buffer.ref_logprobs = (
+        torch.tensor([0.0, 1.0, 2.0]),
+        torch.tensor([-50.0, 2.0, -1.0]),
+    )
     for name in ("entropy", "values", "returns"):
         setattr(buffer, name, torch.zeros(3))
     stats = ppo._rollout_stats(buffer)
@@ -238,10 +278,14 @@ def test_line_20_the_controller_gets_the_batch_s_mean_kl_once(folder, parallel):
 
 
 @pytest.mark.parametrize("epochs, minibatches", [(1, 1), (3, 1), (1, 4), (2, 3)])
-def test_line_21_optimizer_steps_are_epochs_times_minibatches(folder, parallel, epochs, minibatches):
+def test_line_21_optimizer_steps_are_epochs_times_minibatches(
+    folder, parallel, epochs, minibatches
+):
     ppo = make_ppo(folder, parallel, ppo_epochs=epochs, mini_batches=minibatches)
     stats, recorder = iterate(ppo)
-    assert len(recorder.steps) == stats["policy_steps"] == stats["value_steps"] == epochs * minibatches
+    assert (
+        len(recorder.steps) == stats["policy_steps"] == stats["value_steps"] == epochs * minibatches
+    )
     plan = recorder.minibatches
     for epoch in range(epochs):
         part = plan[epoch * minibatches : (epoch + 1) * minibatches]
@@ -254,7 +298,9 @@ def test_line_21_epochs_and_iterations_are_shuffled_anew(folder, parallel):
     buffer = buffer_of([[7]] * 8, [False] * 8)
     ppo.responses = [1] * 8
     plans = [ppo._plan(number, epoch, buffer) for number, epoch in ((0, 0), (0, 1), (1, 0))]
-    plans = [[sorted(i for rows in minibatch.rows for i in rows) for minibatch in plan] for plan in plans]
+    plans = [
+        [sorted(i for rows in minibatch.rows for i in rows) for minibatch in plan] for plan in plans
+    ]
     assert len({str(plan) for plan in plans}) == 3
     assert ppo._plan(0, 0, buffer) == ppo._plan(0, 0, buffer)
 
@@ -275,7 +321,9 @@ def test_line_27_samples_differ_and_a_seed_reproduces_them(folder, parallel):
 def test_line_27_iterations_number_their_samples_apart(folder, parallel):
     ppo, seen = make_ppo(folder, parallel), []
     generate = ppo.engine.generate
-    ppo.engine.generate = lambda p, s, stop, samples, f: seen.append(samples) or generate(p, s, stop, samples, f)
+    ppo.engine.generate = lambda p, s, stop, samples, f: (
+        seen.append(samples) or generate(p, s, stop, samples, f)
+    )
     for number in (0, 1):
         ppo.iteration(number, prompts(), 1e-3, 1e-3)
     assert len(set(seen[0] + seen[1])) == 16
@@ -284,9 +332,13 @@ def test_line_27_iterations_number_their_samples_apart(folder, parallel):
 def test_line_27_rounds_that_fill_up_a_batch_number_their_samples_apart(folder, parallel):
     ppo, seen = make_ppo(folder, parallel, samples_per_prompt=2, filter_rounds=3), []
     ppo.rewards, generate = ppo.rewards[1:], ppo.engine.generate
-    ppo.engine.generate = lambda p, s, stop, samples, f: seen.extend(samples) or generate(p, s, stop, samples, f)
+    ppo.engine.generate = lambda p, s, stop, samples, f: (
+        seen.extend(samples) or generate(p, s, stop, samples, f)
+    )
     for number in (0, 1):
-        ppo.iteration(number, [Prompt(p.tokens, "7") for p in prompts()], 1e-3, 1e-3)  # never the answer: all are left out
+        ppo.iteration(
+            number, [Prompt(p.tokens, "7") for p in prompts()], 1e-3, 1e-3
+        )  # never the answer: all are left out
     assert len(seen) == len(set(seen)) == 2 * 3 * 8
 
 
@@ -294,7 +346,10 @@ def test_line_28_a_reward_of_zero_is_a_reward(folder, parallel):
     ppo = make_ppo(folder, parallel)
     ppo.rewards = ppo.rewards[1:]
     stats, recorder = iterate(ppo, [Prompt(p.tokens, "7") for p in prompts()])  # never the answer
-    assert stats["reward"] == stats["reward/rule"] == 0.0 and recorder.buffer.scores.tolist() == [0.0] * 8
+    assert (
+        stats["reward"] == stats["reward/rule"] == 0.0
+        and recorder.buffer.scores.tolist() == [0.0] * 8
+    )
     b = recorder.buffer
     assert torch.allclose(b.rewards, -0.3 * (b.logprobs - b.ref_logprobs), atol=1e-7)
 
@@ -303,7 +358,9 @@ def test_line_28_a_reward_of_zero_is_a_reward(folder, parallel):
 
 
 def schedule(**change):
-    plan = dict(lr=1e-3, critic_lr=2e-3, warmup=0.0, schedule="linear", epochs=2, iterations=None, seed=3)
+    plan = dict(
+        lr=1e-3, critic_lr=2e-3, warmup=0.0, schedule="linear", epochs=2, iterations=None, seed=3
+    )
     return Schedule(**plan | change)
 
 
@@ -311,26 +368,40 @@ class Fake:
     """Stands for a PPO and writes down what it is asked for."""
 
     def __init__(self, stats=None):
-        self.settings, self.calls, self.stats = SimpleNamespace(max_buffer_size=4, samples_per_prompt=2), [], stats or {}
+        self.settings, self.calls, self.stats = (
+            SimpleNamespace(max_buffer_size=4, samples_per_prompt=2),
+            [],
+            stats or {},
+        )
         self.stage = SimpleNamespace(roles={})
 
     def iteration(self, number, batch, lr, critic_lr, more):
         self.calls.append((number, [p.tokens[0] for p in batch], lr, critic_lr))
         self.more = [p.tokens[0] for p in more()] if self.stats.get("more") else None
-        known = dict.fromkeys(("reward", "kl", "entropy", "response_length", "truncated", "clipfrac"), 0.0)
+        known = dict.fromkeys(
+            ("reward", "kl", "entropy", "response_length", "truncated", "clipfrac"), 0.0
+        )
         return known | self.stats
 
 
 def outer(plan, ppo=None):
     ppo, evaluated = ppo or Fake(), []
     with RunLog(None, "test", {}, rank=1) as log:
-        fit(ppo, [Prompt([i]) for i in range(5)], plan, log, lambda name, number: evaluated.append((name, number)))
+        fit(
+            ppo,
+            [Prompt([i]) for i in range(5)],
+            plan,
+            log,
+            lambda name, number: evaluated.append((name, number)),
+        )
     return ppo.calls, evaluated
 
 
 def test_every_pass_takes_every_prompt_with_all_its_samples_in_full_batches():
     calls, evaluated = outer(schedule())
-    assert [number for number, *_ in calls] == list(range(6)) and evaluated == [(f"epoch {i}", i) for i in (0, 1, 2)]
+    assert [number for number, *_ in calls] == list(range(6)) and evaluated == [
+        (f"epoch {i}", i) for i in (0, 1, 2)
+    ]
     assert all(len(batch) == 4 and batch[::2] == batch[1::2] for _, batch, *_ in calls)
     drawn = [i for _, batch, *_ in calls for i in batch[::2]]
     assert sorted(drawn[:5]) == sorted(drawn[5:10]) == list(range(5))
@@ -339,15 +410,23 @@ def test_every_pass_takes_every_prompt_with_all_its_samples_in_full_batches():
         assert lr == pytest.approx(1e-3 * (1 - number / 6)) and critic_lr == pytest.approx(2 * lr)
 
 
-@pytest.mark.parametrize("change, evaluated", [
-    ({"iterations": 1}, [("epoch", 0), ("epoch", 1)]),
-    ({"iterations": 4}, [("epoch", 0), ("epoch", 1), ("epoch", 2)]),
-    ({"iterations": 8}, [("epoch", 0), ("epoch", 1), ("epoch", 2), ("epoch", 3)]),
-    ({"iterations": 5, "eval_every": 2}, [("iteration", 0), ("iteration", 2), ("iteration", 4), ("iteration", 5)]),
-])
+@pytest.mark.parametrize(
+    "change, evaluated",
+    [
+        ({"iterations": 1}, [("epoch", 0), ("epoch", 1)]),
+        ({"iterations": 4}, [("epoch", 0), ("epoch", 1), ("epoch", 2)]),
+        ({"iterations": 8}, [("epoch", 0), ("epoch", 1), ("epoch", 2), ("epoch", 3)]),
+        (
+            {"iterations": 5, "eval_every": 2},
+            [("iteration", 0), ("iteration", 2), ("iteration", 4), ("iteration", 5)],
+        ),
+    ],
+)
 def test_iterations_end_the_run_early_or_go_on_and_evaluations_come_as_planned(change, evaluated):
     calls, seen = outer(schedule(**change))
-    assert len(calls) == change["iterations"] and seen == [(f"{unit} {at}", at) for unit, at in evaluated]
+    assert len(calls) == change["iterations"] and seen == [
+        (f"{unit} {at}", at) for unit, at in evaluated
+    ]
 
 
 def test_the_seed_draws_the_prompts_and_what_fills_up_a_batch_comes_next():
@@ -355,7 +434,9 @@ def test_the_seed_draws_the_prompts_and_what_fills_up_a_batch_comes_next():
         return [batch for _, batch, *_ in outer(schedule(seed=seed), Fake(stats))[0]]
 
     assert batches(1) == batches(1) != batches(2)
-    assert batches(1, more=1.0) == batches(1)[::2] + batches(1, more=1.0)[3:], "every second batch fills up the one before"
+    assert batches(1, more=1.0) == batches(1)[::2] + batches(1, more=1.0)[3:], (
+        "every second batch fills up the one before"
+    )
 
 
 def test_line_16_skipped_steps_and_iterations_without_a_lesson_are_said():
@@ -371,10 +452,14 @@ def test_line_16_skipped_steps_and_iterations_without_a_lesson_are_said():
         lost = Fake()
         lost.iteration = lambda *_, **__: {"reward": 0.0}
         fit(lost, [Prompt([0])], schedule(iterations=1), log, lambda *_: None)
-    assert [("not finite" in x, "nothing was learned" in x) for x in Log.said] == [(True, False)] * 2 + [(False, True)]
+    assert [("not finite" in x, "nothing was learned" in x) for x in Log.said] == [
+        (True, False)
+    ] * 2 + [(False, True)]
 
 
-@pytest.mark.parametrize("change", [{"lr": 0.0}, {"critic_lr": -1.0}, {"warmup": 1.0}, {"epochs": 0}, {"iterations": 0}])
+@pytest.mark.parametrize(
+    "change", [{"lr": 0.0}, {"critic_lr": -1.0}, {"warmup": 1.0}, {"epochs": 0}, {"iterations": 0}]
+)
 def test_schedules_out_of_range_are_refused(change):
     with pytest.raises(UserError, match=f"--{next(iter(change))} "):
         schedule(**change)
@@ -385,52 +470,124 @@ def test_schedules_out_of_range_are_refused(change):
 
 def test_line_24_defaults_are_the_recipe_s():
     flags = {name: p.default for name, p in inspect.signature(ppo_train.main).parameters.items()}
-    recipe = dict(gamma=1.0, lam=0.95, cliprange=0.2, cliprange_value=0.2, vf_coef=0.1, ppo_epochs=4, truncated="bootstrap")
+    recipe = dict(
+        gamma=1.0,
+        lam=0.95,
+        cliprange=0.2,
+        cliprange_value=0.2,
+        vf_coef=0.1,
+        ppo_epochs=4,
+        truncated="bootstrap",
+    )
     settings = PPOSettings(max_batch_size=1, max_buffer_size=4)
     for name, value in recipe.items():
         assert flags[name] == getattr(settings, name) == value
     known = {name for name in PPOSettings.__dataclass_fields__}
-    assert known <= flags.keys() and {n: flags[n] for n in known if n not in ("max_batch_size", "max_buffer_size")} == {
-        n: getattr(settings, n) for n in known if n not in ("max_batch_size", "max_buffer_size")
-    }
+    assert known <= flags.keys() and {
+        n: flags[n] for n in known if n not in ("max_batch_size", "max_buffer_size")
+    } == {n: getattr(settings, n) for n in known if n not in ("max_batch_size", "max_buffer_size")}
 
 
 def settings_of(**change):
     return PPOSettings(**dict(max_batch_size=4, max_buffer_size=8) | change)
 
 
-@pytest.mark.parametrize("advantage, has_value, grouped, whitens, level, kl", [
-    ("gae", True, False, True, "token", "k1"), ("grpo", False, True, False, "sequence", "k3"),
-    ("dr_grpo", False, True, False, "constant", "k3"), ("rloo", False, True, False, "token", "k1"),
-    ("reinforce++", False, False, True, "token", "k1")])
-def test_what_the_advantage_settles_and_what_is_said_wins(advantage, has_value, grouped, whitens, level, kl):
+@pytest.mark.parametrize(
+    "advantage, has_value, grouped, whitens, level, kl",
+    [
+        ("gae", True, False, True, "token", "k1"),
+        ("grpo", False, True, False, "sequence", "k3"),
+        ("dr_grpo", False, True, False, "constant", "k3"),
+        ("rloo", False, True, False, "token", "k1"),
+        ("reinforce++", False, False, True, "token", "k1"),
+    ],
+)
+def test_what_the_advantage_settles_and_what_is_said_wins(
+    advantage, has_value, grouped, whitens, level, kl
+):
     s = settings_of(advantage=advantage, samples_per_prompt=2)
-    assert (s.has_value, s.is_grouped, s.whitens, s.level, s.kl_kind) == (has_value, grouped, whitens, level, kl)
-    s = settings_of(advantage=advantage, samples_per_prompt=2, whiten=not whitens, loss_level="constant", kl="k2")
+    assert (s.has_value, s.is_grouped, s.whitens, s.level, s.kl_kind) == (
+        has_value,
+        grouped,
+        whitens,
+        level,
+        kl,
+    )
+    s = settings_of(
+        advantage=advantage,
+        samples_per_prompt=2,
+        whiten=not whitens,
+        loss_level="constant",
+        kl="k2",
+    )
     assert (s.whitens, s.level, s.kl_kind) == (not whitens, "constant", "k2")
 
 
-@pytest.mark.parametrize("change", [
-    *({name: 0} for name in ("max_batch_size", "max_buffer_size", "mini_batches", "ppo_epochs", "samples_per_prompt")),
-    {"mini_batches": 9}, {"max_buffer_size": 7, "samples_per_prompt": 2},
-    *({name: bad} for name in ("gamma", "lam", "lam_critic") for bad in (1.1, -0.1)),
-    *({name: 0.0} for name in ("cliprange", "cliprange_high", "cliprange_value", "target_kl", "reward_clip")),
-    {"dual_clip": 1.0}, {"ref_ema": 1.0}, {"ref_ema": -0.1}, {"filter_rounds": 1},
-    *({"samples_per_prompt": 1, "advantage": kind} for kind in ("grpo", "dr_grpo", "rloo"))])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(
+            {name: 0}
+            for name in (
+                "max_batch_size",
+                "max_buffer_size",
+                "mini_batches",
+                "ppo_epochs",
+                "samples_per_prompt",
+            )
+        ),
+        {"mini_batches": 9},
+        {"max_buffer_size": 7, "samples_per_prompt": 2},
+        *({name: bad} for name in ("gamma", "lam", "lam_critic") for bad in (1.1, -0.1)),
+        *(
+            {name: 0.0}
+            for name in (
+                "cliprange",
+                "cliprange_high",
+                "cliprange_value",
+                "target_kl",
+                "reward_clip",
+            )
+        ),
+        {"dual_clip": 1.0},
+        {"ref_ema": 1.0},
+        {"ref_ema": -0.1},
+        {"filter_rounds": 1},
+        *({"samples_per_prompt": 1, "advantage": kind} for kind in ("grpo", "dr_grpo", "rloo")),
+    ],
+)
 def test_settings_out_of_range_are_refused(change):
     with pytest.raises(UserError, match=f"--{next(iter(change))} "):
         settings_of(**change)
 
 
-VALUE_KNOBS = {"lam": 0.9, "lam_critic": 0.9, "cliprange_value": 0.3, "vf_coef": 0.5, "critic_warmup": 1,
-               "update": "in_turn", "value_norm": True}
+VALUE_KNOBS = {
+    "lam": 0.9,
+    "lam_critic": 0.9,
+    "cliprange_value": 0.3,
+    "vf_coef": 0.5,
+    "critic_warmup": 1,
+    "update": "in_turn",
+    "value_norm": True,
+}
 
 
-@pytest.mark.parametrize("flag, value, others", [
-    *((flag, value, {"advantage": kind, "samples_per_prompt": 2}) for flag, value in VALUE_KNOBS.items()
-      for kind in ("grpo", "reinforce++")),
-    *(("gamma", 0.9, {"advantage": kind, "samples_per_prompt": 2}) for kind in ("grpo", "dr_grpo", "rloo")),
-    ("truncation_penalty", 2.0, {}), ("truncation_penalty", 2.0, {"truncated": "zero"})])
+@pytest.mark.parametrize(
+    "flag, value, others",
+    [
+        *(
+            (flag, value, {"advantage": kind, "samples_per_prompt": 2})
+            for flag, value in VALUE_KNOBS.items()
+            for kind in ("grpo", "reinforce++")
+        ),
+        *(
+            ("gamma", 0.9, {"advantage": kind, "samples_per_prompt": 2})
+            for kind in ("grpo", "dr_grpo", "rloo")
+        ),
+        ("truncation_penalty", 2.0, {}),
+        ("truncation_penalty", 2.0, {"truncated": "zero"}),
+    ],
+)
 def test_settings_that_would_do_nothing_are_refused(flag, value, others):
     with pytest.raises(UserError, match=f"--{flag} {value}: has no effect"):
         settings_of(**{flag: value}, **others)
@@ -450,45 +607,106 @@ def flags(**change):
     return given | needed | change
 
 
-OF_SEPARATE_ROLES = {"critic_model_parallel_size": 1, "reward_model_parallel_size": 1, "ref_ema": 0.9,
-                     "reward_tokenizer_file": "T"}
+OF_SEPARATE_ROLES = {
+    "critic_model_parallel_size": 1,
+    "reward_model_parallel_size": 1,
+    "ref_ema": 0.9,
+    "reward_tokenizer_file": "T",
+}
 
 
-@pytest.mark.parametrize("said, change", [
-    ("--reward verifier,luck: choose", {"reward": ["verifier", "luck"]}),
-    ("--reward rule,rule: choose", {"reward": ["rule"] * 2}),
-    ("--reward_weights: 2 weights for 1", {"reward_weights": [1.0, 2.0]}),
-    ("needs --reward_model_ckpt_dir", {"reward_model_ckpt_dir": None}),
-    *((f"needs --{flag}", {"reward": ["verifier", name]}) for name, flag in
-      {"file": "reward_file", "format": "format_pattern", "overlong": "overlong_margin"}.items()),
-    ("--reward_model_ckpt_dir: has no effect without verifier", {"reward": ["rule"]}),
-    *((f"--{flag}: has no effect", {flag: value}) for flag, value in
-      {"reward_file": "a.py:f", "format_pattern": "x", "overlong_margin": 3}.items()),
-    *((f"--overlong_margin {n}: must lie", {"reward": ["overlong", "verifier"], "overlong_margin": n}) for n in (0, 257)),
-    ("--format_pattern (: is no regular expression", {"reward": ["format", "verifier"], "format_pattern": "("}),
-    ("gae needs --critic_ckpt_dir", {"critic_ckpt_dir": None}), ("gae needs --critic_save_dir", {"critic_save_dir": None}),
-    ("--critic_ckpt_dir: has no effect with --advantage rloo", {"advantage": "rloo"}),
-    ("--critic_model_parallel_size: has no effect", {"advantage": "rloo", "critic_model_parallel_size": 1}),
-    ("--temperature 0", {"temperature": 0.0}), ("--ptx_coef 0.5", {"ptx_coef": 0.5}), ("--ptx_file P", {"ptx_file": "P"}),
-    ("--ptx_batch_size: has no effect", {"ptx_batch_size": 2}),
-    ("--replay_mask: nothing is left out", {"replay_mask": True}),
-    ("leave --rollout_model_parallel_size out", {"replay_mask": True, "top_k": 2, "rollout_model_parallel_size": 1}),
-    ("give --lora_rank", {"shared_trunk": True}),
-    *((f"--{flag}: does not go with --shared_trunk", {"shared_trunk": True, "lora_rank": 4, flag: value}) for flag, value in
-      OF_SEPARATE_ROLES.items()),
-    ("cannot be quantised", {"ref_ema": 0.9, "quantize": "nf4"}),
-    *((f"--{flag}: has no effect without", {"reward": ["rule"], "reward_model_ckpt_dir": None, flag: "1"})
-      for flag in ("reward_model_parallel_size", "reward_tokenizer_file"))])
+@pytest.mark.parametrize(
+    "said, change",
+    [
+        ("--reward verifier,luck: choose", {"reward": ["verifier", "luck"]}),
+        ("--reward rule,rule: choose", {"reward": ["rule"] * 2}),
+        ("--reward_weights: 2 weights for 1", {"reward_weights": [1.0, 2.0]}),
+        ("needs --reward_model_ckpt_dir", {"reward_model_ckpt_dir": None}),
+        *(
+            (f"needs --{flag}", {"reward": ["verifier", name]})
+            for name, flag in {
+                "file": "reward_file",
+                "format": "format_pattern",
+                "overlong": "overlong_margin",
+            }.items()
+        ),
+        ("--reward_model_ckpt_dir: has no effect without verifier", {"reward": ["rule"]}),
+        *(
+            (f"--{flag}: has no effect", {flag: value})
+            for flag, value in {
+                "reward_file": "a.py:f",
+                "format_pattern": "x",
+                "overlong_margin": 3,
+            }.items()
+        ),
+        *(
+            (
+                f"--overlong_margin {n}: must lie",
+                {"reward": ["overlong", "verifier"], "overlong_margin": n},
+            )
+            for n in (0, 257)
+        ),
+        (
+            "--format_pattern (: is no regular expression",
+            {"reward": ["format", "verifier"], "format_pattern": "("},
+        ),
+        ("gae needs --critic_ckpt_dir", {"critic_ckpt_dir": None}),
+        ("gae needs --critic_save_dir", {"critic_save_dir": None}),
+        ("--critic_ckpt_dir: has no effect with --advantage rloo", {"advantage": "rloo"}),
+        (
+            "--critic_model_parallel_size: has no effect",
+            {"advantage": "rloo", "critic_model_parallel_size": 1},
+        ),
+        ("--temperature 0", {"temperature": 0.0}),
+        ("--ptx_coef 0.5", {"ptx_coef": 0.5}),
+        ("--ptx_file P", {"ptx_file": "P"}),
+        ("--ptx_batch_size: has no effect", {"ptx_batch_size": 2}),
+        ("--replay_mask: nothing is left out", {"replay_mask": True}),
+        (
+            "leave --rollout_model_parallel_size out",
+            {"replay_mask": True, "top_k": 2, "rollout_model_parallel_size": 1},
+        ),
+        ("give --lora_rank", {"shared_trunk": True}),
+        *(
+            (
+                f"--{flag}: does not go with --shared_trunk",
+                {"shared_trunk": True, "lora_rank": 4, flag: value},
+            )
+            for flag, value in OF_SEPARATE_ROLES.items()
+        ),
+        ("cannot be quantised", {"ref_ema": 0.9, "quantize": "nf4"}),
+        *(
+            (
+                f"--{flag}: has no effect without",
+                {"reward": ["rule"], "reward_model_ckpt_dir": None, flag: "1"},
+            )
+            for flag in ("reward_model_parallel_size", "reward_tokenizer_file")
+        ),
+    ],
+)
 def test_flags_that_contradict_each_other_are_refused(said, change):
     with pytest.raises(UserError) as refusal:
         check_flags_together(flags(**change))
     assert said in str(refusal.value)
 
 
-@pytest.mark.parametrize("change", [
-    {}, {"replay_mask": True, "top_k": 4}, {"replay_mask": True, "min_new_tokens": 2}, {"ptx_coef": 0.1, "ptx_file": "P"},
-    {"shared_trunk": True, "lora_rank": 4}, {"reward": ["verifier", "length"], "reward_weights": [1.0, -0.1]},
-    {"advantage": "grpo", "critic_ckpt_dir": None, "critic_save_dir": None, "samples_per_prompt": 4}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"replay_mask": True, "top_k": 4},
+        {"replay_mask": True, "min_new_tokens": 2},
+        {"ptx_coef": 0.1, "ptx_file": "P"},
+        {"shared_trunk": True, "lora_rank": 4},
+        {"reward": ["verifier", "length"], "reward_weights": [1.0, -0.1]},
+        {
+            "advantage": "grpo",
+            "critic_ckpt_dir": None,
+            "critic_save_dir": None,
+            "samples_per_prompt": 4,
+        },
+    ],
+)
 def test_flags_that_go_together_are_taken(change):
     check_flags_together(flags(**change))
 
@@ -496,7 +714,9 @@ def test_flags_that_go_together_are_taken(change):
 # --- what a later run goes on from -------------------------------------------------------------------------------------
 
 
-def test_lines_20_22_23_29_the_state_of_a_run_is_kept_beside_the_models_and_taken_up(folder, parallel, tmp_path):
+def test_lines_20_22_23_29_the_state_of_a_run_is_kept_beside_the_models_and_taken_up(
+    folder, parallel, tmp_path
+):
     change = dict(reward_norm=True, reward_scale=2.0, value_norm=True, ppo_epochs=1)
     ppo = make_ppo(folder, parallel, **change)
     ppo.kl.target = 0.1
@@ -522,12 +742,24 @@ def test_a_folder_without_a_state_and_a_role_with_none(tmp_path):
     assert read_state(str(tmp_path)).get("kl_coef", DEFAULT_KL_COEF) == 0.1234567890123
 
 
-NO_MOMENTS = (3.0, [1.0, 2.0], [1.0, "x", 2.0], [-1.0, 0.0, 0.0], [1.0, 0.0, -2.0], [1.0, math.nan, 2.0], [True, 1.0, 1.0])
+NO_MOMENTS = (
+    3.0,
+    [1.0, 2.0],
+    [1.0, "x", 2.0],
+    [-1.0, 0.0, 0.0],
+    [1.0, 0.0, -2.0],
+    [1.0, math.nan, 2.0],
+    [True, 1.0, 1.0],
+)
 
 
-@pytest.mark.parametrize("name, bad", [
-    *(("kl_coef", x) for x in ("much", -1, 1e7, None)),
-    *((name, x) for name in ("reward_moments", "value_moments") for x in NO_MOMENTS)])
+@pytest.mark.parametrize(
+    "name, bad",
+    [
+        *(("kl_coef", x) for x in ("much", -1, 1e7, None)),
+        *((name, x) for name in ("reward_moments", "value_moments") for x in NO_MOMENTS),
+    ],
+)
 def test_a_damaged_state_is_refused(tmp_path, name, bad):
     (tmp_path / "ppo_state.json").write_text(json.dumps({name: bad}))
     with pytest.raises(UserError, match=name):
@@ -540,7 +772,12 @@ def test_line_22_other_reward_settings_than_the_last_run_s_are_said(folder, para
     assert changed_rewards(state, before) is None
     assert changed_rewards({}, before) is None, "there was no run before"
     said = changed_rewards(state, settings_of(reward_scale=2.0, reward_clip=5.0))
-    assert "--reward_norm True" in said and "--reward_clip" in said and "5.0" in said and "scale" not in said
+    assert (
+        "--reward_norm True" in said
+        and "--reward_clip" in said
+        and "5.0" in said
+        and "scale" not in said
+    )
     assert "--reward_bias" in changed_rewards({"kl_coef": 0.1}, settings_of(reward_bias=1.0))
 
 
@@ -561,11 +798,21 @@ def decoding():
 
 def test_a_rollout_s_row_before_anything_but_its_reward_is_known():
     rows = rows_of(known_buffer(), decoding())
-    assert [row["prompt"] for row in rows] == ["one?", "1 5 6"] and rows[1]["stop_reason"] == "length"
+    assert [row["prompt"] for row in rows] == ["one?", "1 5 6"] and rows[1][
+        "stop_reason"
+    ] == "length"
     assert rows[0] == {
-        "place": 0, "prompt": "one?", "response": f"7 8 {EOS}", "gold": "g",
-        "prompt_tokens": [1, 5, 6], "tokens": [7, 8, EOS],
-        "stop_reason": "stop", "score": 2.25, "shaped_score": 2.25, "score_verifier": 0.5, "score_rule": 1.0,
+        "place": 0,
+        "prompt": "one?",
+        "response": f"7 8 {EOS}",
+        "gold": "g",
+        "prompt_tokens": [1, 5, 6],
+        "tokens": [7, 8, EOS],
+        "stop_reason": "stop",
+        "score": 2.25,
+        "shaped_score": 2.25,
+        "score_verifier": 0.5,
+        "score_rule": 1.0,
         "rollout_logprobs": [0.0] * 3,
     }
 
@@ -575,7 +822,9 @@ def test_samples_are_logged_as_text_with_their_rewards(count):
     said = []
     log = SimpleNamespace(text=lambda *given: said.append(given))
     SampleTexts(count, decoding(), log)(4, known_buffer())
-    assert [(step, name) for step, name, _ in said] == [(5, f"samples/{i + 1}") for i in range(min(count, 2))]
+    assert [(step, name) for step, name, _ in said] == [
+        (5, f"samples/{i + 1}") for i in range(min(count, 2))
+    ]
     if said:
         assert said[0][2] == f"one?\n\n7 8 {EOS}\n\nreward 2.25 (verifier 0.5, rule 1)"
     if count > 1:
@@ -588,12 +837,28 @@ def test_samples_are_logged_as_text_with_their_rewards(count):
 def test_a_buffer_taken_apart_and_joined_is_the_same():
     """In any order, with all that is known of tokens and of sequences, and with parts that hold nothing."""
     buffer = buffer_of([[7, 8, EOS], [9], [3, 4]], [False, True, True])
-    buffer.scores, buffer.components = torch.tensor([1.0, 2.0, 3.0]), {"a": torch.tensor([4.0, 5.0, 6.0])}
+    buffer.scores, buffer.components = (
+        torch.tensor([1.0, 2.0, 3.0]),
+        {"a": torch.tensor([4.0, 5.0, 6.0])},
+    )
     buffer.kept, buffer.logprobs = torch.arange(12, dtype=torch.uint8).view(6, 2), torch.arange(6.0)
     parts = [buffer.take([2], [0]), buffer.take([], []), buffer.take([0, 1], [1, 2])]
     assert [len(part) for part in parts] == [1, 0, 2] and parts[0].logprobs.tolist() == [4.0, 5.0]
     joined = RolloutBuffer.joined(parts)
     assert joined.places == [0, 1, 2] and joined.responses() == [[3, 4], [7, 8, EOS], [9]]
-    assert joined.truncated.tolist() == [True, False, True] and joined.scores.tolist() == [3.0, 1.0, 2.0]
-    assert joined.components["a"].tolist() == [6.0, 4.0, 5.0] and joined.logprobs.tolist() == [4.0, 5.0, 0.0, 1.0, 2.0, 3.0]
-    assert joined.kept.tolist() == buffer.kept[[4, 5, 0, 1, 2, 3]].tolist() and joined.values is None
+    assert joined.truncated.tolist() == [True, False, True] and joined.scores.tolist() == [
+        3.0,
+        1.0,
+        2.0,
+    ]
+    assert joined.components["a"].tolist() == [6.0, 4.0, 5.0] and joined.logprobs.tolist() == [
+        4.0,
+        5.0,
+        0.0,
+        1.0,
+        2.0,
+        3.0,
+    ]
+    assert (
+        joined.kept.tolist() == buffer.kept[[4, 5, 0, 1, 2, 3]].tolist() and joined.values is None
+    )

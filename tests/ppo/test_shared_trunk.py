@@ -29,7 +29,10 @@ def merged(folder, role: str):
         if name == "score.weight":
             state[name] = factors["base_model.model.score.weight"]
         elif f"{stem}.lora_A.weight" in factors:
-            state[name] = weights[name] + 4.0 / 3 * factors[f"{stem}.lora_B.weight"] @ factors[f"{stem}.lora_A.weight"]
+            state[name] = (
+                weights[name]
+                + 4.0 / 3 * factors[f"{stem}.lora_B.weight"] @ factors[f"{stem}.lora_A.weight"]
+            )
         else:
             state[name] = weights[name]
     model.load_state_dict(state)
@@ -47,9 +50,15 @@ def expected(folder, name: str) -> torch.Tensor:
         logp = (model(input_ids=ids, attention_mask=mask).logits / TEMPERATURE).log_softmax(-1)
         return torch.stack([logp[i, t - 1, rows[i].tokens[t]] for i, t in at])
     model = merged(folder, {"value": "value", "reward": "verifier"}[name])
-    scores = model.score(model.model(input_ids=ids, attention_mask=mask).last_hidden_state).squeeze(-1)
+    scores = model.score(model.model(input_ids=ids, attention_mask=mask).last_hidden_state).squeeze(
+        -1
+    )
     ends = torch.stack([scores[i, len(s.tokens) - 1] for i, s in enumerate(rows)])
-    return ends if name == "reward" else torch.cat([torch.stack([scores[i, t - 1] for i, t in at]), ends])
+    return (
+        ends
+        if name == "reward"
+        else torch.cat([torch.stack([scores[i, t - 1] for i, t in at]), ends])
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -57,9 +66,13 @@ def test_every_role_on_the_trunk_is_the_merged_model_of_its_own(folder, found, n
     """The reference is the policy without its adapter; value and reward are the trunk with their own adapters added in."""
     want = expected(folder, name)
     for kind in KINDS:
-        assert torch.allclose(found[kind]["before"][name], want, rtol=TOLERANCE, atol=TOLERANCE), kind
+        assert torch.allclose(found[kind]["before"][name], want, rtol=TOLERANCE, atol=TOLERANCE), (
+            kind
+        )
     others = [expected(folder, other) for other in NAMES if other != name]
-    assert all(len(x) != len(want) or (x - want).abs().max() > 0.01 for x in others), "roles that are too alike to tell"
+    assert all(len(x) != len(want) or (x - want).abs().max() > 0.01 for x in others), (
+        "roles that are too alike to tell"
+    )
 
 
 def test_the_roles_hold_the_trunk_s_own_tensors(found):
@@ -69,7 +82,9 @@ def test_the_roles_hold_the_trunk_s_own_tensors(found):
     adapters = 2 * 7 * 2  # two factors of seven matrices in two layers
     for name in ("value", "reward"):
         assert len(places[name] - places["policy"]) == adapters + 1
-        assert len(places[name] & places["policy"]) == len(places["policy"]) - adapters - 1, "all but adapter and output"
+        assert len(places[name] & places["policy"]) == len(places["policy"]) - adapters - 1, (
+            "all but adapter and output"
+        )
     assert not places["value"] & places["reward"] - places["policy"]
     separate = found["separate"]["places"]
     assert all(not separate[a] & separate[b] for a in NAMES for b in NAMES if a < b)
@@ -98,10 +113,27 @@ def test_an_iteration_on_a_shared_trunk_is_the_one_with_separate_roles(found):
         got = found[kind]
         for a, b in zip(got["rollouts"], want["rollouts"]):
             assert a["response"] == b["response"]
-            for name in ("score", "logprobs", "ref_logprobs", "values", "rewards", "advantages", "returns"):
+            for name in (
+                "score",
+                "logprobs",
+                "ref_logprobs",
+                "values",
+                "rewards",
+                "advantages",
+                "returns",
+            ):
                 assert a[name] == pytest.approx(b[name], rel=TOLERANCE, abs=TOLERANCE), name
-        for name in ("policy_loss", "value_loss", "kl", "policy_grad_norm", "value_grad_norm", "approxkl"):
-            assert got["stats"][name] == pytest.approx(want["stats"][name], rel=1e-5, abs=1e-6), name
+        for name in (
+            "policy_loss",
+            "value_loss",
+            "kl",
+            "policy_grad_norm",
+            "value_grad_norm",
+            "approxkl",
+        ):
+            assert got["stats"][name] == pytest.approx(want["stats"][name], rel=1e-5, abs=1e-6), (
+                name
+            )
         assert all(apart(got[role], want[role]) < 1e-6 for role in ("policy", "value"))
     assert found["shared"]["digests"] == found["shared, offloaded"]["digests"]
 
@@ -109,7 +141,10 @@ def test_an_iteration_on_a_shared_trunk_is_the_one_with_separate_roles(found):
 def test_every_division_comes_to_the_same(results):
     for layout in ("TP 2", "DP 2"):
         for role in ("policy", "value"):
-            assert apart(results[layout]["shared"][role], results["one rank"]["shared"][role]) < TOLERANCE
+            assert (
+                apart(results[layout]["shared"][role], results["one rank"]["shared"][role])
+                < TOLERANCE
+            )
 
 
 def test_what_is_shared_is_held_once(found):

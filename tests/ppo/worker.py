@@ -40,8 +40,18 @@ LR, VALUE_LR, MAX_GRAD_NORM = 5e-3, 1e-2, 1.0
 WEIGHTS = {"verifier": 0.5, "rule": 2.0}
 KL_COEF = 0.3
 PTX_ROWS, PTX_BATCH = 5, 3
-PER_TOKEN = ("logprobs", "ref_logprobs", "entropy", "values", "rewards", "advantages", "returns", "rollout_logprobs",
-             "old_values", "value_targets")
+PER_TOKEN = (
+    "logprobs",
+    "ref_logprobs",
+    "entropy",
+    "values",
+    "rewards",
+    "advantages",
+    "returns",
+    "rollout_logprobs",
+    "old_values",
+    "value_targets",
+)
 
 
 @dataclass(frozen=True)
@@ -78,8 +88,12 @@ RUNS = {
     "k3, by sequence": Run(ONCE | dict(kl="k3", loss_level="sequence", max_tokens_per_batch=20)),
     "constant": Run(ONCE | dict(loss_level="constant", whiten=False, max_batch_size=3)),
     "clips": Run(dict(cliprange=0.1, cliprange_high=0.5, dual_clip=1.1)),
-    "value ranges": Run(ONCE | dict(cliprange_value=0.05, vf_coef=0.5, gamma=0.9, lam=0.8, lam_critic=0.6)),
-    "value_norm": Run(ONCE | dict(value_norm=True), state=({}, {"value_moments": [20.0, 30.0, 125.0]})),
+    "value ranges": Run(
+        ONCE | dict(cliprange_value=0.05, vf_coef=0.5, gamma=0.9, lam=0.8, lam_critic=0.6)
+    ),
+    "value_norm": Run(
+        ONCE | dict(value_norm=True), state=({}, {"value_moments": [20.0, 30.0, 125.0]})
+    ),
     "reward_norm": Run(
         ONCE | dict(reward_norm=True, reward_scale=1.5, reward_bias=0.1, reward_clip=1.0),
         state=({"reward_moments": [10.0, 4.0, 20.0]}, {}),
@@ -88,7 +102,9 @@ RUNS = {
     "penalty": Run(ONCE | dict(truncated="penalty", truncation_penalty=0.7)),
     "value_mp": Run(ONCE | dict(max_batch_size=1), value_mp=1),
     "top_k": Run(ONCE | dict(replay_mask=True), _sampling(top_k=5)),
-    "top_p, min_new_tokens": Run(ONCE | dict(replay_mask=True, entropy_coef=0.05), _sampling(top_p=0.8, min_new_tokens=3)),
+    "top_p, min_new_tokens": Run(
+        ONCE | dict(replay_mask=True, entropy_coef=0.05), _sampling(top_p=0.8, min_new_tokens=3)
+    ),
     "whole softmax": Run(ONCE, _sampling(top_k=5)),
     "target_kl": Run(dict(target_kl=0.25)),  # the second of four steps comes to 0.31
     "critic_warmup": Run(ONCE | dict(critic_warmup=NUMBER + 1)),
@@ -98,16 +114,36 @@ RUNS = {
     "first-token ends": Run(ONCE, Sampling(3, 1.0, seed=4), frozenset(range(2, 34))),
     "filter": Run(
         PAIRS | dict(advantage="grpo", filter_rounds=3),
-        worth=((1, 1, 0, 1, 0, 0, 0.5, 0), (1, 0, 0.25, 0.25, 0, 1, 2, 0), (5, 6, 7, 8, 9, 10, 11, 12)),
+        worth=(
+            (1, 1, 0, 1, 0, 0, 0.5, 0),
+            (1, 0, 0.25, 0.25, 0, 1, 2, 0),
+            (5, 6, 7, 8, 9, 10, 11, 12),
+        ),
     ),
-    "filter, one group": Run(PAIRS | dict(filter_rounds=1, whiten=False), worth=((1, 1, 0, 0, 1, 0, 1, 1),)),
+    "filter, one group": Run(
+        PAIRS | dict(filter_rounds=1, whiten=False), worth=((1, 1, 0, 0, 1, 0, 1, 1),)
+    ),
     "filter, nothing": Run(PAIRS | dict(filter_rounds=2), worth=((1, 1, 0, 0, 1, 1, 0, 0),) * 2),
     "twice": Run(ONCE, iterations=2),
     "twice, in turn, offloaded": Run(ONCE | dict(update="in_turn"), iterations=2, offload=True),
 }
 # At degree 4, which differs from 2 in how layers and vocabulary are cut, only what depends on that.
-AT_FOUR = ("iteration", "micro-batches", "grpo", "k2, entropy", "k3, by sequence", "constant", "value_mp", "top_k",
-           "top_p, min_new_tokens", "ptx", "filter, one group", "filter, nothing", "twice", "twice, in turn, offloaded")
+AT_FOUR = (
+    "iteration",
+    "micro-batches",
+    "grpo",
+    "k2, entropy",
+    "k3, by sequence",
+    "constant",
+    "value_mp",
+    "top_k",
+    "top_p, min_new_tokens",
+    "ptx",
+    "filter, one group",
+    "filter, nothing",
+    "twice",
+    "twice, in turn, offloaded",
+)
 
 
 class Parity:
@@ -128,8 +164,14 @@ class Worth:
 
 def prompts(worth: tuple[float, ...] = (0.0,) * 8) -> list[Prompt]:
     """Four prompts, two samples of each, whose right answer is 0 or 1."""
-    rows = [Prompt(s.tokens[: s.prompt_length], str(i % 2)) for i, s in enumerate(some_sequences(4, seed=9))]
-    return [Prompt(row.tokens, row.gold, {"worth": x}) for row, x in zip([row for row in rows for _ in range(2)], worth)]
+    rows = [
+        Prompt(s.tokens[: s.prompt_length], str(i % 2))
+        for i, s in enumerate(some_sequences(4, seed=9))
+    ]
+    return [
+        Prompt(row.tokens, row.gold, {"worth": x})
+        for row, x in zip([row for row in rows for _ in range(2)], worth)
+    ]
 
 
 def ptx_rows():
@@ -137,28 +179,56 @@ def ptx_rows():
 
 
 def make_ppo(
-    folder: Path, parallel: Parallel, dtype=torch.float32, sampling: Sampling | None = None, offload: bool = False,
-    value_mp: int | None = None, **settings,
+    folder: Path,
+    parallel: Parallel,
+    dtype=torch.float32,
+    sampling: Sampling | None = None,
+    offload: bool = False,
+    value_mp: int | None = None,
+    **settings,
 ) -> PPO:
     """The four roles, each another random model; two rewards. value_mp: ranks per value and per reward model."""
-    settings = dict(max_batch_size=4, max_buffer_size=8, mini_batches=2, ppo_epochs=2, seed=11) | settings
+    settings = (
+        dict(max_batch_size=4, max_buffer_size=8, mini_batches=2, ppo_epochs=2, seed=11) | settings
+    )
     settings = PPOSettings(**settings)
     stage, divided = Stage(offload), parallel if value_mp is None else parallel.divided(value_mp)
     trained = {"policy": parallel} | ({"value": divided} if settings.has_value else {})
     for name, division in trained.items():
         model = ours(folder / name, division, dtype)
-        stage.add(Role(name, model, division, Optimizer(model, division, max_grad_norm=MAX_GRAD_NORM, eps=1e-5)))
+        stage.add(
+            Role(
+                name,
+                model,
+                division,
+                Optimizer(model, division, max_grad_norm=MAX_GRAD_NORM, eps=1e-5),
+            )
+        )
     for name, role in {"reference": "reference", "reward": "verifier"}.items():
         division = divided if name == "reward" else parallel
         stage.add(Role(name, ours(folder / role, division, dtype).requires_grad_(False), division))
     rewards = [
-        (WEIGHTS["verifier"], VerifierReward(stage.roles["reward"], parallel, settings.max_batch_size)),
+        (
+            WEIGHTS["verifier"],
+            VerifierReward(stage.roles["reward"], parallel, settings.max_batch_size),
+        ),
         (WEIGHTS["rule"], RuleReward(find_task("GSM8K"), Parity())),
     ]
-    ptx = PretrainingMix(ptx_rows(), PTX_BATCH, settings, parallel.device) if settings.ptx_coef else None
+    ptx = (
+        PretrainingMix(ptx_rows(), PTX_BATCH, settings, parallel.device)
+        if settings.ptx_coef
+        else None
+    )
     return PPO(
-        stage, rewards, Engine(stage.roles["policy"].model, parallel, 5, 64),
-        sampling or Sampling(MAX_NEW_TOKENS, TEMPERATURE, seed=4), STOPS, KLController(KL_COEF), settings, parallel, ptx,
+        stage,
+        rewards,
+        Engine(stage.roles["policy"].model, parallel, 5, 64),
+        sampling or Sampling(MAX_NEW_TOKENS, TEMPERATURE, seed=4),
+        STOPS,
+        KLController(KL_COEF),
+        settings,
+        parallel,
+        ptx,
     )
 
 
@@ -170,19 +240,26 @@ class Recorder:
         update, plan, policy_loss = ppo._update, ppo._plan, ppo._policy_loss
 
         def keep_buffer(number, buffer, *rest):
-            self.buffer, self.minibatches = buffer, []  # what was planned for scoring is planned again for epoch 0
+            self.buffer, self.minibatches = (
+                buffer,
+                [],
+            )  # what was planned for scoring is planned again for epoch 0
             return update(number, buffer, *rest)
 
         def keep_plan(*arguments):
             found = plan(*arguments)
-            self.minibatches += [[i for rows in minibatch.rows for i in rows] for minibatch in found]
+            self.minibatches += [
+                [i for rows in minibatch.rows for i in rows] for minibatch in found
+            ]
             return found
 
         def keep_losses(*arguments):
             real = trainer.policy_loss
 
             def spy(logprobs, old_logprobs, *others):
-                self.losses.append((len(self.steps), logprobs.detach().clone(), old_logprobs.clone()))
+                self.losses.append(
+                    (len(self.steps), logprobs.detach().clone(), old_logprobs.clone())
+                )
                 return real(logprobs, old_logprobs, *others)
 
             trainer.policy_loss = spy
@@ -210,15 +287,23 @@ class Recorder:
         """What is known of every rollout, from all data-parallel ranks, in the prompts' order."""
         b, mine = self.buffer, []
         known = [n for n in PER_TOKEN if getattr(b, n) is not None]
-        tokens, each = b.tokens.split(b.lengths), {n: getattr(b, n).split(b.response_lengths) for n in known}
+        tokens, each = (
+            b.tokens.split(b.lengths),
+            {n: getattr(b, n).split(b.response_lengths) for n in known},
+        )
         for i, prompt in enumerate(b.prompt_lengths):
             mine.append(
-                {"prompt": tokens[i][:prompt].tolist(), "response": tokens[i][prompt:].tolist(),
-                 "truncated": bool(b.truncated[i]), "score": float(b.scores[i]), "place": b.places[i],
-                 **({} if b.shaped is None else {"shaped": float(b.shaped[i])}),
-                 **({} if b.last_values is None else {"last_value": float(b.last_values[i])}),
-                 **{name: float(x[i]) for name, x in b.components.items()},
-                 **{name: each[name][i].tolist() for name in known}}
+                {
+                    "prompt": tokens[i][:prompt].tolist(),
+                    "response": tokens[i][prompt:].tolist(),
+                    "truncated": bool(b.truncated[i]),
+                    "score": float(b.scores[i]),
+                    "place": b.places[i],
+                    **({} if b.shaped is None else {"shaped": float(b.shaped[i])}),
+                    **({} if b.last_values is None else {"last_value": float(b.last_values[i])}),
+                    **{name: float(x[i]) for name, x in b.components.items()},
+                    **{name: each[name][i].tolist() for name in known},
+                }
             )
         every = [None] * parallel.dp_size
         dist.all_gather_object(every, mine, group=parallel.dp_group)
@@ -246,8 +331,11 @@ class Remembered:
 
 def adapted(folder: Path, parallel: Parallel, shared: bool) -> dict[str, Transformer]:
     """The roles as adapters on `policy`: on one trunk, or each on weights of its own (the frozen ones merged)."""
+
     def opened(adapter: str | None) -> Checkpoint:
-        return Checkpoint.open(str(folder / "policy"), adapter_dir=adapter and str(folder / adapter))
+        return Checkpoint.open(
+            str(folder / "policy"), adapter_dir=adapter and str(folder / adapter)
+        )
 
     def adapter(name: str) -> Adapter:
         return Adapter.open(str(folder / name), opened(None).config)
@@ -260,7 +348,9 @@ def adapted(folder: Path, parallel: Parallel, shared: bool) -> dict[str, Transfo
         value, reward = (load_sharing(policy, parallel, "score", adapter=each) for each in adapters)
     else:
         reference = load_model(opened(None), *fp32, "lm")
-        value = load_model(opened("value adapter"), *fp32, "score", lora=adapter("value adapter").lora)
+        value = load_model(
+            opened("value adapter"), *fp32, "score", lora=adapter("value adapter").lora
+        )
         reward = load_model(opened("verifier adapter"), *fp32, "score")
     for frozen in (reference, reward):
         frozen.requires_grad_(False)
@@ -271,19 +361,35 @@ def adapted(folder: Path, parallel: Parallel, shared: bool) -> dict[str, Transfo
 def outputs(models: dict[str, Transformer], parallel: Parallel) -> dict[str, torch.Tensor]:
     """Of some sequences, by each role."""
     batch = Batch.of(some_sequences(5, seed=2), parallel.device)
-    found = {name: response_logprobs(models[name], batch, TEMPERATURE)[0] for name in ("policy", "reference")}
+    found = {
+        name: response_logprobs(models[name], batch, TEMPERATURE)[0]
+        for name in ("policy", "reference")
+    }
     found["value"] = torch.cat(response_values(models["value"], batch))
     return found | {"reward": sequence_scores(models["reward"], batch)}
 
 
 def adapters_run(folder: Path, parallel: Parallel, shared: bool, offload: bool = False) -> dict:
-    models, settings = adapted(folder, parallel, shared), PPOSettings(4, 8, ppo_epochs=2, mini_batches=2, seed=11)
+    models, settings = (
+        adapted(folder, parallel, shared),
+        PPOSettings(4, 8, ppo_epochs=2, mini_batches=2, seed=11),
+    )
     before, stage = outputs(models, parallel), Stage(offload)
     places = {name: {p.data_ptr() for p in model.parameters()} for name, model in models.items()}
-    trained = {name: [n for n, p in model.named_parameters() if p.requires_grad] for name, model in models.items()}
+    trained = {
+        name: [n for n, p in model.named_parameters() if p.requires_grad]
+        for name, model in models.items()
+    }
     for name, model in models.items():
         options = dict(max_grad_norm=MAX_GRAD_NORM, eps=1e-5)
-        stage.add(Role(name, model, parallel, Optimizer(model, parallel, **options) if trained[name] else None))
+        stage.add(
+            Role(
+                name,
+                model,
+                parallel,
+                Optimizer(model, parallel, **options) if trained[name] else None,
+            )
+        )
     rewards = [(1.0, VerifierReward(stage.roles["reward"], parallel, 4))]
     engine = Engine(models["policy"], parallel, 5, 64)
     sampling = Sampling(MAX_NEW_TOKENS, TEMPERATURE, seed=4)
@@ -293,9 +399,16 @@ def adapters_run(folder: Path, parallel: Parallel, shared: bool, offload: bool =
     with stage.at_work(*models):
         after = outputs(models, parallel)
     return {
-        "stats": stats, "before": before, "after": after, "rollouts": recorder.rollouts(parallel),
-        "places": places, "trained": trained, "peak": dict(stage.peak),
-        "policy": whole(ppo, "policy"), "value": whole(ppo, "value"), "digests": everyones(digest(ppo)),
+        "stats": stats,
+        "before": before,
+        "after": after,
+        "rollouts": recorder.rollouts(parallel),
+        "places": places,
+        "trained": trained,
+        "peak": dict(stage.peak),
+        "policy": whole(ppo, "policy"),
+        "value": whole(ppo, "value"),
+        "digests": everyones(digest(ppo)),
     }
 
 
@@ -311,7 +424,9 @@ def digest(ppo: PPO) -> str:
     with ppo.stage.at_work(*ppo.stage.roles, training=True):
         for role in ppo.stage.roles.values():
             for tensor in role.weights() + role.state():
-                found.update(tensor.detach().clone().view(-1).view(torch.uint8).numpy().tobytes())  # a copy: numpy keeps it
+                found.update(
+                    tensor.detach().clone().view(-1).view(torch.uint8).numpy().tobytes()
+                )  # a copy: numpy keeps it
     return found.hexdigest()
 
 
@@ -325,14 +440,23 @@ def whole(ppo: PPO, name: str) -> dict | None:
 
 
 def one_run(folder: Path, parallel: Parallel, run: Run, dump: str | None = None) -> dict:
-    ppo = make_ppo(folder, parallel, sampling=run.sampling, offload=run.offload, value_mp=run.value_mp, **run.settings)
+    ppo = make_ppo(
+        folder,
+        parallel,
+        sampling=run.sampling,
+        offload=run.offload,
+        value_mp=run.value_mp,
+        **run.settings,
+    )
     ppo.stop_ids = run.stops
     if run.worth:
         ppo.rewards = [(1.0, Worth())]
     if not run.offload:
         ppo.engine = Remembered(ppo.engine)
     if dump is not None:
-        ppo.watch.append(RolloutDump(dump, SimpleNamespace(decode=lambda ids: " ".join(map(str, ids))), parallel))
+        ppo.watch.append(
+            RolloutDump(dump, SimpleNamespace(decode=lambda ids: " ".join(map(str, ids))), parallel)
+        )
     ppo.restore(*run.state)
     recorder, mixed = Recorder(ppo), []
     if ppo.ptx:
@@ -343,16 +467,25 @@ def one_run(folder: Path, parallel: Parallel, run: Run, dump: str | None = None)
         recorder.steps.clear()
         batch = prompts(next(rounds)) if run.worth else prompts()
         stats = ppo.iteration(number, batch, LR, VALUE_LR, more=lambda: prompts(next(rounds)))
-    result = {"stats": stats, "steps": len(recorder.steps), "state": ppo.state(), "digests": everyones(digest(ppo)),
-              **{name: whole(ppo, name) for name in ("policy", "value", "reference")}, "ptx": mixed,
-              "rounds left": len(list(rounds))}
+    result = {
+        "stats": stats,
+        "steps": len(recorder.steps),
+        "state": ppo.state(),
+        "digests": everyones(digest(ppo)),
+        **{name: whole(ppo, name) for name in ("policy", "value", "reference")},
+        "ptx": mixed,
+        "rounds left": len(list(rounds)),
+    }
     if recorder.buffer is None:
         return result
     places = [[recorder.buffer.places[i] for i in rows] for rows in recorder.minibatches]
     return result | {
         "rollouts": recorder.rollouts(parallel),
         "rows of each rank": everyones(len(recorder.buffer)),
-        "minibatches": [sorted(i for part in parts for i in part) for parts in zip(*everyones(places, parallel.dp_group))],
+        "minibatches": [
+            sorted(i for part in parts for i in part)
+            for parts in zip(*everyones(places, parallel.dp_group))
+        ],
         "ratio starts at one": everyones(recorder.ratio_starts_at_one()),
     }
 
@@ -363,7 +496,9 @@ def all_checks(folder: Path, mp_sizes: list[int]) -> None:
         torch.set_num_threads(1)  # tensors this small only wait for more
         Remembered.known.clear()
         results = {
-            run: one_run(folder, parallel, what, str(folder / f"dump {name}") if run == "iteration" else None)
+            run: one_run(
+                folder, parallel, what, str(folder / f"dump {name}") if run == "iteration" else None
+            )
             for run, what in RUNS.items()
             if mp_size < 4 or run in AT_FOUR
         }

@@ -7,7 +7,14 @@ from tests.launch import launch
 from tests.trainer.tiny import save_experts, save_llama
 from tests.trainer.worker import all_checks
 
-LAYOUTS = {"one rank": "1-1", "TP 2": "2-2", "DP 2": "2-1", "TP 4": "4-4", "TP 2, DP 2": "4-2", "DP 4": "4-1"}
+LAYOUTS = {
+    "one rank": "1-1",
+    "TP 2": "2-2",
+    "DP 2": "2-1",
+    "TP 4": "4-4",
+    "TP 2, DP 2": "4-2",
+    "DP 4": "4-1",
+}
 
 
 @pytest.fixture(scope="session")

@@ -17,14 +17,26 @@ def main(folder: str, out: str) -> None:
     parallel = start(timeout=120)
     losses = []
     for seed in (0, 0, 1):
-        settings = dict(seed=seed, checkpoint_activations="none", compile=False, freeze_layers=0, router_aux_loss_coef=None)
+        settings = dict(
+            seed=seed,
+            checkpoint_activations="none",
+            compile=False,
+            freeze_layers=0,
+            router_aux_loss_coef=None,
+        )
         lora = LoRAConfig(4, 64.0, dropout=0.5)
         model = load_model(Checkpoint.open(folder), parallel, DTYPES["fp32"], seed=0, lora=lora)
         for name, p in model.named_parameters():
             if "lora_b" in name:
                 p.data.fill_(0.02)
         prepare(model, settings, parallel)
-        losses.append(float(SolverObjective(some_sequences(5), parallel.device).loss(model, [0, 1, 2, 3, 4], 10)[0]))
+        losses.append(
+            float(
+                SolverObjective(some_sequences(5), parallel.device).loss(
+                    model, [0, 1, 2, 3, 4], 10
+                )[0]
+            )
+        )
     if parallel.is_main:
         Path(out).write_text(json.dumps(losses))
     stop()

@@ -16,11 +16,23 @@ from src.checkpoint.steps import Steps, list_steps, open_step
 from src.models.lora import LoRAConfig, add_lora
 from src.parallel.setup import Parallel, start, stop
 from src.trainer.optimizer import Optimizer
-from src.trainer.state import SavedModel, bytes_of, counters_of, file_of, restore, specs_of, tensors_of
+from src.trainer.state import (
+    SavedModel,
+    bytes_of,
+    counters_of,
+    file_of,
+    restore,
+    specs_of,
+    tensors_of,
+)
 from tests.trainer.tiny import ours
 
 DEGREES = (1, 2, 4)
-KINDS = {"full fp32": (torch.float32, False), "full bf16": (torch.bfloat16, False), "LoRA": (torch.float32, True)}
+KINDS = {
+    "full fp32": (torch.float32, False),
+    "full bf16": (torch.bfloat16, False),
+    "LoRA": (torch.float32, True),
+}
 
 
 def made(folder: Path, parallel: Parallel, kind: str, seed: int) -> tuple:
@@ -36,7 +48,9 @@ def made(folder: Path, parallel: Parallel, kind: str, seed: int) -> tuple:
         for parameter in optimizer.parameters:
             spec = specs[names[parameter]]
             whole = torch.randn(spec.shape, generator=generator)
-            parameter.grad = spec.cut(whole, parallel.mp_rank, parallel.mp_size).clone() / parallel.dp_size
+            parameter.grad = (
+                spec.cut(whole, parallel.mp_rank, parallel.mp_size).clone() / parallel.dp_size
+            )
         optimizer.step(1e-2)
     return model, optimizer
 
@@ -49,7 +63,9 @@ def whole_state(model, optimizer) -> dict[str, torch.Tensor]:
     parts = [{} for _ in range(parallel.mp_size)]
     for rank, tensors in every:
         parts[rank] |= tensors
-    return {key: specs[key.split("/", 1)[1]].join([part[key] for part in parts]) for key in parts[0]}
+    return {
+        key: specs[key.split("/", 1)[1]].join([part[key] for part in parts]) for key in parts[0]
+    }
 
 
 def main(folder: Path) -> None:
@@ -63,23 +79,43 @@ def main(folder: Path) -> None:
             steps = Steps(place, 2, parallel)
             tensors, counters = tensors_of(model, optimizer), counters_of(optimizer)
             foretold = [None] * parallel.world_size
-            dist.all_gather_object(foretold, bytes_of(model, optimizer) == sum(x.nbytes for x in tensors.values()))
-            files = {file_of("model", parallel.mp_rank, parallel.dp_rank): tensors} if tensors else {}
-            steps.save(7, files, {"layout": {"mp": a, "dp": parallel.dp_size}, "counters": counters})
+            dist.all_gather_object(
+                foretold, bytes_of(model, optimizer) == sum(x.nbytes for x in tensors.values())
+            )
+            files = (
+                {file_of("model", parallel.mp_rank, parallel.dp_rank): tensors} if tensors else {}
+            )
+            steps.save(
+                7, files, {"layout": {"mp": a, "dp": parallel.dp_size}, "counters": counters}
+            )
             steps.wait()
             for b in DEGREES:
                 other = start(b, timeout=120)
                 model, optimizer = made(folder, other, kind, seed=2)
                 manifest = open_step(list_steps(place)[-1], other)
-                restore(model, optimizer, SavedModel(list_steps(place)[-1], "model", manifest["layout"]), manifest["counters"])
+                restore(
+                    model,
+                    optimizer,
+                    SavedModel(list_steps(place)[-1], "model", manifest["layout"]),
+                    manifest["counters"],
+                )
                 got = whole_state(model, optimizer)
-                differ = sorted(want.keys() ^ got.keys()) + [k for k in want.keys() & got.keys() if not torch.equal(want[k], got[k])]
-                wrong[kind, a, b] = differ + ["counters"] * (counters_of(optimizer) != counters) + ["size"] * (not all(foretold))
+                differ = sorted(want.keys() ^ got.keys()) + [
+                    k for k in want.keys() & got.keys() if not torch.equal(want[k], got[k])
+                ]
+                wrong[kind, a, b] = (
+                    differ
+                    + ["counters"] * (counters_of(optimizer) != counters)
+                    + ["size"] * (not all(foretold))
+                )
             dist.barrier()
             if parallel.is_main:
                 shutil.rmtree(place)
     if dist.get_rank() == 0:
-        torch.save({"wrong": wrong, "tensors": {key: tuple(x.shape) for key, x in want.items()}}, folder / "saving.pt")
+        torch.save(
+            {"wrong": wrong, "tensors": {key: tuple(x.shape) for key, x in want.items()}},
+            folder / "saving.pt",
+        )
     stop()
 
 

@@ -32,7 +32,10 @@ def test_the_loss_is_the_sum_over_response_tokens_from_the_first_to_eos(folder, 
 
 def test_only_the_rows_before_response_tokens_are_trained(folder, parallel):
     """Exactly the positions that predict the first response token up to EOS: neither the prompt's nor what follows EOS."""
-    model, sequences = ours(folder / "lm", parallel), [Sequence([1, 5, 6, 7, 8, EOS], 3), Sequence([1, 9, EOS], 2)]
+    model, sequences = (
+        ours(folder / "lm", parallel),
+        [Sequence([1, 5, 6, 7, 8, EOS], 3), Sequence([1, 9, EOS], 2)],
+    )
     asked, hidden = [], []
     forward = model.forward
 
@@ -53,7 +56,11 @@ def test_a_prompt_s_tokens_are_no_targets(folder, parallel):
     sequence = Sequence([1, 40, 41, 7, EOS], 3)
     SolverObjective([sequence], parallel.device).loss(model, [0], 1)[0].backward()
     with torch.no_grad():
-        logp = theirs(folder / "lm")(input_ids=torch.tensor([sequence.tokens])).logits[0].log_softmax(-1)
+        logp = (
+            theirs(folder / "lm")(input_ids=torch.tensor([sequence.tokens]))
+            .logits[0]
+            .log_softmax(-1)
+        )
         batch = Batch.of([sequence], parallel.device)
         hidden = model(batch.tokens, batch.layout)[2:4]
     # d(-log p_target) / d logit = p - 1[target]: of all tokens only 7 and EOS have the -1
@@ -74,12 +81,19 @@ def test_training_makes_the_whole_response_with_its_eos_likelier(folder, paralle
         optimizer.backward(objective.loss(model, [0], 3)[0])
         optimizer.step(3e-3)
     after = response_logprobs(model, batch)[0].detach()
-    assert after.numel() == 3 and bool((after > before + 0.5).all()), "the first token, the second, and EOS"
+    assert after.numel() == 3 and bool((after > before + 0.5).all()), (
+        "the first token, the second, and EOS"
+    )
 
 
 @pytest.mark.parametrize("at_once", [1, 3, 4, 100])
-def test_training_sees_scoring_s_log_probabilities_bit_for_bit_in_whatever_chunks(folder, parallel, monkeypatch, at_once):
-    model, batch = ours(folder / "lm", parallel), Batch.of(some_sequences(5, seed=3), parallel.device)
+def test_training_sees_scoring_s_log_probabilities_bit_for_bit_in_whatever_chunks(
+    folder, parallel, monkeypatch, at_once
+):
+    model, batch = (
+        ours(folder / "lm", parallel),
+        Batch.of(some_sequences(5, seed=3), parallel.device),
+    )
     monkeypatch.setattr(vocab, "LOGITS_AT_ONCE", at_once * model.vocabulary_weight.size(0))
     with torch.no_grad():
         logprobs, entropy = response_logprobs(model, batch, 0.7)
@@ -126,7 +140,9 @@ def test_the_pairwise_loss_with_several_on_each_side_in_one_forward(parallel):
     assert stats["accuracy"] == pytest.approx(correct / 5, rel=1e-6)
     assert model.forwards == 1 and model.rows == sum(c + r for c, r in sizes)
     loss.backward()
-    lone = 1 / (1 + math.exp(float(values[0] - values[1]))) / 5  # d -log sigmoid(m) / dm = -sigmoid(-m)
+    lone = (
+        1 / (1 + math.exp(float(values[0] - values[1]))) / 5
+    )  # d -log sigmoid(m) / dm = -sigmoid(-m)
     assert model.values.grad[:2].tolist() == pytest.approx([-lone, lone], rel=1e-5)
 
 
@@ -151,16 +167,23 @@ def test_the_score_is_read_at_the_last_token(folder, parallel):
     assert (ids == PAD).any()
     with torch.no_grad():
         want = theirs(folder / "score")(input_ids=ids, attention_mask=mask).logits.squeeze(-1)
-        got = sequence_scores(ours(folder / "score", parallel), Batch.of(sequences, parallel.device))
+        got = sequence_scores(
+            ours(folder / "score", parallel), Batch.of(sequences, parallel.device)
+        )
     assert torch.allclose(got, want, atol=1e-5)
 
 
 def test_a_solver_s_new_score_head_is_normal_with_variance_one_over_dim_plus_one(folder, parallel):
-    heads = [ours(folder / "lm", parallel, head="score", seed=seed).score.weight.detach() for seed in range(100)]
+    heads = [
+        ours(folder / "lm", parallel, head="score", seed=seed).score.weight.detach()
+        for seed in range(100)
+    ]
     drawn = torch.cat(heads).flatten()
     dim = heads[0].numel()
     assert float(drawn.std()) == pytest.approx((dim + 1) ** -0.5, rel=0.05)
     assert abs(float(drawn.mean())) < 4 * (dim + 1) ** -0.5 / drawn.numel() ** 0.5
     again = ours(folder / "lm", parallel, head="score", seed=0).score.weight
     assert torch.equal(again, heads[0]) and not torch.equal(heads[0], heads[1])
-    assert not any("bias" in name for name, _ in ours(folder / "lm", parallel, head="score").named_parameters())
+    assert not any(
+        "bias" in name for name, _ in ours(folder / "lm", parallel, head="score").named_parameters()
+    )

@@ -18,19 +18,25 @@ from tests.trainer.tiny import ours, some_sequences
 def test_learning_rates(total, warmup):
     warm = math.ceil(total * warmup)
     for step in range(total):
-        rate = {name: lr_at(step, total, 0.2, warmup, name) for name in ("constant", "linear", "cosine")}
+        rate = {
+            name: lr_at(step, total, 0.2, warmup, name) for name in ("constant", "linear", "cosine")
+        }
         if step < warm:
             assert all(r == pytest.approx(0.2 * (step + 1) / warm) for r in rate.values())
             continue
         rest = total - warm
         assert rate["constant"] == 0.2
         assert rate["linear"] == pytest.approx(0.2 * (total - step) / rest)
-        assert rate["cosine"] == pytest.approx(0.2 * math.cos(math.pi / 2 * (step - warm) / rest) ** 2)
+        assert rate["cosine"] == pytest.approx(
+            0.2 * math.cos(math.pi / 2 * (step - warm) / rest) ** 2
+        )
 
 
 def test_the_schedule_s_landmarks():
     assert lr_at(0, 100, 1.0, 0.0, "cosine") == 1.0  # no step is spent at zero
-    assert [lr_at(s, 10, 1.0, 0.3, "linear") for s in (0, 2, 3, 9)] == pytest.approx([1 / 3, 1, 1, 1 / 7])
+    assert [lr_at(s, 10, 1.0, 0.3, "linear") for s in (0, 2, 3, 9)] == pytest.approx(
+        [1 / 3, 1, 1, 1 / 7]
+    )
     assert lr_at(5, 10, 1.0, 0.0, "cosine") == pytest.approx(0.5)
 
 
@@ -51,15 +57,27 @@ def test_ranks_share_a_batch_without_loss_in_micro_batches(parallel, dp_size, ma
     from dataclasses import replace
 
     lengths, batch = [5, 9, 2, 2, 7, 1, 8, 3], [0, 2, 3, 4, 6, 7, 1]
-    shares = [share_of(batch, lengths, replace(parallel, dp_rank=r, dp_size=dp_size), max_batch_size) for r in range(dp_size)]
+    shares = [
+        share_of(batch, lengths, replace(parallel, dp_rank=r, dp_size=dp_size), max_batch_size)
+        for r in range(dp_size)
+    ]
     assert sorted(i for share in shares for micro in share for i in micro) == sorted(batch)
     assert all(len(micro) <= max_batch_size for share in shares for micro in share)
     rows = [sum(map(len, share)) for share in shares]
     assert max(rows) - min(rows) <= 1
 
 
-@pytest.mark.parametrize("change", [
-    {"lr": 0.0}, {"epochs": 0}, {"max_batch_size": 0}, {"accumulation_steps": 0}, {"warmup": 1.0}, {"warmup": -0.1}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"lr": 0.0},
+        {"epochs": 0},
+        {"max_batch_size": 0},
+        {"accumulation_steps": 0},
+        {"warmup": 1.0},
+        {"warmup": -0.1},
+    ],
+)
 def test_settings_out_of_range_are_refused(change):
     good = {"lr": 1e-3, "epochs": 1, "max_batch_size": 1}
     FitSettings(**good)
@@ -92,13 +110,18 @@ def test_fp32_masters_keep_updates_that_bf16_would_lose(folder, parallel):
 
 def test_bf16_steps_leave_weights_that_are_the_masters_rounded(folder, parallel):
     model = ours(folder / "lm", parallel, torch.bfloat16)
-    optimizer, objective = Optimizer(model, parallel), SolverObjective(some_sequences(4), parallel.device)
+    optimizer, objective = (
+        Optimizer(model, parallel),
+        SolverObjective(some_sequences(4), parallel.device),
+    )
     for _ in range(3):
         for rows in ([0, 1], [2, 3]):
             optimizer.backward(objective.loss(model, rows, sum(objective.weights))[0])
         assert optimizer.step(1e-3)["grad_norm"] > 0
     for parameter, master in optimizer.local.rounded:
-        assert torch.equal(parameter, master.bfloat16()) and not torch.equal(parameter.float(), master)
+        assert torch.equal(parameter, master.bfloat16()) and not torch.equal(
+            parameter.float(), master
+        )
 
 
 def test_micro_batches_add_up_in_fp32(folder, parallel):
@@ -111,7 +134,9 @@ def test_micro_batches_add_up_in_fp32(folder, parallel):
     assert norm == pytest.approx(300 * math.sqrt(model.config.dim), rel=1e-6)
 
 
-def test_fp16_halves_its_loss_scale_on_overflow_and_doubles_it_after_a_long_run(folder, parallel, monkeypatch):
+def test_fp16_halves_its_loss_scale_on_overflow_and_doubles_it_after_a_long_run(
+    folder, parallel, monkeypatch
+):
     monkeypatch.setattr(optimizer_module, "GOOD_STEPS_TO_DOUBLE", 3)
     model = ours(folder / "lm", parallel, torch.float16)
     optimizer = Optimizer(model, parallel)
@@ -121,11 +146,17 @@ def test_fp16_halves_its_loss_scale_on_overflow_and_doubles_it_after_a_long_run(
     assert first["skipped"] == 1 and not math.isfinite(first["grad_norm"])
     assert optimizer.loss_scale == 2.0**15 and torch.equal(model.norm.weight, before)
     second = push(model, optimizer, 1e-2)
-    assert second["skipped"] == 0 and second["grad_norm"] == pytest.approx(math.sqrt(model.config.dim)), "not unscaled"
+    assert second["skipped"] == 0 and second["grad_norm"] == pytest.approx(
+        math.sqrt(model.config.dim)
+    ), "not unscaled"
     assert torch.allclose(model.norm.weight.float(), before.float() - 1e-2, atol=1e-3)
     master = dict(optimizer.local.rounded)[model.norm.weight]
-    clipped = 1 / math.sqrt(model.config.dim)  # Adam would hide a gradient that is still scaled; its mean does not
-    assert torch.allclose(optimizer.adam.state[master]["exp_avg"], torch.full_like(master, 0.1 * clipped), rtol=1e-4)
+    clipped = 1 / math.sqrt(
+        model.config.dim
+    )  # Adam would hide a gradient that is still scaled; its mean does not
+    assert torch.allclose(
+        optimizer.adam.state[master]["exp_avg"], torch.full_like(master, 0.1 * clipped), rtol=1e-4
+    )
     assert optimizer.loss_scale == 2.0**15
     push(model, optimizer, 1e-2)
     push(model, optimizer, 1e-2)
@@ -141,11 +172,19 @@ def test_other_dtypes_have_no_loss_scale(folder, parallel):
 def test_too_many_skipped_steps_in_a_row_stop_the_run(folder, parallel):
     model = ours(folder / "lm", parallel)
     optimizer = Optimizer(model, parallel)
-    for scale in (torch.nan, torch.nan, 1.0, torch.nan, torch.inf):  # a good step starts the count anew
+    for scale in (
+        torch.nan,
+        torch.nan,
+        1.0,
+        torch.nan,
+        torch.inf,
+    ):  # a good step starts the count anew
         push(model, optimizer, 1e-3, scale)
         optimizer.check_skipped(3, "rows [1, 2]")
     push(model, optimizer, 1e-3, torch.nan)
-    with pytest.raises(UserError, match=r"3 steps in a row \(--max_skipped_steps\), the last on rows \[1, 2\]"):
+    with pytest.raises(
+        UserError, match=r"3 steps in a row \(--max_skipped_steps\), the last on rows \[1, 2\]"
+    ):
         optimizer.check_skipped(3, "rows [1, 2]")
 
 
@@ -166,7 +205,17 @@ def test_fit_says_which_step_was_skipped_and_goes_on(folder, parallel, capsys):
     model = ours(folder / "lm", parallel)
     objective = Poisoned(some_sequences(12), parallel.device)
     with RunLog(None, "test", {}, rank=0) as log:
-        history = fit(model, Optimizer(model, parallel), objective, FitSettings(1e-3, 1, 4), parallel, log, lambda at, number: None)
+        history = fit(
+            model,
+            Optimizer(model, parallel),
+            objective,
+            FitSettings(1e-3, 1, 4),
+            parallel,
+            log,
+            lambda at, number: None,
+        )
     assert [step["skipped"] for step in history] == [0, 1, 0]
-    assert "WARNING step 2: the gradient norm is nan, the step is skipped" in capsys.readouterr().err
+    assert (
+        "WARNING step 2: the gradient norm is nan, the step is skipped" in capsys.readouterr().err
+    )
     assert all(torch.isfinite(p).all() for p in model.parameters())

@@ -29,7 +29,9 @@ def reloaded(tmp_path_factory):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("before", DEGREES)
 @pytest.mark.parametrize("after", DEGREES)
-def test_weights_and_optimizer_state_come_back_at_any_degree_bit_for_bit(reloaded, kind, before, after):
+def test_weights_and_optimizer_state_come_back_at_any_degree_bit_for_bit(
+    reloaded, kind, before, after
+):
     assert reloaded["wrong"][kind, before, after] == []
 
 
@@ -43,7 +45,10 @@ class Crash(BaseException):
 
 
 def files(value: float) -> dict:
-    return {"model.safetensors": {"weight": torch.full((50,), value)}, "more.safetensors": {"x": torch.arange(9.0) * value}}
+    return {
+        "model.safetensors": {"weight": torch.full((50,), value)},
+        "more.safetensors": {"x": torch.arange(9.0) * value},
+    }
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -102,7 +107,10 @@ def step(tmp_path_factory):
     folder = tmp_path_factory.mktemp("damage") / "step-00000005"
     folder.mkdir()
     for i in range(3):
-        save_file({"a": torch.randn(40, 30), "b": torch.randn(7)}, folder / f"model.mp-{i:02d}.dp-00.safetensors")
+        save_file(
+            {"a": torch.randn(40, 30), "b": torch.randn(7)},
+            folder / f"model.mp-{i:02d}.dp-00.safetensors",
+        )
     write_manifest(folder, described_all(folder), step=5)
     return folder
 
@@ -139,11 +147,21 @@ def test_a_missing_file_is_named_and_an_older_step_offered(tmp_path, parallel):
         steps.save(number, files(float(number)), {})
     steps.wait()
     (tmp_path / "step-00000002" / "more.safetensors").unlink()
-    with pytest.raises(UserError, match=r"more.safetensors: missing; --resume .*step-00000001 goes on from there"):
+    with pytest.raises(
+        UserError, match=r"more.safetensors: missing; --resume .*step-00000001 goes on from there"
+    ):
         open_step(tmp_path / "step-00000002", parallel)
 
 
-@pytest.mark.parametrize("change", [{"format": 2}, {"files": []}, {"files": {"../x": {"size": 1, "sha256": ""}}}, {"files": {"x": 3}}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": 2},
+        {"files": []},
+        {"files": {"../x": {"size": 1, "sha256": ""}}},
+        {"files": {"x": 3}},
+    ],
+)
 def test_a_manifest_that_lies_is_refused(step, tmp_path, change):
     shutil.copytree(step, tmp_path / "step")
     manifest = json.loads((step / "manifest.json").read_text()) | change

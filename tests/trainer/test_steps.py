@@ -56,7 +56,11 @@ def merged(model) -> dict[str, torch.Tensor]:
     if not hasattr(model, "peft_config"):
         return unfused({name: p.detach().clone() for name, p in model.state_dict().items()})
     model.merge_adapter()
-    state = {k: v.detach().clone() for k, v in model.get_base_model().state_dict().items() if "lora_" not in k}
+    state = {
+        k: v.detach().clone()
+        for k, v in model.get_base_model().state_dict().items()
+        if "lora_" not in k
+    }
     model.unmerge_adapter()
     return {name.replace(".base_layer", ""): tensor for name, tensor in state.items()}
 
@@ -69,7 +73,9 @@ def unfused(state: dict) -> dict[str, torch.Tensor]:
         block = stem.replace("mlp.experts", "block_sparse_moe.experts")
         if last == "gate_up_proj":
             gate, up = tensor.chunk(2, 1)
-            out |= {f"{block}.{e}.w1.weight": w for e, w in enumerate(gate)} | {f"{block}.{e}.w3.weight": w for e, w in enumerate(up)}
+            out |= {f"{block}.{e}.w1.weight": w for e, w in enumerate(gate)} | {
+                f"{block}.{e}.w3.weight": w for e, w in enumerate(up)
+            }
         elif last == "down_proj":
             out |= {f"{block}.{e}.w2.weight": w for e, w in enumerate(tensor)}
         else:
@@ -85,7 +91,9 @@ def experts_loss(model, rows):
     for s in chosen:
         routers = model(input_ids=torch.tensor([s.tokens]), output_router_logits=True).router_logits
         config = model.config
-        one = load_balancing_loss_func(routers, config.num_local_experts, config.num_experts_per_tok)
+        one = load_balancing_loss_func(
+            routers, config.num_local_experts, config.num_experts_per_tok
+        )
         balance = balance + one * s.response_length / sum(s.response_length for s in chosen)
     return solver_loss(model, rows) + model.config.router_aux_loss_coef * balance
 
@@ -120,7 +128,9 @@ def expected(folder, tmp_path_factory):
     verifier_batches = epoch_batches(worker.COMPARISONS, worker.VERIFIER_BATCH, worker.SEED, 1)
     return {
         "full": reference(theirs(folder / "lm").double(), solver_loss, solver_batches),
-        "lora": reference(peft_model(folder, tmp_path_factory.mktemp("adapter")), solver_loss, solver_batches),
+        "lora": reference(
+            peft_model(folder, tmp_path_factory.mktemp("adapter")), solver_loss, solver_batches
+        ),
         "experts": reference(theirs(folder / "experts"), experts_loss, solver_batches),
         "verifier": reference(theirs(folder / "score").double(), verifier_loss, verifier_batches),
     }
@@ -135,7 +145,9 @@ def peft_model(folder, saved):
     add_lora(model, worker.LORA, worker.LORA_SEED, parallel)
     save_model(model, parallel, str(saved / "start"), Checkpoint.open(str(folder / "lm")))
     stop()
-    return PeftModel.from_pretrained(theirs(folder / "lm"), saved / "start" / "adapter", is_trainable=True)
+    return PeftModel.from_pretrained(
+        theirs(folder / "lm"), saved / "start" / "adapter", is_trainable=True
+    )
 
 
 RUNS = [*worker.SOLVER_RUNS, *worker.VERIFIER_RUNS]
@@ -166,9 +178,17 @@ def test_adapters_of_experts_train_alike_at_any_division(results, layout):
 
 def test_the_runs_above_train_and_clip(expected, folder):
     """Otherwise they would agree on nothing: every matrix moves far more than the tolerance, and norms are clipped."""
-    for run, name in (("full", "lm"), ("lora", "lm"), ("verifier", "score"), ("experts", "experts")):
+    for run, name in (
+        ("full", "lm"),
+        ("lora", "lm"),
+        ("verifier", "score"),
+        ("experts", "experts"),
+    ):
         before = unfused(dict(theirs(folder / name).named_parameters()))
-        moved = {k: float((v - before[k]).norm() / before[k].norm()) for k, v in expected[run]["weights"].items()}
+        moved = {
+            k: float((v - before[k]).norm() / before[k].norm())
+            for k, v in expected[run]["weights"].items()
+        }
         moving = [k for k in moved if "_proj" in k] if run == "lora" else moved
         assert min(moved[k] for k in moving) > 30 * TOLERANCE
         assert any(norm > worker.MAX_GRAD_NORM for _, norm in expected[run]["steps"])
@@ -184,10 +204,14 @@ def test_each_data_parallel_rank_keeps_its_share_of_the_optimizer_s_state(result
     state, (ranks, mp) = results[layout]["state"], map(int, LAYOUTS[layout].split("-"))
     whole = (state["numbers"], state["numbers"])
     assert state[0]["held"] == [whole] * ranks
-    shares = [state[1]["held"][rank::mp] for rank in range(mp)]  # of the ranks that hold the same part of the model
+    shares = [
+        state[1]["held"][rank::mp] for rank in range(mp)
+    ]  # of the ranks that hold the same part of the model
     assert all(tuple(map(sum, zip(*share))) == whole for share in shares)
     assert max(held for held, _ in state[1]["held"]) <= whole[0] * (0.75 if ranks > mp else 1)
-    assert all(torch.equal(state[0]["weights"][n], state[1]["weights"][n]) for n in state[0]["weights"])
+    assert all(
+        torch.equal(state[0]["weights"][n], state[1]["weights"][n]) for n in state[0]["weights"]
+    )
 
 
 def test_recomputed_activations_change_nothing(results, layout):
@@ -201,7 +225,10 @@ def test_evaluation_is_called_before_the_first_and_after_every_epoch(results):
 
 def test_accuracy_of_a_verifier_step_is_the_share_of_pairs_ranked_right(results, layout, folder):
     """At the first step, whose weights are known."""
-    model, rows = theirs(folder / "score"), epoch_batches(worker.COMPARISONS, worker.VERIFIER_BATCH, worker.SEED, 1)[0]
+    model, rows = (
+        theirs(folder / "score"),
+        epoch_batches(worker.COMPARISONS, worker.VERIFIER_BATCH, worker.SEED, 1)[0],
+    )
     shares = []
     for c in (worker.comparisons()[i] for i in rows):
         ids, mask = padded([s.tokens for s in c.chosen + c.rejected])
@@ -210,7 +237,9 @@ def test_accuracy_of_a_verifier_step_is_the_share_of_pairs_ranked_right(results,
         pairs = [a > b for a in scores[: len(c.chosen)] for b in scores[len(c.chosen) :]]
         shares.append(sum(pairs) / len(pairs))
     for run in worker.VERIFIER_RUNS:
-        assert results[layout][run]["history"][0]["accuracy"] == pytest.approx(sum(shares) / len(shares), abs=1e-6)
+        assert results[layout][run]["history"][0]["accuracy"] == pytest.approx(
+            sum(shares) / len(shares), abs=1e-6
+        )
 
 
 def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all(results, layout):
@@ -220,13 +249,19 @@ def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all(results
     for skipped, norms, unchanged in ranks:
         assert skipped == [0, 1, 1, 0] and unchanged == [True, True, False]
         assert [math.isfinite(norm) for norm in norms] == [True, False, False, True]
-    assert apart(results[layout]["poisoned"]["weights"], results["one rank"]["poisoned"]["weights"]) < TOLERANCE
+    assert (
+        apart(results[layout]["poisoned"]["weights"], results["one rank"]["poisoned"]["weights"])
+        < TOLERANCE
+    )
 
 
 def test_after_skipped_steps_training_goes_on_as_without_them(results, folder):
     parallel = start(1)
     model = ours(folder / "lm", parallel)
-    optimizer, objective = Optimizer(model, parallel), SolverObjective(some_sequences(4), parallel.device)
+    optimizer, objective = (
+        Optimizer(model, parallel),
+        SolverObjective(some_sequences(4), parallel.device),
+    )
     for _ in range(2):
         optimizer.backward(objective.loss(model, [0, 1, 2, 3], sum(objective.weights))[0])
         optimizer.step(1e-3)
@@ -238,7 +273,9 @@ def test_after_skipped_steps_training_goes_on_as_without_them(results, folder):
 def test_every_pair_counts_at_any_division(results, layout):
     assert results[layout]["pairs"]["alike"]
     ours_, one = results[layout]["pairs"], results["one rank"]["pairs"]
-    assert {k: ours_["summary"][k] for k in ("n", "pairs", "accuracy")} == {k: one["summary"][k] for k in ("n", "pairs", "accuracy")}
+    assert {k: ours_["summary"][k] for k in ("n", "pairs", "accuracy")} == {
+        k: one["summary"][k] for k in ("n", "pairs", "accuracy")
+    }
     for a, b in zip(ours_["rows"], one["rows"]):
         for side in ("chosen", "rejected"):
             assert a[side] == pytest.approx(b[side], rel=TOLERANCE, abs=TOLERANCE)

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 
 from src.checkpoint.load import load_model
-from src.checkpoint.save import merged_weights
 from src.checkpoint.names import hf_tensors
+from src.checkpoint.save import merged_weights
 from src.checkpoint.source import Checkpoint
 from src.models.batch import Sequence
 from src.models.layout import tensor_table
@@ -22,13 +22,28 @@ EOS = 2
 
 def save_llama(folder: Path, head: str = "lm", seed: int = 0) -> Path:
     """A Hugging Face folder with large enough weights for every part to matter; grouped heads, degrees 1, 2 and 4."""
-    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification  # seconds that workers save
+    from transformers import (  # seconds that workers save
+        LlamaConfig,
+        LlamaForCausalLM,
+        LlamaForSequenceClassification,
+    )
 
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=8,
-        num_key_value_heads=4, max_position_embeddings=64, initializer_range=0.2, rms_norm_eps=1e-5,
-        tie_word_embeddings=False, pad_token_id=PAD, bos_token_id=1, eos_token_id=EOS, num_labels=1,
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+        pad_token_id=PAD,
+        bos_token_id=1,
+        eos_token_id=EOS,
+        num_labels=1,
     )
     model = (LlamaForCausalLM if head == "lm" else LlamaForSequenceClassification)(config)
     with torch.no_grad():
@@ -45,9 +60,22 @@ def save_experts(folder: Path) -> Path:
 
     torch.manual_seed(3)
     config = MixtralConfig(
-        vocab_size=VOCAB + 3, hidden_size=33, intermediate_size=21, num_hidden_layers=2, num_attention_heads=3, head_dim=10,
-        num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.2, tie_word_embeddings=False, sliding_window=6,
-        num_local_experts=5, num_experts_per_tok=2, router_aux_loss_coef=0.3, bos_token_id=1, eos_token_id=EOS,
+        vocab_size=VOCAB + 3,
+        hidden_size=33,
+        intermediate_size=21,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        head_dim=10,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        tie_word_embeddings=False,
+        sliding_window=6,
+        num_local_experts=5,
+        num_experts_per_tok=2,
+        router_aux_loss_coef=0.3,
+        bos_token_id=1,
+        eos_token_id=EOS,
     )
     MixtralForCausalLM(config).save_pretrained(folder)
     return folder
@@ -58,12 +86,24 @@ def theirs(folder: Path):
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     config = (Path(folder) / "config.json").read_text()
-    kind = AutoModelForSequenceClassification if "SequenceClassification" in config else AutoModelForCausalLM
-    eager = {"attn_implementation": "eager"} | ({"experts_implementation": "eager"} if "Mixtral" in config else {})
+    kind = (
+        AutoModelForSequenceClassification
+        if "SequenceClassification" in config
+        else AutoModelForCausalLM
+    )
+    eager = {"attn_implementation": "eager"} | (
+        {"experts_implementation": "eager"} if "Mixtral" in config else {}
+    )
     return kind.from_pretrained(folder, dtype=torch.float32, **eager)
 
 
-def ours(folder: Path, parallel: Parallel, dtype: torch.dtype = torch.float32, head: str | None = None, seed: int = 0):
+def ours(
+    folder: Path,
+    parallel: Parallel,
+    dtype: torch.dtype = torch.float32,
+    head: str | None = None,
+    seed: int = 0,
+):
     return load_model(Checkpoint.open(str(folder)), parallel, dtype, head, seed)
 
 
@@ -100,4 +140,7 @@ def padded(sequences: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
 def apart(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     """The largest relative distance (norm of the difference over the norm) between tensors of the same name."""
     assert a.keys() == b.keys()
-    return max(float((a[k].double() - b[k].double()).norm() / b[k].double().norm().clamp_min(1e-12)) for k in a)
+    return max(
+        float((a[k].double() - b[k].double()).norm() / b[k].double().norm().clamp_min(1e-12))
+        for k in a
+    )

@@ -23,7 +23,12 @@ from src.trainer.solver import SolverObjective
 from src.trainer.verifier import Comparison, VerifierObjective
 from tests.trainer.tiny import ours, some_sequences, whole_weights
 
-ROWS, BATCH, LR, WARMUP = 37, 8, 2e-3, 0.5  # five steps, the last of five rows: uneven at any number of ranks
+ROWS, BATCH, LR, WARMUP = (
+    37,
+    8,
+    2e-3,
+    0.5,
+)  # five steps, the last of five rows: uneven at any number of ranks
 WEIGHT_DECAY, MAX_GRAD_NORM = 0.1, 0.5
 LORA, LORA_SEED = LoRAConfig(rank=4, alpha=8.0), 3
 SEED = 5
@@ -64,7 +69,9 @@ def comparisons() -> list[Comparison]:
     return found
 
 
-def solver_run(folder: Path, parallel: Parallel, name: str, micro: int, lora: bool, more: dict) -> dict:
+def solver_run(
+    folder: Path, parallel: Parallel, name: str, micro: int, lora: bool, more: dict
+) -> dict:
     model = ours(folder / name, parallel)
     model.recompute = more.get("recompute", "none")
     if lora:
@@ -74,18 +81,24 @@ def solver_run(folder: Path, parallel: Parallel, name: str, micro: int, lora: bo
     return trained(model, optimizer, objective, settings(BATCH, micro, parallel, more), parallel)
 
 
-def verifier_run(folder: Path, parallel: Parallel, micro: int, share_prompts: bool, more: dict) -> dict:
+def verifier_run(
+    folder: Path, parallel: Parallel, micro: int, share_prompts: bool, more: dict
+) -> dict:
     model = ours(folder / "score", parallel)
     objective = VerifierObjective(comparisons(), parallel.device, share_prompts)
     optimizer = Optimizer(model, parallel, WEIGHT_DECAY, MAX_GRAD_NORM, zero=more.get("zero", 1))
-    return trained(model, optimizer, objective, settings(VERIFIER_BATCH, micro, parallel, more), parallel)
+    return trained(
+        model, optimizer, objective, settings(VERIFIER_BATCH, micro, parallel, more), parallel
+    )
 
 
 def settings(batch: int, micro: int, parallel: Parallel, more: dict) -> FitSettings:
     """The same rows per step whatever the division."""
     share = batch // parallel.dp_size
     per_micro = max(1, share // micro)
-    return FitSettings(LR, 1, per_micro, share // per_micro, WARMUP, "cosine", SEED, more.get("max_tokens"))
+    return FitSettings(
+        LR, 1, per_micro, share // per_micro, WARMUP, "cosine", SEED, more.get("max_tokens")
+    )
 
 
 def trained(model, optimizer, objective, plan: FitSettings, parallel: Parallel) -> dict:
@@ -100,13 +113,29 @@ def trained(model, optimizer, objective, plan: FitSettings, parallel: Parallel) 
 
     optimizer.step = step_and_look
     with RunLog(None, "test", {}, rank=1) as log:
-        history = fit(model, optimizer, objective, plan, parallel, log, lambda at, number: evaluated.append(number))
-    replicated = {n: p.detach() for n, p in model.named_parameters() if p.copies == parallel.mp_size}
+        history = fit(
+            model,
+            optimizer,
+            objective,
+            plan,
+            parallel,
+            log,
+            lambda at, number: evaluated.append(number),
+        )
+    replicated = {
+        n: p.detach() for n, p in model.named_parameters() if p.copies == parallel.mp_size
+    }
     every = [None] * parallel.world_size
     dist.all_gather_object(every, replicated)
     alike = all(torch.equal(other[n], replicated[n]) for other in every for n in replicated)
     weights = whole_weights(model, parallel)
-    return {"history": history, "evaluated": evaluated, "first": first[0], "weights": weights, "alike": alike}
+    return {
+        "history": history,
+        "evaluated": evaluated,
+        "first": first[0],
+        "weights": weights,
+        "alike": alike,
+    }
 
 
 # gradient → the parameter that goes bad and what its gradient becomes
@@ -123,7 +152,9 @@ def poisoned(folder: Path, parallel: Parallel) -> dict:
         hook = None
         if poison and parallel.rank == parallel.world_size - 1:
             name, value = poison
-            hook = model.get_parameter(name).register_hook(lambda grad: torch.full_like(grad, value))
+            hook = model.get_parameter(name).register_hook(
+                lambda grad: torch.full_like(grad, value)
+            )
         mine = [i for i in range(4) if i % parallel.dp_size == parallel.dp_rank]
         optimizer.backward(objective.loss(model, mine, sum(objective.weights))[0])
         if hook is not None:
@@ -132,7 +163,9 @@ def poisoned(folder: Path, parallel: Parallel) -> dict:
         weights.append({n: p.detach().clone() for n, p in model.named_parameters()})
     same = [all(torch.equal(a[n], b[n]) for n in a) for a, b in zip(weights, weights[1:])]
     report = [None] * parallel.world_size
-    dist.all_gather_object(report, ([r["skipped"] for r in results], [r["grad_norm"] for r in results], same))
+    dist.all_gather_object(
+        report, ([r["skipped"] for r in results], [r["grad_norm"] for r in results], same)
+    )
     return {"ranks": report, "weights": whole_weights(model, parallel)}
 
 
@@ -144,7 +177,15 @@ def sharded_state(folder: Path, parallel: Parallel) -> dict:
         optimizer = Optimizer(model, parallel, WEIGHT_DECAY, MAX_GRAD_NORM, zero=zero)
         objective = SolverObjective(some_sequences(ROWS), parallel.device)
         with RunLog(None, "test", {}, rank=1) as log:
-            fit(model, optimizer, objective, settings(BATCH, 2, parallel, {}), parallel, log, lambda at, number: None)
+            fit(
+                model,
+                optimizer,
+                objective,
+                settings(BATCH, 2, parallel, {}),
+                parallel,
+                log,
+                lambda at, number: None,
+            )
         held = sum(state["exp_avg"].numel() for state in optimizer.local.state.values())
         masters = sum(master.numel() for _, master in optimizer.local.rounded)
         every = [None] * parallel.world_size
@@ -155,17 +196,25 @@ def sharded_state(folder: Path, parallel: Parallel) -> dict:
 
 def measure(folder: Path, parallel: Parallel) -> dict:
     with RunLog(None, "test", {}, rank=1) as log:
-        summary, rows = evaluate_pairs(ours(folder / "score", parallel), parallel, comparisons(), 3, log)
+        summary, rows = evaluate_pairs(
+            ours(folder / "score", parallel), parallel, comparisons(), 3, log
+        )
     every = [None] * parallel.world_size
     dist.all_gather_object(every, (summary, rows))
-    return {"summary": summary, "rows": rows, "alike": all(other == (summary, rows) for other in every)}
+    return {
+        "summary": summary,
+        "rows": rows,
+        "alike": all(other == (summary, rows) for other in every),
+    }
 
 
 def all_checks(folder: Path, mp_sizes: list[int]) -> None:
     for mp_size in mp_sizes:
         parallel = start(mp_size, timeout=120)
         results = {name: solver_run(folder, parallel, *run) for name, run in SOLVER_RUNS.items()}
-        results |= {name: verifier_run(folder, parallel, *run) for name, run in VERIFIER_RUNS.items()}
+        results |= {
+            name: verifier_run(folder, parallel, *run) for name, run in VERIFIER_RUNS.items()
+        }
         results["poisoned"] = poisoned(folder, parallel)
         results["pairs"] = measure(folder, parallel)
         results["state"] = sharded_state(folder, parallel)
