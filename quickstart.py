@@ -1,8 +1,9 @@
-"""The whole job on a laptop: data, tokenizer, a small Llama, SFT, a verifier, PPO, and what each step brought.
+"""The whole job on a laptop: data, tokenizer, a small Llama, SFT, a verifier, PPO.
 
     make quickstart                 (or: python quickstart.py --seed 0 --work_dir runs/quickstart-0)
 
-Every step is the real script with its real flags, printed before it runs: copy a line to run that step alone.
+It ends with what each step brought. Every step is the real script with its real flags, printed
+before it runs: copy a line to run that step alone.
 """
 
 import json
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from src.cli import run
 from src.errors import UserError
@@ -24,7 +25,8 @@ class Stages:
     """Runs the commands, and keeps the minutes of each stage."""
 
     def __init__(self, ranks: int) -> None:
-        self.ranks, self.seconds = ranks, {}
+        self.ranks = ranks
+        self.seconds: dict[str, float] = {}
 
     def run(self, stage: str, script: str, **flags) -> None:
         """A script in this process's Python, alone."""
@@ -47,35 +49,30 @@ class Stages:
         shown = ["torchrun", *launcher[3:]] if len(launcher) > 1 else ["python"]
         print(f"\n[{stage}] {shlex.join([*shown, *script, *arguments])}", flush=True)
         began = time.perf_counter()
-        on_cpu = {  # the same job everywhere, with or without a GPU
-            **os.environ,
-            "CUDA_VISIBLE_DEVICES": "",
-            "OMP_NUM_THREADS": str(
-                max(1, os.cpu_count() // (self.ranks if len(launcher) > 1 else 1))
-            ),
-        }
+        # The same job everywhere, with or without a GPU; each rank gets its share of the cores.
+        ranks = self.ranks if len(launcher) > 1 else 1
+        threads = max(1, (os.cpu_count() or 1) // ranks)
+        on_cpu = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads)}
         code = subprocess.run([*launcher, *script, *arguments], cwd=ROOT, env=on_cpu).returncode
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
         if code:
             sys.exit(
-                f"quickstart stopped: {stage} ended with exit code {code}; the line above shows the command"
+                f"quickstart stopped: {stage} ended with exit code {code}; the line above shows the "
+                "command"
             )
 
 
 def main(
-    seed: int = 0,
-    work_dir: str | None = None,
-    ranks: int = 2,
-    until: Literal["end", "verifier"] = "end",
-):
-    """Run everything and print the table.
-
-    Args:
-        seed: of the data, the weights and the training.
-        work_dir: where everything goes; runs/quickstart-SEED when not given.
-        ranks: model-parallel ranks.
-        until: the last stage to run; "verifier" leaves what PPO starts from.
-    """
+    seed: Annotated[int, "of the data, the weights and the training"] = 0,
+    work_dir: Annotated[
+        str | None, "where everything goes; runs/quickstart-SEED when not given"
+    ] = None,
+    ranks: Annotated[int, "model-parallel ranks: 1, 2 or 4"] = 2,
+    until: Annotated[
+        Literal["end", "verifier"], 'the last stage; "verifier" leaves what PPO starts from'
+    ] = "end",
+) -> None:
+    """Run everything and print the table."""
     if ranks not in (1, 2, 4):
         raise UserError(
             f"--ranks {ranks}: the small model has 4 heads; 1, 2 or 4 ranks can share them"
@@ -202,8 +199,9 @@ def main(
         print(f"  {stage:24} {seconds / 60:5.1f}")
     print(f"  {'all':24} {minutes:5.1f}")
     print(
-        f"Everything lies in {work}: {sft.name}, {verifier.name}, {policy.name} and {critic.name} (shards), "
-        f"ppo-huggingface (for transformers), *-logs (TensorBoard), *-evaluation (predictions), summary.json"
+        f"Everything lies in {work}: {sft.name}, {verifier.name}, {policy.name} and {critic.name} "
+        "(shards), ppo-huggingface (for transformers), *-logs (TensorBoard), *-evaluation "
+        "(predictions), summary.json"
     )
 
 

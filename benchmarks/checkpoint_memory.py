@@ -1,9 +1,10 @@
-"""How much memory and time it takes to split a checkpoint, and to load it straight from its Hugging Face folder.
+"""How much memory and time it takes to split a checkpoint, and to load it straight from its folder.
 
     python benchmarks/checkpoint_memory.py --gigabytes 2 --n 4
 
-Makes a random Llama of that size in bf16 (in files of at most a quarter of it), splits it in a process of its own, then
-loads it on n ranks. Anonymous memory is what a process cannot give back; mapped pages of files are the system's. Linux.
+Makes a random Llama of that size in bf16 as a Hugging Face folder (in files of at most a quarter of
+it), splits it in a process of its own, then loads it on n ranks. Anonymous memory is what a process
+cannot give back; mapped pages of files are the system's. Linux.
 """
 
 import json
@@ -21,36 +22,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from src.cli import run
 
 
+def own_figure(file: str, field: str) -> int:
+    """A field of a file of this process in /proc."""
+    lines = (Path("/proc/self") / file).read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1])
+
+
 def status_bytes(field: str) -> int:
-    line = next(
-        line
-        for line in Path("/proc/self/status").read_text().splitlines()
-        if line.startswith(field)
-    )
-    return int(line.split()[1]) * 1024
+    return own_figure("status", field) * 1024
 
 
 def read_bytes() -> int:
     """Bytes that this process asked the disk for (not what it found in the page cache)."""
-    return int(
-        next(
-            line
-            for line in Path("/proc/self/io").read_text().splitlines()
-            if line.startswith("read_bytes")
-        ).split()[1]
-    )
+    return own_figure("io", "read_bytes")
 
 
 class Peak:
     """The largest anonymous memory above where it began, looked at every millisecond."""
 
     def __enter__(self) -> "Peak":
-        self.start, self.peak, self._done, self.began = (
-            status_bytes("RssAnon"),
-            0,
-            threading.Event(),
-            time.perf_counter(),
-        )
+        self.start, self.peak, self._done = status_bytes("RssAnon"), 0, threading.Event()
+        self.began = time.perf_counter()
         self._watcher = threading.Thread(target=self._watch)
         self._watcher.start()
         return self
@@ -78,9 +70,8 @@ def make(folder: Path, gigabytes: float) -> int:
     dim, hidden = 2048, 5632
     config = ModelConfig(dim, 1, 16, 16, 128, hidden, 32000)
     per_layer = sum(torch.Size(spec.shape).numel() for spec in layer_table(config).values())
-    config = ModelConfig(
-        dim, round((gigabytes * 1e9 / 2 - 2 * 32000 * dim) / per_layer), 16, 16, 128, hidden, 32000
-    )
+    n_layers = round((gigabytes * 1e9 / 2 - 2 * 32000 * dim) / per_layer)
+    config = ModelConfig(dim, n_layers, 16, 16, 128, hidden, 32000)
     folder.mkdir(parents=True)
     weight_map, tensors, number, total, limit = {}, {}, 0, 0, gigabytes * 1e9 / 4
 
@@ -99,9 +90,8 @@ def make(folder: Path, gigabytes: float) -> int:
         total += sum(t.nbytes for t in new.values())
     flush()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    (folder / "config.json").write_text(
-        json.dumps(hf_config(config, "bfloat16", {"bos_token_id": 1, "eos_token_id": 2}))
-    )
+    ids = {"bos_token_id": 1, "eos_token_id": 2}
+    (folder / "config.json").write_text(json.dumps(hf_config(config, "bfloat16", ids)))
     return total
 
 
@@ -127,12 +117,10 @@ def load_one(source: str) -> None:
     before = read_bytes()
     with Peak() as peak:
         model = load_model(Checkpoint.open(source), parallel, torch.bfloat16)
-    held = sum(p.nbytes for p in model.parameters())
+    report = {"peak": peak.peak, "held": sum(p.nbytes for p in model.parameters())}
+    report |= {"seconds": peak.seconds, "read": read_bytes() - before}
     reports = [None] * parallel.world_size
-    dist.all_gather_object(
-        reports,
-        {"peak": peak.peak, "held": held, "seconds": peak.seconds, "read": read_bytes() - before},
-    )
+    dist.all_gather_object(reports, report)
     if parallel.is_main:
         print(json.dumps(reports))
     stop()
@@ -168,16 +156,20 @@ def main(gigabytes: float = 2.0, n: int = 4, work_dir: str | None = None):
         total = make(work / "hf", gigabytes)
         largest = max(file.stat().st_size for file in (work / "hf").iterdir())
         drop_from_cache(work / "hf")
+        shards = work / "shards"
         split = last_line(
-            [sys.executable, __file__, "split", str(work / "hf"), str(work / "shards"), str(n)]
+            [sys.executable, __file__, "split", str(work / "hf"), str(shards), str(n)]
         )
-        shard = max(file.stat().st_size for file in (work / "shards").glob("*.pth"))
+        shard = max(file.stat().st_size for file in shards.glob("*.pth"))
         print(
-            f"checkpoint {total / 1e9:.2f} GB in files of at most {largest / 1e9:.2f} GB; a shard of {n}: {shard / 1e9:.3f} GB"
+            f"checkpoint {total / 1e9:.2f} GB in files of at most {largest / 1e9:.2f} GB; "
+            f"a shard of {n}: {shard / 1e9:.3f} GB"
         )
+        peak = split["peak"]
         print(
-            f"split: peak {split['peak'] / 1e9:.3f} GB = {split['peak'] / (largest + shard):.2f} x (one source file + one shard), "
-            f"{split['peak'] / shard:.2f} x the shard; {split['seconds']:.1f} s; {split['read'] / total:.2f} x the checkpoint read"
+            f"split: peak {peak / 1e9:.3f} GB = {peak / (largest + shard):.2f} x "
+            f"(one source file + one shard), {peak / shard:.2f} x the shard; "
+            f"{split['seconds']:.1f} s; {split['read'] / total:.2f} x the checkpoint read"
         )
         drop_from_cache(work / "hf")
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(n)]
@@ -185,8 +177,10 @@ def main(gigabytes: float = 2.0, n: int = 4, work_dir: str | None = None):
         worst = max(r["peak"] / r["held"] for r in ranks)
         read = sum(r["read"] for r in ranks)
         print(
-            f"load on {n} ranks from the folder: peak {worst:.3f} x the rank's own {ranks[0]['held'] / 1e9:.3f} GB at worst; "
-            f"{max(r['seconds'] for r in ranks):.1f} s; {read / total:.2f} x the checkpoint read from disk by all ranks together"
+            f"load on {n} ranks from the folder: "
+            f"peak {worst:.3f} x the rank's own {ranks[0]['held'] / 1e9:.3f} GB at worst; "
+            f"{max(r['seconds'] for r in ranks):.1f} s; "
+            f"{read / total:.2f} x the checkpoint read from disk by all ranks together"
         )
     finally:
         shutil.rmtree(work)

@@ -1,4 +1,7 @@
-"""What the benchmarks share: the 58M Llama, prompts from a file, alternating runs and their medians, the machine's rates."""
+"""What the benchmarks share.
+
+The 58M Llama, prompts from a file, alternating runs and their medians, the machine's rates.
+"""
 
 import json
 import os
@@ -14,9 +17,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-SIZES = dict(
-    dim=512, n_layers=8, n_heads=8, n_kv_heads=8, hidden_dim=1376, vocab_size=32000
-)  # 58M parameters
+# 58M parameters
+SIZES = dict(dim=512, n_layers=8, n_heads=8, n_kv_heads=8, hidden_dim=1376, vocab_size=32000)
 
 
 def make_model(folder: Path, seed: int = 0, head: str = "lm", **sizes) -> Path:
@@ -35,14 +37,12 @@ def make_model(folder: Path, seed: int = 0, head: str = "lm", **sizes) -> Path:
     config = ModelConfig(**sizes, head_dim=sizes["dim"] // sizes["n_heads"], head=head)
     tensors = {}
     for name, spec in tensor_table(config).items():
-        tensors |= hf_tensors(
-            name, random_tensor(name, spec, initial_std(name, spec, config.n_layers), seed), config
-        )
+        std = initial_std(name, spec, config.n_layers)
+        tensors |= hf_tensors(name, random_tensor(name, spec, std, seed), config)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(
-        json.dumps(hf_config(config, "float32", {"bos_token_id": 1, "eos_token_id": 2}))
-    )
+    ids = {"bos_token_id": 1, "eos_token_id": 2}
+    (folder / "config.json").write_text(json.dumps(hf_config(config, "float32", ids)))
     return folder
 
 
@@ -67,7 +67,10 @@ def make_tokenizer(folder: Path, texts: list[str], vocab_size: int = 4000) -> Pa
 def alternate(
     runs: dict[str, Callable[[], float]], rounds: int, warm_up: bool = True
 ) -> dict[str, list[float]]:
-    """Each run's results in turn, round after round: A B A B …; the first round is not counted with `warm_up`."""
+    """Each run's results in turn, round after round: A B A B ….
+
+    With `warm_up` the first round is not counted.
+    """
     results: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds + warm_up):
         for name, run in runs.items():
@@ -103,19 +106,23 @@ def read_rate(megabytes: int = 1024, rounds: int = 5) -> float:
 
 def machine() -> str:
     """One line for the tables."""
-    model = next(
-        (
-            line.split(":", 1)[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        "",
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = (line.split(":", 1)[1].strip() for line in lines if "model name" in line)
+    model = next(names, "") or platform.processor()
+    return (
+        f"{model}, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}, "
+        f"{torch.get_num_threads()} threads"
     )
-    return f"{model or platform.processor()}, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}, {torch.get_num_threads()} threads"
+
+
+def torchrun(ranks: int) -> list[str]:
+    """What starts a script on so many ranks; one rank is plain Python."""
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
+    return [sys.executable, *(launcher if ranks > 1 else [])]
 
 
 def report(tables: dict[str, Callable[[], list[str]]], only: str | None, out: str | None) -> None:
-    """Make the tables, or `only` one of them, print them as Markdown, and write that to the file `out`."""
+    """Make the tables, or `only` one of them, print them as Markdown, and write that to `out`."""
     lines = [f"Machine: {machine()}.", ""]
     for name in [only] if only else tables:
         lines += [*tables[name](), ""]

@@ -1,10 +1,12 @@
-"""Generation beside `transformers.generate`, on the same weights and prompts, and beside what the machine could do.
+"""Generation beside `transformers.generate`, and beside what the machine could do.
 
-    python benchmarks/generation.py --prompts_file GSM8K/test.jsonl --out docs/performance-generation.md
+    python benchmarks/generation.py --prompts_file GSM8K/test.jsonl \\
+        --out docs/performance-generation.md
 
-The 58M Llama with random weights; prompts are the questions of the file. Runs alternate and medians are given. transformers
-gets its best plain settings here: one left-padded batch of all prompts, SDPA attention, its dynamic cache, sampling from the
-whole vocabulary as ours does.
+The same weights and prompts for both: the 58M Llama with random weights; prompts are the questions
+of the file. Runs alternate and medians are given. transformers gets its best plain settings here:
+one left-padded batch of all prompts, SDPA attention, its dynamic cache, sampling from the whole
+vocabulary as ours does.
 """
 
 import json
@@ -12,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,13 +27,13 @@ from common import (
     median,
     read_rate,
     seconds,
+    torchrun,
 )
 
 from src.cli import run
 
-STOPS = set(
-    range(100, 420)
-)  # one token in a hundred ends a text: lengths vary as they do for a trained model
+# one token in a hundred ends a text: lengths vary as they do for a trained model
+STOPS = set(range(100, 420))
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -41,54 +44,40 @@ def open_engine(folder: Path, dtype: torch.dtype, slots: int):
     from src.parallel.setup import start
 
     parallel = start()
-    return Engine(
-        load_model(Checkpoint.open(str(folder)), parallel, dtype).eval(), parallel, slots, 2048
-    )
+    model = load_model(Checkpoint.open(str(folder)), parallel, dtype).eval()
+    return Engine(model, parallel, slots, 2048)
 
 
 def ours(engine, prompts: list[list[int]], new: int, stops: set[int], seed: int = 1) -> float:
     """Tokens per second."""
     from src.generation.sampling import Sampling
 
-    made = []
-    took = seconds(
-        lambda: made.extend(engine.generate(prompts, Sampling(new, 1.0, seed=seed), stops))
-    )
-    return sum(len(c.tokens) for c in made) / took
+    completions, sampling = [], Sampling(new, 1.0, seed=seed)
+    took = seconds(lambda: completions.extend(engine.generate(prompts, sampling, stops)))
+    return sum(len(c.tokens) for c in completions) / took
 
 
 def theirs(model, prompts: list[list[int]], new: int, stops: set[int], seed: int = 1) -> float:
+    """Tokens per second."""
     longest = max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])  # [prompts, longest]
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
     torch.manual_seed(seed)
-    ends = (
-        dict(eos_token_id=sorted(stops)) if stops else dict(eos_token_id=None, min_new_tokens=new)
-    )
-    made = []
-    took = seconds(
-        lambda: made.append(
-            model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=new,
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                pad_token_id=0,
-                **ends,
-            )
-        )
-    )
-    rows = made[0][:, longest:].tolist()
-    return (
-        sum(
-            next((at + 1 for at, token in enumerate(row) if token in stops), len(row))
-            for row in rows
-        )
-        / took
-    )
+    settings = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0)
+    settings |= dict(eos_token_id=sorted(stops) or None, max_new_tokens=new)
+    if not stops:
+        settings["min_new_tokens"] = new
+    outputs = []
+
+    def generate() -> None:
+        outputs.append(model.generate(input_ids=ids, attention_mask=mask, **settings))
+
+    took = seconds(generate)
+    rows = outputs[0][:, longest:].tolist()  # [prompts, new]
+    lengths = [
+        next((i + 1 for i, token in enumerate(row) if token in stops), len(row)) for row in rows
+    ]
+    return sum(lengths) / took
 
 
 def against_transformers(folder: Path, prompts: list[list[int]], rounds: int) -> list[str]:
@@ -97,23 +86,20 @@ def against_transformers(folder: Path, prompts: list[list[int]], rounds: int) ->
     lines = ["| | ours, tokens/s | transformers, tokens/s | ratio |", "|---|---|---|---|"]
     for name, dtype in DTYPES.items():
         engine = open_engine(folder, dtype, 64)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation="sdpa"
-        ).eval()
+        loaded = dict(dtype=dtype, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_pretrained(folder, **loaded).eval()
         model.generation_config.eos_token_id = None
-        for what, new, stops in (
+        for label, new, stops in (
             ("varying lengths, at most 256 new", 256, STOPS),
             ("128 new each", 128, set()),
         ):
-            got = alternate(
-                {
-                    "ours": lambda: ours(engine, prompts[:64], new, stops),
-                    "theirs": lambda: theirs(model, prompts[:64], new, stops),
-                },
-                rounds,
-            )
-            a, b = median(got["ours"]), median(got["theirs"])
-            lines.append(f"| {name}, 64 prompts, {what} | {a:.0f} | {b:.0f} | {a / b:.2f} |")
+            runs = {
+                "ours": partial(ours, engine, prompts[:64], new, stops),
+                "theirs": partial(theirs, model, prompts[:64], new, stops),
+            }
+            rates = alternate(runs, rounds)
+            a, b = median(rates["ours"]), median(rates["theirs"])
+            lines.append(f"| {name}, 64 prompts, {label} | {a:.0f} | {b:.0f} | {a / b:.2f} |")
             print(lines[-1], flush=True)
     return lines
 
@@ -131,93 +117,82 @@ def rank_main(folder: str, prompts_file: str, dtype: str) -> None:
 def ranks_against_process(
     folder: Path, prompts: list[list[int]], rounds: int, work: Path
 ) -> list[str]:
-    (work / "prompts.json").write_text(json.dumps(prompts[:64]))
+    prompts_file = work / "prompts.json"
+    prompts_file.write_text(json.dumps(prompts[:64]))
     cores = len(os.sched_getaffinity(0))
     lines = [
-        f"| 64 prompts, 64 new each | 1 process × {cores} threads | {cores} ranks × 1 thread | ratio |",
+        "| 64 prompts, 64 new each "
+        f"| 1 process × {cores} threads | {cores} ranks × 1 thread | ratio |",
         "|---|---|---|---|",
     ]
+
+    def launch(dtype: str, n: int) -> float:
+        command = [*torchrun(n), __file__, "rank", str(folder), str(prompts_file), dtype]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(cores // n)}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+        return float(done.stdout.split("RATE ")[1].split()[0])
+
     for dtype in DTYPES:
-
-        def launch(n: int) -> float:
-            command = (
-                [sys.executable]
-                if n == 1
-                else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(n)]
-            )
-            environment = {**os.environ, "OMP_NUM_THREADS": str(cores // n)}
-            done = subprocess.run(
-                [*command, __file__, "rank", str(folder), str(work / "prompts.json"), dtype],
-                capture_output=True,
-                text=True,
-                env=environment,
-                check=True,
-            )
-            return float(done.stdout.split("RATE ")[1].split()[0])
-
-        got = alternate(
-            {"one": lambda: launch(1), "two": lambda: launch(cores)}, rounds, warm_up=False
-        )
-        a, b = median(got["one"]), median(got["two"])
+        runs = {"one": partial(launch, dtype, 1), "two": partial(launch, dtype, cores)}
+        rates = alternate(runs, rounds, warm_up=False)
+        a, b = median(rates["one"]), median(rates["two"])
         lines.append(f"| {dtype} | {a:.0f} | {b:.0f} | {b / a:.2f} |")
         print(lines[-1], flush=True)
     return lines
 
 
 def roofline(folder: Path, prompts: list[list[int]], rounds: int) -> list[str]:
-    """A decode step's least time: every byte of weights and cache read once, and every product at the matmul rate."""
+    """A decode step's least time, by the bytes that it reads and by the products that it computes.
+
+    Every byte of weights and cache is read once, and every product goes at the matmul rate.
+    """
     from src.generation.cache import Cache
     from src.generation.engine import Slots
     from src.parallel.layers import packed_weights
 
     lines = [
-        "| | step, ms | bytes, MB | at the read rate, ms | products, GFLOP | at the matmul rate, ms | fraction reached |",
+        "| | step, ms | bytes, MB | at the read rate, ms "
+        "| products, GFLOP | at the matmul rate, ms | fraction reached |",
         "|---|---|---|---|---|---|---|",
     ]
-    bandwidth = read_rate()
+    bandwidth, length = read_rate(), 128
+
+    def step(engine, slots: Slots, batch: int, cache: Cache) -> float:
+        slots.lengths[:], slots.host_lengths = length, [length] * batch
+        return seconds(lambda: engine._decode(slots, batch, cache))
+
     for name, dtype in DTYPES.items():
         rate = matmul_rate(dtype)
         for batch in (1, 8, 64, 256):
             engine = open_engine(folder, dtype, batch)
-            model, length = engine.model, 128
+            model = engine.model
             cache, slots = Cache(model, batch, 192), Slots(batch, 8, torch.device("cpu"))
             slots.lengths[:], slots.host_lengths = length, [length] * batch
-
-            def step() -> float:
-                slots.lengths[:], slots.host_lengths = length, [length] * batch
-                return seconds(lambda: engine._decode(slots, batch, cache))
-
             with torch.no_grad(), packed_weights(model, engine.parallel):
-                took = min(step() for _ in range(5 * rounds))
+                took = min(step(engine, slots, batch, cache) for _ in range(5 * rounds))
             weights = sum(
                 p.numel() for n, p in model.named_parameters() if "tok_embeddings" not in n
             )
-            read = (
-                weights + 2 * batch * length * model.config.dim * model.config.n_layers
-            ) * dtype.itemsize
-            work = 2 * batch * (weights + 2 * length * model.config.dim * model.config.n_layers)
+            of_context = 2 * length * model.config.dim * model.config.n_layers  # of a sequence
+            read = (weights + batch * of_context) * dtype.itemsize
+            work = 2 * batch * (weights + of_context)
             least = max(read / bandwidth, work / rate)
             lines.append(
-                f"| {name}, batch {batch}, 128 tokens of context | {1e3 * took:.2f} | {read / 1e6:.0f} | "
-                f"{1e3 * read / bandwidth:.2f} | {work / 1e9:.2f} | {1e3 * work / rate:.2f} | {least / took:.2f} |"
+                f"| {name}, batch {batch}, 128 tokens of context | {1e3 * took:.2f} "
+                f"| {read / 1e6:.0f} | {1e3 * read / bandwidth:.2f} | {work / 1e9:.2f} "
+                f"| {1e3 * work / rate:.2f} | {least / took:.2f} |"
             )
             print(lines[-1], flush=True)
-    return [
-        f"Read rate {bandwidth / 1e9:.1f} GB/s, matmul rate "
-        + ", ".join(f"{matmul_rate(d) / 1e9:.0f} GFLOP/s in {n}" for n, d in DTYPES.items())
-        + ".",
-        "",
-        *lines,
-    ]
+    rates = [f"{matmul_rate(d) / 1e9:.0f} GFLOP/s in {n}" for n, d in DTYPES.items()]
+    first = f"Read rate {bandwidth / 1e9:.1f} GB/s, matmul rate {', '.join(rates)}."
+    return [first, "", *lines]
 
 
 def scaling(folder: Path, prompts: list[list[int]], rounds: int) -> list[str]:
     """Cost per token from 64 to 512 prompts in the queue, and from contexts of 128 to 1024."""
     engine = open_engine(folder, torch.float32, 64)
-    queue = alternate(
-        {str(n): lambda n=n: ours(engine, prompts[:n], 48, set()) for n in (64, 128, 256, 512)},
-        rounds,
-    )
+    runs = {str(n): partial(ours, engine, prompts[:n], 48, set()) for n in (64, 128, 256, 512)}
+    queue = alternate(runs, rounds)
     lines = [
         "| prompts in the queue, 64 slots, 48 new each | " + " | ".join(queue) + " |",
         "|---|" + "---|" * len(queue),
@@ -225,18 +200,16 @@ def scaling(folder: Path, prompts: list[list[int]], rounds: int) -> list[str]:
         "",
     ]
     flat = [p for p in prompts if len(p) >= 32][0]
-    made = {n: [(flat * 40)[:n]] * 16 for n in (128, 256, 512, 1024)}
-    context = alternate(
-        {str(n): lambda n=n: 16 / decode_seconds(engine, made[n]) for n in made}, rounds
-    )
+    of_length = {n: [(flat * 40)[:n]] * 16 for n in (128, 256, 512, 1024)}
+    runs = {str(n): lambda n=n: 16 / decode_seconds(engine, of_length[n]) for n in of_length}
+    context = alternate(runs, rounds)
     cost = {n: 1e3 / median(v) for n, v in context.items()}
+    megabytes = [2 * int(n) * 512 * 8 * 4 / 1e6 for n in cost]
     lines += [
         "| tokens of context, 16 slots | " + " | ".join(cost) + " |",
         "|---|" + "---|" * len(cost),
         "| ms per token | " + " | ".join(f"{v:.3f}" for v in cost.values()) + " |",
-        "| cache, MB per slot | "
-        + " | ".join(f"{2 * int(n) * 512 * 8 * 4 / 1e6:.1f}" for n in cost)
-        + " |",
+        "| cache, MB per slot | " + " | ".join(f"{size:.1f}" for size in megabytes) + " |",
     ]
     print("\n".join(lines), flush=True)
     return lines
@@ -246,7 +219,10 @@ def decode_seconds(engine, prompts: list[list[int]]) -> float:
     """Of one decode step: the difference that 16 more steps make."""
     from src.generation.sampling import Sampling
 
-    took = [seconds(lambda: engine.generate(prompts, Sampling(new, 0.0), set())) for new in (1, 17)]
+    def generate(new: int) -> None:
+        engine.generate(prompts, Sampling(new, 0.0), set())
+
+    took = [seconds(partial(generate, new)) for new in (1, 17)]
     return (took[1] - took[0]) / 16
 
 

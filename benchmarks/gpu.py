@@ -1,11 +1,13 @@
 """On a GPU, with random weights of released shapes: decoding, rollouts, and training steps.
 
-    python benchmarks/gpu.py                                        # the 7B shape in bf16; training: 1.3B whole, 7B with LoRA
-    CUDA_VISIBLE_DEVICES= python benchmarks/gpu.py --dim 256 --n_layers 2 --n_heads 4 --hidden_dim 688 --batch 8 --full_dim 256 \\
-        --full_layers 2 --full_hidden_dim 688 --length 128          # the same code, tried on a CPU
+    # the 7B shape in bf16; training: 1.3B whole, 7B with LoRA
+    python benchmarks/gpu.py
+    # the same code, tried on a CPU
+    CUDA_VISIBLE_DEVICES= python benchmarks/gpu.py --dim 256 --n_layers 2 --n_heads 4 \\
+        --hidden_dim 688 --batch 8 --full_dim 256 --full_layers 2 --full_hidden_dim 688 --length 128
 
-Decoding 128 new tokens after 128; steps on sequences of one length, half of it prompt. Prints tables for docs/performance.md, with
-the device's name.
+Decoding 128 new tokens after 128; steps on sequences of one length, half of it prompt. Prints
+tables for docs/performance.md, with the device's name.
 """
 
 import sys
@@ -59,10 +61,9 @@ def main(
     parallel = start()
     device, dtype = parallel.device, torch.bfloat16
 
-    def made(dim: int, n_layers: int, n_heads: int, hidden_dim: int):
-        config = ModelConfig(
-            dim, n_layers, n_heads, n_heads, dim // n_heads, hidden_dim, 32000, max_seq_len=4096
-        )
+    def random_model(dim: int, n_layers: int, n_heads: int, hidden_dim: int):
+        sizes = (dim, n_layers, n_heads, n_heads, dim // n_heads, hidden_dim, 32000)
+        config = ModelConfig(*sizes, max_seq_len=4096)
         model = build(config, parallel.mp_rank, parallel.mp_size, dtype)
         model.stack_projections(device)
         with torch.no_grad():
@@ -77,33 +78,25 @@ def main(
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    what = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    shape = (dim, n_layers, n_heads, hidden_dim)
     if parallel.is_main:
-        print(f"Device: {what} x {parallel.world_size}, torch {torch.__version__}.\n")
+        print(f"Device: {name} x {parallel.world_size}, torch {torch.__version__}.\n")
     if only != "training":
-        generation(made(dim, n_layers, n_heads, hidden_dim), parallel, wait, batch, rounds)
+        generation(random_model(*shape), parallel, wait, batch, rounds)
     if only != "generation":
         if parallel.is_main:
-            print(
-                "| | step, s | tokens/s | MFU | memory, GB | where the time goes |\n|---|---|---|---|---|---|"
-            )
-        head = dim // n_heads
-        for name, shape, lora, recompute in (
-            (
-                "full fine-tune",
-                (full_dim, full_layers, full_dim // head, full_hidden_dim),
-                False,
-                "none",
-            ),
-            (
-                "full fine-tune, recomputed in part",
-                (full_dim, full_layers, full_dim // head, full_hidden_dim),
-                False,
-                "selective",
-            ),
-            ("LoRA, rank 16", (dim, n_layers, n_heads, hidden_dim), True, "selective"),
+            print("| | step, s | tokens/s | MFU | memory, GB | where the time goes |")
+            print("|---|---|---|---|---|---|")
+        full = (full_dim, full_layers, full_dim // (dim // n_heads), full_hidden_dim)
+        for name, sizes, lora, recompute in (
+            ("full fine-tune", full, False, "none"),
+            ("full fine-tune, recomputed in part", full, False, "selective"),
+            ("LoRA, rank 16", shape, True, "selective"),
         ):
-            training(name, made(*shape), parallel, lora, recompute, length, train_batch, rounds)
+            model = random_model(*sizes)
+            training(name, model, parallel, lora, recompute, length, train_batch, rounds)
+            del model  # before the next is made
     stop()
 
 
@@ -134,15 +127,16 @@ def training(
     for _ in range(rounds + 1):  # the first warms up
         meter.start()
         train_step(model, optimizer, objective, list(range(len(rows))), settings, parallel, 1e-5)
-        found = meter.read(list(range(len(rows))))
-        best = found if best is None or found["seconds"] < best["seconds"] else best
+        step = meter.read(list(range(len(rows))))
+        best = step if best is None or step["seconds"] < best["seconds"] else best
     if parallel.is_main:
         phases = ", ".join(
             f"{k.split('/')[1]} {v:.3f}" for k, v in best.items() if k.startswith("seconds/")
         )
         print(
-            f"| {size / 1e9:.2f}B, {name}, {len(rows)} × {length} tokens | {best['seconds']:.3f} | {best['tokens_per_s']:.0f} | "
-            f"{best['mfu']:.2f} | {best['memory_gb']:.1f} | {phases} |"
+            f"| {size / 1e9:.2f}B, {name}, {len(rows)} × {length} tokens "
+            f"| {best['seconds']:.3f} | {best['tokens_per_s']:.0f} "
+            f"| {best['mfu']:.2f} | {best['memory_gb']:.1f} | {phases} |"
         )
 
 
@@ -176,19 +170,12 @@ def generation(model, parallel, wait, batch: int, rounds: int) -> None:
         times.append(wait() - began)
     bandwidth = 2 * x.nbytes / min(times)
     weights = sum(p.nbytes for name, p in model.named_parameters() if "tok_embeddings" not in name)
-    cache = (
-        2
-        * config.n_layers
-        * model.kv_heads
-        * config.head_dim
-        * 192
-        * model.norm.weight.element_size()
-    )  # at the middle of the decoding
+    token = 2 * config.n_layers * model.kv_heads * config.head_dim
+    cache = token * 192 * model.norm.weight.element_size()  # at the middle of the decoding
     one, many = rate(1), rate(batch)
     if parallel.is_main:
-        print(
-            f"Copies at {bandwidth / 1e9:.0f} GB/s.\n\n| | step, ms | tokens/s | of the memory roofline |\n|---|---|---|---|"
-        )
+        print(f"Copies at {bandwidth / 1e9:.0f} GB/s.\n")
+        print("| | step, ms | tokens/s | of the memory roofline |\n|---|---|---|---|")
         for n, took in ((1, one), (batch, many)):
             least = (weights + n * cache) / bandwidth
             print(f"| batch {n} | {1e3 * took:.2f} | {n / took:.0f} | {least / took:.2f} |")

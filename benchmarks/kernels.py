@@ -1,15 +1,18 @@
-"""The pieces of a decode step by themselves: products plain and packed, attention of one query, an all-reduce of two ranks.
+"""The pieces of a decode step by themselves.
 
-python benchmarks/kernels.py
+    python benchmarks/kernels.py
+
+They are products plain and packed, attention of one query, an all-reduce of two ranks.
 """
 
 import os
 import subprocess
 import sys
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from common import machine, median, seconds
+from common import machine, median, seconds, torchrun
 
 
 def timed(work, rounds: int = 31) -> float:
@@ -19,48 +22,58 @@ def timed(work, rounds: int = 31) -> float:
 
 
 def products() -> None:
+    shapes = ((512, 1536), (512, 2752), (1376, 512), (512, 32000))
     for dtype in (torch.float32, torch.bfloat16):
         for rows in (1, 64):
-            for k, n in ((512, 1536), (512, 2752), (1376, 512), (512, 32000)):
-                x, w = torch.randn(rows, k).to(dtype), torch.randn(n, k).to(dtype)
-                packed = torch.ops.mkldnn._reorder_linear_weight(w)
-                plain = timed(lambda: F.linear(x, w))
-                fast = timed(
-                    lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
-                )
-                line = f"product {dtype} {rows} x {k} x {n}: plain {plain:.3f} ms, packed {fast:.3f} ms ({plain / fast:.2f})"
-                if dtype == torch.float32 and rows == 64:
-                    mkl = torch.ops.mkl._mkl_reorder_linear_weight(w, rows)
-                    line += f", MKL's packed {timed(lambda: torch.ops.mkl._mkl_linear(x, mkl, w, None, rows)):.3f} ms"
-                print(line)
+            for k, n in shapes:
+                product(dtype, rows, k, n)
+
+
+def product(dtype: torch.dtype, rows: int, k: int, n: int) -> None:
+    x, w = torch.randn(rows, k).to(dtype), torch.randn(n, k).to(dtype)
+    packed = torch.ops.mkldnn._reorder_linear_weight(w)
+    plain = timed(lambda: F.linear(x, w))
+    fast = timed(lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], ""))
+    line = (
+        f"product {dtype} {rows} x {k} x {n}: "
+        f"plain {plain:.3f} ms, packed {fast:.3f} ms ({plain / fast:.2f})"
+    )
+    if dtype == torch.float32 and rows == 64:
+        mkl = torch.ops.mkl._mkl_reorder_linear_weight(w, rows)
+        took = timed(lambda: torch.ops.mkl._mkl_linear(x, mkl, w, None, rows))
+        line += f", MKL's packed {took:.3f} ms"
+    print(line)
+
+
+def fused_kernel(q: torch.Tensor, layers: list, mask: torch.Tensor) -> None:
+    for k, v in layers:
+        F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def two_products(q: torch.Tensor, layers: list, mask: torch.Tensor) -> None:
+    scale = q.size(-1) ** -0.5
+    for k, v in layers:
+        scores = torch.matmul(q * scale, k.transpose(-1, -2)) + mask  # [n, heads, 1, context]
+        torch.matmul(scores.softmax(-1), v)
 
 
 def attention() -> None:
-    """One query for each of 64 sequences, over eight layers' caches in turn, so that they come from memory."""
+    """One query for each of 64 sequences, over eight layers' caches in turn.
+
+    So many that they come from memory.
+    """
     n, heads, dim, context = 64, 8, 64, 160
     for dtype in (torch.float32, torch.bfloat16):
         layers = [
             [torch.randn(n, heads, context + 32, dim).to(dtype)[:, :, :context] for _ in range(2)]
             for _ in range(8)
         ]
-        q, mask = (
-            torch.randn(n, heads, 1, dim).to(dtype),
-            torch.zeros(n, 1, 1, context, dtype=dtype),
-        )
-
-        def kernel():
-            for k, v in layers:
-                F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-
-        def two_products():
-            for k, v in layers:
-                torch.matmul(
-                    (torch.matmul(q * dim**-0.5, k.transpose(-1, -2)) + mask).softmax(-1), v
-                )
-
+        q = torch.randn(n, heads, 1, dim).to(dtype)
+        mask = torch.zeros(n, 1, 1, context, dtype=dtype)
         size = 16 * n * heads * context * dim * dtype.itemsize
-        for name, work in (("fused kernel", kernel), ("two products", two_products)):
-            print(f"attention {dtype}, {name}: {size / timed(work, 11) / 1e6:.1f} GB/s")
+        for name, work in (("fused kernel", fused_kernel), ("two products", two_products)):
+            took = timed(partial(work, q, layers, mask), 11)
+            print(f"attention {dtype}, {name}: {size / took / 1e6:.1f} GB/s")
 
 
 def all_reduces() -> None:
@@ -88,13 +101,5 @@ if __name__ == "__main__":
         print(machine())
         products()
         attention()
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node",
-            "2",
-            __file__,
-            "all-reduce",
-        ]
+        command = [*torchrun(2), __file__, "all-reduce"]
         subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})

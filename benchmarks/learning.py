@@ -1,12 +1,14 @@
-"""What reinforcement learning adds to supervised training on the embedded arithmetic, by method and over seeds.
+"""What reinforcement learning adds to supervised training on the embedded arithmetic.
 
-    python benchmarks/learning.py --seeds 0,1,2 --work_dir runs/learning --out runs/learning.md --plot docs/learning.svg
+    python benchmarks/learning.py --seeds 0,1,2 --work_dir runs/learning --out runs/learning.md \\
+        --plot docs/learning.svg
 
-For each seed: quickstart.py's data, SFT and verifier (`--until verifier`; what is there already is used), then 40 iterations of
-256 rollouts by each method from that same SFT policy, evaluated greedily on 600 held-out problems every 8 iterations. "constant":
-PPO whose reward is the same number for every response: a policy that moves then, moves by noise, or by what its critic knew when it
-began: a critic that starts from the verifier prefers what that prefers until it has learned that nothing matters. Methods share the cores: one
-process of one thread each.
+By method and over seeds. For each seed: quickstart.py's data, SFT and verifier (`--until verifier`;
+what is there already is used), then 40 iterations of 256 rollouts by each method from that same SFT
+policy, evaluated greedily on 600 held-out problems every 8 iterations. "constant": PPO whose reward
+is the same number for every response: a policy that moves then, moves by noise, or by what its
+critic knew when it began: a critic that starts from the verifier prefers what that prefers until it
+has learned that nothing matters. Methods share the cores: one process of one thread each.
 """
 
 import json
@@ -38,19 +40,16 @@ COMMON = {
 }
 GROUPS = {"samples_per_prompt": 8, "reward": "rule", "kl_coef": 0.02}
 CONSTANT = {"reward": "format", "format_pattern": ""}  # 1 for every response
+PPO = {"critic_lr": 5e-4, "kl_coef": 0.1}
 METHODS = {
-    "PPO (verifier)": {"critic_lr": 5e-4, "kl_coef": 0.1},
+    "PPO (verifier)": PPO,
     "PPO (rule)": {"critic_lr": 5e-4, "kl_coef": 0.02, "reward": "rule"},
     "GRPO (rule)": {"advantage": "grpo", **GROUPS},
     "RLOO (rule)": {"advantage": "rloo", **GROUPS},
     "GRPO (constant)": {"advantage": "grpo", **GROUPS, **CONSTANT},
-    "PPO (constant)": {"critic": "sft", "critic_lr": 5e-4, "kl_coef": 0.1, "lam": 1.0, **CONSTANT},
-    "PPO (constant; λ 0.95)": {"critic": "sft", "critic_lr": 5e-4, "kl_coef": 0.1, **CONSTANT},
-    "PPO (constant; λ 0.95; critic from the verifier)": {
-        "critic_lr": 5e-4,
-        "kl_coef": 0.1,
-        **CONSTANT,
-    },
+    "PPO (constant)": {"critic": "sft", **PPO, "lam": 1.0, **CONSTANT},
+    "PPO (constant; λ 0.95)": {"critic": "sft", **PPO, **CONSTANT},
+    "PPO (constant; λ 0.95; critic from the verifier)": {**PPO, **CONSTANT},
 }
 
 
@@ -60,7 +59,7 @@ def name_of(method: str) -> str:
 
 def flags_of(method: str, seed: int, work: Path, out: Path) -> list[str]:
     """The command line of one run, but for the interpreter."""
-    given = {
+    flags = {
         "actor_ckpt_dir": work / "sft",
         "actor_save_dir": out,
         "train_file": work / "data" / "train.json",
@@ -69,15 +68,13 @@ def flags_of(method: str, seed: int, work: Path, out: Path) -> list[str]:
         **COMMON,
         **METHODS[method],
     }
-    critic = given.pop("critic", "verifier")
-    if "advantage" not in given:
-        given |= {"critic_ckpt_dir": work / critic, "critic_save_dir": f"{out}-critic"}
-    if "reward" not in given:
-        given["reward_model_ckpt_dir"] = work / "verifier"
-    return [
-        "ppo_train.py",
-        *(word for name, value in given.items() for word in (f"--{name}", str(value))),
-    ]
+    critic = flags.pop("critic", "verifier")
+    if "advantage" not in flags:
+        flags |= {"critic_ckpt_dir": work / critic, "critic_save_dir": f"{out}-critic"}
+    if "reward" not in flags:
+        flags["reward_model_ckpt_dir"] = work / "verifier"
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    return ["ppo_train.py", *words]
 
 
 def curve(logs: Path) -> tuple[dict[int, float], int]:
@@ -113,15 +110,9 @@ def main(
     work, cores = ROOT / work_dir, Queue()
     work.mkdir(parents=True, exist_ok=True)
     for seed in seeds:
-        if not (ROOT / f"{quickstart_dir}-{seed}" / "verifier" / "params.json").is_file():
-            arguments = [
-                "--seed",
-                str(seed),
-                "--work_dir",
-                f"{quickstart_dir}-{seed}",
-                "--until",
-                "verifier",
-            ]
+        folder = f"{quickstart_dir}-{seed}"
+        if not (ROOT / folder / "verifier" / "params.json").is_file():
+            arguments = ["--seed", str(seed), "--work_dir", folder, "--until", "verifier"]
             subprocess.run([sys.executable, "quickstart.py", *arguments], cwd=ROOT, check=True)
     for core in sorted(os.sched_getaffinity(0))[:jobs]:
         cores.put(core)
@@ -129,16 +120,14 @@ def main(
     def one(job: tuple[str, int]) -> None:
         method, seed = job
         folder = work / f"{name_of(method)}-{seed}"
-        done = folder.parent / f"{folder.name}-logs" / "ppo_train.jsonl"
-        if done.is_file() and '"outcome": "finished"' in done.read_text():
+        log = folder.parent / f"{folder.name}-logs" / "ppo_train.jsonl"
+        if log.is_file() and '"outcome": "finished"' in log.read_text():
             return
-        done.unlink(missing_ok=True)
+        log.unlink(missing_ok=True)
         core = cores.get()
         try:
-            command = [
-                sys.executable,
-                *flags_of(method, seed, ROOT / f"{quickstart_dir}-{seed}", folder),
-            ]
+            flags = flags_of(method, seed, ROOT / f"{quickstart_dir}-{seed}", folder)
+            command = [sys.executable, *flags]
             pinned = {"preexec_fn": lambda: os.sched_setaffinity(0, {core})}
             subprocess.run(command, cwd=ROOT, check=True, capture_output=True, **pinned)
         finally:
@@ -157,10 +146,9 @@ def main(
 
 def table(results: dict[str, list[tuple[dict[int, float], int]]], seeds: list[int]) -> str:
     """Accuracy at the start and the end of each run, in per cent, and the tokens it generated."""
+    columns = " | ".join(f"seed {seed}" for seed in seeds)
     lines = [
-        "| method | "
-        + " | ".join(f"seed {seed}" for seed in seeds)
-        + " | mean gain | tokens generated |",
+        f"| method | {columns} | mean gain | tokens generated |",
         "|---|" + "---|" * (len(seeds) + 2),
     ]
     for method, runs in results.items():
@@ -184,16 +172,10 @@ def draw(results: dict[str, list[tuple[dict[int, float], int]]], path: str) -> N
         steps = sorted(runs[0][0])
         values = [[100 * curve[step] for curve, _ in runs] for step in steps]
         (line,) = axes.plot(steps, [sum(v) / len(v) for v in values], label=method)
-        axes.fill_between(
-            steps,
-            list(map(min, values)),
-            list(map(max, values)),
-            alpha=0.15,
-            color=line.get_color(),
-        )
-    axes.set(
-        xlabel=f"iterations of {COMMON['max_buffer_size']} rollouts", ylabel="greedy accuracy, %"
-    )
+        low, high = list(map(min, values)), list(map(max, values))
+        axes.fill_between(steps, low, high, alpha=0.15, color=line.get_color())
+    iterations = f"iterations of {COMMON['max_buffer_size']} rollouts"
+    axes.set(xlabel=iterations, ylabel="greedy accuracy, %")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()

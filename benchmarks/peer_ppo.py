@@ -1,8 +1,10 @@
-"""One PPO iteration by TRL 0.24's PPOTrainer, timed: a process of its own in its own environment, started by `ppo.py`.
+"""One PPO iteration by TRL 0.24's PPOTrainer, timed.
 
-    python benchmarks/peer_ppo.py JOB.json          # {"policy", "verifier", "prompts", "iterations", "new", …}: see `main`
+    python benchmarks/peer_ppo.py JOB.json
 
-Prints one line of JSON: seconds of each iteration and of its phases, optimizer steps, the most memory held.
+A process of its own in its own environment, started by `ppo.py`. JOB.json: {"policy", "verifier",
+"prompts", "iterations", "new", …}, see `main`. Prints one line of JSON: seconds of each iteration
+and of its phases, optimizer steps, the most memory held.
 """
 
 import json
@@ -25,7 +27,10 @@ from trl.trainer import ppo_trainer
 
 
 class Clock(TrainerCallback):
-    """Where each iteration begins and ends; its phases: generate, score (forwards without gradient), update."""
+    """Where each iteration begins and ends, and its phases.
+
+    The phases: generate, score (forwards without gradient), update.
+    """
 
     def __init__(self) -> None:
         self.ends: list[float] = []
@@ -75,7 +80,10 @@ def watch(clock: Clock) -> None:
 
 
 def tokenizer_of(vocab_size: int) -> PreTrainedTokenizerFast:
-    """Rows are ids already; it only pads, on the left, with an id that the model cannot draw: TRL masks it everywhere."""
+    """Rows are ids already; it only pads, on the left, with an id that the model cannot draw.
+
+    TRL masks that everywhere.
+    """
     words = {f"<{i}>": i for i in range(vocab_size + 1)}
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<0>")),
@@ -87,18 +95,19 @@ def tokenizer_of(vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def main(job: dict) -> dict:
-    """job: folders "policy" and "verifier", "prompts" as ids, "iterations", "epochs", "mini_batches", "new" tokens each, "kl_coef",
-    a folder "out", and "settings": "rollout" (sequences generated and scored at a time), "micro" (in one forward and backward),
-    "attention", "use_cache", "compile".
+    """Train for the iterations of a job, and tell how long each took.
+
+    job: folders "policy" and "verifier", "prompts" as ids, "iterations", "epochs", "mini_batches",
+    "new" tokens each, "kl_coef", a folder "out", and "settings": "rollout" (sequences generated and
+    scored at a time), "micro" (in one forward and backward), "attention", "use_cache", "compile".
     """
     settings, rows = job["settings"], len(job["prompts"])
     attention = settings.get("attention", "sdpa")
 
     def load(kind, folder: str):
         model = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
-        model.config.use_cache = settings.get(
-            "use_cache", False
-        )  # generation has its cache either way
+        # generation has its cache either way
+        model.config.use_cache = settings.get("use_cache", False)
         return model
 
     policy, reference = (load(AutoModelForCausalLM, job["policy"]) for _ in range(2))
@@ -107,17 +116,14 @@ def main(job: dict) -> dict:
     micro = settings.get("micro", mini)
     clock = Clock()
     watch(clock)
-    # One micro-batch is a minibatch when the batch is given in one piece. In smaller pieces TRL 0.24 would step once per
-    # `gradient_accumulation_steps` of them, four times per iteration; hence the accelerator is told below.
-    pieces = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 1}
-    if micro < mini:
-        pieces = {
-            "per_device_train_batch_size": micro,
-            "gradient_accumulation_steps": rows // micro,
-        }
+    # One micro-batch is a minibatch when the batch is given in one piece. In smaller pieces TRL
+    # 0.24 would step once per `gradient_accumulation_steps` of them, four times per iteration;
+    # hence the accelerator is told below.
+    piece = micro if micro < mini else rows
     args = PPOConfig(
         output_dir=job["out"],
-        **pieces,
+        per_device_train_batch_size=piece,
+        gradient_accumulation_steps=rows // piece,
         num_mini_batches=job["mini_batches"],
         num_ppo_epochs=job["epochs"],
         total_episodes=rows * job["iterations"],
@@ -160,11 +166,11 @@ def main(job: dict) -> dict:
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     optimizer.register_step_post_hook(lambda *_: steps.append(1))
     trainer.train()
-    if len(steps) != job["epochs"] * job["mini_batches"] * job["iterations"] or clock.lengths != {
-        job["new"]
-    }:
+    wanted = job["epochs"] * job["mini_batches"] * job["iterations"]
+    if len(steps) != wanted or clock.lengths != {job["new"]}:
         raise SystemExit(
-            f"{len(steps)} optimizer steps in {job['iterations']} iterations, responses of {clock.lengths} tokens"
+            f"{len(steps)} optimizer steps in {job['iterations']} iterations, "
+            f"responses of {clock.lengths} tokens"
         )
     return {
         "seconds": clock.seconds(),

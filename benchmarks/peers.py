@@ -1,6 +1,7 @@
-"""Training with other software on the same rows in the same order: TRL's trainers, and a plain padded transformers loop.
+"""Training with other software on the same rows in the same order.
 
-Each run is a process of its own, started by `training.py`; it prints one line of JSON.
+TRL's trainers, and a plain padded transformers loop. Each run is a process of its own, started by
+`training.py`; it prints one line of JSON.
 """
 
 import time
@@ -15,7 +16,10 @@ def padded(rows: list[list[int]], fill: int = 0) -> torch.Tensor:
 
 
 def plain_loop(folder: Path, job: dict) -> dict:
-    """transformers and torch.optim alone: a padded batch, autocast for bf16, fused AdamW on fp32 weights."""
+    """transformers and torch.optim alone.
+
+    A padded batch, autocast for bf16, fused AdamW on fp32 weights.
+    """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     verifier = job["task"] == "verifier"
@@ -29,16 +33,13 @@ def plain_loop(folder: Path, job: dict) -> dict:
             if verifier:
                 rows = [pair[0] for pair in batch] + [pair[1] for pair in batch]
                 mask = padded([[1] * len(row) for row in rows])
-                chosen, rejected = (
-                    model(padded(rows), attention_mask=mask).logits.squeeze(-1).float().chunk(2)
-                )
+                scores = model(padded(rows), attention_mask=mask).logits.squeeze(-1)  # [2 · batch]
+                chosen, rejected = scores.float().chunk(2)
                 loss = -torch.nn.functional.logsigmoid(chosen - rejected).mean()
             else:
                 tokens = [row["tokens"] for row in batch]
-                labels = [
-                    [-100] * row["prompt_length"] + row["tokens"][row["prompt_length"] :]
-                    for row in batch
-                ]
+                prompts = [row["prompt_length"] for row in batch]
+                labels = [[-100] * n + row[n:] for row, n in zip(tokens, prompts)]
                 mask = padded([[1] * len(row) for row in tokens])
                 loss = model(padded(tokens), attention_mask=mask, labels=padded(labels, -100)).loss
         loss.backward()
@@ -51,7 +52,10 @@ def plain_loop(folder: Path, job: dict) -> dict:
 
 
 def trl(folder: Path, job: dict) -> dict:
-    """SFTTrainer on completions only, or RewardTrainer; without what costs time: recomputation, saving, reports."""
+    """SFTTrainer on completions only, or RewardTrainer.
+
+    Without what costs time: recomputation, saving, reports.
+    """
     from datasets import Dataset
     from tokenizers import Tokenizer, models
     from transformers import (
@@ -98,12 +102,11 @@ def trl(folder: Path, job: dict) -> dict:
         **job.get("trl", {}),
     )
     rows = [row for batch in job["batches"] for row in batch]
+    loaded = dict(dtype=torch.float32, attn_implementation="sdpa")
     if job["task"] == "verifier":
         from trl import RewardConfig, RewardTrainer
 
-        model = AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="sdpa"
-        )
+        model = AutoModelForSequenceClassification.from_pretrained(folder, **loaded)
         model.config.pad_token_id = 0
         data = Dataset.from_list(
             [{"chosen_ids": chosen, "rejected_ids": rejected} for chosen, rejected, _ in rows]
@@ -118,18 +121,12 @@ def trl(folder: Path, job: dict) -> dict:
     else:
         from trl import SFTConfig, SFTTrainer
 
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="sdpa"
-        )
-        masks = [
-            [int(at >= row["prompt_length"]) for at in range(len(row["tokens"]))] for row in rows
-        ]
-        data = Dataset.from_list(
-            [
-                {"input_ids": row["tokens"], "completion_mask": mask}
-                for row, mask in zip(rows, masks)
-            ]
-        )
+        model = AutoModelForCausalLM.from_pretrained(folder, **loaded)
+        examples = []
+        for row in rows:
+            mask = [int(i >= row["prompt_length"]) for i in range(len(row["tokens"]))]
+            examples.append({"input_ids": row["tokens"], "completion_mask": mask})
+        data = Dataset.from_list(examples)
         trainer = SFTTrainer(
             model=model,
             args=SFTConfig(completion_only_loss=True, **common),

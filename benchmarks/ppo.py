@@ -1,12 +1,16 @@
-"""One PPO iteration beside TRL 0.24's PPOTrainer, and PPO's memory beside SFT's when adapters share a trunk.
+"""One PPO iteration beside TRL's PPOTrainer, and PPO's memory beside SFT's with a shared trunk.
 
-    python benchmarks/ppo.py --train_file GSM8K/train.jsonl --trl_python .venv-bench-ppo/bin/python --out runs/ppo.md
-    python benchmarks/ppo.py --train_file GSM8K/train.jsonl --only memory        # one table of the two; needs no TRL
+    python benchmarks/ppo.py --train_file GSM8K/train.jsonl \\
+        --trl_python .venv-bench-ppo/bin/python --out runs/ppo.md
+    # one table of the two; needs no TRL
+    python benchmarks/ppo.py --train_file GSM8K/train.jsonl --only memory
 
-Policy, value, reference and reward model: the 58M Llama with random weights, fp32, all in one process. 32 questions as prompts, 64
-new tokens each, 4 epochs of 4 minibatches; the reward is the verifier's score. Ours is `ppo_train.py` as anyone runs it; TRL's
-side is `peer_ppo.py`, in an environment of its own: `pip install -r benchmarks/requirements-ppo.txt`. Each run is a process of its
-own; runs alternate, the first iteration of each is not counted, and medians are given.
+TRL is 0.24. The trunk is shared by adapters. Policy, value, reference and reward model: the 58M
+Llama with random weights, fp32, all in one process. 32 questions as prompts, 64 new tokens each, 4
+epochs of 4 minibatches; the reward is the verifier's score. Ours is `ppo_train.py` as anyone runs
+it; TRL's side is `peer_ppo.py`, in an environment of its own:
+`pip install -r benchmarks/requirements-ppo.txt`. Each run is a process of its own; runs alternate,
+the first iteration of each is not counted, and medians are given.
 """
 
 import json
@@ -37,7 +41,10 @@ TRL_SETTINGS = {
 
 
 def prepare(train_file: str, work: Path) -> None:
-    """Models, tokenizer and data; in a process of its own, lest its memory be taken for that of the runs."""
+    """Models, tokenizer and data.
+
+    In a process of its own, lest its memory be taken for that of the runs.
+    """
     import sentencepiece
 
     policy, verifier = make_model(work / "58m"), make_model(work / "58m-score", head="score")
@@ -45,27 +52,22 @@ def prepare(train_file: str, work: Path) -> None:
     path = make_tokenizer(policy, [row["question"] + "\n" + row["answer"] for row in rows])
     shutil.copy(path, verifier)
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    answers = [
-        tokenizer.encode(row["answer"] + "\n" + row["question"]) for row in rows[: PROMPTS + 1]
-    ]
+    texts = [row["answer"] + "\n" + row["question"] for row in rows[: PROMPTS + 1]]
+    answers = [tokenizer.encode(text) for text in texts]
     outputs = [tokenizer.decode(answer[: NEW - 1]) for answer in answers]  # EOS makes it 64
     chosen = rows[:PROMPTS]
     write_rows(work / "prompts.jsonl", [{"instruction": row["question"]} for row in chosen])
-    write_rows(
-        work / "sft.jsonl",
-        [
-            {"instruction": row["question"], "output": output}
-            for row, output in zip(chosen, outputs)
-        ],
-    )
+    examples = [
+        {"instruction": row["question"], "output": output} for row, output in zip(chosen, outputs)
+    ]
+    write_rows(work / "sft.jsonl", examples)
     pairs = [
         {"instruction": row["question"], "chosen": right, "rejected": wrong}
         for row, right, wrong in zip(chosen, outputs, outputs[1:])
     ]
     write_rows(work / "pairs.jsonl", pairs)
-    ids = [
-        [1, *tokenizer.encode(row["question"])] for row in chosen
-    ]  # as ppo_train.py reads an instruction
+    # as ppo_train.py reads an instruction
+    ids = [[1, *tokenizer.encode(row["question"])] for row in chosen]
     (work / "prompts.json").write_text(json.dumps(ids))
 
 
@@ -75,21 +77,20 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 
 def child(command: list[str], **environment: str) -> tuple[str, int]:
     """What a process said, and the most memory it ever held, in bytes."""
-    with tempfile.TemporaryFile("w+") as text:
-        process = subprocess.Popen(
-            command, stdout=text, stderr=subprocess.STDOUT, env={**os.environ, **environment}
-        )
+    env = {**os.environ, **environment}
+    with tempfile.TemporaryFile("w+") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
-        text.seek(0)
-        said = text.read()
+        file.seek(0)
+        output = file.read()
     if process.returncode:
-        raise SystemExit(f"{' '.join(command)}\nended with {process.returncode}:\n{said[-6000:]}")
+        raise SystemExit(f"{' '.join(command)}\nended with {process.returncode}:\n{output[-6000:]}")
     if usage.ru_maxrss <= resource.getrusage(resource.RUSAGE_SELF).ru_maxrss:
         raise SystemExit(
             "the child's peak memory cannot be told from that of this process, which it begins with"
         )
-    return said, usage.ru_maxrss * 1024
+    return output, usage.ru_maxrss * 1024
 
 
 def script(
@@ -99,18 +100,20 @@ def script(
     logs = work / "logs"
     shutil.rmtree(logs, ignore_errors=True)
     flags = {**flags, "log_dir": logs, "dtype": "fp32"}
-    given = [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
-    _, peak = child([sys.executable, str(ROOT / name), *given, *switches])
-    events = [
-        json.loads(line) for line in (logs / name).with_suffix(".jsonl").read_text().splitlines()
-    ]
+    arguments = [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
+    _, peak = child([sys.executable, str(ROOT / name), *arguments, *switches])
+    lines = (logs / name).with_suffix(".jsonl").read_text().splitlines()
+    events = [json.loads(line) for line in lines]
     return [event for event in events if event["event"] == "scalars"], peak
 
 
 def ppo_script(
     work: Path, actor: Path, verifier: Path, batch: int, iterations: int, *switches: str, **flags
 ) -> dict:
-    """`ppo_train.py`: seconds per iteration and phase, peak memory. Fails unless the work was as long as the table says."""
+    """`ppo_train.py`: seconds per iteration and phase, peak memory.
+
+    Fails unless the work was as long as the table says.
+    """
     steps, peak = script(
         "ppo_train.py",
         work,
@@ -149,12 +152,12 @@ def ppo_script(
 
 def phases_of(step: dict) -> dict[str, float]:
     """Seconds logged: generation, all forwards without gradients, both models' updates."""
-    found = dict.fromkeys(PHASES, 0.0)
+    phases = dict.fromkeys(PHASES, 0.0)
     for name, took in step.items():
         if name.startswith("ppo/seconds/"):
             phase = name.removeprefix("ppo/seconds/").split("_")[0]
-            found[phase if phase in found else "score"] += took
-    return found
+            phases[phase if phase in phases else "score"] += took
+    return phases
 
 
 def theirs(python: str, work: Path, iterations: int, settings: dict) -> dict:
@@ -173,41 +176,41 @@ def theirs(python: str, work: Path, iterations: int, settings: dict) -> dict:
     }
     path = work / "trl.json"
     path.write_text(json.dumps(job))
-    said, peak = child(
+    output, peak = child(
         [python, str(ROOT / "benchmarks" / "peer_ppo.py"), str(path)],
         OMP_NUM_THREADS=str(len(os.sched_getaffinity(0))),
         HF_HUB_OFFLINE="1",
         TRL_EXPERIMENTAL_SILENCE="1",
     )
-    line = next((line for line in said.splitlines() if line.startswith("RESULT ")), None)
+    line = next((line for line in output.splitlines() if line.startswith("RESULT ")), None)
     if line is None:
-        raise SystemExit(f"TRL gave no result:\n{said[-6000:]}")
+        raise SystemExit(f"TRL gave no result:\n{output[-6000:]}")
     return {**json.loads(line.removeprefix("RESULT ")), "peak": peak}
 
 
 def beside_trl(
     work: Path, python: str, rounds: int, iterations: int, batch: int, settings: dict
 ) -> list[str]:
-    """Seconds per iteration and phase, and memory: medians over the iterations after the first of all runs."""
+    """Seconds per iteration and phase, and memory.
+
+    They are medians over the iterations after the first of all runs.
+    """
     runs = {
         "ours": lambda: ppo_script(work, work / "58m", work / "58m-score", batch, iterations),
         "trl": lambda: theirs(python, work, iterations, settings),
     }
-    found = alternate(runs, rounds, warm_up=False)
-    rows: dict[str, dict[str, float]] = {
-        "seconds": {},
-        **{phase: {} for phase in PHASES},
-        "memory": {},
+    results = alternate(runs, rounds, warm_up=False)
+    seconds = {
+        side: [took for run in of_side for took in run["seconds"][1:]]
+        for side, of_side in results.items()
     }
-    for side, results in found.items():
-        rows["seconds"][side] = median(
-            [took for result in results for took in result["seconds"][1:]]
-        )
+    rows: dict[str, dict[str, float]] = {name: {} for name in ("seconds", *PHASES, "memory")}
+    for side, of_side in results.items():
+        rows["seconds"][side] = median(seconds[side])
+        phases = [step for run in of_side for step in run["phases"][1:]]
         for phase in PHASES:
-            rows[phase][side] = median(
-                [step[phase] for result in results for step in result["phases"][1:]]
-            )
-        rows["memory"][side] = median([result["peak"] for result in results]) / 1e9
+            rows[phase][side] = median([step[phase] for step in phases])
+        rows["memory"][side] = median([run["peak"] for run in of_side]) / 1e9
     labels = {
         "seconds": "seconds per iteration",
         "generate": "of them generation",
@@ -220,22 +223,19 @@ def beside_trl(
         lines.append(f"| {label} | {a:.2f} | {b:.2f} | {b / a:.2f} |")
     a, b = rows["memory"]["ours"], rows["memory"]["trl"]
     lines.append(f"| peak memory, GB | {a:.2f} | {b:.2f} | ours / TRL {a / b:.2f} |")
-    spread = {
-        side: [took for result in results for took in result["seconds"][1:]]
-        for side, results in found.items()
-    }
-    ranges = ", ".join(
-        f"{side} {min(took):.1f} to {max(took):.1f} s" for side, took in spread.items()
+    ranges = [f"{side} {min(took):.1f} to {max(took):.1f} s" for side, took in seconds.items()]
+    last = (
+        f"Single iterations: {', '.join(ranges)}; {rounds} runs of each side, "
+        f"{iterations - 1} counted in each."
     )
-    return [
-        *lines,
-        "",
-        f"Single iterations: {ranges}; {rounds} runs of each side, {iterations - 1} counted in each.",
-    ]
+    return [*lines, "", last]
 
 
 def lora_memory(work: Path, rounds: int, batch: int, iterations: int = 2) -> list[str]:
-    """Peak memory of four roles as adapters on one trunk, of the same without sharing, and of the solver's fine-tuning."""
+    """Peak memory of four roles as adapters on one trunk, and of the same without sharing.
+
+    And of the solver's fine-tuning.
+    """
     adapter = work / "verifier-adapter"
 
     def train(name: str, data: str, saved: Path, epochs: int = 1) -> int:
@@ -252,29 +252,25 @@ def lora_memory(work: Path, rounds: int, batch: int, iterations: int = 2) -> lis
         )[1]
 
     def ppo(*switches: str) -> int:
-        return ppo_script(
-            work, work / "58m", adapter, batch, iterations, *switches, lora_rank=LORA_RANK
-        )["peak"]
+        arguments = (work, work / "58m", adapter, batch, iterations, *switches)
+        return ppo_script(*arguments, lora_rank=LORA_RANK)["peak"]
+
+    def sft() -> int:
+        return train("solver_train.py", "sft.jsonl", work / "saved-sft", EPOCHS)
 
     train("verifier_train.py", "pairs.jsonl", adapter)
     runs = {
-        "solver_train.py": lambda: train(
-            "solver_train.py", "sft.jsonl", work / "saved-sft", EPOCHS
-        ),
+        "solver_train.py": sft,
         "ppo_train.py, four roles on one trunk": lambda: ppo("--shared_trunk"),
         "ppo_train.py, a trunk for each role": ppo,
     }
-    found = {
-        name: median(peaks) / 1e9 for name, peaks in alternate(runs, rounds, warm_up=False).items()
-    }
-    first = next(iter(found.values()))
-    lines = [
+    results = alternate(runs, rounds, warm_up=False)
+    gigabytes = {name: median(peaks) / 1e9 for name, peaks in results.items()}
+    first = next(iter(gigabytes.values()))
+    return [
         f"| LoRA rank {LORA_RANK}, fp32, {batch} sequences at a time | peak memory, GB | ratio |",
         "|---|---|---|",
-    ]
-    return [
-        *lines,
-        *(f"| {name} | {peak:.2f} | {peak / first:.2f} |" for name, peak in found.items()),
+        *(f"| {name} | {peak:.2f} | {peak / first:.2f} |" for name, peak in gigabytes.items()),
     ]
 
 
@@ -308,9 +304,10 @@ def main(
         work = Path(work_dir or temporary).resolve()
         work.mkdir(parents=True, exist_ok=True)
         subprocess.run([sys.executable, __file__, "prepare", train_file, str(work)], check=True)
+        settings = TRL_SETTINGS[trl]
         tables = {
             "trl": lambda: beside_trl(
-                work, trl_python, rounds, iterations, max_batch_size, TRL_SETTINGS[trl]
+                work, trl_python, rounds, iterations, max_batch_size, settings
             ),
             "memory": lambda: lora_memory(work, rounds, max_batch_size),
         }

@@ -1,11 +1,13 @@
-"""Training beside other software, on the same rows in the same order, and beside what the machine could do.
+"""Training beside other software, on the same rows in the same order, and beside the machine.
 
     python benchmarks/training.py --train_file GSM8K/train.jsonl --out docs/performance-training.md
-    python benchmarks/training.py --train_file GSM8K/train.jsonl --only sft          # one table of the five
+    # one table of the five
+    python benchmarks/training.py --train_file GSM8K/train.jsonl --only sft
 
-The 58M Llama with random weights, batches of 8, AdamW without decay, clipping at 1, a constant learning rate. Each run is a
-process of its own; runs alternate and medians are given; the first steps of a run are not timed. bf16 has fp32 master weights on
-all sides. The other software: `pip install -r benchmarks/requirements.txt`.
+The machine: what it could do. The 58M Llama with random weights, batches of 8, AdamW without decay,
+clipping at 1, a constant learning rate. Each run is a process of its own; runs alternate and
+medians are given; the first steps of a run are not timed. bf16 has fp32 master weights on all
+sides. The other software: `pip install -r benchmarks/requirements.txt`.
 """
 
 import json
@@ -17,11 +19,12 @@ import sys
 import tempfile
 import time
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
-from common import ROOT, alternate, make_model, make_tokenizer, median, report
+from common import ROOT, alternate, make_model, make_tokenizer, median, report, torchrun
 
 from src.cli import run
 
@@ -50,15 +53,13 @@ def ours(folder: Path, job: dict) -> dict:
 
     parallel = start(job.get("mp"))
     verifier = job["task"] == "verifier"
-    model = load_model(
-        Checkpoint.open(str(folder)), parallel, DTYPES[job["dtype"]], "score" if verifier else "lm"
-    ).train()
+    checkpoint, head = Checkpoint.open(str(folder)), "score" if verifier else "lm"
+    model = load_model(checkpoint, parallel, DTYPES[job["dtype"]], head).train()
     rows = [row for batch in job["batches"] for row in batch]
     if verifier:
         pairs = [[Sequence(tokens, row[2]) for tokens in row[:2]] for row in rows]
-        objective = VerifierObjective(
-            [Comparison([chosen], [rejected]) for chosen, rejected in pairs], parallel.device
-        )
+        comparisons = [Comparison([chosen], [rejected]) for chosen, rejected in pairs]
+        objective = VerifierObjective(comparisons, parallel.device)
     else:
         objective = SolverObjective([Sequence(**row) for row in rows], parallel.device)
     order = iter(range(len(rows)))
@@ -74,24 +75,23 @@ def ours(folder: Path, job: dict) -> dict:
         "seed": 0,
         "compile": job.get("compile", False),
         "checkpoint_activations": job.get("recompute", "none"),
+        "freeze_layers": 0,
+        "router_aux_loss_coef": None,
     }
-    fitting.prepare(
-        model, {**model_settings, "freeze_layers": 0, "router_aux_loss_coef": None}, parallel
-    )
-    settings = fitting.FitSettings(
-        LR, 1, BATCH // parallel.dp_size, warmup=0.0, schedule="constant"
-    )
+    fitting.prepare(model, model_settings, parallel)
+    batch = BATCH // parallel.dp_size
+    settings = fitting.FitSettings(LR, 1, batch, warmup=0.0, schedule="constant")
     optimizer = Optimizer(model, parallel)
+
+    def evaluate(name: str, number: int) -> None:
+        """Nothing: only training is timed."""
+
     with Clock(None, "benchmark", {}, 1) as log:
-        history = fitting.fit(
-            model, optimizer, objective, settings, parallel, log, lambda at, number: None
-        )
-    mfu = median([step["mfu"] for step in history[WARM:]])
-    phases = {
-        name: median([step[name] for step in history[WARM:]])
-        for name in history[0]
-        if name.startswith("seconds")
-    }
+        history = fitting.fit(model, optimizer, objective, settings, parallel, log, evaluate)
+    timed = history[WARM:]
+    mfu = median([step["mfu"] for step in timed])
+    names = [name for name in history[0] if name.startswith("seconds")]
+    phases = {name: median([step[name] for step in timed]) for name in names}
     losses = [step["loss"] for step in history]
     return {"losses": losses, "ends": ends, "mfu": mfu, "phases": phases, "main": parallel.is_main}
 
@@ -111,15 +111,10 @@ def worker(system: str, folder: str, job_file: str) -> None:
 
 def launch(system: str, folder: Path, job_file: Path, ranks: int = 1) -> dict:
     cores = len(os.sched_getaffinity(0))
-    start = (
-        [sys.executable]
-        if ranks == 1
-        else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
-    )
     environment = {**os.environ, "OMP_NUM_THREADS": str(cores // ranks), "HF_HUB_OFFLINE": "1"}
     if system == "ours":
         environment["THP_MEM_ALLOC_ENABLE"] = "1"  # as src/cli.py does for our scripts
-    command = [*start, __file__, "worker", system, str(folder), str(job_file)]
+    command = [*torchrun(ranks), __file__, "worker", system, str(folder), str(job_file)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
     if line is None:
@@ -131,26 +126,40 @@ def read_questions(path: str) -> list[dict]:
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
+def texts_of(rows: list[dict]) -> list[str]:
+    """What the tokenizer is trained on."""
+    return [row["question"] + "\n" + row["answer"] for row in rows]
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """Rows as solver_train.py reads them."""
+    examples = [{"instruction": row["question"], "output": row["answer"]} for row in rows]
+    path.write_text("".join(json.dumps(example) + "\n" for example in examples))
+
+
 def make_batches(
     rows: list[dict], tokenizer, task: str, steps: int, batch: int = BATCH
 ) -> list[list]:
-    """Batches of rows: {"tokens", "prompt_length"}, or for the verifier (chosen tokens, rejected tokens, prompt length)."""
-    found = []
+    """Batches of rows: {"tokens", "prompt_length"}.
+
+    Or for the verifier (chosen tokens, rejected tokens, prompt length).
+    """
+    examples = []
     for number, row in enumerate(rows[: steps * batch]):
         prompt = [1, *tokenizer.encode(row["question"] + "\n")]
         answer = [*tokenizer.encode(row["answer"]), 2]
         if task == "sft":
-            found.append({"tokens": prompt + answer, "prompt_length": len(prompt)})
+            examples.append({"tokens": prompt + answer, "prompt_length": len(prompt)})
         else:  # the wrong answer is another question's
-            other = [*tokenizer.encode(rows[number + 1]["answer"]), 2]
-            found.append((prompt + answer, prompt + other, len(prompt)))
-    return [found[i : i + batch] for i in range(0, len(found), batch)]
+            wrong = [*tokenizer.encode(rows[number + 1]["answer"]), 2]
+            examples.append((prompt + answer, prompt + wrong, len(prompt)))
+    return [examples[i : i + batch] for i in range(0, len(examples), batch)]
 
 
 def model_for(task: str, work: Path) -> Path:
-    return make_model(
-        work / ("58m" if task == "sft" else "58m-score"), head="lm" if task == "sft" else "score"
-    )
+    if task == "sft":
+        return make_model(work / "58m")
+    return make_model(work / "58m-score", head="score")
 
 
 def prepared(
@@ -161,15 +170,10 @@ def prepared(
 
     rows = read_questions(train_file)
     folder = model_for(task, work)
-    path = make_tokenizer(work / "58m", [row["question"] + "\n" + row["answer"] for row in rows])
+    path = make_tokenizer(work / "58m", texts_of(rows))
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    job = {
-        "task": task,
-        "dtype": dtype,
-        "lr": LR,
-        "batches": make_batches(rows, tokenizer, task, steps + WARM),
-        **more,
-    }
+    batches = make_batches(rows, tokenizer, task, steps + WARM)
+    job = {"task": task, "dtype": dtype, "lr": LR, "batches": batches, **more}
     job_file = work / f"{task}-{dtype}.json"
     job_file.write_text(json.dumps(job))
     return folder, job_file
@@ -178,31 +182,32 @@ def prepared(
 def beside_others(
     task: str, train_file: str, work: Path, rounds: int, steps: int, trl: str
 ) -> list[str]:
-    """Examples (pairs) per second and the most memory held: ours, TRL's trainer, a plain transformers loop."""
-    what = {"sft": ("SFT", "examples"), "verifier": ("Verifier", "pairs")}[task]
+    """Examples (pairs) per second and the most memory held.
+
+    Of ours, of TRL's trainer, and of a plain transformers loop.
+    """
+    title, unit = {"sft": ("SFT", "examples"), "verifier": ("Verifier", "pairs")}[task]
     lines = [
-        f"| {what[0]} | ours, {what[1]}/s | TRL | ratio | plain loop | ratio | ours, GB | TRL, GB | ratio | MFU | losses apart |",
+        f"| {title} | ours, {unit}/s | TRL | ratio | plain loop | ratio "
+        "| ours, GB | TRL, GB | ratio | MFU | losses apart |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
+    settings = TRL_SETTINGS[trl][task]
     for dtype in DTYPES:
-        folder, job_file = prepared(
-            task, dtype, train_file, work, steps, trl=TRL_SETTINGS[trl][task]
-        )
-        runs = {
-            name: lambda name=name: launch(name, folder, job_file)
-            for name in ("ours", "trl", "plain")
-        }
-        found = alternate(runs, rounds, warm_up=False)
-        rate = {name: median([run["examples_per_s"] for run in found[name]]) for name in runs}
-        peak = {name: median([run["peak"] for run in found[name]]) / 1e9 for name in runs}
-        mfu = median([run["mfu"] for run in found["ours"]])
-        apart = max(
-            abs(a - b) for a, b in zip(found["ours"][0]["losses"], found["plain"][0]["losses"])
-        )
+        folder, job_file = prepared(task, dtype, train_file, work, steps, trl=settings)
+        runs = {name: partial(launch, name, folder, job_file) for name in ("ours", "trl", "plain")}
+        results = alternate(runs, rounds, warm_up=False)
+        rate = {name: median([run["examples_per_s"] for run in results[name]]) for name in runs}
+        peak = {name: median([run["peak"] for run in results[name]]) / 1e9 for name in runs}
+        mfu = median([run["mfu"] for run in results["ours"]])
+        losses = zip(results["ours"][0]["losses"], results["plain"][0]["losses"])
+        apart = max(abs(a - b) for a, b in losses)
         lines.append(
-            f"| {dtype} | {rate['ours']:.2f} | {rate['trl']:.2f} | {rate['ours'] / rate['trl']:.2f} | {rate['plain']:.2f} | "
-            f"{rate['ours'] / rate['plain']:.2f} | {peak['ours']:.2f} | {peak['trl']:.2f} | {peak['ours'] / peak['trl']:.2f} | "
-            f"{mfu:.2f} | {apart:.1e} |"
+            f"| {dtype} | {rate['ours']:.2f} "
+            f"| {rate['trl']:.2f} | {rate['ours'] / rate['trl']:.2f} "
+            f"| {rate['plain']:.2f} | {rate['ours'] / rate['plain']:.2f} "
+            f"| {peak['ours']:.2f} | {peak['trl']:.2f} | {peak['ours'] / peak['trl']:.2f} "
+            f"| {mfu:.2f} | {apart:.1e} |"
         )
         print(lines[-1], flush=True)
     return lines
@@ -216,9 +221,9 @@ def ranks_against_process(train_file: str, work: Path, rounds: int, steps: int) 
     ]
     for dtype in DTYPES:
         folder, job_file = prepared("sft", dtype, train_file, work, steps)
-        runs = {n: lambda n=n: launch("ours", folder, job_file, n) for n in (1, cores)}
-        found = alternate(runs, rounds, warm_up=False)
-        one, many = (median([run["examples_per_s"] for run in found[n]]) for n in (1, cores))
+        runs = {n: partial(launch, "ours", folder, job_file, n) for n in (1, cores)}
+        results = alternate(runs, rounds, warm_up=False)
+        one, many = (median([run["examples_per_s"] for run in results[n]]) for n in (1, cores))
         lines.append(f"| {dtype} | {one:.2f} | {many:.2f} | {many / one:.2f} |")
         print(lines[-1], flush=True)
     return lines
@@ -236,32 +241,21 @@ def length_of_the_run(
     folder = make_model(
         work / "tiny", dim=64, n_layers=2, n_heads=4, n_kv_heads=4, hidden_dim=172, vocab_size=4000
     )
-    tokenizer = make_tokenizer(folder, [row["question"] + "\n" + row["answer"] for row in rows])
+    tokenizer = make_tokenizer(folder, texts_of(rows))
     for size in sizes:
-        many = [rows[i % len(rows)] for i in range(size)]
-        data = work / "many.jsonl"
-        data.write_text(
-            "".join(
-                json.dumps({"instruction": r["question"], "output": r["answer"]}) + "\n"
-                for r in many
-            )
-        )
-        logs = work / f"many-{size}-logs"
-        command = command_of(
-            "solver_train.py", folder, tokenizer, data, logs, work, 1, max_batch_size=100
-        )
+        data, logs = work / "many.jsonl", work / f"many-{size}-logs"
+        write_rows(data, [rows[i % len(rows)] for i in range(size)])
+        arguments = (folder, tokenizer, data, logs, work)
+        command = command_of("solver_train.py", *arguments, 1, max_batch_size=100)
         subprocess.run(command, check=True, capture_output=True)
-        steps = [
-            json.loads(line) for line in (logs / "solver_train.jsonl").read_text().splitlines()
-        ]
+        text = (logs / "solver_train.jsonl").read_text()
+        steps = [json.loads(line) for line in text.splitlines()]
         steps = [step for step in steps if step["event"] == "scalars" and "train/seconds" in step]
         warm = steps[len(steps) // 10 :]
-        rate = sum(s["train/tokens_per_s"] * s["train/seconds"] for s in warm) / sum(
-            s["train/seconds"] for s in warm
-        )
-        lines.append(
-            f"| {size} | {rate:.0f} | {warm[0]['train/memory_gb']:.3f} | {steps[-1]['train/memory_gb']:.3f} |"
-        )
+        tokens = sum(step["train/tokens_per_s"] * step["train/seconds"] for step in warm)
+        rate = tokens / sum(step["train/seconds"] for step in warm)
+        first, last = (step["train/memory_gb"] for step in (warm[0], steps[-1]))
+        lines.append(f"| {size} | {rate:.0f} | {first:.3f} | {last:.3f} |")
         print(lines[-1], flush=True)
     return lines
 
@@ -278,11 +272,6 @@ def command_of(
 ) -> list[str]:
     """A training script's command line on a data file; `logs` is emptied."""
     shutil.rmtree(logs, ignore_errors=True)
-    start = (
-        [sys.executable]
-        if ranks == 1
-        else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
-    )
     flags = {
         "ckpt_dir": folder,
         "tokenizer_file": tokenizer,
@@ -291,51 +280,38 @@ def command_of(
         "log_dir": logs,
         **flags,
     }
-    return [
-        *start,
-        str(ROOT / script),
-        *(part for name, value in flags.items() for part in (f"--{name}", str(value))),
-    ]
+    arguments = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+    return [*torchrun(ranks), str(ROOT / script), *arguments]
 
 
 def start_up(train_file: str, work: Path, rounds: int) -> list[str]:
-    """From the command to the end of the first step of 8 rows on 2 ranks, with all of the train file."""
+    """From the command to the end of the first step of 8 rows on 2 ranks.
+
+    With all of the train file.
+    """
     rows = read_questions(train_file)
     data, logs, folder = work / "all.jsonl", work / "start-logs", model_for("sft", work)
-    data.write_text(
-        "".join(
-            json.dumps({"instruction": r["question"], "output": r["answer"]}) + "\n" for r in rows
-        )
-    )
-    tokenizer = make_tokenizer(
-        work / "58m", [row["question"] + "\n" + row["answer"] for row in rows]
-    )
+    write_rows(data, rows)
+    tokenizer = make_tokenizer(work / "58m", texts_of(rows))
     took = []
     for _ in range(rounds):
-        command = command_of(
-            "solver_train.py", folder, tokenizer, data, logs, work, 2, max_batch_size=BATCH
-        )
+        arguments = (folder, tokenizer, data, logs, work)
+        command = command_of("solver_train.py", *arguments, 2, max_batch_size=BATCH)
         began = time.time()
         run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         first = None
         while first is None and run.poll() is None:
             time.sleep(0.05)
             log = logs / "solver_train.jsonl"
-            events = (
-                [
-                    json.loads(line)
-                    for line in log.read_text().splitlines(True)
-                    if line.endswith("\n")
-                ]
-                if log.exists()
-                else []
-            )
+            lines = log.read_text().splitlines(True) if log.exists() else []
+            events = [json.loads(line) for line in lines if line.endswith("\n")]
             first = next((event for event in events if event["event"] == "scalars"), None)
         run.terminate()
         run.wait()
         took.append(datetime.fromisoformat(first["time"]).timestamp() - began)
     return [
-        f"From the command to the end of the first step, 58M, 2 ranks, {len(rows)} rows: {median(took):.1f} s."
+        f"From the command to the end of the first step, 58M, 2 ranks, {len(rows)} rows: "
+        f"{median(took):.1f} s."
     ]
 
 

@@ -1,9 +1,9 @@
 """The data set that needs no download: word problems from templates, in GSM8K's own format.
 
-Each problem has one to three steps of small whole-number arithmetic, so that a model of a million parameters learns
-them on a laptop. Demonstrations come in two styles, both right: "worked", one operation per line, and "terse", the
-same calculation as one compound expression. The terse ones are harder to get right, which is what a verifier and
-reinforcement learning have to find out.
+Each problem has one to three steps of small whole-number arithmetic, so that a model of a million
+parameters learns them on a laptop. Demonstrations come in two styles, both right: "worked", one
+operation per line, and "terse", the same calculation as one compound expression. The terse ones are
+harder to get right, which is what a verifier and reinforcement learning have to find out.
 """
 
 import operator
@@ -15,57 +15,14 @@ from dataclasses import dataclass
 from src.errors import UserError
 
 NAMES = [
-    "Ada",
-    "Amy",
-    "Ben",
-    "Dan",
-    "Eva",
-    "Finn",
-    "Gus",
-    "Hana",
-    "Ivan",
-    "Jack",
-    "Kim",
-    "Lena",
-    "Leo",
-    "Maya",
-    "Mia",
-    "Nina",
-    "Noah",
-    "Omar",
-    "Rosa",
-    "Sam",
-    "Tara",
-    "Tom",
-    "Vera",
-    "Zoe",
-]
+    "Ada", "Amy", "Ben", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivan", "Jack", "Kim", "Lena", "Leo",
+    "Maya", "Mia", "Nina", "Noah", "Omar", "Rosa", "Sam", "Tara", "Tom", "Vera", "Zoe",
+]  # fmt: skip
 ITEMS = [
-    "apples",
-    "balls",
-    "beads",
-    "books",
-    "cards",
-    "coins",
-    "cookies",
-    "cups",
-    "eggs",
-    "flowers",
-    "keys",
-    "kites",
-    "lemons",
-    "marbles",
-    "nuts",
-    "pears",
-    "pencils",
-    "pens",
-    "plums",
-    "shells",
-    "stamps",
-    "stickers",
-    "stones",
-    "toys",
-]
+    "apples", "balls", "beads", "books", "cards", "coins", "cookies", "cups", "eggs", "flowers",
+    "keys", "kites", "lemons", "marbles", "nuts", "pears", "pencils", "pens", "plums", "shells",
+    "stamps", "stickers", "stones", "toys",
+]  # fmt: skip
 
 RANGES = {**dict.fromkeys("jkmn", (2, 9)), **dict.fromkeys("xyz", (2, 20))}  # by a number's letter
 SMALLEST, LARGEST = 2, 99  # of every result
@@ -76,14 +33,16 @@ _OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": oper
 
 @dataclass(frozen=True)
 class Template:
-    """A question, and its steps as (operation, sentence): the results of the steps are called p, q, r."""
+    """A question, and its steps as (operation, sentence): the steps' results are called p, q, r."""
 
     question: str
     steps: tuple[tuple[str, str], ...]
 
 
 def _template(question: str, *steps: str) -> Template:
-    return Template(question, tuple(tuple(step.split(": ", 1)) for step in steps))
+    """steps: each as "operation: sentence", with {} in the sentence where its result goes."""
+    parts = [step.partition(": ") for step in steps]
+    return Template(question, tuple((operation, sentence) for operation, _, sentence in parts))
 
 
 TEMPLATES = (
@@ -97,7 +56,8 @@ TEMPLATES = (
         "x-y: The shop has {} {items} left.",
     ),
     _template(
-        "One box holds {n} {items}. {A} fills {k} boxes with {items}. How many {items} does {A} need?",
+        "One box holds {n} {items}. {A} fills {k} boxes with {items}. "
+        "How many {items} does {A} need?",
         "k*n: {A} needs {} {items}.",
     ),
     _template(
@@ -114,17 +74,20 @@ TEMPLATES = (
     ),
     # two steps
     _template(
-        "{A} has {x} {items} and buys {k} boxes with {m} {items} each. How many {items} does {A} have now?",
+        "{A} has {x} {items} and buys {k} boxes with {m} {items} each. "
+        "How many {items} does {A} have now?",
         "k*m: The boxes hold {} {items}.",
         "x+p: {A} has {} {items}.",
     ),
     _template(
-        "{A} buys {k} bags with {m} {items} each and gives {y} {items} to {B}. How many {items} are left?",
+        "{A} buys {k} bags with {m} {items} each and gives {y} {items} to {B}. "
+        "How many {items} are left?",
         "k*m: The bags hold {} {items}.",
         "p-y: {A} has {} {items} left.",
     ),
     _template(
-        "{A} has {x} {items}. {A} finds {y} more and then loses {z}. How many {items} does {A} have now?",
+        "{A} has {x} {items}. {A} finds {y} more and then loses {z}. "
+        "How many {items} does {A} have now?",
         "x+y: That makes {} {items}.",
         "p-z: {A} has {} {items} left.",
     ),
@@ -135,7 +98,8 @@ TEMPLATES = (
         "p/k: Each bag holds {} {items}.",
     ),
     _template(
-        "{A} has {x} {items}, gives {y} to {B} and puts the rest in bags of {k}. How many bags does {A} fill?",
+        "{A} has {x} {items}, gives {y} to {B} and puts the rest in bags of {k}. "
+        "How many bags does {A} fill?",
         "x-y: {A} keeps {} {items}.",
         "p/k: {A} fills {} bags.",
     ),
@@ -146,7 +110,8 @@ TEMPLATES = (
         "p*n: {A} pays {} dollars.",
     ),
     _template(
-        "{A} earns {k} dollars an hour and works {n} hours. {A} spends {y} dollars. How many dollars are left?",
+        "{A} earns {k} dollars an hour and works {n} hours. {A} spends {y} dollars. "
+        "How many dollars are left?",
         "k*n: {A} earns {} dollars.",
         "p-y: {A} has {} dollars left.",
     ),
@@ -162,27 +127,32 @@ TEMPLATES = (
         "p+n: They have {} {items}.",
     ),
     _template(
-        "{A} has {x} {items}. {B} has {y} fewer {items} than {A}. How many {items} do they have together?",
+        "{A} has {x} {items}. {B} has {y} fewer {items} than {A}. "
+        "How many {items} do they have together?",
         "x-y: {B} has {} {items}.",
         "x+p: They have {} {items}.",
     ),
     _template(
-        "{A} has {x} {items}. {B} has {y} more {items} than {A}. How many {items} do they have together?",
+        "{A} has {x} {items}. {B} has {y} more {items} than {A}. "
+        "How many {items} do they have together?",
         "x+y: {B} has {} {items}.",
         "x+p: They have {} {items}.",
     ),
     _template(
-        "{x} girls and {y} boys ride to school in {k} equal groups. How many children are in each group?",
+        "{x} girls and {y} boys ride to school in {k} equal groups. "
+        "How many children are in each group?",
         "x+y: There are {} children.",
         "p/k: Each group has {} children.",
     ),
     _template(
-        "{A} runs {k} miles a day and {B} runs {m} miles a day. How many miles do they run in {n} days?",
+        "{A} runs {k} miles a day and {B} runs {m} miles a day. "
+        "How many miles do they run in {n} days?",
         "k+m: They run {} miles a day.",
         "p*n: They run {} miles.",
     ),
     _template(
-        "A rope of {x} feet is cut in {k} equal parts. {A} needs {m} such parts. How many feet does {A} need?",
+        "A rope of {x} feet is cut in {k} equal parts. {A} needs {m} such parts. "
+        "How many feet does {A} need?",
         "x/k: Each part is {} feet.",
         "p*m: {A} needs {} feet.",
     ),
@@ -192,7 +162,8 @@ TEMPLATES = (
         "x-p: {A} has {} dollars left.",
     ),
     _template(
-        "A train has {k} cars with {n} seats each. People take {y} of the seats. How many seats are free?",
+        "A train has {k} cars with {n} seats each. People take {y} of the seats. "
+        "How many seats are free?",
         "k*n: The train has {} seats.",
         "p-y: There are {} free seats.",
     ),
@@ -219,8 +190,8 @@ TEMPLATES = (
         "q/k: Each box holds {} {items}.",
     ),
     _template(
-        "{A} earns {k} dollars an hour. {A} works {m} hours on Monday and {j} on Friday, then spends {y} "
-        "dollars. How many dollars are left?",
+        "{A} earns {k} dollars an hour. {A} works {m} hours on Monday and {j} on Friday, "
+        "then spends {y} dollars. How many dollars are left?",
         "m+j: {A} works {} hours.",
         "k*p: {A} earns {}.",
         "q-y: {A} has {} dollars left.",
@@ -257,11 +228,12 @@ TEMPLATES = (
 
 
 def generate(n: int, seed: int, part: str = "train", terse_share: float = 0.5) -> list[dict]:
-    """`n` rows `{"instruction", "output", "label"}`, the same for the same arguments, no question twice.
+    """`n` rows `{"instruction", "output", "label"}`, no question twice.
 
-    Which `part` ("train" or "test") a problem belongs to is a property of its template and numbers alone, so the two
-    never share one, whatever the seeds and the names in it. `terse_share` of the outputs are terse, the rest worked.
-    Raises `UserError` when the templates cannot make `n` different questions.
+    They are the same for the same arguments. Which `part` ("train" or "test") a problem belongs to
+    is a property of its template and numbers alone, so the two never share one, whatever the seeds
+    and the names in it. `terse_share` of the outputs are terse, the rest worked. Raises `UserError`
+    when the templates cannot make `n` different questions.
     """
     if part not in ("train", "test") or not 0 <= terse_share <= 1 or n < 1:
         raise UserError(
@@ -296,7 +268,7 @@ def generate(n: int, seed: int, part: str = "train", terse_share: float = 0.5) -
 
 
 def _numbers(template: Template, part: str, rng: random.Random) -> tuple[dict[str, int], list[int]]:
-    """Numbers for the letters in the question, drawn until every result is whole, small and of this part."""
+    """Numbers for the question's letters, drawn until all results are small and of this part."""
     letters = re.findall(r"{([a-z])}", template.question)
     while True:
         numbers = {letter: rng.randint(*RANGES[letter]) for letter in letters}
@@ -307,6 +279,7 @@ def _numbers(template: Template, part: str, rng: random.Random) -> tuple[dict[st
 
 
 def _results(template: Template, numbers: dict[str, int]) -> list[int] | None:
+    """Every step's result; None if one is not whole or not small."""
     known, results = dict(numbers), []
     for name, (operation, _) in zip("pqr", template.steps):
         left, sign, right = _parsed(operation)
@@ -321,6 +294,7 @@ def _results(template: Template, numbers: dict[str, int]) -> list[int] | None:
 def _worked(
     template: Template, numbers: dict[str, int], results: list[int], words: dict[str, str]
 ) -> str:
+    """A line for each step, with its own calculation."""
     known = numbers | dict(zip("pqr", results))
     lines = []
     for (operation, sentence), result in zip(template.steps, results):
@@ -334,15 +308,12 @@ def _terse(
     template: Template, numbers: dict[str, int], results: list[int], words: dict[str, str]
 ) -> str:
     """The last sentence with all the steps composed into one expression."""
-    texts = {
-        letter: (str(number), "") for letter, number in numbers.items()
-    }  # name -> (expression, its outer sign)
+    # name -> (expression, its outer sign), which tells where parentheses are needed
+    texts = {letter: (str(number), "") for letter, number in numbers.items()}
     for name, (operation, _) in zip("pqr", template.steps):
-        left, sign, right = _parsed(operation)
-        (left, left_sign), (right, right_sign) = (
-            texts.get(left, (left, "")),
-            texts.get(right, (right, "")),
-        )
+        left_name, sign, right_name = _parsed(operation)
+        left, left_sign = texts.get(left_name, (left_name, ""))
+        right, right_sign = texts.get(right_name, (right_name, ""))
         if sign in "*/" and left_sign in ("+", "-"):
             left = f"({left})"
         if right_sign in ("+", "-") and sign != "+" or right_sign in ("*", "/") and sign == "/":
@@ -356,4 +327,7 @@ def _terse(
 
 
 def _parsed(operation: str) -> tuple[str, str, str]:
-    return re.fullmatch(r"(\w+)([-+*/])(\w+)", operation).groups()
+    """A template's operation, such as "k*4", as (left, sign, right)."""
+    match = re.fullmatch(r"(\w+)([-+*/])(\w+)", operation)
+    assert match is not None, operation
+    return match[1], match[2], match[3]

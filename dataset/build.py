@@ -2,21 +2,22 @@
 
     python dataset/build.py arithmetic --save_dir data/arithmetic
     python dataset/build.py gsm8k --source openai/gsm8k --save_dir data/gsm8k
-    python dataset/build.py pairs --train_file data/gsm8k/train.json --predictions predictions.jsonl \
-        --save_file data/gsm8k/verifier_train.json
+    python dataset/build.py pairs --train_file data/gsm8k/train.json \
+        --predictions predictions.jsonl --save_file data/gsm8k/verifier_train.json
 
-`arithmetic` needs nothing. `gsm8k` takes a folder with the official train.jsonl and test.jsonl, or the name of a hub
-data set. Both write train.json and test.json (`instruction`, `output`, `label`) and verifier_train.json and
-verifier_test.json (`instruction`, `chosen`, `rejected`), where a rejected answer is the gold one with a slip in it.
-`pairs` makes better verifier data from graded samples of a solver, which `gsm8k --negatives solver` does in one go.
+`arithmetic` needs nothing. `gsm8k` takes a folder with the official train.jsonl and test.jsonl, or
+the name of a hub data set. Both write train.json and test.json (`instruction`, `output`, `label`)
+and verifier_train.json and verifier_test.json (`instruction`, `chosen`, `rejected`), where a
+rejected answer is the gold one with a slip in it. `pairs` makes better verifier data from graded
+samples of a solver, which `gsm8k --negatives solver` does in one go.
 """
 
 import random
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-# Python puts this script's folder first on the path, not the repository's root, from which src and dataset import.
+# Run as a script, the repository's root is not on the path, from which src and dataset import.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.arithmetic import generate
@@ -25,23 +26,30 @@ from src.cli import run
 from src.data.rows import INDEX, STRING, TEXT, read_rows, read_solver_rows, write_json
 from src.errors import UserError
 from src.evaluation.gsm8k import extract, gold_of, grade
+from src.settings.declaration import AtLeast, Between
+
+Seed = Annotated[int, "of everything random"]
+MaxPerSide = Annotated[int, AtLeast(1), "right and wrong samples of a prompt, at most"]
+GoldWhenNoneRight = Annotated[
+    bool, "where no sample of a prompt is right, choose its gold output; else leave the prompt out"
+]
 
 
 def gsm8k(
-    source: str,
-    save_dir: str,
-    negatives: Literal["corrupt", "solver"] = "corrupt",
-    predictions: str | None = None,
-    seed: int = 0,
-    hub_config: str = "main",
-    max_per_side: int = 2,
-    gold_when_none_right: bool = True,
+    source: Annotated[str, "a folder with train.jsonl and test.jsonl, or a hub data set's name"],
+    save_dir: Annotated[str, "the folder to write"],
+    negatives: Annotated[
+        Literal["corrupt", "solver"],
+        "a slip in the gold answer, or graded samples of the train rows in --predictions (see "
+        "`pairs`; the test pairs are corrupted ones either way)",
+    ] = "corrupt",
+    predictions: Annotated[str | None, "a solver's samples of the train rows"] = None,
+    seed: Seed = 0,
+    hub_config: Annotated[str, "of the hub's data set"] = "main",
+    max_per_side: MaxPerSide = 2,
+    gold_when_none_right: GoldWhenNoneRight = True,
 ) -> None:
-    """GSM8K from a folder with train.jsonl and test.jsonl, or from the hub.
-
-    negatives: corrupt (a slip in the gold answer) or solver (graded samples of the train rows in `predictions`, see
-    `pairs`; the test pairs are corrupted ones either way).
-    """
+    """GSM8K from a folder with train.jsonl and test.jsonl, or from the hub."""
     if (negatives == "solver") != bool(predictions):
         raise UserError(
             f"--negatives {negatives} with --predictions {predictions}: solver negatives need a "
@@ -49,7 +57,7 @@ def gsm8k(
         )
     rows = {part: _gsm8k_rows(source, part, hub_config) for part in ("train", "test")}
     verifier = {part: _corrupted(rows[part], seed) for part in rows}
-    if negatives == "solver":
+    if predictions is not None:
         verifier["train"], counts = pairs_of(
             rows["train"], predictions, max_per_side, gold_when_none_right
         )
@@ -58,13 +66,18 @@ def gsm8k(
 
 
 def arithmetic(
-    save_dir: str, n_train: int = 20_000, n_test: int = 600, seed: int = 0, terse_share: float = 0.5
+    save_dir: Annotated[str, "the folder to write"],
+    n_train: Annotated[int, AtLeast(1), "rows to train on"] = 20_000,
+    n_test: Annotated[int, AtLeast(1), "rows to measure on"] = 600,
+    seed: Seed = 0,
+    terse_share: Annotated[
+        float, Between(0, 1), "share of the train outputs that are terse, not worked"
+    ] = 0.5,
 ) -> None:
-    """Word problems from templates, in GSM8K's format: train outputs worked or terse, test outputs worked."""
-    if min(n_train, n_test) < 1 or not 0 <= terse_share <= 1:
-        raise UserError(
-            f"--n_train {n_train} --n_test {n_test} --terse_share {terse_share}: the counts must be 1 or more, the share in [0, 1]"
-        )
+    """Word problems from templates, in GSM8K's format: train outputs worked or terse.
+
+    Test outputs are worked.
+    """
     rows = {
         "train": generate(n_train, seed, "train", terse_share),
         "test": generate(n_test, seed, "test", 0.0),
@@ -73,16 +86,15 @@ def arithmetic(
 
 
 def pairs(
-    train_file: str,
-    predictions: str,
-    save_file: str,
-    max_per_side: int = 2,
-    gold_when_none_right: bool = True,
+    train_file: Annotated[str, "the rows that were sampled"],
+    predictions: Annotated[
+        str, 'samples, `{"index": row of train_file from 0, "output": sample}`, any number of each'
+    ],
+    save_file: Annotated[str, "the .json file to write"],
+    max_per_side: MaxPerSide = 2,
+    gold_when_none_right: GoldWhenNoneRight = True,
 ) -> None:
-    """Verifier rows from a solver's samples: right ones against wrong ones, by GSM8K's official rule.
-
-    predictions: a file of `{"index": row of train_file from 0, "output": sample}`, any number of them per index.
-    """
+    """Verifier rows from a solver's samples: right ones against wrong ones, by GSM8K's rule."""
     if Path(save_file).resolve() in (Path(train_file).resolve(), Path(predictions).resolve()):
         raise UserError(
             f"--save_file {save_file}: is read and would be overwritten; write to another file"
@@ -99,23 +111,23 @@ def pairs(
 def pairs_of(
     rows: list[dict], predictions: str, max_per_side: int, gold_when_none_right: bool
 ) -> tuple[list[dict], str]:
-    """(verifier rows, what became of the samples). A prompt needs a wrong sample, and a right one or its gold."""
-    if max_per_side < 1:
-        raise UserError(f"--max_per_side {max_per_side}: must be at least 1")
+    """(verifier rows, what became of the samples).
+
+    A prompt needs a wrong sample, and a right one or its gold.
+    """
     samples: dict[int, list[str]] = {}
     for sample in read_rows(predictions, {"index": INDEX, "output": STRING}):
         if sample["index"] >= len(rows):
             raise UserError(
-                f"{predictions}: index {sample['index']} in a train file of {len(rows)} rows (counted "
-                "from 0): these are predictions for another file"
+                f"{predictions}: index {sample['index']} in a train file of {len(rows)} rows "
+                "(counted from 0): these are predictions for another file"
             )
-        if sample[
-            "output"
-        ].strip():  # a blank sample is wrong, but gives a verifier nothing to read
+        if sample["output"].strip():  # a blank one is wrong, but gives a verifier nothing to read
             samples.setdefault(sample["index"], []).append(sample["output"])
     built, none_wrong, none_right = [], 0, 0
     for index, texts in sorted(samples.items()):
-        row, sides = rows[index], {True: [], False: []}
+        row = rows[index]
+        sides: dict[bool, list[str]] = {True: [], False: []}
         for text in dict.fromkeys(texts):
             sides[grade(text, gold_of(row))["official"]].append(text)
         none_wrong += not sides[False]
@@ -131,8 +143,8 @@ def pairs_of(
                 }
             )
     counts = (
-        f"{sum(map(len, samples.values()))} samples of {len(samples)} prompts, {none_wrong} prompts without a "
-        f"wrong one (skipped), {none_right} without a right one "
+        f"{sum(map(len, samples.values()))} samples of {len(samples)} prompts, {none_wrong} "
+        f"prompts without a wrong one (skipped), {none_right} without a right one "
         f"({'gold chosen' if gold_when_none_right else 'skipped'})"
     )
     if not built:
@@ -173,8 +185,8 @@ def _hub_rows(source: str, part: str, hub_config: str) -> list[dict]:
         from datasets import load_dataset  # only this route needs it
     except ImportError as error:
         raise UserError(
-            f"--source {source}: no such folder, and reading a hub data set needs the datasets library: "
-            "pip install datasets, or name a folder with train.jsonl and test.jsonl"
+            f"--source {source}: no such folder, and reading a hub data set needs the datasets "
+            "library: pip install datasets, or name a folder with train.jsonl and test.jsonl"
         ) from error
     try:
         rows = list(load_dataset(source, hub_config, split=part))

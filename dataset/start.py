@@ -1,6 +1,7 @@
-"""A small Llama from nothing: a SentencePiece tokenizer trained on a file's texts, and random weights to go with it.
+"""A small Llama from nothing: a tokenizer trained on a file's texts, and random weights.
 
-    python dataset/start.py --train_file train.json --save_dir DIR --vocab_size 900 --dim 96 --n_layers 2 --n_heads 4
+    python dataset/start.py --train_file train.json --save_dir DIR --vocab_size 900 --dim 96
+    --n_layers 2 --n_heads 4
 
 DIR is a Hugging Face folder that `transformers` loads too. For tests, quickstarts and laptops.
 """
@@ -8,46 +9,47 @@ DIR is a Hugging Face folder that `transformers` loads too. For tests, quickstar
 import json
 import sys
 from pathlib import Path
+from typing import Annotated
 
 sys.path.insert(
     0, str(Path(__file__).resolve().parent.parent)
 )  # run as a script, the repository's root is not on the path
 
 from src.cli import run
+from src.settings.declaration import AtLeast, Unit
 
-# One token each, wherever they stand: what GSM8K's answers are built of, and the numbers up to 99, whose sums a small model
-# learns as facts (longer numbers are spelt out of these).
+# One token each, wherever they stand: what GSM8K's answers are built of, and the numbers up to 99,
+# whose sums a small model learns as facts (longer numbers are spelt out of these).
 SYMBOLS = ["\n", "<<", ">>", "####", *"+-*/=", *map(str, range(10, 100))]
 
 
-def main(
-    train_file: str,
-    save_dir: str,
-    vocab_size: int = 900,
-    dim: int = 96,
-    n_layers: int = 2,
-    n_heads: int = 4,
-    n_kv_heads: int | None = None,
-    hidden_dim: int | None = None,
-    max_seq_len: int = 512,
-    seed: int = 0,
-):
-    """Train the tokenizer, draw the weights, write the folder.
+Size = AtLeast(1, 10**6)
 
-    Args:
-        train_file: rows with "instruction" and "output", whose texts the tokenizer learns from.
-        save_dir: the folder to write; replaced as a whole when it already holds a checkpoint.
-        vocab_size: entries of the tokenizer and the model.
-        dim: width of the hidden state, a multiple of 2 * n_heads.
-        n_layers: blocks.
-        n_heads: attention heads.
-        n_kv_heads: key-value heads; n_heads when not given.
-        hidden_dim: width of the feed-forward layer; 8/3 of dim, rounded up to 32, when not given.
-        max_seq_len: the context it is made for.
-        seed: of the weights.
-    """
+
+def main(
+    train_file: Annotated[
+        str, 'rows with "instruction" and "output", whose texts the tokenizer learns from'
+    ],
+    save_dir: Annotated[
+        str, "the folder to write; replaced as a whole when it already holds a checkpoint"
+    ],
+    vocab_size: Annotated[int, Size, "entries of the tokenizer and the model"] = 900,
+    dim: Annotated[int, Size, "width of the hidden state, a multiple of 2 * n_heads"] = 96,
+    n_layers: Annotated[int, Size, "blocks"] = 2,
+    n_heads: Annotated[int, Size, "attention heads"] = 4,
+    n_kv_heads: Annotated[int | None, Size, "key-value heads; n_heads when not given"] = None,
+    hidden_dim: Annotated[
+        int | None,
+        Size,
+        "width of the feed-forward layer; 8/3 of dim, rounded up to 32, when not given",
+    ] = None,
+    max_seq_len: Annotated[int, Size, Unit("tokens"), "the context it is made for"] = 512,
+    seed: Annotated[int, "of the weights"] = 0,
+) -> None:
+    """Train the tokenizer, draw the weights, write the folder."""
     import sentencepiece
     from safetensors.torch import save_file
+    from torch import Tensor
 
     from src.checkpoint.folder import check_replaceable, whole_folder
     from src.checkpoint.names import hf_tensors
@@ -58,27 +60,12 @@ def main(
     from src.models.init import initial_std, random_tensor
     from src.models.layout import tensor_table
 
-    sizes = {
-        "vocab_size": vocab_size,
-        "dim": dim,
-        "n_layers": n_layers,
-        "n_heads": n_heads,
-        "n_kv_heads": n_kv_heads,
-        "hidden_dim": hidden_dim,
-        "max_seq_len": max_seq_len,
-    }
-    wrong = [
-        f"--{name} {size}"
-        for name, size in sizes.items()
-        if size is not None and not 1 <= size <= 10**6
-    ]
-    if wrong:
-        raise UserError(f"{', '.join(wrong)}: sizes lie between 1 and a million")
     if dim % (2 * n_heads) or n_heads % (n_kv_heads or n_heads):
         raise UserError(
-            f"--dim {dim} --n_heads {n_heads} --n_kv_heads {n_kv_heads}: dim must be a multiple of 2 * n_heads, "
-            "and n_heads of n_kv_heads"
+            f"--dim {dim} --n_heads {n_heads} --n_kv_heads {n_kv_heads}: dim must be a multiple of "
+            "2 * n_heads, and n_heads of n_kv_heads"
         )
+    # The sizes, and the texts that the tokenizer learns from.
     rows = read_solver_rows(train_file)
     texts = [row["instruction"] for row in rows] + [text for row in rows for text in row["outputs"]]
     folder = check_replaceable(save_dir)
@@ -93,10 +80,12 @@ def main(
         vocab_size,
         max_seq_len=max_seq_len,
     )
-    tensors = {}
+    # Random weights, as whole tensors by Hugging Face's names.
+    tensors: dict[str, Tensor] = {}
     for name, spec in tensor_table(config).items():
         tensor = random_tensor(name, spec, initial_std(name, spec, n_layers), seed)
         tensors |= hf_tensors(name, tensor, config)
+    # The folder appears whole.
     with whole_folder(folder) as new:
         try:
             sentencepiece.SentencePieceTrainer.train(
@@ -117,12 +106,9 @@ def main(
             ) from None
         (new / "tokenizer.vocab").unlink()
         save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
-        (new / "config.json").write_text(
-            json.dumps(
-                hf_config(config, "float32", {"bos_token_id": 1, "eos_token_id": 2}), indent=1
-            )
-            + "\n"
-        )
+        ids: dict[str, int | list[int] | None] = {"bos_token_id": 1, "eos_token_id": 2}
+        text = json.dumps(hf_config(config, "float32", ids), indent=1)
+        (new / "config.json").write_text(text + "\n")
     count = sum(tensor.numel() for tensor in tensors.values())
     print(f"wrote {folder}: {count:,} parameters, vocabulary {vocab_size}")
 

@@ -1,35 +1,45 @@
-"""What makes a run the same run when its command is given again: the settings that matter, and what the files they name hold."""
+"""What makes a run the same run when its command is given again.
+
+That is the settings that matter, and what the files that they name hold.
+"""
 
 import hashlib
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from src.checkpoint.folder import NOTES, TOKENIZERS, find_tokenizer
 from src.checkpoint.manifest import MANIFEST, TENSORS, digest, has_manifest
 from src.errors import UserError
+from src.settings.declaration import CONTENT, MAY_CHANGE, Settings, declared, flat
 
 TOKENIZER_SUFFIXES = (".model", ".tiktoken")
 
 
-def identity(settings: dict, free: Collection[str]) -> dict:
-    """A script's flags but for those in `free`; of those that name files and folders, what is in them: they may lie elsewhere later.
+def identity(settings: Settings, **more: Any) -> dict[str, Any]:
+    """What of a script's settings must not change, by name; of files and folders, what they hold.
 
-    Raises UserError for what cannot be read.
+    more: what else a run of another kind would have another value of. Raises UserError for what
+    cannot be read.
     """
-    return {
-        name: {"path": value, "holds": held(value)}
-        if name.endswith(("_dir", "_file")) and value is not None
-        else value
-        for name, value in settings.items()
-        if name not in free
-    }
+    values, record = flat(settings), dict(more)
+    for name, setting in declared(type(settings)).items():
+        value = values[name]
+        if MAY_CHANGE in setting.marks:
+            continue
+        if CONTENT in setting.marks and value is not None:  # it may lie elsewhere later
+            record[name] = {"path": value, "holds": held(value)}
+        else:
+            record[name] = value
+    return record
 
 
 def held(text: str) -> str:
-    """A digest of what a path leads to: of a file's content, of a checkpoint's folder as far as it belongs to the checkpoint.
+    """A digest of what a path leads to: a file's content, or what of a folder is the checkpoint.
 
-    Weights are known by their manifest's hashes, or by names, sizes and times. With a tokenizer's file counts what describes it beside
-    it; of FILE.py:FUNCTION the file and the name; what is not there is its own name.
+    Weights are known by their manifest's hashes, or by names, sizes and times. With a tokenizer's
+    file counts what describes it beside it; of FILE.py:FUNCTION the file and the name; what is not
+    there is its own name.
     """
     path, function = Path(text), ""
     if not path.exists() and ":" in text:
@@ -44,10 +54,10 @@ def held(text: str) -> str:
 
 def _described(path: Path) -> Iterator[str]:
     if path.is_dir():
-        told = has_manifest(path)
+        has_hashes = has_manifest(path)
         for file in sorted(path.iterdir()):
             if file.is_file() and (
-                file.name in (*NOTES, MANIFEST) or (file.suffix in TENSORS and not told)
+                file.name in (*NOTES, MANIFEST) or (file.suffix in TENSORS and not has_hashes)
             ):
                 yield f"{file.name} {_of_file(file)}"
         if (path / "adapter").is_dir():
@@ -72,23 +82,21 @@ def _of_file(file: Path) -> str:
     return digest(file)
 
 
-def differences(before: object, now: dict) -> list[str]:
-    """In words, what `identity` has become another; [] when nothing."""
-    before, said = before if isinstance(before, dict) else {}, []
+def differences(before: object, now: dict[str, Any], defaults: dict[str, Any]) -> list[str]:
+    """In words, what of `identity` has become another; [] when nothing.
+
+    defaults: of settings, for those that the earlier record, of an older version, does not know.
+    """
+    before = before if isinstance(before, dict) else {}
+    changes = []
     for name in sorted(before.keys() | now.keys()):
-        old, new = before.get(name), now.get(name)
-        paths = [
-            value["path"] if isinstance(value, dict) and "path" in value else value
-            for value in (old, new)
-        ]
-        if old == new or (
-            isinstance(old, dict) and isinstance(new, dict) and old.get("holds") == new.get("holds")
-        ):
+        values = [record.get(name, defaults.get(name)) for record in (before, now)]
+        holds = [value.get("holds") if isinstance(value, dict) else None for value in values]
+        if values[0] == values[1] or (holds[0] == holds[1] and holds[0] is not None):
             continue
-        same = paths[0] == paths[1] and paths[0] is not None
-        said.append(
-            f"--{name} {paths[0]} holds something else now"
-            if same
-            else f"--{name} {paths[0]} → {paths[1]}"
-        )
-    return said
+        old, new = (v.get("path", v) if isinstance(v, dict) else v for v in values)
+        if old == new and new is not None:
+            changes.append(f"--{name} {new} holds something else now")
+        else:
+            changes.append(f"--{name} {old} → {new}")
+    return changes

@@ -10,68 +10,77 @@ import subprocess
 import sys
 import warnings
 from datetime import datetime
+from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from tqdm import tqdm
 
 from src.errors import UserError
+from src.settings.config_file import to_yaml
+from src.settings.declaration import Settings, flat
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 PLAIN_INTERVAL_S = 10.0  # between progress lines where stderr is not a terminal
-ENVIRONMENT = (
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "OMP_NUM_THREADS",
-    "CUDA_VISIBLE_DEVICES",
-)  # no other is logged
+# No other variable is logged.
+ENVIRONMENT = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 PACKAGES = ("torch", "transformers", "fairscale")
-SECRET = re.compile(
-    r"(^|_)token$|secret|password|api_key", re.IGNORECASE
-)  # hf_token, not max_new_tokens
+SETTINGS_FILE = "settings.yaml"
+# hf_token, not max_new_tokens
+SECRET = re.compile(r"(^|_)token$|secret|password|api_key", re.IGNORECASE)
 
 
 class RunLog:
     """Context manager; on every rank but 0 each method does nothing.
 
-    Lines go to stderr and `log_dir/name.log`, records to `log_dir/name.jsonl`, event files to `log_dir`;
-    with `log_dir` None only stderr is written. Files are appended to: a resumed run keeps its past.
+    Lines go to stderr and `log_dir/name.log`, records to `log_dir/name.jsonl`, event files to
+    `log_dir`, and a script's settings to `log_dir/settings.yaml`; with `log_dir` None only stderr
+    is written. Logs are appended to: a resumed run keeps its past.
     """
 
-    def __init__(self, log_dir: str | None, name: str, settings: dict, rank: int):
+    def __init__(
+        self, log_dir: str | None, name: str, settings: Settings | dict[str, Any], rank: int
+    ) -> None:
         self.log_dir, self.name, self.settings, self.rank = log_dir, name, settings, rank
-        self._lines = self._records = None
+        self._lines: TextIO | None = None
+        self._records: TextIO | None = None
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         if self.rank == 0 and self.log_dir is not None:
+            folder, settings = Path(self.log_dir), self.settings
             try:
-                os.makedirs(self.log_dir, exist_ok=True)
-                self._lines, self._records = (
-                    open(
-                        os.path.join(self.log_dir, self.name + suffix),
-                        "a",
-                        buffering=1,
-                        encoding="utf-8",
-                    )
-                    for suffix in (".log", ".jsonl")
+                folder.mkdir(parents=True, exist_ok=True)
+                self._lines = (folder / f"{self.name}.log").open("a", buffering=1, encoding="utf-8")
+                self._records = (folder / f"{self.name}.jsonl").open(
+                    "a", buffering=1, encoding="utf-8"
                 )
+                if isinstance(settings, Settings):
+                    text = to_yaml(settings, f"{self.name}.py --config {folder / SETTINGS_FILE}")
+                    (folder / SETTINGS_FILE).write_text(text, encoding="utf-8")
             except OSError as error:
                 raise UserError(
                     f"cannot write the log {error.filename}: {error.strerror}"
                 ) from error
             self._record(
                 "start",
-                settings=plain(self.settings),
+                settings=plain(flat(settings) if isinstance(settings, Settings) else settings),
                 git=_git_revision(),
                 versions={"python": sys.version.split()[0]} | {p: _version(p) for p in PACKAGES},
                 environment={k: os.environ[k] for k in ENVIRONMENT if k in os.environ},
             )
         if self.rank == 0:  # what libraries warn of is a warning too
-            self._showwarning, warnings.showwarning = warnings.showwarning, self._library_warns
+            self._showwarning = warnings.showwarning
+            warnings.showwarning = self._library_warns
         return self
 
-    def __exit__(self, kind, error, _):
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: object
+    ) -> None:
         if self.rank == 0:
             warnings.showwarning = self._showwarning
-        if self._records is not None:
+        if self._records is not None and self._lines is not None:
             outcome = f"stopped by {kind.__name__}: {error}" if kind else "finished"
             self._write(outcome)  # to the file alone: an error reaches stderr by itself
             self._record("end", outcome=outcome)
@@ -81,25 +90,27 @@ class RunLog:
             self._records.close()
             self._lines = self._records = None
 
-    def info(self, message, level="info"):
+    def info(self, message: str, level: str = "info") -> None:
         """Write a line for people, and a record of it for programs."""
         if self._records is not None:
             self._record("message", level=level, message=str(message))
         self._show(message)
 
-    def _show(self, message):
+    def _show(self, message: str) -> None:
         if self.rank == 0:
             for line in self._write(message):
                 tqdm.write(line, file=sys.stderr)  # above a bar, not through it
 
-    def warning(self, message):
+    def warning(self, message: str) -> None:
         """Write a line that begins with WARNING."""
         self.info(f"WARNING {message}", level="warning")
 
-    def _library_warns(self, message, category, filename, lineno, file=None, line=None):
+    def _library_warns(
+        self, message: object, category: type, filename: str, lineno: int, *_: object, **__: object
+    ) -> None:
         self.warning(f"{category.__name__}: {message} ({filename}:{lineno})")
 
-    def scalars(self, step, values, prefix="train"):
+    def scalars(self, step: int, values: dict[str, float], prefix: str = "train") -> None:
         """Record {name: number} at `step`; NaN and infinities become null in the JSON."""
         if self._records is not None:
             numbers = {f"{prefix}/{name}": float(value) for name, value in values.items()}
@@ -111,19 +122,22 @@ class RunLog:
             for name, number in numbers.items():
                 self._tensorboard.add_scalar(name, number, step)
 
-    def text(self, step, name, text):
+    def text(self, step: int, name: str, text: str) -> None:
         """Record a text, such as a sample, at `step`."""
         if self._records is not None:
             self._record("text", step=step, name=name, text=text)
             self._tensorboard.add_text(name, text, step)
 
-    def progress(self, total, description, unit="it", initial=0):
-        """A `Progress` over `total` units (None: unknown), `initial` of them done; plain lines where stderr is not a terminal."""
-        style = dict(file=sys.stderr, dynamic_ncols=True)
+    def progress(
+        self, total: int | None, description: str, unit: str = "it", initial: int = 0
+    ) -> "Progress":
+        """A `Progress` over `total` units (None: unknown), `initial` of them done.
+
+        Plain lines, without carriage returns, where stderr is not a terminal.
+        """
+        style: dict[str, Any] = dict(file=sys.stderr, dynamic_ncols=True)
         if not sys.stderr.isatty():
-            lines = SimpleNamespace(
-                write=lambda text: self._show(text.strip())
-            )  # no carriage returns
+            lines = SimpleNamespace(write=lambda text: self._show(text.strip()))
             style = dict(file=lines, mininterval=PLAIN_INTERVAL_S, miniters=1, position=0)
         return Progress(
             total=total,
@@ -134,7 +148,7 @@ class RunLog:
             **style,
         )
 
-    def _write(self, message):
+    def _write(self, message: str) -> list[str]:
         lines = [
             f"{datetime.now():%Y-%m-%d %H:%M:%S} rank {self.rank} {line}"
             for line in str(message).splitlines()
@@ -143,15 +157,14 @@ class RunLog:
             self._lines.writelines(line + "\n" for line in lines)
         return lines
 
-    def _record(self, event, **fields):
+    def _record(self, event: str, **fields: Any) -> None:
+        assert self._records is not None
         now = datetime.now().astimezone().isoformat(timespec="milliseconds")
-        self._records.write(
-            json.dumps({"event": event, "time": now, "rank": self.rank, **fields}, allow_nan=False)
-            + "\n"
-        )
+        record = {"event": event, "time": now, "rank": self.rank, **fields}
+        self._records.write(json.dumps(record, allow_nan=False) + "\n")
 
     @functools.cached_property
-    def _tensorboard(self):
+    def _tensorboard(self) -> "SummaryWriter":
         from torch.utils.tensorboard import SummaryWriter  # seconds to import
 
         return SummaryWriter(self.log_dir)
@@ -162,7 +175,7 @@ class Progress(tqdm):
 
     tokens = 0
 
-    def update(self, n=1, tokens=0, **shown):
+    def update(self, n: float | None = 1, tokens: int = 0, **shown: object) -> None:
         """Advance by `n` units and `tokens` tokens; `shown` (loss=...) stands beside the bar."""
         if not self.disable:
             self.tokens += tokens
@@ -172,8 +185,8 @@ class Progress(tqdm):
             super().update(n)
 
 
-def plain(value, name=""):
-    """`value` as valid JSON: secrets redacted by `name`, non-finite numbers null, other objects as text."""
+def plain(value: Any, name: str = "") -> Any:
+    """`value` as valid JSON: secrets redacted by `name`, infinities null, other objects as text."""
     if SECRET.search(name) and value is not None:
         return "<redacted>"
     if isinstance(value, dict):
@@ -185,14 +198,14 @@ def plain(value, name=""):
     return value if isinstance(value, (str, int, float, type(None))) else str(value)
 
 
-def _version(package):
+def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def _git_revision():
+def _git_revision() -> str | None:
     """The commit this code is at; None outside a git checkout or without git."""
     try:
         git = subprocess.run(

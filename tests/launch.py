@@ -1,4 +1,7 @@
-"""Runs a script of the repository on n ranks, the way a user would, and shows the end of its log when it fails."""
+"""Runs a script of the repository on n ranks, the way a user would.
+
+The end of its log is shown when it fails.
+"""
 
 from __future__ import annotations
 
@@ -26,33 +29,23 @@ def start(
 ) -> subprocess.CompletedProcess:
     """Run `script` (relative to the repository root) on n CPU ranks and return whatever it came to.
 
-    n == 1 is plain Python without torch.distributed. On a timeout the whole process group is ended, so no rank
-    outlives its test.
+    n == 1 is plain Python without torch.distributed. On a timeout the whole process group is ended,
+    so no rank outlives its test.
     """
-    # A launcher's variables inherited from an outer torchrun would turn one plain process into a rank of it.
+    # A launcher's variables inherited from an outer torchrun would turn one plain process into a
+    # rank of it.
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     env = {name: value for name, value in os.environ.items() if name not in launcher}
     env.update(
         PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", PYTHONUNBUFFERED="1"
     )
-    if (
-        n == 2
-    ):  # collectives that do not match become Python errors; at more ranks that takes minutes
+    # collectives that do not match become Python errors; at more ranks that takes minutes
+    if n == 2:
         env["TORCH_DISTRIBUTED_DEBUG"] = "DETAIL"
     command = [sys.executable]
     if n > 1:
-        command += [
-            "-m",
-            "torch.distributed.run",
-            "--nnodes",
-            "1",
-            "--nproc_per_node",
-            str(n),
-            "--master_addr",
-            "127.0.0.1",
-            "--master_port",
-            str(_free_port()),
-        ]
+        command += ["-m", "torch.distributed.run", "--nnodes", "1", "--nproc_per_node", str(n)]
+        command += ["--master_addr", "127.0.0.1", "--master_port", str(_free_port())]
     command += [str(ROOT / script), *map(str, args)]
     process = subprocess.Popen(
         command,
@@ -87,7 +80,7 @@ def launch(
 
 
 def once(run: Callable[[int], T]) -> Callable[[int], T]:
-    """`run(n)` at most once for each n: the first call's result, or its failure, again and again."""
+    """`run(n)` at most once for each n: the first call's result or failure, again and again."""
     known = {}
 
     def remembered(n: int) -> T:

@@ -1,9 +1,10 @@
-"""Runs several of the repository's scripts one after another on the ranks that started it: one launch instead of many.
+"""Runs several of the repository's scripts one after another on the ranks that started it.
 
     torchrun --nproc_per_node N tests/script_chain.py COMMANDS.json
 
-COMMANDS.json: [[script, flag, value, ...], ...]. Each script runs as `__main__` and must end by itself; the process group
-is kept between them, which is all that differs from launches of their own. Data set scripts run on rank 0 alone.
+That is one launch instead of many. COMMANDS.json: [[script, flag, value, ...], ...]. Each script
+runs as `__main__` and must end by itself; the process group is kept between them, which is all that
+differs from launches of their own. Data set scripts run on rank 0 alone.
 """
 
 import json

@@ -16,19 +16,15 @@ REPO = Path(__file__).resolve().parent.parent
 
 SCRIPT = '''
 import json, os, sys, time
-from typing import Literal, Optional
+from typing import Annotated, Literal, Optional
 from src import cli
 from src.errors import UserError
 
-def train(data_file: str, lr: float = 1e-5, lora_rank: int = 8, flag: bool = True, cache: bool = False,
+def train(data_file: Annotated[str, "Rows to train on."], lr: float = 1e-5, lora_rank: int = 8, flag: bool = True, cache: bool = False,
           run_name: str = "run", dtype: Literal["fp32", "bf16"] = "bf16", degree: Literal[1, 2, 4] = 1,
           limit: int | None = None, seed: Optional[int] = 0, tasks: list[str] = ("gsm8k",),
           ranks: list[int] | None = None, notes: str = "", gains: list[float] | None = None):
-    """Train something.
-
-    Args:
-        data_file: Rows to train on.
-    """
+    """Train something."""
     print(json.dumps(dict(locals(), ran="train")))
     return {"not": "printed"}
 
@@ -255,10 +251,11 @@ def test_a_signature_that_cannot_be_a_command_line_is_a_bug(monkeypatch, capsys)
         (
             ["--help"],
             [
-                "--data_file=DATA_FILE (required)",
-                "Type: fp32 | bf16",
+                "--data_file  str (required)",
+                "--dtype  fp32 | bf16 (default bf16)",
                 "Rows to train on.",
-                "Default: 1e-05",
+                "--lr  float (default 1e-05)",
+                "--config FILE.yaml",
             ],
         ),
         (["--lrr", "1", "-h"], ["Train something."]),

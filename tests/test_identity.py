@@ -6,6 +6,14 @@ import pytest
 
 from src.checkpoint.manifest import described, write_manifest
 from src.identity import differences, held, identity
+from src.settings.declaration import CONTENT, MAY_CHANGE, build, declared, defaults
+from src.settings.ppo import PPOTrainSettings
+from src.settings.scripts import (
+    SolverEvaluateSettings,
+    SolverGenerateSettings,
+    SolverTrainSettings,
+    VerifierTrainSettings,
+)
 
 
 @pytest.fixture
@@ -54,7 +62,10 @@ def test_what_describes_a_tokenizer_belongs_to_it_and_a_missing_path_is_its_name
 def test_a_function_of_a_file_is_both(tmp_path):
     for name, text in (("a.py", "1"), ("b.py", "2"), ("c.py", "1")):
         (tmp_path / name).write_text(text)
-    of = lambda text: held(str(tmp_path / text))
+
+    def of(text):
+        return held(str(tmp_path / text))
+
     assert (
         of("a.py:f") == of("c.py:f")
         and len({of("a.py:f"), of("a.py:g"), of("b.py:f"), of("a.py")}) == 4
@@ -67,22 +78,60 @@ def test_a_file_is_its_content(tmp_path, monkeypatch):
         (tmp_path / name).write_text(text)
 
     def of(path, **more):
-        return identity(
-            {"train_file": path, "lr": 0.1, "log_dir": path, "label_file": None, **more},
-            {"log_dir"},
-        )
+        flags = {"ckpt_dir": "-", "save_dir": "-", "train_file": path, "lr": 0.1, **more}
+        return identity(build(SolverTrainSettings, {"log_dir": path, **flags}))
 
+    def changes(now, before):
+        return differences(before, now, defaults(SolverTrainSettings))
+
+    task = {"task": "GSM8K", "label_file": "c.json"}
     before = of("a.json")
     assert "log_dir" not in before
-    assert (
-        differences(before, of("a.json"))
-        == differences(before, of("./a.json"))
-        == differences(before, of("b.json"))
-        == []
-    )
-    assert differences(before, of("c.json")) == ["--train_file a.json → c.json"]
-    assert differences(before, of("a.json", lr=0.2)) == ["--lr 0.1 → 0.2"]
-    assert differences(before, of("a.json", label_file="c.json")) == ["--label_file None → c.json"]
+    for same in ("a.json", "./a.json", "b.json"):
+        assert changes(of(same), before) == []
+    assert changes(of("c.json"), before) == ["--train_file a.json → c.json"]
+    assert changes(of("a.json", lr=0.2), before) == ["--lr 0.1 → 0.2"]
+    assert changes(of("a.json", **task), before) == [
+        "--label_file None → c.json",
+        "--task None → GSM8K",
+    ]
     (tmp_path / "a.json").write_text("3")
-    assert differences(before, of("a.json")) == ["--train_file a.json holds something else now"]
-    assert differences(None, {"lr": 1}) == ["--lr None → 1"]
+    assert changes(of("a.json"), before) == ["--train_file a.json holds something else now"]
+    assert differences(None, {"lr": 1}, {}) == ["--lr None → 1"]
+
+
+def test_a_setting_that_an_older_record_does_not_know_had_its_default():
+    flags = {"ckpt_dir": "-", "save_dir": "-", "train_file": "-"}
+    now = identity(build(SolverTrainSettings, flags))
+    older = {name: value for name, value in now.items() if name not in ("beta2", "train_file")}
+    assert differences(older, now, defaults(SolverTrainSettings)) == ["--train_file None → -"]
+    assert differences(older, now | {"beta2": 0.9}, defaults(SolverTrainSettings)) == [
+        "--beta2 0.999 → 0.9",
+        "--train_file None → -",
+    ]
+
+
+# What may be another when a run goes on: where, how fast and how visibly it trains.
+FREE = {
+    *("save_dir", "actor_save_dir", "critic_save_dir", "log_dir", "dump_rollouts", "log_samples"),
+    *("profile", "save_every", "keep", "resume", "timeout", "zero", "offload", "update"),
+    *("kv_cache_gb", "checkpoint_activations", "compile", "model_parallel_size"),
+    *("rollout_model_parallel_size", "critic_model_parallel_size", "reward_model_parallel_size"),
+    *("rollout_batch_size", "eval_batch_size", "max_batch_size", "accumulation_steps"),
+    *("max_tokens_per_batch", "output_file", "dry_run", "world_size"),
+}
+SCRIPTS = (
+    SolverTrainSettings,
+    VerifierTrainSettings,
+    PPOTrainSettings,
+    SolverGenerateSettings,
+    SolverEvaluateSettings,
+)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_may_change_and_whose_content_counts(script):
+    for name, setting in declared(script).items():
+        assert (MAY_CHANGE in setting.marks) == (name in FREE), name
+        is_path = name.endswith(("_dir", "_file")) and name not in FREE
+        assert (CONTENT in setting.marks) == is_path, name

@@ -22,10 +22,8 @@ def records(folder, name="run"):
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
 
-    return [
-        json.loads(line, parse_constant=refuse)
-        for line in (folder / f"{name}.jsonl").read_text().splitlines()
-    ]
+    lines = (folder / f"{name}.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=refuse) for line in lines]
 
 
 def test_records_lines_and_event_files(tmp_path, capsys):
@@ -37,16 +35,14 @@ def test_records_lines_and_event_files(tmp_path, capsys):
         log.scalars(8, {"accuracy": 1}, prefix="eval")
         log.text(8, "sample", "2 + 2 = 4")
     assert threading.active_count() == threads, "TensorBoard's writer was left open"
-    start, said, careful, first, second, text, end = records(tmp_path)
-    assert [(r["event"], r["level"], r["message"]) for r in (said, careful)] == [
+    start, info, warning, first, second, text, end = records(tmp_path)
+    assert [(r["event"], r["level"], r["message"]) for r in (info, warning)] == [
         ("message", "info", "two\nlines"),
         ("message", "warning", "WARNING careful"),
     ]
     assert start["event"] == "start" and start["settings"] == {"lr": 1e-3}
-    assert (
-        set(start["versions"]) == {"python", "torch", "transformers", "fairscale"}
-        and start["versions"]["torch"]
-    )
+    assert set(start["versions"]) == {"python", "torch", "transformers", "fairscale"}
+    assert start["versions"]["torch"]
     assert start["versions"]["python"] == sys.version.split()[0] and "T" in start["time"]
     assert (first["step"], first["train/loss"], first["train/loss_per_token"]) == (7, 0.5, 2.0)
     assert first["train/bad"] is None and first["train/worse"] is None
@@ -71,17 +67,13 @@ def test_what_libraries_warn_of_is_logged(tmp_path, capsys):
     before = warnings.showwarning
     with RunLog(tmp_path, "run", {}, 0), warnings.catch_warnings():
         warnings.simplefilter("always")
-        warnings.warn("this goes away in 3.0", FutureWarning)
+        warnings.warn("this goes away in 3.0", FutureWarning, stacklevel=1)
     warned = [r for r in records(tmp_path) if r.get("level") == "warning"]
     assert len(warned) == 1 and warned[0]["rank"] == 0
-    assert (
-        warned[0]["message"].startswith("WARNING FutureWarning: this goes away in 3.0 (")
-        and "test_logs.py" in warned[0]["message"]
-    )
-    assert (
-        "WARNING FutureWarning" in (tmp_path / "run.log").read_text()
-        and "WARNING FutureWarning" in capsys.readouterr().err
-    )
+    assert warned[0]["message"].startswith("WARNING FutureWarning: this goes away in 3.0 (")
+    assert "test_logs.py" in warned[0]["message"]
+    assert "WARNING FutureWarning" in (tmp_path / "run.log").read_text()
+    assert "WARNING FutureWarning" in capsys.readouterr().err
     assert warnings.showwarning is before
 
 
@@ -112,36 +104,23 @@ def test_no_secret_and_no_environment_is_written(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     secrets = ("token", "hub_token", "HF_TOKEN", "client_secret", "password", "wandb_api_key")
     hidden = dict.fromkeys(secrets, "s3cret")
-    kept = {
-        "tokenizer_file": "t.json",
-        "max_new_tokens": 8,
-        "tokens": 3,
-        "top_p": math.inf,
-        "names": ["a"],
-    }
+    kept = {"tokenizer_file": "t.json", "max_new_tokens": 8, "tokens": 3, "names": ["a"]}
+    kept["top_p"] = math.inf
     with RunLog(str(tmp_path), "run", {**hidden, **kept, "hub": dict(hidden)}, rank=0):
         pass
     start = records(tmp_path)[0]
-    assert all(
-        start["settings"][name] == start["settings"]["hub"][name] == "<redacted>" for name in hidden
-    )
-    assert {name: start["settings"][name] for name in kept} == {**kept, "top_p": None}
+    written = start["settings"]
+    assert all(written[name] == written["hub"][name] == "<redacted>" for name in hidden)
+    assert {name: written[name] for name in kept} == {**kept, "top_p": None}
     assert start["environment"]["OMP_NUM_THREADS"] == "1"
-    assert set(start["environment"]) <= {
-        "WORLD_SIZE",
-        "LOCAL_WORLD_SIZE",
-        "OMP_NUM_THREADS",
-        "CUDA_VISIBLE_DEVICES",
-    }
+    allowed = {"WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"}
+    assert set(start["environment"]) <= allowed
     assert not any("s3cret" in file.read_text() for file in tmp_path.iterdir())
 
 
 def test_plain_keeps_an_absent_token_visible_and_writes_objects_as_text():
-    assert plain({"hub_token": None, "folder": Path("a/b"), "flag": True}) == {
-        "hub_token": None,
-        "folder": "a/b",
-        "flag": True,
-    }
+    written = plain({"hub_token": None, "folder": Path("a/b"), "flag": True})
+    assert written == {"hub_token": None, "folder": "a/b", "flag": True}
 
 
 def test_a_failed_run_says_so_in_its_files_and_a_resumed_one_appends(tmp_path, capsys):
@@ -149,12 +128,8 @@ def test_a_failed_run_says_so_in_its_files_and_a_resumed_one_appends(tmp_path, c
         raise ValueError("boom")
     with RunLog(str(tmp_path), "run", {}, rank=0):
         pass
-    assert [r.get("outcome") for r in records(tmp_path)] == [
-        None,
-        "stopped by ValueError: boom",
-        None,
-        "finished",
-    ]
+    outcomes = [None, "stopped by ValueError: boom", None, "finished"]
+    assert [r.get("outcome") for r in records(tmp_path)] == outcomes
     assert "stopped by ValueError: boom" in (tmp_path / "run.log").read_text()
     assert capsys.readouterr().err == ""
 
@@ -185,18 +160,13 @@ with RunLog(None, "run", {}, rank=0) as log, log.progress(5000, "train", unit="s
         if step == 100:
             log.info("message")
 """
-    ran = subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(REPO)},
-    )
+    command, env = [sys.executable, "-c", script], {**os.environ, "PYTHONPATH": str(REPO)}
+    ran = subprocess.run(command, capture_output=True, text=True, env=env)
     assert ran.returncode == 0 and "\r" not in ran.stderr and "\x1b" not in ran.stderr
     begin, message, end = ran.stderr.splitlines()
     assert "0/5000" in begin and message.endswith("rank 0 message")
-    assert all(
-        part in end for part in ("train: 100%", "5000/5000", "step/s", "loss=0.25", "tokens/s=")
-    )
+    parts = ("train: 100%", "5000/5000", "step/s", "loss=0.25", "tokens/s=")
+    assert all(part in end for part in parts)
     assert float(re.search(r"tokens/s=([\d.e+]+)", end)[1]) > 100
 
 

@@ -1,4 +1,4 @@
-"""Tensors in files, read a slice at a time: `.safetensors`, and torch's `.pth` / `.bin` memory-mapped."""
+"""Tensors in files, read a slice at a time: `.safetensors`, and torch's `.pth` / `.bin`, mapped."""
 
 import json
 import os
@@ -10,22 +10,22 @@ from torch import Tensor
 
 from src.errors import UserError
 
-DTYPES = {
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-}  # by their names in safetensors
+# By their names in safetensors' headers.
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
 
 class TensorFile:
-    """A file of named tensors, opened lazily. Only plain tensors are ever unpickled (`weights_only=True`)."""
+    """A file of named tensors, opened lazily.
+
+    Only plain tensors are ever unpickled (`weights_only=True`).
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         if not path.is_file():
             raise UserError(f"{path}: no such file")
-        self._opened = None
+        self._opened: safe_open | dict[str, Tensor] | None = None
         self.keys = list(self._handle.keys() if self.lazy else self._tensors)
 
     def _open(self):
@@ -40,10 +40,12 @@ class TensorFile:
             except Exception as error:  # a damaged pickle raises whatever its bytes lead to
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise UserError(
-                    f"{self.path}: cannot be read as {self.path.suffix[1:]}, is it damaged or cut short? ({reason})"
+                    f"{self.path}: cannot be read as {self.path.suffix[1:]}, "
+                    f"is it damaged or cut short? ({reason})"
                 ) from None
         return self._opened
 
+    # The same under two names: safetensors' handle where `lazy`, torch's dictionary elsewhere.
     _handle = _tensors = property(_open)
 
     def release(self) -> None:
@@ -63,11 +65,14 @@ class TensorFile:
         """None when it is not one that weights have here: fp32, bf16 or fp16."""
         if self.lazy:
             return DTYPES.get(self._handle.get_slice(key).get_dtype())
-        kind = self._tensors[key].dtype
-        return kind if kind in DTYPES.values() else None
+        dtype = self._tensors[key].dtype
+        return dtype if dtype in DTYPES.values() else None
 
     def read(self, key: str, cuts: dict[int, tuple[int, int]] | None = None) -> Tensor:
-        """The tensor, or its [start, stop) along each dim of `cuts`. Torch files give views of the mapped file."""
+        """The tensor, or its [start, stop) along each dim of `cuts`.
+
+        Torch files give views of the mapped file, which keep its pages in memory.
+        """
         if not self.lazy:
             tensor = self._tensors[key]
             for dim, (start, stop) in (cuts or {}).items():
@@ -86,9 +91,8 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
     except RuntimeError as error:
         if "mmap can only be used" not in str(error):
             raise
-        loaded = torch.load(
-            path, map_location="cpu", weights_only=True
-        )  # torch's format before 1.6
+        # torch's format before 1.6, which cannot be mapped
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(loaded, dict) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in loaded.items()
     ):
@@ -110,13 +114,16 @@ def read_json(path: Path) -> dict:
 
 
 def indexed_files(folder: Path, index: Path) -> dict[str, Path]:
-    """Which file holds each tensor, by an index's `weight_map`. Names may not lead out of the folder."""
+    """Which file holds each tensor, by an index's `weight_map`.
+
+    Names may not lead out of the folder.
+    """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: no weight_map in it")
     root = folder.resolve()
     for key, name in weight_map.items():
-        # Links inside a hub cache point to its blobs: the name must stay in the folder, the link may not climb by name.
+        # Only the name is checked: in a hub's cache the files are links to blobs outside.
         if (
             not isinstance(name, str)
             or os.path.isabs(name)

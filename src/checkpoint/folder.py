@@ -9,11 +9,8 @@ from pathlib import Path
 from src.checkpoint.manifest import MANIFEST, described_all, sync, write_manifest
 from src.errors import UserError
 
-TOKENIZERS = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "qwen.tiktoken",
-)  # in the order in which they are looked for
+# In the order in which they are looked for.
+TOKENIZERS = ("tokenizer.model", "tokenizer.json", "qwen.tiktoken")
 TOKENIZER_FILES = (
     *TOKENIZERS,
     "tokenizer_config.json",
@@ -23,11 +20,11 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 
-SCORES_FILE = (
-    "score_normalization.json"  # what a verifier's scores are centred and scaled by, where they are
-)
+# What a verifier's scores are centred and scaled by, where they are.
+SCORES_FILE = "score_normalization.json"
 
-NOTES = (  # what is small
+# The small files: what beside the tensors tells one checkpoint from another.
+NOTES = (
     "params.json",
     "config.json",
     "adapter_config.json",
@@ -35,6 +32,8 @@ NOTES = (  # what is small
     SCORES_FILE,
     *TOKENIZER_FILES,
 )
+
+# What a checkpoint's folder may hold, and is replaced with it.
 _OURS = (
     "consolidated*",
     "model*.safetensors*",
@@ -42,25 +41,26 @@ _OURS = (
     MANIFEST,
     *(name for name in NOTES if name != "adapter_config.json"),
 )
-
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def check_replaceable(path: str) -> Path:
-    """The folder to save to, resolved. Raises UserError when it holds anything but a checkpoint, or cannot be replaced.
+    """The folder to save to, resolved.
 
-    Saving writes a folder beside it and renames that into its place.
+    Saving writes a folder beside it and renames that into its place. Raises UserError when it holds
+    anything but a checkpoint, or cannot be replaced.
     """
     folder = Path(path).resolve()
     if folder.is_file():
         raise UserError(f"{folder}: is a file, a folder is needed to save to")
     if folder.is_mount():
         raise UserError(
-            f"{folder}: is a mount point, which cannot be replaced as a whole: name a folder inside it"
+            f"{folder}: is a mount point, which cannot be replaced as a whole: "
+            "name a folder inside it"
         )
-    above = next(parent for parent in folder.parents if parent.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise UserError(f"{folder}: {above} is not a folder that can be written to")
+    parent = next(parent for parent in folder.parents if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"{folder}: {parent} is not a folder that can be written to")
     if folder.is_dir():
         ours = {file for pattern in _OURS for file in folder.glob(pattern)}
         foreign = sorted(file.name for file in set(folder.iterdir()) - ours)
@@ -71,27 +71,29 @@ def check_replaceable(path: str) -> Path:
             )
         if foreign:
             raise UserError(
-                f"{folder}: holds {', '.join(foreign[:3])}, which is no part of a checkpoint; saving would remove it: "
-                "choose an empty or new folder"
+                f"{folder}: holds {', '.join(foreign[:3])}, which is no part of a checkpoint; "
+                "saving would remove it: choose an empty or new folder"
             )
     return folder
 
 
 def check_apart(saved: dict[str, str], others: dict[str, str | None]) -> None:
-    """Raise UserError when a folder to save to (flag → path) is, holds or lies in another one, or holds what is read or logged.
+    """Raise UserError when a folder to save to is, holds or lies in one that the run also uses.
 
-    What lies in a folder that is saved to is lost when it is replaced.
+    saved: flag → path of the folders to save to; what lies in one is lost when it is replaced.
+    others: the same of what is read or logged, which may hold a saved folder, but not lie in one.
     """
     paths = {
         flag: Path(path).resolve() for flag, path in (saved | others).items() if path is not None
     }
     for flag in saved:
         for other, path in paths.items():
-            inside = paths[flag] in (path, *path.parents)
-            if other != flag and (inside or (other in saved and path in paths[flag].parents)):
+            lies_in_saved = paths[flag] in (path, *path.parents)
+            holds_saved = other in saved and path in paths[flag].parents
+            if other != flag and (lies_in_saved or holds_saved):
                 raise UserError(
-                    f"--{flag} {saved[flag]} and --{other} {(saved | others)[other]} overlap: saving would remove what the other "
-                    "holds; choose another folder"
+                    f"--{flag} {saved[flag]} and --{other} {(saved | others)[other]} overlap: "
+                    "saving would remove what the other holds; choose another folder"
                 )
 
 
@@ -102,18 +104,23 @@ def beside(save_dir: str, what: str) -> str:
 
 
 def check_space(folder: Path, needed: int, what: str = "") -> None:
-    """Raise UserError when the disk has less than `needed` bytes free for a new folder beside the old; what: for whom."""
+    """Raise UserError when the disk has less than `needed` bytes free.
+
+    The new folder is whole before the old one goes, whose bytes are therefore not counted as free.
+    what: for whom they are needed, for the message.
+    """
     folder = folder.resolve()
-    above = next(place for place in (folder, *folder.parents) if place.exists())
-    free = shutil.disk_usage(above).free
+    existing = next(place for place in (folder, *folder.parents) if place.exists())
+    free = shutil.disk_usage(existing).free
     if free < needed:
         raise UserError(
-            f"{folder}: {needed / 1e9:.3f} GB are needed{what and ' ' + what} and {free / 1e9:.3f} GB are free: make room or save elsewhere"
+            f"{folder}: {needed / 1e9:.3f} GB are needed{what and ' ' + what} "
+            f"and {free / 1e9:.3f} GB are free: make room or save elsewhere"
         )
 
 
 def find_tokenizer(folder: Path) -> Path | None:
-    """The tokenizer's file in a checkpoint's folder, or beside the folder, where Meta's downloads have it."""
+    """The tokenizer's file in a checkpoint's folder, or beside that, as in Meta's downloads."""
     places = [place / name for place in (folder, folder.resolve().parent) for name in TOKENIZERS]
     return next((path for path in places if path.is_file()), None)
 
@@ -124,19 +131,20 @@ def temporary_of(folder: Path) -> Path:
 
 
 def publish(folder: Path, known: dict[str, dict] | None = None) -> None:
-    """Put the finished temporary folder in its place, replacing an older one only now that the new one is whole.
+    """Put the finished temporary folder in its place, and remove the older one.
 
     known: manifest entries of files that were hashed already.
     """
-    new, old = temporary_of(folder), folder.parent / f".old-{folder.name}"
-    for file in (f for f in new.rglob("*") if f.is_file()):
+    temporary, old = temporary_of(folder), folder.parent / f".old-{folder.name}"
+    for file in (f for f in temporary.rglob("*") if f.is_file()):
         sync(file)
-    write_manifest(new, described_all(new, known))
+    write_manifest(temporary, described_all(temporary, known))
+    # A folder cannot be renamed over one that holds files: the older one steps aside, to go last.
     if old.exists():
         shutil.rmtree(old)
     if folder.exists():
         folder.rename(old)
-    new.rename(folder)
+    temporary.rename(folder)
     sync(folder.parent)
     if old.exists():
         shutil.rmtree(old)
@@ -144,35 +152,37 @@ def publish(folder: Path, known: dict[str, dict] | None = None) -> None:
 
 def fresh_temporary(folder: Path) -> Path:
     """An empty temporary folder for `folder`."""
-    new = temporary_of(folder)
-    if new.exists():
-        shutil.rmtree(new)
-    new.mkdir(parents=True)
-    return new
+    temporary = temporary_of(folder)
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True)
+    return temporary
 
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """Write into the yielded folder; it takes `folder`'s place at the end, and vanishes if anything fails."""
-    new = fresh_temporary(folder)
+    """Write into the yielded folder, which takes `folder`'s place unless anything fails."""
+    temporary = fresh_temporary(folder)
     try:
-        yield new
+        yield temporary
         publish(folder)
     finally:
-        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def copy_side_files(source: Path, target: Path, tokenizer: Path | None = None) -> None:
-    """The tokenizer's, generation's and scores' files that lie with the weights; `tokenizer`: the one in use, where it is another.
+    """Copy the tokenizer's, generation's and scores' files that lie with the weights.
 
-    Another tokenizer goes alone: beside the weights' own, it would not be the one that is found again.
+    tokenizer: the file in use, where it is another. It goes alone: beside the weights' own, it
+    would not be the one that is found again.
     """
     tokenizer = tokenizer or find_tokenizer(source)
-    own = tokenizer is None or tokenizer.resolve().parent == source.resolve()
-    for name in (*(TOKENIZER_FILES if own else ("generation_config.json",)), SCORES_FILE):
+    foreign = tokenizer is not None and tokenizer.resolve().parent != source.resolve()
+    for name in (*(("generation_config.json",) if foreign else TOKENIZER_FILES), SCORES_FILE):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-    if not own:
+    if tokenizer is not None and foreign:
+        # under a name that `find_tokenizer` looks for
         name = (
             "qwen.tiktoken" if tokenizer.suffix == ".tiktoken" else f"tokenizer{tokenizer.suffix}"
         )

@@ -27,18 +27,21 @@ def load_model(
 ) -> Transformer:
     """This rank's model with the checkpoint's weights, each read, cast and put in place by itself.
 
-    head "score" on a language model's checkpoint leaves `output` aside and starts the scalar head from N(0, 1/(dim + 1))
-    (N Implementation Details of RLHF with PPO); every other weight must come from the checkpoint. quantize: nf4 or int8, the
-    frozen kind of the linear layers' weights. lora: the adapter to train, which goes on from the checkpoint's if that has one.
-    An adapter that is not trained is added to the weights, or, when these are quantised, stays beside them. Raises UserError, on
-    every rank, when a weight is not finite.
+    head: "score" on a language model's checkpoint leaves `output` aside and starts the scalar head
+    from N(0, 1/(dim + 1)) (N Implementation Details of RLHF with PPO); every other weight must come
+    from the checkpoint. quantize: nf4 or int8, the frozen kind of the linear layers' weights. lora:
+    the adapter to train, which goes on from the checkpoint's if that has one. An adapter that is
+    not trained is added to the weights, or, when these are quantised, stays beside them. Raises
+    UserError, on every rank, when a weight is not finite.
     """
     config = checkpoint.config.with_head(head or checkpoint.config.head)
     if config.head == "lm" and checkpoint.config.head == "score":
         raise ValueError(f"{checkpoint.folder} has a score head and no output layer")
     table, rank, n = tensor_table(config), parallel.mp_rank, parallel.mp_size
+    # With more ranks than kv heads, neighbours hold the same head and sum its gradients.
     replicas = parallel.replicas(table["layers.0.attention.wk.weight"].copies(n))
     model = build(config, rank, n, dtype, replicas)
+    # The adapter that stays an adapter; any other is added to the weights as they are read.
     adapter = checkpoint.adapter if quantize or lora else None
 
     def fill() -> None:
@@ -53,12 +56,13 @@ def load_model(
                 )
             put(model, name, local, parallel.device, quantize)
 
+    # q, k, v become neighbours in memory, and w1, w3, for one product each: plain weights only.
     if not quantize:
         model.stack_projections(parallel.device)
     agreed(fill)
     checkpoint.release()
     if lora is not None:
-        add_lora(model, lora, seed, parallel, adapter and adapter.tensors)
+        add_lora(model, lora, seed, parallel, None if adapter is None else adapter.tensors)
     elif adapter is not None:
         add_lora(model, replace(adapter.lora, dropout=0.0), seed, parallel, adapter.tensors)
         model.requires_grad_(False)
@@ -74,40 +78,40 @@ def load_sharing(
     lora: LoRAConfig | None = None,
     adapter: Adapter | None = None,
 ) -> Transformer:
-    """A role on the trunk of a model in training with LoRA: its frozen weights themselves, and an adapter and a head of its own.
+    """A role on the trunk of a model in training with LoRA.
 
-    lora: an adapter to start from nothing; adapter: one to go on from, with its score head, if it has one.
+    It has that model's frozen weights themselves, and an adapter and a head of its own. lora: an
+    adapter to start from nothing; adapter: one to go on from, with its score head, if it has one.
     """
-    new = sharing(model, head, parallel)
+    role = sharing(model, head, parallel)
     if head == "score":
         dim, name = model.config.dim, "score.weight"
         fresh = random_tensor(name, TensorSpec((1, dim)), (dim + 1) ** -0.5, seed)
-        put(
-            new,
-            name,
-            fresh if adapter is None or adapter.score is None else adapter.score,
-            parallel.device,
-        )
+        score = fresh if adapter is None or adapter.score is None else adapter.score
+        put(role, name, score, parallel.device)
     if adapter is not None:  # PPO knows no dropout (docs/ppo.md)
-        add_lora(new, replace(adapter.lora, dropout=0.0), seed, parallel, adapter.tensors)
+        add_lora(role, replace(adapter.lora, dropout=0.0), seed, parallel, adapter.tensors)
     elif lora is not None:
-        add_lora(new, lora, seed, parallel)
-    return new
+        add_lora(role, lora, seed, parallel)
+    return role
 
 
 def put(
     model: Transformer, name: str, local: Tensor, device: torch.device, quantize: str | None = None
 ) -> None:
-    """A rank's part of a weight in its place in a model that was just built, in the model's dtype."""
-    parent, child = name.rsplit(".", 1)
-    parent = model.get_submodule(parent)
-    place = getattr(parent, child)
-    if not place.is_meta:  # allocated already, as a part of stacked weights
-        place.copy_(local)
+    """Put a rank's part of a weight in its place in a model that was just built, in its dtype."""
+    module_name, attribute = name.rsplit(".", 1)
+    module = model.get_submodule(module_name)
+    unfilled = getattr(module, attribute)
+    if not unfilled.is_meta:  # allocated already, as a part of stacked weights
+        unfilled.copy_(local)
         return
     # a copy: a slice of a mapped file would keep the file's pages
-    local = torch.empty(local.shape, dtype=place.dtype, device=device).copy_(local)
-    target = quantize and name.split(".")[-2] in TARGETS and child == "weight"
-    weight = quantized(local, quantize) if target else nn.Parameter(local)
-    weight.copies = place.copies
-    setattr(parent, child, weight)
+    local = torch.empty(local.shape, dtype=unfilled.dtype, device=device).copy_(local)
+    if quantize and name.split(".")[-2] in TARGETS and attribute == "weight":
+        weight = quantized(local, quantize)
+    else:
+        weight = nn.Parameter(local)
+    # on how many ranks it is the same, which the gradient norm counts once
+    weight.copies = unfilled.copies  # type: ignore[attr-defined]  # not torch's, ours
+    setattr(module, attribute, weight)

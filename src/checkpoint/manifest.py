@@ -1,4 +1,7 @@
-"""What a folder must hold, so that damage is seen: `manifest.json` with the size and the SHA-256 of every file of tensors."""
+"""What a folder must hold, so that damage is seen.
+
+`manifest.json` has the size and the SHA-256 of every file of tensors.
+"""
 
 import hashlib
 import json
@@ -25,7 +28,10 @@ def described(path: Path) -> dict:
 
 
 def described_all(folder: Path, known: dict[str, dict] | None = None) -> dict[str, dict]:
-    """The entries of all files of tensors in a folder and below it; those in `known` are taken from there."""
+    """The entries of all files of tensors in a folder and below it.
+
+    known: entries that were made already; their files are not read again.
+    """
     known = known or {}
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file.suffix in TENSORS)
     names = [file.relative_to(folder).as_posix() for file in files]
@@ -56,6 +62,7 @@ def read_manifest(folder: Path) -> dict:
     files = manifest.get("files")
     if type(manifest.get("format")) is not int or manifest["format"] != VERSION:
         raise UserError(f"{path}: format {manifest.get('format')!r}, this code reads {VERSION}")
+    # Readers join the names to the folder: they may not lead out of it.
     if not isinstance(files, dict) or not all(
         not Path(name).is_absolute()
         and ".." not in Path(name).parts
@@ -76,29 +83,35 @@ def has_manifest(folder: Path) -> bool:
 
 
 def problems(folder: Path, manifest: dict, part: int = 0, parts: int = 1) -> list[str]:
-    """What is wrong with the files that the manifest names (every `parts`-th of them): one line each, the file named."""
-    found = []
+    """What is wrong with the files that the manifest names: one line each, the file named.
+
+    part, parts: look at every `parts`-th file only, from number `part` on.
+    """
+    lines = []
     for name, entry in sorted(manifest["files"].items())[part::parts]:
         path = folder / name
         try:
             if not path.is_file():
-                found.append(f"{path}: missing")
+                lines.append(f"{path}: missing")
             elif path.stat().st_size != entry["size"]:
-                found.append(
+                lines.append(
                     f"{path}: {path.stat().st_size} bytes, {entry['size']} were written: cut short"
                 )
             elif digest(path) != entry["sha256"]:
-                found.append(f"{path}: its SHA-256 is not that of what was written: damaged")
+                lines.append(f"{path}: its SHA-256 is not that of what was written: damaged")
         except OSError as error:
-            found.append(f"{path}: cannot be read: {error.strerror}")
-    return found
+            lines.append(f"{path}: cannot be read: {error.strerror}")
+    return lines
 
 
 def check_whole(folder: Path, part: int = 0, parts: int = 1) -> None:
-    """Raise UserError when a folder has a manifest and its files are not what that says. parts: processes that share the hashing."""
+    """Raise UserError when a folder has a manifest and its files are not what that says.
+
+    part, parts: this process's number among those that share the hashing, and how many they are.
+    """
     if has_manifest(folder):
-        found = problems(folder, read_manifest(folder), part, parts)
-        if found:
+        damage = problems(folder, read_manifest(folder), part, parts)
+        if damage:
             raise UserError(
-                f"{found[0]}. If the file was changed on purpose, remove {folder / MANIFEST}"
+                f"{damage[0]}. If the file was changed on purpose, remove {folder / MANIFEST}"
             )

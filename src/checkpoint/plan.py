@@ -1,4 +1,7 @@
-"""What splitting and loading a model would take: names, shapes and bytes of every rank, without a byte of its weights."""
+"""What splitting and loading a model would take, told without a byte of its weights.
+
+That is the names, shapes and bytes of every rank.
+"""
 
 from dataclasses import dataclass
 
@@ -12,7 +15,10 @@ from src.models.transformer import build
 
 @dataclass(frozen=True)
 class Plan:
-    """A model at `n` ranks. Bytes of weights: of the whole model, and of each rank, which are all alike."""
+    """A model at `n` ranks.
+
+    Bytes are those of the weights: of the whole model, and of each rank, which are all alike.
+    """
 
     config: ModelConfig
     n: int
@@ -36,32 +42,38 @@ class Plan:
 
     def lines(self) -> list[str]:
         """A line per kind of tensor (layers are alike), then the sums."""
-        kinds: dict[str, list[TensorSpec]] = {}
+        specs_of: dict[str, list[TensorSpec]] = {}  # "layers.*.attention.wq.weight" → every layer's
         for name, spec in self.table.items():
-            kinds.setdefault(generalised(name).replace("{}", "*"), []).append(spec)
+            specs_of.setdefault(generalised(name).replace("{}", "*"), []).append(spec)
         rows = [("tensor", "number", "whole", f"rank of {self.n}", "bytes per rank")]
-        for name, specs in kinds.items():
+        for name, specs in specs_of.items():
             whole, local = specs[0].shape, specs[0].local_shape(self.n)
             size = torch.Size(local).numel() * self.dtype.itemsize * len(specs)
             rows.append((name, str(len(specs)), str(list(whole)), str(list(local)), f"{size:,}"))
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         lines = [
             "  ".join(
-                cell.ljust(w) if i < 1 else cell.rjust(w)
-                for i, (cell, w) in enumerate(zip(row, widths))
+                cell.ljust(width) if column == 0 else cell.rjust(width)
+                for column, (cell, width) in enumerate(zip(row, widths))
             )
             for row in rows
         ]
         overhead = self.rank_bytes * self.n / self.total_bytes - 1
         return [
             *lines,
-            f"{self.parameters:,} parameters, {self.total_bytes:,} bytes ({str(self.dtype).removeprefix('torch.')})",
-            f"each of {self.n} ranks: {self.rank_bytes:,} bytes; copies and padding over all ranks: {100 * overhead:.2f} %",
+            f"{self.parameters:,} parameters, {self.total_bytes:,} bytes "
+            f"({str(self.dtype).removeprefix('torch.')})",
+            f"each of {self.n} ranks: {self.rank_bytes:,} bytes; "
+            f"copies and padding over all ranks: {100 * overhead:.2f} %",
         ]
 
 
 def dry_run(config: ModelConfig, n: int, dtype: torch.dtype) -> Plan:
-    """Lay the model out at `n` ranks, and build the first and the last part on the meta device to see that they are what a shard holds."""
+    """Lay the model out at `n` ranks.
+
+    The first and the last part are built on the meta device, to see that they are what a shard
+    holds.
+    """
     table = tensor_table(config)
     for rank in {0, n - 1}:
         model = build(config, rank, n, dtype)
@@ -74,6 +86,7 @@ def dry_run(config: ModelConfig, n: int, dtype: torch.dtype) -> Plan:
                 if built.get(name) != planned.get(name)
             )
             raise AssertionError(
-                f"rank {rank} of {n}: {wrong} is built as {built.get(wrong)}, its shard holds {planned.get(wrong)}"
+                f"rank {rank} of {n}: {wrong} is built as {built.get(wrong)}, "
+                f"its shard holds {planned.get(wrong)}"
             )
     return Plan(config, n, dtype, table)

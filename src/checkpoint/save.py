@@ -1,9 +1,10 @@
-"""A model in training to consolidated shards: merged weights, and the LoRA adapter beside them in PEFT's format."""
+"""A model in training to consolidated shards: merged weights, and beside them the LoRA adapter."""
 
 import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,7 +35,7 @@ from src.parallel.setup import Parallel, agreed
 def merged_weights(
     model: Transformer, parallel: Parallel, base: Checkpoint | None = None
 ) -> dict[str, Tensor]:
-    """This rank's plain weights on the host, adapters added in: what a checkpoint without LoRA would hold.
+    """This rank's plain weights on the host, adapters added in: a checkpoint without LoRA.
 
     Under a quantised weight lies the base's own, unquantised, which is read again from `base`.
     """
@@ -42,24 +43,25 @@ def merged_weights(
     def plain(name: str, weight: Tensor) -> Tensor:
         if not isinstance(weight, Quantized):
             return weight
-        return base.local(name, parallel.mp_rank, parallel.mp_size, merged=False).to(
-            parallel.device
-        )
+        assert base is not None, "a quantised model is saved with the checkpoint it came from"
+        unquantised = base.local(name, parallel.mp_rank, parallel.mp_size, merged=False)
+        return unquantised.to(parallel.device)
 
     return {name: weight.to(device="cpu", copy=True) for name, weight in merged_parts(model, plain)}
 
 
 @torch.no_grad()
 def whole_adapter(model: Transformer, parallel: Parallel) -> dict[str, Tensor]:
-    """The adapter's factors whole, by our names, and a score head; empty without LoRA. A collective over the model's ranks."""
+    """The adapter's factors whole, by our names, and a score head; empty without LoRA.
+
+    A collective over the model's ranks.
+    """
     layers = lora_layers(model)
     if not layers:
         return {}
-    table, parameters, adapter = (
-        lora_table(model.config, layers[0][1].config),
-        dict(model.named_parameters()),
-        {},
-    )
+    table = lora_table(model.config, layers[0][1].config)
+    parameters = dict(model.named_parameters())
+    adapter: dict[str, Tensor] = {}
     for name, spec in table.items():
         local = parameters[name].detach().contiguous()
         parts = [local]
@@ -81,28 +83,30 @@ def save_model(
     chat_template: str | None = None,
     notes: dict[str, dict] | None = None,
 ) -> None:
-    """Write the model to `save_dir` from all its ranks; `base`: what it came from, whose folder's side files go along.
+    """Write the model to `save_dir` from all its ranks.
 
-    tokenizer: the file in use, where it does not lie there; chat_template: the one in use, where none lies there; notes: JSON files
-    to lie beside the weights, by name. The folder appears whole or not at all, and
-    replaces an older one only then. Raises UserError on every rank when any cannot write.
+    base: what it came from, whose folder's side files go along; tokenizer: the file in use, where
+    it does not lie there; chat_template: the one in use, where none lies there; notes: JSON files
+    to lie beside the weights, by name. The folder appears whole or not at all, and replaces an
+    older one only then. Raises UserError on every rank when any cannot write.
     """
     folder = Path(save_dir).resolve()
-    target, adapter = temporary_of(folder), whole_adapter(model, parallel)
+    target = temporary_of(folder)
+    adapter = whole_adapter(model, parallel)  # by all ranks together, before one can fail to write
 
     def write() -> dict[str, dict]:
+        """This rank's share of the files, and the manifest's entries of its tensors."""
         written = {}
         try:
-            if parallel.dp_rank == 0:
+            if parallel.dp_rank == 0:  # the other data-parallel ranks hold the same
                 shard = shard_name(parallel.mp_rank)
                 torch.save(merged_weights(model, parallel, base), target / shard)
                 written[shard] = described(target / shard)
             if parallel.is_main:
                 write_params(model.config, target)
                 copy_side_files(base.folder, target, tokenizer)
-                (target / SCORES_FILE).unlink(
-                    missing_ok=True
-                )  # of the model that this one came from
+                # the moments of the base's scores: this model's are others
+                (target / SCORES_FILE).unlink(missing_ok=True)
                 for name, note in (notes or {}).items():
                     (target / name).write_text(json.dumps(note) + "\n")
                 if chat_template:
@@ -123,39 +127,44 @@ def save_model(
 
     if parallel.is_main:
         fresh_temporary(folder)
-    dist.barrier()
+    dist.barrier()  # nobody writes before the folder is there
     try:
         written = agreed(write)
-        shards = [None] * parallel.world_size
-        dist.all_gather_object(shards, written)
+        written_by_rank: list[dict[str, dict]] = [{}] * parallel.world_size
+        dist.all_gather_object(written_by_rank, written)
     except UserError:
         if parallel.is_main:
             shutil.rmtree(target, ignore_errors=True)
         raise
-    if parallel.is_main:
-        publish(folder, {name: entry for part in shards for name, entry in part.items()})
-    dist.barrier()
+    if parallel.is_main:  # each rank hashed its own shard: rank 0 only collects
+        publish(folder, {name: entry for part in written_by_rank for name, entry in part.items()})
+    dist.barrier()  # nobody goes on before the folder is in its place
 
 
 def read_score_moments(folder: Path) -> tuple[float, float] | None:
-    """What a verifier's scores are to be centred and scaled by; None where it does not say. Raises UserError for other than that."""
+    """What a verifier's scores are to be centred and scaled by; None where it does not say.
+
+    Raises UserError for other than two such numbers.
+    """
     path = folder / SCORES_FILE
     if not path.is_file():
         return None
     raw = read_json(path)
-    moments = raw.get("mean"), raw.get("std")
-    if any(type(x) not in (int, float) or not math.isfinite(x) for x in moments) or moments[1] <= 0:
+    mean: Any = raw.get("mean")
+    std: Any = raw.get("std")
+    if any(type(x) not in (int, float) or not math.isfinite(x) for x in (mean, std)) or std <= 0:
         raise UserError(
-            f"{path}: holds mean {moments[0]!r} and std {moments[1]!r}; a number and a positive number are expected"
+            f"{path}: holds mean {mean!r} and std {std!r}; "
+            "a number and a positive number are expected"
         )
-    return float(moments[0]), float(moments[1])
+    return float(mean), float(std)
 
 
 def check_save(save_dir: str, checkpoint: Checkpoint, dtype: torch.dtype, folders: int = 1) -> None:
-    """Raise UserError, before any work, when a model like the checkpoint's could not be saved to `save_dir`.
+    """Raise UserError when a model like the checkpoint's could not be saved to `save_dir`.
 
     folders: how many such the run will save, side by side.
     """
     folder = check_replaceable(save_dir)
-    numbers = sum(torch.Size(spec.shape).numel() for spec in checkpoint.table.values())
-    check_space(folder, folders * numbers * dtype.itemsize)
+    count = sum(torch.Size(spec.shape).numel() for spec in checkpoint.table.values())
+    check_space(folder, folders * count * dtype.itemsize)

@@ -1,6 +1,8 @@
-"""A checkpoint of any format, cut for any degree, seen as whole tensors in Meta's names of which any slice can be read.
+"""A checkpoint of any format, cut for any degree, seen as whole tensors in Meta's names.
 
-Everything else follows from it: loading a rank reads its slices, splitting reads each rank's, merging reads them whole.
+Any slice of them can be read, and everything else follows from that: loading a rank reads its
+slices, splitting reads each rank's, merging reads them whole. So any format loads at any degree,
+and nothing holds more than one shard.
 """
 
 import re
@@ -32,12 +34,18 @@ COMPUTED = (
 
 
 class Checkpoint:
-    """Open with `Checkpoint.open`. `config`: the sizes; `table`: name → TensorSpec of every weight in it."""
+    """Open with `Checkpoint.open`.
+
+    `config`: the sizes; `table`: name → TensorSpec of every weight in it.
+    """
 
     def __init__(
         self, folder: Path, config: ModelConfig, parts: list[dict[str, TensorFile]], hf: bool
     ) -> None:
-        """parts: for each shard, which file holds each tensor (by the file's own names). HF checkpoints have one."""
+        """parts: for each shard, which file holds each tensor (by the file's own names).
+
+        Hugging Face's checkpoints have one part, however many files it lies in.
+        """
         self.folder, self.parts, self.hf = folder, parts, hf
         self.config = self._settle(config)
         self.table = tensor_table(self.config)
@@ -48,17 +56,17 @@ class Checkpoint:
     def open(
         cls, path: str, config_file: str | None = None, adapter_dir: str | None = None
     ) -> "Checkpoint":
-        """path: a Hugging Face folder, a folder of consolidated shards, or one tensor file. Raises UserError.
+        """path: a Hugging Face folder, a folder of consolidated shards, or one tensor file.
 
         adapter_dir: a folder in PEFT's format, whose adapter is added to every weight that is read.
+        Raises UserError for what is not there or does not fit.
         """
         try:
             checkpoint = cls._open(Path(path), config_file)
             if adapter_dir is not None:
                 checkpoint.adapter = Adapter.open(adapter_dir, checkpoint.config)
-                if (
-                    checkpoint.adapter.score is not None
-                ):  # a verifier's adapter makes a verifier of its base
+                # a verifier's adapter makes a verifier of its base
+                if checkpoint.adapter.score is not None:
                     checkpoint.config = checkpoint.config.with_head("score")
                     checkpoint.table = tensor_table(checkpoint.config)
             return checkpoint
@@ -94,7 +102,8 @@ class Checkpoint:
             file.release()
 
     def check_finite(self, name: str, tensor: Tensor) -> Tensor:
-        """The tensor, unless it holds NaN or infinity: then UserError. Its extremes tell, without a mask of its size."""
+        """The tensor, unless it holds NaN or infinity: then UserError."""
+        # Its extremes tell, without a mask of its size.
         if not torch.stack(torch.aminmax(tensor)).isfinite().all():
             raise UserError(
                 f"{self.folder}: NaN or infinite weights in {name}; the checkpoint is damaged"
@@ -103,22 +112,30 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        place = self._places("norm.weight")[0]
-        return self.parts[0][place].dtype(place)
+        """The last norm's, where tensors differ."""
+        return self._dtype_of("norm.weight")
+
+    def _dtype_of(self, name: str) -> torch.dtype:
+        key = self._places(name)[0]
+        dtype = self.parts[0][key].dtype(key)
+        assert dtype is not None, f"{key}: `_check` lets no other dtype in"
+        return dtype
 
     def bytes_of(self, name: str, dtype: torch.dtype | None = None) -> int:
         """Bytes of a whole tensor, in its own dtype or another."""
         if dtype is None:
-            key = self._places(name)[0]
-            dtype = (
-                self.parts[0][key].dtype(key) if key in self.parts[0] else self.dtype
-            )  # an adapter's score head
+            # an adapter's score head is in none of the files
+            in_file = self._places(name)[0] in self.parts[0]
+            dtype = self._dtype_of(name) if in_file else self.dtype
         return torch.Size(self.table[name].shape).numel() * dtype.itemsize
 
     def read(
         self, name: str, dim: int | None = None, start: int = 0, stop: int = 0, merged: bool = True
     ) -> Tensor:
-        """A tensor in Meta's name and row order, whole or its [start, stop) along `dim`; with the adapter's part when `merged`."""
+        """A tensor in Meta's name and row order, whole or its [start, stop) along `dim`.
+
+        merged: with the adapter's part, where there is an adapter.
+        """
         if name == "score.weight" and self.adapter and self.adapter.score is not None:
             return self.adapter.score.to(self.dtype)
         cuts = {} if dim is None else {dim: (start, stop)}
@@ -127,43 +144,39 @@ class Checkpoint:
         else:
             tensor = self._read_part(self.parts[0], name, cuts, self.table[name].shape)
         if self.hf and is_rotary(name):
+            # Rows move within a head only, and cuts fall between heads: a slice can do it alone.
             if dim == 1:
                 raise ValueError(f"{name} is cut along its heads, not along dim 1")
             tensor = to_interleaved(tensor, self.config.head_dim)
-        return (
-            self.adapter.added_to(tensor, name, dim, start, stop)
-            if self.adapter and merged
-            else tensor
-        )
+        if self.adapter and merged:
+            tensor = self.adapter.added_to(tensor, name, dim, start, stop)
+        return tensor
 
     def local(self, name: str, rank: int, n: int, merged: bool = True) -> Tensor:
-        """The part of `name` that rank `rank` of `n` holds, zeros behind it where its axis does not divide."""
+        """The part of `name` that rank `rank` of `n` holds, with zeros behind it if it is short."""
         spec = self.table[name]
         if spec.dim is None:
             return self.read(name, merged=merged)
         return spec.padded(self.read(name, spec.dim, *spec.local_range(rank, n), merged), n)
 
     def _read_shards(self, name: str, cuts: dict[int, tuple[int, int]]) -> Tensor:
-        """From several shards: of each the rows that are asked for, or, asked for along another axis, that much of all rows."""
-        spec, pieces = self._shard_spec(name), []
-        start, stop = cuts.get(spec.dim, (0, spec.shape[spec.dim]))
+        """A tensor from several shards, joined along the axis that they cut.
+
+        A cut along that axis reads the shards that it meets, a cut along another that much of all.
+        """
+        spec = self._shard_spec(name)
+        axis, shape = spec.dim, spec.local_shape(len(self.parts))
+        assert axis is not None, f"{name}: every shard holds all of it"
+        start, stop = cuts.get(axis, (0, spec.shape[axis]))
+        pieces = []
         for rank, first, last in spec.owners(len(self.parts)):
             low, high = max(start, first), min(stop, last)
             if low < high:
-                shape = spec.local_shape(len(self.parts))
-                pieces.append(
-                    self._read_part(
-                        self.parts[rank],
-                        name,
-                        {**cuts, spec.dim: (low - first, high - first)},
-                        shape,
-                    )
-                )
+                local_cuts = {**cuts, axis: (low - first, high - first)}
+                pieces.append(self._read_part(self.parts[rank], name, local_cuts, shape))
         if not pieces:  # an empty range: a rank whose part is all padding
-            return self._read_part(
-                self.parts[0], name, {**cuts, spec.dim: (0, 0)}, spec.local_shape(len(self.parts))
-            )
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, spec.dim)
+            return self._read_part(self.parts[0], name, {**cuts, axis: (0, 0)}, shape)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, axis)
 
     def _read_part(
         self,
@@ -172,7 +185,7 @@ class Checkpoint:
         cuts: dict[int, tuple[int, int]],
         shape: tuple[int, ...],
     ) -> Tensor:
-        """From one shard's files; `shape`: the tensor's in this shard."""
+        """A tensor from one shard's files; `shape`: the tensor's in this shard."""
         stored, keys = self._stored(name), self._places(name)
         if stored.parts > 1:  # the index-th part of a fused tensor
             start, stop = cuts.get(stored.dim, (0, shape[stored.dim]))
@@ -180,11 +193,12 @@ class Checkpoint:
             cuts = {**cuts, stored.dim: (offset + start, offset + stop)}
         if "{expert}" not in stored.key:
             return part[keys[0]].read(keys[0], cuts)
-        below = {dim - 1: cut for dim, cut in cuts.items()}
-        return torch.stack([part[key].read(key, below) for key in keys])
+        # A matrix per expert, [out, in], is an axis short of ours, [experts, out, in].
+        matrix_cuts = {dim - 1: cut for dim, cut in cuts.items()}
+        return torch.stack([part[key].read(key, matrix_cuts) for key in keys])
 
     def _stored(self, name: str) -> Stored:
-        """Where the tensor lies in these files: the first of the family's places that is there, else the first of all."""
+        """Where the tensor lies: the first of the family's places in these files, else of all."""
         general = generalised(name)
         if self.hf:
             places = FAMILIES[self.config.family].names[general]
@@ -203,16 +217,19 @@ class Checkpoint:
         return [stored.key.format(layer_of(name), expert=expert) for expert in experts]
 
     def _shard_spec(self, name: str) -> TensorSpec:
-        """How these shards cut a tensor: as the table says, but Llama 3 cuts its embedding along the vocabulary."""
+        """How these shards cut a tensor: as the table says, but for the embedding.
+
+        Llama 3 cuts it along the vocabulary, Llama 1 and 2 along its width: its shape tells.
+        """
         spec, n = self.table[name], len(self.parts)
         if name == "tok_embeddings.weight" and name in self.parts[0]:
-            found = self.parts[0][name].shape(name)
+            shape = self.parts[0][name].shape(name)
             choices = (spec, TensorSpec(spec.shape, 0), TensorSpec(spec.shape, 1))
-            return next((choice for choice in choices if choice.local_shape(n) == found), spec)
+            return next((choice for choice in choices if choice.local_shape(n) == shape), spec)
         return spec
 
     def _settle(self, config: ModelConfig) -> ModelConfig:
-        """Let the tensors decide what the config leaves open: the vocabulary of a `params.json` that says −1."""
+        """Let the tensors decide the vocabulary, which a `params.json` leaves open by saying −1."""
         output = self.parts[0].get("output.weight")
         if config.vocab_size == -1 and output is not None:
             config = replace(config, vocab_size=output.shape("output.weight")[0] * len(self.parts))
@@ -223,64 +240,69 @@ class Checkpoint:
         return config
 
     def _check(self) -> None:
-        """Every tensor there, of the right shape, and no other, in every shard; all problems in one message."""
-        n, problems = len(self.parts), []
+        """Raise UserError unless every shard holds every tensor, in its shape, and no other.
+
+        All problems are in one message.
+        """
+        n = len(self.parts)
+        problems: list[str] = []
         computed = set(COMPUTED)
         wanted = {key: shape for name in self.table for key, shape in self._expected(name)}
         if self.config.tie_word_embeddings:  # the embedding again, in files that spell the tie out
             computed.add("lm_head.weight" if self.hf else "output.weight")
         for number, part in enumerate(self.parts):
-            where = f"shard {number} of {n}: " if n > 1 else ""
+            shard = f"shard {number} of {n}: " if n > 1 else ""
             for key, expected in wanted.items():
                 if key not in part:
-                    problems.append(f"{where}{key} is missing")
+                    problems.append(f"{shard}{key} is missing")
                     continue
-                found = part[key].shape(key)
-                kind, first = part[key].dtype(key), self.parts[0].get(key, part[key]).dtype(key)
-                if kind is None or kind != first:
-                    found_kind, expected_kind = (
-                        kind or "no fp32, bf16 or fp16",
-                        first or "one of them",
-                    )
+                shape, dtype = part[key].shape(key), part[key].dtype(key)
+                first_dtype = self.parts[0].get(key, part[key]).dtype(key)
+                if dtype is None or dtype != first_dtype:
                     problems.append(
-                        f"{where}{part[key].path.name}: {key} is {found_kind}, expected {expected_kind}"
+                        f"{shard}{part[key].path.name}: {key} is "
+                        f"{dtype or 'no fp32, bf16 or fp16'}, "
+                        f"expected {first_dtype or 'one of them'}"
                     )
-                if found != expected:
+                if shape != expected:
                     problems.append(
-                        f"{where}{part[key].path.name}: {key} has shape {list(found)}, expected {list(expected)}"
+                        f"{shard}{part[key].path.name}: {key} has shape {list(shape)}, "
+                        f"expected {list(expected)}"
                     )
             if not problems:  # the embedding is there, and can be read
-                problems += [f"{where}{problem}" for problem in self._untied(number, part)]
+                problems += [f"{shard}{problem}" for problem in self._untied(number, part)]
             for key in part.keys() - wanted.keys():
                 if generalised(key) not in computed:
-                    problems.append(f"{where}{part[key].path.name}: unknown tensor {key}")
+                    problems.append(f"{shard}{part[key].path.name}: unknown tensor {key}")
         if problems:
             more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
             raise UserError(
-                f"{self.folder} does not hold the model its config describes: {'; '.join(problems[:5])}{more}"
+                f"{self.folder} does not hold the model its config describes: "
+                f"{'; '.join(problems[:5])}{more}"
             )
 
     def _untied(self, number: int, part: dict[str, TensorFile]) -> list[str]:
-        """What is wrong with an output layer that the file holds beside an embedding that is said to be the same."""
-        key, n, found = "lm_head.weight" if self.hf else "output.weight", len(self.parts), []
+        """What is wrong with an output layer in the file that is said to be the embedding."""
+        key, n = "lm_head.weight" if self.hf else "output.weight", len(self.parts)
         if not self.config.tie_word_embeddings or key not in part or self.config.head != "lm":
-            return found
+            return []
         spec = TensorSpec((self.config.vocab_size, self.config.dim), 0)
         shape, expected = part[key].shape(key), spec.local_shape(n)
         if shape != expected:
             return [
                 f"{part[key].path.name}: {key} has shape {list(shape)}, expected {list(expected)}"
             ]
+        # A few rows of the shard's part tell, without reading all of it.
         start, stop = spec.local_range(number, n)
-        for row in sorted(
-            {start + i * (stop - start) // 16 for i in range(16)} if stop > start else ()
-        ):  # a few of them tell
-            theirs = part[key].read(key, {0: (row - start, row - start + 1)})
-            if not torch.equal(theirs, self.read("tok_embeddings.weight", 0, row, row + 1)):
+        rows = {start + i * (stop - start) // 16 for i in range(16)} if stop > start else set()
+        for row in sorted(rows):
+            output_row = part[key].read(key, {0: (row - start, row - start + 1)})  # [1, dim]
+            if not torch.equal(output_row, self.read("tok_embeddings.weight", 0, row, row + 1)):
                 return [
-                    f"{part[key].path.name}: {key} is not the embedding, as tie_word_embeddings says it is; set that to false"
+                    f"{part[key].path.name}: {key} is not the embedding, "
+                    "as tie_word_embeddings says it is; set that to false"
                 ]
-        return found
+        return []
 
     def _expected(self, name: str) -> list[tuple[str, tuple[int, ...]]]:
         """The keys of a tensor in each shard, and the shape that each should have there."""
@@ -295,23 +317,24 @@ class Checkpoint:
 
 def _consolidated(folder: Path) -> list[Path]:
     """Meta's shards in order. Raises UserError when one of the row is missing."""
-    found = {}
+    shards: dict[int, Path] = {}
     for path in folder.glob("consolidated*"):
         match = re.fullmatch(r"consolidated(?:\.(\d+))?\.(pth|safetensors)", path.name)
         if match:
             number = int(match[1] or 0)
-            if number in found:
+            if number in shards:
                 raise UserError(
-                    f"{folder}: {found[number].name} and {path.name} are both shard {number}; remove one"
+                    f"{folder}: {shards[number].name} and {path.name} are both shard {number}; "
+                    "remove one"
                 )
-            found[number] = path
-    holes = sorted(set(range(max(found, default=-1) + 1)) - found.keys())
+            shards[number] = path
+    holes = sorted(set(range(max(shards, default=-1) + 1)) - shards.keys())
     if holes:
         names = ", ".join(f"consolidated.{i:02d}.pth" for i in holes)
         raise UserError(
-            f"{folder}: {names} missing; shards up to consolidated.{max(found):02d} are there"
+            f"{folder}: {names} missing; shards up to consolidated.{max(shards):02d} are there"
         )
-    return [found[i] for i in sorted(found)]
+    return [shards[number] for number in sorted(shards)]
 
 
 def _hf_files(folder: Path) -> dict[str, TensorFile]:
@@ -325,12 +348,13 @@ def _hf_files(folder: Path) -> dict[str, TensorFile]:
                         f"{index}: {key} is said to lie in {path.name}, which does not hold it"
                     )
             return {key: opened[path] for key, path in located.items()}
-    for file in (folder / "model.safetensors", folder / "pytorch_model.bin"):
-        if file.is_file():
-            opened = TensorFile(file)
-            return dict.fromkeys(opened.keys, opened)
+    for path in (folder / "model.safetensors", folder / "pytorch_model.bin"):
+        if path.is_file():
+            file = TensorFile(path)
+            return dict.fromkeys(file.keys, file)
     raise UserError(
-        f"{folder}: no checkpoint in it; expected consolidated.00.pth …, model.safetensors, pytorch_model.bin or their index"
+        f"{folder}: no checkpoint in it; expected consolidated.00.pth …, model.safetensors, "
+        "pytorch_model.bin or their index"
     )
 
 
@@ -341,6 +365,7 @@ def read_config(path: str | Path) -> ModelConfig:
     family = FAMILIES.get(config.family)
     if family is None:
         raise UserError(f"{path}: unknown family {config.family!r}; one of {', '.join(FAMILIES)}")
+    # What the config describes must exist in its family: a tensor's name, fixed values, windows.
     nameless = [name for name in layer_table(config) if f"layers.{{}}.{name}" not in family.names]
     unlike = [
         f"{field} {getattr(config, field)}"
@@ -348,13 +373,14 @@ def read_config(path: str | Path) -> ModelConfig:
         if getattr(config, field) != value
     ]
     if nameless or unlike or (config.sliding_window and family.windows == "never"):
-        what = (
+        foreign = (
             nameless[:1]
             + unlike
             + [f"sliding_window {config.sliding_window}"] * (family.windows == "never")
         )
         raise UserError(
-            f"{path}: a model of family {config.family} has no {what[0]}; another family, or another value, is right"
+            f"{path}: a model of family {config.family} has no {foreign[0]}; "
+            "another family, or another value, is right"
         )
     return config
 
@@ -368,12 +394,34 @@ def _config(folder: Path, config_file: str | None) -> ModelConfig:
         if path.is_file():
             return read_config(path)
     raise UserError(
-        f"{' and '.join(str(path) for path in candidates)}: not there; give the model's sizes by --config_file"
+        f"{' and '.join(str(path) for path in candidates)}: not there; "
+        "give the model's sizes by --config_file"
     )
 
 
+def config_of_type(model_type: str | None, config_file: str | None) -> ModelConfig:
+    """A model's sizes without a checkpoint: a config file's, or those of a --model_type.
+
+    Raises UserError when there is neither, or they disagree.
+    """
+    if config_file is None:
+        if model_type not in PRESETS:
+            raise UserError(
+                "--dry_run without a checkpoint needs --config_file, or a --model_type of "
+                f"{', '.join(PRESETS)}"
+            )
+        return PRESETS[model_type]
+    config = read_config(config_file)
+    check_model_type(config, model_type)
+    if config.vocab_size == -1:
+        raise UserError(
+            f"{config_file}: vocab_size is -1, which the tensors would tell; give the checkpoint"
+        )
+    return config
+
+
 def check_model_type(config: ModelConfig, model_type: str | None) -> None:
-    """Raise UserError when a `--model_type` is unknown or disagrees with the checkpoint's own sizes."""
+    """Raise UserError when a `--model_type` is unknown or disagrees with the checkpoint's sizes."""
     if model_type is None:
         return
     if model_type not in PRESETS:
@@ -386,23 +434,28 @@ def check_model_type(config: ModelConfig, model_type: str | None) -> None:
     ]
     if wrong:
         raise UserError(
-            f"--model_type {model_type} disagrees with the checkpoint: {', '.join(wrong)}; leave the flag out"
+            f"--model_type {model_type} disagrees with the checkpoint: {', '.join(wrong)}; "
+            "leave the flag out"
         )
 
 
 def adapter_on(base: Checkpoint, path: str) -> Adapter:
-    """The adapter that lies in a folder, or in `adapter` below it beside the weights it was trained to, for the trunk of `base`.
+    """The adapter that lies in a folder, for the trunk of `base`.
 
-    Raises UserError when there is none, or when it was trained on another trunk.
+    It may also lie in `adapter` below, beside the weights with it added in. Raises UserError when
+    there is none, or when it was trained on another trunk.
     """
     folder = Path(path)
     inner = folder / "adapter"
     if not inner.is_dir():
         if not (folder / "adapter_config.json").is_file():
             raise UserError(
-                f"{path}: holds no adapter; --shared_trunk needs one that was trained (--lora_rank) on the actor's weights"
+                f"{path}: holds no adapter; --shared_trunk needs one that was trained "
+                "(--lora_rank) on the actor's weights"
             )
         return Adapter.open(path, base.config)
+    # The merged weights beside the adapter tell the trunk: base + adapter must come to them, but
+    # for their being rounded once more when they were saved. Two tensors are enough.
     adapter = Adapter.open(str(inner), base.config)
     trained = Checkpoint.open(path)
     stem = next(name for name in adapter.tensors).removesuffix(".lora_a")
@@ -410,14 +463,14 @@ def adapter_on(base: Checkpoint, path: str) -> Adapter:
         shape = base.table[name].shape
         if trained.table[name].shape != shape:
             raise UserError(
-                f"{path}: {name} is {list(trained.table[name].shape)}, the actor's {list(shape)}: another model's adapter"
+                f"{path}: {name} is {list(trained.table[name].shape)}, "
+                f"the actor's {list(shape)}: another model's adapter"
             )
-        want = adapter.added_to(base.read(name).float(), name, None, 0, 0)
-        have = trained.read(name).float()
-        if (
-            (want - have).abs().max() > 0.02 * want.abs().max()
-        ):  # the weights are rounded once more when they are saved
+        expected = adapter.added_to(base.read(name).float(), name, None, 0, 0)
+        saved = trained.read(name).float()
+        if (expected - saved).abs().max() > 0.02 * expected.abs().max():
             raise UserError(
-                f"{path}: its adapter was trained on other weights than {base.folder}'s ({name} differs); train it on these"
+                f"{path}: its adapter was trained on other weights than {base.folder}'s "
+                f"({name} differs); train it on these"
             )
     return adapter

@@ -1,7 +1,8 @@
-"""A run's saved steps on disk: each appears whole or not at all, and is verified before it is trusted.
+"""A run's saved steps on disk: each appears whole or not at all, and is verified before use.
 
-Every rank writes its files into `.tmp-step-N` and brings them down to the disk; their hashes are gathered; rank 0 writes the
-manifest, renames the folder to `step-N`, and only then removes older ones. A folder is never written to again.
+Every rank writes its files into `.tmp-step-N` and brings them down to the disk; their hashes are
+gathered; rank 0 writes the manifest, renames the folder to `step-N`, and only then removes older
+ones. A folder is never written to again.
 """
 
 import itertools
@@ -10,6 +11,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from safetensors.torch import save_file
@@ -32,12 +34,15 @@ Stage = Callable[[str], None]
 
 
 class Steps:
-    """The folder of a run's steps. Writing goes on in a thread while training does; one step at a time."""
+    """The folder of a run's steps.
+
+    Writing goes on in a thread while training does; one step at a time.
+    """
 
     def __init__(
         self, folder: Path, keep: int, parallel: Parallel, reached: Stage = lambda stage: None
     ) -> None:
-        """keep: newest steps that stay; reached(stage) is called at each stage of writing, for tests."""
+        """keep: newest steps that stay; reached(stage): called at each stage, for the tests."""
         self.folder, self.keep, self.parallel, self.reached = folder, keep, parallel, reached
         # The thread's own: never between others' exchanges.
         self.group = dist.new_group(backend="gloo", timeout=parallel.timeout)
@@ -45,9 +50,10 @@ class Steps:
         self.failed: BaseException | None = None
 
     def save(self, step: int, files: dict[str, dict[str, Tensor]], facts: dict) -> None:
-        """Begin to write a step. files: this rank's, name → tensors on the host, which nobody changes; facts: rank 0's, as JSON.
+        """Begin to write a step.
 
-        Raises UserError when the one before could not be written.
+        files: this rank's, name → tensors on the host, which nobody changes; facts: rank 0's, as
+        JSON. Raises UserError when the step before could not be written.
         """
         self.wait()
 
@@ -70,38 +76,48 @@ class Steps:
             raise error
 
     def _write(self, step: int, files: dict[str, dict[str, Tensor]], facts: dict) -> None:
-        new, final = self.folder / f".tmp-{PREFIX}{step:08d}", self.folder / f"{PREFIX}{step:08d}"
-        self._together(lambda: self._make(new, final) if self.parallel.is_main else None, new)
+        """Write a step from beginning to end, in the thread.
+
+        The ranks meet after each stage, so that none goes on where another has failed.
+        """
+        temporary = self.folder / f".tmp-{PREFIX}{step:08d}"
+        final = self.folder / f"{PREFIX}{step:08d}"
+        self._together(
+            lambda: self._make(temporary, final) if self.parallel.is_main else None, temporary
+        )
         self.reached("made")
-        written = self._together(lambda: self._files(new, files), new)
+        written = self._together(lambda: self._files(temporary, files), temporary)
         self.reached("written")
         if self.parallel.is_main:
             entries = {name: entry for part in written for name, entry in part.items()}
-            self._together(lambda: self._publish(new, final, entries, {"step": step, **facts}), new)
+            self._together(
+                lambda: self._publish(temporary, final, entries, {"step": step, **facts}), temporary
+            )
         else:
-            self._together(lambda: None, new)
+            self._together(lambda: None, temporary)
         self.reached("published")
-        self._together(lambda: self._prune() if self.parallel.is_main else None, new)
+        self._together(lambda: self._prune() if self.parallel.is_main else None, temporary)
         self.reached("pruned")
 
     def go_back_to(self, step: Path | None) -> list[Path]:
-        """From now on the run goes on from `step` (None: from nothing): what lies after it in this folder, all of it when the step is of
+        """From now on the run goes on from `step` (None: from nothing); move aside what it leaves.
 
-        another one, is another run's, and goes to a folder beside. All ranks come here; rank 0 is told what went.
+        What lies after the step in this folder, all of it when the step is of another folder, is
+        another run's, and goes to a new folder `aside-N`. All ranks come here; rank 0 is told what
+        went.
         """
-        later = []
+        later: list[Path] = []
         if self.parallel.is_main and self.folder.is_dir():
             ours = self.until(step)
             later = [
                 other for other in self.folder.iterdir() if is_step(other) and other not in ours
             ]
             later += [file for file in [self.folder / FINISHED] if file.exists()]
-            aside = next(
-                p for i in itertools.count(1) if not (p := self.folder / f"aside-{i}").exists()
-            )
-            for other in later:
+            numbered = (self.folder / f"aside-{number}" for number in itertools.count(1))
+            aside = next(path for path in numbered if not path.exists())
+            for path in later:
                 aside.mkdir(exist_ok=True)
-                other.rename(aside / other.name)
+                path.rename(aside / path.name)
         dist.barrier()
         return later
 
@@ -113,35 +129,38 @@ class Steps:
 
     def remove_unfinished(self) -> None:
         """What runs left that were killed while writing. Rank 0 comes here."""
-        for left in self.folder.glob(f".tmp-{PREFIX}*"):
-            _remove(left)
+        for unfinished in self.folder.glob(f".tmp-{PREFIX}*"):
+            _remove(unfinished)
 
     def _prune(self) -> None:
+        """Remove the steps that are older than the newest `keep`."""
         for old in list_steps(self.folder)[: -self.keep]:  # only now that the new one is whole
             _remove(old)
 
-    def _make(self, new: Path, final: Path) -> None:
+    def _make(self, temporary: Path, final: Path) -> None:
+        """The folder that all ranks write into."""
         if final.exists():
             raise UserError(f"{final}: is there already; a step is never overwritten")
         self.remove_unfinished()
-        new.mkdir(parents=True)
+        temporary.mkdir(parents=True)
 
-    def _files(self, new: Path, files: dict[str, dict[str, Tensor]]) -> dict[str, dict]:
+    def _files(self, temporary: Path, files: dict[str, dict[str, Tensor]]) -> dict[str, dict]:
+        """Write this rank's files, down to the disk; the manifest's entries of them."""
         entries = {}
         for name, tensors in files.items():
-            save_file(tensors, new / name)
-            sync(new / name)
-            entries[name] = described(new / name)
+            save_file(tensors, temporary / name)
+            sync(temporary / name)
+            entries[name] = described(temporary / name)
         return entries
 
-    def _publish(self, new: Path, final: Path, entries: dict[str, dict], facts: dict) -> None:
-        write_manifest(new, entries, **facts)
+    def _publish(self, temporary: Path, final: Path, entries: dict[str, dict], facts: dict) -> None:
+        write_manifest(temporary, entries, **facts)
         self.reached("manifest")
-        new.rename(final)
+        temporary.rename(final)
         self.reached("renamed")
         sync(self.folder)
 
-    def _together(self, work: Callable, new: Path) -> list:
+    def _together(self, work: Callable, temporary: Path) -> list:
         """Every rank's result; if one fails, all raise, and nothing of the step stays."""
         result, problem = None, None
         try:
@@ -149,15 +168,19 @@ class Steps:
         except UserError as error:
             problem = str(error)
         except Exception as error:  # a full disk has many names
-            problem = f"{new}: writing failed ({type(error).__name__}: {str(error).splitlines()[0]}); older steps are as they were"
-        everyone = [None] * self.parallel.world_size
-        dist.all_gather_object(everyone, (result, problem), group=self.group)
-        found = next((p for _, p in everyone if p is not None), None)
-        if found is not None:
+            problem = (
+                f"{temporary}: writing failed "
+                f"({type(error).__name__}: {str(error).splitlines()[0]}); "
+                "older steps are as they were"
+            )
+        outcomes: list[tuple[Any, str | None]] = [(None, None)] * self.parallel.world_size
+        dist.all_gather_object(outcomes, (result, problem), group=self.group)
+        first_problem = next((problem for _, problem in outcomes if problem is not None), None)
+        if first_problem is not None:
             if self.parallel.is_main:
-                shutil.rmtree(new, ignore_errors=True)
-            raise UserError(found)
-        return [r for r, _ in everyone]
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise UserError(first_problem)
+        return [result for result, _ in outcomes]
 
 
 def _remove(path: Path) -> None:
@@ -196,49 +219,58 @@ def list_steps(folder: Path) -> list[Path]:
     )
 
 
+# What the manifest of a step holds beside its files.
 FACTS = {"step": int, "settings": dict, "layouts": dict, "counters": dict, "parts": dict}
-MOST_RANKS = 10**5
+MOST_RANKS = 10**5  # so that a damaged number of ranks is refused, not counted up to
 
 
 def step_facts(step: Path) -> dict:
-    """The manifest of a training run's step. Raises UserError when that is not a step's of that number, or names too few files."""
-    manifest, where = read_manifest(step), step / MANIFEST
-    for name, kind in FACTS.items():
-        if type(manifest.get(name)) is not kind:
+    """The manifest of a training run's step.
+
+    Raises UserError when that is not a step's of that number, or names too few files.
+    """
+    manifest, path = read_manifest(step), step / MANIFEST
+    for name, expected_type in FACTS.items():
+        if type(manifest.get(name)) is not expected_type:
             raise UserError(
-                f"{where}: {name} is {str(manifest.get(name))[:40]}: not written by a training run, or damaged"
+                f"{path}: {name} is {str(manifest.get(name))[:40]}: "
+                "not written by a training run, or damaged"
             )
     if manifest["step"] != number_of(step):
-        raise UserError(f"{where}: is of step {manifest['step']}; its folder was renamed")
+        raise UserError(f"{path}: is of step {manifest['step']}; its folder was renamed")
+    # The layouts tell which files there must be: of each model a file of every mp rank, at least.
     expected = {random_file(0)}
     for name, layout in manifest["layouts"].items():
         degrees = (
             [layout.get(degree) for degree in ("mp", "dp")] if isinstance(layout, dict) else [None]
         )
         if any(type(degree) is not int or not 0 < degree < MOST_RANKS for degree in degrees):
-            raise UserError(f"{where}: the layout of {name} is {str(layout)[:60]}: damaged")
-        expected |= {file_of(name, rank, 0) for rank in range(degrees[0])}
+            raise UserError(f"{path}: the layout of {name} is {str(layout)[:60]}: damaged")
+        expected |= {file_of(name, rank, 0) for rank in range(layout["mp"])}
     for name, counters in manifest["counters"].items():
         if not isinstance(counters, dict) or not all(
             type(count) in (int, float) for count in counters.values()
         ):
-            raise UserError(f"{where}: the counters of {name} are {str(counters)[:60]}: damaged")
+            raise UserError(f"{path}: the counters of {name} are {str(counters)[:60]}: damaged")
     unnamed = {file.name for file in step.glob("*.safetensors")} - manifest["files"].keys()
     for name in sorted(unnamed | (expected - manifest["files"].keys())):
-        raise UserError(f"{where}: names no {name}: damaged")
+        raise UserError(f"{path}: names no {name}: damaged")
     return manifest
 
 
 def open_step(path: Path, parallel: Parallel) -> dict:
-    """A step's manifest, once all its files are as they were written; the ranks share the hashing. Raises UserError on all of them."""
+    """A step's manifest, once all its files are as they were written.
+
+    The ranks share the hashing. Raises UserError on all of them.
+    """
 
     def check() -> dict:
         manifest = read_manifest(path)
-        found = problems(path, manifest, parallel.rank, parallel.world_size)
-        if found:
+        damage = problems(path, manifest, parallel.rank, parallel.world_size)
+        if damage:
             others = [step.name for step in list_steps(path.parent) if step != path]
-            older = f"; --resume {path.parent / others[-1]} goes on from there" if others else ""
-            raise UserError(found[0] + older)
+            advice = f"; --resume {path.parent / others[-1]} goes on from there" if others else ""
+            raise UserError(damage[0] + advice)
         return manifest
 
     return agreed(check)

@@ -10,7 +10,7 @@ from src.checkpoint.files import TensorFile
 from src.checkpoint.folder import find_tokenizer
 from src.checkpoint.manifest import has_manifest, problems, read_manifest
 from src.checkpoint.source import Checkpoint
-from src.checkpoint.steps import number_of, step_facts
+from src.checkpoint.steps import is_step, number_of, step_facts
 from src.errors import UserError
 
 
@@ -23,6 +23,7 @@ class Report:
 
 
 def _hashes(folder: Path) -> tuple[str, list[str]]:
+    """What was compared, in words, and what is wrong."""
     try:
         if not has_manifest(folder):
             return "no manifest to compare hashes with", []
@@ -34,72 +35,74 @@ def _hashes(folder: Path) -> tuple[str, list[str]]:
 
 def model_report(folder: Path, config_file: str | None = None) -> Report:
     """A model's weights: opened (which checks names and shapes), every number looked at."""
-    said, found = _hashes(folder)
+    compared, lines = _hashes(folder)
     try:
         checkpoint = Checkpoint.open(str(folder), config_file)
     except UserError as error:
-        return Report("", [*found, str(error)])
+        return Report("", [*lines, str(error)])
     count = 0
     for name in checkpoint.table:
         try:
             count += checkpoint.check_finite(name, checkpoint.read(name)).numel()
         except (UserError, RuntimeError) as error:
-            found.append(f"{folder}: {name}: {str(error).splitlines()[0]}")
+            lines.append(f"{folder}: {name}: {str(error).splitlines()[0]}")
     inner = folder / "adapter"
     if inner.is_dir():
-        found += adapter_report(inner, None, checkpoint).problems
+        lines += adapter_report(inner, None, checkpoint).problems
     tokenizer = find_tokenizer(checkpoint.folder)
     parts = [
         f"{len(checkpoint.table)} tensors, {count:,} numbers, all finite",
-        f"{checkpoint.config.family}, {checkpoint.config.n_layers} layers, head {checkpoint.config.head}",
-        said,
+        f"{checkpoint.config.family}, {checkpoint.config.n_layers} layers, "
+        f"head {checkpoint.config.head}",
+        compared,
         f"tokenizer {tokenizer.name}" if tokenizer else "no tokenizer",
     ]
-    return Report(f"{folder}: {'; '.join(parts)}", found)
+    return Report(f"{folder}: {'; '.join(parts)}", lines)
 
 
 def adapter_report(folder: Path, base_dir: str | None, base: Checkpoint | None = None) -> Report:
-    """A LoRA adapter: its factors' names and shapes against the model it belongs to, every number looked at."""
-    said, found = _hashes(folder)
+    """A LoRA adapter: names and shapes against its model's, every number looked at.
+
+    base_dir or base: the model that it belongs to.
+    """
+    compared, lines = _hashes(folder)
     try:
-        if base is None and base_dir is None:
-            raise UserError(
-                f"{folder}: is an adapter; give the model that it belongs to as --base_dir"
-            )
-        config = (base or Checkpoint.open(base_dir)).config
-        adapter = Adapter.open(str(folder), config)
+        if base is None:
+            if base_dir is None:
+                raise UserError(
+                    f"{folder}: is an adapter; give the model that it belongs to as --base_dir"
+                )
+            base = Checkpoint.open(base_dir)
+        adapter = Adapter.open(str(folder), base.config)  # which looks at the numbers
     except UserError as error:
-        return Report("", [*found, str(error)])
+        return Report("", [*lines, str(error)])
     return Report(
-        f"{folder}: an adapter of rank {adapter.lora.rank}, {len(adapter.tensors)} factors, all finite; {said}",
-        found,
+        f"{folder}: an adapter of rank {adapter.lora.rank}, {len(adapter.tensors)} factors, "
+        f"all finite; {compared}",
+        lines,
     )
 
 
 def step_report(folder: Path) -> Report:
     """A saved step of a training run: all files as written, every number finite."""
     try:
-        said, found = (
-            f"{len(step_facts(folder)['files'])} hashes compared",
-            problems(folder, read_manifest(folder)),
-        )
+        compared = f"{len(step_facts(folder)['files'])} hashes compared"
+        lines = problems(folder, read_manifest(folder))
     except UserError as error:
         return Report("", [str(error)])
-    if not found:
-        found = [
-            problem
-            for file in sorted(folder.glob("*.safetensors"))
-            for problem in _not_finite(file)
-        ]
-    return Report(f"{folder}: step {number_of(folder)}; {said}; all numbers finite", found)
+    if not lines:  # of damaged files the numbers say nothing
+        files = sorted(folder.glob("*.safetensors"))
+        lines = [problem for file in files for problem in _not_finite(file)]
+    return Report(f"{folder}: step {number_of(folder)}; {compared}; all numbers finite", lines)
 
 
 def _not_finite(path: Path) -> list[str]:
+    """A line for each tensor with NaN or infinity in it, or one for a file that cannot be read."""
     try:
         file = TensorFile(path)
     except UserError as error:
         return [str(error)]
-    bad = []
+    lines = []
     for key in file.keys:
         tensor = file.read(key)
         if (
@@ -107,5 +110,22 @@ def _not_finite(path: Path) -> list[str]:
             and tensor.numel()
             and not torch.stack(torch.aminmax(tensor)).isfinite().all()
         ):
-            bad.append(f"{path}: NaN or infinity in {key}")
-    return bad
+            lines.append(f"{path}: NaN or infinity in {key}")
+    return lines
+
+
+def reports_of(folder: Path, config_file: str | None, base_dir: str | None) -> list[Report]:
+    """A report of whatever it is, or of each of a run's saved steps.
+
+    base_dir: the model that an adapter belongs to. Raises UserError for what cannot be read.
+    """
+    try:
+        paths = sorted(folder.iterdir()) if folder.is_dir() else []
+        steps = [path for path in paths if is_step(path) and path.is_dir()]
+        if (folder / "adapter_config.json").is_file():
+            return [adapter_report(folder, base_dir)]
+        if steps or (folder.is_dir() and is_step(folder.resolve())):
+            return [step_report(step) for step in steps or [folder.resolve()]]
+        return [model_report(folder, config_file)]
+    except OSError as error:
+        raise UserError(f"{error.filename or folder}: cannot be read: {error.strerror}") from None

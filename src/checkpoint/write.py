@@ -1,4 +1,7 @@
-"""Checkpoints out: Meta's consolidated shards, and Hugging Face folders. Nothing is ever held whole but one output file."""
+"""Checkpoints out: Meta's consolidated shards, and Hugging Face folders.
+
+Nothing is ever held whole but one output file.
+"""
 
 import json
 from collections.abc import Callable, Iterator
@@ -6,6 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 from tqdm import tqdm
 
 from src.checkpoint.folder import check_space, copy_side_files, whole_folder
@@ -14,7 +18,7 @@ from src.checkpoint.source import Checkpoint
 from src.models.config import ModelConfig, params_of
 from src.models.hf_config import hf_config
 
-MAX_FILE_BYTES = 5 * 10**9
+MAX_FILE_BYTES = 5 * 10**9  # of an output file
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
 
@@ -27,12 +31,15 @@ def write_params(config: ModelConfig, folder: Path) -> None:
 
 
 def split(checkpoint: Checkpoint, save_path: Path, n: int) -> None:
-    """Write `n` consolidated shards with `params.json` and the tokenizer's files. Peak memory: one shard."""
+    """Write `n` consolidated shards with `params.json` and the tokenizer's files.
+
+    Peak memory: one shard.
+    """
     check_space(save_path, sum(checkpoint.bytes_of(name) for name in checkpoint.table))
     with whole_folder(save_path) as folder:
         for rank in range(n):
             names = tqdm(checkpoint.table, desc=f"shard {rank + 1} of {n}", unit="tensor")
-            # clone: a slice of a mapped file would drag its whole storage into torch.save
+            # Cloned: a slice of a mapped file would drag its whole storage into torch.save.
             shard = {
                 name: checkpoint.check_finite(name, checkpoint.local(name, rank, n)).clone(
                     memory_format=torch.contiguous_format
@@ -40,7 +47,7 @@ def split(checkpoint: Checkpoint, save_path: Path, n: int) -> None:
                 for name in names
             }
             torch.save(shard, folder / shard_name(rank))
-            del shard
+            del shard  # before the next one is made
         write_params(checkpoint.config, folder)
         copy_side_files(checkpoint.folder, folder)
 
@@ -53,31 +60,33 @@ def merge(
     pad_id: int = 0,
     side_files: Callable[[Path, Path], None] = copy_side_files,
 ) -> None:
-    """Write a Hugging Face folder that `transformers` loads, every tensor bit for bit. Peak memory: one output file.
+    """Write a Hugging Face folder that `transformers` loads, every tensor bit for bit.
 
-    special_ids: "bos_token_id" and "eos_token_id"; dtype: to write in, each tensor's own by default; pad_id: for a
-    classifier, an id that ends no text; side_files(source, folder) writes the tokenizer's files.
+    special_ids: "bos_token_id" and "eos_token_id"; dtype: to write in, each tensor's own by
+    default; pad_id: for a classifier, an id that ends no text; side_files(source, folder) writes
+    the tokenizer's files. Peak memory: one output file.
     """
     files = list(_by_file(checkpoint, dtype))
     total = sum(checkpoint.bytes_of(name, dtype) for name in checkpoint.table)
     check_space(save_dir, total)
     with whole_folder(save_dir) as folder:
-        weight_map, progress = {}, tqdm(total=len(checkpoint.table), desc="merging", unit="tensor")
+        weight_map: dict[str, str] = {}
+        progress = tqdm(total=len(checkpoint.table), desc="merging", unit="tensor")
         for number, names in enumerate(files, 1):
-            name_out = (
+            file_name = (
                 "model.safetensors"
                 if len(files) == 1
                 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
             )
-            tensors = {}
+            tensors: dict[str, Tensor] = {}
             for name in names:
                 tensor = checkpoint.check_finite(name, checkpoint.read(name))
                 tensors |= hf_tensors(
                     name, tensor if dtype is None else tensor.to(dtype), checkpoint.config
                 )
                 progress.update()
-            save_file(tensors, folder / name_out, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(tensors, name_out)
+            save_file(tensors, folder / file_name, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(tensors, file_name)
         progress.close()
         if len(files) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -87,13 +96,15 @@ def merge(
             checkpoint.config, DTYPE_NAMES[dtype or checkpoint.dtype], special_ids, pad_id
         )
         (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-        if not (folder / "generation_config.json").exists() and checkpoint.config.head == "lm":
-            (folder / "generation_config.json").write_text(json.dumps(special_ids, indent=1) + "\n")
+        generation_config = folder / "generation_config.json"
+        if not generation_config.exists() and checkpoint.config.head == "lm":
+            generation_config.write_text(json.dumps(special_ids, indent=1) + "\n")
 
 
 def _by_file(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Iterator[list[str]]:
     """Names of the tensors of each output file, none above 5 GB (but a larger single tensor)."""
-    names, size = [], 0
+    names: list[str] = []
+    size = 0
     for name in checkpoint.table:
         if names and size + checkpoint.bytes_of(name, dtype) > MAX_FILE_BYTES:
             yield names

@@ -1,4 +1,4 @@
-"""What a Hugging Face folder says of its tokenizer: its files, its special ids, its chat template."""
+"""What a Hugging Face folder says of its tokenizer: its files, special ids and chat template."""
 
 from pathlib import Path
 
@@ -8,7 +8,10 @@ from src.data.tokenizer import Tokenizer
 
 
 def special_ids_of(tokenizer: Tokenizer | None) -> dict[str, int | list[int] | None]:
-    """`bos_token_id` and `eos_token_id` (a list where several end a text) for config.json and generation_config.json."""
+    """`bos_token_id` and `eos_token_id` for config.json and generation_config.json.
+
+    The latter is a list where several end a text.
+    """
     if tokenizer is None:
         return {"bos_token_id": None, "eos_token_id": None}
     stops = [tokenizer.eos_id, *sorted(tokenizer.stop_ids - {tokenizer.eos_id})]
@@ -19,31 +22,34 @@ def special_ids_of(tokenizer: Tokenizer | None) -> dict[str, int | list[int] | N
 
 
 def pad_id_of(tokenizer: Tokenizer | None, vocab_size: int) -> int:
-    """An id that ends no text, for a classifier that scores the last token that is not padding: one of the padded vocabulary,
+    """An id that ends no text, for a classifier that scores the last token that is not padding.
 
-    else SentencePiece's unknown (0), else BOS.
+    It is one of the padded vocabulary, else SentencePiece's unknown (0), else BOS.
     """
-    if tokenizer is not None and tokenizer.vocab_size < vocab_size:
-        return tokenizer.vocab_size
-    pieces = tokenizer is not None and tokenizer.path.suffix == ".model" and not tokenizer.ranked
-    if tokenizer is None or pieces or tokenizer.bos_id is None:
+    if tokenizer is None:
         return 0
-    return tokenizer.bos_id
+    if tokenizer.vocab_size < vocab_size:
+        return tokenizer.vocab_size
+    is_sentencepiece = tokenizer.path.suffix == ".model" and not tokenizer.ranked
+    return 0 if is_sentencepiece or tokenizer.bos_id is None else tokenizer.bos_id
 
 
 def write_tokenizer(tokenizer: Tokenizer | None, source: Path, folder: Path) -> None:
-    """The tokenizer's files into `folder`, in a form that transformers reads; `source`: the checkpoint's folder."""
+    """Write the tokenizer's files into `folder`, in a form that transformers reads.
+
+    source: the checkpoint's folder.
+    """
     copy_side_files(source, folder, tokenizer.path if tokenizer else None)
     if tokenizer is None:
         return
     template = tokenizer.chat.source if tokenizer.chat and not tokenizer.chat.own else None
     config = folder / "tokenizer_config.json"
-    if (
-        tokenizer.ranked
-    ):  # tiktoken's ranks, for which transformers needs code from the model's folder
+    # transformers reads tiktoken's ranks only by code from the model's folder: they are converted,
+    # and the template is taken out of the config before that is written anew.
+    if tokenizer.ranked:
         if config.is_file() and not (folder / "chat_template.jinja").exists():
-            kept = read_json(config).get("chat_template")
-            template = kept if isinstance(kept, str) else template
+            configured = read_json(config).get("chat_template")
+            template = configured if isinstance(configured, str) else template
         for name in ("qwen.tiktoken", "tokenizer.model", "tokenizer_config.json"):
             (folder / name).unlink(missing_ok=True)
         tokenizer.save_json(folder)

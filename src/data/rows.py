@@ -1,7 +1,8 @@
-"""Reading the user's data files and writing ours: `.json` (a list of objects) or `.jsonl` (one object per line).
+"""Reading the user's data files and writing ours: `.json` or `.jsonl`.
 
-Rows stay plain dicts and keep their extra keys. Everything wrong with a file is one `UserError` that names
-file:line, the field, what it holds, what it must hold and how a row looks; no row is dropped or repaired in silence.
+A `.json` is a list of objects, a `.jsonl` has one object per line. Rows stay plain dicts and keep
+their extra keys. Everything wrong with a file is one `UserError` that names file:line, the field,
+what it holds, what it must hold and how a row looks; no row is dropped or repaired in silence.
 """
 
 import difflib
@@ -12,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from src.errors import UserError
 
@@ -29,15 +30,15 @@ class Kind:
     accepts: Callable[[Any], bool]
 
 
-def _is_string(value) -> bool:
+def _is_string(value: Any) -> bool:
     return isinstance(value, str) and not _UNUSABLE.search(value)
 
 
-def _is_text(value) -> bool:
+def _is_text(value: Any) -> bool:
     return _is_string(value) and bool(value.strip())
 
 
-def _is_number(value) -> bool:
+def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -55,7 +56,7 @@ INDEX = Kind("a whole number from 0", "0", lambda v: type(v) is int and v >= 0)
 
 
 def read_solver_rows(path: str | Path) -> list[dict]:
-    """Rows `{"instruction", "output", "label"?}`; adds `outputs`, the accepted outputs as a list of strings."""
+    """Rows `{"instruction", "output", "label"?}`; adds `outputs`, the accepted ones as a list."""
     rows = read_rows(path, {"instruction": TEXT, "output": TEXTS}, {"label": LABEL})
     for row in rows:
         row["outputs"] = as_list(row["output"])
@@ -63,12 +64,12 @@ def read_solver_rows(path: str | Path) -> list[dict]:
 
 
 def read_prompt_rows(path: str | Path) -> list[dict]:
-    """Rows `{"instruction", "output"?, "label"?}`: a prompt, with or without what it should lead to."""
+    """Rows `{"instruction", "output"?, "label"?}`: a prompt, and perhaps what it should lead to."""
     return read_rows(path, {"instruction": TEXT}, {"output": TEXTS, "label": LABEL})
 
 
 def read_verifier_rows(path: str | Path) -> list[dict]:
-    """Rows `{"instruction", "chosen", "rejected"}`; both sides come back as non-empty lists of strings."""
+    """Rows `{"instruction", "chosen", "rejected"}`; both sides come back as non-empty lists."""
     rows = read_rows(path, {"instruction": TEXT, "chosen": TEXTS, "rejected": TEXTS})
     for row in rows:
         row["chosen"], row["rejected"] = as_list(row["chosen"]), as_list(row["rejected"])
@@ -83,9 +84,10 @@ def as_list(value: str | list[str]) -> list[str]:
 def read_rows(
     path: str | Path, required: dict[str, Kind], optional: dict[str, Kind] | None = None
 ) -> list[dict]:
-    """All rows of `path`, each with every `required` field, and each field of the kind given for it.
+    """All rows of `path`, each with every `required` field, and each field of its kind.
 
-    An `optional` field may be missing, not null. Raises `UserError`, with the first few problems and their count.
+    An `optional` field may be missing, not null. Raises `UserError`, with the first few problems
+    and their count.
     """
     text, optional = _read_text(path), optional or {}
     elements = {".json": _array_elements, ".jsonl": _line_elements}[Path(path).suffix]
@@ -96,11 +98,11 @@ def read_rows(
             f"{path}:{line}: {problem}" for problem in _row_problems(value, required, optional)
         ]
     if problems:
-        shown = "\n".join(f"  {problem}" for problem in problems[:_SHOWN_PROBLEMS])
+        lines = "\n".join(f"  {problem}" for problem in problems[:_SHOWN_PROBLEMS])
         hidden = len(problems) - _SHOWN_PROBLEMS
         more = f"\n  ... and {hidden} more" if hidden > 0 else ""
         raise UserError(
-            f"{path}: {len(problems)} problem{'s' * (len(problems) > 1)}:\n{shown}{more}\n"
+            f"{path}: {len(problems)} problem{'s' * (len(problems) > 1)}:\n{lines}{more}\n"
             f"A row looks like {_example(required, optional)}"
         )
     if not rows:
@@ -111,7 +113,10 @@ def read_rows(
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` as JSON, a list with one element per line. Atomic; `ValueError` at NaN and infinity."""
+    """Write `value` as JSON, a list with one element per line.
+
+    Atomic; `ValueError` at NaN and infinity.
+    """
     if isinstance(value, list):
         _write_text(path, "[\n" + ",\n".join(map(_dumps, value)) + "\n]\n")
     else:
@@ -123,14 +128,15 @@ def write_jsonl(path: str | Path, rows: list[dict]) -> None:
     _write_text(path, "".join(_dumps(row) + "\n" for row in rows))
 
 
-# ---- text in and out -------------------------------------------------------------------------------------------------
+# ---- text in and out -----------------------------------------------------------------------------
 
 
-def _read_text(path) -> str:
+def _read_text(path: str | Path) -> str:
+    """The text of a data file. Raises UserError when it is none, or is not UTF-8."""
     if Path(path).suffix not in (".json", ".jsonl"):
         raise UserError(
-            f"{path}: a data file must end in .json (a list of objects) or .jsonl (one object per line), "
-            f"not {Path(path).suffix or 'nothing'!r}"
+            f"{path}: a data file must end in .json (a list of objects) or .jsonl "
+            f"(one object per line), not {Path(path).suffix or 'nothing'!r}"
         )
     try:
         data = Path(path).read_bytes()
@@ -140,8 +146,8 @@ def _read_text(path) -> str:
         raise UserError(f"{path}: is empty; it needs at least one row")
     if b"\0" in data:
         raise UserError(
-            f"{path}:{_line_of(data, data.index(0))}: holds a NUL byte; save it as UTF-8 text "
-            "(UTF-16 and half-written files look like this)"
+            f"{path}:{_line_of(data, data.index(0))}: holds a NUL byte; "
+            "save it as UTF-8 text (UTF-16 and half-written files look like this)"
         )
     try:
         return data.decode("utf-8-sig")  # -sig: some editors put a byte-order mark first
@@ -152,7 +158,7 @@ def _read_text(path) -> str:
         ) from error
 
 
-def _nearest_file(path) -> str:
+def _nearest_file(path: str | Path) -> str:
     folder = Path(path).parent
     names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
     near = difflib.get_close_matches(Path(path).name, names, n=1)
@@ -163,11 +169,11 @@ def _line_of(data: bytes, position: int) -> int:
     return data.count(b"\n", 0, position) + 1
 
 
-def _dumps(value, **how) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, **how)
+def _dumps(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
 
 
-def _write_text(path, text: str) -> None:
+def _write_text(path: str | Path, text: str) -> None:
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -185,7 +191,7 @@ def _write_text(path, text: str) -> None:
             unfinished.unlink()
 
 
-# ---- text to elements ------------------------------------------------------------------------------------------------
+# ---- text to elements ----------------------------------------------------------------------------
 
 
 class _Broken(Exception):
@@ -196,21 +202,27 @@ class _Broken(Exception):
         self.line = line
 
 
-def _refuse_constant(name: str):
+def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)  # NaN and infinities are no JSON
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
+def _after_space(text: str, position: int = 0) -> int:
+    match = _SPACE.match(text, position)
+    assert match is not None, "no space at all matches too"
+    return match.end()
+
+
 def _line_elements(text: str) -> Iterator[tuple[int, Any]]:
-    for line, row in enumerate(
-        text.split("\n"), start=1
-    ):  # splitlines() would also cut at U+2028 inside strings
+    """(line, value) of each line that is not blank."""
+    # splitlines() would also cut at U+2028 inside strings
+    for line, row in enumerate(text.split("\n"), start=1):
         if row.strip():
             try:
-                value, end = _decode(row, _SPACE.match(row).end(), line)
+                value, end = _decode(row, _after_space(row), line)
                 if row[end:].strip():
                     raise _Broken(
                         line, f"column {end + 1}: text after the object; write one object per line"
@@ -221,54 +233,60 @@ def _line_elements(text: str) -> Iterator[tuple[int, Any]]:
 
 
 def _array_elements(text: str) -> Iterator[tuple[int, Any]]:
-    """Decodes one element at a time, because the line on which each starts is wanted."""
+    """(line, value) of each element of the list.
 
-    def skip_space(at, line):
-        end = _SPACE.match(text, at).end()
-        return end, line + text.count("\n", at, end)
+    Decodes one element at a time, because the line on which each starts is wanted.
+    """
+
+    def skip_space(position: int, line: int) -> tuple[int, int]:
+        end = _after_space(text, position)
+        return end, line + text.count("\n", position, end)
 
     try:
-        at, line = skip_space(0, 1)
-        if not text.startswith("[", at):
+        position, line = skip_space(0, 1)
+        if not text.startswith("[", position):
             raise _Broken(
                 line,
-                "the file must be one list [...] of objects; with one object per line, name it .jsonl",
+                "the file must be one list [...] of objects; "
+                "with one object per line, name it .jsonl",
             )
-        at, line = skip_space(at + 1, line)
-        closed = text.startswith("]", at)
+        position, line = skip_space(position + 1, line)
+        closed = text.startswith("]", position)
         while not closed:
-            value, end = _decode(text, at, line)
+            value, end = _decode(text, position, line)
             yield line, value
-            at, line = skip_space(end, line + text.count("\n", at, end))
-            closed = text.startswith("]", at)
+            position, line = skip_space(end, line + text.count("\n", position, end))
+            closed = text.startswith("]", position)
             if not closed:
-                if not text.startswith(",", at):
+                if not text.startswith(",", position):
                     raise _Broken(line, 'not JSON: expected "," or "]" after the element before')
-                at, line = skip_space(at + 1, line)
-        at, line = skip_space(at + 1, line)
-        if at < len(text):
+                position, line = skip_space(position + 1, line)
+        position, line = skip_space(position + 1, line)
+        if position < len(text):
             raise _Broken(line, "text after the list's closing ]")
     except _Broken as broken:
         yield broken.line, broken
 
 
 def _decode(text: str, start: int, line: int) -> tuple[Any, int]:
-    """The JSON value at `start`, which is on `line`, and where it ends; `_Broken` if there is none."""
+    """The JSON value at `start`, which is on `line`, and where it ends. Raises `_Broken`."""
     try:
         return _DECODER.raw_decode(text, start)
     except json.JSONDecodeError as error:
-        at = line + text.count("\n", start, error.pos)
-        raise _Broken(at, f"not JSON: {error.msg} (column {error.colno})") from None
+        error_line = line + text.count("\n", start, error.pos)
+        raise _Broken(error_line, f"not JSON: {error.msg} (column {error.colno})") from None
     except RecursionError:
         raise _Broken(line, "not usable: nested too deeply") from None
     except ValueError as error:  # NaN, or an integer of thousands of digits
         raise _Broken(line, f"not usable: {error}") from None
 
 
-# ---- elements to rows ------------------------------------------------------------------------------------------------
+# ---- elements to rows ----------------------------------------------------------------------------
 
 
-def _row_problems(value, required: dict[str, Kind], optional: dict[str, Kind]) -> Iterator[str]:
+def _row_problems(
+    value: Any, required: dict[str, Kind], optional: dict[str, Kind]
+) -> Iterator[str]:
     if isinstance(value, _Broken):
         yield str(value)
     elif not isinstance(value, dict):
@@ -283,7 +301,8 @@ def _row_problems(value, required: dict[str, Kind], optional: dict[str, Kind]) -
                 yield f'field "{field}" is missing: expected {kind.words}; the row has {names}'
 
 
-def _describe(value) -> str:
+def _describe(value: Any) -> str:
+    """A value of JSON in words, with no more of it than a line holds."""
     match value:
         case None:
             return "null"
@@ -298,10 +317,10 @@ def _describe(value) -> str:
         case []:
             return "an empty list"
         case list():
-            odd = next((i for i, item in enumerate(value) if not _is_text(item)), None)
-            return (
-                "a list" if odd is None else f"a list whose item {odd} is {_describe(value[odd])}"
-            )
+            index = next((i for i, item in enumerate(value) if not _is_text(item)), None)
+            if index is None:
+                return "a list"
+            return f"a list whose item {index} is {_describe(value[index])}"
         case _:
             return "an object"
 

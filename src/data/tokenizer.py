@@ -1,7 +1,7 @@
 """Text to ids and back, with the files that lie beside the weights.
 
-Three kinds of file and two runtimes: SentencePiece's for its own, and `tokenizers` for its own and for tiktoken's ranks,
-which are converted as they are read.
+Three kinds of file and two runtimes: SentencePiece's for its own, and `tokenizers` for its own and
+for tiktoken's ranks, which are converted as they are read.
 """
 
 import base64
@@ -19,19 +19,21 @@ from tokenizers import Tokenizer as RustTokenizer
 
 from src.checkpoint.files import read_json
 from src.checkpoint.folder import find_tokenizer
-from src.data.chat import find_chat
+from src.data.chat import Chat, find_chat
 from src.errors import UserError
 
 
 class Tokenizer:
-    """SentencePiece's `tokenizer.model` or Llama 3's, Hugging Face's `tokenizer.json`, or `qwen.tiktoken`.
+    """A model's tokenizer, from `tokenizer.model`, `tokenizer.json` or `qwen.tiktoken`.
 
-    A prompt is BOS (where the model has one) + its ids; a response is its ids + EOS. With a chat template, a prompt is the
-    user's turn up to where the answer begins, a response the rest up to the end of the turn. The two are encoded apart, so
-    that the boundary is known in ids. Pad is never EOS: packed batches need none.
+    A prompt is BOS (where the model has one) + its ids; a response is its ids + EOS. With a chat
+    template, a prompt is the user's turn up to where the answer begins, a response the rest up to
+    the end of the turn. The two are encoded apart, so that the boundary is known in ids. Pad is
+    never EOS: packed batches need none.
 
-    `bos_id`: None for a model without. `eos_id`: ends a trained response. `stop_ids`: each of them ends a generation.
-    `chat`: None without a template. `ranked`: whether the file holds tiktoken's ranks, which transformers alone cannot read.
+    `bos_id`: None for a model without. `eos_id`: ends a trained response. `stop_ids`: each of them
+    ends a generation. `chat`: None without a template. `ranked`: whether the file holds tiktoken's
+    ranks, which transformers alone cannot read.
     """
 
     def __init__(
@@ -41,36 +43,42 @@ class Tokenizer:
         use_chat_template: bool = False,
         family: str = "llama",
     ) -> None:
-        """folder: the checkpoint's, if the tokenizer lies elsewhere. family: whose template is used if no file has one."""
+        """folder: the checkpoint's, if the tokenizer lies elsewhere.
+
+        family: whose template is used if no file has one.
+        """
         self.path = path
         folders = list(dict.fromkeys((path.parent, folder or path.parent)))
-        beside = path.parent / "tokenizer_config.json"
-        named = _named_tokens(beside) if beside.is_file() else None
+        config_file = path.parent / "tokenizer_config.json"
+        config = _read_config(config_file) if config_file.is_file() else None
         try:
             self._runtime = _open(path)
         except UserError:
             raise
-        except (
-            Exception
-        ) as error:  # both libraries raise bare Exception or RuntimeError for a damaged file
+        # both libraries raise bare Exception or RuntimeError for a damaged file
+        except Exception as error:
             raise UserError(
                 f"{path}: cannot be read as a tokenizer ({str(error).splitlines()[0]})"
             ) from None
         # A config's ids may be another tokenizer's: an ordinary token never ends a text.
         control, size = self._runtime.control.values(), self._runtime.size
         stops = [i for i in _stop_ids(folders) if i in control or i >= size]
-        self.bos_id, eos_id = self._runtime.special_ids(path, named, [i for i in stops if i < size])
+        known_stops = [i for i in stops if i < size]
+        self.bos_id, eos_id = self._runtime.special_ids(path, config, known_stops)
         if eos_id is None:
-            raise UserError(f"{path}: has no EOS that is known; name it as eos_token in {beside}")
+            raise UserError(
+                f"{path}: has no EOS that is known; name it as eos_token in {config_file}"
+            )
         self.eos_id, self.stop_ids = eos_id, {eos_id, *stops}
         self._special = set(self._runtime.control.values())
         self.vocab_size = self._runtime.size
         self.ranked = isinstance(self._runtime, _Rust) and self._runtime.ranked
-        self.chat = None
+        self.chat: Chat | None = None
         if use_chat_template:
-            self._start_chat(folders, family, named or {})
+            self._start_chat(folders, family, config or {})
 
-    def _start_chat(self, folders: list[Path], family: str, named: dict[str, Any]) -> None:
+    def _start_chat(self, folders: list[Path], family: str, config: dict[str, Any]) -> None:
+        """Find the template, and let the tokens that it writes count and its turn's end be EOS."""
         runtime = self._runtime
         text_of = {i: text for text, i in runtime.control.items()}
         tokens = {"eos_token": text_of.get(self.eos_id, "")}
@@ -78,21 +86,22 @@ class Tokenizer:
             tokens["bos_token"] = text_of.get(self.bos_id, "")
         tokens |= {
             key: value
-            for key, value in named.items()
+            for key, value in config.items()
             if key.endswith("_token") and isinstance(value, str)
         }
         if family == "llama" and "<|start_header_id|>" in runtime.control:
             family = "llama-3"
-        self.chat = find_chat(folders, family, tokens)
-        # SentencePiece's file lacks the tokens that were added to a model later. Of these, only those that the template
-        # writes: others, such as a pad token, often have no embedding.
+        chat = self.chat = find_chat(folders, family, tokens)
+        # SentencePiece's file lacks the tokens that were added to a model later. Of these, only
+        # those that the template writes: others, such as a pad token, often have no embedding.
         for text, i in _added_tokens(folders).items():
-            if i >= runtime.size and text in self.chat.sample:
+            if i >= runtime.size and text in chat.sample:
                 runtime.control[text] = i
         self.vocab_size = max([runtime.size, *(i + 1 for i in runtime.control.values())])
         self._special |= set(runtime.control.values())
-        end = _any_of(runtime.control).search(self.chat.ending)
-        self._ending = self.chat.ending[: end.start()] if end else ""
+        # The first special token after an answer ends it, in training and in generation.
+        end = _any_of(runtime.control).search(chat.ending)
+        self._ending = chat.ending[: end.start()] if end else ""
         if end:
             self.eos_id = runtime.control[end[0]]
             self.stop_ids.add(self.eos_id)
@@ -100,7 +109,7 @@ class Tokenizer:
 
     @property
     def borrowed_template(self) -> str | None:
-        """The chat template in use, if it is the family's: to be kept with what was trained by it."""
+        """The chat template in use, if it is the family's: to be kept with what it trained."""
         return self.chat.source if self.chat and not self.chat.own else None
 
     @classmethod
@@ -123,7 +132,10 @@ class Tokenizer:
         return cls(path, folder, use_chat_template, family)
 
     def prompt_ids(self, text: str) -> list[int]:
-        """What the model reads before it answers `text`. In chat mode BOS is there if the template writes it."""
+        """What the model reads before it answers `text`.
+
+        With a chat template BOS is there if the template writes it.
+        """
         if self.chat:
             return self._runtime.encode_written(self.chat.prompt(text))
         ids = self._runtime.encode(text)
@@ -131,28 +143,46 @@ class Tokenizer:
             return [self.bos_id, *ids]
         if not ids:
             raise UserError(
-                f"{self.path}: has no BOS, and a prompt is empty; leave out the rows with an empty text"
+                f"{self.path}: has no BOS, and a prompt is empty; "
+                "leave out the rows with an empty text"
             )
         return ids
 
     def response_ids(self, text: str) -> list[int]:
-        """`text` as the model would answer it, up to and with `eos_id`. Goes after `prompt_ids` of any text."""
+        """`text` as the model would answer it, up to and with `eos_id`.
+
+        Goes after `prompt_ids` of any text.
+        """
         if self.chat:
             written = self.chat.response(text) + self._ending
             return [*self._runtime.encode_written(written, self._last_of_prompt), self.eos_id]
         return [*self._runtime.encode(text), self.eos_id]
 
     def decode(self, ids: list[int]) -> str:
-        """Text of the ids, without special tokens and ids that only the model's padded vocabulary has."""
+        """Text of the ids, without special tokens and ids of the model's padded vocabulary."""
         return self._runtime.decode(
             [i for i in ids if i not in self._special and i < self.vocab_size]
         )
 
-    def save_json(self, folder: Path) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json`, as transformers' AutoTokenizer reads them.
+    def spelled(self, ids: list[int]) -> str:
+        """Text of the ids with special tokens written out, for people to read."""
+        names = {i: text for text, i in self._runtime.control.items()}
+        parts: list[str] = []
+        plain: list[int] = []
+        for i in [*ids, None]:
+            if i is not None and i not in self._special:
+                plain.append(i)
+                continue
+            parts += [self.decode(plain)] if plain else []
+            parts += [names[i]] if i is not None else []
+            plain = []
+        return "".join(parts)
 
-        For a folder that leaves this repository with a tokenizer that was tiktoken's. Raises UserError for SentencePiece's,
-        which goes as the file it is.
+    def save_json(self, folder: Path) -> None:
+        """Write `tokenizer.json` and `tokenizer_config.json`, as transformers reads them.
+
+        For a folder that leaves this repository with a tokenizer that was tiktoken's. Raises
+        UserError for SentencePiece's, which goes as the file it is.
         """
         if not isinstance(self._runtime, _Rust):
             raise UserError(
@@ -162,7 +192,7 @@ class Tokenizer:
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "add_bos_token": self.bos_id is not None,
-            "bos_token": text_of.get(self.bos_id),
+            "bos_token": None if self.bos_id is None else text_of.get(self.bos_id),
             "eos_token": text_of[self.eos_id],
             "clean_up_tokenization_spaces": False,
         } | ({"chat_template": self.chat.source} if self.chat else {})
@@ -175,12 +205,14 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
     """Raise UserError when the tokenizer can produce ids that the model has no embedding for."""
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
-            f"{tokenizer.path}: has {tokenizer.vocab_size} entries, the model {vocab_size}: not this model's tokenizer"
+            f"{tokenizer.path}: has {tokenizer.vocab_size} entries, the model {vocab_size}: "
+            "not this model's tokenizer"
         )
 
 
-# --- the two runtimes: `size` (entries of the file), `control` (text → id of the special tokens), `encode` (of plain text),
-# --- `encode_written` (of a template's text), `decode`, `special_ids` (BOS and EOS, or None; stops: what configs call EOS)
+# --- the two runtimes: `size` (entries of the file), `control` (text → id of the special tokens),
+# --- `encode` (of plain text), `encode_written` (of a template's text), `decode`, `special_ids`
+# --- (BOS and EOS, or None; config: tokenizer_config.json, or None; stops: what configs call EOS)
 
 
 class _Pieces:
@@ -197,45 +229,53 @@ class _Pieces:
 
     @cached_property
     def _going_on(self) -> SentencePieceProcessor:
-        """The same without the space that it puts before a text, for text that goes on from other text."""
-        from sentencepiece.sentencepiece_model_pb2 import ModelProto
+        """The same without the space that it puts before a text: for text that goes on."""
+        # protobuf makes its classes at run time
+        from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
         model = ModelProto.FromString(self._path.read_bytes())
         model.normalizer_spec.add_dummy_prefix = False
         return SentencePieceProcessor(model_proto=model.SerializeToString())
 
     def encode_written(self, text: str, last: int | None = None) -> list[int]:
-        """Control tokens where they are spelled, the text between as it stands; `last`: the id that it goes on from."""
+        """Control tokens where they are spelled, the text between as it stands.
+
+        last: the id that the text goes on from.
+        """
         ids = [] if last is None else [last]
         start = len(ids)
         for part in re.split(f"({_any_of(self.control).pattern})", text):
             if part in self.control:
                 ids.append(self.control[part])
             elif part:
-                begins = ids in (
-                    [],
-                    [self._sp.bos_id()],
-                )  # as a plain prompt does, with SentencePiece's own space
+                # The first text begins as a plain prompt does, with SentencePiece's own space.
+                begins = ids in ([], [self._sp.bos_id()])
                 ids += (self._sp if begins else self._going_on).encode(part)
         return ids[start:]
 
     def special_ids(
-        self, path: Path, named: dict[str, Any] | None, stops: list[int]
+        self, path: Path, config: dict[str, Any] | None, stops: list[int]
     ) -> tuple[int | None, int | None]:
         bos, eos = (i if i >= 0 else None for i in (self._sp.bos_id(), self._sp.eos_id()))
-        if (named or {}).get("add_bos_token") is False:
+        if (config or {}).get("add_bos_token") is False:
             bos = None
         return bos, next(iter(stops), None) if eos is None else eos
 
 
 class _Rust:
-    """Hugging Face's `tokenizers`. It reads special tokens wherever they are spelled, as `transformers` does."""
+    """Hugging Face's `tokenizers`.
+
+    It reads special tokens wherever they are spelled, as `transformers` does.
+    """
 
     def __init__(
         self, rust: RustTokenizer, bos: str = "<s>", eos: str = "</s>", ranked: bool = False
     ) -> None:
-        """bos, eos: what they are called if no file says so. ranked: whether they were tiktoken's ranks."""
-        self._rust, self._usual, self.ranked = rust, (bos, eos), ranked
+        """bos, eos: what they are called if no file says so.
+
+        ranked: whether the file held tiktoken's ranks.
+        """
+        self._rust, self._usual_bos, self._usual_eos, self.ranked = rust, bos, eos, ranked
         self.save = lambda path: rust.save(str(path))
         self.size = max(rust.get_vocab().values()) + 1
         self.control = {
@@ -252,7 +292,7 @@ class _Rust:
 
     @cached_property
     def _going_on(self) -> RustTokenizer:
-        """The same without the space that some put before a text, for text that goes on from other text."""
+        """The same without the space that some put before a text: for text that goes on."""
         whole = json.loads(self._rust.to_str())
         parts = {key: _unprefixed(whole[key]) for key in ("normalizer", "pre_tokenizer")}
         if parts == {key: whole[key] for key in parts}:
@@ -263,21 +303,21 @@ class _Rust:
         """The ids of `text`, where `last` is the id that it goes on from."""
         if last is None:
             return self.encode(text)
+        # In some tokenizers the ids after a special token depend on its being there.
         for special, i in self.control.items():
-            if (
-                i == last
-            ):  # what follows a special token depends on its being there, in some tokenizers
+            if i == last:
                 return self.encode(special + text)[1:]
         return self._going_on.encode(text, add_special_tokens=False).ids
 
     def special_ids(
-        self, path: Path, named: dict[str, Any] | None, stops: list[int]
+        self, path: Path, config: dict[str, Any] | None, stops: list[int]
     ) -> tuple[int | None, int | None]:
-        names = named or {}
+        names = config or {}
+        bos: int | None
+        eos: int | None
         encoded = self._rust.encode("a")
-        if encoded.special_tokens_mask[:-1][:1] == [
-            1
-        ]:  # the file's own post-processor puts it there
+        # a special token before the text: the file's own post-processor puts it there
+        if encoded.special_tokens_mask[:-1][:1] == [1]:
             bos = encoded.ids[0]
         elif names.get("add_bos_token") is True:
             bos = self._id_of(names.get("bos_token"), "bos_token", path)
@@ -286,11 +326,15 @@ class _Rust:
                     f"{path}: tokenizer_config.json says add_bos_token, but names no bos_token"
                 )
         else:  # a config that says neither means none; without a config, the usual name
-            bos = self._rust.token_to_id(self._usual[0]) if named is None else None
+            bos = self._rust.token_to_id(self._usual_bos) if config is None else None
         eos = self._id_of(names.get("eos_token"), "eos_token", path)
         if eos is None:
-            eos = stops[0] if stops else self._rust.token_to_id(self._usual[1])
-        self.control |= {self._rust.id_to_token(i): i for i in (bos, eos) if i is not None}
+            eos = stops[0] if stops else self._rust.token_to_id(self._usual_eos)
+        for i in (bos, eos):
+            if i is not None:
+                text = self._rust.id_to_token(i)
+                assert text is not None, f"{i} came from the vocabulary"
+                self.control[text] = i
         return bos, eos
 
     def _id_of(self, token: str | None, key: str, path: Path) -> int | None:
@@ -309,8 +353,8 @@ def _unprefixed(part: Any) -> Any:
         return part
     if part.get("type") == "Prepend":
         return {"type": "Sequence", "normalizers": []}
-    never = {"prepend_scheme": "never", "add_prefix_space": False}
-    return {key: never.get(key, _unprefixed(value)) for key, value in part.items()}
+    without_space = {"prepend_scheme": "never", "add_prefix_space": False}
+    return {key: without_space.get(key, _unprefixed(value)) for key, value in part.items()}
 
 
 def _any_of(control: dict[str, int]) -> re.Pattern:
@@ -322,6 +366,7 @@ def _any_of(control: dict[str, int]) -> re.Pattern:
 
 
 def _open(path: Path) -> _Pieces | _Rust:
+    """The runtime for a file; what it holds tells, since Llama 3's ranks are a `.model` too."""
     with path.open("rb") as file:
         first = file.read(4096)
     if path.suffix == ".tiktoken" or re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", first):
@@ -331,53 +376,56 @@ def _open(path: Path) -> _Pieces | _Rust:
     return _Rust(RustTokenizer.from_file(str(path)))
 
 
-def _named_tokens(path: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> dict[str, Any]:
     """`tokenizer_config.json` with its tokens as texts."""
-    named = read_json(path)
+    config = read_json(path)
     for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
-        token = named.get(key)
-        named[key] = token.get("content") if isinstance(token, dict) else token
-        if not isinstance(named[key], str | None):
+        token = config.get(key)
+        config[key] = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(config[key], str | None):
             raise UserError(f"{path}: {key} is {token!r}, a token's text is expected")
-    return named
+    return config
 
 
 def _stop_ids(folders: list[Path]) -> list[int]:
     """The `eos_token_id` of each generation_config.json and config.json, a number or several."""
-    found = []
-    for path in (
-        folder / name for folder in folders for name in ("generation_config.json", "config.json")
-    ):
+    stop_ids: list[int] = []
+    names = ("generation_config.json", "config.json")
+    for path in (folder / name for folder in folders for name in names):
         value = read_json(path).get("eos_token_id") if path.is_file() else None
         ids = value if isinstance(value, list) else [] if value is None else [value]
         if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
             raise UserError(
                 f"{path}: eos_token_id is {value!r}, an id or a list of ids is expected"
             )
-        found += ids
-    return found
+        stop_ids += ids
+    return stop_ids
 
 
 def _added_tokens(folders: list[Path]) -> dict[str, int]:
-    """Text → id of the tokens that were added to a vocabulary, by the files that older versions of transformers wrote."""
-    found = {}
+    """Text → id of the tokens that were added to a vocabulary.
+
+    From the files that older versions of transformers wrote.
+    """
+    ids: dict[str, int] = {}
     for folder in folders:
         added, config = folder / "added_tokens.json", folder / "tokenizer_config.json"
         listed = read_json(config).get("added_tokens_decoder") if config.is_file() else None
         try:
-            found |= {
+            ids |= {
                 text: int(i) for text, i in (read_json(added) if added.is_file() else {}).items()
             }
-            found |= {token["content"]: int(i) for i, token in (listed or {}).items()}
+            ids |= {token["content"]: int(i) for i, token in (listed or {}).items()}
             if not all(
-                isinstance(text, str) and text and 0 <= i < 2**31 for text, i in found.items()
+                isinstance(text, str) and text and 0 <= i < 2**31 for text, i in ids.items()
             ):
                 raise ValueError
         except (AttributeError, KeyError, TypeError, ValueError):
             raise UserError(
-                f"{folder}: added_tokens.json or added_tokens_decoder of tokenizer_config.json lacks a token's text or id"
+                f"{folder}: added_tokens.json or added_tokens_decoder of tokenizer_config.json "
+                "lacks a token's text or id"
             ) from None
-    return found
+    return ids
 
 
 # --- tiktoken's files: base64 bytes and their rank
@@ -385,7 +433,10 @@ def _added_tokens(folders: list[Path]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class _Ranked:
-    """What a file of ranks leaves unsaid: how text is split before merging, and the special tokens that follow the ranks."""
+    """What a file of ranks leaves unsaid.
+
+    That is how text is split before merging, and the special tokens that follow the ranks.
+    """
 
     digits: str  # how many digits go into one piece, as a regular expression counts
     special: tuple[str, ...]
@@ -418,14 +469,18 @@ _QWEN = _Ranked(
 _LLAMA_3 = _Ranked(
     digits="{1,3}",
     special=(
-        *(
-            "<|begin_of_text|>",
-            "<|end_of_text|>",
-            "<|reserved_special_token_0|>",
-            "<|reserved_special_token_1|>",
-        ),
-        *("<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>"),
-        *("<|eom_id|>", "<|eot_id|>", "<|python_tag|>", "<|image|>"),
+        "<|begin_of_text|>",
+        "<|end_of_text|>",
+        "<|reserved_special_token_0|>",
+        "<|reserved_special_token_1|>",
+        "<|finetune_right_pad_id|>",
+        "<|step_id|>",
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "<|eom_id|>",
+        "<|eot_id|>",
+        "<|python_tag|>",
+        "<|image|>",
         *(f"<|reserved_special_token_{i}|>" for i in range(2, 246)),
     ),
     bos="<|begin_of_text|>",
@@ -434,8 +489,8 @@ _LLAMA_3 = _Ranked(
 
 
 def _from_ranks(path: Path) -> _Rust:
-    """`qwen.tiktoken`, or Meta's `tokenizer.model` of Llama 3, as a byte-level BPE that gives the same ids."""
-    kind = _LLAMA_3 if path.suffix == ".model" else _QWEN
+    """`qwen.tiktoken`, or Llama 3's `tokenizer.model`, as a byte-level BPE of the same ids."""
+    scheme = _LLAMA_3 if path.suffix == ".model" else _QWEN
     ranks = _read_ranks(path)
     rust = RustTokenizer(
         models.BPE(
@@ -444,35 +499,36 @@ def _from_ranks(path: Path) -> _Rust:
             ignore_merges=True,  # a piece that is a token as a whole is that token
         )
     )
-    if kind.nfc:
+    if scheme.nfc:
         rust.normalizer = normalizers.NFC()
     rust.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(kind.pattern), "isolated"),
+            pre_tokenizers.Split(Regex(scheme.pattern), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     rust.decoder = decoders.ByteLevel()
     rust.add_special_tokens(
-        [AddedToken(text, normalized=False, special=True) for text in kind.special]
+        [AddedToken(text, normalized=False, special=True) for text in scheme.special]
     )
-    if [rust.token_to_id(text) for text in kind.special] != list(
-        range(len(ranks), len(ranks) + len(kind.special))
-    ):
+    # Special tokens take the ids after the ranks, unless a rank has their text already.
+    special_ids = [rust.token_to_id(text) for text in scheme.special]
+    if special_ids != list(range(len(ranks), len(ranks) + len(scheme.special))):
         raise UserError(
-            f"{path}: has special tokens such as {kind.special[0]} among its ranks, where they follow them"
+            f"{path}: has special tokens such as {scheme.special[0]} among its ranks, "
+            "where they follow them"
         )
-    if kind.bos:
+    if scheme.bos:
         rust.post_processor = processors.TemplateProcessing(
-            single=f"{kind.bos} $A",
-            pair=f"{kind.bos} $A {kind.bos} $B",
-            special_tokens=[(kind.bos, len(ranks))],
+            single=f"{scheme.bos} $A",
+            pair=f"{scheme.bos} $A {scheme.bos} $B",
+            special_tokens=[(scheme.bos, len(ranks))],
         )
-    return _Rust(rust, kind.bos or "", kind.eos, ranked=True)
+    return _Rust(rust, scheme.bos or "", scheme.eos, ranked=True)
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:
-    """Bytes → rank, in order of rank. The ranks must be 0, 1, 2, ..., with each single byte among them."""
+    """Bytes → rank, in order of rank: 0, 1, 2, ..., with each single byte among them."""
     ranks = {}
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
@@ -485,12 +541,14 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
     ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
     if list(ranks.values()) != list(range(len(ranks))):
         raise UserError(
-            f"{path}: its {len(ranks)} tokens do not have the ranks 0 to {len(ranks) - 1}; is it cut short?"
+            f"{path}: its {len(ranks)} tokens do not have the ranks 0 to {len(ranks) - 1}; "
+            "is it cut short?"
         )
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
         raise UserError(
-            f"{path}: lacks {len(missing)} of the 256 bytes, {missing[0]:#04x} first; is it cut short?"
+            f"{path}: lacks {len(missing)} of the 256 bytes, {missing[0]:#04x} first; "
+            "is it cut short?"
         )
     return ranks
 
@@ -498,27 +556,29 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
 def _merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
     """The two parts that each token is merged from, in order of rank.
 
-    tiktoken joins the two neighbours whose union has the lowest rank, the leftmost first, until none has one. The merges
-    inside a stretch that ends as one token do not depend on what surrounds it, so wherever a token arises, it arises from
-    the same two parts: those that its own bytes come to. One merge per token is therefore exact, whatever the ranks.
+    tiktoken joins the two neighbours whose union has the lowest rank, the leftmost first, until
+    none has one. The merges inside a stretch that ends as one token do not depend on what surrounds
+    it, so wherever a token arises, it arises from the same two parts: those that its own bytes come
+    to. One merge per token is therefore exact, whatever the ranks.
     """
-    never = len(ranks)
+    unranked = len(ranks)  # above every rank
     for token in ranks:
         parts = [token[i : i + 1] for i in range(len(token))]
         while len(parts) > 2:
-            unions = [ranks.get(left + right, never) for left, right in zip(parts, parts[1:])]
+            unions = [ranks.get(left + right, unranked) for left, right in zip(parts, parts[1:])]
             lowest = min(unions)
-            if lowest == never:
+            if lowest == unranked:
                 break  # its bytes stop short of it: it is only ever a whole piece
-            at = unions.index(lowest)
-            parts[at : at + 2] = [parts[at] + parts[at + 1]]
+            index = unions.index(lowest)
+            parts[index : index + 2] = [parts[index] + parts[index + 1]]
         if len(parts) == 2:
             yield parts[0], parts[1]
 
 
-# Byte-level BPE spells bytes as characters: those that are printable in Latin-1 as themselves, the others from 256 on.
+# Byte-level BPE spells bytes as characters: those that are printable in Latin-1 as themselves, the
+# others from 256 on.
 _PRINTABLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
-_SPELLING = {byte: 256 + n for n, byte in enumerate(sorted(set(range(256)) - _PRINTABLE))}
+_SPELLING = {byte: 256 + i for i, byte in enumerate(sorted(set(range(256)) - _PRINTABLE))}
 
 
 def _spelled(token: bytes) -> str:

@@ -1,11 +1,14 @@
-"""Grading GSM8K responses: the three public rules, all on the same text, and a numeric comparison beside them.
+"""Grading GSM8K responses by the three public rules, and a numeric comparison beside them.
 
-official          OpenAI grade-school-math, `dataset.py`: first `#### N`, commas removed, string equality
+official          OpenAI grade-school-math, `dataset.py`: first `#### N`, commas removed, equal
+                  as strings
 strict_match      lm-evaluation-harness `gsm8k` version 3: first `#### N`, both sides normalised
 flexible_extract  the same task: last number anywhere, both sides normalised
-numeric           ours, beside the rules and never instead of them: `#### N`, else the last number, equal in value
+numeric           ours, beside the rules and never instead of them: `#### N`, else the last number,
+                  equal in value
 
-Responses are written by models, so nothing here executes, nests or converts more than a bounded piece of them.
+All take the same text. Responses are written by models, so nothing here executes, nests or converts
+more than a bounded piece of them.
 """
 
 import re
@@ -14,24 +17,25 @@ from functools import partial
 
 from src.errors import UserError
 from src.evaluation.scoring import field_text, tally
+from src.evaluation.task import Task
 
 RULES = ("official", "strict_match", "flexible_extract")
 
-# Of a longer text only the first (for `####`) or the last (for the last number) so many characters are scanned.
+# Of a longer text only so many characters are scanned: the first for `####`, the last for the last
+# number.
 _SCANNED = 65_536
 _MARKED = re.compile(r"#### (\-?[0-9\.\,]+)")
 _LOOSE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
 _BARE = re.compile(r"-?[0-9.,]*[0-9][0-9.,]*")
-_NUMBER = re.compile(
-    r"-?(?:[0-9]{1,18}(?:\.[0-9]{0,9})?|\.[0-9]{1,9})"
-)  # no exponent: 1e3000000 must stay text
+# No exponent: 1e3000000 must stay text.
+_NUMBER = re.compile(r"-?(?:[0-9]{1,18}(?:\.[0-9]{0,9})?|\.[0-9]{1,9})")
 
 
 def extract(rule: str, text: str) -> str | None:
-    """The answer that `rule` takes from `text`, in the form it is compared in; None if there is none."""
+    """The answer that `rule` takes from `text`, in the form it is compared in; None for none."""
     if rule == "flexible_extract":
-        found = _LOOSE.findall(text[-_SCANNED:])
-        return _harness_form(found[-1][0] or found[-1][1]) if found else None
+        numbers = _LOOSE.findall(text[-_SCANNED:])
+        return _harness_form(numbers[-1][0] or numbers[-1][1]) if numbers else None
     marked = _MARKED.search(text[:_SCANNED])
     if marked is None:
         return None
@@ -56,35 +60,44 @@ def score(
 ) -> tuple[dict, list[dict]]:
     """(summary, per_row): `n`, the accuracy in [0, 1] by each rule and `numeric`, and counts.
 
-    `unparsed` counts responses without an official `#### N`, `truncated` those cut by the token limit: both stay in
-    the denominator. A row holds what `grade` returns and `answer`, the official one or None.
+    `unparsed` counts responses without an official `#### N`, `truncated` those cut by the token
+    limit: both stay in the denominator. A row holds what `grade` returns and `answer`, the official
+    one or None.
     """
     return tally(grade, partial(extract, "official"), responses, golds, truncated)
 
 
 def gold_of(row: dict) -> str:
-    """The gold of a row: its `label`, or else its `answer` (the official files), or else its first `output`."""
+    """The gold of a row: its `label`, else its `answer` (official files), else its first output."""
     for field in ("label", "answer", "output"):
         gold = field_text(row.get(field))
         if gold is not None:
             return gold
     raise UserError(
-        f'a row without a gold answer: it needs "label", "answer" or "output", and has {sorted(row)}'
+        'a row without a gold answer: it needs "label", "answer" or "output", '
+        f"and has {sorted(row)}"
     )
 
 
 def _gold_text(gold: str) -> str:
+    """A gold with its `#### N`, which a bare number gets here. Raises UserError for neither."""
     text = gold.strip() if "####" in gold else "#### " + gold.strip().replace("$", "")
     if _MARKED.search(text) is None or ("####" not in gold and not _BARE.fullmatch(text[5:])):
         raise UserError(
-            f"gold answer {gold[-60:]!r} is neither a number nor a text with '#### N'; GSM8K needs one"
+            f"gold answer {gold[-60:]!r} is neither a number nor a text with '#### N'; "
+            "GSM8K needs one"
         )
     return text
 
 
 def _reference(rule: str, gold: str) -> str:
+    """What `extract` by this rule is compared with; `gold` is from `_gold_text`."""
     # The harness normalises the whole gold text; OpenAI extracts from it as from a response.
-    return _official_form(_MARKED.search(gold)[1]) if rule == "official" else _harness_form(gold)
+    if rule != "official":
+        return _harness_form(gold)
+    marked = _MARKED.search(gold)
+    assert marked is not None, "`_gold_text` lets no gold without '#### N' through"
+    return _official_form(marked[1])
 
 
 def _official_form(answer: str) -> str:
@@ -92,7 +105,7 @@ def _official_form(answer: str) -> str:
 
 
 def _harness_form(answer: str) -> str:
-    """The harness' `regexes_to_ignore` in their order: `,`, `$`, everything to the last `#### `, one trailing `.`."""
+    """The harness' `regexes_to_ignore` in order: `,`, `$`, all to the last `#### `, a last `.`."""
     answer = answer.strip().replace(",", "").replace("$", "")
     # rpartition is what re.sub("(?s).*#### ", "") does, without its quadratic time.
     return answer.rpartition("#### ")[2].removesuffix(".").lower()
@@ -100,3 +113,13 @@ def _harness_form(answer: str) -> str:
 
 def _number(text: str | None) -> Decimal | None:
     return Decimal(text) if text and _NUMBER.fullmatch(text) else None
+
+
+TASK = Task(
+    name="GSM8K",
+    grade=grade,
+    score=score,
+    gold_of=gold_of,
+    stop=("Question:", "</s>", "<|im_end|>"),
+    metric="official",
+)

@@ -13,9 +13,10 @@ def tally(
     golds: list[str],
     truncated: list[bool] | None = None,
 ) -> tuple[dict, list[dict]]:
-    """(summary, per_row): `n`, the accuracy in [0, 1] by each of `grade`'s rules, `unparsed` and `truncated`.
+    """(summary, per_row): the accuracy in [0, 1] by each of `grade`'s rules, and counts.
 
-    A row holds what `grade` returns, and as `answer` what `answer_of` finds: without one it counts as unparsed.
+    The counts are `n`, `unparsed` and `truncated`. A row holds what `grade` returns, and as
+    `answer` what `answer_of` finds: without one it counts as unparsed.
     """
     if len(responses) != len(golds) or truncated is not None and len(truncated) != len(responses):
         raise ValueError(

@@ -9,15 +9,9 @@ from src.data.tokenizer import Tokenizer
 from src.evaluation.tasks import Task
 from src.generation.engine import Engine, Stop
 from src.generation.journal import Journal, generate_all
+from src.generation.responses import cut_at
 from src.generation.sampling import Sampling
 from src.logs import RunLog
-
-
-def cut_at(text: str, stops: tuple[str, ...]) -> str:
-    """The text up to the first of the stop strings."""
-    return text[
-        : min((at for at in (text.find(stop) for stop in stops) if at >= 0), default=len(text))
-    ]
 
 
 def evaluate_solver(
@@ -31,24 +25,19 @@ def evaluate_solver(
     num_samples: int = 1,
     journal: Journal | None = None,
 ) -> tuple[dict, list[dict]]:
-    """(summary, predictions): the task's accuracies by every rule on one set of generations, and a row per answer.
+    """(summary, predictions): accuracies by each rule on one set of generations, a row per answer.
 
-    With several samples of each question the accuracy is that of all of them, and pass@k and maj@n stand beside it.
+    With several samples of each question the accuracy is that of all of them, and pass@k and maj@n
+    stand beside it.
     """
     prompts = [
         prompt for prompt in map(tokenizer.prompt_ids, instructions) for _ in range(num_samples)
     ]
     stop = Stop(tokenizer.stop_ids, task.stop, tokenizer.decode)
     completions = generate_all(engine, prompts, sampling, stop, log, task.name, journal)
-    texts = [cut_at(tokenizer.decode(c.tokens), task.stop) for c in completions]
-    return graded(
-        task,
-        instructions,
-        golds,
-        texts,
-        [c.stop_reason == "length" for c in completions],
-        num_samples,
-    )
+    texts = [cut_at(tokenizer.decode(completion.tokens), task.stop) for completion in completions]
+    truncated = [completion.stop_reason == "length" for completion in completions]
+    return graded(task, instructions, golds, texts, truncated, num_samples)
 
 
 def graded(
@@ -59,9 +48,9 @@ def graded(
     truncated: list[bool] | None = None,
     num_samples: int = 1,
 ) -> tuple[dict, list[dict]]:
-    """The same for texts that are there already, `num_samples` of each question one after the other."""
+    """`evaluate_solver` for texts that are there already, the samples of a question in a row."""
     golds, instructions = (
-        [x for x in values for _ in range(num_samples)] for values in (golds, instructions)
+        [value for value in values for _ in range(num_samples)] for values in (golds, instructions)
     )
     summary, rows = task.score(texts, golds, truncated)
     predictions = [
@@ -74,25 +63,27 @@ def graded(
 
 
 def of_samples(answers: list[tuple[str | None, bool]], n: int) -> dict[str, float]:
-    """pass@k for k = 1, 2, 4 … n, and maj@n. answers: (parsed answer, right?) of n samples per question, in a row.
+    """pass@k for k = 1, 2, 4 … n, and maj@n.
 
-    pass@k is the unbiased estimate 1 − C(n − c, k) / C(n, k) for c right ones of n (arXiv 2107.03374, equation 1). maj@n is right
-    when the answer that most samples give is (arXiv 2203.11171); the first given wins a tie, what cannot be parsed has no vote.
+    answers: (parsed answer, right?) of n samples per question, in a row. pass@k is the unbiased
+    estimate 1 − C(n − c, k) / C(n, k) for c right ones of n (arXiv 2107.03374, equation 1). maj@n
+    is right when the answer that most samples give is (arXiv 2203.11171); the first given wins a
+    tie, what cannot be parsed has no vote.
     """
     questions = [answers[i : i + n] for i in range(0, len(answers), n)]
+    right_counts = [sum(right for _, right in samples) for samples in questions]
     ks = sorted({n, *(2**e for e in range(n.bit_length()) if 2**e <= n)})
     result = {}
     for k in ks:
-        passed = [
-            1 - math.comb(n - sum(right for _, right in q), k) / math.comb(n, k) for q in questions
-        ]
+        passed = [1 - math.comb(n - count, k) / math.comb(n, k) for count in right_counts]
         result[f"pass@{k}"] = sum(passed) / len(passed)
     votes = [
-        Counter(answer for answer, _ in q if answer is not None).most_common(1) for q in questions
+        Counter(answer for answer, _ in samples if answer is not None).most_common(1)
+        for samples in questions
     ]
     won = [
-        bool(vote) and next(right for answer, right in q if answer == vote[0][0])
-        for vote, q in zip(votes, questions)
+        bool(vote) and next(right for answer, right in samples if answer == vote[0][0])
+        for vote, samples in zip(votes, questions)
     ]
     return {**result, f"maj@{n}": sum(won) / len(won)}
 
@@ -100,7 +91,7 @@ def of_samples(answers: list[tuple[str | None, bool]], n: int) -> dict[str, floa
 def write_results(
     log_dir: str, summary: dict, predictions: list[dict], settings: dict, suffix: str = ""
 ) -> None:
-    """`results.json` and `predictions.jsonl` in log_dir; the suffix (an epoch) goes before the dot."""
+    """Write `results.json` and `predictions.jsonl`; the suffix (an epoch) goes before the dot."""
     folder = Path(log_dir)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / f"results{suffix}.json", {**summary, "settings": settings})

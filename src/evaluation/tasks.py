@@ -1,45 +1,14 @@
-"""The tasks that a model can be evaluated on or trained for, as data: another task is another entry."""
+"""The tasks that a model can be evaluated on or trained for: another task is another entry."""
 
 import difflib
-from collections.abc import Callable
 from dataclasses import dataclass
 
+from src.data.rows import LABEL, TEXT, TEXTS, read_rows
 from src.errors import UserError
 from src.evaluation import gsm8k, math
+from src.evaluation.task import Task
 
-
-@dataclass(frozen=True)
-class Task:
-    """What evaluation needs to know of a task; the functions' contracts are those of `src/evaluation/gsm8k.py`."""
-
-    name: str
-    grade: Callable[[str, str], dict[str, bool]]  # (response, gold) -> right or wrong by rule
-    score: Callable[
-        ..., tuple[dict, list[dict]]
-    ]  # (responses, golds, truncated) -> (summary, per_row)
-    gold_of: Callable[[dict], str]  # a data row -> its gold
-    stop: tuple[str, ...]  # generation ends at the first of these strings
-    metric: str  # the key of grade and score that is the headline
-
-
-TASKS = {
-    "GSM8K": Task(
-        name="GSM8K",
-        grade=gsm8k.grade,
-        score=gsm8k.score,
-        gold_of=gsm8k.gold_of,
-        stop=("Question:", "</s>", "<|im_end|>"),
-        metric="official",
-    ),
-    "MATH": Task(
-        name="MATH",
-        grade=math.grade,
-        score=math.score,
-        gold_of=math.gold_of,
-        stop=("Problem:", "Question:", "</s>", "<|im_end|>"),
-        metric="boxed",
-    ),
-}
+TASKS = {task.name: task for task in (gsm8k.TASK, math.TASK)}
 
 
 def find_task(name: str) -> Task:
@@ -48,3 +17,37 @@ def find_task(name: str) -> Task:
         return TASKS[name]
     near = difflib.get_close_matches(str(name).upper(), TASKS, n=1, cutoff=0.0)
     raise UserError(f"unknown task {name!r}; did you mean {near[0]!r}? Known: {', '.join(TASKS)}")
+
+
+@dataclass(frozen=True)
+class LabelledRows:
+    """A task and its rows; `golds` are the right answers."""
+
+    task: Task
+    rows: list[dict]
+    instructions: list[str]
+    golds: list[str]
+
+
+def read_labels(task_name: str, label_file: str) -> LabelledRows:
+    """A task's label file.
+
+    Rows are `{"instruction", "label"}` as `dataset/build.py` writes them, or the official files'.
+    """
+    task = find_task(task_name)
+    fields = {
+        "instruction": TEXT,
+        "question": TEXT,
+        "label": LABEL,
+        "output": TEXTS,
+        "answer": TEXT,
+    }
+    rows = read_rows(label_file, {}, fields)
+    instructions = [row.get("instruction") or row.get("question") for row in rows]
+    if None in instructions:
+        number = instructions.index(None)
+        raise UserError(f'{label_file}: row {number} (from 0) has no "instruction" (or "question")')
+    golds = [task.gold_of(row) for row in rows]
+    for gold in golds:  # one that the rules cannot read is refused here, not after an epoch
+        task.grade("", gold)
+    return LabelledRows(task, rows, [text for text in instructions if text is not None], golds)

@@ -20,14 +20,21 @@ def score_all(
     """The score of each sequence, [sequences] on the host, the same on every rank."""
 
     def score(rows: list[int]) -> list[float]:
-        return sequence_scores(
-            model, Batch.of([sequences[i] for i in rows], parallel.device)
-        ).tolist()
+        batch = Batch.of([sequences[row] for row in rows], parallel.device)
+        return sequence_scores(model, batch).tolist()
 
+    lengths = [len(sequence.tokens) for sequence in sequences]
     with evaluating(model), log.progress(len(sequences), "scoring", unit="text") as bar:
-        return torch.tensor(
-            over_ranks(score, [len(s.tokens) for s in sequences], max_batch_size, parallel, bar)
-        )
+        return torch.tensor(over_ranks(score, lengths, max_batch_size, parallel, bar))
+
+
+def _sequences_of(comparisons: list[Comparison]) -> list[Sequence]:
+    """All responses, in the order in which `margins` takes their scores."""
+    return [
+        sequence
+        for comparison in comparisons
+        for sequence in comparison.chosen + comparison.rejected
+    ]
 
 
 def score_moments(
@@ -38,8 +45,9 @@ def score_moments(
     log: RunLog,
 ) -> tuple[float, float]:
     """Mean and standard deviation of the scores of all responses, the same on every rank."""
-    sequences = [s for c in comparisons for s in c.chosen + c.rejected]
+    sequences = _sequences_of(comparisons)
     scores = score_all(model, parallel, sequences, max_batch_size, log).double()
+    # a floor, so that scores that are all the same can be divided by it
     return float(scores.mean()), max(float(scores.std(correction=0)), 1e-6)
 
 
@@ -50,14 +58,13 @@ def evaluate_pairs(
     max_batch_size: int,
     log: RunLog,
 ) -> tuple[dict, list[dict]]:
-    """(summary, rows): the share of pairs in which the chosen side scores higher, and each comparison's scores.
+    """(summary, rows): the share of pairs whose chosen side scores higher, and all the scores.
 
-    `accuracy` counts every pair once; a tie is not right.
+    `accuracy` counts every pair once; a tie is not right. A row holds one comparison's scores.
     """
-    sequences = [s for c in comparisons for s in c.chosen + c.rejected]
-    scores = score_all(model, parallel, sequences, max_batch_size, log)
-    sizes = [(len(c.chosen), len(c.rejected)) for c in comparisons]
-    pairs = torch.cat(margins(scores, sizes))
+    scores = score_all(model, parallel, _sequences_of(comparisons), max_batch_size, log)
+    sizes = [(len(comparison.chosen), len(comparison.rejected)) for comparison in comparisons]
+    pairs = torch.cat(margins(scores, sizes))  # [pairs]
     parts = iter(scores.split([n for size in sizes for n in size]))
     rows = [{"chosen": next(parts).tolist(), "rejected": next(parts).tolist()} for _ in sizes]
     summary = {

@@ -1,8 +1,9 @@
-"""Beam search: the likeliest responses by score, for evaluation. transformers' rules, with its defaults.
+"""Beam search: the likeliest responses by score, for evaluation.
 
-A hypothesis ends at a stop token (or at the limit) if it is among the best `num_beams` continuations then; its score is its
-log-probability over its length to the `length_penalty`. A search ends when no running beam can beat the worst of
-`num_beams` ended ones at its present length.
+transformers' rules, with its defaults. A hypothesis ends at a stop token (or at the limit) if it is
+among the best `num_beams` continuations then; its score is its log-probability over its length to
+the `length_penalty`. A search ends when no running beam can beat the worst of `num_beams` ended
+ones at its present length.
 """
 
 from collections.abc import Callable
@@ -32,7 +33,10 @@ class Beam:
 
 
 class BeamSearch(Engine):
-    """An engine whose completions are the best of `num_beams` beams. Takes no notice of how to sample."""
+    """An engine whose completions are the best of `num_beams` beams.
+
+    It takes no notice of how to sample.
+    """
 
     def __init__(
         self,
@@ -56,19 +60,26 @@ class BeamSearch(Engine):
         samples: list[int] | None = None,
         on_tokens: Callable[[int, int, int], None] | None = None,
         on_completion: Callable[[int, Completion], None] | None = None,
+        keep_masks: bool = False,
     ) -> list[Completion]:
-        """The best response to each prompt, in their order; a stop string cuts nothing short here."""
+        """The best response to each prompt, in their order; a stop string cuts nothing short here.
+
+        keep_masks changes nothing: no token is left out.
+        """
         stops = stop.ids if isinstance(stop, Stop) else stop
         limits = [
             min(sampling.max_new_tokens, self.max_seq_len - len(prompt)) for prompt in prompts
         ]
-        done = [None if limit > 0 else Completion([], [], "length") for limit in limits]
-        for i, completion in enumerate(done):
-            if completion is not None and on_completion:
+        # Prompts that leave no room for a response are done.
+        done = {i: Completion([], [], "length") for i, limit in enumerate(limits) if limit <= 0}
+        for i, completion in done.items():
+            if on_completion:
                 on_completion(i, completion)
-        order = sorted((i for i, c in enumerate(done) if c is None), key=lambda i: -len(prompts[i]))
+        order = [i for i in range(len(prompts)) if i not in done]
+        order.sort(key=lambda i: -len(prompts[i]))
         with packed_weights(self.model, self.parallel):
             while order:
+                # As many prompts together as their beams fit the cache.
                 length = max(len(prompts[i]) + limits[i] for i in order)
                 together = max(
                     1, self._slots_that_fit(len(order) * self.num_beams, length) // self.num_beams
@@ -83,42 +94,53 @@ class BeamSearch(Engine):
                         on_completion(i, completion)
                 if on_tokens:
                     on_tokens(len(now), 0, 0)
-        return done
+        return [done[i] for i in range(len(prompts))]
 
     def _search(
-        self, prompts: list[list[int]], limits: list[int], stops: set[int], on_tokens
+        self,
+        prompts: list[list[int]],
+        limits: list[int],
+        stops: frozenset[int] | set[int],
+        on_tokens: Callable[[int, int, int], None] | None,
     ) -> list[Completion]:
-        """Beams of prompt p lie in slots p · num_beams …; prompts that are done stay there, and are not looked at again."""
+        """The best response to each prompt, all searched side by side.
+
+        Beams of prompt p lie in slots p · num_beams …; prompts that are done stay there, and are
+        not looked at again.
+        """
         width, count, device = self.num_beams, len(prompts), self.parallel.device
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         cache = Cache(
             self.model, count * width, max(len(p) + limit for p, limit in zip(prompts, limits))
         )
-        layout = Prefill(lengths.tolist(), cache, 0, device)
-        logits = self.model.logits(
-            self.model(
-                torch.tensor([t for p in prompts for t in p], device=device), layout, layout.ends
-            )
-        )
+        # Each prompt once, and its cache for all its beams. These are still the same: the first
+        # alone counts.
+        prefill = Prefill(lengths.tolist(), cache, 0, device)
+        tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)
+        logits = self.model.logits(self.model(tokens, prefill, prefill.ends))
         source = torch.arange(count, device=device).repeat_interleave(width)
         cache.copy(source, torch.arange(count * width, device=device), int(lengths.max()))
         logits, prompt_lengths = logits[source], lengths[source]
         running = [[Beam(score=0.0 if b == 0 else NEVER) for b in range(width)] for _ in prompts]
         ended: list[list[tuple[float, Beam]]] = [[] for _ in prompts]
+        # Enough that `width` go on even where all stop tokens are among them.
+        n_candidates = width * max(2, 1 + len(stops))
         open_prompts, step = set(range(count)), 0
         while open_prompts:
             step += 1
-            values, tokens = self._candidates(logits, width * max(2, 1 + len(stops)))
-            parents = list(range(count * width))
+            values, next_tokens = self._candidates(logits, n_candidates)
+            parents = list(range(count * width))  # the slot that each beam goes on from
             for p in sorted(open_prompts):
                 rows = range(p * width, (p + 1) * width)
-                found = sorted(
-                    ((beam.score + value, row, token, value) for beam, row in zip(running[p], rows)
-                     for value, token in zip(values[row], tokens[row])),
-                    key=lambda candidate: -candidate[0],
-                )[: width * max(2, 1 + len(stops))]  # fmt: skip
-                kept = []
-                for place, (score, row, token, value) in enumerate(found):
+                candidates = [
+                    (beam.score + value, row, token, value)
+                    for beam, row in zip(running[p], rows)
+                    for value, token in zip(values[row], next_tokens[row])
+                ]
+                candidates.sort(key=lambda candidate: -candidate[0])
+                # The best end, or run on.
+                kept: list[tuple[int, Beam]] = []
+                for place, (score, row, token, value) in enumerate(candidates[:n_candidates]):
                     parent = running[p][row - rows.start]
                     beam = Beam(score, [*parent.tokens, token], [*parent.logprobs, value])
                     if token in stops or step == limits[p]:
@@ -128,17 +150,18 @@ class BeamSearch(Engine):
                         kept.append((row, beam))
                 ended[p] = sorted(ended[p], key=lambda pair: -pair[0])[:width]
                 if kept:
-                    kept += [(kept[0][0], Beam(NEVER, kept[0][1].tokens, kept[0][1].logprobs))] * (
-                        width - len(kept)
-                    )
+                    row, best = kept[0]
+                    kept += [(row, Beam(NEVER, best.tokens, best.logprobs))] * (width - len(kept))
                     parents[rows.start : rows.stop] = [row for row, _ in kept]
                     running[p] = [beam for _, beam in kept]
+                # Done when no running beam can beat the worst that ended.
                 worst = ended[p][-1][0] if len(ended[p]) == width else NEVER
                 if not kept or running[p][0].score / step**self.length_penalty <= worst:
                     open_prompts.discard(p)
             if on_tokens:
                 on_tokens(0, len(open_prompts) * width, len(open_prompts) * width)
             if open_prompts:
+                # Each beam takes over its parent's cache, and its new token goes through the model.
                 cache.copy(
                     torch.tensor(parents, device=device),
                     torch.arange(count * width, device=device),
@@ -148,16 +171,15 @@ class BeamSearch(Engine):
                     [beam.tokens[-1] for beams in running for beam in beams], device=device
                 )
                 positions = prompt_lengths + step - 1
-                context = min(
-                    -(-(int(lengths.max()) + step) // CONTEXT_STEP) * CONTEXT_STEP, cache.length
-                )
+                longest = int(lengths.max()) + step
+                context = min(-(-longest // CONTEXT_STEP) * CONTEXT_STEP, cache.length)
                 positions = positions.clamp_max(cache.length - 1)  # of prompts that are done
                 layout = Decode(cache, positions, prompt_lengths, [(0, count * width, context)])
                 logits = self.model.logits(self.model(last, layout))
-        return [self._best(found, stops) for found in ended]
+        return [self._best(hypotheses, stops) for hypotheses in ended]
 
     def _candidates(self, logits: Tensor, k: int) -> tuple[list[list[float]], list[list[int]]]:
-        """Each row's k largest log-probabilities over all ranks and their tokens (at least)."""
+        """Each row's k largest log-probabilities of every rank, and their tokens."""
         z = logits.float()
         values, local = z.topk(min(k, z.size(-1)))
         values = torch.cat(gather_ranks(values - logsumexp(z).unsqueeze(-1)), -1)
@@ -165,11 +187,10 @@ class BeamSearch(Engine):
         return values.tolist(), tokens.tolist()
 
     @staticmethod
-    def _best(found: list[tuple[float, Beam]], stops: set[int]) -> Completion:
-        beam = found[0][1]
-        return Completion(
-            beam.tokens, beam.logprobs, "stop" if beam.tokens[-1] in stops else "length"
-        )
+    def _best(hypotheses: list[tuple[float, Beam]], stops: frozenset[int] | set[int]) -> Completion:
+        _, beam = hypotheses[0]
+        reason = "stop" if beam.tokens[-1] in stops else "length"
+        return Completion(beam.tokens, beam.logprobs, reason)
 
 
 def engine_of(

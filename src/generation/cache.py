@@ -1,6 +1,7 @@
 """The key-value cache: a row per slot, written by prefill, read and extended by decoding.
 
-Both are layouts in the sense of `src/models/transformer.py`: they say where tokens lie and do the attention.
+Both are layouts in the sense of `src/models/transformer.py`: they say where tokens lie and do the
+attention.
 """
 
 import torch
@@ -12,11 +13,14 @@ from src.models.transformer import Transformer
 
 
 class Cache:
-    """Keys and values of every layer: [slots, kv heads of this rank, length, head_dim] each, allocated once."""
+    """Keys and values of every layer: [slots, kv heads of this rank, length, head_dim] each.
+
+    They are allocated once.
+    """
 
     def __init__(self, model: Transformer, slots: int, length: int) -> None:
         shape = (slots, model.kv_heads, length, model.config.head_dim)
-        # zeros: what the mask hides is still multiplied by 0, and 0 · NaN of uninitialised memory is NaN
+        # zeros: what the mask hides is still multiplied by 0, and uninitialised memory may hold NaN
         self.keys = [model.norm.weight.new_zeros(shape) for _ in model.layers]
         self.values = [model.norm.weight.new_zeros(shape) for _ in model.layers]
         self.kv_heads, self.length = model.kv_heads, length
@@ -28,7 +32,10 @@ class Cache:
 
 
 class Prefill(Packed):
-    """Whole prompts end to end, whose keys and values are also kept: the i-th prompt's in slot `first_slot + i`."""
+    """Whole prompts end to end, whose keys and values are also kept.
+
+    The i-th prompt's are in slot `first_slot + i`.
+    """
 
     def __init__(
         self, lengths: list[int], cache: Cache, first_slot: int, device: torch.device
@@ -39,6 +46,7 @@ class Prefill(Packed):
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor:
         slots = slice(self.first_slot, self.first_slot + len(self.lengths))
         for store, x in ((self.cache.keys, k), (self.cache.values, v)):
+            # [N, kv heads, head_dim] → [slots, kv heads, longest, head_dim]
             store[layer][slots, :, : self.longest] = self.pad(x).transpose(1, 2)
         return super().attend(layer, q, k, v, window)
 
@@ -46,8 +54,9 @@ class Prefill(Packed):
 class Decode:
     """One new token for each of the first n slots.
 
-    lengths: tokens already in each slot, [n]; prompt_lengths: those of them that were the prompt; contexts: neighbouring slots
-    read as much of the cache as the longest of them needs: (first slot, slot after the last, positions > their lengths).
+    lengths: tokens already in each slot, [n]; prompt_lengths: those of them that were the prompt;
+    contexts: neighbouring slots read as much of the cache as the longest of them needs:
+    (first slot, slot after the last, positions > their lengths).
     """
 
     def __init__(
@@ -57,36 +66,31 @@ class Decode:
         prompt_lengths: Tensor,
         contexts: list[tuple[int, int, int]],
     ) -> None:
-        self.cache, self.positions, self.prompt_lengths, self.contexts = (
-            cache,
-            lengths,
-            prompt_lengths,
-            contexts,
-        )
+        self.cache, self.contexts = cache, contexts
+        self.positions, self.prompt_lengths = lengths, prompt_lengths
         self.context = max(context for _, _, context in contexts)
-        heads = torch.arange(lengths.size(0) * cache.kv_heads, device=lengths.device).view(
-            -1, cache.kv_heads
-        )
-        self.rows = (
-            heads * cache.length + lengths.unsqueeze(1)
-        ).flatten()  # of the flattened cache
+        # Where each new key lies in the flattened cache, [slots · kv heads · length, head_dim].
+        n_heads = lengths.size(0) * cache.kv_heads
+        heads = torch.arange(n_heads, device=lengths.device).view(-1, cache.kv_heads)
+        self.rows = (heads * cache.length + lengths.unsqueeze(1)).flatten()
+        # by window: the same for all layers that have it
         self._masks: dict[int, list[Tensor]] = {}
 
     def masks(self, window: int, dtype: torch.dtype) -> list[Tensor]:
-        """What is added to each slot's scores: 0 for the keys that its new token sees; per context [slots, 1, 1, positions]."""
+        """What is added to each slot's scores, per context: [slots, 1, 1, positions].
+
+        0 for the keys that its new token sees, else minus infinity.
+        """
         if window not in self._masks:
-            keys, lengths = (
-                torch.arange(self.context, device=self.positions.device),
-                self.positions.unsqueeze(1),
-            )
-            hidden = keys > lengths
+            keys = torch.arange(self.context, device=self.positions.device)
+            lengths = self.positions.unsqueeze(1)
+            hidden = keys > lengths  # [slots, positions]
             if window:
                 hidden |= keys <= lengths - window
-            whole = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(
-                hidden, -torch.inf
-            )[:, None, None]
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+            mask = mask.masked_fill_(hidden, -torch.inf)[:, None, None]
             self._masks[window] = [
-                whole[first:last, ..., :context] for first, last, context in self.contexts
+                mask[first:end, ..., :context] for first, end, context in self.contexts
             ]
         return self._masks[window]
 
@@ -94,25 +98,23 @@ class Decode:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         for store, x in ((keys, k), (values, v)):
             store.view(-1, store.size(-1)).index_copy_(0, self.rows, x.flatten(0, 1))
-        # The heads that share a kv head stand in as its query positions: no key or value is repeated.
+        # The heads that share a kv head stand in as its query positions: no key or value is
+        # repeated. [slots, heads, head_dim] → [slots, kv heads, queries, head_dim]
         q = q.unflatten(1, (k.size(1), -1))
         parts = []
-        for (first, last, context), mask in zip(self.contexts, self.masks(window, q.dtype)):
-            parts.append(
-                attention(
-                    q[first:last],
-                    keys[first:last, :, :context],
-                    values[first:last, :, :context],
-                    mask,
-                )
-            )
+        for (first, end, context), mask in zip(self.contexts, self.masks(window, q.dtype)):
+            seen_keys = keys[first:end, :, :context]
+            seen_values = values[first:end, :, :context]
+            parts.append(attention(q[first:end], seen_keys, seen_values, mask))
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1, 2)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """softmax(q kᵀ / √head_dim + mask) v. q: [n, kv heads, queries, head_dim]; k, v: [n, kv heads, positions, head_dim].
+    """softmax(q kᵀ / √head_dim + mask) v.
 
-    On the CPU in fp32 a decode step is faster by two plain products than by PyTorch's fused kernel (docs/performance.md).
+    q: [n, kv heads, queries, head_dim]; k, v: [n, kv heads, positions, head_dim]. On the CPU in
+    fp32 a decode step is faster by two plain products than by PyTorch's fused kernel
+    (docs/performance.md).
     """
     if q.device.type == "cpu" and q.dtype == torch.float32:
         scores = torch.matmul(q * q.size(-1) ** -0.5, k.transpose(-1, -2)).add_(mask)

@@ -1,9 +1,13 @@
-"""Completions on disk as they finish, so that a run that was cut off goes on where it was: rows are not generated twice."""
+"""Completions on disk as they finish, so that a run that was cut off goes on where it was.
+
+No row is generated twice.
+"""
 
 import glob
 import json
 import os
 from pathlib import Path
+from typing import TextIO
 
 from src.errors import UserError
 from src.generation.engine import Completion, Engine, Stop, generate_sharded
@@ -12,18 +16,20 @@ from src.identity import differences, identity
 from src.logs import RunLog
 from src.models.transformer import evaluating
 from src.parallel.setup import Parallel
-
-# Flags that change how fast completions come, not what they are.
-FREE = ("max_batch_size", "kv_cache_gb", "model_parallel_size", "timeout", "log_dir", "output_file")
+from src.settings.declaration import Settings, defaults
 
 
 class Journal:
-    """One file per data-parallel rank beside the output, `OUTPUT.partial-RANK`; gone when the output is there."""
+    """One file per data-parallel rank beside the output, `OUTPUT.partial-RANK`.
 
-    def __init__(self, output: Path, settings: dict, parallel: Parallel) -> None:
-        """settings: the script's flags. Raises UserError when what is there was begun with others."""
-        self.output, self.parallel, self._file = output, parallel, None
-        self.header = identity(settings, FREE)
+    They are gone when the output is there.
+    """
+
+    def __init__(self, output: Path, settings: Settings, parallel: Parallel) -> None:
+        """Raises UserError when what is there was begun with other settings."""
+        self.output, self.parallel = output, parallel
+        self._file: TextIO | None = None
+        self.header, self.defaults = identity(settings), defaults(type(settings))
         self.known = self._read()  # what earlier runs finished
 
     def _read(self) -> dict[int, Completion]:
@@ -34,9 +40,8 @@ class Journal:
                 if not lines:
                     continue  # not even its first line was written whole
                 self._check(json.loads(first), path)
-                for line in lines[
-                    :-1
-                ]:  # after the last newline: nothing, or a line that was cut short
+                # After the last newline comes nothing, or a line that was cut short.
+                for line in lines[:-1]:
                     row = json.loads(line)
                     known[row["request"]] = Completion(
                         row["tokens"], row["logprobs"], row["stop_reason"]
@@ -48,10 +53,11 @@ class Journal:
         return known
 
     def _check(self, begun: dict, path: Path) -> None:
-        changed = differences(begun, self.header)
-        if changed:
+        changes = differences(begun, self.header, self.defaults)
+        if changes:
             raise UserError(
-                f"{path}: was begun with other settings ({', '.join(changed)}); give the same to go on, or remove it to begin again"
+                f"{path}: was begun with other settings ({', '.join(changes)}); give the same to go "
+                "on, or remove it to begin again"
             )
 
     def open(self) -> None:
@@ -68,10 +74,11 @@ class Journal:
 
     def add(self, request: int, completion: Completion) -> None:
         if self._file is not None:
-            self._write({"request": request, "tokens": completion.tokens, "logprobs": completion.logprobs,
-                         "stop_reason": completion.stop_reason})  # fmt: skip
+            row = {"tokens": completion.tokens, "logprobs": completion.logprobs}
+            self._write({"request": request, **row, "stop_reason": completion.stop_reason})
 
     def _write(self, row: dict) -> None:
+        assert self._file is not None
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
 
@@ -97,7 +104,7 @@ def generate_all(
     what: str,
     journal: Journal | None = None,
 ) -> list[Completion]:
-    """A completion for each prompt, with a progress bar; those that the journal holds are not generated again."""
+    """A completion for each prompt, with a progress bar; the journal's are not generated again."""
     known = dict(journal.known) if journal else {}
     if known:
         log.info(f"{len(known)} of {len(prompts)} are there already, from a run that was cut off")

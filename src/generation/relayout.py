@@ -1,6 +1,7 @@
-"""Generation at another degree than training, on the same ranks: weights change hands in memory, never through disk.
+"""Generation at another degree than training, on the same ranks.
 
-Training may need 8 ranks to hold a model that generates faster as four models of 2 ranks each.
+Weights change hands in memory, never through disk. Training may need 8 ranks to hold a model that
+generates faster as four models of 2 ranks each.
 """
 
 import time
@@ -19,9 +20,10 @@ from src.parallel.setup import Parallel
 
 
 def exchanged(part: Tensor, spec: TensorSpec, parallel: Parallel, n: int) -> Tensor:
-    """This rank's part of a weight at degree n, from the parts that the ranks of one model hold at the model's own degree.
+    """This rank's part of a weight at degree n, from those that a model's ranks hold at its own.
 
-    A collective over these ranks. Each sends every other what that one's new part overlaps with; nobody holds the whole.
+    A collective over these ranks. Each sends every other what that one's new part overlaps with;
+    nobody holds the whole.
     """
     if spec.dim is None or n == parallel.mp_size:
         return part
@@ -29,24 +31,24 @@ def exchanged(part: Tensor, spec: TensorSpec, parallel: Parallel, n: int) -> Ten
     start, stop = spec.local_range(parallel.mp_rank % n, n)
     new = part.new_zeros(spec.local_shape(n))
     sends, receives = [], []
-    for owner, low, high in spec.owners(parallel.mp_size):
+    for owner, owned_start, owned_stop in spec.owners(parallel.mp_size):
         if owner == parallel.mp_rank:
+            # What this rank has goes to whoever needs it, itself among them.
             for rank in range(parallel.mp_size):
-                a, b = spec.local_range(rank % n, n)
-                a, b = max(a, low), min(b, high)
-                if a < b:
-                    piece = part.narrow(spec.dim, a - low, b - a)
+                low, high = spec.local_range(rank % n, n)
+                low, high = max(low, owned_start), min(high, owned_stop)
+                if low < high:
+                    piece = part.narrow(spec.dim, low - owned_start, high - low)
                     if rank == parallel.mp_rank:
-                        new.narrow(spec.dim, a - start, b - a).copy_(piece)
+                        new.narrow(spec.dim, low - start, high - low).copy_(piece)
                     else:
                         sends.append((rank, piece.contiguous()))
         else:
-            a, b = max(start, low), min(stop, high)
-            if a < b:
-                place = new.narrow(spec.dim, a - start, b - a)
-                receives.append(
-                    (owner, place, torch.empty_like(place, memory_format=torch.contiguous_format))
-                )
+            low, high = max(start, owned_start), min(stop, owned_stop)
+            if low < high:
+                place = new.narrow(spec.dim, low - start, high - low)
+                buffer = torch.empty_like(place, memory_format=torch.contiguous_format)
+                receives.append((owner, place, buffer))
     operations = [
         dist.P2POp(dist.isend, piece, first_rank + rank, parallel.mp_group) for rank, piece in sends
     ]
@@ -64,7 +66,7 @@ def exchanged(part: Tensor, spec: TensorSpec, parallel: Parallel, n: int) -> Ten
 
 @torch.no_grad()
 def relaid(model: Transformer, parallel: Parallel, division: Parallel) -> Transformer:
-    """The model as `division` cuts it, adapters added in: a copy, in training mode like the model."""
+    """A copy of the model as `division` cuts it, adapters added in; in training mode as it is."""
     config, n = model.config, division.mp_size
     table = tensor_table(config)
     replicas = division.replicas(table["layers.0.attention.wk.weight"].copies(n))
@@ -76,7 +78,10 @@ def relaid(model: Transformer, parallel: Parallel, division: Parallel) -> Transf
 
 
 class RelaidEngine:
-    """An engine for rollouts that lays the model out at its own degree for each call, and drops the copy afterwards."""
+    """An engine for rollouts that lays the model out at its own degree for each call.
+
+    It drops the copy afterwards.
+    """
 
     def __init__(
         self,
@@ -99,18 +104,21 @@ class RelaidEngine:
         samples: list[int],
         on_tokens=None,
     ) -> list[Completion]:
-        """`Engine.generate` for prompts that all ranks of one (training) model give alike; all get all completions."""
+        """`Engine.generate` for prompts that all ranks of one (training) model give alike.
+
+        All get all completions.
+        """
         began = time.perf_counter()
         model = relaid(self.model, self.parallel, self.division)
         self.seconds = time.perf_counter() - began
+        # The smaller models share the prompts.
         models = self.parallel.mp_size // self.division.mp_size
-        mine = list(range(self.parallel.mp_rank // self.division.mp_size, len(prompts), models))
+        local = list(range(self.parallel.mp_rank // self.division.mp_size, len(prompts), models))
+        local_prompts, local_samples = [prompts[i] for i in local], [samples[i] for i in local]
         with self.division.active():
             engine = Engine(model, self.division, *self.limits)
-            done = engine.generate(
-                [prompts[i] for i in mine], sampling, stop, [samples[i] for i in mine], on_tokens
-            )
-        parts = [None] * self.parallel.mp_size
-        dist.all_gather_object(parts, list(zip(mine, done)), group=self.parallel.mp_group)
-        whole = dict(pair for part in parts for pair in part)
-        return [whole[i] for i in range(len(prompts))]
+            done = engine.generate(local_prompts, sampling, stop, local_samples, on_tokens)
+        parts = [list(zip(local, done))] * self.parallel.mp_size
+        dist.all_gather_object(parts, list(zip(local, done)), group=self.parallel.mp_group)
+        completion_of = dict(pair for part in parts for pair in part)
+        return [completion_of[i] for i in range(len(prompts))]

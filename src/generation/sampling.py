@@ -1,8 +1,9 @@
 """Choosing the next token from logits that are split across ranks, the same on every rank.
 
-Sampling inverts the cumulative distribution at one uniform number per token, and that number is a hash of (seed, sample,
-step): neither the batch's composition, the slot, nor the degree changes what is drawn. The logits are never gathered: the
-ranks exchange sums, and for top-k and top-p their largest few logits.
+Sampling inverts the cumulative distribution at one uniform number per token, and that number is a
+hash of (seed, sample, step): neither the batch's composition, the slot, nor the degree changes what
+is drawn. The logits are never gathered: the ranks exchange sums, and for top-k and top-p their
+largest few logits.
 """
 
 import functools
@@ -24,11 +25,12 @@ CANDIDATES = 256  # of each rank, that top-p looks at first
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to choose tokens. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 keep the whole vocabulary.
+    """How to choose tokens.
 
-    min_p: tokens less likely than this share of the likeliest are left out. repetition_penalty: logits of tokens that the
-    prompt or the response holds already are divided by it when positive, else multiplied (arXiv 1909.05858). Before
-    min_new_tokens no stop token is chosen.
+    temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 keep the whole vocabulary. min_p: tokens
+    less likely than this share of the likeliest are left out. repetition_penalty: logits of tokens
+    that the prompt or the response holds already are divided by it when positive, else multiplied
+    (arXiv 1909.05858). Before min_new_tokens no stop token is chosen.
     """
 
     max_new_tokens: int = 256
@@ -48,8 +50,9 @@ class Sampling:
             or self.max_new_tokens < 1
         ):
             raise UserError(
-                f"--temperature {self.temperature} --top_p {self.top_p} --top_k {self.top_k} --max_new_tokens "
-                f"{self.max_new_tokens}: need temperature >= 0, 0 < top_p <= 1, top_k >= 0, max_new_tokens >= 1"
+                f"--temperature {self.temperature} --top_p {self.top_p} --top_k {self.top_k} "
+                f"--max_new_tokens {self.max_new_tokens}: need temperature >= 0, 0 < top_p <= 1, "
+                "top_k >= 0, max_new_tokens >= 1"
             )
         if (
             not 0 <= self.min_p <= 1
@@ -57,8 +60,10 @@ class Sampling:
             or not 0 <= self.min_new_tokens <= self.max_new_tokens
         ):
             raise UserError(
-                f"--min_p {self.min_p} --repetition_penalty {self.repetition_penalty} --min_new_tokens {self.min_new_tokens}: "
-                f"need 0 <= min_p <= 1, repetition_penalty > 0, 0 <= min_new_tokens <= max_new_tokens ({self.max_new_tokens})"
+                f"--min_p {self.min_p} --repetition_penalty {self.repetition_penalty} "
+                f"--min_new_tokens {self.min_new_tokens}: need 0 <= min_p <= 1, "
+                "repetition_penalty > 0, 0 <= min_new_tokens <= max_new_tokens "
+                f"({self.max_new_tokens})"
             )
 
     @property
@@ -72,15 +77,13 @@ class Sampling:
         return self.truncates or (self.temperature > 0 and self.min_new_tokens > 0)
 
 
-_MULTIPLIERS = (
-    -0x61C8864680B583EB,
-    -0x40A7B892E31B1A47,
-    -0x6B2FB644ECCEEE15,
-)  # 64-bit constants as signed integers
+# 64-bit constants as signed integers
+_MULTIPLIERS = (-0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)  # logical, on signed integers
+    """A logical shift, on signed integers."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -100,18 +103,14 @@ def uniforms(seed: int, samples: Tensor, steps: Tensor) -> Tensor:
 def constrained(
     logits: Tensor, sampling: Sampling, steps: Tensor, stops: Tensor, seen: Tensor | None
 ) -> Tensor:
-    """Logits after the repetition penalty, and without stop tokens where too few tokens have come; fp32.
+    """Logits after the repetition penalty, without stop tokens that come too early; fp32.
 
-    logits: [n, vocabulary / ranks], used up; steps: tokens so far, [n]; stops: global ids; seen: which tokens of this rank's part
-    each sequence holds, [n, vocabulary / ranks].
+    logits: [n, vocabulary / ranks], used up; steps: tokens so far, [n]; stops: global ids; seen:
+    which tokens of this rank's part each sequence holds, [n, vocabulary / ranks].
     """
-    z = logits.float()
+    z, penalty = logits.float(), sampling.repetition_penalty
     if seen is not None:
-        z = torch.where(
-            seen,
-            torch.where(z > 0, z / sampling.repetition_penalty, z * sampling.repetition_penalty),
-            z,
-        )
+        z = torch.where(seen, torch.where(z > 0, z / penalty, z * penalty), z)
     if sampling.min_new_tokens and stops.numel():
         start, stop = vocab_range(z.size(-1))
         local = stops[(stops >= start) & (stops < stop)] - start
@@ -123,59 +122,61 @@ def constrained(
 def choose(
     z: Tensor, sampling: Sampling, samples: Tensor, steps: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The next token of each row and its log-probability under the distribution that was sampled from.
+    """The next token of each row, and its log-probability where it was drawn.
 
-    z: this rank's columns of the (constrained) logits, [n, vocabulary / ranks], fp32, used up; samples: ids that name each
-    sequence, [n]; steps: how many tokens it has so far, [n]. Returns global token ids [n], fp32 log-probabilities [n]
-    (greedy: of the plain softmax), and which of this rank's tokens were kept, [n, vocabulary / ranks], if some were not.
+    z: this rank's columns of the (constrained) logits, [n, vocabulary / ranks], fp32, used up;
+    samples: ids that name each sequence, [n]; steps: how many tokens it has so far, [n]. Returns
+    global token ids [n], fp32 log-probabilities [n] under the distribution that was sampled from
+    (greedy: the plain softmax), and which of this rank's tokens were kept, [n, vocabulary / ranks],
+    if some were not.
     """
     if sampling.temperature not in (0, 1):
         z /= sampling.temperature
-    tokens, top = (
-        _argmax(z)
-        if sampling.temperature == 0
-        else (None, mp_all_reduce(z.amax(-1), dist.ReduceOp.MAX))
-    )
-    kept = (
-        z > -torch.inf if sampling.leaves_out else None
-    )  # without the stop tokens that come too early
-    if sampling.truncates:
+    if sampling.temperature == 0:
+        tokens, top = _argmax(z)
+        z -= top.unsqueeze(-1)
+        return tokens, -mp_all_reduce(z.exp_().sum(-1)).log(), None
+    top = mp_all_reduce(z.amax(-1), dist.ReduceOp.MAX)
+    # What is left out has no mass: stop tokens that come too early, and what top-k, top-p, min-p
+    # cut off.
+    kept = z > -torch.inf if sampling.leaves_out else None
+    if kept is not None and sampling.truncates:
         kept &= z >= _threshold(z, sampling, top).unsqueeze(-1)
         z.masked_fill_(~kept, -torch.inf)
     z -= top.unsqueeze(-1)
-    if sampling.temperature == 0:
-        return tokens, -mp_all_reduce(z.exp_().sum(-1)).log(), None
-    # The cumulated mass in fp64: in fp32 the last of 100,000 tokens would be lost in rounding. First of blocks, then in one.
-    p, block = z.exp_(), _block(z.size(-1))
-    blocks = (
-        p.unflatten(-1, (-1, block)).sum(-1, dtype=torch.float64).cumsum(-1)
-    )  # the mass up to and with each block
-    bounds = torch.stack(gather_ranks(blocks[:, -1])).cumsum(0)  # and each rank
+    # The cumulated mass in fp64: in fp32 the last of 100,000 tokens would be lost in rounding.
+    # First up to and with each block, and each rank; then inside one block.
+    p, width = z.exp_(), _block_width(z.size(-1))
+    blocks = p.unflatten(-1, (-1, width)).sum(-1, dtype=torch.float64).cumsum(-1)  # [n, blocks]
+    bounds = torch.stack(gather_ranks(blocks[:, -1])).cumsum(0)  # [ranks, n]
     rank, last = vocab_range(1)[0], bounds.size(0) - 1
     before = bounds[rank - 1] if rank else torch.zeros_like(bounds[0])
-    target = uniforms(sampling.seed, samples, steps) * bounds[last]
     # Exactly one rank holds the first token at which the cumulated mass passes the target.
-    here = (target >= before) & ((target < bounds[rank]) | (rank == last))
+    target = uniforms(sampling.seed, samples, steps) * bounds[last]
+    is_local = (target >= before) & ((target < bounds[rank]) | (rank == last))
+    # The block that holds it, and what is left of the target there; then the token in the block.
     rest = (target - before).unsqueeze(-1)
-    at = torch.searchsorted(blocks, rest, right=True).clamp_max(blocks.size(-1) - 1)
-    rest -= blocks.gather(-1, (at - 1).clamp_min(0)) * (at > 0)
-    inside = p.gather(-1, at * block + torch.arange(block, device=p.device)).cumsum(
-        -1, dtype=torch.float64
-    )
-    local = at * block + torch.searchsorted(inside, rest, right=True).clamp_max(block - 1)
+    block = torch.searchsorted(blocks, rest, right=True).clamp_max(blocks.size(-1) - 1)
+    rest -= blocks.gather(-1, (block - 1).clamp_min(0)) * (block > 0)
+    columns = block * width + torch.arange(width, device=p.device)
+    inside = p.gather(-1, columns).cumsum(-1, dtype=torch.float64)
+    local = block * width + torch.searchsorted(inside, rest, right=True).clamp_max(width - 1)
     logprob = p.gather(-1, local).squeeze(-1).log() - bounds[last].log()
     if last == 0:
         return local.squeeze(-1), logprob.float(), kept
+    # The rank that holds it tells the others.
     start, _ = vocab_range(z.size(-1))
-    found = mp_all_reduce(
-        torch.stack(((local.squeeze(-1) + start) * here, logprob.masked_fill(~here, 0).double()))
-    )
-    return found[0].long(), found[1].float(), kept
+    token = (local.squeeze(-1) + start) * is_local
+    chosen = mp_all_reduce(torch.stack((token, logprob.masked_fill(~is_local, 0).double())))
+    return chosen[0].long(), chosen[1].float(), kept
 
 
 @functools.cache
-def _block(size: int) -> int:
-    """A divisor of the vocabulary's part, about its root: cumulating so many sums, and then so many numbers, is little work."""
+def _block_width(size: int) -> int:
+    """A divisor of the vocabulary's part, about its root.
+
+    Cumulating so many sums, and then so many numbers, is little work.
+    """
     return min((d for d in range(1, size + 1) if size % d == 0), key=lambda d: d + size // d)
 
 
@@ -206,9 +207,10 @@ def gather_ranks(x: Tensor) -> list[Tensor]:
 
 
 def _largest(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Each row's k largest logits of every rank, in falling order, [n, ≤ k · ranks]; and the smallest that is surely complete.
+    """Each row's k largest logits of every rank, in falling order; and how far they are complete.
 
-    Whatever is not among them is at most `complete`, [n]: the largest of the ranks' k-th (minus infinity once all are there).
+    [n, ≤ k · ranks] and [n]. Whatever is not among them is at most the second: the largest of the
+    ranks' k-th (minus infinity once all are there).
     """
     width = min(k, z.size(-1))
     parts = gather_ranks(z.topk(width).values)
@@ -219,10 +221,11 @@ def _largest(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _threshold(z: Tensor, sampling: Sampling, top: Tensor) -> Tensor:
-    """The smallest logit that top-k, then top-p, then min-p, keep in each row, [n]. `top`: each row's largest.
+    """The smallest logit that top-k, then top-p, then min-p, keep in each row, [n].
 
-    A token stays while the mass above it is below top_p (arXiv 1904.09751): the first always does. Top-p looks at ever more of
-    the largest logits until the threshold lies among those that are surely complete.
+    A token stays while the mass above it is below top_p (arXiv 1904.09751): the first always does.
+    Top-p looks at ever more of the largest logits until the threshold lies among those that are
+    surely complete. top: each row's largest.
     """
     threshold = torch.full_like(top, -torch.inf)
     if sampling.min_p:
@@ -234,20 +237,21 @@ def _threshold(z: Tensor, sampling: Sampling, top: Tensor) -> Tensor:
         return torch.maximum(threshold, _nucleus(best, total, top, sampling.top_p)[0])
     if sampling.top_p == 1:
         return threshold
-    total, width = (
-        mp_all_reduce((z - top.unsqueeze(-1)).exp().sum(-1, dtype=torch.float64)),
-        CANDIDATES,
-    )
+    total = mp_all_reduce((z - top.unsqueeze(-1)).exp().sum(-1, dtype=torch.float64))
+    width = CANDIDATES
     while True:
         best, complete = _largest(z, width)
-        found, reached = _nucleus(best, total, top, sampling.top_p)
-        if width >= z.size(-1) or bool((reached & (found >= complete)).all()):
-            return torch.maximum(threshold, found)
+        smallest, reached = _nucleus(best, total, top, sampling.top_p)
+        if width >= z.size(-1) or bool((reached & (smallest >= complete)).all()):
+            return torch.maximum(threshold, smallest)
         width *= 4
 
 
 def _nucleus(best: Tensor, total: Tensor, top: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """The smallest logit that top_p keeps of `best` (falling), and whether the mass of `best` gets that far; [n] each."""
+    """The smallest logit that top_p keeps of `best` (falling), [n].
+
+    And whether the mass of `best` gets that far, [n].
+    """
     p = (best - top.unsqueeze(-1)).exp().double() / total.unsqueeze(-1)
     kept = (p.cumsum(-1) - p < top_p).sum(-1)
     return best.gather(-1, (kept - 1).unsqueeze(-1)).squeeze(-1), p.sum(-1) >= top_p

@@ -1,6 +1,7 @@
 """Sequences laid end to end, without padding, each attending to itself alone."""
 
 import inspect
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,10 @@ from torch.nn.attention.varlen import varlen_attn
 
 
 class _Scatter(torch.autograd.Function):
-    """rows[i] → out[index[i]], the rest zero. Its gradient is the gather, and the other way round: no accumulation."""
+    """rows[i] → out[index[i]], the rest zero.
+
+    Its gradient is the gather, and the other way round: no accumulation.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, index: Tensor, size: int) -> Tensor:
@@ -36,24 +40,30 @@ class _Gather(torch.autograd.Function):
         return grad.new_zeros(ctx.size, *grad.shape[1:]).index_copy_(0, index, grad), None
 
 
-def gather_rows(x: Tensor, index: Tensor) -> Tensor:
-    """x[index] for distinct indices, [N, …] → [M, …], with a backward that copies instead of accumulating."""
-    return _Gather.apply(x, index)
+def gather_rows(x: Tensor, index: Tensor | None) -> Tensor:
+    """x[index] for distinct indices, [N, …] → [M, …]; None: all of x.
+
+    Backward copies instead of accumulating.
+    """
+    return x if index is None else _Gather.apply(x, index)
 
 
 def band(queries: range, keys: int, window: int, device: torch.device) -> Tensor:
-    """True where a query (row) may look at a key (column): itself and what is before it, at most `window` in all (0: any)."""
-    back = torch.arange(queries.start, queries.stop, device=device).unsqueeze(1) - torch.arange(
-        keys, device=device
-    )
+    """True where a query (row) may look at a key (column): [queries, keys].
+
+    It sees itself and what is before it, at most `window` in all (0: any).
+    """
+    query = torch.arange(queries.start, queries.stop, device=device).unsqueeze(1)
+    back = query - torch.arange(keys, device=device)
     return (back >= 0) & (back < window) if window else back >= 0
 
 
 class Packed:
-    """The layout of a batch of sequences laid end to end: N tokens in all, the i-th sequence `lengths[i]` long.
+    """The layout of a batch of sequences laid end to end, the i-th `lengths[i]` long: N tokens.
 
-    prefixes: for each sequence the number of the one that it goes on from (a prompt, whole, with no prefix of its own), or None:
-    its tokens then see that prompt's too, which is computed once for all that go on from it.
+    prefixes: for each sequence the number of the one that it goes on from (a prompt, whole, with no
+    prefix of its own), or None. Its tokens then see that prompt's too, which is computed once for
+    all that go on from it.
     """
 
     balance_loss: Tensor | None = None  # of each sequence, after a forward with experts
@@ -66,19 +76,18 @@ class Packed:
     ) -> None:
         self.lengths, self.prefixes = lengths, prefixes or [None] * len(lengths)
         before = [0 if p is None else lengths[p] for p in self.prefixes]
+        self.before = before  # tokens of each sequence's prefix
         self.longest = max(lengths, default=0)
-        self.context = max(
-            map(int.__add__, lengths, before), default=0
-        )  # positions that the rotary table must cover
+        # positions that the rotary table must cover
+        self.context = max(map(int.__add__, lengths, before), default=0)
         self.size = torch.tensor(lengths, dtype=torch.long)
         starts = self.size.cumsum(0) - self.size
         self.starts = starts.to(device)
-        sequence = torch.arange(len(lengths)).repeat_interleave(self.size)
+        sequence = torch.arange(len(lengths)).repeat_interleave(self.size)  # of each token, [N]
         positions = torch.arange(int(self.size.sum())) - starts[sequence]
         self.positions = (positions + torch.tensor(before, dtype=torch.long)[sequence]).to(device)
         self.full = min(lengths, default=0) == self.longest  # a rectangle already
-        self.index = (sequence * self.longest + positions).to(device)
-        self.before = before  # tokens of each sequence's prefix
+        self.index = (sequence * self.longest + positions).to(device)  # places in that rectangle
 
     @property
     def ends(self) -> Tensor:
@@ -87,12 +96,12 @@ class Packed:
 
     @property
     def prompt_lengths(self) -> Tensor:
-        """For each token how long its sequence was when it was first seen: whole, prefix and all, [N]."""
-        return (
-            (self.size + torch.tensor(self.before))
-            .repeat_interleave(self.size)
-            .to(self.starts.device)
-        )
+        """For each token how long its sequence was when it was first seen, [N].
+
+        That is whole, prefix and all.
+        """
+        whole = self.size + torch.tensor(self.before)
+        return whole.repeat_interleave(self.size).to(self.starts.device)
 
     def means(self, x: Tensor) -> Tensor:
         """Each sequence's mean over its tokens, [N, …] → [sequences, …]."""
@@ -120,42 +129,49 @@ class Packed:
         return self._one_by_one(q, k, v, window)
 
     def _one_by_one(self, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-        """Sequence by sequence and in fp32: on the CPU quicker than a rectangle with padding, or bf16 (docs/performance.md)."""
-        dtype, out = q.dtype, []
+        """Sequence by sequence and in fp32.
+
+        On the CPU that is quicker than a rectangle with padding, or bf16 (docs/performance.md).
+        """
+        dtype, outputs = q.dtype, []
         q, k, v = q.float(), k.float(), v.float()
         keys, values = (self._with_prefixes(x.split(self.lengths)) for x in (k, v))
         for part, k, v, before in zip(q.split(self.lengths), keys, values, self.before):
+            # [tokens, heads, head_dim] → [1, heads, tokens, head_dim]
             q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (part, k, v))
+            # The kernel's own causal mask does where queries and keys are the same tokens and the
+            # window holds all of them.
             plain = not before and not 0 < window < k.size(2)
             mask = None if plain else band(range(before, k.size(2)), k.size(2), window, q.device)
             grouped = q.size(1) != k.size(1)
-            out.append(
-                F.scaled_dot_product_attention(q, k, v, mask, is_causal=plain, enable_gqa=grouped)[
-                    0
-                ].transpose(0, 1)
-            )
-        return torch.cat(out).to(dtype)
+            out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=plain, enable_gqa=grouped)
+            outputs.append(out[0].transpose(0, 1))  # → [tokens, heads, head_dim]
+        return torch.cat(outputs).to(dtype)
 
     def _with_prefixes(self, parts: tuple[Tensor, ...]) -> list[Tensor]:
         return [x if p is None else torch.cat((parts[p], x)) for x, p in zip(parts, self.prefixes)]
 
     def _variable_length(self, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-        """PyTorch's own kernel for packed sequences. Queries stand at the end of their keys, prefix and all."""
+        """PyTorch's own kernel for packed sequences.
+
+        Queries stand at the end of their keys, prefix and all.
+        """
         queries = keys = self._bounds(self.lengths, q.device)
         if any(self.before):
             k, v = (torch.cat(self._with_prefixes(x.split(self.lengths))) for x in (k, v))
             keys = self._bounds([a + b for a, b in zip(self.lengths, self.before)], q.device)
-        grouped = {}
+        # keys to the left and to the right that a query sees; -1: all
+        options: dict[str, Any] = {"window_size": (window - 1 if window else -1, 0)}
         if q.size(1) != k.size(1):
             if "enable_gqa" in inspect.signature(varlen_attn).parameters:
-                grouped = {"enable_gqa": True}
-            else:
+                options["enable_gqa"] = True
+            else:  # older PyTorch: each kv head is repeated for the query heads that share it
                 k, v = (x.repeat_interleave(q.size(1) // x.size(1), 1) for x in (k, v))
-        reach = (window - 1 if window else -1, 0)
-        return varlen_attn(
-            q, k, v, queries, keys, self.longest, self.context, window_size=reach, **grouped
-        )
+        out = varlen_attn(q, k, v, queries, keys, self.longest, self.context, **options)
+        assert isinstance(out, Tensor)  # more comes only where it is asked for
+        return out
 
     @staticmethod
     def _bounds(lengths: list[int], device: torch.device) -> Tensor:
+        """Where each sequence begins, and the last one ends, [sequences + 1]."""
         return torch.tensor([0, *lengths], device=device).cumsum(0).int()

@@ -1,7 +1,7 @@
 """Queries and responses as one packed batch, and what is read off the model at their tokens."""
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Sequence:
-    """Token ids of a prompt followed by its response; the response's are `tokens[prompt_length:]`."""
+    """Token ids of a prompt followed by its response's, `tokens[prompt_length:]`."""
 
     tokens: list[int] | array
     prompt_length: int
@@ -36,17 +36,17 @@ class Sequence:
 class Batch:
     """N tokens of some sequences end to end, R of them response tokens.
 
-    tokens: [N]; layout: where each sequence lies; rows: [R], for each response token the row *before* it, whose hidden
-    state predicts it; targets: [R], the response tokens themselves; responses: each sequence's response length.
+    tokens: [N]; layout: where each sequence lies; rows: [R], for each response token the row
+    *before* it, whose hidden state predicts it; targets: [R], the response tokens themselves;
+    responses: each sequence's response length.
     """
 
     def __init__(self, tokens: Tensor, lengths: list[int], prompt_lengths: list[int]) -> None:
         self.tokens, self.layout = tokens, Packed(lengths, tokens.device)
         self.responses = [length - prompt for length, prompt in zip(lengths, prompt_lengths)]
         ends = torch.tensor(lengths, dtype=torch.long).cumsum(0)
-        self.rows = end_to_end(
-            ends - torch.tensor(self.responses, dtype=torch.long) - 1, self.responses
-        ).to(tokens.device)
+        first_rows = ends - torch.tensor(self.responses, dtype=torch.long) - 1
+        self.rows = end_to_end(first_rows, self.responses).to(tokens.device)
         self.targets = tokens[self.rows + 1]
 
     @classmethod
@@ -61,13 +61,16 @@ class Batch:
 
 
 def shared_prompt(sequences: list[Sequence]) -> int:
-    """Tokens of the prompt that all of them go on from; 0 where that is not one, or there is only one sequence."""
+    """How many tokens the prompt has that all of them go on from.
+
+    0 where that is not one, or there is only one sequence.
+    """
     first = sequences[0]
     length = first.prompt_length
-    same = all(
+    is_shared = all(
         s.prompt_length == length and s.tokens[:length] == first.tokens[:length] for s in sequences
     )
-    return length if same and len(sequences) > 1 else 0
+    return length if is_shared and len(sequences) > 1 else 0
 
 
 class PromptTree:
@@ -83,17 +86,19 @@ class PromptTree:
 
     @classmethod
     def of(cls, groups: list[list[Sequence]], device: torch.device) -> "PromptTree":
-        pieces, prefixes, responses = [], [], []
+        pieces: list[list[int] | array] = []
+        prefixes: list[int | None] = []  # the piece that each goes on from
+        responses: list[int] = []  # the pieces that end a sequence
         for group in groups:
             shared = shared_prompt(group)
-            root = len(pieces) if shared else None
+            prompt = len(pieces) if shared else None
             if shared:
                 pieces.append(group[0].tokens[:shared])
                 prefixes.append(None)
             for sequence in group:
                 responses.append(len(pieces))
                 pieces.append(sequence.tokens[shared:])
-                prefixes.append(root)
+                prefixes.append(prompt)
         tokens = torch.tensor([token for piece in pieces for token in piece], device=device)
         return cls(tokens, Packed(list(map(len, pieces)), device, prefixes), responses)
 
@@ -108,10 +113,10 @@ def end_to_end(starts: Tensor, lengths: list[int]) -> Tensor:
 def response_logprobs(
     model: Transformer, batch: Batch, temperature: float = 1.0, kept: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of every response token, and the entropy of the distribution it was one of; [R] each, fp32.
+    """Log-probability of every response token, and its distribution's entropy; [R] each, fp32.
 
-    kept: [R, bytes], which tokens that distribution is over; see `token_logprobs`. The logits live a chunk at a time, and are
-    computed again in backward. For training see `response_loss`.
+    kept: [R, bytes], which tokens that distribution is over; see `token_logprobs`. The logits live
+    a chunk at a time, and are computed again in backward. For training see `response_loss`.
     """
     hidden = model(batch.tokens, batch.layout, batch.rows)
     size = rows_at_once(len(batch.targets), model.vocabulary_weight)
@@ -126,10 +131,8 @@ def response_logprobs(
         batch.targets.split(size),
         repeat(None) if kept is None else kept.split(size),
     )
-    parts = [of(*chunk) for chunk in chunks]
-    return torch.cat([logprobs for logprobs, _ in parts]), torch.cat(
-        [entropy for _, entropy in parts]
-    )
+    logprobs, entropies = zip(*[of(*chunk) for chunk in chunks])
+    return torch.cat(logprobs), torch.cat(entropies)
 
 
 def response_loss(
@@ -150,7 +153,7 @@ def response_loss(
 
 
 def response_values(model: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The score head before every response token, [R], and at each sequence's last token, [sequences]; fp32."""
+    """Scores before each response token, [R], and at each sequence's end, [sequences]; fp32."""
     scores = model.scores(model(batch.tokens, batch.layout, torch.cat((batch.rows, batch.ends))))
     return scores[: len(batch.rows)], scores[len(batch.rows) :]
 
@@ -161,11 +164,15 @@ def sequence_scores(model: Transformer, batch: Batch | PromptTree) -> Tensor:
 
 
 def weighted_balance_loss(
-    model: Transformer, batch: Batch | PromptTree, weights: list[float], denominator: float
+    model: Transformer,
+    batch: Batch | PromptTree,
+    weights: Collection[float],
+    denominator: float,
 ) -> Tensor:
-    """The experts' load-balancing loss of a batch that went through the model: Σ over sequences of weight × loss, over the
+    """The experts' load-balancing loss of a batch that went through the model; 0 without experts.
 
-    denominator, times the model's coefficient. It is each sequence's own, so that no cut into batches changes it. 0 without experts.
+    It is Σ over sequences of weight × loss, over the denominator, times the model's coefficient.
+    Each sequence has its own loss, so that no cut into batches changes it.
     """
     if batch.layout.balance_loss is None:
         return torch.zeros((), device=batch.tokens.device)
@@ -176,9 +183,10 @@ def weighted_balance_loss(
 def micro_batches(
     lengths: list[int], max_batch_size: int, max_tokens: int | None = None
 ) -> list[list[int]]:
-    """Indices of `lengths` in groups of at most `max_batch_size`, and of at most `max_tokens` tokens, as few as come easily.
+    """Indices of `lengths` in groups of at most `max_batch_size`, as few as come easily.
 
-    A row that is longer by itself stands alone. Without max_tokens the rows of a group are alike in length, the longest first.
+    And of at most `max_tokens` tokens; a row that is longer by itself stands alone. Without
+    max_tokens the rows of a group are alike in length, the longest first.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     if max_tokens is None:
@@ -191,13 +199,13 @@ def micro_batches(
             for g, group in enumerate(groups)
             if room[g] >= lengths[i] and len(group) < max_batch_size
         )
-        at = next(fitting, None)
-        if at is None:
-            at = len(groups)
+        g = next(fitting, None)
+        if g is None:
+            g = len(groups)
             groups.append([])
             room.append(max_tokens)
-        groups[at].append(i)
-        room[at] -= lengths[i]
+        groups[g].append(i)
+        room[g] -= lengths[i]
     return groups
 
 
@@ -208,9 +216,10 @@ def over_ranks(
     parallel: Parallel,
     progress,
 ) -> list[T]:
-    """A result for every row: `compute` is given micro-batches of row numbers, shared among the data-parallel ranks.
+    """A result for every row, in the rows' order: every rank gets all results.
 
-    lengths: tokens of each row; progress: a `Progress`. Every rank gets all results, in the rows' order.
+    compute: is given micro-batches of row numbers, shared among the data-parallel ranks;
+    lengths: tokens of each row; progress: a `Progress`.
     """
     results: dict[int, T] = {}
     for number, rows in enumerate(micro_batches(lengths, max_batch_size)):
@@ -218,7 +227,7 @@ def over_ranks(
             results.update(zip(rows, compute(rows)))
         progress.update(len(rows), tokens=sum(lengths[i] for i in rows))
     if parallel.dp_size > 1:
-        parts = [None] * parallel.dp_size
+        parts: list[dict[int, T]] = [{}] * parallel.dp_size
         dist.all_gather_object(parts, results, group=parallel.dp_group)
         results = {i: result for part in parts for i, result in part.items()}
     return [results[i] for i in range(len(lengths))]

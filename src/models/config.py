@@ -1,4 +1,7 @@
-"""Sizes of a model, and `params.json`, where Meta, Mistral and we write them (`config.json`: hf_config.py)."""
+"""Sizes of a model, and `params.json`, where Meta, Mistral and we write them.
+
+For `config.json` see hf_config.py.
+"""
 
 from dataclasses import asdict, dataclass, fields, replace
 
@@ -7,7 +10,10 @@ from src.errors import UserError
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Rotary frequencies stretched for longer contexts. `kind`: linear, llama3 or yarn, by transformers' names."""
+    """Rotary frequencies stretched for longer contexts.
+
+    kind: linear, llama3 or yarn, by transformers' names.
+    """
 
     kind: str
     factor: float
@@ -21,7 +27,10 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything the network's code needs to know. `head` is "lm" (vocabulary logits) or "score" (one scalar)."""
+    """Everything the network's code needs to know.
+
+    head: "lm" (vocabulary logits) or "score" (one scalar).
+    """
 
     dim: int
     n_layers: int
@@ -53,14 +62,12 @@ class ModelConfig:
 
 
 SIZES = (
-    "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "norm_eps", "rope_theta",
-    "sliding_window", "n_experts", "experts_per_token", "qkv_bias",
+    "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "norm_eps",
+    "rope_theta", "sliding_window", "n_experts", "experts_per_token", "qkv_bias",
 )  # fmt: skip
 
-LARGEST = {
-    "n_layers": 10_000,
-    "n_experts": 10_000,
-}  # what no model has, and would keep us building tables
+# No model has more, and more would keep us building tables.
+LARGEST = {"n_layers": 10_000, "n_experts": 10_000}
 MAY_BE_ZERO = (
     "sliding_window",
     "first_window_layer",
@@ -80,17 +87,17 @@ def number(raw: dict, key: str, where: str, default=_NO_DEFAULT, kind: type = in
         return default
     allowed = (int, float) if kind is float else int
     if not isinstance(value, allowed) or isinstance(value, bool) or not 0 < value < 1e12:
-        raise UserError(
-            f"{where}: {key} is {value!r}; a positive {'number' if kind is float else 'whole number'} is expected"
-        )
+        words = "number" if kind is float else "whole number"
+        raise UserError(f"{where}: {key} is {value!r}; a positive {words} is expected")
     return value
 
 
 def config_from_params(raw: dict, where: str) -> ModelConfig:
-    """Read a `params.json`: Meta's (ffn width by rule), Mistral's (explicit sizes, `moe`), or ours (every field).
+    """Read a `params.json`: Meta's (ffn width by rule), Mistral's (explicit sizes, `moe`), or ours.
 
-    Meta's ffn width: 2/3 of 4·dim, times `ffn_dim_multiplier`, rounded up to `multiple_of`.
-    `vocab_size` −1 ("ask the tokenizer") stays −1 here; the checkpoint's tensors settle it.
+    Ours has every field. Meta's ffn width is 2/3 of 4·dim, times `ffn_dim_multiplier`, rounded up
+    to `multiple_of`. `vocab_size` −1 ("ask the tokenizer") stays −1 here; the checkpoint's tensors
+    settle it.
     """
     dim, n_heads = number(raw, "dim", where), number(raw, "n_heads", where)
     hidden_dim = number(raw, "hidden_dim", where, None)
@@ -123,12 +130,14 @@ def config_from_params(raw: dict, where: str) -> ModelConfig:
 
 
 def _read_scaling(ours, raw: dict, where: str) -> RopeScaling | None:
-    """Our own `rope_scaling`, or Meta's `use_scaled_rope` (Llama 3.1: factor 8 over 8192 tokens)."""
+    """Our own `rope_scaling`, or Meta's `use_scaled_rope`.
+
+    The latter is Llama 3.1's: factor 8 over 8192 tokens.
+    """
     if ours is not None:
         if not isinstance(ours, dict) or set(ours) - {field.name for field in fields(RopeScaling)}:
-            raise UserError(
-                f"{where}: rope_scaling is {ours!r}, its fields are {[f.name for f in fields(RopeScaling)]}"
-            )
+            names = [field.name for field in fields(RopeScaling)]
+            raise UserError(f"{where}: rope_scaling is {ours!r}, its fields are {names}")
         return checked_scaling(where, **ours)
     if not raw.get("use_scaled_rope"):
         return None
@@ -137,7 +146,10 @@ def _read_scaling(ours, raw: dict, where: str) -> RopeScaling | None:
 
 
 def params_of(config: ModelConfig) -> dict:
-    """The `params.json` written beside our shards: every field spelt out, in Meta's and Mistral's names."""
+    """The `params.json` written beside our shards.
+
+    Every field is spelt out, in Meta's and Mistral's names.
+    """
     return asdict(config)
 
 
@@ -145,14 +157,16 @@ def checked_scaling(where: str, **values) -> RopeScaling:
     """A RopeScaling whose values make sense, or UserError."""
     if values.get("kind") not in ("linear", "llama3", "yarn"):
         raise UserError(
-            f"{where}: rope scaling {values.get('kind')!r} is not supported; linear, llama3 and yarn are"
+            f"{where}: rope scaling {values.get('kind')!r} is not supported; "
+            "linear, llama3 and yarn are"
         )
     for name in ("factor", "original_max_seq_len"):
         number(values, name, where, kind=float)
     for name in values.keys() - {"kind"}:
         if not 1e-6 < number(values, name, where, kind=float) < 1e9:
             raise UserError(
-                f"{where}: rope scaling's {name} is {values[name]!r}; a number that a model could have is expected"
+                f"{where}: rope scaling's {name} is {values[name]!r}; "
+                "a number that a model could have is expected"
             )
     return RopeScaling(**values)
 
@@ -163,25 +177,25 @@ def checked(where: str, **values) -> ModelConfig:
         if field.name == "rope_scaling":
             continue
         value, kind = values.get(field.name, field.default), field.type
-        good = isinstance(value, (int, float)) if kind is float else isinstance(value, kind)
+        assert isinstance(kind, type)  # all others are int, float, str or bool
+        is_good = isinstance(value, (int, float) if kind is float else kind)
         if isinstance(value, bool) and kind is not bool:
-            good = False
+            is_good = False
         least = {"vocab_size": -1}.get(field.name, 0 if field.name in MAY_BE_ZERO else 1)
         largest = LARGEST.get(field.name, 10**9)
-        if good and kind is int:
-            good = least <= value <= largest
-        if good and kind is float:
-            good = 0 < value < 1e12 or (value == 0 and least == 0)
-        if not good:
-            words = {
+        if is_good and kind is int:
+            is_good = least <= value <= largest
+        if is_good and kind is float:
+            is_good = 0 < value < 1e12 or (value == 0 and least == 0)
+        if not is_good:
+            wanted = {
                 int: "a whole number",
                 float: "a number",
                 str: "a name",
                 bool: "true or false",
             }[kind]
-            wanted = (
-                words if kind in (str, bool) else f"{words} {'from' if least == 0 else 'above'} 0"
-            )
+            if kind not in (str, bool):
+                wanted += f" {'from' if least == 0 else 'above'} 0"
             raise UserError(f"{where}: {field.name} is {value!r}; {wanted} is expected")
     config = ModelConfig(**values)
     if config.head not in ("lm", "score"):
@@ -196,7 +210,8 @@ def checked(where: str, **values) -> ModelConfig:
         config.max_seq_len < 2 or config.head_dim < 4
     ):
         raise UserError(
-            f"{where}: seq_length {config.max_seq_len} and head_dim {config.head_dim}: logn and NTK need 2 and 4 at least"
+            f"{where}: seq_length {config.max_seq_len} and head_dim {config.head_dim}: "
+            "logn and NTK need 2 and 4 at least"
         )
     if config.head_dim % 2:
         raise UserError(f"{where}: head_dim {config.head_dim} is odd; rotary embeddings need pairs")
@@ -205,6 +220,7 @@ def checked(where: str, **values) -> ModelConfig:
         or config.experts_per_token > config.n_experts
     ):
         raise UserError(
-            f"{where}: {config.experts_per_token} experts per token of {config.n_experts} experts cannot be chosen"
+            f"{where}: {config.experts_per_token} experts per token of {config.n_experts} experts "
+            "cannot be chosen"
         )
     return config

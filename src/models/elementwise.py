@@ -1,7 +1,7 @@
-"""What stands between the matrix products, in as few passes over memory as plain PyTorch allows, forward and backward.
+"""What stands between the matrix products, in few passes over memory, forward and backward.
 
-On the CPU these passes cost as much as the products; autograd would make two to three times as many of them, and keep
-what they need in memory.
+As few as plain PyTorch allows: on the CPU these passes cost as much as the products. Autograd would
+make two to three times as many of them, and keep what they need in memory.
 """
 
 import os
@@ -19,14 +19,15 @@ _compiled: dict[str, Callable] = {}  # filled by `compile_elementwise`
 
 
 def compile_elementwise() -> None:
-    """From now on, let torch.compile make one kernel each, forward and backward, of the norms and of SwiGLU.
+    """From now on, let torch.compile make one kernel each, either way, of norms and of SwiGLU.
 
-    The products are libraries' kernels in any case, and packed sequences of ever new lengths do not make one whole graph.
-    Raises UserError where there is no compiler.
+    The products are libraries' kernels in any case, and packed sequences of ever new lengths do not
+    make one whole graph. Raises UserError where there is no compiler.
     """
     if not torch.cuda.is_available() and shutil.which(os.environ.get("CXX", "g++")) is None:
         raise UserError(
-            "--compile: on the CPU torch.compile needs a C++ compiler: install g++, or leave --compile out"
+            "--compile: on the CPU torch.compile needs a C++ compiler: install g++, or leave "
+            "--compile out"
         )
     _compiled["rms_norm"] = torch.compile(_plain_rms_norm, dynamic=True)
     _compiled["swiglu"] = torch.compile(_plain_swiglu, dynamic=True)
@@ -40,11 +41,8 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        mean = (
-            torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-            .square_()
-            .div_(x.size(-1))
-        )
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        mean = norm.square_().div_(x.size(-1))
         r = mean.add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, r)
         return (x * r).to(x.dtype).mul_(weight)
@@ -53,10 +51,9 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, weight, r = ctx.saved_tensors
         rows, dim = x.reshape(-1, x.size(-1)).float(), x.size(-1)
-        r, product = (
-            r.view(-1, 1),
-            grad.reshape(rows.shape) * rows,
-        )  # g x, of which dw and the mean are two products
+        r = r.view(-1, 1)
+        # g x, of which dw and the mean are one matrix product each
+        product = grad.reshape(rows.shape) * rows
         dw = (product.t() @ r).view(dim).to(weight.dtype) if ctx.needs_input_grad[1] else None
         dx = None
         if ctx.needs_input_grad[0]:
@@ -71,16 +68,21 @@ def _plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm over the last axis, in fp32 whatever the dtype (as Meta's), times the weight."""
+    """Root-mean-square norm over the last axis, times the weight.
+
+    In fp32 whatever the dtype, as Meta's.
+    """
     if _compiled:
         return _compiled["rms_norm"](x, weight, eps)
-    return (
-        _plain_rms_norm(x, weight, eps) if x.is_cuda else _RMSNorm.apply(x, weight, eps)
-    )  # CUDA has a kernel for it
+    if x.is_cuda:  # which has a kernel for it
+        return _plain_rms_norm(x, weight, eps)
+    return _RMSNorm.apply(x, weight, eps)
 
 
 class RMSNorm(nn.RMSNorm):
-    """Root-mean-square norm over the last axis, in fp32 whatever the input's dtype (as Meta's)."""
+    """`rms_norm` with a weight of its own."""
+
+    eps: float
 
     def __init__(self, weight: nn.Parameter, eps: float) -> None:
         nn.Module.__init__(self)
@@ -92,7 +94,10 @@ class RMSNorm(nn.RMSNorm):
 
 
 class HeadNorm(RMSNorm):
-    """RMSNorm of each of this rank's heads, one weight for all heads of all ranks: its gradient is summed over them."""
+    """RMSNorm of each of this rank's heads: [N, heads, head_dim].
+
+    All heads of all ranks have one weight, whose gradient is summed over them.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, copy_to_model_parallel_region(self.weight), self.eps)
@@ -109,6 +114,7 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         (joined,) = ctx.saved_tensors
         gate, up = joined.chunk(2, -1)
+        # Both gradients are written in place, side by side.
         out = torch.empty_like(joined)
         grad_gate, grad_up = out.chunk(2, -1)
         torch.mul(F.silu(gate), grad, out=grad_up)
@@ -138,10 +144,14 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turn(x: Tensor, rotary: Tensor) -> Tensor:
+    # [N, heads, head_dim] → [N, heads, head_dim / 2], complex
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotary.unsqueeze(1)).flatten(-2).type_as(x)
 
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """Turn interleaved pairs (Meta's convention). x: [N, heads, head_dim]; rotary: [N, head_dim / 2]."""
+    """Turn interleaved pairs (Meta's convention).
+
+    x: [N, heads, head_dim]; rotary: [N, head_dim / 2], complex.
+    """
     return _Rotate.apply(x, rotary)

@@ -1,6 +1,7 @@
-"""A mixture of experts: each token is sent to the few likeliest, one matrix product per expert over its tokens.
+"""A mixture of experts: each token is sent to the few likeliest of them.
 
-Experts are cut inside, like any feed-forward layer: every rank holds a part of each, and no token changes rank.
+There is one matrix product per expert over its tokens. Experts are cut inside, like any
+feed-forward layer: every rank holds a part of each, and no token changes rank.
 """
 
 import torch
@@ -18,7 +19,10 @@ from src.parallel.layers import (
 
 
 class _Grouped(torch.autograd.Function):
-    """x[rows of e] W[e]ᵀ for every expert. By hand: indexing W in autograd would fill a zero W per expert in backward."""
+    """x[rows of e] W[e]ᵀ for every expert e.
+
+    By hand: indexing W in autograd would fill a zero W per expert in backward.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
@@ -44,10 +48,12 @@ class _Grouped(torch.autograd.Function):
 
 
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """Every expert's product over its own rows. x: [M, in], the experts' rows one after the other; counts: rows of each, [E];
+    """Every expert's product over its own rows.
 
+    x: [M, in], the experts' rows one after the other; counts: rows of each, [E];
     weight: [E, out, in] → [M, out].
     """
+    # what CUDA's grouped product asks for
     aligned = weight.size(1) % 8 == weight.size(2) % 8 == 0
     if x.is_cuda and x.dtype == torch.bfloat16 and aligned and not isinstance(weight, Quantized):
         return F.grouped_mm(x, weight.transpose(1, 2), offs=counts.cumsum(0).int())
@@ -55,7 +61,10 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
 
 class GroupedLinear(nn.Module):
-    """One linear layer of all experts, column- or row-parallel: weight [experts, out, in] of this rank."""
+    """One linear layer of all experts, column- or row-parallel.
+
+    weight: [experts, out, in], this rank's part of each.
+    """
 
     replicas = None
 
@@ -85,36 +94,40 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         self.config = config
         self.gate = ReplicatedLinear(shard["gate.weight"])
-        self.experts = Experts(shard.at("experts"))
+        self.experts = Experts(shard.part("experts"))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[N, dim] → [N, dim], and how the router decided: its probabilities and its choices (0 or 1), [N, 2, experts]."""
+        """[N, dim] → [N, dim], and how the router decided, [N, 2, experts].
+
+        That is its probabilities and its choices (0 or 1).
+        """
         k, n_experts = self.config.experts_per_token, self.config.n_experts
         probabilities = self.gate(x).float().softmax(-1)
-        weights, chosen = probabilities.topk(k, sorted=False)
+        weights, chosen = probabilities.topk(k, sorted=False)  # [N, k] each
         if self.config.norm_topk_prob:
             weights = weights / weights.sum(-1, keepdim=True)
-        # Each rank's experts give a part of the output, so the gradient of the weights is a sum over the ranks, like x's.
-        weights, rows = (
-            copy_to_model_parallel_region(weights.to(x.dtype)),
-            copy_to_model_parallel_region(x),
-        )
+        # Each rank's experts give a part of the output, so the gradient of the weights is a sum
+        # over the ranks, like x's.
+        weights = copy_to_model_parallel_region(weights.to(x.dtype))
+        rows = copy_to_model_parallel_region(x)
+        # Each token k times, sorted by expert: [N, dim] → [N · k, dim]; and back.
         order = chosen.flatten().argsort(stable=True)
         counts = torch.bincount(chosen.flatten(), minlength=n_experts)
-        rows = gather_rows(
-            rows.unsqueeze(1).expand(-1, k, -1).flatten(0, 1), order
-        )  # each token k times, by expert
+        rows = gather_rows(rows.unsqueeze(1).expand(-1, k, -1).flatten(0, 1), order)
         out = gather_rows(self.experts(rows, counts), order.argsort()).unflatten(0, (-1, k))
-        out = reduce_from_model_parallel_region(torch.einsum("nkd,nk->nd", out, weights))
+        out = reduce_from_model_parallel_region(torch.einsum("tkd,tk->td", out, weights))
         choices = torch.zeros_like(probabilities).scatter_(1, chosen, 1.0)
         return out, torch.stack((probabilities, choices), 1)
 
 
 def balance_loss(router: list[Tensor]) -> Tensor:
-    """The load-balancing loss of each sequence (arXiv 2101.03961, equation 4, over all layers together, as transformers has it).
+    """The load-balancing loss of each sequence, [sequences].
 
-    router: per layer, the mean over each sequence's tokens of `MixtureOfExperts`' second result, [sequences, 2, experts].
-    Returns [sequences]: experts · Σ_e (share of choices)_e (mean probability)_e, summed over the choices of a token.
+    arXiv 2101.03961, equation 4, over all layers together, as transformers has it:
+    experts · Σ_e (share of choices)_e (mean probability)_e, summed over the choices of a token.
+
+    router: per layer, the mean over each sequence's tokens of `MixtureOfExperts`' second result,
+    [sequences, 2, experts].
     """
     probabilities, choices = torch.stack(router).mean(0).unbind(1)
     return probabilities.size(-1) * (probabilities * choices).sum(-1)

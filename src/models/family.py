@@ -1,4 +1,7 @@
-"""What sets a family of models apart, as data: names in its files, keys in its config, what all its models have."""
+"""What sets a family of models apart, as data.
+
+That is names in its files, keys in its config, and what all its models have.
+"""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -8,9 +11,10 @@ from src.models.config import ModelConfig
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies in a file: under `key` ({} is the layer, {expert} the expert: then one matrix per key).
+    """Where a tensor lies in a file: under `key`.
 
-    With `parts` > 1 it is the `index`-th of that many equal parts of the file's tensor along `dim`.
+    In a key {} is the layer, {expert} the expert: then there is one matrix per key. With `parts`
+    > 1 the tensor is the `index`-th of that many equal parts of the file's along `dim`.
     """
 
     key: str
@@ -25,12 +29,10 @@ class Family:
 
     architecture: str  # of the class names in transformers: LlamaForCausalLM
     names: dict[str, tuple[Stored, ...]]  # ours (Meta's) → where it may lie; written as the first
-    keys: dict[str, str] = field(
-        default_factory=dict
-    )  # our field → config.json's key, where it isn't Llama's
-    defaults: dict = field(
-        default_factory=dict
-    )  # what transformers takes for keys that are not there
+    # our field → config.json's key, where it isn't Llama's
+    keys: dict[str, str] = field(default_factory=dict)
+    # what transformers takes for keys that are not there
+    defaults: dict = field(default_factory=dict)
     has: dict = field(default_factory=dict)  # fields that are so in every model of the family
     # whether sliding_window counts; flagged: with use_sliding_window
     windows: Literal["never", "always", "flagged"] = "never"

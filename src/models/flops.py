@@ -1,4 +1,7 @@
-"""Floating-point operations of a training step: what the mathematics needs, recomputation not counted."""
+"""Floating-point operations of a training step: what the mathematics needs.
+
+Recomputation is not counted.
+"""
 
 import math
 from dataclasses import dataclass
@@ -13,9 +16,10 @@ from src.models.transformer import Transformer
 
 @dataclass(frozen=True)
 class TrainingFlops:
-    """Of the whole model, over all its ranks: per token in the trunk; per row that the loss needs, in the head and past the last
+    """Operations of the whole model, over all its ranks.
 
-    layer's attention; per pair of tokens in attention.
+    per_token: in the trunk; per_needed: for each row that the loss needs, in the head and past the
+    last layer's attention; per_pair: for each pair of tokens, in attention.
     """
 
     per_token: float
@@ -24,18 +28,21 @@ class TrainingFlops:
 
     @classmethod
     def of(cls, model: Transformer) -> "TrainingFlops":
-        """2 per weight forward, 2 for the gradient of the input, and 2 more for that of a weight that is trained.
+        """2 per weight forward, 2 for the input's gradient, and 2 more for a trained weight's own.
 
-        Layers below the lowest with a trained weight need no gradients. Of the experts those count that a token goes through.
+        Layers below the lowest with a trained weight need no gradients. Of the experts those count
+        that a token goes through.
         """
-        config, trained = (
-            model.config,
-            {n.replace(".base.", "."): p.requires_grad for n, p in model.named_parameters()},
-        )
+        config = model.config
+        trained = {
+            name.replace(".base.", "."): p.requires_grad for name, p in model.named_parameters()
+        }
+        # The lowest layer that needs gradients; the embedding is below all of them.
         lowest = next(
             (i for i, block in enumerate(model.layers) if _trains(block)), config.n_layers
         )
         lowest = -1 if trained["tok_embeddings.weight"] else lowest
+        # The model's own weights: a matrix each, or a stack of the experts'.
         per_token = per_needed = 0.0
         for name, spec in tensor_table(config).items():
             if len(spec.shape) < 2 or name == "score.weight":
@@ -52,6 +59,7 @@ class TrainingFlops:
                 per_needed += flops
             else:
                 per_token += flops
+        # Adapters, whose factors are all trained.
         for name, layer in lora_layers(model):
             weights = layer.config.rank * (layer.spec.shape[-1] + layer.spec.shape[-2])
             flops = 6.0 * weights * (config.experts_per_token if len(layer.spec.shape) == 3 else 1)
@@ -59,9 +67,9 @@ class TrainingFlops:
                 per_needed += flops
             else:
                 per_token += flops
-        per_pair = (
-            4.0 * config.n_heads * config.head_dim * (3 * config.n_layers - 2 * max(lowest, 0))
-        )
+        # Scores and the weighted sum of values: 4 per pair and column forward, twice that backward.
+        passes = 3 * config.n_layers - 2 * max(lowest, 0)
+        per_pair = 4.0 * config.n_heads * config.head_dim * passes
         return cls(per_token, per_needed, per_pair)
 
     def __call__(self, tokens: int, needed: int, pairs: float) -> float:
@@ -69,28 +77,29 @@ class TrainingFlops:
 
 
 def _past_attention(name: str, config: ModelConfig) -> bool:
-    """Whether a weight stands behind the last attention, where only the rows are computed that the loss needs."""
-    last = name.startswith(f"layers.{config.n_layers - 1}.") and not config.n_experts
-    return last and (".wo" in name or ".feed_forward." in name)
+    """Whether a weight stands behind the last attention.
+
+    There only the rows are computed that the loss needs.
+    """
+    is_in_last = name.startswith(f"layers.{config.n_layers - 1}.") and not config.n_experts
+    return is_in_last and (".wo" in name or ".feed_forward." in name)
 
 
 def attention_pairs(config: ModelConfig, length: int, prefix: int = 0) -> float:
-    """Pairs of a query and a key that it sees, in one sequence: a mean over the layers, some of which may have a window."""
+    """Pairs of a query and a key that it sees, in one sequence.
+
+    It is a mean over the layers, some of which may have a window.
+    """
 
     def pairs(window: int) -> float:
-        short = (
-            max(0, min(length, window - prefix)) if window else length
-        )  # queries that see everything before them
+        # `short`: queries that see everything before them
+        short = max(0, min(length, window - prefix)) if window else length
         return short * prefix + short * (short + 1) / 2 + (length - short) * window
 
-    plain = (
-        min(config.first_window_layer, config.n_layers)
-        if config.sliding_window
-        else config.n_layers
-    )
-    return (
-        plain * pairs(0) + (config.n_layers - plain) * pairs(config.sliding_window)
-    ) / config.n_layers
+    layers, plain = config.n_layers, config.n_layers
+    if config.sliding_window:
+        plain = min(config.first_window_layer, layers)
+    return (plain * pairs(0) + (layers - plain) * pairs(config.sliding_window)) / layers
 
 
 def _trains(module: nn.Module) -> bool:

@@ -1,4 +1,7 @@
-"""Hugging Face's `config.json`, read into a ModelConfig and written from one; and the families by its `model_type`."""
+"""Hugging Face's `config.json`, read into a ModelConfig and written from one.
+
+And the families, by its `model_type`.
+"""
 
 import math
 
@@ -45,7 +48,8 @@ KEYS = {
 REFUSED = {
     "attention_bias": "these models have no bias on the attention's output",
     "mlp_bias": "these models have no bias in the feed-forward layers",
-    "quantization_config": "quantised files are not supported: load the original weights, with --quantize if need be",
+    "quantization_config": "quantised files are not supported: load the original weights, "
+    "with --quantize if need be",
     "mlp_only_layers": "a mixture of dense and expert layers is not supported",
 }
 # our RopeScaling's field → Hugging Face's key
@@ -58,13 +62,19 @@ SCALING_KEYS = {
 
 
 def family_written(config: ModelConfig) -> tuple[str, Family]:
-    """The family that a Hugging Face folder of this model is written as, by name: its own but for Qwen v1."""
+    """Name and family that a Hugging Face folder of this model is written as.
+
+    They are its own but for Qwen v1.
+    """
     name = FAMILIES[config.family].written_as or config.family
     return name, FAMILIES[name]
 
 
 def config_from_hf(raw: dict, where: str) -> ModelConfig:
-    """Read a `config.json` of transformers 4 or 5 (`rope_theta` moved under `rope_parameters`). Raises UserError."""
+    """Read a `config.json` of transformers 4 or 5. Raises UserError.
+
+    In 5 `rope_theta` moved under `rope_parameters`.
+    """
     name = raw.get("model_type")
     family = FAMILIES.get(name) if isinstance(name, str) else None
     if family is None:
@@ -78,24 +88,18 @@ def config_from_hf(raw: dict, where: str) -> ModelConfig:
         raise UserError(f"{where}: hidden_act is {raw['hidden_act']!r}; only 'silu' is supported")
     if raw.get("decoder_sparse_step", 1) != 1:
         raise UserError(
-            f"{where}: decoder_sparse_step is {raw['decoder_sparse_step']!r}; only 1 (experts everywhere) is supported"
+            f"{where}: decoder_sparse_step is {raw['decoder_sparse_step']!r}; "
+            "only 1 (experts everywhere) is supported"
         )
     rope = _rope(raw, where)
     raw = raw | {key: value for key, value in rope.items() if raw.get(key) is None}
-    for key, other in (
-        ("num_experts", "num_local_experts"),
-        ("num_local_experts", "num_experts"),
-    ):  # transformers 4, 5
-        raw.setdefault(key, raw.get(other))
+    # transformers 4 and 5 have different names for it
+    raw.setdefault("num_experts", raw.get("num_local_experts"))
+    raw.setdefault("num_local_experts", raw.get("num_experts"))
 
     def read(field: str, default=None, kind: type = int):
-        return number(
-            raw,
-            family.keys.get(field, KEYS[field]),
-            where,
-            family.defaults.get(field, default),
-            kind,
-        )
+        key = family.keys.get(field, KEYS[field])
+        return number(raw, key, where, family.defaults.get(field, default), kind)
 
     sizes = {
         field: read(field) for field in ("dim", "n_layers", "n_heads", "hidden_dim", "vocab_size")
@@ -105,7 +109,8 @@ def config_from_hf(raw: dict, where: str) -> ModelConfig:
             number(raw, family.keys.get(field, KEYS[field]), where)  # says that it is needed
     if sizes["hidden_dim"] % family.ffn_factor:
         raise UserError(
-            f"{where}: intermediate_size {sizes['hidden_dim']} is not {family.ffn_factor} times a whole width"
+            f"{where}: intermediate_size {sizes['hidden_dim']} is not {family.ffn_factor} times "
+            "a whole width"
         )
     sizes["hidden_dim"] //= family.ffn_factor
     max_seq_len = read("max_seq_len", 2048)
@@ -123,10 +128,8 @@ def config_from_hf(raw: dict, where: str) -> ModelConfig:
         **family.has,
     }
     if "n_experts" in family.keys:
-        values["n_experts"], values["experts_per_token"] = (
-            read("n_experts"),
-            read("experts_per_token"),
-        )
+        values["n_experts"] = read("n_experts")
+        values["experts_per_token"] = read("experts_per_token")
         coefficient = raw.get("router_aux_loss_coef")
         values["router_aux_loss_coef"] = (
             family.defaults["router_aux_loss_coef"] if coefficient is None else coefficient
@@ -137,14 +140,15 @@ def config_from_hf(raw: dict, where: str) -> ModelConfig:
     if name == "qwen":
         if raw.get("no_bias", True) is not True:
             raise UserError(
-                f"{where}: no_bias is {raw['no_bias']!r}; only Qwen with a bias on c_attn alone is supported"
+                f"{where}: no_bias is {raw['no_bias']!r}; "
+                "only Qwen with a bias on c_attn alone is supported"
             )
         values |= {field: raw.get(field, True) for field in ("use_logn_attn", "use_dynamic_ntk")}
     return checked(where, **values)
 
 
 def _rope(raw: dict, where: str) -> dict:
-    rope = {}
+    rope: dict = {}
     for key in ("rope_scaling", "rope_parameters"):
         part = raw.get(key) or {}
         if not isinstance(part, dict):
@@ -178,10 +182,8 @@ def _scaling(rope: dict, max_seq_len: int, where: str) -> RopeScaling | None:
 
 
 def _head(raw: dict, where: str) -> dict:
-    architectures, labels = (
-        raw.get("architectures") or [],
-        raw.get("id2label", raw.get("num_labels", 2)),
-    )
+    architectures = raw.get("architectures") or []
+    labels = raw.get("id2label", raw.get("num_labels", 2))
     if not isinstance(architectures, list) or not all(
         isinstance(name, str) for name in architectures
     ):
@@ -199,7 +201,10 @@ def _head(raw: dict, where: str) -> dict:
 
 
 def _window(raw: dict, family: Family, n_layers: int, where: str) -> dict:
-    """The sliding window and the layer at which it begins; `layer_types` may spell out the same, nothing else."""
+    """The sliding window and the layer at which it begins.
+
+    `layer_types` may spell out the same, nothing else.
+    """
     window, first = raw.get("sliding_window", family.defaults.get("sliding_window")), 0
     if (
         family.windows == "never"
@@ -219,7 +224,8 @@ def _window(raw: dict, family: Family, n_layers: int, where: str) -> dict:
         len(types) != n_layers or types != layer_types(window, first, n_layers)
     ):
         raise UserError(
-            f"{where}: layer_types {types} do not follow from sliding_window {window} from layer {first} on"
+            f"{where}: layer_types {types} do not follow from sliding_window {window} "
+            f"from layer {first} on"
         )
     return {"sliding_window": window, "first_window_layer": first}
 
@@ -236,7 +242,8 @@ def hf_config(
 ) -> dict:
     """`config.json` with the keys of transformers 4 and 5 both, so that either reads it.
 
-    special_ids: "bos_token_id" and "eos_token_id"; pad_id: for a classifier, an id that no text holds.
+    special_ids: "bos_token_id" and "eos_token_id"; pad_id: for a classifier, an id that no text
+    holds.
     """
     c, (name, family) = config, family_written(config)
     scored = c.head == "score"
@@ -299,7 +306,8 @@ def hf_config(
             "max_window_layers": c.first_window_layer if c.sliding_window else c.n_layers,
         }
     if scored:
-        # transformers scores the last token that is not padding: the pad id must be one that no text holds.
+        # transformers scores the last token that is not padding: the pad id must be one that no
+        # text holds.
         written |= {
             "num_labels": 1,
             "id2label": {"0": "score"},

@@ -1,4 +1,7 @@
-"""Random weights that do not depend on the degree: each tensor is drawn whole from its own seed, then cut."""
+"""Random weights that do not depend on the degree.
+
+Each tensor is drawn whole from a seed of its own, then cut.
+"""
 
 import hashlib
 
@@ -22,9 +25,10 @@ def random_tensor(name: str, spec: TensorSpec, std: float, seed: int) -> Tensor:
 
 
 def initial_std(name: str, spec: TensorSpec, n_layers: int) -> float:
-    """Standard deviation for training from nothing: 1/√fan-in, and 1/√(2 · layers) of that where blocks write to the trunk.
+    """Standard deviation for training from nothing.
 
-    The embedding's rows are looked up, not summed over: 0.3, so that the blocks' first outputs weigh about as much.
+    1/√fan-in, and 1/√(2 · layers) of that where blocks write to the trunk. The embedding's rows are
+    looked up, not summed over: 0.3, so that the blocks' first outputs weigh about as much.
     """
     if name == "tok_embeddings.weight":
         return 0.3

@@ -12,16 +12,16 @@ def _llama(
     hidden_dim: int,
     norm_eps: float,
     context: int,
-):
+) -> ModelConfig:
     return ModelConfig(
-        dim,
-        n_layers,
-        n_heads,
-        n_kv_heads,
-        dim // n_heads,
-        hidden_dim,
-        32000,
-        norm_eps,
+        dim=dim,
+        n_layers=n_layers,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=dim // n_heads,
+        hidden_dim=hidden_dim,
+        vocab_size=32000,
+        norm_eps=norm_eps,
         max_seq_len=context,
     )
 

@@ -1,7 +1,8 @@
 """Low-rank adaptation (arXiv 2106.09685): one wrapper for every parallel linear layer.
 
-y = W x + (alpha / rank) · B A x. On a column-parallel layer A is replicated and B is cut like W; on a row-parallel layer
-A is cut like W and B is replicated. B starts at zero, so that the adapted model starts as the base model.
+y = W x + (alpha / rank) · B A x. On a column-parallel layer A is replicated and B is cut like W; on
+a row-parallel layer A is cut like W and B is replicated. B starts at zero, so that the adapted
+model starts as the base model.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,12 +18,13 @@ from src.models.experts import GroupedLinear, grouped_linear
 from src.models.init import random_tensor
 from src.models.layout import TensorSpec, tensor_table
 from src.models.quantize import dense
-from src.models.transformer import FeedForward, Transformer, build
+from src.models.transformer import Transformer, build
 from src.parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
     copy_to_model_parallel_region,
     sum_gradient,
+    with_copies,
 )
 from src.parallel.setup import Parallel
 
@@ -31,7 +33,10 @@ TARGETS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """rank and alpha as in the paper; dropout: of the adapter's input, in training; targets: names out of TARGETS."""
+    """rank and alpha are the paper's.
+
+    dropout: of the adapter's input, in training; targets: names out of TARGETS.
+    """
 
     rank: int
     alpha: float = 16.0
@@ -53,6 +58,10 @@ class LoRAConfig:
 class LoRA(nn.Module):
     """A parallel linear layer with a low-rank adapter beside it. The base weight is frozen."""
 
+    # [rank, in] and [out, rank], with experts in front where there are any; `add_lora` sets them
+    lora_a: nn.Parameter
+    lora_b: nn.Parameter
+
     def __init__(
         self,
         base: ColumnParallelLinear | RowParallelLinear | GroupedLinear,
@@ -63,25 +72,28 @@ class LoRA(nn.Module):
         """spec: of the whole base weight."""
         super().__init__()
         self.base, self.spec, self.config, self.parallel = base, spec, config, parallel
-        self.multiply = grouped_linear if isinstance(base, GroupedLinear) else F.linear
+        is_grouped = isinstance(base, GroupedLinear)
+        self.multiply: Callable[..., Tensor] = grouped_linear if is_grouped else F.linear
 
     def forward(self, x: Tensor, *counts: Tensor) -> Tensor:
         return self.base(x, *counts) + self.low_rank(x, *counts)
 
     def low_rank(self, x: Tensor, *counts: Tensor) -> Tensor:
         """The adapter's part of the output."""
-        # The factor that every rank holds whole gets its gradient summed over them: a rank's share of the rows (A) or columns
-        # (B) gives a part of it. The caller reduces a row layer's output, adapter included.
-        a, b = self.lora_a, sum_gradient(self.lora_b, self.base.replicas)
+        # The factor that every rank holds whole gets its gradient summed over them: a rank's share
+        # of the rows (A) or columns (B) gives a part of it. The caller reduces a row layer's
+        # output, adapter included.
+        a: Tensor = self.lora_a
+        b = sum_gradient(self.lora_b, self.base.replicas)
         if self.base.row_parallel:
             b = copy_to_model_parallel_region(b)
         else:
             a = copy_to_model_parallel_region(a)
-        low = self.multiply(self._dropout(x), a, *counts)
+        low = self.multiply(self._dropout(x), a, *counts)  # [N, rank]
         return self.multiply(low, b, *counts) * self.config.scale
 
     def _dropout(self, x: Tensor) -> Tensor:
-        """Drawn for the whole width on every rank, from the same state: the same at any degree."""
+        """Its mask is drawn whole on every rank, from the same state: the same at any degree."""
         p = self.config.dropout
         if not self.training or p == 0:
             return x
@@ -98,25 +110,18 @@ class LoRA(nn.Module):
 
 def lora_table(config: ModelConfig, lora: LoRAConfig) -> dict[str, TensorSpec]:
     """The adapter's tensors: `layers.0.attention.wq.lora_a` and so on, whole shapes and cuts."""
-    table = {}
+    table: dict[str, TensorSpec] = {}
     for name, spec in tensor_table(config).items():
         stem = name.removesuffix(".weight")
         if stem.rsplit(".", 1)[-1] in lora.targets:
             *experts, out_features, in_features = spec.shape
-            a, b = (
-                TensorSpec((*experts, lora.rank, in_features)),
-                TensorSpec((*experts, out_features, lora.rank)),
-            )
-            cut_like_base = {
-                "dim": spec.dim,
-                "unit": spec.unit,
-                "kv_heads": spec.kv_heads,
-                "repeated": spec.repeated,
-            }
+            a = TensorSpec((*experts, lora.rank, in_features))
+            b = TensorSpec((*experts, out_features, lora.rank))
+            # The factor with the axis along which the weight is cut is cut like it.
             if spec.dim == len(experts) + 1:
-                a = replace(a, **cut_like_base)
+                a = replace(spec, shape=a.shape)
             else:
-                b = replace(b, **cut_like_base)
+                b = replace(spec, shape=b.shape)
             table |= {f"{stem}.lora_a": a, f"{stem}.lora_b": b}
     return table
 
@@ -128,23 +133,22 @@ def add_lora(
     parallel: Parallel,
     start_from: dict[str, Tensor] | None = None,
 ) -> None:
-    """Wrap the target layers of a loaded model and freeze everything else (but a score head, which is new).
+    """Wrap the target layers of a loaded model and freeze everything else.
 
-    start_from: whole factors of an adapter to go on from, by our names; by default A is random and B zero.
+    But not a score head, which is new. start_from: whole factors of an adapter to go on from, by
+    our names; by default A is random and B zero.
     """
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name == "score.weight")
     rank, n, base_table = parallel.mp_rank, parallel.mp_size, tensor_table(model.config)
     for name, spec in lora_table(model.config, lora).items():
         stem, factor = name.rsplit(".", 1)
-        parent, child = stem.rsplit(".", 1)
-        parent = model.get_submodule(parent)
-        if not isinstance(getattr(parent, child), LoRA):
-            setattr(
-                parent,
-                child,
-                LoRA(getattr(parent, child), base_table[f"{stem}.weight"], lora, parallel),
-            )
+        parent_name, child = stem.rsplit(".", 1)
+        parent = model.get_submodule(parent_name)
+        layer = getattr(parent, child)
+        if not isinstance(layer, LoRA):
+            layer = LoRA(layer, base_table[f"{stem}.weight"], lora, parallel)
+            setattr(parent, child, layer)
         if start_from is not None:
             whole = start_from[name]
         elif factor == "lora_b":
@@ -152,15 +156,16 @@ def add_lora(
         else:
             whole = random_tensor(name, spec, spec.shape[-1] ** -0.5, seed)
         local = spec.cut(whole, rank, n).to(device=parallel.device, dtype=model.norm.weight.dtype)
-        parameter = nn.Parameter(local.clone(memory_format=torch.contiguous_format))
-        parameter.copies = spec.copies(n)
-        setattr(getattr(parent, child), factor, parameter)
+        # A copy: a cut may be a view of the whole.
+        local = local.clone(memory_format=torch.contiguous_format)
+        setattr(layer, factor, with_copies(nn.Parameter(local), spec.copies(n)))
 
 
 def sharing(model: Transformer, head: str, parallel: Parallel) -> Transformer:
-    """A model without adapter whose weights are the frozen ones of `model`: the same tensors, no copies.
+    """A model without adapter whose weights are the frozen ones of `model`: the same tensors.
 
-    model: one with an adapter; head: "lm", or "score", whose weight is left on the meta device, to be filled in.
+    There is no switch to forget: a reference is simply a model without the adapter. model: one with
+    an adapter; head: "lm", or "score", whose weight is left on the meta device, to be filled in.
     """
     table = tensor_table(model.config)
     replicas = parallel.replicas(table["layers.0.attention.wk.weight"].copies(parallel.mp_size))
@@ -169,18 +174,20 @@ def sharing(model: Transformer, head: str, parallel: Parallel) -> Transformer:
     for name, module in list(new.named_modules()):
         if name == "score" or next(module.parameters(recurse=False), None) is None:
             continue
-        own = model.get_submodule(name)
+        original = model.get_submodule(name)
+        frozen = original.base if isinstance(original, LoRA) else original
         parent, _, child = name.rpartition(".")
-        setattr(new.get_submodule(parent), child, own.base if isinstance(own, LoRA) else own)
-    for block, own in zip(new.layers, model.layers):
-        block.attention.stacked = own.attention.stacked
-        if isinstance(own.feed_forward, FeedForward):
-            block.feed_forward.stacked = own.feed_forward.stacked
+        setattr(new.get_submodule(parent), child, frozen)
+    for part, original_part in zip(new.stackable(), model.stackable()):
+        part.projections = original_part.projections
     return new.train(model.training)
 
 
 def default_targets(config: ModelConfig) -> tuple[str, ...]:
-    """All linear layers; of a model with experts those of attention, since the experts' adapters would outweigh the rest."""
+    """All linear layers; of a model with experts those of attention alone.
+
+    The experts' adapters would outweigh the rest.
+    """
     return TARGETS[:4] if config.n_experts else TARGETS
 
 
@@ -194,9 +201,10 @@ def freeze_layers(model: Transformer, n: int) -> None:
 def merged_parts(
     model: Transformer, plain: Callable[[str, Tensor], Tensor] = lambda _, weight: dense(weight)
 ) -> Iterator[tuple[str, Tensor]]:
-    """(name, this rank's part) of every weight with its adapter added in, by the names of a model without adapters.
+    """(name, this rank's part) of every weight with its adapter added in.
 
-    plain(name, weight) gives the weight under a quantised one: by default what it was rounded to.
+    Names are those of a model without adapters. plain(name, weight) gives the weight under a
+    quantised one: by default what it was rounded to.
     """
     adapted = dict(lora_layers(model))
     for name, parameter in model.named_parameters():

@@ -11,7 +11,17 @@ MISTRAL = Family(
     windows="always",
     presets={
         "mistral-7b-instruct-v0.2": ModelConfig(
-            4096, 32, 32, 8, 128, 14336, 32000, 1e-5, 1e6, max_seq_len=32768, family="mistral"
+            dim=4096,
+            n_layers=32,
+            n_heads=32,
+            n_kv_heads=8,
+            head_dim=128,
+            hidden_dim=14336,
+            vocab_size=32000,
+            norm_eps=1e-5,
+            rope_theta=1e6,
+            max_seq_len=32768,
+            family="mistral",
         )
     },
 )

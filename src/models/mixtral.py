@@ -6,7 +6,10 @@ from src.models.llama import ATTENTION
 
 
 def experts(block: str, w1: str, w2: str, w3: str) -> dict[str, tuple[Stored, ...]]:
-    """Names of an expert layer: a matrix per expert as in the released files, or w1 and w3 of all fused in newer ones."""
+    """Names of an expert layer, in both forms.
+
+    Released files have a matrix per expert, newer ones w1 and w3 of all experts fused.
+    """
     ours, each = "layers.{}.feed_forward.experts", f"{block}.experts.{{expert}}"
     fused = "model.layers.{}.mlp.experts"
     return {
@@ -40,15 +43,15 @@ MIXTRAL = Family(
     windows="always",
     presets={
         "mixtral-8x7b-instruct-v0.1": ModelConfig(
-            4096,
-            32,
-            32,
-            8,
-            128,
-            14336,
-            32000,
-            1e-5,
-            1e6,
+            dim=4096,
+            n_layers=32,
+            n_heads=32,
+            n_kv_heads=8,
+            head_dim=128,
+            hidden_dim=14336,
+            vocab_size=32000,
+            norm_eps=1e-5,
+            rope_theta=1e6,
             max_seq_len=32768,
             family="mixtral",
             n_experts=8,

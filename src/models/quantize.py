@@ -1,7 +1,8 @@
-"""Frozen weights kept in 4 or 8 bits (QLoRA, arXiv 2305.14314; LLM.int8(), arXiv 2208.07339), by bitsandbytes.
+"""Frozen weights kept in 4 or 8 bits, by bitsandbytes.
 
-`F.linear` takes such a weight as it takes any other. Backward dequantises again instead of keeping what forward made.
-Each block of 64 values along a row has its own scale and there is no statistic over more than a block, so that a rank's
+QLoRA: arXiv 2305.14314; LLM.int8(): arXiv 2208.07339. `F.linear` takes such a weight as it takes
+any other. Backward dequantises again instead of keeping what forward made. Each block of 64 values
+along a row has its own scale and there is no statistic over more than a block, so that a rank's
 shard is the whole matrix's quantised values wherever it is cut at a multiple of 64.
 """
 
@@ -19,8 +20,11 @@ BLOCK = 64
 
 @functools.cache
 def _library():
-    """bitsandbytes' operators. But for this its import takes 6 s, to compile what nothing here calls, and warns of an
-    optional CPU kernel."""
+    """bitsandbytes' operators.
+
+    But for this its import takes 6 s, to compile what nothing here calls, and warns of an optional
+    CPU kernel.
+    """
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     with mock.patch.object(torch, "compile", lambda function=None, **_: function or (lambda f: f)):
         import bitsandbytes  # noqa: F401
@@ -35,7 +39,10 @@ def _levels(device: torch.device) -> Tensor:
 
 
 class Quantized(Tensor):
-    """A weight [..., out, in] of which only codes and one fp32 scale per block are kept; `dtype` is what it is computed in."""
+    """A weight [..., out, in] of which only codes and one fp32 scale per block are kept.
+
+    dtype: what it is computed in.
+    """
 
     @staticmethod
     def __new__(
@@ -64,12 +71,11 @@ class Quantized(Tensor):
             )
         return whole[..., : self.shape[-1]]
 
-    def __repr__(self, **_) -> str:
+    def __repr__(self, *, tensor_contents=None):
         return f"Quantized({self.kind}, {tuple(self.shape)}, {self.dtype}, device={self.device})"
 
-    def __tensor_flatten__(
-        self,
-    ):  # with its inverse, what nn.Module.to asks of a parameter that is such a tensor
+    # With its inverse, what nn.Module.to asks of a parameter that is such a tensor.
+    def __tensor_flatten__(self):
         return ["codes", "scales"], (self.kind, self.shape[-1], self.dtype)
 
     @staticmethod
@@ -83,28 +89,25 @@ class Quantized(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             return function(*args, **(kwargs or {}))
 
-    @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+    @classmethod  # torch declares it as an attribute, which mypy takes for a plain method
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
         weight, aten, kwargs = args[0], torch.ops.aten, kwargs or {}
-        if function in (aten.detach.default, aten.alias.default):
-            return weight._like(function)
-        if function is aten.clone.default:
+        if func in (aten.detach.default, aten.alias.default):
+            return weight._like(func)
+        if func is aten.clone.default:
             return weight._like(torch.clone)
-        if function is aten._to_copy.default:
-            return weight._like(
-                lambda t: t.to(kwargs.get("device"), copy=True), kwargs.get("dtype")
-            )
-        if (
-            function is aten.select.int and weight.dim() == 3 and args[1] == 0
-        ):  # one expert of a stack
+        if func is aten._to_copy.default:
+            device, dtype = kwargs.get("device"), kwargs.get("dtype")
+            return weight._like(lambda t: t.to(device, copy=True), dtype)
+        # of a stack, one expert or each
+        if func is aten.select.int and weight.dim() == 3 and args[1] == 0:
             return weight._like(lambda t: t[args[2]])
-        if function is aten.unbind.int and weight.dim() == 3 and args[1:] in ((), (0,)):
-            return [weight._like(lambda t: t[e]) for e in range(weight.size(0))]
-        if function is aten.new_empty.default:
-            return torch.empty(
-                args[1], **{"dtype": weight.dtype, "device": weight.device, **kwargs}
-            )
-        raise NotImplementedError(f"{function} of a quantised weight: take dense(weight)")
+        if func is aten.unbind.int and weight.dim() == 3 and args[1:] in ((), (0,)):
+            return [weight._like(lambda t, e=e: t[e]) for e in range(weight.size(0))]
+        if func is aten.new_empty.default:
+            like = {"dtype": weight.dtype, "device": weight.device}
+            return torch.empty(args[1], **{**like, **kwargs})
+        raise NotImplementedError(f"{func} of a quantised weight: take dense(weight)")
 
 
 class _Linear(torch.autograd.Function):
@@ -145,7 +148,7 @@ def quantized(weight: Tensor, kind: str) -> nn.Parameter:
 
 
 def dense(weight: Tensor) -> Tensor:
-    """The weight as a plain tensor of its dtype: a quantised one dequantised, any other as it is."""
+    """The weight as a plain tensor of its dtype: dequantised if it is quantised."""
     return weight.dequantized(weight.dtype) if isinstance(weight, Quantized) else weight
 
 

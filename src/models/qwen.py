@@ -14,11 +14,23 @@ def _qwen(
     vocab_size: int,
     rope_theta: float,
     context: int,
-):
+) -> ModelConfig:
     return ModelConfig(
-        dim, n_layers, n_heads, n_heads, 128, hidden_dim, vocab_size, 1e-6, rope_theta, context,
-        family="qwen", qkv_bias=True, use_logn_attn=True, use_dynamic_ntk=True,
-    )  # fmt: skip
+        dim=dim,
+        n_layers=n_layers,
+        n_heads=n_heads,
+        n_kv_heads=n_heads,
+        head_dim=128,
+        hidden_dim=hidden_dim,
+        vocab_size=vocab_size,
+        norm_eps=1e-6,
+        rope_theta=rope_theta,
+        max_seq_len=context,
+        family="qwen",
+        qkv_bias=True,
+        use_logn_attn=True,
+        use_dynamic_ntk=True,
+    )
 
 
 _BIASES = {

@@ -1,4 +1,7 @@
-"""Rotary position embeddings (RoFormer, arXiv 2104.09864) in Meta's convention: interleaved pairs as complex numbers."""
+"""Rotary position embeddings (RoFormer, arXiv 2104.09864) in Meta's convention.
+
+Interleaved pairs of a head's columns are complex numbers.
+"""
 
 import math
 
@@ -23,14 +26,20 @@ def _linear(frequencies: Tensor, s: RopeScaling, config: ModelConfig) -> Tensor:
 
 
 def _llama3(frequencies: Tensor, s: RopeScaling, config: ModelConfig) -> Tensor:
-    """Llama 3.1: long wavelengths are stretched, short ones kept, those between blended by how often they fit the old context."""
+    """Llama 3.1: long wavelengths are stretched, short ones kept.
+
+    Those between are blended, by how often they fit the old context.
+    """
     turns = s.original_max_seq_len * frequencies / (2 * math.pi)
     kept = ((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
     return frequencies * (kept + (1 - kept) / s.factor)
 
 
 def _yarn(frequencies: Tensor, s: RopeScaling, config: ModelConfig) -> Tensor:
-    """YaRN (arXiv 2309.00071, section 3.2), with the bounds of the ramp rounded outwards to whole dimensions."""
+    """YaRN (arXiv 2309.00071, section 3.2).
+
+    The bounds of the ramp are rounded outwards to whole dimensions.
+    """
 
     def dimension_of(turns: float) -> float:
         wavelengths = s.original_max_seq_len / (turns * 2 * math.pi)
@@ -53,13 +62,13 @@ def rotary_table(config: ModelConfig, length: int, device: torch.device) -> Tens
 
 
 def ntk_rotary(config: ModelConfig, positions: Tensor, prompt_lengths: Tensor) -> Tensor:
-    """Qwen v1's dynamic NTK: each token's frequencies follow from its prompt's length L, [N] and [N] → [N, head_dim / 2].
+    """Qwen v1's dynamic NTK: each token's frequencies follow from its prompt's length L.
 
     α = max(1, 2^⌈log₂(L / seq_length) + 1⌉ − 1) and base · α^(d / (d − 2)); fixed at prefill.
+    [N] and [N] → [N, head_dim / 2].
     """
-    alpha = (2 ** ((prompt_lengths.double() / config.max_seq_len).log2() + 1).ceil() - 1).clamp_min(
-        1
-    )
+    ratio = prompt_lengths.double() / config.max_seq_len
+    alpha = (2 ** (ratio.log2() + 1).ceil() - 1).clamp_min(1)
     d = config.head_dim
     base = config.rope_theta * alpha ** (d / (d - 2))
     exponents = torch.arange(0, d, 2, device=positions.device).double() / d
@@ -68,5 +77,8 @@ def ntk_rotary(config: ModelConfig, positions: Tensor, prompt_lengths: Tensor) -
 
 
 def logn(config: ModelConfig, positions: Tensor) -> Tensor:
-    """Qwen v1's scale of the queries: log_{seq_length}(position), counted from 1, past seq_length; 1 before. [N] → [N, 1]."""
+    """Qwen v1's scale of the queries: log_{seq_length}(position) past seq_length, 1 before.
+
+    Positions count from 1. [N] → [N, 1].
+    """
     return ((positions + 1).float().log() / math.log(config.max_seq_len)).clamp_min(1).unsqueeze(1)

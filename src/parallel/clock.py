@@ -1,4 +1,7 @@
-"""Where a step's time goes: its phases, and communication, which is taken out of the phase that it falls in."""
+"""Where a step's time goes: its phases, and communication.
+
+Communication is taken out of the phase that it falls in.
+"""
 
 import time
 from collections.abc import Iterator
@@ -7,14 +10,19 @@ from contextlib import contextmanager
 import torch
 
 COMMUNICATION = "communication"
+Mark = float | torch.cuda.Event
 
 
 class Clock:
-    """Phases of this process, one inside another. On a GPU the marks are events in its stream: nothing waits for them."""
+    """Phases of this process, one inside another.
+
+    On a GPU the marks are events in its stream: nothing waits for them.
+    """
 
     def __init__(self) -> None:
         self.inside: list[str] = []
-        self.spans: list[tuple[str, str | None, object, object]] = []
+        # name, the phase around it, beginning, end
+        self.spans: list[tuple[str, str | None, Mark, Mark]] = []
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -37,12 +45,15 @@ class Clock:
             yield
 
     def take(self) -> dict[str, float]:
-        """Seconds of each phase since the last call, what ran inside another one taken out of that."""
+        """Seconds of each phase since the last call.
+
+        What ran inside another phase is taken out of that.
+        """
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         seconds: dict[str, float] = {COMMUNICATION: 0.0}
         for name, outer, began, ended in self.spans:
-            took = ended - began if isinstance(began, float) else began.elapsed_time(ended) / 1e3
+            took = _seconds(began, ended)
             seconds[name] = seconds.get(name, 0.0) + took
             if outer is not None:
                 seconds[outer] = seconds.get(outer, 0.0) - took
@@ -50,12 +61,19 @@ class Clock:
         return seconds
 
     @staticmethod
-    def _now() -> object:
+    def _now() -> Mark:
         if not torch.cuda.is_initialized():
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
+
+
+def _seconds(began: Mark, ended: Mark) -> float:
+    if isinstance(began, float) and isinstance(ended, float):
+        return ended - began
+    assert isinstance(began, torch.cuda.Event) and isinstance(ended, torch.cuda.Event)
+    return began.elapsed_time(ended) / 1e3
 
 
 clock = Clock()

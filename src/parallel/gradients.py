@@ -1,5 +1,7 @@
 """Gradients summed over the data-parallel ranks, a bucket at a time, while backward still runs."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -10,11 +12,13 @@ BUCKET_BYTES = 25 * 2**20
 
 
 class GradientBuckets:
-    """Sums `parameter.grad` over a group. Call `arm` before the last backward of a step, and `finish` after it.
+    """Sums `parameter.grad` over a group.
 
-    PyTorch's DistributedDataParallel would add up micro-batches, and ranks, in the weights' own dtype; here both are done in
-    that of the gradients, fp32. Buckets go off in one order on every rank, whatever order their gradients come in; a rank that
-    has nothing to do in a step takes part with zeros.
+    Call `arm` before the last backward of a step, and `finish` after it. PyTorch's
+    DistributedDataParallel would add up micro-batches, and ranks, in the weights' own dtype; here
+    both are done in that of the gradients, fp32. Buckets go off in one order on every rank,
+    whatever order their gradients come in; a rank that has nothing to do in a step takes part with
+    zeros.
     """
 
     def __init__(self, parameters: list[nn.Parameter], parallel: Parallel) -> None:
@@ -30,10 +34,10 @@ class GradientBuckets:
         self.bucket_of = {
             parameter: number for number, bucket in enumerate(self.buckets) for parameter in bucket
         }
-        self.missing: list[int] | None = (
-            None  # gradients that each bucket waits for; None: not armed
-        )
-        self.under_way: list[tuple[Tensor, object]] = []
+        # gradients that each bucket waits for; None: not armed
+        self.missing: list[int] | None = None
+        # the buckets that went off, in their order: the sum, and how to wait for it
+        self.under_way: list[tuple[Tensor, Callable[[], object]]] = []
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(self._arrived)
 
@@ -45,6 +49,7 @@ class GradientBuckets:
         if self.missing is None:
             return
         self.missing[self.bucket_of[parameter]] -= 1
+        # A full bucket waits for those before it.
         while len(self.under_way) < len(self.buckets) and self.missing[len(self.under_way)] == 0:
             self._start()
 
@@ -54,11 +59,10 @@ class GradientBuckets:
         grads = [
             torch.zeros_like(p, dtype=torch.float32) if p.grad is None else p.grad for p in bucket
         ]
-        flat = (
-            grads[0].contiguous().view(-1)
-            if len(grads) == 1
-            else torch.cat([grad.flatten() for grad in grads])
-        )
+        if len(grads) == 1:
+            flat = grads[0].contiguous().view(-1)
+        else:
+            flat = torch.cat([grad.flatten() for grad in grads])
         for parameter in bucket:
             parameter.grad = None
         self.under_way.append((flat, all_reduce_start(flat, self.group)))

@@ -1,15 +1,17 @@
 """FairScale's parallel layers around parameters of the shard's own size.
 
-FairScale builds the full matrix on every rank to initialise its shard, and ignores the meta device. These are given
-their part, whose shape `src/models/layout.py` knows.
+FairScale builds the full matrix on every rank to initialise its shard, and ignores the meta device.
+These are given their part, whose shape `src/models/layout.py` knows.
 
-Communication is the caller's, once for all the layers that share it: `copy_to_model_parallel_region` before the column
-layers (one all-reduce in backward serves q, k and v), `reduce_from_model_parallel_region` after the row layers.
+Communication is the caller's, once for all the layers that share it:
+`copy_to_model_parallel_region` before the column layers (one all-reduce in backward serves q, k
+and v), `reduce_from_model_parallel_region` after the row layers.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -31,14 +33,26 @@ __all__ = [
 
 
 def parameter(shape: tuple[int, ...], copies: int) -> nn.Parameter:
-    """An uninitialised parameter; `copies`: on how many ranks it is the same, which the gradient norm counts once."""
-    made = nn.Parameter(torch.empty(shape))
-    made.copies = copies
-    return made
+    """An uninitialised parameter; see `with_copies`."""
+    return with_copies(nn.Parameter(torch.empty(shape)), copies)
+
+
+def copies_of(weight: nn.Parameter) -> int:
+    """On how many ranks the parameter is the same."""
+    return weight.copies  # type: ignore[attr-defined]  # not torch's, ours
+
+
+def with_copies(weight: nn.Parameter, copies: int) -> nn.Parameter:
+    """The parameter, marked as the same on `copies` ranks: the gradient norm counts it once."""
+    weight.copies = copies  # type: ignore[attr-defined]  # not torch's, ours
+    return weight
 
 
 class _SumGradient(torch.autograd.Function):
-    """The identity, whose gradient is summed over a group: for a weight of which several ranks hold a copy."""
+    """The identity, whose gradient is summed over a group of ranks.
+
+    For a weight of which several ranks hold a copy.
+    """
 
     @staticmethod
     def forward(ctx, weight: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -52,9 +66,9 @@ class _SumGradient(torch.autograd.Function):
 
 def sum_gradient(weight: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The weight; its gradient is summed over the ranks that hold the same, if there are others."""
-    return (
-        weight if group is None or not weight.requires_grad else _SumGradient.apply(weight, group)
-    )
+    if group is None or not weight.requires_grad:
+        return weight
+    return _SumGradient.apply(weight, group)
 
 
 PACKED_ROWS = 8  # fp32: fewer rows are faster with the plain weight
@@ -64,14 +78,17 @@ PACKED_SHARE = 8  # weights are packed when they take at most this part of the m
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tensor | None = None
 ) -> Tensor:
-    """x Wᵀ + b, by the packed copy of the weight where there is one and it pays. [N, in] → [N, out]."""
+    """x Wᵀ + b, by the weight's packed copy where there is one and it pays: [N, in] → [N, out]."""
     if packed is not None and (x.size(0) >= PACKED_ROWS or x.dtype == torch.bfloat16):
         return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
 
 class _Stack(torch.autograd.Function):
-    """Several weights that lie one after the other in memory as one: nothing is copied, the gradient is split."""
+    """Several weights that lie one after the other in memory, as one.
+
+    Nothing is copied; the gradient is split.
+    """
 
     @staticmethod
     def forward(ctx, whole: Tensor, *parts: Tensor) -> Tensor:
@@ -83,8 +100,17 @@ class _Stack(torch.autograd.Function):
         return None, *grad.split(ctx.sizes)
 
 
+class _Adapter(Protocol):
+    """What `LoRA` is to the layer that it wraps."""
+
+    def low_rank(self, x: Tensor) -> Tensor: ...
+
+
 class Stacked:
-    """Column layers that share their input, as one product: their weights are made parts of one tensor, uninitialised."""
+    """Column layers that share their input, as one product.
+
+    Their weights are made views of one tensor, uninitialised.
+    """
 
     packed: Tensor | None = None
 
@@ -97,9 +123,8 @@ class Stacked:
         first = getattr(self.layers[0], name)
         whole = torch.empty(sum(self.sizes), *first.shape[1:], dtype=first.dtype, device=device)
         for layer, part in zip(self.layers, whole.split(self.sizes)):
-            weight = nn.Parameter(part)
-            weight.copies = getattr(layer, name).copies
-            setattr(layer, name, weight)
+            copies = getattr(layer, name).copies
+            setattr(layer, name, with_copies(nn.Parameter(part), copies))
         return whole
 
     def _with_gradient(self, whole: Tensor, name: str) -> Tensor:
@@ -110,24 +135,52 @@ class Stacked:
             whole, *(sum_gradient(part, layer.replicas) for part, layer in zip(parts, self.layers))
         )
 
-    def __call__(self, x: Tensor, modules: tuple[nn.Module, ...]) -> Tensor:
-        """What the modules make of x, side by side: the layers themselves, or adapters around them, which add their part."""
+    def __call__(self, x: Tensor, modules: Sequence[nn.Module]) -> Tensor:
+        """What the modules make of x, side by side: [N, in] → [N, Σ out].
+
+        They are the layers themselves, or adapters around them, which add their part.
+        """
         bias = None if self.bias is None else self._with_gradient(self.bias, "bias")
         y = linear(x, self._with_gradient(self.weight, "weight"), bias, self.packed)
-        adapted = [module is not layer for module, layer in zip(modules, self.layers)]
-        if not any(adapted):
+        is_adapted = [module is not layer for module, layer in zip(modules, self.layers)]
+        if not any(is_adapted):
             return y
         added = [
-            m.low_rank(x) if is_one else y.new_zeros(len(y), n)
-            for m, is_one, n in zip(modules, adapted, self.sizes)
+            cast(_Adapter, module).low_rank(x) if adapted else y.new_zeros(len(y), size)
+            for module, adapted, size in zip(modules, is_adapted, self.sizes)
         ]
         return y + torch.cat(added, -1)
+
+
+class Projections:
+    """Column layers that share their input: one product where they are stacked, else one each.
+
+    The layers come with every call, since adapters may take their places in the model.
+    """
+
+    stacked: Stacked | None = None
+
+    def stack(self, layers: list["ColumnParallelLinear"], device: torch.device) -> None:
+        self.stacked = Stacked(layers, device)
+
+    def apart(self, x: Tensor, *modules: nn.Module) -> Sequence[Tensor]:
+        """What each module makes of x."""
+        if self.stacked is None:
+            return [module(x) for module in modules]
+        return self.stacked(x, modules).split(self.stacked.sizes, -1)
+
+    def joined(self, x: Tensor, *modules: nn.Module) -> Tensor:
+        """The same, side by side: [N, in] → [N, Σ out]."""
+        if self.stacked is None:
+            return torch.cat([module(x) for module in modules], -1)
+        return self.stacked(x, modules)
 
 
 class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
     """y_local = x W_localᵀ + b_local: [..., in] → [..., out / n].
 
-    replicas: the ranks with the same rows (of a kv head that several share), whose gradients are summed.
+    replicas: the ranks with the same rows (of a kv head that several share), whose gradients are
+    summed.
     """
 
     row_parallel, packed = False, None
@@ -147,7 +200,10 @@ class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
 
 
 class RowParallelLinear(fairscale_layers.RowParallelLinear):
-    """This rank's part of y = Σ over ranks of x_local W_localᵀ: [..., in / n] → [..., out]. The caller sums."""
+    """This rank's part of y = Σ over ranks of x_local W_localᵀ, which the caller sums.
+
+    [..., in / n] → [..., out].
+    """
 
     row_parallel, replicas, packed = True, None, None
 
@@ -161,19 +217,14 @@ class RowParallelLinear(fairscale_layers.RowParallelLinear):
 
 @contextmanager
 def packed_weights(model: nn.Module, parallel) -> Iterator[None]:
-    """On the CPU, and for as long as the weights stay as they are: a copy of each in the order in which products read them.
+    """A copy of each weight in the order in which products read them: on the CPU, for a while.
 
-    Only where the copies are small beside the machine's memory: they take as much as the weights.
+    The weights stay as they are meanwhile. Only where the copies are small beside the machine's
+    memory: they take as much as the weights.
     """
-    holders = (
-        _packable(model) if parallel.device.type == "cpu" and not torch.is_grad_enabled() else []
-    )
-    size = sum(holder.weight.nbytes for holder in holders) * int(
-        os.environ.get("LOCAL_WORLD_SIZE", 1)
-    )
-    if not holders or size * PACKED_SHARE > os.sysconf("SC_PHYS_PAGES") * os.sysconf(
-        "SC_PAGE_SIZE"
-    ):
+    applies = parallel.device.type == "cpu" and not torch.is_grad_enabled()
+    holders = _packable(model) if applies else []
+    if not holders or not _have_room(holders):
         yield
         return
     try:
@@ -185,32 +236,43 @@ def packed_weights(model: nn.Module, parallel) -> Iterator[None]:
             holder.packed = None
 
 
+def _have_room(holders: list) -> bool:
+    """Whether the copies of all ranks of this machine are small beside its memory."""
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    size = sum(holder.weight.nbytes for holder in holders) * ranks_here
+    return size * PACKED_SHARE <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def _packable(model: nn.Module) -> list:
     """What multiplies by a plain weight of a dtype that the library packs."""
     if not torch.backends.mkldnn.is_available():
         return []
-    holders = [
-        holder
+    stacks = [
+        value.stacked
         for module in model.modules()
-        for holder in module.__dict__.values()
-        if isinstance(holder, Stacked)
+        for value in module.__dict__.values()
+        if isinstance(value, Projections) and value.stacked is not None
     ]
-    stacked = {id(layer) for holder in holders for layer in holder.layers}
+    in_stacks = {id(layer) for stack in stacks for layer in stack.layers}
     layers = [
-        m
-        for m in model.modules()
-        if isinstance(m, (ColumnParallelLinear, RowParallelLinear)) and id(m) not in stacked
+        module
+        for module in model.modules()
+        if isinstance(module, (ColumnParallelLinear, RowParallelLinear))
+        and id(module) not in in_stacks
     ]
-    kinds = [torch.float32] + [torch.bfloat16] * torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    dtypes = [torch.float32] + [torch.bfloat16] * torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return [
-        h
-        for h in holders + layers
-        if type(h.weight) in (Tensor, nn.Parameter) and h.weight.dtype in kinds
+        holder
+        for holder in (*stacks, *layers)
+        if type(holder.weight) in (Tensor, nn.Parameter) and holder.weight.dtype in dtypes
     ]
 
 
 class ParallelEmbedding(fairscale_layers.ParallelEmbedding):
-    """Embedding split along the embedding axis, as in Meta's released shards. FairScale's forward."""
+    """Embedding split along the embedding axis, as in Meta's released shards.
+
+    FairScale's forward.
+    """
 
     def __init__(self, weight: nn.Parameter, embedding_dim: int) -> None:
         nn.Module.__init__(self)
@@ -220,13 +282,15 @@ class ParallelEmbedding(fairscale_layers.ParallelEmbedding):
         self.weight = weight
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return super().forward(tokens)[
-            ..., : self.embedding_dim
-        ]  # the last rank's padding, if any, is cut off
+        # the last rank's padding, if any, is cut off
+        return super().forward(tokens)[..., : self.embedding_dim]
 
 
 class VocabParallelEmbedding(fairscale_layers.VocabParallelEmbedding):
-    """Embedding split along the vocabulary, so that it can share its weight with the output layer. FairScale's forward."""
+    """Embedding split along the vocabulary, to share its weight with the output layer.
+
+    FairScale's forward.
+    """
 
     def __init__(self, weight: nn.Parameter, rank: int) -> None:
         nn.Module.__init__(self)
@@ -238,8 +302,9 @@ class VocabParallelEmbedding(fairscale_layers.VocabParallelEmbedding):
 
 
 class ReplicatedLinear(nn.Linear):
-    """A linear layer that every rank holds whole (the verifier's scalar head, the experts' router)."""
+    """A linear layer that every rank holds whole (the verifier's scalar head, experts' router)."""
 
     def __init__(self, weight: nn.Parameter) -> None:
         nn.Module.__init__(self)
-        self.weight, self.bias = weight, None
+        self.weight = weight
+        self.register_parameter("bias", None)

@@ -1,6 +1,7 @@
-"""What happens between ranks that share a model, forward and backward: Megatron's f and g (arXiv 1909.08053, section 3).
+"""What happens between ranks that share a model, forward and backward.
 
-FairScale has the same, bound to `torch.distributed`; these go through shared memory where the ranks share a machine.
+Megatron's f and g (arXiv 1909.08053, section 3). FairScale has the same, bound to
+`torch.distributed`; these go through shared memory where the ranks share a machine.
 """
 
 import torch

@@ -1,8 +1,8 @@
 """Processes, devices and groups: what torchrun started, and how it is divided.
 
-Ranks are laid out as [data parallel, model parallel]: neighbours share a model. The groups are made here, with a
-timeout each, and handed to FairScale, whose own initialiser clamps a wrong degree in silence, prints, and makes groups
-that wait for half an hour.
+Ranks are laid out as [data parallel, model parallel]: neighbours share a model. The groups are made
+here, with a timeout each, and handed to FairScale, whose own initialiser clamps a wrong degree in
+silence, prints, and makes groups that wait for half an hour.
 """
 
 import ctypes
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -31,7 +31,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Parallel:
-    """Where this process stands. `mp_*`: among the ranks that share one model; `dp_*`: among the models."""
+    """Where this process stands.
+
+    mp_*: among the ranks that share one model; dp_*: among the models.
+    """
 
     rank: int
     world_size: int
@@ -49,11 +52,20 @@ class Parallel:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def described(self) -> str:
+        """In words, for the log."""
+        return f"ranks: {self.mp_size} model-parallel × {self.dp_size} data-parallel"
+
     def divided(self, mp_size: int) -> "Parallel":
-        """The same ranks as more, smaller models: neighbours share one. All ranks must ask together; `active` switches to it."""
+        """The same ranks as more, smaller models: neighbours share one.
+
+        All ranks must ask together; `active` switches to it.
+        """
         if mp_size < 1 or self.mp_size % mp_size:
             raise UserError(
-                f"{mp_size} ranks per model do not divide the {self.mp_size} of --model_parallel_size"
+                f"{mp_size} ranks per model do not divide the {self.mp_size} of "
+                "--model_parallel_size"
             )
         return _divide(self.rank, self.world_size, mp_size, self.device, self.timeout)
 
@@ -68,23 +80,23 @@ class Parallel:
             _hand_over(*before)
 
     def replicas(self, size: int) -> dist.ProcessGroup | None:
-        """This rank's group when each `size` neighbours of the model-parallel ranks hold the same; None for 1.
+        """This rank's group when each `size` neighbours in a model hold the same; None for 1.
 
-        All ranks of the run must ask for the same sizes in the same order, since they make the groups together.
+        All ranks of the run must ask for the same sizes in the same order, since they make the
+        groups together.
         """
         if size > 1 and size not in self._replicas:
             models = torch.arange(self.world_size).split(self.mp_size)
-            self._replicas[size] = _own_group(
-                [r.tolist() for m in models for r in m.split(size)], self.rank, self.timeout
-            )
+            neighbours = [ranks.tolist() for model in models for ranks in model.split(size)]
+            self._replicas[size] = _own_group(neighbours, self.rank, self.timeout)
         return self._replicas.get(size)
 
 
 def start(model_parallel_size: int | None = None, timeout: float = 1800) -> Parallel:
     """Join the process group (one process needs no launcher) and divide it.
 
-    model_parallel_size: ranks per model, all of them by default; `timeout`: seconds a collective may take.
-    Raises UserError when the degree does not divide the number of ranks.
+    model_parallel_size: ranks per model, all of them by default; timeout: seconds a collective may
+    take. Raises UserError when the degree does not divide the number of ranks.
     """
     limit = timedelta(seconds=timeout)
     device = pick_device()
@@ -100,17 +112,24 @@ def start(model_parallel_size: int | None = None, timeout: float = 1800) -> Para
     mp = world if model_parallel_size is None else model_parallel_size
     if mp < 1 or world % mp:
         raise UserError(
-            f"--model_parallel_size {mp} does not divide the {world} rank{'s' * (world > 1)} of this run: "
-            f"start a multiple of {mp} ranks (torchrun --nproc_per_node N) or give a divisor of {world}"
+            f"--model_parallel_size {mp} does not divide the {world} rank{'s' * (world > 1)} "
+            f"of this run: start a multiple of {mp} ranks (torchrun --nproc_per_node N) "
+            f"or give a divisor of {world}"
         )
     if device.type == "cpu":
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, cores // local_world))
+        torch.set_num_threads(max(1, _cores() // local_world))
         settle_vector_math()
     parallel = _divide(rank, world, mp, device, limit)
     _hand_over(parallel.mp_group, parallel.dp_group)
     return parallel
+
+
+def _cores() -> int:
+    """Those that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _divide(rank: int, world: int, mp: int, device: torch.device, limit: timedelta) -> Parallel:
@@ -131,9 +150,8 @@ def _hand_over(mp_group: dist.ProcessGroup, dp_group: dist.ProcessGroup) -> None
 
 
 def _own_group(divisions: list[list[int]], rank: int, limit: timedelta) -> dist.ProcessGroup:
-    groups = [
-        dist.new_group(ranks, timeout=limit) for ranks in divisions
-    ]  # every rank must make every group
+    """The group, one of `divisions`, that this rank is in. Every rank must make every group."""
+    groups = [dist.new_group(ranks, timeout=limit) for ranks in divisions]
     return next(group for ranks, group in zip(divisions, groups) if rank in ranks)
 
 
@@ -147,14 +165,18 @@ def stop() -> None:
 
 
 def pick_device() -> torch.device:
-    """The local rank's GPU where there are any, else the CPU. Raises UserError when this rank has none of its own."""
+    """The local rank's GPU where there are any, else the CPU.
+
+    Raises UserError when this rank has none of its own.
+    """
     if not torch.cuda.is_available():
         return torch.device("cpu")
     local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > gpus:
         raise UserError(
-            f"{os.environ['LOCAL_WORLD_SIZE']} ranks were started on a machine with {gpus} GPU{'s' * (gpus > 1)}: start "
-            f"--nproc_per_node {gpus}, or run on the CPU with CUDA_VISIBLE_DEVICES= in front"
+            f"{os.environ['LOCAL_WORLD_SIZE']} ranks were started on a machine with {gpus} "
+            f"GPU{'s' * (gpus > 1)}: start --nproc_per_node {gpus}, or run on the CPU with "
+            "CUDA_VISIBLE_DEVICES= in front"
         )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
@@ -168,9 +190,10 @@ def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
 
 
 def reuse_memory() -> None:
-    """Let freed tensors' memory stay with the process (glibc): a training step asks for the same again, and new pages cost
+    """Let freed tensors' memory stay with the process (glibc).
 
-    as much as what is computed in them. Does nothing elsewhere, and for GPUs, whose memory PyTorch keeps anyway.
+    A training step asks for the same again, and new pages cost as much as what is computed in them.
+    Does nothing elsewhere, and for GPUs, whose memory PyTorch keeps anyway.
     """
     if platform.system() != "Linux" or not hasattr(library := ctypes.CDLL(None), "mallopt"):
         return
@@ -181,15 +204,16 @@ def reuse_memory() -> None:
 def settle_vector_math() -> None:
     """Let one thread make the process's first call of the vector math library (MKL's).
 
-    It picks its kernels in the first call. When several threads make that at once, one in fifty or so gets others, and its exponentials
-    differ by 1e-4 of themselves from the same call a moment later.
+    It picks its kernels in the first call. When several threads make that at once, one in fifty or
+    so gets others, and its exponentials differ by 1e-4 of themselves from the same call a moment
+    later.
     """
     torch.exp(torch.ones(1))
 
 
 @functools.cache
 def matmul_rate(dtype: torch.dtype, device: torch.device, rounds: int = 3) -> float:
-    """FLOP/s of the best of a few square matrix products: what a model's products could reach at most."""
+    """FLOP/s of the best of a few square matrix products: what a model's could reach at most."""
     n = 8192 if device.type == "cuda" else 2048
     a, best = torch.ones(n, n, dtype=dtype, device=device), math.inf
     for _ in range(rounds + 1):  # the first warms up
@@ -204,15 +228,18 @@ def matmul_rate(dtype: torch.dtype, device: torch.device, rounds: int = 3) -> fl
 
 
 def agreed(check: Callable[[], T]) -> T:
-    """Run `check` on every rank; if any raises UserError, all raise the first rank's, so that none is left waiting."""
+    """Run `check` on every rank; if any raises UserError, all raise the first rank's.
+
+    So none is left waiting.
+    """
     result, problem = None, None
     try:
         result = check()
     except UserError as error:
         problem = str(error)
-    problems = [None] * dist.get_world_size()
+    problems: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
     first = next((p for p in problems if p is not None), None)
     if first is not None:
         raise UserError(first)
-    return result
+    return cast(T, result)  # which may be None, if that is what `check` returned

@@ -1,8 +1,9 @@
-"""All-reduce among ranks of one machine through memory that they share: on the CPU, far quicker than gloo over the loopback.
+"""All-reduce among ranks of one machine through memory that they share.
 
-Each rank writes its tensor into its own slot, says so, waits until the others have, and adds up all slots in the order of
-ranks, so that all get the same bits. Two slots in turn are enough: a rank that has seen the others' word for one tensor knows
-that they are done with the one before.
+On the CPU it is far quicker than gloo over the loopback. Each rank writes its tensor into its own
+slot, says so, waits until the others have, and adds up all slots in the order of ranks, so that all
+get the same bits. Two slots in turn are enough: a rank that has seen the others' word for one
+tensor knows that they are done with the one before.
 """
 
 import os
@@ -23,7 +24,8 @@ BITS = 24  # of a flag, for the number of bytes
 LINE = 8  # flags of 8 bytes each, a cache line apart
 PATIENCE = 200  # looks at a flag before the core is offered to others
 
-_OPERATIONS = {
+Operation = dist.ReduceOp.RedOpType
+_OPERATIONS: dict[Operation, Callable[..., Tensor]] = {
     dist.ReduceOp.SUM: torch.add,
     dist.ReduceOp.MAX: torch.maximum,
     dist.ReduceOp.MIN: torch.minimum,
@@ -35,34 +37,28 @@ class SharedReducer:
     """The shared memory of one group. Made by all its ranks together."""
 
     def __init__(self, group: dist.ProcessGroup, timeout: float, path: str, total: int) -> None:
-        """path: a file of `total` bytes in the machine's memory, that all ranks of the group open."""
-        self.rank, self.size, self.timeout, self.turn = (
-            dist.get_rank(group),
-            dist.get_world_size(group),
-            timeout,
-            0,
-        )
-        memory, flag_bytes = (
-            torch.from_file(path, shared=True, size=total, dtype=torch.uint8),
-            self.size * LINE * 8,
-        )
-        # Each rank's word: the number of the tensor that it last wrote, and how many bytes that had, written in one go.
+        """path: a file of `total` bytes in the machine's memory, which all ranks open."""
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.timeout, self.turn = timeout, 0
+        memory = torch.from_file(path, shared=True, size=total, dtype=torch.uint8)
+        flag_bytes = self.size * LINE * 8
+        # Each rank's word: the number of the tensor that it last wrote, and how many bytes that
+        # had, written in one go.
         self.flags = memory[:flag_bytes].view(torch.int64).view(self.size, LINE).numpy()
         self.slots = memory[flag_bytes:].view(2, self.size, SLOT_BYTES)
 
-    def all_reduce(self, x: Tensor, out: Tensor, op: dist.ReduceOp) -> None:
+    def all_reduce(self, x: Tensor, out: Tensor, op: Operation) -> None:
         """`x` over all ranks into `out`, which may be `x`; both contiguous."""
         length = SLOT_BYTES // x.element_size()
         for piece, result in zip(x.view(-1).split(length), out.view(-1).split(length)):
-            self._piece(piece, result, _OPERATIONS[op])
+            self._reduce_piece(piece, result, _OPERATIONS[op])
 
-    def _piece(self, x: Tensor, out: Tensor, combine) -> None:
+    def _reduce_piece(self, x: Tensor, out: Tensor, combine: Callable[..., Tensor]) -> None:
         self.turn += 1
-        slots = self.slots[self.turn % 2, :, : x.nbytes].view(x.dtype)
+        slots = self.slots[self.turn % 2, :, : x.nbytes].view(x.dtype)  # [ranks, numbers of x]
         slots[self.rank].copy_(x)
-        self.flags[self.rank, 0] = (
-            self.turn << BITS | x.nbytes
-        )  # after the data: x86 keeps the order of stores
+        # The word comes after the data: x86 keeps the order of stores.
+        self.flags[self.rank, 0] = self.turn << BITS | x.nbytes
         for rank in range(self.size):
             if rank != self.rank:
                 self._wait_for(rank, x.nbytes)
@@ -71,7 +67,8 @@ class SharedReducer:
             combine(out, slots[rank], out=out)
 
     def _wait_for(self, rank: int, size: int) -> None:
-        flags, looks, began = self.flags, 0, None
+        flags, looks = self.flags, 0
+        began: float | None = None
         while (word := int(flags[rank, 0])) >> BITS < self.turn:
             looks += 1
             if looks % PATIENCE == 0:
@@ -79,25 +76,29 @@ class SharedReducer:
                 began = began or time.monotonic()
                 if time.monotonic() - began > self.timeout:
                     raise RuntimeError(
-                        f"rank {rank} of {self.size} that share a model did not come to all-reduce {self.turn} within "
-                        f"{self.timeout:g} s (--timeout): it hangs, or is gone"
+                        f"rank {rank} of {self.size} that share a model did not come to all-reduce "
+                        f"{self.turn} within {self.timeout:g} s (--timeout): it hangs, or is gone"
                     )
-        theirs = word & (1 << BITS) - 1
-        if word >> BITS == self.turn and theirs != size:
+        # A word of a later turn is fine: that rank has gone on, which takes our word for this one.
+        other_size = word & (1 << BITS) - 1
+        if word >> BITS == self.turn and other_size != size:
             raise RuntimeError(
-                f"rank {rank} all-reduces {theirs} bytes, rank {self.rank} {size}: they went apart"
+                f"rank {rank} all-reduces {other_size} bytes, rank {self.rank} {size}: "
+                "they went apart"
             )
 
 
 def share_memory(group: dist.ProcessGroup, device: torch.device, timeout: float) -> None:
-    """Let the group's all-reduces go through shared memory where that works: Linux on x86, the CPU, ranks of one machine.
+    """Let the group's all-reduces go through shared memory where that works.
 
-    And where each rank has a core: who waits looks all the time, and would keep the others from theirs. All ranks of the group
-    come here and decide alike; where there is no memory for it, gloo's way stays.
+    That is Linux on x86, the CPU, ranks of one machine. And where each rank has a core: who waits
+    looks all the time, and would keep the others from theirs. All ranks of the group come here and
+    decide alike; where there is no memory for it, gloo's way stays.
     """
     size = dist.get_world_size(group)
     if size == 1 or device.type != "cpu":
         return
+    # Whether this rank could, and then whether all can, on one machine.
     works = (
         platform.system() == "Linux"
         and platform.machine() in ("x86_64", "AMD64")
@@ -105,19 +106,20 @@ def share_memory(group: dist.ProcessGroup, device: torch.device, timeout: float)
     )
     local = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
     works = works and local <= len(os.sched_getaffinity(0))
-    every: list = [None] * size
-    dist.all_gather_object(every, (platform.node(), works), group=group)
-    if any(node != every[0][0] or not able for node, able in every):
+    answers: list = [None] * size
+    dist.all_gather_object(answers, (platform.node(), works), group=group)
+    if any(node != answers[0][0] or not able for node, able in answers):
         return
+    # The first rank makes the file, all open it.
     total = size * LINE * 8 + 2 * size * SLOT_BYTES
-    path = [_file(total) if dist.get_rank(group) == 0 else None]
-    dist.broadcast_object_list(path, dist.get_global_rank(group, 0), group=group)
-    if path[0] is None:
+    paths = [_file(total) if dist.get_rank(group) == 0 else None]
+    dist.broadcast_object_list(paths, dist.get_global_rank(group, 0), group=group)
+    if paths[0] is None:
         return
-    _reducers[group] = SharedReducer(group, timeout, path[0], total)
+    _reducers[group] = SharedReducer(group, timeout, paths[0], total)
     dist.barrier(group)
     if dist.get_rank(group) == 0:
-        Path(path[0]).unlink()  # the memory lives as long as someone has it mapped
+        Path(paths[0]).unlink()  # the memory lives as long as someone has it mapped
 
 
 def _file(total: int) -> str | None:
@@ -141,7 +143,7 @@ def forget() -> None:
     _reducers.clear()
 
 
-def all_reduce(x: Tensor, group: dist.ProcessGroup, op: dist.ReduceOp = dist.ReduceOp.SUM) -> None:
+def all_reduce(x: Tensor, group: dist.ProcessGroup, op: Operation = dist.ReduceOp.SUM) -> None:
     """In place over the group, by the quickest way that there is."""
     reducer = _reducers.get(group)
     with clock.communication():
@@ -152,7 +154,10 @@ def all_reduce(x: Tensor, group: dist.ProcessGroup, op: dist.ReduceOp = dist.Red
 
 
 def all_reduce_start(x: Tensor, group: dist.ProcessGroup) -> Callable[[], object]:
-    """Begin to sum in place over the group; the result is there when the returned function has been called."""
+    """Begin to sum in place over the group.
+
+    The result is there when the returned function has been called.
+    """
     if group in _reducers:
         all_reduce(x, group)
         return lambda: None

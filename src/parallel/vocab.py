@@ -13,15 +13,14 @@ from fairscale.nn.model_parallel.initialize import (
 )
 from torch import Tensor
 
-from src.parallel.shared_memory import all_reduce
+from src.parallel.shared_memory import Operation, all_reduce
 
-IMPOSSIBLE = (
-    -30000.0
-)  # the logit of a padded vocabulary entry: a probability of exactly 0, and finite in every dtype
+# The logit of a padded vocabulary entry: a probability of exactly 0, and finite in every dtype.
+IMPOSSIBLE = -30000.0
 LOGITS_AT_ONCE, LOGITS_AT_ONCE_CUDA = 2**25, 2**27  # numbers in a chunk: 128 MiB in fp32, 512 MiB
 
 
-def mp_all_reduce(x: Tensor, op: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
+def mp_all_reduce(x: Tensor, op: Operation = dist.ReduceOp.SUM) -> Tensor:
     """All-reduce in place over the model-parallel ranks; returns `x`."""
     if get_model_parallel_world_size() > 1:
         all_reduce(x, get_model_parallel_group(), op)
@@ -47,39 +46,46 @@ def unpack_bits(packed: Tensor, m: int) -> Tensor:
 
 
 def keep_only(z: Tensor, kept: Tensor | None) -> Tensor:
-    """z, in place, with a probability of 0 for what is not kept. z: [N, vocabulary / n]; kept: bits, [N, bytes], or None: all."""
+    """z, in place, with a probability of 0 for what is not kept.
+
+    z: [N, vocabulary / n]; kept: bits, [N, bytes], or None: all.
+    """
     return z if kept is None else z.masked_fill_(~unpack_bits(kept, z.size(-1)), IMPOSSIBLE)
 
 
-class _Where(NamedTuple):
-    """What the gradient needs beside the exponentials, [N] each: their sums, and this rank's column of the target, if it has it."""
+class _SoftmaxState(NamedTuple):
+    """What the gradient needs beside the exponentials, [N] each."""
 
-    total: Tensor
-    column: Tensor
-    here: Tensor
+    total: Tensor  # the exponentials' sum, over all ranks
+    column: Tensor  # the target's among this rank's, if `is_local`
+    is_local: Tensor
 
 
-def _softmax(z: Tensor, targets: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None, _Where]:
-    """log softmax(z)[target] and the entropy, [N] each; z itself, fp32, becomes softmax(z) · total."""
+def _softmax(
+    z: Tensor, targets: Tensor, entropy: bool
+) -> tuple[Tensor, Tensor | None, _SoftmaxState]:
+    """log softmax(z)[target] and the entropy, [N] each.
+
+    z itself, [N, vocabulary / n], fp32, becomes its exponentials, softmax(z) · total.
+    """
     z -= mp_all_reduce(z.amax(-1), dist.ReduceOp.MAX).unsqueeze(-1)
     start, stop = vocab_range(z.size(-1))
-    here = (targets >= start) & (targets < stop)
+    is_local = (targets >= start) & (targets < stop)
     column = (targets - start).clamp(0, z.size(-1) - 1)
-    of_target = z.gather(-1, column.unsqueeze(-1)).squeeze(-1) * here
+    of_target = z.gather(-1, column.unsqueeze(-1)).squeeze(-1) * is_local
     if entropy:
         p = z.exp()
         sums = [p.sum(-1), of_target, (p * z).sum(-1)]
         z.copy_(p)
     else:
-        # A third row for nothing: in which order ranks are summed may depend on the size, and with it the last bit.
+        # A third row for nothing: in which order ranks are summed may depend on the size, and with
+        # it the last bit.
         sums = [z.exp_().sum(-1), of_target, torch.zeros_like(of_target)]
     total, of_target, weighted = mp_all_reduce(torch.stack(sums))
     log_total = total.log()
-    return (
-        of_target - log_total,
-        log_total - weighted / total if entropy else None,
-        _Where(total, column, here),
-    )
+    # H = −Σ p (z − log total) = log total − Σ exp(z) z / total
+    h = log_total - weighted / total if entropy else None
+    return of_target - log_total, h, _SoftmaxState(total, column, is_local)
 
 
 def _softmax_gradient(
@@ -87,22 +93,24 @@ def _softmax_gradient(
     grad: Tensor | None,
     grad_entropy: Tensor | None,
     entropy: Tensor | None,
-    at: _Where,
+    state: _SoftmaxState,
     scale: float,
 ) -> Tensor:
     """scale × the gradient for z, in the exponentials' place.
 
-    With p = softmax(z):  d log p_t / d z_j = 1[j = t] − p_j   and   d H / d z_j = −p_j (log p_j + H).
+    With p = softmax(z): d log p_t / d z_j = 1[j = t] − p_j and d H / d z_j = −p_j (log p_j + H).
     """
-    grad = torch.zeros_like(at.total) if grad is None else grad * scale
-    more = None
-    if grad_entropy is not None:
-        p = exp / at.total.unsqueeze(-1)
+    grad = torch.zeros_like(state.total) if grad is None else grad * scale
+    entropy_part = None
+    if grad_entropy is not None and entropy is not None:
+        p = exp / state.total.unsqueeze(-1)
         log_p = p.clamp_min(torch.finfo(p.dtype).tiny).log_()  # p = 0 contributes 0
-        more = log_p.add_(entropy.unsqueeze(-1)).mul_(p).mul_((grad_entropy * scale).unsqueeze(-1))
-    exp *= (-grad / at.total).unsqueeze(-1)
-    exp.scatter_add_(-1, at.column.unsqueeze(-1), (grad * at.here).unsqueeze(-1))
-    return exp if more is None else exp.sub_(more)
+        factor = (grad_entropy * scale).unsqueeze(-1)
+        entropy_part = log_p.add_(entropy.unsqueeze(-1)).mul_(p).mul_(factor)
+    exp *= (-grad / state.total).unsqueeze(-1)
+    on_target = (grad * state.is_local).unsqueeze(-1)
+    exp.scatter_add_(-1, state.column.unsqueeze(-1), on_target)
+    return exp if entropy_part is None else exp.sub_(entropy_part)
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -110,33 +118,35 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(ctx, logits: Tensor, targets: Tensor, temperature: float, kept: Tensor | None):
         ctx.set_materialize_grads(False)
         exp = keep_only(logits.float() / temperature, kept)  # a copy: the logits stay as they are
-        logprobs, entropy, at = _softmax(exp, targets, entropy=True)
-        ctx.save_for_backward(exp, entropy, *at)
+        logprobs, entropy, state = _softmax(exp, targets, entropy=True)
+        ctx.save_for_backward(exp, entropy, *state)
         ctx.temperature, ctx.dtype = temperature, logits.dtype
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx, grad_logprobs: Tensor, grad_entropy: Tensor):
-        exp, entropy, *at = ctx.saved_tensors
-        grad = _softmax_gradient(
-            exp.clone(), grad_logprobs, grad_entropy, entropy, _Where(*at), 1 / ctx.temperature
-        )
+        exp, entropy, *saved = ctx.saved_tensors
+        state, scale = _SoftmaxState(*saved), 1 / ctx.temperature
+        grad = _softmax_gradient(exp.clone(), grad_logprobs, grad_entropy, entropy, state, scale)
         return grad.to(ctx.dtype), None, None, None
 
 
 def token_logprobs(
     logits: Tensor, targets: Tensor, temperature: float = 1.0, kept: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target under its row of logits, and the row's entropy, both fp32 in nats.
+    """Log-probability of each target under its row of logits, and the row's entropy; fp32, in nats.
 
-    logits: this rank's columns, [N, vocabulary / n]; targets: global token ids, [N]; kept: this rank's tokens that have a
-    probability at all, as bits, [N, bytes]; returns ([N], [N]).
+    logits: this rank's columns, [N, vocabulary / n]; targets: global token ids, [N]; kept: this
+    rank's tokens that have a probability at all, as bits, [N, bytes]; returns ([N], [N]).
     """
     return _TokenLogprobs.apply(logits, targets, temperature, kept)
 
 
 def rows_at_once(n: int, weight: Tensor) -> int:
-    """Of n rows, how many have their logits computed at a time: chunks of one size. weight: this rank's rows of the output layer."""
+    """Of n rows, how many have their logits computed at a time: chunks of one size.
+
+    weight: this rank's rows of the output layer.
+    """
     most = max(1, (LOGITS_AT_ONCE_CUDA if weight.is_cuda else LOGITS_AT_ONCE) // weight.size(0))
     chunks = max(1, -(-n // most))
     return max(1, -(-n // chunks))
@@ -157,35 +167,37 @@ class _TargetLoss(torch.autograd.Function):
         options: tuple,
     ):
         temperature, entropy, kept = options
-        ctx.scale = (
-            1024.0 if weight.dtype == torch.float16 else 1.0
-        )  # fp16 would lose what is smaller than 6e-8
-        wanted, n = ctx.needs_input_grad, targets.size(0)
-        at_once = rows_at_once(n, weight)
-        grad_hidden = torch.empty_like(hidden) if wanted[0] else None
+        # fp16 would lose what is smaller than 6e-8
+        ctx.scale = 1024.0 if weight.dtype == torch.float16 else 1.0
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        n, at_once = targets.size(0), rows_at_once(targets.size(0), weight)
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight, loss = None, torch.zeros((), device=hidden.device)
         for start in range(0, n, at_once):
             rows = slice(start, start + at_once)
+            # The chunk's logits: [rows, vocabulary / n], without padding, fp32.
             z = F.linear(hidden[rows], weight)
             z[:, real:] = IMPOSSIBLE
             z = z.float()
             if temperature != 1:
                 z /= temperature
             keep_only(z, None if kept is None else kept[rows])
-            logprobs, h, at = _softmax(z, targets[rows], entropy)
+            logprobs, h, state = _softmax(z, targets[rows], entropy)
+            # The caller's loss of these rows, and its gradient for log-probabilities and entropies.
             with torch.enable_grad():
                 inputs = [x.requires_grad_() for x in (logprobs, h) if x is not None]
-                part = loss_of(logprobs, h, rows)
-                grads = torch.autograd.grad(part, inputs, allow_unused=True)
-            loss += part.detach()
-            grad = _softmax_gradient(
-                z, grads[0], grads[1] if entropy else None, h, at, ctx.scale / temperature
-            ).to(weight.dtype)
-            if wanted[0]:
+                rows_loss = loss_of(logprobs, h, rows)
+                grads = torch.autograd.grad(rows_loss, inputs, allow_unused=True)
+            loss += rows_loss.detach()
+            # From there to the logits, and to what they are a product of, while they are there.
+            grad_h = grads[1] if entropy else None
+            grad = _softmax_gradient(z, grads[0], grad_h, h, state, ctx.scale / temperature)
+            grad = grad.to(weight.dtype)
+            if grad_hidden is not None:
                 torch.mm(grad, weight, out=grad_hidden[rows])
-            if wanted[1] and grad_weight is None:
+            if wants_weight and grad_weight is None:
                 grad_weight = torch.mm(grad.t(), hidden[rows]).float()
-            elif wanted[1]:
+            elif grad_weight is not None:
                 grad_weight = _add_product(grad_weight, grad.t(), hidden[rows])
         ctx.save_for_backward(grad_hidden, grad_weight)
         return loss
@@ -214,13 +226,15 @@ def target_loss(
     entropy: bool = False,
     kept: Tensor | None = None,
 ) -> Tensor:
-    """Σ over chunks of rows of loss_of(log-probabilities, entropies or None, rows): a loss that each row has for itself.
+    """A loss that each row has for itself, summed.
 
-    The logits live a chunk at a time, and the gradient of the chunk's loss is taken while they are there, so that nothing as large
-    as [N, vocabulary] is kept or computed twice. Backward may be called once. What the sum is divided by is better divided outside:
-    half-precision gradients keep more digits when they are about 1.
+    It is Σ over chunks of rows of loss_of(log-probabilities, entropies or None, rows). The logits
+    live a chunk at a time, and the gradient of the chunk's loss is taken while they are there, so
+    that nothing as large as [N, vocabulary] is kept or computed twice. Backward may be called once.
+    What the sum is divided by is better divided outside: half-precision gradients keep more digits
+    when they are about 1.
 
-    hidden: [N, dim]; weight: this rank's rows of the output layer, [vocabulary / n, dim], `real` of them without padding;
-    targets: global token ids, [N]; kept: see `token_logprobs`.
+    hidden: [N, dim]; weight: this rank's rows of the output layer, [vocabulary / n, dim], `real` of
+    them without padding; targets: global token ids, [N]; kept: see `token_logprobs`.
     """
     return _TargetLoss.apply(hidden, weight, real, targets, loss_of, (temperature, entropy, kept))

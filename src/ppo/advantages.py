@@ -1,16 +1,20 @@
-"""From scores to advantages: pure functions on padded tensors [sequences, longest response] and their mask."""
+"""From scores to advantages: pure functions on padded tensors and their mask.
+
+B sequences, T the longest response.
+"""
+
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-GROUPED = ("grpo", "dr_grpo", "rloo")  # advantages that compare the samples of one prompt
-
 
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
-    """r_t = −kl_coef · (log π_old − log π_ref)_t at every response token, plus the score at the last one.
+    """r_t = −kl_coef · (log π_old − log π_ref)_t at every response token, [B, T].
 
-    scores: [B]; kl: [B, T], log-ratio to the reference; mask: [B, T], true at response tokens, on the left of each row.
+    Plus the score at the last one. scores: [B]; kl: [B, T], log-ratio to the reference; mask: [B,
+    T], true at response tokens, on the left of each row.
     """
     rewards = torch.where(mask, -kl_coef * kl, 0.0)
     last = mask.sum(1, keepdim=True) - 1
@@ -20,43 +24,50 @@ def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> T
 def gae(
     rewards: Tensor, values: Tensor, mask: Tensor, bootstrap: Tensor, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimates and returns (arXiv 1506.02438, equation 16), [B, T] each, 0 where masked.
+    """Generalised advantage estimates and returns (arXiv 1506.02438, equation 16), [B, T] each.
 
-    values: [B, T], V before each response token; bootstrap: [B], V after the last one: 0 after EOS, the value of the
-    state for a truncated response. With values of 0 and lam 1 both are the discounted rewards to go.
+    They are 0 where masked. values: [B, T], V before each response token; bootstrap: [B], V after
+    the last one: 0 after EOS, the value of the state for a truncated response. With values of 0 and
+    lam 1 both are the discounted rewards to go.
     """
     advantages = torch.zeros_like(rewards)
     carry, next_value = torch.zeros_like(bootstrap), bootstrap
     for t in reversed(range(rewards.size(1))):
-        here = mask[:, t]
+        is_token = mask[:, t]  # [B]
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        carry = torch.where(here, delta + gamma * lam * carry, carry)
-        next_value = torch.where(here, values[:, t], next_value)
-        advantages[:, t] = torch.where(here, carry, 0.0)
+        carry = torch.where(is_token, delta + gamma * lam * carry, carry)
+        next_value = torch.where(is_token, values[:, t], next_value)
+        advantages[:, t] = torch.where(is_token, carry, 0.0)
     return advantages, torch.where(mask, advantages + values, 0.0)
 
 
 def group_advantages(rewards: Tensor, samples: int, kind: str) -> Tensor:
-    """One advantage per response, out of the rewards of the samples of its prompt, which stand one after the other; [B] → [B].
+    """One advantage per response, out of the rewards of its prompt's samples, [B] → [B].
 
-    "grpo": (r − mean) / std (arXiv 2402.03300, section 4.1.2; std over the samples, with 1e-6 added); "dr_grpo": r − mean
-    (arXiv 2503.20783); "rloo": r − mean of the other samples (arXiv 2402.14740, equation 10).
+    Samples of one prompt stand one after the other. "grpo": (r − mean) / std (arXiv 2402.03300,
+    section 4.1.2; std over the samples, with 1e-6 added); "dr_grpo": r − mean (arXiv 2503.20783);
+    "rloo": r − mean of the other samples (arXiv 2402.14740, equation 10).
     """
-    groups = rewards.view(-1, samples)
+    groups = rewards.view(-1, samples)  # [prompts, samples]
     centred = groups - groups.mean(1, keepdim=True)
-    if kind == "grpo":
-        centred = centred / (groups.std(1, correction=0, keepdim=True) + 1e-6)
-    elif kind == "rloo":
-        centred = centred * (samples / (samples - 1))
-    return centred.flatten()
+    return GROUPED[kind](groups, centred).flatten()
+
+
+# kind → (rewards, rewards less their prompt's mean), [prompts, samples] each → advantages
+GROUPED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "grpo": lambda r, centred: centred / (r.std(1, correction=0, keepdim=True) + 1e-6),
+    "dr_grpo": lambda r, centred: centred,
+    "rloo": lambda r, centred: centred * (r.size(1) / (r.size(1) - 1)),
+}
 
 
 def whiten(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """(x − mean) / std over the entries of all ranks of `group`; x: [R]. One sample, or equal ones, give 0."""
-    count, total = (
-        torch.tensor(float(x.numel()), device=x.device, dtype=torch.float64),
-        x.double().sum(),
-    )
+    """(x − mean) / std over the entries of all ranks of `group`, [R] → [R].
+
+    One sample, or equal ones, give 0.
+    """
+    count = torch.tensor(float(x.numel()), device=x.device, dtype=torch.float64)
+    total = x.double().sum()
     sums = torch.stack((count, total))
     _all_reduce(sums, group)
     centred = x.double() - sums[1] / sums[0]
@@ -68,8 +79,9 @@ def whiten(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
 class Moments:
     """Running mean and standard deviation of numbers that come in batches, over all ranks of a group.
 
-    decay: what the past still weighs when a batch comes; 1 counts all numbers alike. Both are sums over the sum of the weights,
-    so that the first batches do not lean towards 0. Before the first batch: 0 and 1.
+    decay: what the past still weighs when a batch comes; 1 counts all numbers alike. Both are sums
+    over the sum of the weights, so that the first batches do not lean towards 0. Before the first
+    batch: 0 and 1.
     """
 
     def __init__(self, decay: float = 1.0) -> None:
@@ -78,15 +90,15 @@ class Moments:
     def update(self, x: Tensor, group: dist.ProcessGroup | None = None) -> None:
         """Take in a batch of any shape; all ranks of the group must."""
         x = x.double()
-        new = torch.stack(
-            (
-                torch.tensor(float(x.numel()), dtype=torch.float64, device=x.device),
-                x.sum(),
-                x.square().sum(),
-            )
-        )
+        count = torch.tensor(float(x.numel()), dtype=torch.float64, device=x.device)
+        new = torch.stack((count, x.sum(), x.square().sum()))
         _all_reduce(new, group)
         self.sums = [self.decay * old + more for old, more in zip(self.sums, new.tolist())]
+
+    @property
+    def part(self) -> tuple[Callable[[], list[float]], Callable[[list[float]], None]]:
+        """How to get and set what a saved run must keep of it."""
+        return (lambda: self.sums), (lambda sums: setattr(self, "sums", sums))
 
     @property
     def mean(self) -> float:

@@ -1,27 +1,25 @@
-"""The rollout buffer: flat tensors on the training device, without padding; minibatches are gathers on the device."""
+"""The rollout buffer: flat tensors on the training device, without padding.
 
-from dataclasses import dataclass, field, fields
+Minibatches are gathers on the device.
+"""
+
+from dataclasses import Field, dataclass, field, fields
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from src.data.encoding import Prompt
 from src.models.attention import Packed
 from src.models.batch import Batch, end_to_end
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A query's ids, the right answer where the data has one, and the data row that it came from."""
-
-    tokens: list[int]
-    gold: str = ""
-    row: dict = field(default_factory=dict)
-
+from src.parallel.setup import Parallel
 
 PER_TOKEN, PER_SEQUENCE = {"per": "token"}, {"per": "sequence"}
 
 
-def _per(kind: dict):
+def _later(kind: dict[str, str]) -> Any:
+    """A tensor that is None until its phase."""
     return field(default=None, metadata=kind)
 
 
@@ -29,11 +27,13 @@ def _per(kind: dict):
 class RolloutBuffer:
     """B sequences, N tokens in all, R of them response tokens. What is known grows phase by phase.
 
-    prompts: of each sequence; places: its number among the sequences of all ranks; tokens: [N]; lengths: of each sequence;
-    truncated: [B], by the stop reason; rollout_logprobs: [R], of sampling; kept: [R, bytes], which of this rank's vocabulary each
-    token was chosen among; components: of the reward, [B] each; scores: their sum, [B]; shaped: what is learned from, [B];
-    logprobs, ref_logprobs, entropy, values, rewards, advantages, returns: [R]; last_values: [B], the value after the last token;
-    old_values, value_targets: [R], the values and returns in the value model's own units.
+    prompts: of each sequence; places: its number among the sequences of all ranks; lengths_of_all:
+    response tokens of all ranks' sequences, by their places; tokens: [N]; lengths: of each
+    sequence; truncated: [B], by the stop reason; rollout_logprobs: [R], of sampling; kept: [R,
+    bytes], which of this rank's vocabulary each token was chosen among; components: of the reward,
+    [B] each; scores: their sum, [B]; shaped: what is learned from, [B]; logprobs, ref_logprobs,
+    entropy, values, rewards, advantages, returns: [R]; last_values: [B], the value after the last
+    token; old_values, value_targets: [R], the values and returns in the value model's own units.
     """
 
     prompts: list[Prompt]
@@ -42,30 +42,27 @@ class RolloutBuffer:
     lengths: list[int]
     truncated: Tensor = field(metadata=PER_SEQUENCE)
     rollout_logprobs: Tensor = field(metadata=PER_TOKEN)
-    kept: Tensor | None = _per(PER_TOKEN)
+    kept: Tensor | None = _later(PER_TOKEN)
     components: dict[str, Tensor] = field(default_factory=dict)
-    scores: Tensor | None = _per(PER_SEQUENCE)
-    shaped: Tensor | None = _per(PER_SEQUENCE)
-    logprobs: Tensor | None = _per(PER_TOKEN)
-    ref_logprobs: Tensor | None = _per(PER_TOKEN)
-    entropy: Tensor | None = _per(PER_TOKEN)
-    values: Tensor | None = _per(PER_TOKEN)
-    last_values: Tensor | None = _per(PER_SEQUENCE)
-    rewards: Tensor | None = _per(PER_TOKEN)
-    advantages: Tensor | None = _per(PER_TOKEN)
-    returns: Tensor | None = _per(PER_TOKEN)
-    old_values: Tensor | None = _per(PER_TOKEN)
-    value_targets: Tensor | None = _per(PER_TOKEN)
+    scores: Tensor = _later(PER_SEQUENCE)
+    shaped: Tensor = _later(PER_SEQUENCE)
+    logprobs: Tensor = _later(PER_TOKEN)
+    ref_logprobs: Tensor = _later(PER_TOKEN)
+    entropy: Tensor = _later(PER_TOKEN)
+    values: Tensor = _later(PER_TOKEN)
+    last_values: Tensor = _later(PER_SEQUENCE)
+    rewards: Tensor = _later(PER_TOKEN)
+    advantages: Tensor = _later(PER_TOKEN)
+    returns: Tensor = _later(PER_TOKEN)
+    old_values: Tensor = _later(PER_TOKEN)
+    value_targets: Tensor = _later(PER_TOKEN)
+    lengths_of_all: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        sizes, responses = (
-            torch.tensor(self.lengths).long(),
-            torch.tensor(self.response_lengths).long(),
-        )
-        self._starts, self._response_starts = (
-            sizes.cumsum(0) - sizes,
-            responses.cumsum(0) - responses,
-        )
+        sizes = torch.tensor(self.lengths).long()  # [B]
+        responses = torch.tensor(self.response_lengths).long()
+        self._starts = sizes.cumsum(0) - sizes  # of each sequence in [N]
+        self._response_starts = responses.cumsum(0) - responses  # of each response in [R]
 
     @property
     def prompt_lengths(self) -> list[int]:
@@ -98,20 +95,22 @@ class RolloutBuffer:
             "token": responses,
             "sequence": torch.tensor(rows, dtype=torch.long, device=self.tokens.device),
         }
+        known: dict[str, Any] = {f.name: x[index[f.metadata["per"]]] for f, x in self._tensors()}
         return RolloutBuffer(
             prompts=[self.prompts[i] for i in rows],
             places=places,
             tokens=batch.tokens,
             lengths=[self.lengths[i] for i in rows],
             components={name: x[index["sequence"]] for name, x in self.components.items()},
-            **{f.name: x[index[f.metadata["per"]]] for f, x in self._tensors()},
+            **known,
         )
 
     @classmethod
     def joined(cls, parts: list["RolloutBuffer"]) -> "RolloutBuffer":
         """Several buffers, which know the same things, as one."""
         first = parts[0]
-        tensors = [dict((f.name, x) for f, x in part._tensors()) for part in parts]
+        tensors = [{f.name: x for f, x in part._tensors()} for part in parts]
+        known: dict[str, Any] = {n: torch.cat([t[n] for t in tensors]) for n in tensors[0]}
         return cls(
             prompts=[p for part in parts for p in part.prompts],
             places=[p for part in parts for p in part.places],
@@ -121,10 +120,10 @@ class RolloutBuffer:
                 name: torch.cat([part.components[name] for part in parts])
                 for name in first.components
             },
-            **{name: torch.cat([t[name] for t in tensors]) for name in tensors[0]},
+            **known,
         )
 
-    def _tensors(self):
+    def _tensors(self) -> list[tuple[Field, Tensor]]:
         """(field, tensor) of what is known of each token or sequence."""
         return [
             (f, getattr(self, f.name))
@@ -138,3 +137,16 @@ class RolloutBuffer:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+
+def by_place(
+    local: list[int] | Tensor, places: list[int], total: int, parallel: Parallel
+) -> Tensor:
+    """Every rank's numbers, one per rollout, by the rollouts' places: fp64, [total].
+
+    The same on all ranks. places: of this rank's; total: rollouts of all ranks.
+    """
+    whole = torch.zeros(total, dtype=torch.float64, device=parallel.device)
+    whole[places] = torch.as_tensor(local, dtype=torch.float64, device=parallel.device)
+    dist.all_reduce(whole, group=parallel.dp_group)
+    return whole

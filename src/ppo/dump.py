@@ -1,6 +1,7 @@
 """Rollouts on disk, one Parquet file per iteration, and as texts in the log."""
 
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -22,7 +23,7 @@ PER_TOKEN = (
 
 
 def rows_of(buffer: RolloutBuffer, tokenizer: Tokenizer) -> list[dict]:
-    """A row per rollout of this rank: texts, tokens, and all that is known of each response token."""
+    """A row per rollout of this rank: texts, tokens, and what is known of each response token."""
     known = {name: getattr(buffer, name) for name in PER_TOKEN}
     lists = {
         name: x.cpu().split(buffer.response_lengths) for name, x in known.items() if x is not None
@@ -56,7 +57,7 @@ def rows_of(buffer: RolloutBuffer, tokenizer: Tokenizer) -> list[dict]:
 
 
 class RolloutDump:
-    """Writes FOLDER/iteration-000001.parquet and so on, all ranks' rollouts in the order of their places."""
+    """Writes FOLDER/iteration-000001.parquet and so on: all ranks' rollouts, by their places."""
 
     def __init__(self, folder: str, tokenizer: Tokenizer, parallel: Parallel) -> None:
         self.folder, self.tokenizer, self.parallel = Path(folder), tokenizer, parallel
@@ -64,10 +65,9 @@ class RolloutDump:
     def __call__(self, number: int, buffer: RolloutBuffer) -> None:
         if self.parallel.mp_rank:
             return  # the ranks of a model all have the same
-        parts = [None] * self.parallel.dp_size if self.parallel.is_main else None
-        dist.gather_object(
-            rows_of(buffer, self.tokenizer), parts, dst=0, group=self.parallel.dp_group
-        )
+        parts: list[Any] | None = [None] * self.parallel.dp_size if self.parallel.is_main else None
+        local_rows = rows_of(buffer, self.tokenizer)
+        dist.gather_object(local_rows, parts, dst=0, group=self.parallel.dp_group)
         rows = sorted((row for part in parts or [] for row in part), key=lambda row: row["place"])
         if rows:
             self._write(number, rows)
@@ -84,7 +84,7 @@ class RolloutDump:
 
 
 class SampleTexts:
-    """The first few rollouts of an iteration, with their rewards, as text in the log and in TensorBoard."""
+    """The first few rollouts of an iteration, with their rewards, as text in the log."""
 
     def __init__(self, count: int, tokenizer: Tokenizer, log: RunLog) -> None:
         self.count, self.tokenizer, self.log = count, tokenizer, log
@@ -95,5 +95,6 @@ class SampleTexts:
             parts = ", ".join(f"{name} {float(x[i]):.4g}" for name, x in buffer.components.items())
             cut = ", cut at the limit" if bool(buffer.truncated[i]) else ""
             query = prompt.row.get("instruction", self.tokenizer.decode(prompt.tokens))
-            text = f"{query}\n\n{self.tokenizer.decode(ids)}\n\nreward {float(buffer.scores[i]):.4g} ({parts}){cut}"
+            reward = f"reward {float(buffer.scores[i]):.4g} ({parts}){cut}"
+            text = f"{query}\n\n{self.tokenizer.decode(ids)}\n\n{reward}"
             self.log.text(number + 1, f"samples/{i + 1}", text)

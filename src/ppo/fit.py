@@ -2,16 +2,16 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from src.checkpoint.files import read_json
+from src.data.encoding import Prompt
 from src.errors import UserError
 from src.logs import RunLog
-from src.ppo.buffer import Prompt
-from src.ppo.settings import SHAPING, PPOSettings
 from src.ppo.trainer import PPO
-from src.trainer.fit import EndlessBatches
+from src.settings.ppo import SHAPING, PolicyOptimizerSettings, RewardSettings
+from src.trainer.batches import EndlessBatches
 from src.trainer.optimizer import lr_at
 from src.trainer.saving import Saving
 
@@ -20,63 +20,48 @@ DEFAULT_KL_COEF = 0.05
 SHOWN = ("reward", "kl", "entropy", "response_length", "truncated", "clipfrac")
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """How long and how fast. `iterations`, when given, ends the run early, or goes on past the epochs.
-
-    Evaluations come every `eval_every` iterations, or after each epoch.
-    """
-
-    lr: float
-    critic_lr: float
-    warmup: float
-    schedule: str
-    epochs: int
-    iterations: int | None
-    seed: int
-    eval_every: int | None = None
-    max_skipped_steps: int = 30
-
-    def __post_init__(self) -> None:
-        counts = (self.epochs, 1 if self.iterations is None else self.iterations)
-        if min(counts) < 1 or min(self.lr, self.critic_lr) <= 0 or not 0 <= self.warmup < 1:
-            raise UserError(
-                f"--lr {self.lr} --critic_lr {self.critic_lr} --warmup {self.warmup} --epochs {self.epochs} --iterations "
-                f"{self.iterations}: the rates must be positive, the counts 1 or more, warmup in [0, 1)"
-            )
+def iterations_of(
+    n_prompts: int, per_iteration: int, plan: PolicyOptimizerSettings
+) -> tuple[int, int]:
+    """Iterations per epoch, and in all. --iterations ends a run early, or goes on past the epochs."""
+    per_epoch = -(-n_prompts // per_iteration)
+    return per_epoch, plan.iterations or per_epoch * plan.epochs
 
 
 def fit(
     ppo: PPO,
     prompts: list[Prompt],
-    plan: Schedule,
+    plan: PolicyOptimizerSettings,
+    seed: int,
+    eval_every: int | None,
     log: RunLog,
     evaluate: Callable[[str, int], None],
     saving: Saving | None = None,
 ) -> list[dict[str, float]]:
     """Run the iterations, from where an earlier run stopped. Returns what was logged of each.
 
-    `evaluate` is called before the first, as the plan says, and at the end, with a name ("iteration 20") and its number.
+    `evaluate` is called before the first, every `eval_every` iterations or after each epoch, and at
+    the end, with a name ("iteration 20") and its number.
     """
-    samples = ppo.settings.samples_per_prompt
-    per_iteration = ppo.settings.max_buffer_size // samples
-    per_epoch = -(-len(prompts) // per_iteration)
-    total = plan.iterations or per_epoch * plan.epochs
-    unit, every = ("iteration", plan.eval_every) if plan.eval_every else ("epoch", per_epoch)
-    batches, history, start = (
-        EndlessBatches(len(prompts), per_iteration, f"{plan.seed}/prompts"),
-        [],
-        0,
-    )
-    if saving:
-        saving.parts["prompts"] = batches.part
-        start = saving.resume(total)
+    rollouts = ppo.settings.rollouts
+    samples = rollouts.samples_per_prompt
+    per_iteration = rollouts.max_buffer_size // samples
+    per_epoch, total = iterations_of(len(prompts), per_iteration, plan)
+    unit, every = ("iteration", eval_every) if eval_every else ("epoch", per_epoch)
+    batches = EndlessBatches(len(prompts), per_iteration, f"{seed}/prompts")
+    history: list[dict[str, float]] = []
 
     def draw() -> list[Prompt]:
         return [prompts[i] for i in next(batches) for _ in range(samples)]
 
+    # Go on where an earlier run stopped, or measure the untrained policy.
+    start = 0
+    if saving:
+        saving.parts["prompts"] = batches.part
+        start = saving.resume(total)
     if start == 0:
         evaluate(f"{unit} 0", 0)
+
     with log.progress(total, "PPO", unit="iteration", initial=start) as bar:
         for number in range(start, total):
             batch = draw()
@@ -85,22 +70,22 @@ def fit(
                 for rate in (plan.lr, plan.critic_lr)
             )
             stats = ppo.iteration(number, batch, lr, critic_lr, more=draw)
+
+            # What went wrong, and what it brought.
             _warn(number, stats, log)
-            for role in ppo.stage.roles.values():
-                if role.optimizer:
-                    role.optimizer.check_skipped(
-                        plan.max_skipped_steps,
-                        f"the {role.name}'s minibatches of iteration {number + 1}",
-                    )
+            _check_skipped(ppo, number, plan.max_skipped_steps)
             history.append(stats)
             log.scalars(number + 1, {**stats, "lr": lr, "critic_lr": critic_lr}, prefix="ppo")
             tokens = int(stats.get("response_length", 0) * len(batch))
             bar.update(1, tokens=tokens, **{name: stats[name] for name in SHOWN if name in stats})
-            if (number + 1) % every == 0 or number + 1 == total:
-                at = number + 1 if unit == "iteration" else -(-(number + 1) // per_epoch)
-                evaluate(f"{unit} {at}", at)
+
+            # Evaluate and save when it is time.
+            done = number + 1
+            if done % every == 0 or done == total:
+                moment = done if unit == "iteration" else -(-done // per_epoch)
+                evaluate(f"{unit} {moment}", moment)
             if saving:
-                saving.after(number + 1)
+                saving.after(done)
     return history
 
 
@@ -111,14 +96,25 @@ def _warn(number: int, stats: dict[str, float], log: RunLog) -> None:
         )
     if "response_length" not in stats:
         log.warning(
-            f"iteration {number + 1}: the rewards of each prompt's samples were all equal: nothing was learned"
+            f"iteration {number + 1}: the rewards of each prompt's samples were all equal: nothing "
+            "was learned"
         )
 
 
-def read_state(folder: str) -> dict:
-    """Where an earlier PPO run left a role, {} without one. Raises UserError for what cannot be a state."""
-    path = Path(folder) / STATE_FILE
-    if not path.is_file():
+def _check_skipped(ppo: PPO, number: int, limit: int) -> None:
+    for role in ppo.stage.roles.values():
+        if role.optimizer:
+            minibatches = f"the {role.name}'s minibatches of iteration {number + 1}"
+            role.optimizer.check_skipped(limit, minibatches)
+
+
+def read_state(folder: str | None) -> dict[str, Any]:
+    """Where an earlier PPO run left a role, {} without one.
+
+    Raises UserError for what cannot be a state.
+    """
+    path = Path(folder or "") / STATE_FILE
+    if not folder or not path.is_file():
         return {}
     state = read_json(path)
     kl_coef = state.get("kl_coef", DEFAULT_KL_COEF)
@@ -128,28 +124,29 @@ def read_state(folder: str) -> dict:
         )
     for name in ("reward_moments", "value_moments"):
         sums = state.get(name, [0.0, 0.0, 0.0])
-        if not (
-            isinstance(sums, list)
-            and len(sums) == 3
-            and all(_is_number(x) for x in sums)
-            and sums[0] >= 0 <= sums[2]
-        ):
+        is_triple = isinstance(sums, list) and len(sums) == 3 and all(map(_is_number, sums))
+        if not is_triple or not sums[0] >= 0 <= sums[2]:
             raise UserError(
-                f"{path}: {name} is {sums!r}; three finite numbers are expected: of weights, values and squares"
+                f"{path}: {name} is {sums!r}; three finite numbers are expected: of weights, values "
+                "and squares"
             )
     return state
 
 
-def _is_number(x) -> bool:
-    return type(x) in (int, float) and math.isfinite(x)
+def _is_number(x: object) -> bool:
+    return type(x) in (int, float) and math.isfinite(x)  # type: ignore[arg-type]
 
 
-def changed_rewards(state: dict, settings: PPOSettings) -> str | None:
-    """What this run does otherwise with the reward than the one that left `state`, in words; None when nothing."""
-    before, now = {name: state[name] for name in SHAPING if name in state}, settings.shaping()
-    changed = [
+def changed_rewards(state: dict[str, Any], rewards: RewardSettings) -> str | None:
+    """What this run does otherwise with the reward than the one that left `state`, in words.
+
+    None when nothing.
+    """
+    before = {name: state[name] for name in SHAPING if name in state}
+    now = rewards.shaping()
+    changes = [
         f"--{name} {before.get(name)} → {now.get(name)}"
         for name in SHAPING
         if before.get(name) != now.get(name)
     ]
-    return ", ".join(changed).replace("None", "(default)") if state and changed else None
+    return ", ".join(changes).replace("None", "(default)") if state and changes else None

@@ -20,26 +20,31 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Role:
-    """A model: "policy", "value", "reference" or "reward"; the ranks that it is divided among; and, if it is trained, by what.
+    """A model: "policy", "value", "reference" or "reward"; its ranks; and, if trained, by what.
 
-    parallel: the run's own division, or one into smaller models: these then share the work that the ranks have in common.
+    parallel: the run's own division, or one into smaller models: these then share the work that the
+    ranks have in common. beside: what else the role keeps, such as exact weights.
     """
 
     name: str
     model: Transformer
     parallel: Parallel
     optimizer: Optimizer | None = None
-    beside: dict[str, Tensor] = field(
-        default_factory=dict
-    )  # what else it keeps, such as exact weights
+    beside: dict[str, Tensor] = field(default_factory=dict)
 
     def share(self, groups: list[T], whole: Parallel) -> list[T]:
-        """Of what all ranks of one of the policy's models have to do, this model's part. whole: the run's division."""
+        """Of what all ranks of one of the policy's models have to do, this model's part.
+
+        whole: the run's division.
+        """
         models = whole.mp_size // self.parallel.mp_size
         return groups[whole.mp_rank // self.parallel.mp_size :: models]
 
     def collect(self, x: Tensor, whole: Parallel) -> Tensor:
-        """The parts that the models of `share` filled in, the rest being 0, put together on all of them; in place."""
+        """The parts that the models of `share` filled in, put together on all of them; in place.
+
+        The rest of x is 0.
+        """
         if self.parallel.mp_size != whole.mp_size:
             if self.parallel.mp_rank:
                 x.zero_()  # the first rank of each model speaks for it
@@ -48,9 +53,8 @@ class Role:
 
     def weights(self) -> list[Tensor]:
         """As plain tensors."""
-        return [
-            part for weight in self.model.parameters() for part in plain_parts(weight.data)
-        ] + list(self.beside.values())
+        parts = (part for w in self.model.parameters() for part in plain_parts(w.data))
+        return [*parts, *self.beside.values()]
 
     def state(self) -> list[Tensor]:
         """The optimizer's."""
@@ -58,21 +62,23 @@ class Role:
 
     def gradient_bytes(self) -> int:
         """Of the gradients, while a step is under way."""
-        return (
-            sum(4 * p.numel() for p in self.model.parameters() if p.requires_grad)
-            if self.optimizer
-            else 0
-        )
+        if self.optimizer is None:
+            return 0
+        return sum(4 * p.numel() for p in self.model.parameters() if p.requires_grad)
 
 
 class Stage:
-    """Which roles are on the device. With `offload` all others lie in host memory, and come back bit for bit; so do the
+    """Which roles are on the device.
 
-    optimizers' states while nothing is trained. What several roles share (a trunk under adapters) stays while one is at work.
+    With `offload` all others lie in host memory, and come back bit for bit; so do the optimizers'
+    states while nothing is trained. What several roles share (a trunk under adapters) stays while
+    one is at work. Offloading empties a tensor's storage and fills it again, so that parameters,
+    their views and optimizer states keep their identity.
     """
 
     def __init__(self, offload: bool = False) -> None:
-        self.offload, self.roles = offload, {}
+        self.offload = offload
+        self.roles: dict[str, Role] = {}
         self.away: dict[int, tuple[torch.UntypedStorage, Tensor]] = {}
         self.peak: dict[str, int] = {}  # bytes of each role on the device, at most
 
@@ -81,6 +87,11 @@ class Stage:
         self.roles[role.name], self.peak[role.name] = role, 0
         with self.at_work():
             return role
+
+    def trained(self) -> dict[str, tuple[Transformer, Optimizer]]:
+        """(model, optimizer) of each role that has one, by name."""
+        roles = self.roles.values()
+        return {r.name: (r.model, r.optimizer) for r in roles if r.optimizer is not None}
 
     @contextmanager
     def at_work(self, *names: str, training: bool = False) -> Iterator[None]:
@@ -107,9 +118,8 @@ class Stage:
             storages = _storages(role.weights() + role.state())
             held = sum(storage.nbytes() for key, storage in storages.items() if key not in seen)
             seen |= storages.keys()
-            self.peak[role.name] = max(
-                self.peak[role.name], held + (role.gradient_bytes() if role in trained else 0)
-            )
+            gradients = role.gradient_bytes() if role in trained else 0
+            self.peak[role.name] = max(self.peak[role.name], held + gradients)
 
     def _send_away(self, key: int, storage: torch.UntypedStorage) -> None:
         size = storage.nbytes()
@@ -125,8 +135,12 @@ class Stage:
 
 
 def _storages(tensors: list[Tensor]) -> dict[int, torch.UntypedStorage]:
-    """The tensors' memory, each piece once, by its identity: views of one piece, such as stacked weights, share it."""
-    return {storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in tensors)}
+    """The tensors' memory, each piece once, by its identity.
+
+    Views of one piece, such as stacked weights, share it.
+    """
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return {storage._cdata: storage for storage in storages}
 
 
 def _bytes(storage: torch.UntypedStorage) -> Tensor:
@@ -135,15 +149,17 @@ def _bytes(storage: torch.UntypedStorage) -> Tensor:
 
 
 class MovingReference:
-    """A reference that follows the policy: reference ← decay · reference + (1 − decay) · policy, kept in fp32 beside the role."""
+    """A reference that follows the policy: reference ← decay · reference + (1 − decay) · policy.
+
+    It is kept in fp32 beside the role.
+    """
 
     def __init__(self, reference: Role, decay: float) -> None:
         self.decay = decay
         self.weights = dict(reference.model.named_parameters())
         self.exact = reference.beside
-        self.exact |= {
-            name: weight.detach().float() for name, weight in self.weights.items()
-        }  # in fp32 the weight itself
+        for name, weight in self.weights.items():
+            self.exact[name] = weight.detach().float()  # in fp32 the weight itself
 
     @torch.no_grad()
     def follow(self, policy: Transformer) -> None:

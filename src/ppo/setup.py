@@ -1,7 +1,8 @@
-"""From checkpoints to roles: what a PPO run's flags say of its models is opened and checked here, and then loaded."""
+"""From checkpoints to roles: what a PPO run's settings say of its models is opened, and loaded."""
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,9 +14,9 @@ from src.checkpoint.source import adapter_on
 from src.errors import UserError
 from src.evaluation.tasks import Task
 from src.inputs import (
-    Model,
-    check_model_flags,
+    OpenedModel,
     check_same_tokenizer,
+    check_trainable,
     lora_of,
     open_model,
     same_tokenizer,
@@ -23,32 +24,26 @@ from src.inputs import (
 from src.models.lora import LoRAConfig
 from src.models.transformer import Transformer
 from src.parallel.setup import Parallel
-from src.ppo.rewards import (
-    FileReward,
-    FormatReward,
-    LengthReward,
-    OverlongReward,
-    Reward,
-    RuleReward,
-    VerifierReward,
-    load_score,
-    translator,
-)
+from src.ppo.rewards import RewardInputs
 from src.ppo.roles import Role, Stage
+from src.settings.model import ModelSettings
+from src.settings.ppo import PPOTrainSettings
 from src.trainer.fit import prepare
 from src.trainer.optimizer import Optimizer
 
+ADAM_EPSILON = 1e-5  # as PPO's implementations have it, for policy and value model
+
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedRoles:
     """The checkpoints of a run, looked through but not loaded.
 
     adapters: "value" and "reward" on a shared trunk; moments: of the verifier's scores.
     """
 
-    actor: Model
-    critic: Model | None
-    verifier: Model | None
+    actor: OpenedModel
+    critic: OpenedModel | None
+    verifier: OpenedModel | None
     lora: LoRAConfig | None
     critic_lora: LoRAConfig | None
     adapters: dict[str, Adapter | None]
@@ -57,156 +52,197 @@ class Opened:
     @property
     def translates(self) -> bool:
         """Whether the verifier has a tokenizer of its own."""
-        return self.verifier is not None and not same_tokenizer(
-            self.actor.tokenizer, self.verifier.tokenizer
-        )
+        if self.verifier is None:
+            return False
+        return not same_tokenizer(self.actor.tokenizer, self.verifier.tokenizer)
 
 
-def open_roles(settings: dict, parallel: Parallel, dtype: torch.dtype) -> Opened:
-    """Open what the flags name. Raises UserError for what does not fit together, before anything is loaded."""
-    s = settings
-    chat = {"use_chat_template": s["use_chat_template"], "chat_family": s["model_type"]}
+def open_roles(settings: PPOTrainSettings, parallel: Parallel, dtype: torch.dtype) -> OpenedRoles:
+    """Open what the settings name.
+
+    Raises UserError for what does not fit together, before anything is loaded.
+    """
+    roles, lora = settings.roles, settings.lora
+
+    # The actor, whose family's chat template is everybody's.
     actor = open_model(
-        s["actor_ckpt_dir"],
+        ModelSettings(
+            ckpt_dir=roles.actor_ckpt_dir,
+            model_type=roles.model_type,
+            config_file=roles.config_file,
+            tokenizer_file=roles.tokenizer_file,
+            use_chat_template=roles.use_chat_template,
+        ),
         parallel,
-        s["tokenizer_file"],
-        s["config_file"],
-        s["model_type"],
         head="lm",
-        **chat,
     )
-    check_model_flags(s, actor.checkpoint)
-    check_save(s["actor_save_dir"], actor.checkpoint, dtype)
+    _check_trainable(settings, actor)
+    if roles.actor_save_dir:
+        check_save(roles.actor_save_dir, actor.checkpoint, dtype)
+
     critic = verifier = moments = None
     adapters: dict[str, Adapter | None] = {}
-    if s["shared_trunk"]:
-        critic, verifier = (
-            actor if s[flag] is not None else None
-            for flag in ("critic_ckpt_dir", "reward_model_ckpt_dir")
-        )
-        if critic:
-            anew = Path(s["critic_ckpt_dir"]).resolve() == Path(s["actor_ckpt_dir"]).resolve()
-            adapters["value"] = None if anew else adapter_on(actor.checkpoint, s["critic_ckpt_dir"])
-        if verifier:
-            adapters["reward"] = adapter_on(actor.checkpoint, s["reward_model_ckpt_dir"])
-            if adapters["reward"].score is None:
-                raise UserError(
-                    f"{s['reward_model_ckpt_dir']}: its adapter has no score head; verifier_train.py makes one"
-                )
+    if roles.shared_trunk:
+        # Value and reward are adapters on the actor's weights.
+        critic = actor if roles.critic_ckpt_dir is not None else None
+        verifier = actor if roles.reward_model_ckpt_dir is not None else None
+        adapters = _trunk_adapters(settings, actor)
     else:
-        if s["critic_ckpt_dir"] is not None:
-            critic = open_model(s["critic_ckpt_dir"], parallel, s["tokenizer_file"], **chat)
-            check_model_flags(s, critic.checkpoint)
+        if roles.critic_ckpt_dir is not None:
+            source = _beside_actor(settings, roles.critic_ckpt_dir, roles.tokenizer_file)
+            critic = open_model(source, parallel, chat_family=roles.model_type)
+            _check_trainable(settings, critic)
             check_same_tokenizer(actor, critic)
-        if s["reward_model_ckpt_dir"] is not None:
-            verifier = open_model(
-                s["reward_model_ckpt_dir"],
-                parallel,
-                _verifier_tokenizer(s, actor),
-                head="score",
-                **chat,
+        if roles.reward_model_ckpt_dir is not None:
+            tokenizer_file = _verifier_tokenizer(settings, actor)
+            source = _beside_actor(settings, roles.reward_model_ckpt_dir, tokenizer_file)
+            verifier = open_model(source, parallel, head="score", chat_family=roles.model_type)
+    if critic and roles.critic_save_dir:
+        check_save(roles.critic_save_dir, critic.checkpoint, dtype)
+    if verifier and roles.reward_model_ckpt_dir is not None:
+        moments = read_score_moments(Path(roles.reward_model_ckpt_dir))
+    critic_lora = lora_of(lora, critic.checkpoint) if critic else None
+    actor_lora = lora_of(lora, actor.checkpoint)
+    return OpenedRoles(actor, critic, verifier, actor_lora, critic_lora, adapters, moments)
+
+
+def _beside_actor(
+    settings: PPOTrainSettings, ckpt_dir: str, tokenizer_file: str | None
+) -> ModelSettings:
+    """Another role's model, which reads instructions as the actor does."""
+    chat = settings.roles.use_chat_template
+    return ModelSettings(ckpt_dir=ckpt_dir, tokenizer_file=tokenizer_file, use_chat_template=chat)
+
+
+def _check_trainable(settings: PPOTrainSettings, model: OpenedModel) -> None:
+    checkpoint = model.checkpoint
+    where = str(checkpoint.folder)
+    check_trainable(settings.optimizer, settings.lora, checkpoint.config, where)
+
+
+def _trunk_adapters(settings: PPOTrainSettings, actor: OpenedModel) -> dict[str, Adapter | None]:
+    """The value model's (None: it starts anew) and the verifier's adapter on the actor's weights."""
+    roles = settings.roles
+    adapters: dict[str, Adapter | None] = {}
+    if roles.critic_ckpt_dir is not None:
+        is_actor = Path(roles.critic_ckpt_dir).resolve() == Path(roles.actor_ckpt_dir).resolve()
+        adapters["value"] = (
+            None if is_actor else adapter_on(actor.checkpoint, roles.critic_ckpt_dir)
+        )
+    if roles.reward_model_ckpt_dir is not None:
+        adapter = adapter_on(actor.checkpoint, roles.reward_model_ckpt_dir)
+        if adapter.score is None:
+            raise UserError(
+                f"{roles.reward_model_ckpt_dir}: its adapter has no score head; verifier_train.py "
+                "makes one"
             )
-    if critic:
-        check_save(s["critic_save_dir"], critic.checkpoint, dtype)
-    if verifier:
-        moments = read_score_moments(Path(s["reward_model_ckpt_dir"]))
-    critic_lora = lora_of(s, critic.checkpoint) if critic else None
-    return Opened(
-        actor, critic, verifier, lora_of(s, actor.checkpoint), critic_lora, adapters, moments
-    )
+        adapters["reward"] = adapter
+    return adapters
 
 
-def _verifier_tokenizer(settings: dict, actor: Model) -> str | None:
-    """The flag's; else whatever lies in the verifier's folder; else the actor's."""
-    if settings["reward_tokenizer_file"] or find_tokenizer(Path(settings["reward_model_ckpt_dir"])):
-        return settings["reward_tokenizer_file"]
+def _verifier_tokenizer(settings: PPOTrainSettings, actor: OpenedModel) -> str | None:
+    """The setting's; else whatever lies in the verifier's folder; else the actor's."""
+    roles = settings.roles
+    folder = Path(roles.reward_model_ckpt_dir or "")
+    if roles.reward_tokenizer_file or find_tokenizer(folder):
+        return roles.reward_tokenizer_file
     return str(actor.tokenizer.path)
 
 
+def check_degrees(settings: PPOTrainSettings, parallel: Parallel) -> None:
+    """Raise UserError when the ranks cannot share the rollouts or the roles as the settings say."""
+    buffer_size = settings.rollouts.max_buffer_size
+    if buffer_size < parallel.dp_size:
+        raise UserError(
+            f"--max_buffer_size {buffer_size}: the {parallel.dp_size} data-parallel ranks share the "
+            "rollouts, and each needs one: raise it, or --model_parallel_size"
+        )
+    roles = settings.roles
+    for flag, size in (
+        ("rollout_model_parallel_size", roles.rollout_model_parallel_size),
+        ("critic_model_parallel_size", roles.critic_model_parallel_size),
+        ("reward_model_parallel_size", roles.reward_model_parallel_size),
+    ):
+        if size is not None and parallel.mp_size % size:
+            raise UserError(
+                f"--{flag} {size} does not divide the {parallel.mp_size} ranks that share a model in "
+                "training (--model_parallel_size)"
+            )
+
+
 def load_roles(
-    opened: Opened, settings: dict, parallel: Parallel, dtype: torch.dtype, with_reference: bool
+    opened: OpenedRoles,
+    settings: PPOTrainSettings,
+    parallel: Parallel,
+    dtype: torch.dtype,
+    with_reference: bool,
 ) -> Stage:
-    """The roles with their optimizers. With --offload each goes to host memory before the next one is loaded."""
-    s, o = settings, opened
-    stage = Stage(s["offload"])
-    common = {"seed": s["seed"], "quantize": s["quantize"]}
+    """The roles with their optimizers.
+
+    With --offload each goes to host memory before the next one is loaded.
+    """
+    roles, run = settings.roles, settings.run
+    stage = Stage(roles.offload)
+    common: dict[str, Any] = {"seed": run.seed, "quantize": settings.lora.quantize}
 
     def trained(name: str, model: Transformer, division: Parallel) -> Role:
-        prepare(model, s, division)
-        optimizer = Optimizer(
-            model, division, s["weight_decay"], s["max_grad_norm"], eps=1e-5, zero=s["zero"]
-        )
+        prepare(model, settings.optimizer, run, division)
+        optimizer = Optimizer.of(settings.optimizer, model, division, run.zero, eps=ADAM_EPSILON)
         return stage.add(Role(name, model, division, optimizer))
 
     def frozen(name: str, model: Transformer, division: Parallel) -> Role:
         return stage.add(Role(name, model.requires_grad_(False), division))
 
-    actor = o.actor.checkpoint
-    policy = load_model(actor, parallel, dtype, "lm", lora=o.lora, **common)
-    if with_reference:  # first: --freeze_layers and the like are the policy's alone
-        if o.lora is not None and s["ref_ema"] is None and actor.adapter is None:
+    # The policy, and the reference, which is it before anything was trained. The reference first:
+    # --freeze_layers and the like are the policy's alone.
+    actor = opened.actor.checkpoint
+    policy = load_model(actor, parallel, dtype, "lm", lora=opened.lora, **common)
+    reference = None
+    if with_reference:
+        stays = settings.penalty.ref_ema is None
+        if opened.lora is not None and stays and actor.adapter is None:
             reference = load_sharing(policy, parallel, "lm")  # the policy with its adapter off
         else:
             reference = load_model(actor, parallel, dtype, "lm", **common)
     trained("policy", policy, parallel)
-    if with_reference:
+    if reference is not None:
         frozen("reference", reference, parallel)
-    if o.critic:
-        if s["shared_trunk"]:
-            value = load_sharing(
-                policy, parallel, "score", s["seed"], o.critic_lora, o.adapters["value"]
-            )
+
+    # The value model.
+    if opened.critic:
+        if roles.shared_trunk:
+            adapter, lora = opened.adapters["value"], opened.critic_lora
+            value = load_sharing(policy, parallel, "score", run.seed, lora, adapter)
             trained("value", value, parallel)
         else:
-            division = _division(s["critic_model_parallel_size"], parallel)
-            trained(
-                "value",
-                load_model(
-                    o.critic.checkpoint, division, dtype, "score", lora=o.critic_lora, **common
-                ),
-                division,
-            )
-    if o.verifier:
-        if s["shared_trunk"]:
-            frozen(
-                "reward",
-                load_sharing(policy, parallel, "score", adapter=o.adapters["reward"]),
-                parallel,
-            )
+            division = _division(roles.critic_model_parallel_size, parallel)
+            checkpoint, lora = opened.critic.checkpoint, opened.critic_lora
+            value = load_model(checkpoint, division, dtype, "score", lora=lora, **common)
+            trained("value", value, division)
+
+    # The reward model.
+    if opened.verifier:
+        if roles.shared_trunk:
+            reward = load_sharing(policy, parallel, "score", adapter=opened.adapters["reward"])
+            frozen("reward", reward, parallel)
         else:
-            division = _division(s["reward_model_parallel_size"], parallel)
-            frozen(
-                "reward",
-                load_model(o.verifier.checkpoint, division, dtype, "score", **common),
-                division,
-            )
+            division = _division(roles.reward_model_parallel_size, parallel)
+            reward = load_model(opened.verifier.checkpoint, division, dtype, "score", **common)
+            frozen("reward", reward, division)
     return stage
 
 
-def make_rewards(
-    opened: Opened, settings: dict, stage: Stage, parallel: Parallel, rule: Task | None
-) -> list[tuple[float, Reward]]:
-    """(weight, reward) of each of --reward."""
-    s, tokenizer, names = settings, opened.actor.tokenizer, settings["reward"] or ["verifier"]
-
-    def verifier() -> Reward:
-        translate = translator(tokenizer, opened.verifier.tokenizer) if opened.translates else None
-        limits = s["max_batch_size"], s["max_tokens_per_batch"]
-        return VerifierReward(
-            stage.roles["reward"], parallel, *limits, *(opened.moments or (0.0, 1.0)), translate
-        )
-
-    make = {
-        "verifier": verifier,
-        "rule": lambda: RuleReward(rule, tokenizer),
-        "file": lambda: FileReward(
-            s["reward_file"], load_score(s["reward_file"]), tokenizer, parallel
-        ),
-        "format": lambda: FormatReward(s["format_pattern"], tokenizer),
-        "length": lambda: LengthReward(s["max_new_tokens"]),
-        "overlong": lambda: OverlongReward(s["max_new_tokens"], s["overlong_margin"]),
-    }
-    return list(zip(s["reward_weights"] or [1.0] * len(names), (make[name]() for name in names)))
+def reward_inputs(
+    opened: OpenedRoles,
+    settings: PPOTrainSettings,
+    stage: Stage,
+    parallel: Parallel,
+    rule: Task | None,
+) -> RewardInputs:
+    """What the rewards may need. rule: whose rule is applied, when one is."""
+    other = opened.verifier.tokenizer if opened.verifier and opened.translates else None
+    tokenizer = opened.actor.tokenizer
+    return RewardInputs(settings, parallel, stage, tokenizer, other, opened.moments, rule)
 
 
 def _division(mp_size: int | None, parallel: Parallel) -> Parallel:

@@ -1,6 +1,7 @@
 """AdamW on fp32 master weights, with a gradient norm that is right under tensor parallelism."""
 
 import math
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,15 +11,18 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from src.errors import UserError
 from src.models.transformer import Transformer
 from src.parallel.gradients import GradientBuckets
+from src.parallel.layers import copies_of
 from src.parallel.setup import Parallel
+from src.settings.training import OptimizerSettings
 
 GOOD_STEPS_TO_DOUBLE = 1000  # of the fp16 loss scale
 
 
 def lr_at(step: int, total: int, lr: float, warmup: float, schedule: str) -> float:
-    """Learning rate of the step (counted from 0) of `total`: linear warm-up over the share `warmup`, then the schedule.
+    """Learning rate of the step (counted from 0) of `total`.
 
-    "cosine" and "linear" fall to 0 at the end; "constant" stays.
+    Linear warm-up over the share `warmup`, then the schedule: "cosine" and "linear" fall to 0 at
+    the end; "constant" stays.
     """
     warm_steps = math.ceil(warmup * total)
     if step < warm_steps:
@@ -35,17 +39,22 @@ def lr_at(step: int, total: int, lr: float, warmup: float, schedule: str) -> flo
 
 
 class MasterAdamW(torch.optim.AdamW):
-    """PyTorch's fused AdamW; half-precision parameters have fp32 masters, which are updated and then rounded."""
+    """PyTorch's fused AdamW on fp32 masters of half-precision parameters.
+
+    The masters are updated and then rounded.
+    """
 
     def __init__(self, params: list[dict], **options) -> None:
         groups = [{**group, "params": [_master(p) for p in group["params"]]} for group in params]
+        # The fused step divides the gradients by this.
+        self.grad_scale: Tensor | None = None
         super().__init__(groups, fused=True, **options)
         parameters = [p for group in params for p in group["params"]]
         masters = [m for group in groups for m in group["params"]]
         self.rounded = [(p, m) for p, m in zip(parameters, masters) if m is not p]
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # nothing returned
         for parameter, master in self.rounded:
             master.grad = parameter.grad
         super().step(closure)
@@ -61,8 +70,9 @@ def _master(parameter: Tensor) -> Tensor:
 class Optimizer:
     """One model's optimizer. Call `backward` for each micro-batch, then `step` once.
 
-    Gradients are fp32 whatever the weights are. With `zero` 1 each data-parallel rank keeps the optimizer's state, masters
-    included, of its share of the parameters (ZeRO stage 1, arXiv 1910.02054), by PyTorch's ZeroRedundancyOptimizer.
+    Gradients are fp32 whatever the weights are. With `zero` 1 each data-parallel rank keeps the
+    optimizer's state, masters included, of its share of the parameters (ZeRO stage 1, arXiv
+    1910.02054), by PyTorch's ZeroRedundancyOptimizer.
     """
 
     def __init__(
@@ -79,13 +89,19 @@ class Optimizer:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         for parameter in self.parameters:
             parameter.grad_dtype = torch.float32
-        self.copies = [p.copies for p in self.parameters]  # ranks that hold the same values
+        # Ranks that hold the same values of each.
+        self.copies = [copies_of(p) for p in self.parameters]
         self.buckets = GradientBuckets(self.parameters, parallel) if parallel.dp_size > 1 else None
-        groups = [
-            {"params": [p for p in self.parameters if p.dim() > 1], "weight_decay": weight_decay},
-            {"params": [p for p in self.parameters if p.dim() == 1], "weight_decay": 0.0},
+        # Weight decay is for matrices: a norm's weights are no slopes.
+        matrices = [p for p in self.parameters if p.dim() > 1]
+        vectors = [p for p in self.parameters if p.dim() == 1]
+        groups: list[dict[str, Any]] = [
+            {"params": parameters, "weight_decay": decay}
+            for parameters, decay in ((matrices, weight_decay), (vectors, 0.0))
+            if parameters
         ]
-        groups = [group for group in groups if group["params"]]
+        self.adam: torch.optim.Optimizer
+        self.local: MasterAdamW  # of the parameters whose state this rank keeps
         if zero and parallel.dp_size > 1:
             self.adam = ZeroRedundancyOptimizer(
                 groups, MasterAdamW, process_group=parallel.dp_group, betas=betas, eps=eps, lr=0.0
@@ -93,24 +109,36 @@ class Optimizer:
             self.local = self.adam.optim
         else:
             self.adam = self.local = MasterAdamW(groups, betas=betas, eps=eps)
-        fp16 = any(p.dtype == torch.float16 for p in self.parameters)
-        self.fp16, self.loss_scale, self.good_steps, self.skipped_in_a_row = (
-            fp16,
-            (2.0**16 if fp16 else 1.0),
-            0,
-            0,
-        )
+        # fp16 gradients under 6e-8 vanish: the loss is scaled up, and the gradients down again.
+        self.fp16 = any(p.dtype == torch.float16 for p in self.parameters)
+        self.loss_scale = 2.0**16 if self.fp16 else 1.0
+        self.good_steps = self.skipped_in_a_row = 0
+
+    @classmethod
+    def of(
+        cls,
+        settings: OptimizerSettings,
+        model: Transformer,
+        parallel: Parallel,
+        zero: int,
+        eps: float = 1e-8,
+    ) -> "Optimizer":
+        """By a script's settings."""
+        beta2 = getattr(settings, "beta2", 0.999)
+        decay, norm = settings.weight_decay, settings.max_grad_norm
+        return cls(model, parallel, decay, norm, (0.9, beta2), eps, zero)
 
     def backward(self, loss: Tensor, last: bool = False) -> None:
-        """Add one micro-batch's gradient; with `last` ranks begin to sum them while it is still computed."""
+        """Add one micro-batch's gradient; with `last` ranks begin to sum while it is computed."""
         if last and self.buckets:
             self.buckets.arm()
         (loss * self.loss_scale).backward()
 
     def backward_done(self) -> None:
-        """To be called before any other exchange among the data-parallel ranks, where that comes between `backward` and `step`:
+        """To be called before any other exchange of the data-parallel ranks in a step.
 
-        a rank that had no micro-batch begins its sums only now, and all ranks must exchange in one order.
+        A rank that had no micro-batch begins its sums only now, and all ranks must exchange in one
+        order.
         """
         if self.buckets:
             self.buckets.start_rest()
@@ -130,7 +158,7 @@ class Optimizer:
         ]
 
     def state_tensors(self) -> list[Tensor]:
-        """What this rank keeps from step to step: Adam's averages, and the masters of half-precision weights."""
+        """What this rank keeps from step to step: Adam's averages, and half precision's masters."""
         averages = [
             x
             for state in self.local.state.values()
@@ -141,9 +169,10 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, lr: float) -> dict[str, float]:
-        """One update with the summed gradients of all ranks; returns the gradient norm before clipping, and `skipped`.
+        """One update with the summed gradients of all ranks.
 
-        A norm that is not finite skips the step, on every rank alike, since every rank computes the same norm.
+        Returns the gradient norm before clipping, and `skipped`: a norm that is not finite skips
+        the step, on every rank alike, since every rank computes the same norm.
         """
         if self.buckets:
             self.buckets.finish()
@@ -154,7 +183,8 @@ class Optimizer:
         skipped = not math.isfinite(norm)
         if not skipped:
             factor = min(1.0, self.max_grad_norm / (norm + 1e-6)) / self.loss_scale
-            # The fused step divides the gradients by this, so that clipping takes no pass of its own.
+            # The fused step divides the gradients by this, so that clipping takes no pass of its
+            # own.
             self.local.grad_scale = (
                 None if factor == 1.0 else torch.tensor(1 / factor, device=self.parallel.device)
             )
@@ -168,27 +198,32 @@ class Optimizer:
         return {"grad_norm": norm, "skipped": float(skipped)}
 
     def check_skipped(self, limit: int, batch: str) -> None:
-        """Raise UserError, on every rank alike, when so many steps in a row were skipped. batch: what the last one was on."""
+        """Raise UserError, on every rank alike, when so many steps in a row were skipped.
+
+        batch: what the last one was on.
+        """
         if self.skipped_in_a_row >= limit:
             raise UserError(
-                f"the gradient norm was not finite in {limit} steps in a row (--max_skipped_steps), the last on {batch}: the run is "
-                "stopped; a lower --lr or --dtype fp32 may help, or these rows hold something odd"
+                f"the gradient norm was not finite in {limit} steps in a row "
+                f"(--max_skipped_steps), the last on {batch}: the run is stopped; a lower --lr or "
+                "--dtype fp32 may help, or these rows hold something odd"
             )
 
     def _grad_norm(self) -> Tensor:
-        """√ of the sum of squares over all ranks of the model, copies counted once; the same on every rank."""
+        """√ of the sum of squares over all ranks of the model, the same on every rank.
+
+        What several ranks hold alike is counted once.
+        """
         # Rows in fp32, their sum in fp64: as exact as all in fp64, and a tenth of its time.
-        rows = [
-            p.grad if p.dim() == 1 else torch.linalg.vector_norm(p.grad, dim=-1)
-            for p in self.parameters
-        ]
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        rows = [g if g.dim() == 1 else torch.linalg.vector_norm(g, dim=-1) for g in gradients]
         squares = torch.stack([row.double().square().sum() for row in rows])
         total = (squares / torch.tensor(self.copies, device=squares.device)).sum()
         dist.all_reduce(total, group=self.parallel.mp_group)
         return total.sqrt()
 
     def _rescale(self, skipped: bool) -> None:
-        """fp16: halve the loss scale when gradients overflow, double it after a long run without."""
+        """fp16: halve the loss scale when gradients overflow, double it after long without."""
         if not self.fp16:
             return
         self.good_steps = 0 if skipped else self.good_steps + 1

@@ -10,7 +10,7 @@ from src.models.transformer import Transformer
 class SolverObjective:
     """Mean of −log p over the output tokens (EOS included) of a batch."""
 
-    stats = ("loss",)
+    stats: tuple[str, ...] = ("loss",)
 
     def __init__(self, sequences: list[Sequence], device: torch.device) -> None:
         self.sequences, self.device = sequences, device

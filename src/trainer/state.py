@@ -1,6 +1,7 @@
-"""A model in training and its optimizer as named tensors, and back at any tensor- and data-parallel degree, exactly."""
+"""A model in training and its optimizer as named tensors, and back at any degree, exactly."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -32,12 +33,14 @@ def specs_of(model: Transformer) -> dict[str, TensorSpec]:
 
 @torch.no_grad()
 def tensors_of(model: Transformer, optimizer: Optimizer) -> dict[str, Tensor]:
-    """This rank's share, copied to the host: trained weights (from the first data-parallel rank), and the optimizer's state of the
+    """This rank's share, copied to the host.
 
-    parameters that it keeps it for.
+    Trained weights (from the first data-parallel rank), and the optimizer's state of the parameters
+    that it keeps it for.
     """
-    out, parallel = {}, optimizer.parallel
-    names = {p: name for name, p in model.named_parameters() if p.requires_grad}
+    out: dict[str, Tensor] = {}
+    parallel = optimizer.parallel
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
     if parallel.dp_rank == 0:
         out |= {f"{WEIGHT}/{name}": p for p, name in names.items()}
     first = parallel.dp_rank == 0 or optimizer.sharded
@@ -80,9 +83,8 @@ class SavedModel:
     def __init__(self, folder: Path, name: str, layout: dict[str, int]) -> None:
         """layout: {"mp": …, "dp": …} of the run that saved it."""
         self.folder, self.mp_size = folder, layout["mp"]
-        self.places: list[dict[str, object]] = [
-            {} for _ in range(self.mp_size)
-        ]  # of each model-parallel rank: key → file
+        # Of each model-parallel rank: key → file.
+        self.places: list[dict[str, Any]] = [{} for _ in range(self.mp_size)]
         for mp_rank in range(self.mp_size):
             for dp_rank in range(layout["dp"]):
                 path = folder / file_of(name, mp_rank, dp_rank)
@@ -97,7 +99,8 @@ class SavedModel:
         """Rank `rank` of `n`'s part of a tensor that is cut by `spec`."""
         if key not in self:
             raise UserError(
-                f"{self.folder}: has no {key}; it was saved by a run of another model or other trained layers"
+                f"{self.folder}: has no {key}; it was saved by a run of another model or other "
+                "trained layers"
             )
         if spec.dim is None:
             return self.places[0][key].get_tensor(key)
@@ -124,13 +127,16 @@ class SavedModel:
 
 @torch.no_grad()
 def restore(model: Transformer, optimizer: Optimizer, saved: SavedModel, counters: dict) -> None:
-    """Put weights and the optimizer's state back. Raises UserError when the step is of another model."""
+    """Put weights and the optimizer's state back.
+
+    Raises UserError when the step is of another model.
+    """
     parallel, specs = optimizer.parallel, specs_of(model)
     rank, n = parallel.mp_rank, parallel.mp_size
     parameters = dict(model.named_parameters())
     for name, spec in specs.items():
         parameters[name].copy_(saved.local(f"{WEIGHT}/{name}", spec, rank, n))
-    names = {p: name for name, p in parameters.items()}
+    names: dict[Tensor, str] = {p: name for name, p in parameters.items()}
     for parameter, kept in optimizer.kept():
         name = names[parameter]
         if kept is not parameter:

@@ -1,15 +1,16 @@
-"""Training the verifier (reward model) on pairs: −log σ(r_chosen − r_rejected) (arXiv 2203.02155, equation 1)."""
+"""Training the verifier (reward model) on pairs: −log σ(r_chosen − r_rejected).
 
-from dataclasses import dataclass
+(arXiv 2203.02155, equation 1.)
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from src.data.encoding import Comparison
 from src.models.batch import (
     Batch,
     PromptTree,
-    Sequence,
     sequence_scores,
     shared_prompt,
     weighted_balance_loss,
@@ -17,27 +18,23 @@ from src.models.batch import (
 from src.models.transformer import Transformer
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """One prompt's responses, each side one or more, prompt included in each sequence."""
-
-    chosen: list[Sequence]
-    rejected: list[Sequence]
-
-
 def margins(scores: Tensor, sizes: list[tuple[int, int]]) -> list[Tensor]:
-    """r_chosen − r_rejected of every pair of each comparison. scores: [Σ (chosen + rejected)], in that order per comparison."""
+    """r_chosen − r_rejected of every pair of each comparison, [chosen × rejected] each.
+
+    scores: [Σ (chosen + rejected)], in that order per comparison.
+    """
     parts = scores.split([n for size in sizes for n in size])
     return [(c.unsqueeze(1) - r.unsqueeze(0)).flatten() for c, r in zip(parts[::2], parts[1::2])]
 
 
 class VerifierObjective:
-    """The pairwise loss, averaged over each comparison's pairs and then over the comparisons of a batch.
+    """The pairwise loss, averaged over a comparison's pairs and then over a batch's comparisons.
 
-    A prompt goes through the model once for all its responses. (Not with experts, whose balance is each sequence's own.)
+    A prompt goes through the model once for all its responses. (Not with experts, whose balance is
+    each sequence's own.)
     """
 
-    stats = ("loss", "accuracy")
+    stats: tuple[str, ...] = ("loss", "accuracy")
 
     def __init__(
         self, comparisons: list[Comparison], device: torch.device, share_prompts: bool = True
@@ -59,6 +56,7 @@ class VerifierObjective:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         chosen = [self.comparisons[i] for i in rows]
         groups = [c.chosen + c.rejected for c in chosen]  # one forward for both sides
+        batch: Batch | PromptTree
         if self.share_prompts:
             batch = PromptTree.of(groups, self.device)
         else:

@@ -1,8 +1,9 @@
-"""One rank of tests/checkpoint: loads each checkpoint and writes down what this rank then holds.
+"""One rank of tests/checkpoint: loads each checkpoint and writes down what it then holds.
 
     checkpoint_worker.py OUT TOKENS NAME=FOLDER …
 
-OUT/NAME.RANK.safetensors: every parameter, and the outputs on TOKENS.json's sequences: this rank's logits, or the scores.
+OUT/NAME.RANK.safetensors: every parameter, and the outputs on TOKENS.json's sequences, which are
+this rank's logits, or the scores.
 """
 
 import json
@@ -22,21 +23,23 @@ from src.parallel.setup import start, stop
 
 def main(out: str, tokens: str, *named: str) -> None:
     parallel = start(timeout=120)
-    given = json.loads(Path(tokens).read_text())
+    all_rows = json.loads(Path(tokens).read_text())
     for name, folder in (pair.split("=", 1) for pair in named):
         checkpoint = Checkpoint.open(folder)
         model = load_model(checkpoint, parallel, torch.float32)
-        last = checkpoint.config.vocab_size - 1
-        rows = [[min(token, last) for token in row] for row in given]
+        last_id = checkpoint.config.vocab_size - 1
+        rows = [[min(token, last_id) for token in row] for row in all_rows]
         batch = Batch.of([Sequence(row, 1) for row in rows], parallel.device)
         with torch.no_grad():
             if checkpoint.config.head == "score":
-                outputs = sequence_scores(model, batch)
+                outputs = sequence_scores(model, batch)  # [rows]
             else:
-                outputs = model.logits(model(batch.tokens, Packed([len(row) for row in rows])))
-        held = {key: parameter.detach().contiguous() for key, parameter in model.named_parameters()}
+                hidden = model(batch.tokens, Packed([len(row) for row in rows]))  # [tokens, dim]
+                outputs = model.logits(hidden)  # [tokens, vocabulary / n]
+        tensors = {key: parameter.detach() for key, parameter in model.named_parameters()}
+        tensors["outputs"] = outputs
         save_file(
-            held | {"outputs": outputs.contiguous()},
+            {key: tensor.contiguous() for key, tensor in tensors.items()},
             Path(out) / f"{name}.{parallel.rank}.safetensors",
         )
         save_model(model, parallel, str(Path(out) / f"{name}-saved"), checkpoint)

@@ -1,7 +1,7 @@
-"""Splits or loads a checkpoint and prints the largest anonymous memory, in bytes, that the process added while doing so.
+"""Splits or loads a checkpoint and prints the most anonymous memory, in bytes, that this added.
 
     memory_worker.py split CKPT SAVE N
-    memory_worker.py load CKPT DTYPE        under torchrun: each rank's peak, and the size of its shard
+    memory_worker.py load CKPT DTYPE     under torchrun: each rank's peak, and the size of its shard
 
 Linux: reads /proc. Mapped file pages are the system's to take back, and not counted.
 """
@@ -20,12 +20,9 @@ from src.parallel.setup import start, stop
 
 
 def anonymous_bytes() -> int:
-    line = next(
-        line
-        for line in Path("/proc/self/status").read_text().splitlines()
-        if line.startswith("RssAnon")
-    )
-    return int(line.split()[1]) * 1024
+    lines = Path("/proc/self/status").read_text().splitlines()
+    kilobytes = next(line for line in lines if line.startswith("RssAnon")).split()[1]
+    return int(kilobytes) * 1024
 
 
 def peak_of(run: Callable[[], object]) -> tuple[int, object]:
@@ -51,9 +48,8 @@ def main(action: str, ckpt: str, *more: str) -> None:
         print(peak_of(lambda: split(Checkpoint.open(ckpt), Path(save), int(n)))[0])
         return
     parallel = start(timeout=120)
-    peak, model = peak_of(
-        lambda: load_model(Checkpoint.open(ckpt), parallel, getattr(torch, more[0]))
-    )
+    dtype = getattr(torch, more[0])
+    peak, model = peak_of(lambda: load_model(Checkpoint.open(ckpt), parallel, dtype))
     shard = sum(parameter.nbytes for parameter in model.parameters())
     sys.stdout.write(f"{peak} {shard}\n")  # in one piece: the ranks share the pipe
     stop()

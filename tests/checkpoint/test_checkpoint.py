@@ -26,39 +26,25 @@ def hf(tmp_path) -> Path:
 @pytest.mark.parametrize("ranks", (1, 2))
 def test_scripts(tmp_path, hf, ranks):
     """Started by plain Python, or by torchrun with more ranks than there is work for."""
-    # torchrun's own parser takes `--n` for an abbreviation of its options, wherever it stands: only plain Python can give it
+    shards, back = tmp_path / "shards", tmp_path / "back"
+    # torchrun's own parser takes `--n` for an abbreviation of its options, wherever it stands: only
+    # plain Python can give it
     n = ["--n", "3"] if ranks == 1 else []
-    launch(
-        ranks,
-        "checkpoint_split.py",
-        "--ckpt_file",
-        str(hf),
-        "--save_path",
-        str(tmp_path / "shards"),
-        *n,
-    )
-    assert sorted(p.name for p in (tmp_path / "shards").iterdir()) == [
+    launch(ranks, "checkpoint_split.py", "--ckpt_file", str(hf), "--save_path", str(shards), *n)
+    assert sorted(path.name for path in shards.iterdir()) == [
         *(f"consolidated.0{i}.pth" for i in range(3 if n else 8)),
         "generation_config.json",
         "manifest.json",
         "params.json",
     ]
     dtype = ["--dtype", "bf16"] if ranks == 1 else []
-    launch(
-        ranks,
-        "checkpoint_merge.py",
-        "--ckpt_dir",
-        str(tmp_path / "shards"),
-        "--save_dir",
-        str(tmp_path / "back"),
-        *dtype,
-    )
+    flags = ["--ckpt_dir", str(shards), "--save_dir", str(back), *dtype]
+    launch(ranks, "checkpoint_merge.py", *flags)
     wanted = write_hf(tmp_path / "wanted", "mixtral")
-    assert_same(
-        read_hf(tmp_path / "back"),
-        {key: tensor.bfloat16() if dtype else tensor for key, tensor in wanted.items()},
-    )
-    assert (tmp_path / "back" / "generation_config.json").read_text() == '{"eos_token_id": 2}'
+    if dtype:
+        wanted = {key: tensor.bfloat16() for key, tensor in wanted.items()}
+    assert_same(read_hf(back), wanted)
+    assert (back / "generation_config.json").read_text() == '{"eos_token_id": 2}'
     assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "hf", "shards", "wanted"]
 
 
@@ -66,23 +52,18 @@ def test_script_refuses_with_one_line_and_code_2(tmp_path, hf):
     tensors = load_file(hf / "model.safetensors")
     tensors["model.norm.weight"] = torch.ones(3)
     save_file(tensors, hf / "model.safetensors")
-    done = start(
-        1, "checkpoint_split.py", "--ckpt_file", str(hf), "--save_path", str(tmp_path / "new")
-    )
-    assert (
-        done.returncode == 2
-        and "Traceback" not in done.stderr
-        and len(done.stderr.strip().splitlines()) == 1
-    )
-    assert (
-        f"{hf} does not hold" in done.stderr
-        and "model.norm.weight has shape [3], expected [66]" in done.stderr
-    )
+    flags = ["--ckpt_file", str(hf), "--save_path", str(tmp_path / "new")]
+    done = start(1, "checkpoint_split.py", *flags)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert f"{hf} does not hold" in done.stderr
+    assert "model.norm.weight has shape [3], expected [66]" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 def test_folders_with_foreign_files_are_never_replaced(tmp_path, hf):
-    target = tmp_path / "mine"
+    target = tmp_path / "target"
     shutil.copytree(hf, target)
     assert check_replaceable(str(target)) == target
     split(Checkpoint.open(str(hf)), target, 2)
@@ -93,13 +74,11 @@ def test_folders_with_foreign_files_are_never_replaced(tmp_path, hf):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file, a folder is needed"):
         check_replaceable(str(tmp_path / "file"))
-    done = start(
-        1, "checkpoint_split.py", "--ckpt_file", str(hf), "--save_path", str(target), "--n", "4"
-    )
+    flags = ["--ckpt_file", str(hf), "--save_path", str(target), "--n", "4"]
+    done = start(1, "checkpoint_split.py", *flags)
     assert done.returncode == 2 and "thesis.tex" in done.stderr
-    assert (target / "thesis.tex").read_text() == "ten years" and len(
-        list(target.glob("consolidated*"))
-    ) == 2
+    assert (target / "thesis.tex").read_text() == "ten years"
+    assert len(list(target.glob("consolidated*"))) == 2
 
 
 def test_what_merge_writes_may_be_replaced(tmp_path, hf):

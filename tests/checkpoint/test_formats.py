@@ -1,4 +1,7 @@
-"""Every released form of every family is read as the same tensors and sizes; ranks then compute what transformers does."""
+"""Every released form of every family is read as the same tensors and sizes.
+
+Ranks then compute what transformers does.
+"""
 
 import json
 import shutil
@@ -68,10 +71,8 @@ def test_a_single_file_with_its_config_beside_or_named(tmp_path, file):
     file = tmp_path / "alone" / file
     file.parent.mkdir()
     (save_file if file.suffix == ".safetensors" else torch.save)(wanted, file)
-    with pytest.raises(
-        UserError,
-        match="params.json and .*config.json: not there; give the model's sizes by --config_file",
-    ):
+    refused = "params.json and .*config.json: not there; give the model's sizes by --config_file"
+    with pytest.raises(UserError, match=refused):
         Checkpoint.open(str(file))
     named = Checkpoint.open(str(file), str(tmp_path / "hf" / "config.json"))
     shutil.copy(tmp_path / "hf" / "config.json", file.parent)
@@ -82,10 +83,10 @@ def test_a_single_file_with_its_config_beside_or_named(tmp_path, file):
 @pytest.mark.parametrize("name", ("llama", "qwen2-tied"))
 def test_computed_tensors_and_a_tie_that_is_spelt_out_are_left_aside(tmp_path, name):
     wanted = write_hf(tmp_path / "hf", name)
-    more = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}
+    added = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}
     if "tied" in name:
-        more["lm_head.weight"] = wanted["model.embed_tokens.weight"].clone()
-    save_file(wanted | more, tmp_path / "hf" / "model.safetensors")
+        added["lm_head.weight"] = wanted["model.embed_tokens.weight"].clone()
+    save_file(wanted | added, tmp_path / "hf" / "model.safetensors")
     assert_same(everything(Checkpoint.open(str(tmp_path / "hf"))), meta_tensors(wanted))
 
 
@@ -95,115 +96,96 @@ def test_computed_tensors_and_a_tie_that_is_spelt_out_are_left_aside(tmp_path, n
 def drawn(kv_heads: int, ffn: int) -> dict:
     """Weights in Meta's layout that never were in another: 8 heads of 8, 96 tokens."""
     generator = torch.Generator().manual_seed(2)
-    draw = lambda *shape: 0.2 * torch.randn(*shape, generator=generator) + (len(shape) == 1)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return 0.2 * torch.randn(*shape, generator=generator) + (len(shape) == 1)
+
+    layer = {
+        "attention_norm": (64,),
+        "ffn_norm": (64,),
+        "attention.wq": (64, 64),
+        "attention.wo": (64, 64),
+        "attention.wk": (kv_heads * 8, 64),
+        "attention.wv": (kv_heads * 8, 64),
+        "feed_forward.w1": (ffn, 64),
+        "feed_forward.w3": (ffn, 64),
+        "feed_forward.w2": (64, ffn),
+    }
     weights = {
         "tok_embeddings.weight": draw(96, 64),
         "norm.weight": draw(64),
         "output.weight": draw(96, 64),
     }
     for i in range(LAYERS):
-        weights |= {
-            f"layers.{i}.{name}.weight": draw(*shape)
-            for name, shape in {
-                "attention_norm": (64,),
-                "ffn_norm": (64,),
-                "attention.wq": (64, 64),
-                "attention.wo": (64, 64),
-                "attention.wk": (kv_heads * 8, 64),
-                "attention.wv": (kv_heads * 8, 64),
-                "feed_forward.w1": (ffn, 64),
-                "feed_forward.w3": (ffn, 64),
-                "feed_forward.w2": (64, ffn),
-            }.items()
-        }
+        weights |= {f"layers.{i}.{name}.weight": draw(*shape) for name, shape in layer.items()}
     return weights
 
 
 def rotate_pairs(x, theta):
-    """Meta's rotary: pairs (0, 1), (2, 3), … turn by position · theta^(−2i / head_dim); [t, heads, head_dim]."""
+    """Meta's rotary: pairs (0, 1), (2, 3), … turn by position · theta^(−2i / head_dim).
+
+    `x` and what is returned: [t, heads, head_dim].
+    """
     t, _, d = x.shape
-    angle = torch.arange(t)[:, None] * theta ** (-torch.arange(0, d, 2) / d)
-    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
-    even, odd = x[..., 0::2], x[..., 1::2]
+    angle = torch.arange(t)[:, None] * theta ** (-torch.arange(0, d, 2) / d)  # [t, d / 2]
+    cos, sin = angle.cos()[:, None], angle.sin()[:, None]  # [t, 1, d / 2]
+    even, odd = x[..., 0::2], x[..., 1::2]  # [t, heads, d / 2]
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
 
 
 def meta_forward(w: dict, tokens: list[int], eps: float, theta: float):
     """Llama in Meta's convention in a few lines, on whole tensors: [t, vocabulary]."""
-    norm = lambda x, weight: x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight
-    x = w["tok_embeddings.weight"][tokens]
+
+    def norm(x, weight):
+        return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight
+
+    x = w["tok_embeddings.weight"][tokens]  # [t, 64]
     t = len(tokens)
+    causal = torch.full((t, t), -torch.inf).triu(1)
     for i in range(LAYERS):
-        layer = lambda name: w[f"layers.{i}.{name}.weight"]
-        h = norm(x, layer("attention_norm"))
-        q, k, v = ((h @ layer(f"attention.{name}").T).view(t, -1, 8) for name in ("wq", "wk", "wv"))
-        q, k = rotate_pairs(q, theta), rotate_pairs(k, theta)
-        k, v = (y.repeat_interleave(8 // k.size(1), 1) for y in (k, v))
-        scores = torch.einsum("qhd,khd->hqk", q, k) / 8**0.5 + torch.full((t, t), -torch.inf).triu(
-            1
-        )
-        x = (
-            x
-            + torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).flatten(1)
-            @ layer("attention.wo").T
-        )
-        h = norm(x, layer("ffn_norm"))
-        gate = h @ layer("feed_forward.w1").T
-        x = (
-            x
-            + (gate * gate.sigmoid() * (h @ layer("feed_forward.w3").T))
-            @ layer("feed_forward.w2").T
-        )
+
+        def times(h, name, i=i):
+            return h @ w[f"layers.{i}.{name}.weight"].T
+
+        h = norm(x, w[f"layers.{i}.attention_norm.weight"])
+        q, k, v = (times(h, f"attention.{name}").view(t, -1, 8) for name in ("wq", "wk", "wv"))
+        q, k = rotate_pairs(q, theta), rotate_pairs(k, theta)  # [t, heads or kv_heads, 8]
+        k, v = (y.repeat_interleave(8 // k.size(1), 1) for y in (k, v))  # [t, heads, 8]
+        scores = torch.einsum("qhd,khd->hqk", q, k) / 8**0.5 + causal  # [heads, t, t]
+        mixed = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).flatten(1)  # [t, 64]
+        x = x + times(mixed, "attention.wo")
+        h = norm(x, w[f"layers.{i}.ffn_norm.weight"])
+        gate, up = times(h, "feed_forward.w1"), times(h, "feed_forward.w3")  # [t, ffn]
+        x = x + times(gate * gate.sigmoid() * up, "feed_forward.w2")
     return norm(x, w["norm.weight"]) @ w["output.weight"].T
 
 
+LLAMA_70B = dict(multiple_of=16, ffn_dim_multiplier=1.3, n_kv_heads=4, norm_eps=1e-5)
 META = {
-    # params.json as Meta writes it, kv heads, and the ffn width that its formula gives: 2/3 · 4 · 64 = 170 → · 1.3 = 221
+    # params.json as Meta writes it, kv heads, and the ffn width that its formula gives:
+    # 2/3 · 4 · 64 = 170 → · 1.3 = 221
     "llama-1": (dict(multiple_of=32, norm_eps=1e-6, vocab_size=-1), 8, 192),
-    "70b-like": (
-        dict(multiple_of=16, ffn_dim_multiplier=1.3, n_kv_heads=4, norm_eps=1e-5, vocab_size=-1),
-        4,
-        224,
-    ),
-    "llama-3": (
-        dict(
-            multiple_of=16,
-            ffn_dim_multiplier=1.3,
-            n_kv_heads=4,
-            norm_eps=1e-5,
-            vocab_size=96,
-            rope_theta=500000.0,
-        ),
-        4,
-        224,
-    ),
+    "70b-like": (dict(LLAMA_70B, vocab_size=-1), 4, 224),
+    "llama-3": (dict(LLAMA_70B, vocab_size=96, rope_theta=500000.0), 4, 224),
 }
 
 
 def write_drawn(folder: Path, kind: str, n: int) -> dict:
     params, kv_heads, ffn = META[kind]
     weights = drawn(kv_heads, ffn)
-    freqs = (
-        [f"layers.{i}.attention.inner_attention.rope.freqs" for i in range(LAYERS)]
-        if kind == "llama-1"
-        else []
-    )
+    computed = ["rope.freqs"]
+    if kind == "llama-1":
+        computed += [f"layers.{i}.attention.inner_attention.rope.freqs" for i in range(LAYERS)]
     params = dict(dim=64, n_heads=8, n_layers=LAYERS) | params
-    write_meta(folder, params, weights, n, kind == "llama-3", ["rope.freqs", *freqs])
+    write_meta(folder, params, weights, n, kind == "llama-3", computed)
     return weights
 
 
 def drawn_logits(kind: str) -> torch.Tensor:
     params, kv_heads, ffn = META[kind]
+    eps, theta = params["norm_eps"], params.get("rope_theta", 1e4)
     rows = [[min(token, 95) for token in row] for row in ROWS]
-    return torch.cat(
-        [
-            meta_forward(
-                drawn(kv_heads, ffn), row, params["norm_eps"], params.get("rope_theta", 1e4)
-            )
-            for row in rows
-        ]
-    )
+    return torch.cat([meta_forward(drawn(kv_heads, ffn), row, eps, theta) for row in rows])
 
 
 @pytest.mark.parametrize("n", (1, 2, 4))
@@ -226,13 +208,12 @@ def test_metas_own_shards(tmp_path, kind, n):
         )
     if n == 4:
         merge(Checkpoint.open(str(tmp_path / "of-2")), tmp_path / "hf", {})
-        model = AutoModelForCausalLM.from_pretrained(
-            tmp_path / "hf", attn_implementation="eager"
-        ).eval()
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", attn_implementation="eager")
+        rows = [torch.tensor([row]).clamp_max(95) for row in ROWS]  # each [1, t]
         with torch.no_grad():
-            found = torch.cat([model(torch.tensor([row]).clamp_max(95)).logits[0] for row in ROWS])
+            logits = torch.cat([model.eval()(row).logits[0] for row in rows])
         wanted = drawn_logits(kind)
-        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
+        torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
 
 
 def mistral_params(name: str) -> dict:
@@ -260,26 +241,21 @@ def test_mistrals_own_files(tmp_path, name, file):
     """Beside a Hugging Face download of the same model, as on the hub."""
     tensors = write_hf(tmp_path / "hf", name)
     reference = Checkpoint.open(str(tmp_path / "hf"))
-    own = meta_tensors(tensors)
+    mistral = meta_tensors(tensors)
     if name == "mixtral":
         assert {
             "layers.1.feed_forward.experts.4.w2.weight",
             "layers.0.feed_forward.gate.weight",
-        } < own.keys()
+        } < mistral.keys()
     folder = tmp_path / "mistral"
     folder.mkdir()
     (folder / "params.json").write_text(json.dumps(mistral_params(name)))
-    (save_file if file.endswith("safetensors") else torch.save)(own, folder / file)
+    (save_file if file.endswith("safetensors") else torch.save)(mistral, folder / file)
     opened = Checkpoint.open(str(folder))
     assert_same(everything(opened), everything(reference))
-    assert (
-        replace(
-            opened.config,
-            max_seq_len=64,
-            router_aux_loss_coef=reference.config.router_aux_loss_coef,
-        )
-        == reference.config
-    )
+    aux = reference.config.router_aux_loss_coef
+    config = replace(opened.config, max_seq_len=64, router_aux_loss_coef=aux)
+    assert config == reference.config
     merge(opened, tmp_path / "back", {})
     assert_same(read_hf(tmp_path / "back"), tensors)
 
@@ -319,7 +295,7 @@ def test_llama_3_1_of_meta(tmp_path, vocabulary_first):
 
 
 def test_row_orders_are_each_others_inverse_and_the_documented_ones():
-    rows = torch.arange(2 * HEAD_DIM * 3).view(2 * HEAD_DIM, 3)
+    rows = torch.arange(2 * HEAD_DIM * 3).view(2 * HEAD_DIM, 3)  # [2 heads · head_dim, dim]
     # models.md: view(heads, head_dim/2, 2, dim) → transpose(1, 2) → flatten
     halves = rows.view(2, HEAD_DIM // 2, 2, 3).transpose(1, 2).reshape(2 * HEAD_DIM, 3)
     assert torch.equal(to_halves(rows, HEAD_DIM), halves)
@@ -331,7 +307,7 @@ def test_row_orders_are_each_others_inverse_and_the_documented_ones():
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
-    """n → every form, loaded by n ranks in one launch: folder of what the ranks held, and of what they saved."""
+    """n → every form, loaded by n ranks in one launch: the folder of what they held and saved."""
     work = tmp_path_factory.mktemp("forms")
     named = {name: work / name for name in MODELS}
     for name in MODELS:
@@ -348,13 +324,9 @@ def loaded(tmp_path_factory):
     def run(n: int) -> Path:
         out = work / f"out-{n}"
         out.mkdir()
-        launch(
-            n,
-            "tests/checkpoint/checkpoint_worker.py",
-            str(out),
-            str(work / "rows.json"),
-            *(f"{name}={folder}" for name, folder in named.items()),
-        )
+        forms = [f"{name}={folder}" for name, folder in named.items()]
+        worker = "tests/checkpoint/checkpoint_worker.py"
+        launch(n, worker, str(out), str(work / "rows.json"), *forms)
         return out
 
     return run
@@ -370,15 +342,11 @@ def test_ranks_compute_what_transformers_does(loaded, n):
     wanted = {name: logits_of(tiny(name)) for name in MODELS}
     wanted |= {f"meta-{kind}": drawn_logits(kind) for kind in META}
     for name, logits in wanted.items():
-        found = torch.cat([rank["outputs"] for rank in held(out, name, n)], -1)
-        assert (found[:, logits.size(1) :] < -1e4).all(), name  # padding of the vocabulary
-        torch.testing.assert_close(
-            found[:, : logits.size(1)],
-            logits,
-            rtol=0,
-            atol=1e-5 * logits.abs().max().item(),
-            msg=name,
-        )
+        size = logits.size(1)
+        ours = torch.cat([rank["outputs"] for rank in held(out, name, n)], -1)
+        assert (ours[:, size:] < -1e4).all(), name  # padding of the vocabulary
+        atol = 1e-5 * logits.abs().max().item()
+        torch.testing.assert_close(ours[:, :size], logits, rtol=0, atol=atol, msg=name)
 
 
 @pytest.mark.parametrize("n", (1, 3))

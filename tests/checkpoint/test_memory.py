@@ -1,4 +1,7 @@
-"""Nothing holds more than it must: one shard and one tensor when splitting, a rank's own part when loading."""
+"""Nothing holds more than it must.
+
+One shard and one tensor when splitting, a rank's own part when loading.
+"""
 
 import shutil
 import sys
@@ -20,14 +23,11 @@ def write_large(folder: Path, form: str, **shape) -> list[int]:
     """A Llama of ones without a model being built; the sizes of its tensors."""
     config = AutoConfig.for_model("llama", **shape, tie_word_embeddings=False)
     with torch.device("meta"):
-        shapes = {
-            key: value.shape
-            for key, value in AutoModelForCausalLM.from_config(config).state_dict().items()
-        }
+        empty = AutoModelForCausalLM.from_config(config).state_dict()
     config.architectures = ["LlamaForCausalLM"]
     folder.mkdir()
     (folder / "config.json").write_text(config.to_json_string(use_diff=False))
-    tensors = {name: torch.ones(size) for name, size in shapes.items()}
+    tensors = {name: torch.ones(tensor.shape) for name, tensor in empty.items()}
     write_tensors(folder, tensors, form)
     return [tensor.nbytes for tensor in tensors.values()]
 
@@ -35,8 +35,9 @@ def write_large(folder: Path, form: str, **shape) -> list[int]:
 @pytest.mark.parametrize("form", ("safetensors", "bin"))
 def test_split_holds_one_shard_and_one_tensor_at_most(tmp_path, form):
     """310 MB in 8 shards of 39 MB; the largest tensor is 33 MB."""
+    hf, shards = tmp_path / "hf", tmp_path / "shards"
     sizes = write_large(
-        tmp_path / "hf",
+        hf,
         form,
         hidden_size=1024,
         num_attention_heads=8,
@@ -46,15 +47,8 @@ def test_split_holds_one_shard_and_one_tensor_at_most(tmp_path, form):
         num_hidden_layers=5,
     )
     assert sum(sizes) > 300e6
-    done = launch(
-        1,
-        "tests/checkpoint/memory_worker.py",
-        "split",
-        str(tmp_path / "hf"),
-        str(tmp_path / "shards"),
-        "8",
-    )
-    written = sum(file.stat().st_size for file in (tmp_path / "shards").iterdir())
+    done = launch(1, "tests/checkpoint/memory_worker.py", "split", str(hf), str(shards), "8")
+    written = sum(file.stat().st_size for file in shards.iterdir())
     shutil.rmtree(tmp_path)  # 620 MB are not kept for later
     assert int(done.stdout) <= sum(sizes) / 8 + max(sizes) + 25e6
     assert written < 1.02 * sum(sizes)
@@ -62,7 +56,7 @@ def test_split_holds_one_shard_and_one_tensor_at_most(tmp_path, form):
 
 @pytest.mark.parametrize("form", ("sharded safetensors", "bin"))
 def test_ranks_load_little_more_than_their_own_part(tmp_path, form):
-    """72 MB in 20 layers, of which no tensor is above 1 MB, straight from Hugging Face's folder on two ranks."""
+    """72 MB in 20 layers, no tensor above 1 MB, from Hugging Face's folder on two ranks."""
     sizes = write_large(
         tmp_path / "hf",
         form,

@@ -1,4 +1,7 @@
-"""What is wrong with a checkpoint is said in one message, with file, tensor and shapes; nothing is half written."""
+"""What is wrong with a checkpoint is said in one message, with file, tensor and shapes.
+
+And nothing is half written.
+"""
 
 import json
 import pickle
@@ -55,68 +58,36 @@ def changed(path: Path, **change) -> None:
 # --- tensors
 
 
+SHARD_1 = "consolidated.01.pth: "
+
+
 @pytest.mark.parametrize(
     "name, change, texts",
-    (
-        (
-            "llama",
-            {"layers.1.attention.wo.weight": None},
-            ["shard 1 of 2: layers.1.attention.wo.weight is missing"],
-        ),
-        (
-            "llama",
-            {"layers.0.attention.wq.bias": [4]},
-            ["consolidated.01.pth: unknown tensor layers.0.attention.wq.bias"],
-        ),
+    (  # the second shard's tensors that are given a shape or taken out; {} are their names in turn
+        ("llama", {"layers.1.attention.wo.weight": None}, ["shard 1 of 2: {} is missing"]),
+        ("llama", {"layers.0.attention.wq.bias": [4]}, [SHARD_1 + "unknown tensor {}"]),
         (
             "llama",
             {"layers.0.feed_forward.w2.weight": [DIM, 5]},
-            [
-                f"consolidated.01.pth: layers.0.feed_forward.w2.weight has shape [{DIM}, 5], expected [{DIM}, 25]"
-            ],
+            [SHARD_1 + "{} has shape [66, 5], expected [66, 25]"],
         ),
-        (
-            "llama",
-            {"output.weight": [VOCABULARY // 2, DIM]},
-            [f"output.weight has shape [48, {DIM}], expected [49, {DIM}]"],
-        ),
+        ("llama", {"output.weight": [48, DIM]}, ["{} has shape [48, 66], expected [49, 66]"]),
         (
             "llama",
             {"norm.weight": None, "output.weight": None, "lora": [1]},
-            ["norm.weight is missing", "output.weight is missing", "unknown tensor lora"],
+            ["{} is missing", "{} is missing", "unknown tensor {}"],
         ),
-        (
-            "qwen2",
-            {"layers.0.attention.wk.bias": None},
-            ["shard 1 of 2: layers.0.attention.wk.bias is missing"],
-        ),
-        (
-            "qwen2",
-            {"layers.0.attention.wk.bias": [12]},
-            ["layers.0.attention.wk.bias has shape [12], expected [24]"],
-        ),
-        (
-            "qwen2-tied",
-            {"output.weight": [49, 5]},
-            ["output.weight"],
-        ),  # the tie spelt out, but not the embedding's shape
-        (
-            "qwen3",
-            {"layers.1.attention.q_norm.weight": [6]},
-            ["layers.1.attention.q_norm.weight has shape [6], expected [12]"],
-        ),
+        ("qwen2", {"layers.0.attention.wk.bias": None}, ["shard 1 of 2: {} is missing"]),
+        ("qwen2", {"layers.0.attention.wk.bias": [12]}, ["{} has shape [12], expected [24]"]),
+        # the tie spelt out, but not the embedding's shape
+        ("qwen2-tied", {"output.weight": [49, 5]}, ["{}"]),
+        ("qwen3", {"layers.1.attention.q_norm.weight": [6]}, ["{} has shape [6], expected [12]"]),
         (
             "mixtral",
             {"layers.0.feed_forward.experts.w1.weight": [4, 25, DIM]},
-            [
-                f"layers.0.feed_forward.experts.w1.weight has shape [4, 25, {DIM}], expected [5, 25, {DIM}]"
-            ],
+            ["{} has shape [4, 25, 66], expected [5, 25, 66]"],
         ),
-        (
-            "mixtral",
-            {"layers.1.feed_forward.gate.weight": None},
-            ["layers.1.feed_forward.gate.weight is missing"],
-        ),
+        ("mixtral", {"layers.1.feed_forward.gate.weight": None}, ["{} is missing"]),
     ),
     ids=str,
 )
@@ -126,7 +97,9 @@ def test_one_shard_is_wrong(tmp_path, made, name, change, texts):
     shard = torch.load(file) | {key: torch.zeros(shape) for key, shape in change.items() if shape}
     torch.save({key: tensor for key, tensor in shard.items() if change.get(key, 1)}, file)
     message = refusal(folder)
-    assert str(folder) in message and all(text in message for text in texts), message
+    assert str(folder) in message, message
+    for key, text in zip(change, texts, strict=True):
+        assert text.format(key) in message, message
 
 
 def test_a_hugging_face_folder_is_wrong(hf):
@@ -164,12 +137,8 @@ def test_fused_tensors_and_experts_are_named_as_they_lie_in_the_file(
     if not missing:
         tensors[key] = torch.zeros(shape)
     save_file(tensors, folder / "model.safetensors")
-    text = (
-        f"{key} is missing"
-        if missing
-        else f"model.safetensors: {key} has shape {shape}, expected {full}"
-    )
-    assert text in refusal(folder)
+    text = f"model.safetensors: {key} has shape {shape}, expected {full}"
+    assert (f"{key} is missing" if missing else text) in refusal(folder)
 
 
 def test_one_expert_too_many(tmp_path, made):
@@ -182,23 +151,18 @@ def test_one_expert_too_many(tmp_path, made):
 
 @pytest.mark.parametrize("dtype", (torch.int8, torch.float64, torch.float8_e4m3fn), ids=str)
 def test_tensors_of_another_kind(hf, dtype):
+    key = "model.layers.0.mlp.up_proj.weight"
     tensors = load_file(hf / "model.safetensors")
-    tensors["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"].to(
-        dtype
-    )
-    save_file(tensors, hf / "model.safetensors")
-    assert "model.layers.0.mlp.up_proj.weight is no fp32, bf16 or fp16" in refusal(hf)
+    save_file(tensors | {key: tensors[key].to(dtype)}, hf / "model.safetensors")
+    assert f"{key} is no fp32, bf16 or fp16" in refusal(hf)
 
 
 def test_shards_of_different_kinds(tmp_path, made):
     folder = made(tmp_path / "shards", "llama", 2)
-    torch.save(
-        {key: tensor.half() for key, tensor in torch.load(folder / "consolidated.01.pth").items()},
-        folder / "consolidated.01.pth",
-    )
-    assert "layers.0.attention.wq.weight is torch.float16, expected torch.float32" in refusal(
-        folder
-    )
+    file = folder / "consolidated.01.pth"
+    torch.save({key: tensor.half() for key, tensor in torch.load(file).items()}, file)
+    text = "layers.0.attention.wq.weight is torch.float16, expected torch.float32"
+    assert text in refusal(folder)
 
 
 @pytest.mark.parametrize("value", (float("nan"), float("inf"), -float("inf")))
@@ -211,10 +175,8 @@ def test_weights_that_are_not_finite(tmp_path, hf, action, value):
     tensors = load_file(hf / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][49, 65] = value
     save_file(tensors, hf / "model.safetensors")
-    with pytest.raises(
-        UserError,
-        match="hf: NaN or infinite weights in layers.1.feed_forward.w3.weight; the checkpoint is damaged",
-    ):
+    where = "hf: NaN or infinite weights in layers.1.feed_forward.w3.weight"
+    with pytest.raises(UserError, match=f"{where}; the checkpoint is damaged"):
         action(Checkpoint.open(str(hf)), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
@@ -225,21 +187,11 @@ def test_ranks_refuse_weights_that_are_not_finite(tmp_path, hf):
     tensors["model.layers.1.mlp.up_proj.weight"][49, 65] = float("nan")
     save_file(tensors, hf / "model.safetensors")
     (tmp_path / "rows.json").write_text("[[1, 2]]")
-    done = start(
-        2,
-        "tests/checkpoint/checkpoint_worker.py",
-        str(tmp_path),
-        str(tmp_path / "rows.json"),
-        f"nan={hf}",
-        timeout=60,
-    )
+    arguments = [str(tmp_path), str(tmp_path / "rows.json"), f"nan={hf}"]
+    done = start(2, "tests/checkpoint/checkpoint_worker.py", *arguments, timeout=60)
     assert done.returncode != 0
-    assert (
-        done.stderr.count(
-            "UserError: " + f"{hf}: NaN or infinite weights in layers.1.feed_forward.w3.weight"
-        )
-        == 2
-    )
+    text = f"UserError: {hf}: NaN or infinite weights in layers.1.feed_forward.w3.weight"
+    assert done.stderr.count(text) == 2
 
 
 # --- files
@@ -254,10 +206,8 @@ def test_a_hole_in_the_row_of_shards(tmp_path, made):
 def test_the_last_shard_missing(tmp_path, made):
     folder = made(tmp_path / "shards", "llama", 4)
     (folder / "consolidated.03.pth").unlink()
-    assert re.search(
-        r"consolidated.00.pth: tok_embeddings.weight has shape \[97, 17\], expected \[97, 22\]",
-        refusal(folder),
-    )
+    text = r"consolidated.00.pth: tok_embeddings.weight has shape \[97, 17\], expected \[97, 22\]"
+    assert re.search(text, refusal(folder))
 
 
 def test_one_shard_twice(tmp_path, made):
@@ -311,12 +261,10 @@ def test_a_pickle_of_something_else(hf):
     "name", ("../hf/model.safetensors", "/etc/passwd", "sub/model.safetensors", 7)
 )
 def test_index_that_points_outside(hf, name):
-    (hf / "model.safetensors.index.json").write_text(
-        json.dumps({"weight_map": {"model.norm.weight": name}})
-    )
-    assert re.search(
-        "index.json: model.norm.weight lies in .* which is outside the folder", refusal(hf)
-    )
+    index = {"weight_map": {"model.norm.weight": name}}
+    (hf / "model.safetensors.index.json").write_text(json.dumps(index))
+    text = "index.json: model.norm.weight lies in .* which is outside the folder"
+    assert re.search(text, refusal(hf))
 
 
 @pytest.mark.parametrize(
@@ -358,10 +306,9 @@ def test_a_file_of_the_index_is_gone_or_cut_short(tmp_path, form):
 def test_nothing_to_open(tmp_path):
     assert "no such file or folder" in refusal(tmp_path / "gone")
     assert "no checkpoint in it; expected consolidated.00.pth" in refusal(tmp_path)
-    (tmp_path / "weights.gguf").write_text("")
-    assert "unknown kind of file; expected a folder or one of .safetensors" in refusal(
-        tmp_path / "weights.gguf"
-    )
+    unknown = tmp_path / "weights.gguf"
+    unknown.write_text("")
+    assert "unknown kind of file; expected a folder or one of .safetensors" in refusal(unknown)
 
 
 # --- configs that contradict the tensors
@@ -394,8 +341,8 @@ def test_nothing_to_open(tmp_path):
 def test_params_that_contradict_the_tensors(tmp_path, made, change, message):
     folder = made(tmp_path / "shards", "llama", 2)
     changed(folder / "params.json", **change)
-    found = refusal(folder)
-    assert str(folder) in found and re.search(message, found), found
+    text = refusal(folder)
+    assert str(folder) in text and re.search(message, text), text
 
 
 @pytest.mark.parametrize(
@@ -437,15 +384,18 @@ def test_params_that_contradict_the_tensors(tmp_path, made, change, message):
 def test_config_json_that_contradicts_the_tensors(tmp_path, made, name, change, message):
     folder = made(tmp_path / "hf", name)
     changed(folder / "config.json", **change)
-    found = refusal(folder)
-    assert str(folder) in found and re.search(message, found), found
+    text = refusal(folder)
+    assert str(folder) in text and re.search(message, text), text
 
 
 @pytest.mark.parametrize(
     "name, n, key", (("llama", 0, "lm_head.weight"), ("llama", 2, "output.weight"))
 )
 def test_a_tie_between_matrices_that_differ(tmp_path, made, name, n, key):
-    """Where a config says tied and the file holds another output layer, transformers keeps both: leaving it out is wrong."""
+    """Where a config says tied and the file holds another output layer, both must be kept.
+
+    transformers keeps both: leaving it out is wrong.
+    """
     folder = made(tmp_path / "folder", name, n)
     changed(folder / ("params.json" if n else "config.json"), tie_word_embeddings=True)
     with pytest.raises(UserError, match=key):
@@ -530,14 +480,14 @@ def test_what_fails_midway_leaves_nothing_and_keeps_what_was_there(
 
 @pytest.mark.parametrize("action", ("split", "merge"))
 def test_no_room(tmp_path, hf, monkeypatch, action):
-    monkeypatch.setattr(
-        shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000)
-    )
+    usage = shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     checkpoint = Checkpoint.open(str(hf))
     with pytest.raises(UserError, match=r"target: 0\.\d{3} GB are needed and 0\.000 GB are free"):
-        split(checkpoint, tmp_path / "target", 2) if action == "split" else merge(
-            checkpoint, tmp_path / "target", {}
-        )
+        if action == "split":
+            split(checkpoint, tmp_path / "target", 2)
+        else:
+            merge(checkpoint, tmp_path / "target", {})
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 

@@ -9,12 +9,8 @@ from src.checkpoint.folder import copy_side_files, find_tokenizer
 def folders(tmp_path):
     source, target = tmp_path / "source", tmp_path / "target"
     source.mkdir(), target.mkdir()
-    for name in (
-        "tokenizer.model",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "generation_config.json",
-    ):
+    tokenizer = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
+    for name in (*tokenizer, "generation_config.json"):
         (source / name).write_text(f"own {name}")
     return source, target
 
@@ -27,11 +23,10 @@ def test_the_weights_own_files_all_go_along(folders):
 
 def test_another_tokenizer_in_use_is_the_one_found_again(folders, tmp_path):
     source, target = folders
-    other = tmp_path / "elsewhere" / "mine.json"
-    other.parent.mkdir()
-    other.write_text("mine")
-    copy_side_files(source, target, other)
+    tokenizer = tmp_path / "elsewhere" / "mine.json"
+    tokenizer.parent.mkdir()
+    tokenizer.write_text("mine")
+    copy_side_files(source, target, tokenizer)
     assert find_tokenizer(target).read_text() == "mine"
-    assert (target / "generation_config.json").is_file() and not (
-        target / "tokenizer.model"
-    ).exists()
+    assert (target / "generation_config.json").is_file()
+    assert not (target / "tokenizer.model").exists()

@@ -1,4 +1,4 @@
-"""Tiny random models of every family, and their checkpoints in each form in which they are released.
+"""Tiny random models of every family, and their checkpoints in each form that is released.
 
 No size divides evenly: 6 heads of 12 on a width of 66, a feed-forward layer of 50, 97 tokens.
 """
@@ -16,8 +16,8 @@ HEADS, HEAD_DIM, LAYERS, VOCABULARY, EXPERTS = 6, 12, 2, 97, 5
 ROWS = [
     [1, 7, 30, 95, 4],
     [1, 50],
-    [1, 9, 9, 12, 80, 44, 3, 96, 5, 17, 33],
-]  # the vocabulary's last id; longer than a window
+    [1, 9, 9, 12, 80, 44, 3, 96, 5, 17, 33],  # the vocabulary's last id; longer than a window
+]
 BASE = dict(
     hidden_size=66,
     num_attention_heads=HEADS,
@@ -31,53 +31,29 @@ BASE = dict(
     max_position_embeddings=64,
 )
 OLD_CONTEXT = {"original_max_position_embeddings": 16}
+LLAMA_3 = dict(low_freq_factor=1.0, high_freq_factor=4.0, **OLD_CONTEXT)
+WINDOW = dict(use_sliding_window=True, sliding_window=6, max_window_layers=1)
+MIXTRAL = dict(num_local_experts=EXPERTS, num_experts_per_tok=2, sliding_window=None)
+QWEN3_MOE = dict(
+    num_experts=EXPERTS,
+    num_experts_per_tok=3,
+    moe_intermediate_size=30,
+    norm_topk_prob=False,
+    num_local_experts=EXPERTS,
+)
 MODELS = {  # name → model_type, what differs from BASE, the rope's parameters
     "llama": ("llama", dict(num_key_value_heads=HEADS), {}),
-    "llama-3": (
-        "llama",
-        {},
-        dict(
-            rope_type="llama3",
-            rope_theta=5e5,
-            factor=8.0,
-            low_freq_factor=1.0,
-            high_freq_factor=4.0,
-            **OLD_CONTEXT,
-        ),
-    ),
+    "llama-3": ("llama", {}, dict(rope_type="llama3", rope_theta=5e5, factor=8.0, **LLAMA_3)),
     "yarn": ("llama", {}, dict(rope_type="yarn", factor=4.0, **OLD_CONTEXT)),
     "linear": ("llama", {}, dict(rope_type="linear", factor=3.0)),
     "mistral": ("mistral", dict(num_key_value_heads=3, sliding_window=5), dict(rope_theta=1e6)),
-    "mixtral": (
-        "mixtral",
-        dict(num_local_experts=EXPERTS, num_experts_per_tok=2, sliding_window=None),
-        dict(rope_theta=1e6),
-    ),
-    "qwen": (
-        "qwen2",
-        dict(num_key_value_heads=HEADS),
-        {},
-    ),  # the Qwen2 that computes what Qwen v1 does
+    "mixtral": ("mixtral", MIXTRAL, dict(rope_theta=1e6)),
+    # the Qwen2 that computes what Qwen v1 does
+    "qwen": ("qwen2", dict(num_key_value_heads=HEADS), {}),
     "qwen2": ("qwen2", dict(num_key_value_heads=3), dict(rope_theta=1e6)),
-    "qwen2-tied": (
-        "qwen2",
-        dict(
-            tie_word_embeddings=True, use_sliding_window=True, sliding_window=6, max_window_layers=1
-        ),
-        {},
-    ),
+    "qwen2-tied": ("qwen2", dict(tie_word_embeddings=True, **WINDOW), {}),
     "qwen3": ("qwen3", dict(num_key_value_heads=1), dict(rope_theta=1e6)),
-    "qwen3-moe": (
-        "qwen3_moe",
-        dict(
-            num_experts=EXPERTS,
-            num_experts_per_tok=3,
-            moe_intermediate_size=30,
-            norm_topk_prob=False,
-            num_local_experts=EXPERTS,
-        ),
-        {},
-    ),
+    "qwen3-moe": ("qwen3_moe", QWEN3_MOE, {}),
 }
 FUSED = ("mixtral", "qwen3-moe")  # whose experts transformers keeps in one tensor
 
@@ -101,35 +77,39 @@ def tiny(name: str, dtype=torch.float32, verifier=False, **more):
 
 
 def logits_of(model) -> Tensor:
+    """transformers' logits of `ROWS` one after another: [all tokens, vocabulary]."""
+    rows = [torch.tensor([row]) for row in ROWS]  # each [1, t]
     with torch.no_grad():
-        return torch.cat(
-            [model(input_ids=torch.tensor([row]), use_cache=False).logits[0] for row in ROWS]
-        )
+        return torch.cat([model(input_ids=row, use_cache=False).logits[0] for row in rows])
 
 
 # --- Hugging Face folders
 
 
 def write_tensors(folder: Path, tensors: dict, form: str) -> None:
-    """As one file or several with their index, in safetensors or torch's format: "safetensors", "sharded bin", …"""
+    """As one file or several with their index, in safetensors or torch's format.
+
+    `form`: "safetensors", "sharded bin", …
+    """
     suffix, stem = ("bin", "pytorch_model") if form.endswith("bin") else ("safetensors", "model")
     save = torch.save if suffix == "bin" else save_file
     if not form.startswith("sharded"):
         return save(tensors, folder / f"{stem}.{suffix}")
-    keys = sorted(
-        tensors
-    )  # tensors of a layer, and thirds of a fused one, fall into different files
+    # tensors of a layer, and thirds of a fused one, fall into different files
+    keys = sorted(tensors)
     files = {f"{stem}-0000{i + 1}-of-00003.{suffix}": keys[i::3] for i in range(3)}
-    for file, held in files.items():
-        save({key: tensors[key] for key in held}, folder / file)
-    weight_map = {key: file for file, held in files.items() for key in held}
-    (folder / f"{stem}.{suffix}.index.json").write_text(
-        json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map})
-    )
+    for file, names in files.items():
+        save({name: tensors[name] for name in names}, folder / file)
+    weight_map = {name: file for file, names in files.items() for name in names}
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
 
 
 def of_transformers_4(config: dict) -> dict:
-    """A `config.json` as transformers 4 wrote it: the base of the rotation on top, a scaling beside it, `torch_dtype`."""
+    """A `config.json` as transformers 4 wrote it.
+
+    The base of the rotation on top, a scaling beside it, `torch_dtype`.
+    """
     config = {key: value for key, value in config.items() if key != "layer_types"}
     rope = dict(config.pop("rope_parameters"))
     config |= {
@@ -145,9 +125,10 @@ def of_transformers_4(config: dict) -> dict:
 
 
 def write_hf(folder: Path, name: str, form: str = "safetensors", version: int = 5, **how) -> dict:
-    """A model's folder: its tensors in one of the forms ("fused": the experts as one tensor), and the tokenizer's file.
+    """A model's folder: its tensors in one of the forms, and the tokenizer's file.
 
-    Returns the tensors as they are merged: a matrix per expert, and Qwen v1's by Qwen2's names.
+    "fused" as a form: the experts as one tensor. Returns the tensors as they are merged: a matrix
+    per expert, and Qwen v1's by Qwen2's names.
     """
     model = tiny(name, **how)
     model.save_pretrained(folder)
@@ -184,9 +165,8 @@ def qwen_v1(tensors: dict) -> dict:
         if re.search(r"[kv]_proj", key):
             continue
         if "q_proj" in key:
-            tensor = torch.cat(
-                [tensors[key.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")]
-            )
+            parts = ("q_proj", "k_proj", "v_proj")
+            tensor = torch.cat([tensors[key.replace("q_proj", part)] for part in parts])
             key = key.replace("self_attn.q_proj", "attn.c_attn")
         for theirs, first in renamed.items():
             key = key.replace(theirs, first)
@@ -221,11 +201,10 @@ def qwen_v1_config(config: dict) -> dict:
 
 
 def read_hf(folder: Path) -> dict:
-    return {
-        key: value
-        for file in folder.glob("*.safetensors")
-        for key, value in load_file(file).items()
-    }
+    tensors = {}
+    for file in folder.glob("*.safetensors"):
+        tensors |= load_file(file)
+    return tensors
 
 
 def assert_same(ours: dict, wanted: dict) -> None:
@@ -254,44 +233,33 @@ META_NAMES = {
     "up_proj": "w3",
 }
 # what the released shards are cut along (None: replicated)
-CUTS = {
-    "wq": 0,
-    "wk": 0,
-    "wv": 0,
-    "w1": 0,
-    "w3": 0,
-    "output": 0,
-    "wo": 1,
-    "w2": 1,
-    "tok_embeddings": 1,
-    "attention_norm": None,
-    "ffn_norm": None,
-    "norm": None,
-    "gate": None,
-}
+CUTS = (
+    dict.fromkeys(("wq", "wk", "wv", "w1", "w3", "output"), 0)
+    | dict.fromkeys(("wo", "w2", "tok_embeddings"), 1)
+    | dict.fromkeys(("attention_norm", "ffn_norm", "norm", "gate"), None)
+)
 
 
 def meta_tensors(tensors: dict, head_dim: int = HEAD_DIM, stacked: bool = False) -> dict:
-    """Hugging Face's tensors by Meta's names in Meta's row order (models.md); a matrix per expert, or all `stacked`."""
+    """Hugging Face's tensors by Meta's names in Meta's row order (models.md).
+
+    The experts as a matrix each, or all `stacked`.
+    """
     out = {}
     for key, tensor in tensors.items():
         for theirs, meta in META_NAMES.items():
             key = key.replace(theirs, meta)
-        if re.search(
-            r"wq|wk|[qk]_norm", key
-        ):  # a row of the second half goes behind its partner of the first
-            heads = tensor.view(-1, head_dim, *tensor.shape[1:])
-            order = [
-                half * head_dim // 2 + pair for pair in range(head_dim // 2) for half in range(2)
-            ]
+        if re.search(r"wq|wk|[qk]_norm", key):
+            # a row of the second half goes behind its partner of the first
+            half = head_dim // 2
+            heads = tensor.view(-1, head_dim, *tensor.shape[1:])  # [heads, head_dim, …]
+            order = [row for pair in range(half) for row in (pair, half + pair)]
             tensor = heads[:, order].reshape(tensor.shape)
         out[key] = tensor
     if stacked:
         for key in [key for key in out if ".experts.0." in key]:
-            matrices = [
-                out.pop(key.replace(".experts.0.", f".experts.{expert}."))
-                for expert in range(EXPERTS)
-            ]
+            names = [key.replace(".experts.0.", f".experts.{i}.") for i in range(EXPERTS)]
+            matrices = [out.pop(name) for name in names]
             out[key.replace(".experts.0.", ".experts.")] = torch.stack(matrices)
     return out
 
@@ -310,7 +278,10 @@ def write_meta(
     vocabulary_first=False,
     computed=("rope.freqs",),
 ) -> None:
-    """`n` shards as Meta releases them. vocabulary_first: the embedding cut as Llama 3's is; computed: what is no weight."""
+    """`n` shards as Meta releases them.
+
+    vocabulary_first: the embedding cut as Llama 3's is; computed: what is no weight.
+    """
     folder.mkdir()
     (folder / "params.json").write_text(json.dumps(params))
     cuts = {name: cut_of(name, vocabulary_first) for name in weights}

@@ -49,18 +49,16 @@ def test_rows_come_back_with_their_extra_keys_and_lists(tmp_path, name):
 def test_prompts_need_no_output_and_pairs_become_lists(file):
     prompts = read_prompt_rows(file("p.jsonl", '{"instruction": "x", "label": "7"}'))
     assert prompts == [{"instruction": "x", "label": "7"}]
-    pairs = read_verifier_rows(
-        file("v.json", '[{"instruction": "x", "chosen": "c", "rejected": ["r", "s"]}]')
-    )
+    text = '[{"instruction": "x", "chosen": "c", "rejected": ["r", "s"]}]'
+    pairs = read_verifier_rows(file("v.json", text))
     assert pairs == [{"instruction": "x", "chosen": ["c"], "rejected": ["r", "s"]}]
 
 
 def test_text_survives_byte_order_mark_blank_lines_crlf_and_line_separators(file):
-    text = '\ufeff{"instruction": "a\u2028b", "output": "é"}\r\n\r\n{"instruction": "c", "output": "d"}\r\n'
-    assert [row["instruction"] for row in read_solver_rows(file("a.jsonl", text))] == [
-        "a\u2028b",
-        "c",
-    ]
+    text = '\ufeff{"instruction": "a\u2028b", "output": "é"}\r\n\r\n'
+    text += '{"instruction": "c", "output": "d"}\r\n'
+    rows = read_solver_rows(file("a.jsonl", text))
+    assert [row["instruction"] for row in rows] == ["a\u2028b", "c"]
 
 
 @pytest.mark.parametrize(
@@ -97,9 +95,8 @@ def test_text_survives_byte_order_mark_blank_lines_crlf_and_line_separators(file
 @pytest.mark.parametrize("suffix", ["json", "jsonl"])
 def test_each_bad_row_is_named_by_file_and_line(file, row, words, suffix):
     rows = [json.dumps(GOOD), json.dumps(GOOD), row]
-    path = file(
-        f"bad.{suffix}", "[" + ",\n".join(rows) + "]" if suffix == "json" else "\n".join(rows)
-    )
+    text = "[" + ",\n".join(rows) + "]" if suffix == "json" else "\n".join(rows)
+    path = file(f"bad.{suffix}", text)
     message = refusal(path)
     for word in [f"{path}:3: ", 'A row looks like {"instruction": "..."', *words]:
         assert word in message
@@ -133,9 +130,8 @@ def test_a_broken_list_is_named_by_line(file, text, line, words):
 
 
 def test_a_broken_line_does_not_hide_the_next_and_five_problems_are_shown(file):
-    message = refusal(
-        path := file("a.jsonl", "\n".join(["{", '{"instruction": 1}{}', *["[]"] * 6]))
-    )
+    lines = ["{", '{"instruction": 1}{}', *["[]"] * 6]
+    message = refusal(path := file("a.jsonl", "\n".join(lines)))
     assert "8 problems" in message and "and 3 more" in message
     assert [f"{path}:{line}: " in message for line in (1, 2, 3, 4, 5, 6)] == [True] * 5 + [False]
 
@@ -162,9 +158,8 @@ def test_an_unusable_file_is_refused(file, name, content, words):
 
 def test_a_missing_file_names_the_nearest_and_a_folder_is_refused(file, tmp_path):
     file("train.json", "[]")
-    assert (
-        "did you mean" in (message := refusal(tmp_path / "trian.json")) and "train.json?" in message
-    )
+    message = refusal(tmp_path / "trains.json")
+    assert "did you mean" in message and "train.json?" in message
     (tmp_path / "folder.json").mkdir()
     assert "cannot be read" in refusal(tmp_path / "folder.json")
 
@@ -179,9 +174,8 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path, monkeypa
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match="No space left"):
         write_jsonl(path, [{"a": 2}])
-    assert json.loads(path.read_text())["a"].startswith("é") and os.listdir(path.parent) == [
-        "a.json"
-    ]
+    assert json.loads(path.read_text())["a"].startswith("é")
+    assert os.listdir(path.parent) == ["a.json"]
 
 
 def test_a_number_that_is_not_json_is_not_written(tmp_path):

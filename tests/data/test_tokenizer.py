@@ -1,4 +1,7 @@
-"""Tokenizers and chat templates of all families, against tiktoken, SentencePiece and transformers."""
+"""Tokenizers and chat templates of all families.
+
+Against tiktoken, SentencePiece and transformers.
+"""
 
 import base64
 import json
@@ -42,8 +45,14 @@ TEXTS = [
     "e\u0301 \u1e9b\u0323 A\u030a \u212b ﬁ Ⅷ ①²½",
     "\u00a0nbsp\u2003em\u200bzero\u3000wide\u0085nel\ufeff",
     "'ſ x'ſt 'S 'Ll",
-    "<|im_start|>user\n hi<|im_end|>\n<|endoftext|><|extra_0|><|extra_204|> <|not_special|> <|im_sta",
-    "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|><|reserved_special_token_2|>",
+    (
+        "<|im_start|>user\n hi<|im_end|>\n<|endoftext|><|extra_0|><|extra_204|> <|not_special|>"
+        " <|im_sta"
+    ),
+    (
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|>"
+        "<|reserved_special_token_2|>"
+    ),
     "\0\x7f",
     "x" * 300,
     "#### 72 <<48/2=24>>24 $1,000.00 http://a.b/c?d=e&f=%20",
@@ -56,12 +65,9 @@ LLAMA_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-QWEN_SPECIAL = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    *(f"<|extra_{i}|>" for i in range(205)),
-]
+CHATML_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+QWEN_SPECIAL = [*CHATML_SPECIAL, *(f"<|extra_{i}|>" for i in range(205))]
+LLAMA_SPECIAL = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 
 
 def write_json(path, value):
@@ -71,32 +77,14 @@ def write_json(path, value):
 def byte_level(size: int) -> RustTokenizer:
     """A byte-level BPE trained on TEXTS, with ChatML's tokens after it."""
     rust = RustTokenizer(models.BPE())
-    rust.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(QWEN_PATTERN), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    split = pre_tokenizers.Split(Regex(QWEN_PATTERN), "isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    rust.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     rust.decoder = decoders.ByteLevel()
-    rust.train_from_iterator(
-        TEXTS * 3,
-        trainers.BpeTrainer(
-            vocab_size=size,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    rust.add_special_tokens(
-        [
-            "<s>",
-            "<|endoftext|>",
-            "<|im_start|>",
-            "<|im_end|>",
-            "<|start_header_id|>",
-            "<|end_header_id|>",
-            "<|eot_id|>",
-        ]
-    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
+    rust.train_from_iterator(TEXTS * 3, trainer)
+    rust.add_special_tokens(["<s>", *CHATML_SPECIAL, *LLAMA_SPECIAL])
     return rust
 
 
@@ -109,33 +97,21 @@ def ranks() -> dict[bytes, int]:
 
 
 def write_ranks(path, ranks):
-    path.write_bytes(
-        b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items())
-    )
+    lines = [base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()]
+    path.write_bytes(b"".join(lines))
     return path
 
 
 def reference(ranks, pattern, special) -> tiktoken.Encoding:
-    return tiktoken.Encoding(
-        "test",
-        pat_str=pattern,
-        mergeable_ranks=ranks,
-        special_tokens={text: len(ranks) + i for i, text in enumerate(special)},
-    )
+    ids = {text: len(ranks) + i for i, text in enumerate(special)}
+    return tiktoken.Encoding("test", pat_str=pattern, mergeable_ranks=ranks, special_tokens=ids)
 
 
 def noise(count: int) -> list[str]:
     """Texts of characters from everywhere."""
     pick = random.Random(0)
-    ranges = [(32, 127)] * 4 + [
-        (9, 14),
-        (32, 33),
-        (0xA0, 0x250),
-        (0x300, 0x370),
-        (0x4E00, 0x4E80),
-        (0x1F600, 0x1F640),
-        (0xAC00, 0xAC40),
-    ]
+    ranges = [(32, 127)] * 4 + [(9, 14), (32, 33), (0xA0, 0x250), (0x300, 0x370)]
+    ranges += [(0x4E00, 0x4E80), (0x1F600, 0x1F640), (0xAC00, 0xAC40)]
     return [
         "".join(chr(pick.randrange(*pick.choice(ranges))) for _ in range(pick.randrange(40)))
         for _ in range(count)
@@ -176,10 +152,8 @@ def test_llama_3_ranks_are_recognised_by_their_content(tmp_path, ranks):
     }
     theirs = reference(ranks, LLAMA_PATTERN, [special.get(i, f"<|other_{i}|>") for i in range(256)])
     for text in TEXTS + noise(300):  # not normalised
-        assert tokenizer.response_ids(text) == [
-            *theirs.encode(text, allowed_special="all"),
-            n + 1,
-        ], text
+        ids = theirs.encode(text, allowed_special="all")
+        assert tokenizer.response_ids(text) == [*ids, n + 1], text
     assert tokenizer.prompt_ids("hi") == [n, *theirs.encode("hi")]
     assert tokenizer.prompt_ids("<|begin_of_text|>hi") == [n, *theirs.encode("hi")]  # never twice
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (n, n + 1, n + 256)
@@ -189,8 +163,9 @@ def test_ranks_in_any_order_merge_as_tiktoken_merges(tmp_path):
     pick = random.Random(1)
     tokens = {bytes(pick.choices(b"ab", k=pick.randrange(2, 7))) for _ in range(40)} - {b"a", b"b"}
     for number in range(20):
-        many = pick.sample(sorted(tokens), len(tokens))
-        ranks = {token: rank for rank, token in enumerate([bytes([b]) for b in range(256)] + many)}
+        shuffled = pick.sample(sorted(tokens), len(tokens))
+        ordered = [bytes([byte]) for byte in range(256)] + shuffled
+        ranks = {token: rank for rank, token in enumerate(ordered)}
         ours = Tokenizer(write_ranks(tmp_path / f"{number}.tiktoken", ranks))
         theirs = reference(ranks, QWEN_PATTERN, QWEN_SPECIAL)
         for _ in range(100):
@@ -241,10 +216,8 @@ def test_transformers_loads_what_is_saved(
     tokenizer.save_json(saved)
     if model_type:
         write_json(saved / "config.json", {"model_type": model_type})
-    theirs, again = (
-        AutoTokenizer.from_pretrained(saved),
-        Tokenizer(saved / "tokenizer.json", None, use_chat_template),
-    )
+    theirs = AutoTokenizer.from_pretrained(saved)
+    again = Tokenizer(saved / "tokenizer.json", None, use_chat_template)
     assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
     for text in filter(None, TEXTS):
         if use_chat_template:
@@ -256,11 +229,8 @@ def test_transformers_loads_what_is_saved(
             assert tokenizer.prompt_ids(text) == again.prompt_ids(text) == prompt
         assert tokenizer.response_ids(text) == again.response_ids(text)
     assert not again.ranked and (not use_chat_template or again.chat.own)
-    assert (again.bos_id, again.eos_id, again.vocab_size) == (
-        tokenizer.bos_id,
-        tokenizer.eos_id,
-        tokenizer.vocab_size,
-    )
+    assert (again.bos_id, again.eos_id) == (tokenizer.bos_id, tokenizer.eos_id)
+    assert again.vocab_size == tokenizer.vocab_size
 
 
 # --- BOS, EOS and stops of a tokenizer.json
@@ -301,35 +271,28 @@ NAMES = {
         (NAMES | {"add_bos_token": False}, False, False),
         (NAMES | {"bos_token": None}, False, False),
         (None, True, True),
-        (None, False, True),
+        (None, False, True),  # by its usual name
     ],
-)  # the last: by its usual name
+)
 def test_bos_is_what_transformers_would_add(tmp_path, rust, config, processor, has_bos):
     rust = RustTokenizer.from_str(rust.to_str())
     bos = rust.token_to_id("<s>")
     if processor:
-        rust.post_processor = processors.TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", bos)]
-        )
-    files = (
-        {"tokenizer_config": config} if config else {"generation_config": {"eos_token_id": bos + 1}}
-    )
+        special = [("<s>", bos)]
+        rust.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=special)
+    ends = {"eos_token_id": bos + 1}
+    files = {"tokenizer_config": config} if config else {"generation_config": ends}
     folder = folder_of(tmp_path, rust, **files)
     tokenizer = Tokenizer.find(folder)
     assert tokenizer.bos_id == (bos if has_bos else None)
-    assert (
-        tokenizer.prompt_ids("hi")
-        == [bos] * has_bos + rust.encode("hi", add_special_tokens=False).ids
-    )
+    plain = rust.encode("hi", add_special_tokens=False).ids
+    assert tokenizer.prompt_ids("hi") == [bos] * has_bos + plain
     assert tokenizer.prompt_ids("<s>hi").count(bos) == 1
     if config and not config.get("add_bos_token"):  # which transformers 4 heeds and 5 does not
-        write_json(
-            folder / "tokenizer_config.json",
-            config | {"tokenizer_class": "PreTrainedTokenizerFast"},
-        )
-        assert (
-            tokenizer.prompt_ids("hi") == AutoTokenizer.from_pretrained(folder)("hi")["input_ids"]
-        )
+        fast = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        write_json(folder / "tokenizer_config.json", config | fast)
+        theirs = AutoTokenizer.from_pretrained(folder)
+        assert tokenizer.prompt_ids("hi") == theirs("hi")["input_ids"]
 
 
 def test_all_that_end_a_text_are_found(tmp_path, rust):
@@ -342,22 +305,16 @@ def test_all_that_end_a_text_are_found(tmp_path, rust):
         generation_config={"eos_token_id": [turn, word]},
     )
     tokenizer = Tokenizer.find(folder)
-    assert (tokenizer.eos_id, tokenizer.stop_ids) == (
-        end,
-        {end, turn},
-    )  # an ordinary word ends nothing
+    # an ordinary word ends nothing
+    assert (tokenizer.eos_id, tokenizer.stop_ids) == (end, {end, turn})
     assert tokenizer.decode([word, turn, end, 10**6]) == "a"
     write_json(folder / "tokenizer_config.json", {})
     assert Tokenizer.find(folder).eos_id == turn
     elsewhere = tmp_path / "checkpoint"
     elsewhere.mkdir()
-    write_json(
-        elsewhere / "generation_config.json", {"eos_token_id": rust.token_to_id("<|eot_id|>")}
-    )
-    assert (
-        rust.token_to_id("<|eot_id|>")
-        in Tokenizer.find(elsewhere, str(folder / "tokenizer.json")).stop_ids
-    )
+    header = rust.token_to_id("<|eot_id|>")
+    write_json(elsewhere / "generation_config.json", {"eos_token_id": header})
+    assert header in Tokenizer.find(elsewhere, str(folder / "tokenizer.json")).stop_ids
 
 
 @pytest.mark.parametrize(
@@ -391,7 +348,9 @@ def test_defects_of_the_files_are_named(tmp_path, rust, files, reason):
 # --- chat templates of a folder, against transformers
 
 CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 FOLDERS = {
@@ -403,13 +362,22 @@ FOLDERS = {
     "trims": CHATML.replace("m['content']", "m['content'] | trim"),
     "no generation prompt": CHATML.split("{% if add")[0],
     "llama 3": "{{ bos_token }}" + chat.TEMPLATES["llama-3"].removeprefix("{{ bos_token }}"),
-    "brackets": "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
-    "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}",
-    "words": "{% for m in messages %}{{ m.role | upper }}: {{ m.content }}"
-    "{{ eos_token if m.role == 'assistant' else '\n' }}{% endfor %}",
-    "all that jinja is set up with": "{%- set ns = namespace(n=0) %}\n    {% for m in messages %}\n    {% if loop.index > 2 %}{% break %}{% endif %}\n"
-    "{% set ns.n = ns.n + 1 %}{{ {'é': '<a>'} | tojson }}{{ strftime_now('%Y') }}{% generation %}{{ m.content }}"
-    "{% endgeneration %}<|im_end|>\n{% endfor %}",
+    "brackets": (
+        "{{ bos_token }}{% for m in messages %}"
+        "{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
+        "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}"
+        "{% endfor %}"
+    ),
+    "words": (
+        "{% for m in messages %}{{ m.role | upper }}: {{ m.content }}"
+        "{{ eos_token if m.role == 'assistant' else '\n' }}{% endfor %}"
+    ),
+    "all that jinja is set up with": (
+        "{%- set ns = namespace(n=0) %}\n    {% for m in messages %}\n"
+        "    {% if loop.index > 2 %}{% break %}{% endif %}\n"
+        "{% set ns.n = ns.n + 1 %}{{ {'é': '<a>'} | tojson }}{{ strftime_now('%Y') }}"
+        "{% generation %}{{ m.content }}{% endgeneration %}<|im_end|>\n{% endfor %}"
+    ),
 }
 ENDS = {"llama 3": "<|eot_id|>", "brackets": "<|endoftext|>", "words": "<|endoftext|>"}
 ANSWERS = ["The answer is 4.", "  spaces around  ", "1", "日本語", "multiple\n\nlines\n"]
@@ -424,19 +392,12 @@ def test_prompt_and_response_are_the_conversation_of_transformers(tmp_path, rust
         (folder / "chat_template.jinja").write_text(FOLDERS[name])
         config["chat_template"] = "not this one"
     else:
-        config["chat_template"] = (
-            FOLDERS[name]
-            if place == "config"
-            else [
-                {"name": "tool_use", "template": "no"},
-                {"name": "default", "template": FOLDERS[name]},
-            ]
-        )
+        named = {"tool_use": "no", "default": FOLDERS[name]}
+        listed = [{"name": key, "template": template} for key, template in named.items()]
+        config["chat_template"] = FOLDERS[name] if place == "config" else listed
     write_json(folder / "tokenizer_config.json", config)
-    tokenizer, theirs = (
-        Tokenizer.find(folder, use_chat_template=True),
-        AutoTokenizer.from_pretrained(folder),
-    )
+    tokenizer = Tokenizer.find(folder, use_chat_template=True)
+    theirs = AutoTokenizer.from_pretrained(folder)
     for question, answer in zip(["2 + 2?", " a ", "'s", "e\u0301", "What\n"], ANSWERS):
         prompt, response = tokenizer.prompt_ids(question), tokenizer.response_ids(answer)
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
@@ -450,19 +411,14 @@ def test_prompt_and_response_are_the_conversation_of_transformers(tmp_path, rust
         assert response[-1] == tokenizer.eos_id == theirs.convert_tokens_to_ids(end)
         assert tokenizer.stop_ids == {tokenizer.eos_id, theirs.eos_token_id}
         assert answer.strip() in tokenizer.decode(response)
-        assert not headless or tokenizer.decode(response).lstrip().startswith(
-            answer.strip()
-        )  # the header is the prompt's
-        assert tokenizer.decode(response).startswith("<think>") == (
-            name == "an empty thought before the answer"
-        )
+        text = tokenizer.decode(response)
+        assert not headless or text.lstrip().startswith(answer.strip())  # the prompt has the header
+        assert text.startswith("<think>") == (name == "an empty thought before the answer")
 
 
+OLD = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
 METASPACE = {  # spaces as ▁, and one before a text: of the old and of the new kind
-    "prepend": (
-        normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
-        None,
-    ),
+    "prepend": (OLD, None),
     "first": (None, pre_tokenizers.Metaspace(prepend_scheme="first", split=False)),
     "always": (None, pre_tokenizers.Metaspace(prepend_scheme="always", split=False)),
 }
@@ -483,9 +439,8 @@ def test_an_answer_gets_no_space_that_the_conversation_lacks(tmp_path, kind, tem
     vocabulary = {text: i for i, text in enumerate(dict.fromkeys(["<unk>", *alphabet, "▁a", "▁b"]))}
     rust = RustTokenizer(models.BPE(vocabulary, [("▁", "a"), ("▁", "b")], unk_token="<unk>"))
     rust.normalizer, rust.pre_tokenizer = METASPACE[kind]
-    rust.add_special_tokens(
-        [AddedToken(text, normalized=False) for text in ("<s>", "</s>", "<u>", "<a>")]
-    )
+    special = ("<s>", "</s>", "<u>", "<a>")
+    rust.add_special_tokens([AddedToken(text, normalized=False) for text in special])
     user, answer = template.split("|")
     source = (
         "<s>{% for m in messages %}{% if m.role == 'user' %}"
@@ -494,20 +449,15 @@ def test_an_answer_gets_no_space_that_the_conversation_lacks(tmp_path, kind, tem
         + answer.format("{{ m.content }}")
         + "{% endif %}{% endfor %}"
     )
-    folder = folder_of(
-        tmp_path,
-        rust,
-        tokenizer_config={
-            "bos_token": "<s>",
-            "eos_token": "</s>",
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "chat_template": source,
-        },
-    )
-    tokenizer, theirs = (
-        Tokenizer.find(folder, use_chat_template=True),
-        AutoTokenizer.from_pretrained(folder),
-    )
+    config = {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "chat_template": source,
+    }
+    folder = folder_of(tmp_path, rust, tokenizer_config=config)
+    tokenizer = Tokenizer.find(folder, use_chat_template=True)
+    theirs = AutoTokenizer.from_pretrained(folder)
     for text in ("a", "ab a", "c"):
         turns = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
         whole = theirs.apply_chat_template(turns, return_dict=False)
@@ -542,16 +492,10 @@ def pieces(tmp_path_factory):
 def test_pieces_with_and_without_bos(pieces, tmp_path):
     path, sp = pieces
     tokenizer = Tokenizer(path)
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.stop_ids, tokenizer.vocab_size) == (
-        1,
-        2,
-        {2},
-        420,
-    )
-    assert tokenizer.prompt_ids("<s>an egg") == [
-        1,
-        *sp.encode("<s>an egg"),
-    ]  # plain text holds no control tokens
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.stop_ids) == (1, 2, {2})
+    assert tokenizer.vocab_size == 420
+    # plain text holds no control tokens
+    assert tokenizer.prompt_ids("<s>an egg") == [1, *sp.encode("<s>an egg")]
     assert tokenizer.response_ids("egg") == [*sp.encode("egg"), 2]
     assert tokenizer.decode([1, *sp.encode(" x  y"), 2, 500]) == " x  y"
     check_vocabulary(tokenizer, 420)
@@ -580,8 +524,8 @@ def test_brackets_in_pieces_are_as_their_makers_encode_them(pieces, family, answ
 def test_control_pieces_of_a_template(tmp_path):
     sp = train_pieces(tmp_path / "tokenizer.model", control_symbols=["[INST]", "[/INST]"])
     (tmp_path / "chat_template.jinja").write_text(
-        "<s>{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]{% else %} {{ m.content }}</s>"
-        "{% endif %}{% endfor %}"
+        "<s>{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]"
+        "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
     )
     tokenizer = Tokenizer.find(tmp_path, use_chat_template=True)
     start, end = sp.piece_to_id(["[INST]", "[/INST]"])
@@ -593,19 +537,17 @@ def test_tokens_added_to_pieces_count_as_the_template_writes_them(pieces, tmp_pa
     path, sp = pieces
     (tmp_path / "tokenizer.model").write_bytes(path.read_bytes())
     write_json(tmp_path / "added_tokens.json", {"<|im_end|>": 420, "[PAD]": 430})
-    write_json(
-        tmp_path / "tokenizer_config.json",
-        {"chat_template": CHATML, "added_tokens_decoder": {"421": {"content": "<|im_start|>"}}},
-    )
+    added = {"421": {"content": "<|im_start|>"}}
+    config = {"chat_template": CHATML, "added_tokens_decoder": added}
+    write_json(tmp_path / "tokenizer_config.json", config)
     write_json(tmp_path / "generation_config.json", {"eos_token_id": 420})
     plain, tokenizer = Tokenizer.find(tmp_path), Tokenizer.find(tmp_path, use_chat_template=True)
     assert (plain.vocab_size, tokenizer.vocab_size) == (420, 422)
     assert plain.stop_ids == {2, 420} and plain.eos_id == 2
     assert tokenizer.stop_ids == {2, 420} and tokenizer.eos_id == 420
     prompt, response = tokenizer.prompt_ids("egg"), tokenizer.response_ids("egg")
-    assert [i for i in prompt if i >= 420] == [421, 420, 421] and [
-        i for i in response if i >= 420
-    ] == [420]
+    assert [i for i in prompt if i >= 420] == [421, 420, 421]
+    assert [i for i in response if i >= 420] == [420]
     # The text between is as it stands: nothing has a space before it.
     written = "".join(sp.id_to_piece(i) for i in prompt + response if i < 420)
     assert written.replace("<0x0A>", "\n") == "user\negg\nassistant\negg"
@@ -618,27 +560,22 @@ def test_tokens_added_to_pieces_count_as_the_template_writes_them(pieces, tmp_pa
 def test_families_have_their_templates(tmp_path, rust, pieces):
     folder = folder_of(tmp_path, rust, tokenizer_config=NAMES)
     assert "<|start_header_id|>" in rust.get_vocab()  # which tells Llama 3 from 1 and 2
-    text = lambda family: Tokenizer.find(folder, use_chat_template=True, family=family).chat.prompt(
-        "hi"
-    )
+
+    def prompt_of(family: str) -> str:
+        tokenizer = Tokenizer.find(folder, use_chat_template=True, family=family)
+        return tokenizer.chat.prompt("hi")
+
     system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-    assert (
-        text("qwen")
-        == text("qwen2")
-        == system + "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    qwen = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert prompt_of("qwen") == prompt_of("qwen2") == system + qwen
+    assert prompt_of("qwen3_moe") == qwen
+    llama = (
+        "<s><|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
     )
-    assert text("qwen3_moe") == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
-    assert (
-        text("llama")
-        == text("llama-3.1-8b")
-        == (
-            "<s><|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
-        )
-    )
-    with pytest.raises(
-        UserError,
-        match="has no chat template, and llama models share none; put one there as chat_template",
-    ):
+    assert prompt_of("llama") == prompt_of("llama-3.1-8b") == llama
+    refused = "has no chat template, and llama models share none; put one there as chat_template"
+    with pytest.raises(UserError, match=refused):
         Tokenizer(pieces[0], None, True, "llama")
 
 
@@ -653,7 +590,8 @@ def test_families_have_their_templates(tmp_path, rust, pieces):
         ("{{ 'a' * 10 ** 11 }}", "fails: computes"),
         ("{{ 'a' * 99999999999 }}", "fails: computes"),
         (
-            "{% for i in range(99999) %}{% for m in messages %}{{ m.content * 50 }}{% endfor %}{% endfor %}",
+            "{% for i in range(99999) %}{% for m in messages %}{{ m.content * 50 }}"
+            "{% endfor %}{% endfor %}",
             "writes more than",
         ),
         (
@@ -696,11 +634,9 @@ def test_an_answer_that_a_template_rewrites_is_refused(tmp_path, rust):
     ],
 )
 def test_templates_of_another_kind_are_named(tmp_path, rust, value, reason):
+    folder = folder_of(tmp_path, rust, tokenizer_config=NAMES | {"chat_template": value})
     with pytest.raises(UserError, match=reason):
-        Tokenizer.find(
-            folder_of(tmp_path, rust, tokenizer_config=NAMES | {"chat_template": value}),
-            use_chat_template=True,
-        )
+        Tokenizer.find(folder, use_chat_template=True)
 
 
 def test_a_missing_tokenizer_is_named(tmp_path):

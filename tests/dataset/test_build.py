@@ -1,4 +1,7 @@
-"""What dataset/build.py makes: right sums, wrong corruptions, no overlap, and pairs from graded samples."""
+"""What dataset/build.py makes.
+
+Right sums, wrong corruptions, no overlap, and pairs from graded samples.
+"""
 
 import ast
 import collections
@@ -35,7 +38,10 @@ OPERATORS = {
 
 
 def value(expression: str) -> Fraction:
-    """An evaluator that shares nothing with the code under test: Python's own parser, four operators."""
+    """An evaluator that shares nothing with the code under test.
+
+    It is Python's own parser and four operators.
+    """
 
     def visit(node):
         if isinstance(node, ast.Constant):
@@ -59,11 +65,11 @@ def problems():
 
 def test_every_equation_of_every_answer_is_true(problems):
     for row in problems["train"] + problems["test"]:
-        found = notes(row["output"])
-        assert found and len(found) == row["output"].count("<<") == row["output"].count("\n")
-        for expression, result, copy in found:
+        steps = notes(row["output"])
+        assert steps and len(steps) == row["output"].count("<<") == row["output"].count("\n")
+        for expression, result, copy in steps:
             assert value(expression) == int(result) == int(copy)
-        assert found[-1][1] == row["label"] and all(grade(row["output"], row["label"]).values())
+        assert steps[-1][1] == row["label"] and all(grade(row["output"], row["label"]).values())
 
 
 def test_every_answer_uses_the_numbers_of_its_question(problems):
@@ -79,12 +85,10 @@ def test_texts_are_short_small_and_of_few_words(problems):
     assert all(60 <= len(row["instruction"]) <= 140 for row in rows)
     assert all(30 <= len(row["output"]) <= 110 for row in rows)
     assert all(2 <= int(row["label"]) < 200 for row in rows)
-    assert all(
-        int(number) < 100 for row in rows for number in re.findall(r"\d+", row["instruction"])
-    )
-    words = {
-        word for row in rows for word in re.findall("[A-Za-z]+", row["instruction"] + row["output"])
-    }
+    questions = "\n".join(row["instruction"] for row in rows)
+    assert all(int(number) < 100 for number in re.findall(r"\d+", questions))
+    texts = "\n".join(row["instruction"] + row["output"] for row in rows)
+    words = set(re.findall("[A-Za-z]+", texts))
     assert 150 <= len(words) <= 250
 
 
@@ -96,9 +100,8 @@ def skeleton(question: str) -> str:
 def test_train_and_test_share_no_problem_and_no_question_comes_twice(problems):
     questions = [row["instruction"] for part in problems.values() for row in part]
     assert len(questions) == len(set(questions)) == 6600
-    train, test = (
-        {skeleton(row["instruction"]) for row in problems[part]} for part in ("train", "test")
-    )
+    train = {skeleton(row["instruction"]) for row in problems["train"]}
+    test = {skeleton(row["instruction"]) for row in problems["test"]}
     assert len(test) > 400 and not train & test
     elsewhere = {skeleton(row["instruction"]) for row in generate(2000, seed=7, part="test")}
     assert not train & elsewhere  # other seeds do not mix the parts either
@@ -161,19 +164,17 @@ def test_generation_refuses_what_it_cannot_do(monkeypatch):
         generate(5000, seed=0, part="test")
 
 
-# ---- corruption ------------------------------------------------------------------------------------------------------
+# ---- corruption ----------------------------------------------------------------------------------
 
 GOLD = "Sold 48/2 = <<48/2=24>>24 in May.\nSold 48+24 = <<48+24=72>>72 in all.\n#### 72"
 
 
 def test_a_slip_is_carried_on_to_the_final_answer():
     seen = {corrupt(GOLD, random.Random(seed)) for seed in range(60)}
-    assert (
-        "Sold 48/2 = <<48/2=25>>25 in May.\nSold 48+25 = <<48+25=73>>73 in all.\n#### 73" in seen
-    )  # first step
-    assert (
-        "Sold 48/2 = <<48/2=24>>24 in May.\nSold 48+24 = <<48+24=27>>27 in all.\n#### 27" in seen
-    )  # digits swapped
+    first = "Sold 48/2 = <<48/2=25>>25 in May.\nSold 48+25 = <<48+25=73>>73 in all.\n#### 73"
+    swapped = "Sold 48/2 = <<48/2=24>>24 in May.\nSold 48+24 = <<48+24=27>>27 in all.\n#### 27"
+    assert first in seen  # a slip in the first step
+    assert swapped in seen  # digits swapped
     for text in seen:
         false = [note for note in notes(text) if value(note[0]) != Fraction(note[1])]
         assert len(false) == 1 and text.endswith(f"#### {notes(text)[-1][1]}")
@@ -261,7 +262,7 @@ def test_evaluate(expression, result):
     assert evaluate(expression) == result
 
 
-# ---- the commands ----------------------------------------------------------------------------------------------------
+# ---- the commands --------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -269,25 +270,18 @@ def tiny_gsm8k(tmp_path):
     folder = tmp_path / "official"
     folder.mkdir()
     for part in ("train", "test"):
-        write_lines(
-            folder / f"{part}.jsonl",
-            [
-                {
-                    "question": f"{part} {i}?",
-                    "answer": f"{i}+1 = <<{i}+1={i + 1}>>{i + 1}\n#### {i + 1:,}",
-                }
-                for i in (1, 1999)
-            ],
-        )
+        rows = []
+        for i in (1, 1999):
+            answer = f"{i}+1 = <<{i}+1={i + 1}>>{i + 1}\n#### {i + 1:,}"
+            rows.append({"question": f"{part} {i}?", "answer": answer})
+        write_lines(folder / f"{part}.jsonl", rows)
     return folder
 
 
 def check_folder(folder: Path, n_train: int, n_test: int):
     for part, n in (("train", n_train), ("test", n_test)):
-        rows, pairs = (
-            read_solver_rows(folder / f"{part}.json"),
-            read_verifier_rows(folder / f"verifier_{part}.json"),
-        )
+        rows = read_solver_rows(folder / f"{part}.json")
+        pairs = read_verifier_rows(folder / f"verifier_{part}.json")
         assert len(rows) == len(read_prompt_rows(folder / f"{part}.json")) == len(pairs) == n
         for row, pair in zip(rows, pairs):
             assert set(row) == {"instruction", "output", "label", "outputs"}
@@ -314,22 +308,19 @@ def test_real_gsm8k(tmp_path):
     written = json.loads((tmp_path / "test.json").read_text())[0]
     assert written == {"instruction": first["question"], "output": first["answer"], "label": "18"}
     pairs = read_verifier_rows(tmp_path / "verifier_train.json")
-    steps = [
-        (pair["chosen"][0].rpartition("####")[0], pair["rejected"][0].rpartition("####")[0])
+    kept = [
+        pair["chosen"][0].rpartition("####")[0] == pair["rejected"][0].rpartition("####")[0]
         for pair in pairs
     ]
-    assert sum(chosen == rejected for chosen, rejected in steps) < 0.1 * len(
-        steps
-    )  # the fallback is rare
+    assert sum(kept) < 0.1 * len(pairs)  # the fallback, which keeps the steps, is rare
 
 
 def test_gsm8k_from_the_hub(tiny_gsm8k, tmp_path, monkeypatch):
     def load_dataset(name, config, split):
         if name != "openai/gsm8k":
             raise FileNotFoundError(f"Dataset {name} does not exist")
-        return [
-            json.loads(line) for line in (tiny_gsm8k / f"{split}.jsonl").read_text().splitlines()
-        ]
+        lines = (tiny_gsm8k / f"{split}.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     build.gsm8k("openai/gsm8k", str(tmp_path / "out"))
@@ -365,23 +356,15 @@ def samples(tmp_path):
     train = [
         {"instruction": f"q{i}", "output": f"gold\n#### {i}", "label": str(i)} for i in range(4)
     ]
-    outputs = [
-        (0, "#### 0"),
-        (0, "a #### 0"),
-        (0, "b #### 0"),
-        (0, "#### 9"),
-        (0, "#### 9"),
-        (0, "it is 0"),
-        (0, "#### 8"),
-        (1, "#### 1"),
-        (1, " "),  # no wrong one that could be read
-        (2, "#### 7"),
-    ]  # no right one
+    outputs = {
+        0: ["#### 0", "a #### 0", "b #### 0", "#### 9", "#### 9", "it is 0", "#### 8"],
+        1: ["#### 1", " "],  # no wrong one that could be read
+        2: ["#### 7"],  # no right one
+    }
+    predictions = [{"index": i, "output": text} for i, texts in outputs.items() for text in texts]
     return (
         write_lines(tmp_path / "train.jsonl", train),
-        write_lines(
-            tmp_path / "predictions.jsonl", [{"index": i, "output": text} for i, text in outputs]
-        ),
+        write_lines(tmp_path / "predictions.jsonl", predictions),
     )
 
 
@@ -416,9 +399,8 @@ def test_pairs_refuse_what_fits_nothing(samples, tmp_path):
 
 
 def test_gsm8k_takes_the_solver_route(tiny_gsm8k, tmp_path, capsys):
-    predictions = write_lines(
-        tmp_path / "p.jsonl", [{"index": 1, "output": text} for text in ("#### 3", "#### 2000")]
-    )
+    rows = [{"index": 1, "output": text} for text in ("#### 3", "#### 2000")]
+    predictions = write_lines(tmp_path / "p.jsonl", rows)
     build.gsm8k(str(tiny_gsm8k), str(tmp_path / "out"), negatives="solver", predictions=predictions)
     assert read_verifier_rows(tmp_path / "out" / "verifier_train.json") == [
         {"instruction": "train 1999?", "chosen": ["#### 2000"], "rejected": ["#### 3"]}
@@ -429,14 +411,8 @@ def test_gsm8k_takes_the_solver_route(tiny_gsm8k, tmp_path, capsys):
 
 def test_the_script_runs_from_the_command_line(tmp_path):
     def script(*flags):
-        command = [
-            sys.executable,
-            "dataset/build.py",
-            "arithmetic",
-            "--save_dir",
-            str(tmp_path / "out"),
-            *flags,
-        ]
+        command = [sys.executable, "dataset/build.py", "arithmetic"]
+        command += ["--save_dir", str(tmp_path / "out"), *flags]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
     done = script("--n_train", "50", "--n_test", "20", "--seed", "0")

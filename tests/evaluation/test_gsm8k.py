@@ -1,4 +1,4 @@
-"""The three public GSM8K rules, their known traps, the real gold answers, and hostile responses."""
+"""The three public GSM8K rules, their known traps, real gold answers, and hostile responses."""
 
 import json
 import re
@@ -36,26 +36,13 @@ real_data = pytest.mark.skipif(
         ("#### 1", "18", False, False, False, False),  # cut by the token limit
         ("9*2=18\n####", "18", False, False, True, True),  # cut earlier
         ("####18", "18", False, False, True, True),  # the blank is part of the pattern
-        (
-            "#### 18\n\nQuestion: Tom has 5 eggs",
-            "18",
-            True,
-            True,
-            False,
-            True,
-        ),  # a number in an echoed question
+        # a number in an echoed question
+        ("#### 18\n\nQuestion: Tom has 5 eggs", "18", True, True, False, True),
         ("Question: what is 5?\nAnswer: eighteen", "18", False, False, False, False),
         ("#### 18\n#### 20", "18", True, True, False, True),  # first match against last
         ("#### 18, all in all", "18", True, True, True, True),  # "18," loses its comma
         ("I paid 18 . . .", "18", False, False, True, True),  # a lone "." is no number
-        (
-            "18 ...",
-            "18",
-            False,
-            False,
-            False,
-            False,
-        ),  # but three of them are the harness' last "number"
+        ("18 ...", "18", False, False, False, False),  # three of them: the harness' last "number"
         ("7", "7", False, False, True, True),  # one digit: the second group of the pattern
         ("", "18", False, False, False, False),
         ("no idea", "18", False, False, False, False),
@@ -78,9 +65,12 @@ def test_extract_gives_the_compared_form_or_none():
 
 
 def harness(response: str, gold: str, pattern: str, which: int) -> bool:
-    """The task file of lm-evaluation-harness in its own words: findall, group, regexes_to_ignore, ignore_case."""
-    found = re.findall(pattern, response)
-    answer = found[which] if found else "[invalid]"
+    """The task file of lm-evaluation-harness in its own words.
+
+    These are findall, group, regexes_to_ignore, ignore_case.
+    """
+    matches = re.findall(pattern, response)
+    answer = matches[which] if matches else "[invalid]"
     if isinstance(answer, tuple):
         answer = [group for group in answer if group][0]
     sides = [answer.strip(), gold]
@@ -93,29 +83,15 @@ def test_harness_rules_agree_with_its_regular_expressions_on_random_texts():
     import random
 
     rng, seen = random.Random(0), set()
-    pieces = [
-        "#### ",
-        "18",
-        "1,8",
-        "-",
-        "$",
-        ".",
-        ",",
-        " ",
-        "\n",
-        "####",
-        "eggs",
-        "0",
-        "Question: ",
-    ]
+    pieces = ["#### ", "18", "1,8", "-", "$", ".", ",", " "]
+    pieces += ["\n", "####", "eggs", "0", "Question: "]
+    strict, flexible = r"#### (\-?[0-9\.\,]+)", r"(-?[$0-9.,]{2,})|(-?[0-9]+)"
     for _ in range(4000):
         response = "".join(rng.choices(pieces, k=rng.randint(1, 9)))
         gold = f"<<9*2=18>>18\n#### {rng.choice(['18', '1,818', '-18', '0'])}"
         got = grade(response, gold)
-        assert got["strict_match"] == harness(response, gold, r"#### (\-?[0-9\.\,]+)", 0), response
-        assert got["flexible_extract"] == harness(
-            response, gold, r"(-?[$0-9.,]{2,})|(-?[0-9]+)", -1
-        ), response
+        assert got["strict_match"] == harness(response, gold, strict, 0), response
+        assert got["flexible_extract"] == harness(response, gold, flexible, -1), response
         seen.add((got["strict_match"], got["flexible_extract"]))
     assert len(seen) == 4  # the texts were not all of one kind
 
@@ -128,15 +104,8 @@ def test_real_gold_answers_are_right_by_every_rule(part, n):
     labels = [extract("official", answer) for answer in answers]
     for golds in (list(map(gold_of, rows)), labels):
         summary, per_row = score(answers, golds)
-        assert summary == {
-            "n": n,
-            "official": 1.0,
-            "strict_match": 1.0,
-            "flexible_extract": 1.0,
-            "numeric": 1.0,
-            "unparsed": 0,
-            "truncated": 0,
-        }
+        right = {"official": 1.0, "strict_match": 1.0, "flexible_extract": 1.0, "numeric": 1.0}
+        assert summary == {"n": n, "unparsed": 0, "truncated": 0} | right
         assert [row["answer"] for row in per_row] == labels
 
 
@@ -170,9 +139,8 @@ def test_hostile_responses_take_no_time(text):
         grade(text, "18")
         return time.perf_counter() - start
 
-    assert (
-        min(seconds() for _ in range(5)) < 0.05
-    )  # the fastest of five: other processes are not the grader's fault
+    # the fastest of five: other processes are not the grader's fault
+    assert min(seconds() for _ in range(5)) < 0.05
 
 
 def test_the_answer_at_either_end_of_a_very_long_response_is_found():
@@ -181,18 +149,10 @@ def test_the_answer_at_either_end_of_a_very_long_response_is_found():
 
 
 def test_scores_keep_every_response_in_the_denominator():
-    summary, rows = score(
-        ["#### 18", "18", "", "#### 7"], ["18"] * 4, truncated=[False, True, True, False]
-    )
-    assert summary == {
-        "n": 4,
-        "official": 0.25,
-        "strict_match": 0.25,
-        "flexible_extract": 0.5,
-        "numeric": 0.5,
-        "unparsed": 2,
-        "truncated": 2,
-    }
+    responses = ["#### 18", "18", "", "#### 7"]
+    summary, rows = score(responses, ["18"] * 4, truncated=[False, True, True, False])
+    shares = {"official": 0.25, "strict_match": 0.25, "flexible_extract": 0.5, "numeric": 0.5}
+    assert summary == {"n": 4, "unparsed": 2, "truncated": 2} | shares
     assert [row["official"] for row in rows] == [True, False, False, False]
     assert [row["answer"] for row in rows] == ["18", None, None, "7"]
 
@@ -235,11 +195,8 @@ def test_gold_label_may_be_written_with_a_dollar():
 
 def test_tasks_are_data_and_an_unknown_one_names_the_nearest():
     task = find_task("GSM8K")
-    assert (
-        task is TASKS["GSM8K"]
-        and task.metric in task.grade("#### 1", "1")
-        and "Question:" in task.stop
-    )
+    assert task is TASKS["GSM8K"] and task.metric in task.grade("#### 1", "1")
+    assert "Question:" in task.stop
     assert task.metric in task.score(["#### 1"], ["1"])[0]
     with pytest.raises(UserError, match="did you mean 'GSM8K'"):
         find_task("gsm8")

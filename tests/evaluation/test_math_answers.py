@@ -1,4 +1,7 @@
-r"""The boxed rule on pairs of answers and its traps, the two rules beside it, golds, counts, and hostile responses."""
+r"""The boxed rule on pairs of answers and its traps, and the two rules beside it.
+
+Also golds, counts, and hostile responses.
+"""
 
 import json
 import time
@@ -13,57 +16,70 @@ from src.evaluation.tasks import TASKS, find_task
 EQUAL = [
     # spaces, delimiters, dollar signs, dots
     (r"x + 2", "x+2"), (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\frac{\pi}{2})"),
-    (r"[0,\infty)", r"\left[0, \infty\right)"), (r"x\!\!+\,y", "x+y"), (r"\$18", "18"), ("$18$", "18"), ("18.", "18"),
-    (r"\( 18 \)", "18"), (r"2\ \pi", r"2\pi"), ("\n18\n", "18"), (r"\displaystyle\frac12", r"\frac{1}{2}"), ("−3", "-3"),
-    (r"\{1,2\}", r"\left\{1, 2\right\}"), (r"\pi  r^2", r"\pi r^{2}"), (r"x \leq 5", r"x\le5"),
+    (r"[0,\infty)", r"\left[0, \infty\right)"), (r"x\!\!+\,y", "x+y"), (r"\$18", "18"),
+    ("$18$", "18"), ("18.", "18"), (r"\( 18 \)", "18"), (r"2\ \pi", r"2\pi"), ("\n18\n", "18"),
+    (r"\displaystyle\frac12", r"\frac{1}{2}"), ("−3", "-3"), (r"\{1,2\}", r"\left\{1, 2\right\}"),
+    (r"\pi  r^2", r"\pi r^{2}"), (r"x \leq 5", r"x\le5"),
     # units
-    (r"5\text{ cm}", "5"), (r"5 \text{ cm}^2", "5"), (r"864 \mbox{ inches}^{3}", "864"), (r"5\,\mathrm{cm}", "5"),
-    ("5 cm", "5"), ("12 square units.", "12"), ("7 in^2", "7"), (r"\frac{1}{2}\text{ mile}", r"\frac12"),
-    (r"3\pi\text{ ft}", r"3\pi"), (r"2\sqrt{3}\text{ m}", r"2\sqrt{3}"), (r"15\%", "15"), ("15%", "15"),
-    ("15 percent", "15"), (r"5^\text{th}", "5"), (r"5!\text{ ways}", "5!"), (r"(2+3)\text{ m}\text{ each}", "(2+3)"),
+    (r"5\text{ cm}", "5"), (r"5 \text{ cm}^2", "5"), (r"864 \mbox{ inches}^{3}", "864"),
+    (r"5\,\mathrm{cm}", "5"), ("5 cm", "5"), ("12 square units.", "12"), ("7 in^2", "7"),
+    (r"\frac{1}{2}\text{ mile}", r"\frac12"), (r"3\pi\text{ ft}", r"3\pi"),
+    (r"2\sqrt{3}\text{ m}", r"2\sqrt{3}"), (r"15\%", "15"), ("15%", "15"), ("15 percent", "15"),
+    (r"5^\text{th}", "5"), (r"5!\text{ ways}", "5!"), (r"(2+3)\text{ m}\text{ each}", "(2+3)"),
     # degrees
-    (r"90^\circ", "90"), (r"90^{\circ}", "90"), (r"90 ^ { \circ }", "90"), ("90°", "90"), (r"90\degree", "90"),
-    ("90 degrees", "90"), (r"20^\circ\text{C}", "20"),
+    (r"90^\circ", "90"), (r"90^{\circ}", "90"), (r"90 ^ { \circ }", "90"), ("90°", "90"),
+    (r"90\degree", "90"), ("90 degrees", "90"), (r"20^\circ\text{C}", "20"),
     # text that is the answer
-    (r"\text{Evelyn}", "Evelyn"), (r"\textbf{(A)}", r"\text{(A)}"), (r"\text{ even }", "even"), (r"\text{yes.}", "yes"),
+    (r"\text{Evelyn}", "Evelyn"), (r"\textbf{(A)}", r"\text{(A)}"), (r"\text{ even }", "even"),
+    (r"\text{yes.}", "yes"),
     # fractions, roots, powers
     (r"\dfrac{3}{4}", r"\frac{3}{4}"), (r"\tfrac34", r"\frac{3}{4}"), (r"\frac12", r"\frac{1}{2}"),
-    (r"\frac 1 2", r"\frac{1}{2}"), (r"\frac1{72}", r"\frac{1}{72}"), (r"\frac{72}3", r"\frac{72}{3}"),
-    (r"\frac\pi2", r"\frac{\pi}{2}"), ("3/4", r"\frac{3}{4}"), ("-3/4", r"-\frac34"), ("(1/2, 3/4)", r"(\frac12,\frac34)"),
-    ("x+1/2", r"x+\frac{1}{2}"), (r"\sqrt3", r"\sqrt{3}"), (r"\frac{\sqrt3}3", r"\frac{\sqrt{3}}{3}"), ("x^2", "x^{2}"),
+    (r"\frac 1 2", r"\frac{1}{2}"), (r"\frac1{72}", r"\frac{1}{72}"),
+    (r"\frac{72}3", r"\frac{72}{3}"), (r"\frac\pi2", r"\frac{\pi}{2}"), ("3/4", r"\frac{3}{4}"),
+    ("-3/4", r"-\frac34"), ("(1/2, 3/4)", r"(\frac12,\frac34)"), ("x+1/2", r"x+\frac{1}{2}"),
+    (r"\sqrt3", r"\sqrt{3}"), (r"\frac{\sqrt3}3", r"\frac{\sqrt{3}}{3}"), ("x^2", "x^{2}"),
     ("4210_5", "4210_{5}"), (r"\sqrt[3]{ 4 }", r"\sqrt[3]{4}"), (r"\binom52", r"\binom{5}{2}"),
     (r"\{1/2,1\}", r"\{\frac12,1\}"),
     # decimals
-    (".5", "0.5"), ("0.5", r"\frac{1}{2}"), (".5", "1/2"), ("-.5", r"-\frac12"), ("(.25,1)", "(0.25,1)"), ("x=.75", "0.75"),
+    (".5", "0.5"), ("0.5", r"\frac{1}{2}"), (".5", "1/2"), ("-.5", r"-\frac12"),
+    ("(.25,1)", "(0.25,1)"), ("x=.75", "0.75"),
     # a name in front
-    ("x=5", "5"), ("x = 5", "5"), (r"\theta=\pi", r"\pi"), ("AB=3", "3"), (r"\text{x}=5", "5"), ("y=2x+1", "2x+1"),
+    ("x=5", "5"), ("x = 5", "5"), (r"\theta=\pi", r"\pi"), ("AB=3", "3"), (r"\text{x}=5", "5"),
+    ("y=2x+1", "2x+1"),
     # thousands
     ("10,000", "10000"), ("10{,}000", "10000"), (r"10,\!000", "10000"), (r"10\,000", "10000"),
-    ("-1,234,567.8", "-1234567.8"), (r"\$32,\!348", "32348"), (r"(1{,}000, 2)", "(1000,2)"), (r"(1,\!000,2)", "(1000,2)"),
-    ("1,000x", "1000x"), (r"\begin{pmatrix} 1 \\ -2 \end{pmatrix}", r"\begin{pmatrix}1\\-2\end{pmatrix}"),
+    ("-1,234,567.8", "-1234567.8"), (r"\$32,\!348", "32348"), (r"(1{,}000, 2)", "(1000,2)"),
+    (r"(1,\!000,2)", "(1000,2)"), ("1,000x", "1000x"),
+    (r"\begin{pmatrix} 1 \\ -2 \end{pmatrix}", r"\begin{pmatrix}1\\-2\end{pmatrix}"),
     ("1,2, 3", "1,2,3"),
-    (r"\begin{pmatrix} 1/5 & 2/5 \\ 3/5 & 4 \end{pmatrix}", r"\begin{pmatrix}\frac15&\frac25\\\frac35&4\end{pmatrix}"),
+    (r"\begin{pmatrix} 1/5 & 2/5 \\ 3/5 & 4 \end{pmatrix}",
+     r"\begin{pmatrix}\frac15&\frac25\\\frac35&4\end{pmatrix}"),
     (r"\begin{bmatrix} x \\ 4/5 \end{bmatrix}", r"\begin{bmatrix}x\\\frac45\end{bmatrix}"),
-    ("1/2, 3/4", r"\frac12,\frac34"), ("|1/2|", r"\left|\frac12\right|"), (r"70^\circ, 110^\circ", "70,110"),
-    (r"11,\! 111,\! 100", "11111100"), ("90\\text{ square\nunits}", "90"),
-    (r"8\sqrt{3} \text { square inches}", r"8\sqrt3"), (r"\frac{12}{5,\!525}", r"\frac{12}{5525}"), (r"-\$0.75", "-.75"),
+    ("1/2, 3/4", r"\frac12,\frac34"), ("|1/2|", r"\left|\frac12\right|"),
+    (r"70^\circ, 110^\circ", "70,110"), (r"11,\! 111,\! 100", "11111100"),
+    ("90\\text{ square\nunits}", "90"), (r"8\sqrt{3} \text { square inches}", r"8\sqrt3"),
+    (r"\frac{12}{5,\!525}", r"\frac{12}{5525}"), (r"-\$0.75", "-.75"),
 ]  # fmt: skip
 UNEQUAL = [
-    ("5", "6"), ("5", "-5"), ("5", "55"), ("1,2", "2,1"), ("1,2,3", "123"), ("12,34", "1234"), ("1,2,345", "12345"),
-    ("1,2,345", "1,2345"), ("1,234,5", "1234,5"), (r"x^\circledast", "xledast"), ("0,123", "123"), ("1,2345", "12345"),
-    ("(1,200)", "(1200)"), ("[0,100]", "[0100]"), ("1234,567", "1234567"), ("1,234,5", "12345"), ("(0,1)", "[0,1]"),
-    ("(0,1)", "(0,1]"), (r"x\leftarrow y", "xarrowy"), (r"\textstyle5", "style5"), (r"\pi r", r"\pir"),
-    (r"5\text{ or }6", "5"), (r"5\text{ or }6\text{ cm}", "5"), ("5x", "5"), ("2ab", "2"), ("5xcm", "5x"),
-    (r"3\mathrm{i}", "3"), (r"2\mathbf{i}", "2"), (r"3\text{ million}", "3"), (r"12_{\text{eight}}", "12"),
-    (r"3\text{ p.m.}", r"3\text{ a.m.}"), (r"10\text{ (base 8)}", "10"), (r"\text{A}\text{B}", "A"), (r"\text{cm}", "5"),
-    (r"x\in", "x"), (r"f\circ g", "fg"), ("2^{90}", "290"), (r"\text{Evelyn}", r"\text{evelyn}"),
-    (r"\text{(A)}", r"\text{(B)}"), (r"\frac12", r"\frac{2}{1}"), (r"\frac{1}{23}", r"\frac{12}{3}"),
-    (r"\frac123", r"\frac{1}{23}"), ("2^1/2", r"2^{\frac{1}{2}}"), ("1/2x", r"\frac{1}{2x}"), ("1/2x", r"\frac{1}{2}x"),
-    ("x1/2", r"x\frac12"), ("1/2/3", r"\frac{1}{2}/3"), (r"x\\1/2!", r"x\\\frac12!"), (r"\sum1/2", r"\sum\frac12"),
-    ("1.1/2", r"1.\frac12"), ("2/3!", r"\frac{2}{3}!"), (r"\sqrt34", r"\sqrt{34}"), (r"\sqrt[3]{4}", r"\sqrt{4}"),
-    ("x^12", "x^{12}"), ("0.5", "0.05"), ("10.5", r"1\frac{1}{2}"), ("0.25", r"\frac{1}{4}"), ("5", "0.5"), (".5.5", "0.5"),
-    ("5.0", "5"), ("2x=6", "6"), ("xyz=6", "6"), ("x=1,y=2", "2"), ("x=1,y=2", "1,y=2"), (r"x\ne5", "5"), ("x<5", "5"),
-    ("x=", "x"), ("=5", "x=5"), ("f(x)=5", "5"),
+    ("5", "6"), ("5", "-5"), ("5", "55"), ("1,2", "2,1"), ("1,2,3", "123"), ("12,34", "1234"),
+    ("1,2,345", "12345"), ("1,2,345", "1,2345"), ("1,234,5", "1234,5"),
+    (r"x^\circledast", "xledast"), ("0,123", "123"), ("1,2345", "12345"), ("(1,200)", "(1200)"),
+    ("[0,100]", "[0100]"), ("1234,567", "1234567"), ("1,234,5", "12345"), ("(0,1)", "[0,1]"),
+    ("(0,1)", "(0,1]"), (r"x\leftarrow y", "xarrowy"), (r"\textstyle5", "style5"),
+    (r"\pi r", r"\pir"), (r"5\text{ or }6", "5"), (r"5\text{ or }6\text{ cm}", "5"), ("5x", "5"),
+    ("2ab", "2"), ("5xcm", "5x"), (r"3\mathrm{i}", "3"), (r"2\mathbf{i}", "2"),
+    (r"3\text{ million}", "3"), (r"12_{\text{eight}}", "12"), (r"3\text{ p.m.}", r"3\text{ a.m.}"),
+    (r"10\text{ (base 8)}", "10"), (r"\text{A}\text{B}", "A"), (r"\text{cm}", "5"), (r"x\in", "x"),
+    (r"f\circ g", "fg"), ("2^{90}", "290"), (r"\text{Evelyn}", r"\text{evelyn}"),
+    (r"\text{(A)}", r"\text{(B)}"), (r"\frac12", r"\frac{2}{1}"),
+    (r"\frac{1}{23}", r"\frac{12}{3}"), (r"\frac123", r"\frac{1}{23}"),
+    ("2^1/2", r"2^{\frac{1}{2}}"), ("1/2x", r"\frac{1}{2x}"), ("1/2x", r"\frac{1}{2}x"),
+    ("x1/2", r"x\frac12"), ("1/2/3", r"\frac{1}{2}/3"), (r"x\\1/2!", r"x\\\frac12!"),
+    (r"\sum1/2", r"\sum\frac12"), ("1.1/2", r"1.\frac12"), ("2/3!", r"\frac{2}{3}!"),
+    (r"\sqrt34", r"\sqrt{34}"), (r"\sqrt[3]{4}", r"\sqrt{4}"), ("x^12", "x^{12}"), ("0.5", "0.05"),
+    ("10.5", r"1\frac{1}{2}"), ("0.25", r"\frac{1}{4}"), ("5", "0.5"), (".5.5", "0.5"),
+    ("5.0", "5"), ("2x=6", "6"), ("xyz=6", "6"), ("x=1,y=2", "2"), ("x=1,y=2", "1,y=2"),
+    (r"x\ne5", "5"), ("x<5", "5"), ("x=", "x"), ("=5", "x=5"), ("f(x)=5", "5"),
 ]  # fmt: skip
 
 
@@ -72,9 +88,8 @@ UNEQUAL = [
 )
 def test_boxed_answers_in_normal_form(answer, gold, right):
     assert grade(rf"so it is \boxed{{{answer}}}.", gold)["boxed"] is right
-    assert grade(rf"so it is \boxed{{{gold}}}.", answer)["boxed"] is right, (
-        "the comparison is not symmetric"
-    )
+    reverse = grade(rf"so it is \boxed{{{gold}}}.", answer)["boxed"]
+    assert reverse is right, "the comparison is not symmetric"
 
 
 def test_a_normal_form_is_its_own():
@@ -84,14 +99,16 @@ def test_a_normal_form_is_its_own():
 
 
 @pytest.mark.parametrize("text, answer", [
-    (r"\boxed{1} and then \boxed{2}", "2"), (r"\boxed{1} and then \fbox{2}", "2"), (r"\fbox{1} and then \boxed{2}", "2"),
-    ("First,\n\nthen\n\\boxed{5}\n", "5"), (r"$\boxed{\frac{1}{x_{2}}}$ and {more}", r"\frac{1}{x_{2}}"),
-    (r"\boxed{\boxed{5}}", "5"), (r"\boxed {5}", "5"), (r"\boxed{1, 2}", "1,2"), ("\\boxed\n{5}", "5"),
-    (r"$\boxed 5$ apples", "5"), (r"$\boxed\frac12$.", r"\frac{1}{2}"), (r"\[\boxed 5\] apples", "5"),
-    ("\\boxed 5\nso", "5"), (r"\(\fbox 5\)", "5"), (r"\boxed{\left\{1\right.}", r"\{1"), (r"\boxed{\}}", r"\}"),
-    (r"\boxed{5} \boxedup{6}", "5"), (r"\boxed{a\\{b}}", r"a\\{b}"), (r"\boxed{5", None),
-    (r"\boxed{1} so \boxed{\frac{2}", None), (r"\boxed", None), ("\\", None), (r"\boxed{}", None), (r"\boxed{\!}", None),
-    ("boxed{5}", None), ("", None), ("5", None), (r"\boxed}5", None), (r"\boxed{" + "1" * 1025 + "}", None),
+    (r"\boxed{1} and then \boxed{2}", "2"), (r"\boxed{1} and then \fbox{2}", "2"),
+    (r"\fbox{1} and then \boxed{2}", "2"), ("First,\n\nthen\n\\boxed{5}\n", "5"),
+    (r"$\boxed{\frac{1}{x_{2}}}$ and {more}", r"\frac{1}{x_{2}}"), (r"\boxed{\boxed{5}}", "5"),
+    (r"\boxed {5}", "5"), (r"\boxed{1, 2}", "1,2"), ("\\boxed\n{5}", "5"),
+    (r"$\boxed 5$ apples", "5"), (r"$\boxed\frac12$.", r"\frac{1}{2}"),
+    (r"\[\boxed 5\] apples", "5"), ("\\boxed 5\nso", "5"), (r"\(\fbox 5\)", "5"),
+    (r"\boxed{\left\{1\right.}", r"\{1"), (r"\boxed{\}}", r"\}"), (r"\boxed{5} \boxedup{6}", "5"),
+    (r"\boxed{a\\{b}}", r"a\\{b}"), (r"\boxed{5", None), (r"\boxed{1} so \boxed{\frac{2}", None),
+    (r"\boxed", None), ("\\", None), (r"\boxed{}", None), (r"\boxed{\!}", None), ("boxed{5}", None),
+    ("", None), ("5", None), (r"\boxed}5", None), (r"\boxed{" + "1" * 1025 + "}", None),
     (r"\boxed{" + "1" * 1024 + "}", "1" * 1024),
 ])  # fmt: skip
 def test_the_last_whole_box_is_the_answer(text, answer):
@@ -99,11 +116,14 @@ def test_the_last_whole_box_is_the_answer(text, answer):
 
 
 @pytest.mark.parametrize("text, answer", [
-    ("The answer is 5.", "5"), ("the Answer Is: $\\frac12$.", r"\frac{1}{2}"), ("**Final Answer:** 5", "5"),
-    ("answer is **5**.", "5"), ("The answer is 4. No: the answer is 5", "5"), ("answer is 4\n#### 5\nDone.", "5"),
-    ("#### 4\nThe answer is 5\nDone.", "5"), ("Final Answer: The final answer is $5$. I hope it is correct.", "5"),
-    ("the answer is 2.5. So", "2.5"), ("answer is .5", r"\frac{1}{2}"), ("the answer is $5$ or $6$", "5or6"),
-    (r"\boxed{4}, the answer is 5", "4"), (r"\boxed{4 The answer is 5", "5"), (r"The answer is \boxed{5", None),
+    ("The answer is 5.", "5"), ("the Answer Is: $\\frac12$.", r"\frac{1}{2}"),
+    ("**Final Answer:** 5", "5"), ("answer is **5**.", "5"),
+    ("The answer is 4. No: the answer is 5", "5"), ("answer is 4\n#### 5\nDone.", "5"),
+    ("#### 4\nThe answer is 5\nDone.", "5"),
+    ("Final Answer: The final answer is $5$. I hope it is correct.", "5"),
+    ("the answer is 2.5. So", "2.5"), ("answer is .5", r"\frac{1}{2}"),
+    ("the answer is $5$ or $6$", "5or6"), (r"\boxed{4}, the answer is 5", "4"),
+    (r"\boxed{4 The answer is 5", "5"), (r"The answer is \boxed{5", None),
     ("the answer is\n5", None), ("the answer: 5", None), ("####5", None), ("5", None), ("", None),
     ("the answer is " + "5" * 2000, None), ("the answer is 5\r\nDone.", "5"),
 ])  # fmt: skip
@@ -113,15 +133,19 @@ def test_the_loose_rule_takes_what_is_said_where_nothing_is_boxed(text, answer):
 
 
 @pytest.mark.parametrize("answer, gold, right", [
-    ("0.25", r"\frac14", True), ("5.0", "5", True), ("-0.75", "-3/4", True), (r"\frac{-3}{4}", "-0.75", True),
-    (r"-\frac{-3}{4}", "0.75", True), (r"\frac{2}{4}", r"\frac{1}{2}", True), ("11/2", r"5\frac12", True),
-    ("-5.5", r"-5\frac{1}{2}", True), (r"\frac{1.5}{3}", "0.5", True), ("+5", "5", True), ("1,000.0", "1000", True),
-    (r"25.0\%", "25", True), ("0" * 60 + "5", "5", True), ("5", "5", True), ("-0", "0", True),
-    ("0.3333333333333333", "1/3", False), ("0.1" + "0" * 30 + "1", "0.1", False), ("5", "-5", False),
-    (r"\frac{1}{0}", r"\frac{2}{0}", False), (r"\frac{1}{0}", "0", False), (r"2\frac{3}{2}", "3.5", False),
-    (r"2\frac{3}{2}", "3", False), ("x", "x", False), ("x", "5", False), ("1e3", "1000", False), ("10^3", "1000", False),
-    ("1_000", "1000", False), ("٣", "3", False), ("9" * 65, "9" * 65, False), (r"\sqrt{4}", "2", False),
-    ("2,3", "2,3", False), ("1.2.3", "1.2.3", False), ("", "0", False), ("0x10", "16", False), ("inf", "inf", False),
+    ("0.25", r"\frac14", True), ("5.0", "5", True), ("-0.75", "-3/4", True),
+    (r"\frac{-3}{4}", "-0.75", True), (r"-\frac{-3}{4}", "0.75", True),
+    (r"\frac{2}{4}", r"\frac{1}{2}", True), ("11/2", r"5\frac12", True),
+    ("-5.5", r"-5\frac{1}{2}", True), (r"\frac{1.5}{3}", "0.5", True), ("+5", "5", True),
+    ("1,000.0", "1000", True), (r"25.0\%", "25", True), ("0" * 60 + "5", "5", True),
+    ("5", "5", True), ("-0", "0", True), ("0.3333333333333333", "1/3", False),
+    ("0.1" + "0" * 30 + "1", "0.1", False), ("5", "-5", False),
+    (r"\frac{1}{0}", r"\frac{2}{0}", False), (r"\frac{1}{0}", "0", False),
+    (r"2\frac{3}{2}", "3.5", False), (r"2\frac{3}{2}", "3", False), ("x", "x", False),
+    ("x", "5", False), ("1e3", "1000", False), ("10^3", "1000", False), ("1_000", "1000", False),
+    ("٣", "3", False), ("9" * 65, "9" * 65, False), (r"\sqrt{4}", "2", False),
+    ("2,3", "2,3", False), ("1.2.3", "1.2.3", False), ("", "0", False), ("0x10", "16", False),
+    ("inf", "inf", False),
 ])  # fmt: skip
 def test_numbers_are_equal_in_value(answer, gold, right):
     assert grade(rf"\boxed{{{answer}}}", gold)["numeric"] is right
@@ -130,40 +154,28 @@ def test_numbers_are_equal_in_value(answer, gold, right):
 def test_only_the_loose_rule_reads_what_is_not_boxed():
     assert grade("the answer is 5", "5") == {"boxed": False, "numeric": False, "loose": True}
     assert grade(r"\boxed{5}", "5") == {"boxed": True, "numeric": True, "loose": True}
-    assert grade(r"\boxed{4}, I mean the answer is 5", "5") == {
-        "boxed": False,
-        "numeric": False,
-        "loose": False,
-    }
-    assert grade("", "5") == {"boxed": False, "numeric": False, "loose": False}
+    wrong = {"boxed": False, "numeric": False, "loose": False}
+    assert grade(r"\boxed{4}, I mean the answer is 5", "5") == wrong
+    assert grade("", "5") == wrong
 
 
 MEGABYTE = 1_000_000
 PIECES = [
-    r"\boxed{", r"\boxed ", r"\boxedx", r"\boxed{}", r"\fbox", "{", "}", "(", r"\left(", "{,}", "^{", r"\text{", r"\sqrt[",
-    r"\frac", r"\frac{", r"{\frac1", "^", r"^\circ", r"\text{ cm}", "cm ", "million", "=", "\\", r"\\", "$", " ", "\n", "*",
-    ",", "1,", ",000", ".", "1/", "-", "#", "####", "#### ", "answer is ", "Final Answer:",
-    "a", "9", "1e9", "9**", "\0", "\ud800", "٣",
+    r"\boxed{", r"\boxed ", r"\boxedx", r"\boxed{}", r"\fbox", "{", "}", "(", r"\left(", "{,}",
+    "^{", r"\text{", r"\sqrt[", r"\frac", r"\frac{", r"{\frac1", "^", r"^\circ", r"\text{ cm}",
+    "cm ", "million", "=", "\\", r"\\", "$", " ", "\n", "*", ",", "1,", ",000", ".", "1/", "-", "#",
+    "####", "#### ", "answer is ", "Final Answer:", "a", "9", "1e9", "9**", "\0", "\ud800", "٣",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("piece", PIECES, ids=ascii)
 def test_hostile_responses_take_no_time(piece):
-    much = piece * (MEGABYTE // len(piece))
-    some = piece * (1000 // len(piece))
-    texts = [
-        much,
-        much + r"\boxed{5}",
-        r"\boxed{5}" + much,
-        f"the answer is {much}",
-        f"{much} the answer is {some}",
-    ]
-    texts += [
-        rf"\boxed{{{much}}}",
-        rf"\boxed{{{much}",
-        rf"\boxed{{{some}}}",
-        rf"\boxed{{5{some}" + "}" * 999,
-    ]
+    long = piece * (MEGABYTE // len(piece))
+    short = piece * (1000 // len(piece))
+    texts = [long, long + r"\boxed{5}", r"\boxed{5}" + long]
+    texts += [f"the answer is {long}", f"{long} the answer is {short}"]
+    texts += [rf"\boxed{{{long}}}", rf"\boxed{{{long}"]
+    texts += [rf"\boxed{{{short}}}", rf"\boxed{{5{short}" + "}" * 999]
     for text in texts:
         fastest = float("inf")
         for _ in range(5):  # the fastest of five: other processes are not the grader's fault
@@ -204,21 +216,24 @@ def test_a_gold_may_be_a_whole_solution():
 
 
 @pytest.mark.parametrize("row, gold", [
-    ({"label": r"\frac12", "answer": "3", "solution": r"\boxed{4}"}, r"\frac12"), ({"label": 5}, "5"),
-    ({"label": 5.0}, "5"), ({"label": 0.25}, "0.25"), ({"label": r"so \boxed{5}"}, r"so \boxed{5}"),
-    ({"answer": "3", "solution": r"\boxed{4}"}, "3"), ({"answer": 3, "label": None}, "3"),
-    ({"problem": "p", "level": "Level 5", "type": "Algebra", "solution": r"\boxed{3}, $\boxed{x=4}$"}, "x=4"),
+    ({"label": r"\frac12", "answer": "3", "solution": r"\boxed{4}"}, r"\frac12"),
+    ({"label": 5}, "5"), ({"label": 5.0}, "5"), ({"label": 0.25}, "0.25"),
+    ({"label": r"so \boxed{5}"}, r"so \boxed{5}"), ({"answer": "3", "solution": r"\boxed{4}"}, "3"),
+    ({"answer": 3, "label": None}, "3"),
+    ({"problem": "p", "level": "Level 5", "type": "Algebra",
+      "solution": r"\boxed{3}, $\boxed{x=4}$"}, "x=4"),
     ({"output": r"so $\boxed 4$."}, "4"), ({"output": [r"\boxed{5}", r"\boxed{6}"]}, "5"),
-    ({"solution": "none", "output": r"\fbox{6}"}, "6"), ({"output": r"\boxed{7}", "solution": r"\boxed{8}"}, "8"),
+    ({"solution": "none", "output": r"\fbox{6}"}, "6"),
+    ({"output": r"\boxed{7}", "solution": r"\boxed{8}"}, "8"),
 ])  # fmt: skip
 def test_gold_of_a_row(row, gold):
     assert gold_of(row) == gold
 
 
 @pytest.mark.parametrize("row", [
-    {"instruction": "x"}, {"instruction": "x", "output": "5"}, {"instruction": "x", "solution": r"\boxed{5"},
-    {"instruction": "x", "label": None}, {"instruction": "x", "label": True},
-    {"instruction": "x", "label": [], "output": []},
+    {"instruction": "x"}, {"instruction": "x", "output": "5"},
+    {"instruction": "x", "solution": r"\boxed{5"}, {"instruction": "x", "label": None},
+    {"instruction": "x", "label": True}, {"instruction": "x", "label": [], "output": []},
 ])  # fmt: skip
 def test_a_row_without_a_gold_is_refused(row):
     with pytest.raises(UserError, match="a row without a gold answer.*'instruction'"):
@@ -235,19 +250,10 @@ def test_scores_keep_every_response_in_the_denominator():
         r"\boxed{1",
         r"\boxed{8}",
     ]
-    summary, rows = score(
-        responses,
-        [r"\frac{1}{2}"] * 5 + ["1", "9"],
-        [False, True, False, False, False, True, False],
-    )
-    assert summary == {
-        "n": 7,
-        "boxed": 1 / 7,
-        "numeric": 2 / 7,
-        "loose": 2 / 7,
-        "unparsed": 3,
-        "truncated": 2,
-    }
+    golds = [r"\frac{1}{2}"] * 5 + ["1", "9"]
+    summary, rows = score(responses, golds, [False, True, False, False, False, True, False])
+    shares = {"boxed": 1 / 7, "numeric": 2 / 7, "loose": 2 / 7}
+    assert summary == {"n": 7, "unparsed": 3, "truncated": 2} | shares
     assert [row["boxed"] for row in rows] == [True, False, False, False, False, False, False]
     assert [row["loose"] for row in rows] == [True, False, True, False, False, False, False]
     assert [row["answer"] for row in rows] == [r"\frac{1}{2}", "0.50", None, None, "7", None, "8"]
@@ -267,11 +273,8 @@ def test_score_refuses_what_cannot_be_scored():
 
 def test_the_task_is_registered_and_its_samples_vote_in_normal_form():
     task = find_task("MATH")
-    assert (
-        task is TASKS["MATH"]
-        and task.metric == "boxed"
-        and {"Problem:", "Question:"} < set(task.stop)
-    )
+    assert task is TASKS["MATH"] and task.metric == "boxed"
+    assert {"Problem:", "Question:"} < set(task.stop)
     assert task.gold_of({"solution": r"\boxed{4}"}) == "4" and task.grade("", "0")["boxed"] is False
     texts = [r"\boxed{\frac12}", r"\boxed{1/2}", r"\boxed{3}"]
     summary, rows = graded(task, ["q"], [r"\frac{1}{2}"], texts, None, 3)

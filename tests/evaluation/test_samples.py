@@ -41,6 +41,5 @@ def test_questions_are_averaged_and_every_sample_is_a_row():
     assert summary["accuracy"] == pytest.approx(2 / 6) and summary["n"] == 6
     assert summary["pass@1"] == pytest.approx(1 / 3) and summary["pass@3"] == 1.0
     assert summary["maj@3"] == 0.5  # 8 beats 7; of 1 and 2 the first
-    assert [row["index"] for row in rows] == [0, 0, 0, 1, 1, 1] and [
-        row["gold"] for row in rows
-    ] == ["7"] * 3 + ["1"] * 3
+    assert [row["index"] for row in rows] == [0, 0, 0, 1, 1, 1]
+    assert [row["gold"] for row in rows] == ["7"] * 3 + ["1"] * 3

@@ -42,18 +42,21 @@ def test_accuracy_counts_every_pair_once_and_a_tie_is_not_right(parallel, log, m
         Comparison(rows[7:], rows[7:]),
     ]
     scores = torch.tensor([1.0, 0.0, -1.0, 0.5, 0.0, 3.0, 2.0, 4.0, 4.0])
-    monkeypatch.setattr(
-        verifier, "score_all", lambda model, parallel, sequences, *rest: scores[: len(sequences)]
-    )
-    summary, told = evaluate_pairs(None, parallel, comparisons, 4, log)
-    # (1, 0) against (-1, 0.5, 0): right are 1 > all three and 0 > -1; 0 = 0 is not; then 3 > 2, and a tie
+
+    def score_all(model, parallel, sequences, *rest):
+        return scores[: len(sequences)]
+
+    monkeypatch.setattr(verifier, "score_all", score_all)
+    summary, per_row = evaluate_pairs(None, parallel, comparisons, 4, log)
+    # (1, 0) against (-1, 0.5, 0): right are 1 > all three and 0 > -1; 0 = 0 is not; then 3 > 2, and
+    # a tie
     assert summary == {
         "n": 3,
         "pairs": 8,
         "accuracy": 5 / 8,
         "margin": pytest.approx((3.5 + 0.5 + 1.0 + 0.0) / 8),
     }
-    assert told == [
+    assert per_row == [
         {"chosen": [1.0, 0.0], "rejected": [-1.0, 0.5, 0.0]},
         {"chosen": [3.0], "rejected": [2.0]},
         {"chosen": [4.0], "rejected": [4.0]},
@@ -63,6 +66,11 @@ def test_accuracy_counts_every_pair_once_and_a_tie_is_not_right(parallel, log, m
 def test_no_gradient_is_kept_while_scoring(folder, parallel, log):
     model, seen = ours(folder, parallel), []
     forward = model.forward
-    model.forward = lambda *given: seen.append(torch.is_grad_enabled()) or forward(*given)
+
+    def spied(*inputs):
+        seen.append(torch.is_grad_enabled())
+        return forward(*inputs)
+
+    model.forward = spied
     score_all(model, parallel, some_sequences(2), 2, log)
     assert seen == [False]

@@ -1,4 +1,7 @@
-"""Training runs that are disturbed: started as a user would, killed, stopped, starved; and what they left."""
+"""Training runs that are disturbed: started as a user would, killed, stopped, starved.
+
+Also what they left.
+"""
 
 import hashlib
 import json
@@ -26,24 +29,14 @@ class Run:
         self.ranks, self.log, self.seen = ranks, log, set()
         command = [sys.executable]
         if ranks > 1:
-            command += [
-                "-m",
-                "torch.distributed.run",
-                "--nnodes",
-                "1",
-                "--nproc_per_node",
-                str(ranks),
-            ]
+            command += ["-m", "torch.distributed.run", "--nnodes", "1"]
+            command += ["--nproc_per_node", str(ranks)]
             command += ["--master_addr", "127.0.0.1", "--master_port", str(_free_port())]
         command = [*(launcher or []), *command, *arguments]
         inherited = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
         env = {name: value for name, value in os.environ.items() if name not in inherited}
-        env |= {
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-            "PYTHONUNBUFFERED": "1",
-        }
+        env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        env |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
         self.output = log.open("ab")
         self.process = subprocess.Popen(
             command,
@@ -56,17 +49,16 @@ class Run:
 
     def workers(self) -> list[int]:
         """The ranks' process ids, in order; [] while they are not there yet."""
-        found = [self.process.pid] if self.ranks == 1 else sorted(children_of(self.process.pid))
-        self.seen.update(found)
-        return found if len(found) == self.ranks else []
+        pids = [self.process.pid] if self.ranks == 1 else sorted(children_of(self.process.pid))
+        self.seen.update(pids)
+        return pids if len(pids) == self.ranks else []
 
     def until(self, condition, what: str) -> None:
         """Until the condition holds or the run has ended."""
         began = time.monotonic()
         while not condition() and self.process.poll() is None:
-            assert time.monotonic() - began < PATIENCE_S, (
-                f"{what} did not come\n{self.said()[-3000:]}"
-            )
+            waited = time.monotonic() - began
+            assert waited < PATIENCE_S, f"{what} did not come\n{self.said()[-3000:]}"
             time.sleep(0.005)
 
     def wait(self) -> int:
@@ -77,10 +69,9 @@ class Run:
             self.end()
 
     def end(self) -> None:
+        # a launcher's workers have sessions of their own, and one that is stopped stays
         for kill, pid in [(os.killpg, self.process.pid), *((os.kill, pid) for pid in self.seen)]:
-            with suppress(
-                ProcessLookupError
-            ):  # a launcher's workers have sessions of their own, and one that is stopped stays
+            with suppress(ProcessLookupError):
                 kill(pid, signal.SIGKILL)
         self.process.wait()
         self.output.close()
@@ -90,15 +81,15 @@ class Run:
 
 
 def children_of(pid: int) -> list[int]:
-    found = []
+    children = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rpartition(")")[2].split()
         except OSError:
             continue  # gone meanwhile
         if int(fields[1]) == pid and fields[0] != "Z":
-            found.append(int(stat.parent.name))
-    return found
+            children.append(int(stat.parent.name))
+    return children
 
 
 def alive(pid: int) -> bool:
@@ -114,7 +105,7 @@ def steps_in(state: Path) -> list[int]:
 
 def curve(logs: Path) -> dict[int, float]:
     """What each step's loss (PPO: value loss and reward) was, by the last run that took it."""
-    found: dict[int, object] = {}
+    losses: dict[int, object] = {}
     for file in logs.glob("*_train.jsonl"):
         for line in file.read_text().split("\n"):
             try:
@@ -125,8 +116,8 @@ def curve(logs: Path) -> dict[int, float]:
                 names = ("train/loss", "ppo/reward", "ppo/value_loss", "ppo/policy_grad_norm")
                 values = tuple(record[name] for name in names if name in record)
                 if values:
-                    found[record["step"]] = values
-    return found
+                    losses[record["step"]] = values
+    return losses
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -138,11 +129,10 @@ def hashes(folder: Path) -> dict[str, str]:
 
 def recorded(logs: Path) -> int:
     """Steps that were logged so far, by all runs."""
-    return (
-        sum(file.read_text().count('"event": "scalars"') for file in logs.glob("*_train.jsonl"))
-        if logs.is_dir()
-        else 0
-    )
+    if not logs.is_dir():
+        return 0
+    texts = (file.read_text() for file in logs.glob("*_train.jsonl"))
+    return sum(text.count('"event": "scalars"') for text in texts)
 
 
 def kill_at_random(run: Run, logs: Path, rng: random.Random, within: int) -> bool:

@@ -1,6 +1,6 @@
-"""Runs a script in which one rank is killed (SIGKILL) while the first step is written, at a stage of that.
+"""Runs a script in which one rank is killed (SIGKILL) at a stage of writing the first step.
 
-torchrun --nproc_per_node N tests/faults/killed.py STAGE RANK script.py --flag value ...
+Started as: torchrun --nproc_per_node N tests/faults/killed.py STAGE RANK script.py --flag value ...
 """
 
 import os
@@ -15,8 +15,8 @@ from tests.launch import ROOT
 def main(stage: str, rank: int, script: str, *arguments: str) -> None:
     real = Steps.__init__
 
-    def reached(at: str) -> None:
-        if at == stage and int(os.environ.get("RANK", 0)) == rank:
+    def reached(current: str) -> None:
+        if current == stage and int(os.environ.get("RANK", 0)) == rank:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def init(self, folder, keep, parallel) -> None:

@@ -1,6 +1,6 @@
 """A rank that hangs while the others reduce over gloo.
 
-torchrun --nproc_per_node N tests/faults/lost.py
+Started as: torchrun --nproc_per_node N tests/faults/lost.py
 """
 
 import os

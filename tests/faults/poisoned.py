@@ -1,6 +1,6 @@
 """Runs a script whose SFT loss is NaN on the last rank: in one step, and from another one on.
 
-torchrun --nproc_per_node N tests/faults/poisoned.py STEP FROM_STEP script.py --flag value ...
+Started as: torchrun --nproc_per_node N tests/faults/poisoned.py STEP FROM_STEP script.py --flag …
 """
 
 import os
@@ -19,9 +19,8 @@ def main(step: int, from_step: int, script: str, *arguments: str) -> None:
     def loss(self, model, rows, denominator):
         value, stats = real(self, model, rows, denominator)
         calls.append(rows)
-        poisoned = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1 and (
-            len(calls) == step or len(calls) >= from_step
-        )
+        last_rank = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+        poisoned = last_rank and (len(calls) == step or len(calls) >= from_step)
         return value * (torch.nan if poisoned else 1.0), stats
 
     SolverObjective.loss = loss

@@ -1,4 +1,7 @@
-"""What happens to a training run when something goes wrong, and that nothing is lost. Times to detection are printed (-s)."""
+"""What happens to a training run when something goes wrong, and that nothing is lost.
+
+Times to detection are printed (-s).
+"""
 
 import os
 import random
@@ -54,9 +57,8 @@ def test_killed_at_random_moments_a_run_goes_on_bit_for_bit(
     while done < kills:
         run = Run(arguments, ranks, tmp_path / "log")
         done += kill_at_random(run, logs, rng, within)
-        assert run.wait() != 0 or done == kills, (
-            "the run was over before all kills: give it more steps"
-        )
+        over = run.wait() == 0
+        assert not over or done == kills, "the run was over before all kills: give it more steps"
         whole_steps(state)
         if (state / "finished.json").exists():
             break
@@ -71,14 +73,15 @@ def test_killed_at_random_moments_a_run_goes_on_bit_for_bit(
 def test_killed_at_every_stage_of_a_save_a_run_goes_on_bit_for_bit(
     command, undisturbed, full, tmp_path, trainer
 ):
-    """One kill a launch, of the rank that writes the manifest and of another one; each launch goes on from the last whole step."""
+    """One kill a launch, of the rank that writes the manifest and of another one.
+
+    Each launch goes on from the last whole step.
+    """
     if not full:
         pytest.skip("tried by `make faults`")
     arguments, state, ranks, newest = command(trainer, tmp_path), tmp_path / "model-state", 2, []
     for stage in STAGES:
-        rank = (
-            0 if stage in ("written", "manifest", "renamed") else 1
-        )  # the manifest is rank 0's work
+        rank = 0 if stage in ("written", "manifest", "renamed") else 1  # rank 0 writes the manifest
         run = Run(["tests/faults/killed.py", stage, str(rank), *arguments], ranks, tmp_path / "log")
         assert run.wait() != 0
         whole_steps(state)
@@ -90,12 +93,13 @@ def test_killed_at_every_stage_of_a_save_a_run_goes_on_bit_for_bit(
     weights, losses = undisturbed(trainer, ranks)
     assert hashes(tmp_path / "model") == weights and curve(tmp_path / "model-logs") == losses
     print(
-        f"{trainer}: killed at {', '.join(STAGES)}; newest steps {newest}; weights and curve the same"
+        f"{trainer}: killed at {', '.join(STAGES)}; newest steps {newest}; "
+        "weights and curve the same"
     )
 
 
 def test_an_offloaded_run_is_saved_role_by_role_and_goes_on(command, tmp_path):
-    """Also: back to an older step, whose successors are set aside, and from there to the same end."""
+    """Also back to an older step, whose successors are set aside, and from it to the same end."""
     arguments = command("PPO", tmp_path, offload=True, keep=50, iterations=6)
     finished(command("PPO", tmp_path / "plain", iterations=6), 1, tmp_path / "log")
     finished(arguments, 1, tmp_path / "log")
@@ -171,55 +175,48 @@ def test_a_rank_that_hangs_while_gloo_reduces_is_named(full, tmp_path, ranks):
         pytest.skip("tried by `make faults`")
     run = Run(["tests/faults/lost.py"], ranks, tmp_path / "log")
     run.until(lambda: run.workers() and "did not come to" in run.said(), "a message")
-    assert (
-        run.said().count(f"error: rank 1 of {ranks} did not come to what all ranks do together")
-        == 1
-    ), run.said()[-3000:]
+    message = f"error: rank 1 of {ranks} did not come to what all ranks do together"
+    assert run.said().count(message) == 1, run.said()[-3000:]
     run.end()
 
 
 @pytest.mark.parametrize("ranks", [2])
 def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(command, tmp_path, ranks):
-    """The second data-parallel rank's third loss is NaN; later all of them, until the run gives up and names the rows."""
+    """The second data-parallel rank's third loss is NaN; later all of them.
+
+    Until the run gives up and names the rows.
+    """
     arguments = command(
         "SFT", tmp_path, model_parallel_size=1, epochs=2, save_every=1000, max_skipped_steps=3
     )
     run = Run(["tests/faults/poisoned.py", "3", "5", *arguments], ranks, tmp_path / "log")
     assert run.wait() != 0
-    said = run.said()
-    assert "step 3: the gradient norm is nan, the step is skipped" in said and "step 4:" not in said
-    assert (
-        "not finite in 3 steps in a row (--max_skipped_steps), the last on rows [" in said
-        and "Traceback (most" not in said.split("error:")[0]
-    )
+    log = run.said()
+    assert "step 3: the gradient norm is nan, the step is skipped" in log and "step 4:" not in log
+    assert "not finite in 3 steps in a row (--max_skipped_steps), the last on rows [" in log
+    assert "Traceback (most" not in log.split("error:")[0]
 
 
 def test_a_full_disk_is_named_and_older_steps_stay(command, full, tmp_path):
     place = tmp_path / "small"
     place.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", place], capture_output=True
-    )
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", place]
+    mounted = subprocess.run(mount, capture_output=True)
     if mounted.returncode:
         pytest.skip("a small file system cannot be mounted here: it needs root")
     try:
         log_dir = tmp_path / "logs"
-        run = Run(
-            command("verifier", place, keep=50, save_every=1, log_dir=log_dir),
-            1,
-            tmp_path / "log 1",
-        )
-        assert run.wait() == 2 and "are needed for 51 steps (--save_every, --keep)" in run.said(), (
-            run.said()[-2000:]
-        )
+        arguments = command("verifier", place, keep=50, save_every=1, log_dir=log_dir)
+        run = Run(arguments, 1, tmp_path / "log 1")
+        assert run.wait() == 2, run.said()[-2000:]
+        message = "are needed for 51 steps (--save_every, --keep)"
+        assert message in run.said(), run.said()[-2000:]
         assert recorded(log_dir) == 0 and not list(place.iterdir()), "a step was taken first"
-        run = Run(
-            command("verifier", place, keep=1, save_every=1, log_dir=log_dir), 1, tmp_path / "log"
-        )
+        arguments = command("verifier", place, keep=1, save_every=1, log_dir=log_dir)
+        run = Run(arguments, 1, tmp_path / "log")
         run.until(lambda: steps_in(place / "model-state"), "a step")
-        with (place / "others").open(
-            "wb", buffering=0
-        ) as others:  # somebody fills the disk, and what becomes free
+        # somebody fills the disk, and what becomes free
+        with (place / "others").open("wb", buffering=0) as others:
             while run.process.poll() is None:
                 with suppress(OSError):
                     others.write(bytes(4096))
@@ -235,14 +232,14 @@ def test_the_same_run_is_known_and_another_refused_before_any_work(
     command, base, tmp_path, monkeypatch
 ):
     def asked(**more):
-        script, *given = command("SFT", tmp_path, epochs=1, **more)
-        return call(script, *given)
+        return call(*command("SFT", tmp_path, epochs=1, **more))
+
+    def load_model(*_):
+        pytest.fail("a model was loaded")
 
     assert asked().code == 0
     before = hashes(tmp_path / "model")
-    monkeypatch.setattr(
-        "src.checkpoint.load.load_model", lambda *_: pytest.fail("a model was loaded")
-    )
+    monkeypatch.setattr("src.checkpoint.load.load_model", load_model)
     data, state = base / "data", tmp_path / "model-state"
     for same in (
         {},
@@ -251,10 +248,8 @@ def test_the_same_run_is_known_and_another_refused_before_any_work(
         dict(keep=9),
     ):
         done = asked(**same)
-        assert (
-            done.code == 0
-            and "this run finished after step 12; --resume none runs it again" in done.err
-        )
+        assert done.code == 0
+        assert "this run finished after step 12; --resume none runs it again" in done.err
     changed = {
         "--lr 0.01 → 0.02": dict(lr=2e-2),
         "test.json": dict(train_file=data / "test.json"),
@@ -274,26 +269,20 @@ def test_the_same_run_is_known_and_another_refused_before_any_work(
 
 def test_collectives_that_do_not_match_are_python_errors_in_the_tests():
     done = start(2, "tests/faults/apart.py")
-    assert (
-        done.returncode != 0
-        and "mismatch between collectives" in done.stderr
-        and "RuntimeError" in done.stderr
-    )
+    assert done.returncode != 0
+    assert "mismatch between collectives" in done.stderr and "RuntimeError" in done.stderr
 
 
 def test_the_supervisor_starts_again_while_there_is_progress(command, undisturbed, full, tmp_path):
     if not full:
         pytest.skip("tried by `make faults`")
     arguments = command("SFT", tmp_path, resume="none")  # of the first attempt alone
-    run = Run(arguments, 1, tmp_path / "log", launcher=[str(ROOT / "deploy" / "run.sh")])
+    supervisor = [str(ROOT / "deploy" / "run.sh")]
+    run = Run(arguments, 1, tmp_path / "log", supervisor)
     run.until(lambda: steps_in(tmp_path / "model-state"), "a step")
     os.kill(children_of(run.process.pid)[0], signal.SIGKILL)
     assert run.wait() == 0, run.said()[-2000:]
     assert "restart 1" in run.said() and hashes(tmp_path / "model") == undisturbed("SFT", 1)[0]
-    hopeless = Run(
-        command("SFT", tmp_path / "other", ckpt_dir=tmp_path / "nowhere"),
-        1,
-        tmp_path / "log 2",
-        launcher=[str(ROOT / "deploy" / "run.sh")],
-    )
+    arguments = command("SFT", tmp_path / "other", ckpt_dir=tmp_path / "nowhere")
+    hopeless = Run(arguments, 1, tmp_path / "log 2", supervisor)
     assert hopeless.wait() == 2 and "nowhere" in hopeless.said() and "run.sh" not in hopeless.said()

@@ -1,9 +1,9 @@
-"""One rank of tests/generation/test_generation.py: generates by each of the test's recipes, and draws with `choose`.
+"""One rank of test_generation.py: generates by each of its recipes, and draws with `choose`.
 
     generation_worker.py MODEL RECIPES OUT
 
-RECIPES.json: {"prompts", "recipes": {name: {...}}, "choices": {name: {...}}, "families": {name: folder}}; OUT.json: what
-came of each.
+RECIPES.json: {"prompts", "recipes": {name: {...}}, "choices": {name: {...}},
+"families": {name: folder}}; OUT.json: what came of each.
 """
 
 import json
@@ -31,16 +31,15 @@ from src.parallel.vocab import unpack_bits, vocab_range
 def run_recipe(models, parallel, prompts, recipe) -> dict:
     model = models[recipe.get("dtype", "float32")]
     order = recipe.get("order") or list(range(len(prompts)))
-    engine = Engine(
-        model, parallel, recipe["slots"], recipe.get("max_seq_len", 200), recipe.get("kv_cache_gb")
-    )
-    strings = tuple(recipe.get("stop_strings", ()))
+    max_seq_len, kv_cache_gb = recipe.get("max_seq_len", 200), recipe.get("kv_cache_gb")
+    engine = Engine(model, parallel, recipe["slots"], max_seq_len, kv_cache_gb)
+    ids, strings = set(recipe.get("stop_ids", ())), tuple(recipe.get("stop_strings", ()))
     told = []
     completions = generate_sharded(
         engine,
         [prompts[i] for i in order],
         Sampling(**recipe["sampling"]),
-        Stop(set(recipe.get("stop_ids", ())), strings, lambda ids: "".join(f"<{i}>" for i in ids)),
+        Stop(ids, strings, lambda ids: "".join(f"<{i}>" for i in ids)),
         recipe.get("samples"),
         on_tokens=lambda finished, new, running: told.append((finished, new)),
     )
@@ -52,9 +51,8 @@ def run_recipe(models, parallel, prompts, recipe) -> dict:
         "steps": len(told),
     }
     if "temperature" in recipe["sampling"]:
-        sequences = [
-            Sequence(prompts[i] + c.tokens, len(prompts[i])) for i, c in zip(order, completions)
-        ]
+        pairs = zip([prompts[i] for i in order], completions)
+        sequences = [Sequence(prompt + c.tokens, len(prompt)) for prompt, c in pairs]
         temperature = recipe["sampling"]["temperature"] or 1.0
         batch = Batch.of(sequences, parallel.device)
         with torch.no_grad():
@@ -64,131 +62,127 @@ def run_recipe(models, parallel, prompts, recipe) -> dict:
 
 
 def run_relaid(model, parallel, prompts, sampling) -> dict:
-    """At every smaller degree: tokens, with the model as it is and with an adapter beside it, and the degree's own numbers."""
-    made, samples = {}, list(range(len(prompts)))
+    """The tokens at every smaller degree, and with an adapter those of the own degree too.
+
+    With the model as it is, and with an adapter beside it.
+    """
+    tokens, samples = {}, list(range(len(prompts)))
+    sampling = Sampling(**sampling)
     for adapted in (False, True):
         if adapted:
             add_lora(model, LoRAConfig(2, 8.0), 1, parallel)
             for name, p in model.named_parameters():
                 if name.endswith("lora_b"):  # the same at every degree
                     p.data.fill_(0.02)
-            engine = Engine(model, parallel, 16, 200)
-            made["with an adapter"] = [
-                c.tokens for c in engine.generate(prompts, Sampling(**sampling), set())
-            ]
+            completions = Engine(model, parallel, 16, 200).generate(prompts, sampling, set())
+            tokens["with an adapter"] = [c.tokens for c in completions]
         for n in (n for n in (1, 2) if n < parallel.mp_size):
-            done = RelaidEngine(model, parallel, n, 16, 200).generate(
-                prompts, Sampling(**sampling), set(), samples
-            )
-            made[f"{n}{', with an adapter' if adapted else ''}"] = [c.tokens for c in done]
-    return made
+            engine = RelaidEngine(model, parallel, n, 16, 200)
+            completions = engine.generate(prompts, sampling, set(), samples)
+            tokens[f"{n}{', with an adapter' if adapted else ''}"] = [c.tokens for c in completions]
+    return tokens
 
 
 def run_kept(model, parallel, prompts, sampling) -> list:
     """Which tokens of the whole vocabulary each choice was among, and the chosen."""
-    done = Engine(model, parallel, 3, 200).generate(
-        prompts, Sampling(**sampling), set(), keep_masks=True
-    )
+    engine = Engine(model, parallel, 3, 200)
+    completions = engine.generate(prompts, Sampling(**sampling), set(), keep_masks=True)
     kept = []
-    for completion in done:
-        mine = unpack_bits(completion.kept, model.vocabulary_part)[:, : model.vocabulary]
+    for completion in completions:
+        # [steps, vocabulary / n] of the rank, then [steps, vocabulary] of all
+        part = unpack_bits(completion.kept, model.vocabulary_part)[:, : model.vocabulary]
         parts = [None] * parallel.mp_size
-        dist.all_gather_object(parts, mine, group=parallel.mp_group)
+        dist.all_gather_object(parts, part, group=parallel.mp_group)
         kept.append([row.nonzero().flatten().tolist() for row in torch.cat(parts, 1)])
-    return [kept, [c.tokens for c in done], [c.logprobs for c in done]]
+    return [kept, [c.tokens for c in completions], [c.logprobs for c in completions]]
 
 
 def run_choice(parallel, choice) -> list[int]:
     """Many draws from one row of logits, told apart by their sample (or step)."""
-    logits = torch.tensor(choice["logits"])
-    first, last = vocab_range(logits.numel() // parallel.mp_size)
+    logits = torch.tensor(choice["logits"])  # [vocabulary]
+    first, end = vocab_range(logits.numel() // parallel.mp_size)
     n = choice["draws"]
     numbers, same = torch.arange(n), torch.full((n,), 3)
     samples, steps = (same, numbers) if choice["by_step"] else (numbers, same)
-    tokens, logprobs = choose(
-        logits[first:last].repeat(n, 1), Sampling(**choice["sampling"]), samples, steps
-    )[:2]
+    rows = logits[first:end].repeat(n, 1)  # [draws, vocabulary / n]
+    tokens, logprobs = choose(rows, Sampling(**choice["sampling"]), samples, steps)[:2]
     return [tokens.tolist(), logprobs.tolist()]
 
 
 @torch.no_grad()
 def run_family(model, parallel, prompts, sampling, whole: list[int], prefilled: list[int]) -> dict:
-    """Greedy continuations, and how far logits token by token are from those of `whole` rows at once."""
+    """Greedy continuations; how far logits token by token are from those of whole rows at once.
+
+    whole: the rows' lengths; prefilled: with how many of its tokens each row begins.
+    """
     completions = Engine(model, parallel, 2, 200).generate(prompts, Sampling(**sampling), set())
-    tokens = torch.tensor(
+    n_rows, longest = len(whole), max(whole)
+    tokens = torch.tensor(  # [rows, longest]
         [[(7 * i + 5 * j) % 90 + 3 for j in range(n)] for i, n in enumerate(whole)]
     )
-    wanted = model.logits(model(tokens.flatten(), Packed(whole))).unflatten(0, (len(whole), -1))
-    cache, lengths = Cache(model, len(whole), max(whole)), torch.tensor(prefilled)
-    prompt = torch.cat([row[:n] for row, n in zip(tokens, prefilled)])
+    wanted = model.logits(model(tokens.flatten(), Packed(whole))).unflatten(0, (n_rows, -1))
+    # wanted: [rows, longest, vocabulary / n]
+    cache, lengths = Cache(model, n_rows, longest), torch.tensor(prefilled)
+    prompt = torch.cat([row[:n] for row, n in zip(tokens, prefilled)])  # [sum of prefilled]
     layout = Prefill(prefilled, cache, 0, parallel.device)
-    logits, worst = model.logits(model(prompt, layout))[layout.ends], 0.0
-    rows = torch.arange(len(whole))
-    for step in range(max(whole) - max(prefilled) + 1):
-        at = lengths + step - 1  # the last token that was seen
-        worst = max(worst, (logits - wanted[rows, at]).abs().max().item())
-        if at.max() + 1 < max(whole):
-            logits = model.logits(
-                model(
-                    tokens[rows, at + 1],
-                    Decode(
-                        cache, at + 1, lengths, [(0, 1, max(whole)), (1, len(whole), max(whole))]
-                    ),
-                )
-            )
-    seen = wanted[..., : model.vocabulary]  # without padding
+    logits = model.logits(model(prompt, layout))[layout.ends]  # [rows, vocabulary / n]
+    worst, rows = 0.0, torch.arange(n_rows)
+    for step in range(longest - max(prefilled) + 1):
+        last = lengths + step - 1  # the last token that was seen, [rows]
+        worst = max(worst, (logits - wanted[rows, last]).abs().max().item())
+        if last.max() + 1 < longest:
+            parts = [(0, 1, longest), (1, n_rows, longest)]
+            layout = Decode(cache, last + 1, lengths, parts)
+            logits = model.logits(model(tokens[rows, last + 1], layout))
+    unpadded = wanted[..., : model.vocabulary]
     return {
         "tokens": [c.tokens for c in completions],
         "logprobs": [c.logprobs for c in completions],
-        "step by step": worst / seen.abs().max().item() if seen.numel() else 0.0,
+        "step by step": worst / unpadded.abs().max().item() if unpadded.numel() else 0.0,
     }
 
 
 def main(folder: str, recipes: str, out: str) -> None:
     parallel = start(timeout=120)
     sampling_module.CANDIDATES = 2  # so that top-p has to look again
-    given = json.loads(Path(recipes).read_text())
+    tasks = json.loads(Path(recipes).read_text())
+    prompts, recipe_of = tasks["prompts"], tasks["recipes"]
     checkpoint = Checkpoint.open(folder)
-    load = lambda where: {
-        name: load_model(checkpoint, where, getattr(torch, name))
-        for name in ("float32", "bfloat16")
-    }
-    models = load(parallel)
+
+    def load(parallel, name):
+        return load_model(checkpoint, parallel, getattr(torch, name))
+
+    models = {name: load(parallel, name) for name in ("float32", "bfloat16")}
+    model = models["float32"]
     torch.set_num_threads(1)  # tiny matrices: a second thread only waits
-    results = {
-        name: run_recipe(models, parallel, given["prompts"], recipe)
-        for name, recipe in given["recipes"].items()
-    }
+    results = {}
+    for name, recipe in recipe_of.items():
+        results[name] = run_recipe(models, parallel, prompts, recipe)
     results["kept"] = {
-        kind: run_kept(models["float32"], parallel, given["prompts"][:4], s)
-        for kind, s in given["kept"].items()
+        kind: run_kept(model, parallel, prompts[:4], sampling)
+        for kind, sampling in tasks["kept"].items()
     }
-    results["relaid"] = run_relaid(
-        load(parallel)["float32"], parallel, given["prompts"], given["relaid"]
-    )
-    for beams, penalty in given["beams"]:
-        search = BeamSearch(models["float32"], parallel, 5, 200, None, beams, penalty)
-        done = generate_sharded(search, given["prompts"], Sampling(30), set(given["beam stops"]))
-        results[f"{beams} beams, {penalty}"] = [c.tokens for c in done]
+    results["relaid"] = run_relaid(load(parallel, "float32"), parallel, prompts, tasks["relaid"])
+    for beams, penalty in tasks["beams"]:
+        search = BeamSearch(model, parallel, 5, 200, None, beams, penalty)
+        completions = generate_sharded(search, prompts, Sampling(30), set(tasks["beam stops"]))
+        results[f"{beams} beams, {penalty}"] = [c.tokens for c in completions]
     results["choices"] = {
-        name: run_choice(parallel, choice) for name, choice in given["choices"].items()
+        name: run_choice(parallel, choice) for name, choice in tasks["choices"].items()
     }
-    for name, where in given["families"].items():
-        if parallel.world_size < 4 or name in given["families at four ranks"]:
-            model = load_model(Checkpoint.open(where), parallel, torch.float32).eval()
-            results[f"family {name}"] = run_family(model, parallel, **given["family"])
-    if (
-        parallel.world_size == 4
-    ):  # once more as two models of two ranks each, which share the prompts
+    for name, family_folder in tasks["families"].items():
+        if parallel.world_size < 4 or name in tasks["families at four ranks"]:
+            model = load_model(Checkpoint.open(family_folder), parallel, torch.float32).eval()
+            results[f"family {name}"] = run_family(model, parallel, **tasks["family"])
+    if parallel.world_size == 4:
+        # once more as two models of two ranks each, which share the prompts
         parallel = start(2, timeout=120)
-        models = load(parallel)
+        models = {name: load(parallel, name) for name in ("float32", "bfloat16")}
         results["relaid, two models"] = run_relaid(
-            load(parallel)["float32"], parallel, given["prompts"], given["relaid"]
+            load(parallel, "float32"), parallel, prompts, tasks["relaid"]
         )
-        for name in given["sharded"]:
-            results[f"sharded {name}"] = run_recipe(
-                models, parallel, given["prompts"], given["recipes"][name]
-            )
+        for name in tasks["sharded"]:
+            results[f"sharded {name}"] = run_recipe(models, parallel, prompts, recipe_of[name])
     if parallel.is_main:
         Path(out).write_text(json.dumps(results))
     stop()

@@ -1,4 +1,4 @@
-"""Generation: greedy is transformers' greedy; samples depend on the seed alone and follow the softmax."""
+"""Greedy generation is transformers'; samples depend on the seed alone and follow the softmax."""
 
 import json
 import math
@@ -15,21 +15,17 @@ from tests.launch import launch, once
 from tests.models import families
 
 DEGREES = (1, 2, 4)
-VOCABULARY, NEW, SAMPLED = (
-    97,
-    64,
-    12,
-)  # two and four ranks divide neither the vocabulary, nor the heads, nor the ffn
+VOCABULARY = 97  # two and four ranks divide neither this, nor the heads, nor the ffn
+NEW, SAMPLED = 64, 12
 PROMPT_LENGTHS = [5, 1, 23, 9, 14, 2, 40, 9]
-PROMPTS = [
-    [
-        1,
-        *torch.randint(
-            3, VOCABULARY, (n - 1,), generator=torch.Generator().manual_seed(n + i)
-        ).tolist(),
-    ]
-    for i, n in enumerate(PROMPT_LENGTHS)
-]
+
+
+def drawn_prompt(length: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return [1, *torch.randint(3, VOCABULARY, (length - 1,), generator=generator).tolist()]
+
+
+PROMPTS = [drawn_prompt(n, n + i) for i, n in enumerate(PROMPT_LENGTHS)]
 REVERSED = list(reversed(range(len(PROMPTS))))
 KINDS = {
     "plain": dict(temperature=1.3),
@@ -45,27 +41,14 @@ WAYS = {  # the same samples, served differently
     "three slots": dict(slots=3),
     "the other way round": dict(slots=5, order=REVERSED, samples=REVERSED),
 }
-CHOICE_LOGITS = torch.linspace(-2.5, 2.5, 32)[
-    torch.randperm(32, generator=torch.Generator().manual_seed(1))
-].tolist()
+SHUFFLED = torch.randperm(32, generator=torch.Generator().manual_seed(1))
+CHOICE_LOGITS = torch.linspace(-2.5, 2.5, 32)[SHUFFLED].tolist()
 DRAWS = 20000
-FAMILIES = [
-    "llama",
-    "llama-tied",
-    "llama3",
-    "llama-yarn",
-    "llama-linear",
-    "mistral-odd",
-    "mixtral-odd",
-    "qwen2-odd",
-    "qwen3-odd",
-    "qwen3-moe",
-    "qwen3-moe-odd",
-]
+FAMILIES = ["llama", "llama-tied", "llama3", "llama-yarn", "llama-linear"]
+FAMILIES += ["mistral-odd", "mixtral-odd", "qwen2-odd", "qwen3-odd", "qwen3-moe", "qwen3-moe-odd"]
 FAMILY_RUNS = [(n, name) for n in DEGREES for name in (FAMILIES if n < 4 else ["qwen3-odd"])]
-FAMILY_PROMPTS = [
-    [token % 96 for token in PROMPTS[i]] for i in (0, 6)
-]  # 5 and 40 tokens: windows are crossed in both
+# 5 and 40 tokens: windows are crossed in both
+FAMILY_PROMPTS = [[token % 96 for token in PROMPTS[i]] for i in (0, 6)]
 QWEN_CONTEXT = 16
 
 
@@ -103,16 +86,23 @@ def hf(folder):
     return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
 
 
-def greedy_tokens(model, prompt: list[int]) -> list[int]:
+def greedy_tokens(model, prompt: list[int], **settings) -> list[int]:
+    """transformers' continuation of a prompt, greedy unless `settings` say otherwise."""
     model.generation_config.eos_token_id = None
-    out = model.generate(
+    out = model.generate(  # [1, prompt and continuation]
         torch.tensor([prompt]),
         attention_mask=torch.ones(1, len(prompt)),
-        max_new_tokens=NEW,
         do_sample=False,
         pad_token_id=0,
+        **{"max_new_tokens": NEW, **settings},
     )
     return out[0, len(prompt) :].tolist()
+
+
+def next_logits(model, prompt: list[int], tokens: list[int]) -> torch.Tensor:
+    """The logits that `tokens` were chosen from, by a full forward: [tokens, vocabulary]."""
+    with torch.no_grad():
+        return model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
 
 
 @pytest.fixture(scope="module")
@@ -124,118 +114,101 @@ def greedy(hf) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def stop_id(greedy) -> int:
     """A token that ends some of the prompts' continuations early, and others not at all."""
-    first = lambda token: [row.index(token) if token in row else NEW for row in greedy]
-    early = lambda token: sum(0 < at < NEW - 1 for at in first(token))
-    return max((t for t in range(VOCABULARY) if NEW in first(t)), key=early)
+
+    def first(token: int) -> list[int]:
+        return [row.index(token) if token in row else NEW for row in greedy]
+
+    def early(token: int) -> int:
+        return sum(0 < place < NEW - 1 for place in first(token))
+
+    return max((token for token in range(VOCABULARY) if NEW in first(token)), key=early)
 
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory) -> dict:
-    """Models of the other families and where they lie; Qwen v1's with a context that most prompts exceed."""
-    root, made = tmp_path_factory.mktemp("families"), {}
+    """Models of the other families and where they lie.
+
+    Qwen v1's has a context that most prompts exceed.
+    """
+    root, models = tmp_path_factory.mktemp("families"), {}
     for name in (*FAMILIES, "qwen"):
-        made[name] = families.build(name), root / name
-        families.save(
-            name,
-            made[name][0],
-            root / name,
-            **({"seq_length": QWEN_CONTEXT} if name == "qwen" else {}),
-        )
-    return made
+        models[name] = families.build(name), root / name
+        context = {"seq_length": QWEN_CONTEXT} if name == "qwen" else {}
+        families.save(name, models[name][0], root / name, **context)
+    return models
 
 
 @pytest.fixture(scope="module")
 def output(folder, others, stop_id, tmp_path_factory):
     root = tmp_path_factory.mktemp("generation-out")
     greedily = dict(temperature=0.0, max_new_tokens=NEW)
+    plain = dict(max_new_tokens=SAMPLED, seed=7, **KINDS["plain"])
+    sampled = dict(max_new_tokens=SAMPLED)
     recipes = {
         "greedy": dict(slots=3, sampling=greedily),
         "greedy, a slot each": dict(slots=16, sampling=greedily),
         "stop": dict(slots=3, sampling=greedily, stop_ids=[stop_id]),
         "limits": dict(slots=2, sampling=greedily, max_seq_len=23),
         "short": dict(slots=3, sampling=dict(max_new_tokens=1)),
-        "bf16": dict(
-            slots=3,
-            sampling=dict(max_new_tokens=SAMPLED, temperature=1.0, seed=3),
-            dtype="bfloat16",
-        ),
-        "bf16 greedy": dict(
-            slots=3, sampling=dict(max_new_tokens=SAMPLED, temperature=0.0), dtype="bfloat16"
-        ),
-        "other seed": dict(
-            slots=16, sampling=dict(max_new_tokens=SAMPLED, seed=8, **KINDS["plain"])
-        ),
-        "one prompt, five slots": dict(
-            slots=5, order=[0] * 5, sampling=dict(max_new_tokens=SAMPLED, seed=7, **KINDS["plain"])
-        ),
-        "one prompt, two slots": dict(
-            slots=2, order=[0] * 5, sampling=dict(max_new_tokens=SAMPLED, seed=7, **KINDS["plain"])
-        ),
+        "bf16": dict(slots=3, sampling=dict(sampled, temperature=1.0, seed=3), dtype="bfloat16"),
+        "bf16 greedy": dict(slots=3, sampling=dict(sampled, temperature=0.0), dtype="bfloat16"),
+        "other seed": dict(slots=16, sampling=dict(plain, seed=8)),
+        "one prompt, five slots": dict(slots=5, order=[0] * 5, sampling=plain),
+        "one prompt, two slots": dict(slots=2, order=[0] * 5, sampling=plain),
         "little memory": dict(slots=16, kv_cache_gb=4e-5, sampling=greedily),
         "stop string": dict(slots=3, sampling=greedily, stop_strings=[f"{stop_id}>", "nowhere"]),
         "repetition": dict(slots=3, sampling=dict(repetition_penalty=1.4, **greedily)),
         "not yet": dict(slots=3, sampling=dict(min_new_tokens=20, **greedily), stop_ids=[stop_id]),
-        "one prompt": dict(
-            slots=1, order=[0] * 5, sampling=dict(max_new_tokens=SAMPLED, seed=7, **KINDS["plain"])
-        ),
+        "one prompt": dict(slots=1, order=[0] * 5, sampling=plain),
     }
+    choices, drawn = {}, dict(logits=CHOICE_LOGITS, draws=DRAWS)
     for kind, settings in KINDS.items():
         for way, served in WAYS.items():
-            recipes[f"{kind}, {way}"] = dict(
-                served, sampling=dict(max_new_tokens=SAMPLED, seed=7, **settings)
-            )
-    choices = {
-        f"{kind} by {'step' if by_step else 'sample'}": dict(
-            logits=CHOICE_LOGITS,
-            draws=DRAWS,
-            by_step=by_step,
-            sampling=dict(seed=5 + by_step, **settings),
-        )
-        for kind, settings in KINDS.items()
-        for by_step in (False, True)
-    }
-    given = {
+            recipes[f"{kind}, {way}"] = dict(served, sampling=dict(sampled, seed=7, **settings))
+        for by_step in (False, True):
+            sampling = dict(seed=5 + by_step, **settings)
+            name = f"{kind} by {'step' if by_step else 'sample'}"
+            choices[name] = dict(drawn, by_step=by_step, sampling=sampling)
+    tasks = {
         "prompts": PROMPTS,
         "recipes": recipes,
         "choices": choices,
         "sharded": ["greedy, a slot each", "top_p, a slot each"],
-        "relaid": dict(max_new_tokens=SAMPLED, seed=7, **KINDS["plain"]),
+        "relaid": plain,
         "beams": BEAMS,
         "beam stops": [stop_id, (stop_id + 40) % VOCABULARY],
         "kept": {
             kind: dict(max_new_tokens=5, seed=2, **KINDS[kind]) for kind in KINDS if kind != "plain"
         },
-        "families": {name: str(where) for name, (_, where) in others.items()},
+        "families": {name: str(path) for name, (_, path) in others.items()},
         "families at four ranks": ["qwen3-odd", "qwen"],
         "family": dict(
             prompts=FAMILY_PROMPTS, sampling=greedily, whole=[30, 30], prefilled=[3, 12]
         ),
     }
-    (root / "recipes.json").write_text(json.dumps(given))
+    (root / "recipes.json").write_text(json.dumps(tasks))
 
     @once
     def run(n: int) -> dict:
-        launch(
-            n,
-            "tests/generation/generation_worker.py",
-            str(folder),
-            str(root / "recipes.json"),
-            str(root / f"{n}.json"),
-        )
-        return json.loads((root / f"{n}.json").read_text())
+        out, worker = root / f"{n}.json", "tests/generation/generation_worker.py"
+        launch(n, worker, str(folder), str(root / "recipes.json"), str(out))
+        return json.loads(out.read_text())
 
     return run
 
 
 @pytest.fixture(scope="module", params=DEGREES)
-def made(request, output) -> dict:
+def results(request, output) -> dict:
     return output(request.param)
 
 
 def kept_logprobs(
     logits: np.ndarray, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
 ) -> np.ndarray:
-    """Log-probabilities after temperature, top-k, top-p and min-p, token by token; −inf for what is left out. [V]"""
+    """Log-probabilities after temperature, top-k, top-p and min-p, token by token: [V].
+
+    −inf for what is left out.
+    """
     z = logits.astype(np.float64) / temperature
     order = sorted(range(len(z)), key=lambda i: -z[i])[: top_k or None]
     weights = np.exp(z[order] - z[order[0]])
@@ -252,9 +225,9 @@ def kept_logprobs(
 
 
 @pytest.mark.parametrize("recipe", ("greedy", "greedy, a slot each"))
-def test_greedy_is_transformers(made, greedy, recipe):
-    assert made[recipe]["tokens"] == greedy
-    assert set(made[recipe]["stop_reason"]) == {"length"}
+def test_greedy_is_transformers(results, greedy, recipe):
+    assert results[recipe]["tokens"] == greedy
+    assert set(results[recipe]["stop_reason"]) == {"length"}
 
 
 @pytest.fixture(scope="module")
@@ -265,16 +238,11 @@ def continued(others):
 
 @pytest.mark.parametrize("n, name", FAMILY_RUNS)
 def test_greedy_is_transformers_in_every_family(output, others, continued, n, name):
-    made = output(n)[f"family {name}"]
-    assert made["tokens"] == continued(name)
-    assert made["step by step"] <= 1e-5
-    for prompt, tokens, logprobs in zip(FAMILY_PROMPTS, made["tokens"], made["logprobs"]):
-        with torch.no_grad():
-            rows = (
-                others[name][0](torch.tensor([prompt + tokens]))
-                .logits[0, len(prompt) - 1 : -1]
-                .log_softmax(-1)
-            )
+    results = output(n)[f"family {name}"]
+    assert results["tokens"] == continued(name)
+    assert results["step by step"] <= 1e-5
+    for prompt, tokens, logprobs in zip(FAMILY_PROMPTS, results["tokens"], results["logprobs"]):
+        rows = next_logits(others[name][0], prompt, tokens).log_softmax(-1)
         np.testing.assert_allclose(logprobs, rows[torch.arange(NEW), tokens], atol=1e-4, rtol=0)
 
 
@@ -282,26 +250,22 @@ def test_greedy_is_transformers_in_every_family(output, others, continued, n, na
 def beyond_the_context(
     model, prompt: list[int], logn: bool = True, ntk: bool = True
 ) -> tuple[list[int], list[float]]:
-    """Greedy tokens of a Qwen2 model with Qwen v1's extrapolation put into it from outside; no cache."""
+    """Greedy tokens of a Qwen2 model with Qwen v1's extrapolation put into it; no cache."""
     d, base = model.config.head_dim, model.config.rope_parameters["rope_theta"]
     alpha = max(1, 2 ** math.ceil(math.log2(len(prompt) / QWEN_CONTEXT) + 1) - 1) if ntk else 1
     before, exponents = model.model.rotary_emb.inv_freq, torch.arange(0, d, 2) / d
     model.model.rotary_emb.inv_freq = 1 / (base * alpha ** (d / (d - 2))) ** exponents
 
-    def scaled(_, __, queries):
+    def scaled(_, __, queries):  # [1, t, heads · head_dim]
         places = torch.arange(1, queries.size(1) + 1)
-        return (
-            queries * (places.log() / math.log(QWEN_CONTEXT)).clamp_min(1)[:, None]
-            if logn
-            else queries
-        )
+        scale = (places.log() / math.log(QWEN_CONTEXT)).clamp_min(1)  # [t]
+        return queries * scale[:, None] if logn else queries
 
     hooks = [layer.self_attn.q_proj.register_forward_hook(scaled) for layer in model.model.layers]
     ids, logprobs = list(prompt), []
     for _ in range(NEW):
-        logprob, token = (
-            model(torch.tensor([ids]), use_cache=False).logits[0, -1].log_softmax(-1).max(-1)
-        )
+        logits = model(torch.tensor([ids]), use_cache=False).logits[0, -1]  # [vocabulary]
+        logprob, token = logits.log_softmax(-1).max(-1)
         ids.append(token.item())
         logprobs.append(logprob.item())
     for hook in hooks:
@@ -315,31 +279,29 @@ def extrapolated(others):
     return [beyond_the_context(others["qwen"][0], prompt) for prompt in FAMILY_PROMPTS]
 
 
-def test_qwen_beyond_its_context(made, extrapolated):
-    found = made["family qwen"]
-    assert found["tokens"] == [tokens for tokens, _ in extrapolated]
-    np.testing.assert_allclose(
-        found["logprobs"], [logprobs for _, logprobs in extrapolated], atol=1e-4, rtol=0
-    )
+def test_qwen_beyond_its_context(results, extrapolated):
+    ours = results["family qwen"]
+    assert ours["tokens"] == [tokens for tokens, _ in extrapolated]
+    wanted = [logprobs for _, logprobs in extrapolated]
+    np.testing.assert_allclose(ours["logprobs"], wanted, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("off", ("logn", "ntk"))
 def test_qwen_beyond_its_context_is_not_what_it_is_without(others, extrapolated, off):
-    assert (
-        beyond_the_context(others["qwen"][0], FAMILY_PROMPTS[1], **{off: False})[0]
-        != extrapolated[1][0]
-    )
+    tokens, _ = beyond_the_context(others["qwen"][0], FAMILY_PROMPTS[1], **{off: False})
+    assert tokens != extrapolated[1][0]
 
 
 def test_greedy_and_samples_shared_among_two_models(output, greedy):
-    made = output(4)
-    assert made["sharded greedy, a slot each"]["tokens"] == greedy
-    assert made["sharded top_p, a slot each"]["tokens"] == made["top_p, a slot each"]["tokens"]
+    results = output(4)
+    assert results["sharded greedy, a slot each"]["tokens"] == greedy
+    unsharded = results["top_p, a slot each"]["tokens"]
+    assert results["sharded top_p, a slot each"]["tokens"] == unsharded
 
 
-def test_stop_token_is_kept_as_the_last(made, greedy, stop_id):
-    stopped = 0
-    for tokens, reason, whole in zip(made["stop"]["tokens"], made["stop"]["stop_reason"], greedy):
+def test_stop_token_is_kept_as_the_last(results, greedy, stop_id):
+    stopped, ours = 0, results["stop"]
+    for tokens, reason, whole in zip(ours["tokens"], ours["stop_reason"], greedy):
         if stop_id in whole:
             stopped += 1
             assert reason == "stop" and tokens == whole[: whole.index(stop_id) + 1]
@@ -349,7 +311,10 @@ def test_stop_token_is_kept_as_the_last(made, greedy, stop_id):
 
 
 def steps_needed(lengths: list[int], slots: int) -> int:
-    """Forwards until all are done, when a free slot is filled, the longest prompt first, before anything is decoded."""
+    """Forwards until all are done, when a free slot is filled before anything is decoded.
+
+    The longest prompt goes first.
+    """
     waiting = sorted(range(len(lengths)), key=lambda i: -PROMPT_LENGTHS[i])
     left, steps = [], 0
     while waiting or left:
@@ -363,92 +328,77 @@ def steps_needed(lengths: list[int], slots: int) -> int:
     return steps
 
 
-def test_a_finished_slot_takes_the_next_prompt_at_once(made):
+def test_a_finished_slot_takes_the_next_prompt_at_once(results):
     for recipe, slots in (("stop", 3), ("greedy", 3), ("greedy, a slot each", 16)):
-        assert made[recipe]["steps"] == steps_needed(
-            [len(tokens) for tokens in made[recipe]["tokens"]], slots
-        )
+        lengths = [len(tokens) for tokens in results[recipe]["tokens"]]
+        assert results[recipe]["steps"] == steps_needed(lengths, slots)
     for recipe in ("stop", "greedy", "limits"):
-        assert made[recipe]["told"][1] == sum(map(len, made[recipe]["tokens"])), (
-            "every new token is told once"
-        )
-    assert made["stop"]["told"][0] == len(PROMPTS)
+        length = sum(map(len, results[recipe]["tokens"]))
+        assert results[recipe]["told"][1] == length, "every new token is told once"
+    assert results["stop"]["told"][0] == len(PROMPTS)
 
 
-def test_prompt_and_response_stay_within_max_seq_len(made, greedy):
-    for prompt, tokens, reason, whole in zip(
-        PROMPTS, made["limits"]["tokens"], made["limits"]["stop_reason"], greedy
-    ):
+def test_prompt_and_response_stay_within_max_seq_len(results, greedy):
+    ours = results["limits"]
+    columns = (PROMPTS, ours["tokens"], ours["stop_reason"], greedy)
+    for prompt, tokens, reason, whole in zip(*columns):
         assert reason == "length" and tokens == whole[: max(0, 23 - len(prompt))]
-    assert all(len(tokens) == 1 for tokens in made["short"]["tokens"])
+    assert all(len(tokens) == 1 for tokens in results["short"]["tokens"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_samples_depend_on_the_seed_alone(made, output, kind):
+def test_samples_depend_on_the_seed_alone(results, output, kind):
     wanted = output(1)[f"{kind}, a slot each"]["tokens"]
     for way, served in WAYS.items():
         order = served.get("order", range(len(PROMPTS)))
-        assert made[f"{kind}, {way}"]["tokens"] == [wanted[i] for i in order], way
+        assert results[f"{kind}, {way}"]["tokens"] == [wanted[i] for i in order], way
     assert all(len(tokens) == SAMPLED for tokens in wanted)
 
 
-def test_samples_differ_with_the_seed_and_among_one_prompts(made):
-    assert made["other seed"]["tokens"] != made["plain, a slot each"]["tokens"]
-    assert len(set(map(tuple, made["one prompt"]["tokens"]))) == 5
-    assert made["one prompt"]["tokens"][0] == made["plain, a slot each"]["tokens"][0], (
-        "sample 0 of prompt 0 either way"
-    )
+def test_samples_differ_with_the_seed_and_among_one_prompts(results):
+    assert results["other seed"]["tokens"] != results["plain, a slot each"]["tokens"]
+    assert len(set(map(tuple, results["one prompt"]["tokens"]))) == 5
+    # sample 0 of prompt 0 either way
+    assert results["one prompt"]["tokens"][0] == results["plain, a slot each"]["tokens"][0]
 
 
-def test_samples_of_one_prompt_share_its_prefill(made):
-    """A step that prefills tells one token for each sample; with as many slots as samples there is one such step."""
+def test_samples_of_one_prompt_share_its_prefill(results):
+    """A step that prefills tells one token for each sample.
+
+    With as many slots as samples there is one such step.
+    """
     for slots in ("five slots", "two slots"):
-        assert made[f"one prompt, {slots}"]["tokens"] == made["one prompt"]["tokens"]
-    assert made["one prompt, five slots"]["steps"] == SAMPLED
+        assert results[f"one prompt, {slots}"]["tokens"] == results["one prompt"]["tokens"]
+    assert results["one prompt, five slots"]["steps"] == SAMPLED
 
 
 def test_another_degree_for_generation_changes_no_sample(output):
-    """Trained at 2 or 4 ranks per model, also as two models of 2, generated at fewer; with an adapter too."""
-    plain, adapted = (
-        output(1)["plain, a slot each"]["tokens"],
-        output(1)["relaid"]["with an adapter"],
-    )
+    """Trained at 2 or 4 ranks per model, also as two models of 2, generated at fewer.
+
+    With an adapter too.
+    """
+    plain = output(1)["plain, a slot each"]["tokens"]
+    adapted = output(1)["relaid"]["with an adapter"]
     assert plain != adapted
-    found = {
+    relaid = {
         **{f"2: {k}": v for k, v in output(2)["relaid"].items()},
         **{f"4: {k}": v for k, v in output(4)["relaid"].items()},
         **{f"2 x 2: {k}": v for k, v in output(4)["relaid, two models"].items()},
     }
-    assert {key.split(": ")[1] for key in found} == {
-        "1",
-        "2",
-        "1, with an adapter",
-        "2, with an adapter",
-        "with an adapter",
-    }
-    for key, tokens in found.items():
+    names = {"1", "2", "1, with an adapter", "2, with an adapter", "with an adapter"}
+    assert {key.split(": ")[1] for key in relaid} == names
+    for key, tokens in relaid.items():
         assert tokens == (adapted if "adapter" in key else plain), key
 
 
 @pytest.mark.parametrize("beams, penalty", BEAMS)
-def test_beam_search_is_transformers(made, hf, stop_id, beams, penalty):
+def test_beam_search_is_transformers(results, hf, stop_id, beams, penalty):
     """Two stop tokens, so that beams end at different lengths."""
     stops = [stop_id, (stop_id + 40) % VOCABULARY]
+    search = dict(num_beams=beams, length_penalty=penalty, early_stopping=False)
     lengths = set()
-    for prompt, tokens in zip(PROMPTS, made[f"{beams} beams, {penalty}"]):
-        hf.generation_config.eos_token_id = None
-        out = hf.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt)),
-            max_new_tokens=30,
-            do_sample=False,
-            pad_token_id=0,
-            eos_token_id=stops,
-            num_beams=beams,
-            length_penalty=penalty,
-            early_stopping=False,
-        )
-        theirs = out[0, len(prompt) :].tolist()
+    for prompt, tokens in zip(PROMPTS, results[f"{beams} beams, {penalty}"]):
+        theirs = greedy_tokens(hf, prompt, max_new_tokens=30, eos_token_id=stops, **search)
         while theirs and theirs[-1] == 0 and len(theirs) > len(tokens):
             theirs.pop()  # padding
         assert tokens == theirs
@@ -456,52 +406,38 @@ def test_beam_search_is_transformers(made, hf, stop_id, beams, penalty):
     assert len(lengths) > 1 or penalty == 2.0  # which favours the longest
 
 
-def test_a_small_cache_serves_fewer_at_a_time(made, greedy):
-    assert made["little memory"]["tokens"] == greedy
-    assert made["little memory"]["steps"] > 2 * made["greedy, a slot each"]["steps"]
+def test_a_small_cache_serves_fewer_at_a_time(results, greedy):
+    assert results["little memory"]["tokens"] == greedy
+    assert results["little memory"]["steps"] > 2 * results["greedy, a slot each"]["steps"]
 
 
-def test_a_stop_string_ends_a_response(made, greedy, stop_id):
+def test_a_stop_string_ends_a_response(results, greedy, stop_id):
     """The text of token i is <i>."""
-    for tokens, reason, whole in zip(
-        made["stop string"]["tokens"], made["stop string"]["stop_reason"], greedy
-    ):
-        ends = [at for at, token in enumerate(whole) if str(token).endswith(str(stop_id))]
+    ours = results["stop string"]
+    for tokens, reason, whole in zip(ours["tokens"], ours["stop_reason"], greedy):
+        ends = [i for i, token in enumerate(whole) if str(token).endswith(str(stop_id))]
         assert (reason, tokens) == (("stop", whole[: ends[0] + 1]) if ends else ("length", whole))
 
 
 def settled(hf, **more) -> list[list[int]]:
     """transformers' greedy continuations under its own logits processors."""
-    rows = []
-    for prompt in PROMPTS:
-        hf.generation_config.eos_token_id = None
-        out = hf.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt)),
-            max_new_tokens=NEW,
-            do_sample=False,
-            pad_token_id=0,
-            **more,
-        )
-        rows.append(out[0, len(prompt) :].tolist())
-    return rows
+    return [greedy_tokens(hf, prompt, **more) for prompt in PROMPTS]
 
 
-def test_repetition_penalty_is_transformers(made, greedy, hf):
-    assert made["repetition"]["tokens"] == settled(hf, repetition_penalty=1.4) != greedy
+def test_repetition_penalty_is_transformers(results, greedy, hf):
+    assert results["repetition"]["tokens"] == settled(hf, repetition_penalty=1.4) != greedy
 
 
-def test_no_stop_before_the_least_number_of_tokens(made, hf, stop_id):
-    assert made["not yet"]["tokens"] == settled(hf, min_new_tokens=20, eos_token_id=stop_id)
-    assert made["not yet"]["tokens"] != made["stop"]["tokens"]
+def test_no_stop_before_the_least_number_of_tokens(results, hf, stop_id):
+    assert results["not yet"]["tokens"] == settled(hf, min_new_tokens=20, eos_token_id=stop_id)
+    assert results["not yet"]["tokens"] != results["stop"]["tokens"]
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "plain"])
-def test_the_kept_set_comes_back(made, hf, kind):
-    kept, tokens, logprobs = made["kept"][kind]
+def test_the_kept_set_comes_back(results, hf, kind):
+    kept, tokens, logprobs = results["kept"][kind]
     for prompt, sets, row_tokens, row_logprobs in zip(PROMPTS, kept, tokens, logprobs):
-        with torch.no_grad():
-            rows = hf(torch.tensor([prompt + row_tokens])).logits[0, len(prompt) - 1 : -1].numpy()
+        rows = next_logits(hf, prompt, row_tokens).numpy()
         for row, chosen, token, logprob in zip(rows, sets, row_tokens, row_logprobs):
             wanted = kept_logprobs(row, **KINDS[kind])
             assert chosen == np.isfinite(wanted).nonzero()[0].tolist() and token in chosen
@@ -511,19 +447,18 @@ def test_the_kept_set_comes_back(made, hf, kind):
 @pytest.mark.parametrize(
     "recipe", ("greedy", "stop", "plain, three slots", "plain, the other way round")
 )
-def test_logprobs_are_the_full_forwards(made, recipe):
-    for ours, scored in zip(made[recipe]["logprobs"], made[recipe]["scored"]):
+def test_logprobs_are_the_full_forwards(results, recipe):
+    for ours, scored in zip(results[recipe]["logprobs"], results[recipe]["scored"]):
         np.testing.assert_allclose(ours, scored, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_tokens_lie_in_the_kept_set_with_their_logprobs(made, hf, kind):
+def test_tokens_lie_in_the_kept_set_with_their_logprobs(results, hf, kind):
     """Against transformers' logits and an independent cut."""
-    recipe = made[f"{kind}, three slots"]
+    recipe = results[f"{kind}, three slots"]
     cut = 0
     for prompt, tokens, logprobs in zip(PROMPTS, recipe["tokens"], recipe["logprobs"]):
-        with torch.no_grad():
-            rows = hf(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].numpy()
+        rows = next_logits(hf, prompt, tokens).numpy()
         for row, token, logprob in zip(rows, tokens, logprobs):
             kept = kept_logprobs(row, **KINDS[kind])
             cut += np.isinf(kept).sum()
@@ -531,21 +466,20 @@ def test_tokens_lie_in_the_kept_set_with_their_logprobs(made, hf, kind):
     assert (cut > 0) == (kind != "plain")
 
 
-def test_bf16(made):
+def test_bf16(results):
     for recipe in ("bf16", "bf16 greedy"):
-        assert all(
-            len(tokens) == SAMPLED and max(tokens) < VOCABULARY and min(tokens) >= 0
-            for tokens in made[recipe]["tokens"]
-        )
-        logprobs = np.array(made[recipe]["logprobs"])
+        for tokens in results[recipe]["tokens"]:
+            assert len(tokens) == SAMPLED
+            assert max(tokens) < VOCABULARY and min(tokens) >= 0
+        logprobs = np.array(results[recipe]["logprobs"])
         assert np.isfinite(logprobs).all() and (logprobs <= 1e-3).all()
-        np.testing.assert_allclose(logprobs, made[recipe]["scored"], atol=0.25)
+        np.testing.assert_allclose(logprobs, results[recipe]["scored"], atol=0.25)
 
 
 @pytest.mark.parametrize("by", ("sample", "step"))
 @pytest.mark.parametrize("kind", KINDS)
-def test_draws_follow_the_softmax(made, kind, by):
-    tokens, logprobs = made["choices"][f"{kind} by {by}"]
+def test_draws_follow_the_softmax(results, kind, by):
+    tokens, logprobs = results["choices"][f"{kind} by {by}"]
     wanted = kept_logprobs(np.array(CHOICE_LOGITS, dtype=np.float32), **KINDS[kind])
     counts = np.bincount(tokens, minlength=32)
     inside = np.isfinite(wanted)
@@ -558,13 +492,17 @@ def test_draws_follow_the_softmax(made, kind, by):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_draws_are_the_same_at_every_degree(made, output, kind):
+def test_draws_are_the_same_at_every_degree(results, output, kind):
     for by in ("sample", "step"):
-        assert made["choices"][f"{kind} by {by}"][0] == output(1)["choices"][f"{kind} by {by}"][0]
+        name = f"{kind} by {by}"
+        assert results["choices"][name][0] == output(1)["choices"][name][0]
 
 
 def test_uniforms_are_uniform_and_independent():
-    """Successive steps of one sample, and one step of successive samples and seeds, fill the square evenly."""
+    """Successive steps, samples and seeds fill the square evenly.
+
+    The steps are of one sample; the samples and seeds are at one step.
+    """
     n, bins = 60000, 8
     numbers, zero = torch.arange(n), torch.zeros(n, dtype=torch.long)
     pairs = {
@@ -575,9 +513,8 @@ def test_uniforms_are_uniform_and_independent():
     }
     for what, (x, y) in pairs.items():
         assert x.min() >= 0 and x.max() < 1
-        cells = torch.bincount(
-            (x * bins).long() * bins + (y * bins).long(), minlength=bins * bins
-        ).double()
+        places = (x * bins).long() * bins + (y * bins).long()  # [n]
+        cells = torch.bincount(places, minlength=bins * bins).double()  # [bins²]
         chi_square = ((cells - n / bins**2) ** 2 / (n / bins**2)).sum().item()
         assert chi_square < 63 + 4 * math.sqrt(2 * 63), what
 
@@ -617,26 +554,22 @@ def small(tmp_path_factory):
     root = tmp_path_factory.mktemp("scripts")
     rows = [{"instruction": f"{q} ({i})", "output": a} for i in range(8) for q, a in SCORED]
     (root / "train.json").write_text(json.dumps(rows))
-    (root / "rows.jsonl").write_text(
-        "".join(json.dumps(dict(instruction=q, output=a)) + "\n" for q, a in SCORED)
-    )
-    launch(
-        1,
-        "dataset/start.py",
-        "--train_file",
-        str(root / "train.json"),
-        "--save_dir",
-        str(root / "model"),
-        "--vocab_size",
-        "480",
-        "--dim",
-        "64",
-        "--n_heads",
-        "4",
-        "--n_kv_heads",
-        "2",
-    )
+    lines = [json.dumps(dict(instruction=q, output=a)) + "\n" for q, a in SCORED]
+    (root / "rows.jsonl").write_text("".join(lines))
+    sizes = dict(vocab_size=480, dim=64, n_heads=4, n_kv_heads=2)
+    settings = flags(train_file=root / "train.json", save_dir=root / "model", **sizes)
+    launch(1, "dataset/start.py", *settings)
     return root
+
+
+def flags(**settings) -> list[str]:
+    return [part for key, value in settings.items() for part in (f"--{key}", str(value))]
+
+
+def pieces_and_model(folder):
+    pieces = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    return pieces, model.eval()
 
 
 def read_lines(file):
@@ -645,82 +578,42 @@ def read_lines(file):
 
 @pytest.mark.parametrize("ranks", (1, 2))
 def test_solver_score_is_transformers(small, tmp_path, ranks):
-    launch(
-        ranks,
-        "solver_score.py",
-        "--ckpt_dir",
-        str(small / "model"),
-        "--input_file",
-        str(small / "rows.jsonl"),
-        "--output_file",
-        str(tmp_path / "out.jsonl"),
-        "--max_batch_size",
-        "2",
-    )
-    found = read_lines(tmp_path / "out.jsonl")
-    model = AutoModelForCausalLM.from_pretrained(
-        small / "model", attn_implementation="eager"
-    ).eval()
-    pieces = SentencePieceProcessor(model_file=str(small / "model" / "tokenizer.model"))
-    assert len(found) == len(SCORED)
-    for (instruction, output), row in zip(SCORED, found):
+    files = dict(input_file=small / "rows.jsonl", output_file=tmp_path / "out.jsonl")
+    settings = flags(ckpt_dir=small / "model", max_batch_size=2, **files)
+    launch(ranks, "solver_score.py", *settings)
+    scored = read_lines(tmp_path / "out.jsonl")
+    pieces, model = pieces_and_model(small / "model")
+    assert len(scored) == len(SCORED)
+    for (instruction, output), row in zip(SCORED, scored):
         prompt, response = [1, *pieces.encode(instruction)], [*pieces.encode(output), 2]
         assert row["prompt_tokens"] == prompt and row["tokens"] == response
-        with torch.no_grad():
-            logs = (
-                model(torch.tensor([prompt + response]))
-                .logits[0, len(prompt) - 1 : -1]
-                .double()
-                .log_softmax(-1)
-            )
+        logs = next_logits(model, prompt, response).double().log_softmax(-1)
         wanted = logs[torch.arange(len(response)), response]
         np.testing.assert_allclose(row["logprobs"], wanted, atol=1e-4, rtol=0)
         assert abs(row["sum"] - wanted.sum().item()) <= 1e-3
 
 
 def test_solver_generate_rows(small, tmp_path):
-    """Two models of a rank each; every row's samples in the input's order, and one's own logprobs are what it scores."""
-    launch(
-        2,
-        "solver_generate.py",
-        "--ckpt_dir",
-        str(small / "model"),
-        "--input_file",
-        str(small / "rows.jsonl"),
-        "--output_file",
-        str(tmp_path / "out.jsonl"),
-        "--num_samples",
-        "3",
-        "--temperature",
-        "0.9",
-        "--max_new_tokens",
-        "10",
-        "--max_batch_size",
-        "4",
-        "--seed",
-        "5",
-        "--model_parallel_size",
-        "1",
-    )
-    found = read_lines(tmp_path / "out.jsonl")
-    assert [(row["index"], row["instruction"]) for row in found] == [
+    """Two models of a rank each; every row's samples come in the input's order.
+
+    One's own logprobs are what it scores.
+    """
+    files = dict(input_file=small / "rows.jsonl", output_file=tmp_path / "out.jsonl")
+    sampling = dict(num_samples=3, temperature=0.9, max_new_tokens=10, max_batch_size=4, seed=5)
+    settings = flags(ckpt_dir=small / "model", model_parallel_size=1, **files, **sampling)
+    launch(2, "solver_generate.py", *settings)
+    samples = read_lines(tmp_path / "out.jsonl")
+    assert [(row["index"], row["instruction"]) for row in samples] == [
         (i, q) for i, (q, _) in enumerate(SCORED) for _ in range(3)
     ]
     for i in range(len(SCORED)):
-        assert len({tuple(row["tokens"]) for row in found[3 * i : 3 * i + 3]}) == 3
-    model = AutoModelForCausalLM.from_pretrained(
-        small / "model", attn_implementation="eager"
-    ).eval()
-    pieces = SentencePieceProcessor(model_file=str(small / "model" / "tokenizer.model"))
-    for row in found:
-        assert row["stop_reason"] == ("stop" if row["tokens"][-1] == 2 else "length")
-        assert row["output"] == pieces.decode(
-            [token for token in row["tokens"] if token not in (1, 2)]
-        )
-        prompt = [1, *pieces.encode(row["instruction"])]
-        with torch.no_grad():
-            rows = model(torch.tensor([prompt + row["tokens"]])).logits[0, len(prompt) - 1 : -1]
-        wanted = (rows.double() / 0.9).log_softmax(-1)[
-            torch.arange(len(row["tokens"])), row["tokens"]
-        ]
+        assert len({tuple(row["tokens"]) for row in samples[3 * i : 3 * i + 3]}) == 3
+    pieces, model = pieces_and_model(small / "model")
+    for row in samples:
+        tokens = row["tokens"]
+        assert row["stop_reason"] == ("stop" if tokens[-1] == 2 else "length")
+        assert row["output"] == pieces.decode([token for token in tokens if token not in (1, 2)])
+        logits = next_logits(model, [1, *pieces.encode(row["instruction"])], tokens)
+        logprobs = (logits.double() / 0.9).log_softmax(-1)  # [tokens, vocabulary]
+        wanted = logprobs[torch.arange(len(tokens)), tokens]
         np.testing.assert_allclose(row["logprobs"], wanted, atol=1e-4, rtol=0)

@@ -1,4 +1,7 @@
-"""A run that was cut off goes on: what is there is not generated again, and the result is the undisturbed run's."""
+"""A run that was cut off goes on.
+
+What is there is not generated again, and the result is the undisturbed run's.
+"""
 
 import json
 
@@ -7,14 +10,20 @@ import pytest
 from src.errors import UserError
 from src.generation.engine import Completion
 from src.generation.journal import Journal
+from src.settings.declaration import build
+from src.settings.scripts import SolverGenerateSettings
 from tests.test_scripts import call, flags, must, refused, rows_of
 
 
 @pytest.fixture
 def journal(tmp_path, parallel):
-    return lambda **settings: Journal(
-        tmp_path / "out.jsonl", {"temperature": 1.0, "max_batch_size": 4, **settings}, parallel
-    )
+    def make(**flags) -> Journal:
+        files = {"ckpt_dir": "-", "input_file": "-", "output_file": "-"}
+        flags = {**files, "temperature": 1.0, "max_batch_size": 4, **flags}
+        settings = build(SolverGenerateSettings, flags)
+        return Journal(tmp_path / "out.jsonl", settings, parallel)
+
+    return make
 
 
 def write(journal, *requests: int) -> None:
@@ -44,9 +53,8 @@ def test_a_line_that_was_cut_short_is_generated_again(journal, tmp_path):
 
 def test_other_settings_are_refused_by_name(journal):
     write(journal(), 0)
-    with pytest.raises(
-        UserError, match=r"--temperature 1.0 → 0.5.*give the same to go on, or remove it"
-    ):
+    text = r"--temperature 1.0 → 0.5.*give the same to go on, or remove it"
+    with pytest.raises(UserError, match=text):
         journal(temperature=0.5)
 
 
@@ -57,7 +65,10 @@ def test_a_file_of_something_else_is_refused(journal, tmp_path):
 
 
 def test_interrupted_generation_goes_on(tmp_path, monkeypatch):
-    """Cut off in the middle, then run again: only the rest is generated, and the file is the undisturbed run's."""
+    """Cut off in the middle, then run again: only the rest is generated.
+
+    The file is the undisturbed run's.
+    """
     from src.generation.engine import Engine
 
     must("dataset/build.py", "arithmetic", *flags(save_dir=tmp_path / "data", n_train=12, n_test=2))
@@ -95,11 +106,9 @@ def test_interrupted_generation_goes_on(tmp_path, monkeypatch):
         return generate(self, *args[:5], count)
 
     monkeypatch.setattr(Engine, "generate", cut_off)
-    assert (
-        call("solver_generate.py", *flags(**command, output_file=tmp_path / "out.jsonl")).code
-        == 130
-    )
-    assert not (tmp_path / "out.jsonl").exists() and len(rows_of_partial(tmp_path)) == 1 + 9
+    out = tmp_path / "out.jsonl"
+    assert call("solver_generate.py", *flags(**command, output_file=out)).code == 130
+    assert not out.exists() and len(rows_of_partial(tmp_path)) == 1 + 9
     asked = []
 
     def told(self, prompts, *args):
@@ -107,19 +116,11 @@ def test_interrupted_generation_goes_on(tmp_path, monkeypatch):
         return whole(self, prompts, *args)
 
     monkeypatch.setattr(Engine, "generate", told)
-    refused(
-        call(
-            "solver_generate.py",
-            *flags(**(command | {"temperature": 0.5}), output_file=tmp_path / "out.jsonl"),
-        ),
-        "--temperature 1.0 → 0.5",
-    )
-    must(
-        "solver_generate.py",
-        *flags(**(command | {"max_batch_size": 3}), output_file=tmp_path / "out.jsonl"),
-    )
+    other = flags(**(command | {"temperature": 0.5}), output_file=out)
+    refused(call("solver_generate.py", *other), "--temperature 1.0 → 0.5")
+    must("solver_generate.py", *flags(**(command | {"max_batch_size": 3}), output_file=out))
     assert len(asked) == 24 - 9
-    a, b = rows_of(tmp_path / "out.jsonl"), rows_of(tmp_path / "whole.jsonl")
+    a, b = rows_of(out), rows_of(tmp_path / "whole.jsonl")
     assert [row["tokens"] for row in a] == [row["tokens"] for row in b]
     assert not list(tmp_path.glob("*.partial-*"))
 

@@ -1,4 +1,4 @@
-"""Small models of every family by transformers, with random weights, and the folders that they are saved to."""
+"""Small models of every family by transformers, with random weights, and their folders."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-EVEN = dict(
+EVEN = dict(  # two and four ranks divide all of it
     hidden_size=64,
     num_attention_heads=8,
     num_key_value_heads=4,
@@ -16,8 +16,8 @@ EVEN = dict(
     vocab_size=96,
     num_hidden_layers=2,
     rms_norm_eps=1e-5,
-)  # two and four ranks divide all of it
-ODD = dict(
+)
+ODD = dict(  # four ranks divide none of it
     hidden_size=66,
     num_attention_heads=6,
     num_key_value_heads=2,
@@ -26,8 +26,12 @@ ODD = dict(
     vocab_size=97,
     num_hidden_layers=2,
     rms_norm_eps=1e-6,
-)  # four ranks divide none of it
+)
 EXPERTS = dict(num_experts_per_tok=2, router_aux_loss_coef=0.02)
+
+
+LLAMA_3 = dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
+TIED = dict(tie_word_embeddings=True)
 
 
 def rope(theta: float = 1e4, kind: str = "default", **scaling) -> dict:
@@ -35,127 +39,66 @@ def rope(theta: float = 1e4, kind: str = "default", **scaling) -> dict:
 
 
 CASES = {  # name: (model_type, its config)
-    "llama": ("llama", {**EVEN, "num_hidden_layers": 3, **rope()}),
+    "llama": ("llama", EVEN | dict(num_hidden_layers=3) | rope()),
     "llama-tied": (
         "llama",
-        {
-            **EVEN,
-            "num_attention_heads": 4,
-            "head_dim": 16,
-            "intermediate_size": 128,
-            "vocab_size": 100,
-            "rms_norm_eps": 1e-6,
-            "tie_word_embeddings": True,
-            **rope(1e6),
-        },
+        EVEN
+        | dict(num_attention_heads=4, head_dim=16, intermediate_size=128, vocab_size=100)
+        | dict(rms_norm_eps=1e-6, **TIED, **rope(1e6)),
     ),
     "llama-wide-heads": (
         "llama",
-        {
-            **EVEN,
-            "hidden_size": 48,
-            "num_attention_heads": 4,
-            "head_dim": 20,
-            "vocab_size": 128,
-            "rms_norm_eps": 1e-6,
-            **rope(5e5),
-        },
+        EVEN
+        | dict(hidden_size=48, num_attention_heads=4, head_dim=20, vocab_size=128)
+        | dict(rms_norm_eps=1e-6, **rope(5e5)),
     ),
     "llama-grouped-tied": (
         "llama",
-        {
-            **EVEN,
-            "hidden_size": 32,
-            "head_dim": 4,
-            "intermediate_size": 52,
-            "vocab_size": 64,
-            "tie_word_embeddings": True,
-            **rope(100.0),
-        },
+        EVEN
+        | dict(hidden_size=32, head_dim=4, intermediate_size=52, vocab_size=64)
+        | dict(TIED, **rope(100.0)),
     ),
-    "llama-six-heads": ("llama", {**ODD, "num_key_value_heads": 6, **rope()}),
-    "llama3": (
-        "llama",
-        {
-            **ODD,
-            **rope(
-                1e4,
-                "llama3",
-                factor=8.0,
-                low_freq_factor=1.0,
-                high_freq_factor=4.0,
-                original_max_position_embeddings=16,
-            ),
-        },
-    ),
+    "llama-six-heads": ("llama", ODD | dict(num_key_value_heads=6) | rope()),
+    "llama3": ("llama", ODD | rope(1e4, "llama3", factor=8.0, **LLAMA_3)),
     "llama-yarn": (
         "llama",
-        {
-            **ODD,
-            "num_key_value_heads": 3,
-            "max_position_embeddings": 256,
-            **rope(1e4, "yarn", factor=4.0, original_max_position_embeddings=64),
-        },
+        ODD
+        | dict(num_key_value_heads=3, max_position_embeddings=256)
+        | rope(1e4, "yarn", factor=4.0, original_max_position_embeddings=64),
     ),
-    "llama-linear": ("llama", {**ODD, "num_key_value_heads": 1, **rope(1e4, "linear", factor=3.0)}),
-    "mistral": ("mistral", {**EVEN, "sliding_window": 5, **rope()}),
-    "mistral-odd": ("mistral", {**ODD, "sliding_window": 4, **rope()}),
+    "llama-linear": ("llama", ODD | dict(num_key_value_heads=1) | rope(1e4, "linear", factor=3.0)),
+    "mistral": ("mistral", EVEN | dict(sliding_window=5) | rope()),
+    "mistral-odd": ("mistral", ODD | dict(sliding_window=4) | rope()),
     "mixtral": (
         "mixtral",
-        {**EVEN, "num_local_experts": 4, "sliding_window": None, **EXPERTS, **rope()},
+        EVEN | EXPERTS | dict(num_local_experts=4, sliding_window=None) | rope(),
     ),
     "mixtral-odd": (
         "mixtral",
-        {
-            **ODD,
-            "num_key_value_heads": 1,
-            "num_local_experts": 5,
-            "sliding_window": 7,
-            **EXPERTS,
-            **rope(),
-        },
+        ODD | EXPERTS | dict(num_key_value_heads=1, num_local_experts=5, sliding_window=7) | rope(),
     ),
-    "qwen": ("qwen2", {**ODD, "num_key_value_heads": 6, **rope()}),  # v1, saved under its own names
-    "qwen2": ("qwen2", {**EVEN, **rope()}),
+    # v1, saved under its own names
+    "qwen": ("qwen2", ODD | dict(num_key_value_heads=6) | rope()),
+    "qwen2": ("qwen2", EVEN | rope()),
     "qwen2-odd": (
         "qwen2",
-        {
-            **ODD,
-            "tie_word_embeddings": True,
-            "use_sliding_window": True,
-            "sliding_window": 6,
-            "max_window_layers": 1,
-            **rope(),
-        },
+        ODD | TIED | dict(use_sliding_window=True, sliding_window=6, max_window_layers=1) | rope(),
     ),
-    "qwen3": ("qwen3", {**EVEN, **rope()}),
-    "qwen3-odd": (
-        "qwen3",
-        {**ODD, "num_key_value_heads": 1, "tie_word_embeddings": True, **rope()},
-    ),
+    "qwen3": ("qwen3", EVEN | rope()),
+    "qwen3-odd": ("qwen3", ODD | dict(num_key_value_heads=1) | TIED | rope()),
     "qwen3-moe": (
         "qwen3_moe",
-        {
-            **EVEN,
-            **EXPERTS,
-            "num_experts": 6,
-            "num_experts_per_tok": 3,
-            "moe_intermediate_size": 28,
-            "norm_topk_prob": True,
-            **rope(),
-        },
+        EVEN
+        | EXPERTS
+        | dict(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=28)
+        | dict(norm_topk_prob=True, **rope()),
     ),
     "qwen3-moe-odd": (
         "qwen3_moe",
-        {
-            **ODD,
-            **EXPERTS,
-            "num_experts": 5,
-            "num_experts_per_tok": 3,
-            "moe_intermediate_size": 30,
-            "norm_topk_prob": False,
-            **rope(),
-        },
+        ODD
+        | EXPERTS
+        | dict(num_experts=5, num_experts_per_tok=3, moe_intermediate_size=30)
+        | dict(norm_topk_prob=False, **rope()),
     ),
 }
 MOE = [name for name, (kind, _) in CASES.items() if kind in ("mixtral", "qwen3_moe")]
@@ -163,30 +106,22 @@ MOE = [name for name, (kind, _) in CASES.items() if kind in ("mixtral", "qwen3_m
 
 def implementations(name: str) -> dict:
     """transformers' plainest code."""
-    return {
-        "attn_implementation": "eager",
-        **({"experts_implementation": "eager"} if name in MOE else {}),
-    }
+    experts = {"experts_implementation": "eager"} if name in MOE else {}
+    return {"attn_implementation": "eager", **experts}
 
 
 def build(name: str, scored: bool = False):
     """A case's model, as a language model or with a scalar head."""
     kind, sizes = CASES[name]
-    config = AutoConfig.for_model(
-        kind,
-        **sizes,
-        initializer_range=0.2,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        **({"num_labels": 1} if scored else {}),
-    )
+    more = dict(initializer_range=0.2, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    if scored:
+        more["num_labels"] = 1
+    config = AutoConfig.for_model(kind, **sizes, **more)
     torch.manual_seed(sum(name.encode()))
     auto = AutoModelForSequenceClassification if scored else AutoModelForCausalLM
     model = auto.from_config(config, **implementations(name))
-    for (
-        parameter
-    ) in model.parameters():  # norms and biases away from where they start, so that they matter
+    # norms and biases away from where they start, so that they matter
+    for parameter in model.parameters():
         if parameter.dim() == 1:
             parameter.data += 0.3 * torch.randn_like(parameter)
     return model.eval()
@@ -211,31 +146,30 @@ def save_gradients(name: str, model, folder: Path) -> None:
 
 def save_as_qwen_v1(model, folder: Path, **config) -> None:
     """A Qwen2 model in Qwen v1's names: q, k, v stacked in c_attn, the gate called w2."""
-    given, c = model.state_dict(), model.config
+    qwen2, c = model.state_dict(), model.config
     tensors = {
-        "transformer.wte.weight": given["model.embed_tokens.weight"],
-        "lm_head.weight": given["lm_head.weight"],
-        "transformer.ln_f.weight": given["model.norm.weight"],
+        "transformer.wte.weight": qwen2["model.embed_tokens.weight"],
+        "lm_head.weight": qwen2["lm_head.weight"],
+        "transformer.ln_f.weight": qwen2["model.norm.weight"],
+    }
+    names = {
+        "ln_1": "input_layernorm",
+        "ln_2": "post_attention_layernorm",
+        "attn.c_proj": "self_attn.o_proj",
+        "mlp.w1": "mlp.up_proj",
+        "mlp.w2": "mlp.gate_proj",
+        "mlp.c_proj": "mlp.down_proj",
     }
     for i in range(c.num_hidden_layers):
-        ours, theirs = f"transformer.h.{i}", f"model.layers.{i}"
+        v1_layer, v2_layer = f"transformer.h.{i}", f"model.layers.{i}"
         for kind in ("weight", "bias"):
-            tensors[f"{ours}.attn.c_attn.{kind}"] = torch.cat(
-                [given[f"{theirs}.self_attn.{x}_proj.{kind}"] for x in "qkv"]
-            )
-        for new, old in {
-            "ln_1": "input_layernorm",
-            "ln_2": "post_attention_layernorm",
-            "attn.c_proj": "self_attn.o_proj",
-            "mlp.w1": "mlp.up_proj",
-            "mlp.w2": "mlp.gate_proj",
-            "mlp.c_proj": "mlp.down_proj",
-        }.items():
-            tensors[f"{ours}.{new}.weight"] = given[f"{theirs}.{old}.weight"]
+            stacked = [qwen2[f"{v2_layer}.self_attn.{x}_proj.{kind}"] for x in "qkv"]
+            tensors[f"{v1_layer}.attn.c_attn.{kind}"] = torch.cat(stacked)
+        for v1_name, v2_name in names.items():
+            tensors[f"{v1_layer}.{v1_name}.weight"] = qwen2[f"{v2_layer}.{v2_name}.weight"]
     folder.mkdir(parents=True)
-    save_file(
-        {key: tensor.contiguous() for key, tensor in tensors.items()}, folder / "model.safetensors"
-    )
+    tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors")
     sizes = dict(
         hidden_size=c.hidden_size,
         num_hidden_layers=c.num_hidden_layers,

@@ -1,10 +1,11 @@
-"""One rank of tests/models/test_parity.py: runs our model on what the test wrote, and writes down every deviation.
+"""One rank of test_parity.py: runs our model on what the test wrote, and notes every deviation.
 
     parity_worker.py WORK OUT
 
-WORK holds a folder per case: `hf/`, a Hugging Face model, `grad/`, its gradients as a checkpoint of the same kind, and
-`reference.safetensors`, with the tokens and what transformers made of them. OUT.json gets {check: the largest deviation
-over the ranks}, models and what is compared between degrees go to OUT/.
+WORK holds a folder per case: `hf/`, a Hugging Face model, `grad/`, its gradients as a checkpoint of
+the same kind, and `reference.safetensors`, with the tokens and what transformers made of them.
+OUT.json gets {check: the largest deviation over the ranks}, models and what is compared between
+degrees go to OUT/.
 """
 
 import json
@@ -40,7 +41,10 @@ ATTENTION = ("wq", "wk", "wv", "wo")
 
 
 def deviation(ours, reference, scale=None) -> float:
-    """Largest difference relative to `scale`, the reference's largest entry by default; None counts as zeros."""
+    """Largest difference relative to `scale`, the reference's largest entry by default.
+
+    None counts as zeros.
+    """
     ours = torch.zeros_like(reference) if ours is None else ours
     if ours.shape != reference.shape or not torch.isfinite(ours).all():
         return float("inf")
@@ -66,9 +70,8 @@ class Case:
         return rows.split(self.lengths)
 
     def model(self, **options):
-        return load_model(
-            Checkpoint.open(str(self.folder / "hf"), **options), self.parallel, torch.float32
-        )
+        checkpoint = Checkpoint.open(str(self.folder / "hf"), **options)
+        return load_model(checkpoint, self.parallel, torch.float32)
 
     def note(self, check: str, value: float) -> None:
         self.deviations[f"{self.name}/{check}"] = value
@@ -77,39 +80,40 @@ class Case:
         return model.logits(model(self.tokens, Packed(self.lengths)))
 
     def note_logits(self, check: str, logits, whole) -> None:
-        """Our columns, and nothing possible behind them."""
-        first, last = TensorSpec((whole.size(-1),), 0).local_range(self.rank, self.n)
-        self.note(
-            check,
-            deviation(logits[:, : last - first], whole[:, first:last], whole.abs().max().item()),
-        )
-        self.note(f"{check}, padding", (logits[:, last - first :] != IMPOSSIBLE).sum().item())
+        """Our columns, and nothing possible behind them.
+
+        logits: [N, vocabulary / n, padded]; whole: [N, vocabulary].
+        """
+        first, end = TensorSpec((whole.size(-1),), 0).local_range(self.rank, self.n)
+        ours, padding = logits[:, : end - first], logits[:, end - first :]
+        self.note(check, deviation(ours, whole[:, first:end], whole.abs().max().item()))
+        self.note(f"{check}, padding", (padding != IMPOSSIBLE).sum().item())
 
     def loss(self, model):
         return -token_logprobs(self.logits(model), self.targets)[0].mean()
 
     def note_gradient(self, check: str, gradient, spec: TensorSpec, whole) -> None:
         """This rank's part of a gradient, and exact zeros in its padding."""
-        self.note(
-            check, deviation(gradient, spec.cut(whole, self.rank, self.n), whole.abs().max().item())
-        )
+        part = spec.cut(whole, self.rank, self.n)
+        self.note(check, deviation(gradient, part, whole.abs().max().item()))
         if spec.dim is not None and gradient is not None:
-            first, last = spec.local_range(self.rank, self.n)
-            padding = gradient.narrow(
-                spec.dim, last - first, gradient.size(spec.dim) - (last - first)
-            )
+            first, end = spec.local_range(self.rank, self.n)
+            size = end - first
+            padding = gradient.narrow(spec.dim, size, gradient.size(spec.dim) - size)
             self.note(f"padding of {check}", padding.abs().sum().item())
 
     def note_gradients(self, check: str, model, folder: str) -> None:
         wanted = Checkpoint.open(str(self.folder / folder))
         assert {name for name, _ in model.named_parameters()} == set(wanted.table)
         for name, parameter in model.named_parameters():
-            self.note_gradient(
-                f"{check} {name}", parameter.grad, wanted.table[name], wanted.read(name)
-            )
+            spec, whole = wanted.table[name], wanted.read(name)
+            self.note_gradient(f"{check} {name}", parameter.grad, spec, whole)
 
     def gradients_again(self, model, loss, **settings) -> dict:
-        """Largest change of each gradient when it is computed once more with other settings of the model."""
+        """Largest change of each gradient when it is computed once more.
+
+        settings: the model's, other ones than before.
+        """
         gradients = {name: p.grad for name, p in model.named_parameters()}
         model.zero_grad(set_to_none=True)
         for name, value in settings.items():
@@ -121,6 +125,10 @@ class Case:
             if p.grad is not None
         }
 
+    def note_recompute(self, check: str, model, loss) -> None:
+        """Largest change of any gradient when activations are recomputed."""
+        self.note(check, max(self.gradients_again(model, loss, recompute="full").values()))
+
 
 def check_language_model(case: Case) -> None:
     model = case.model()
@@ -131,7 +139,7 @@ def check_language_model(case: Case) -> None:
     case.note_logits("logits", logits, case.reference["logits"])
     case.note("loss", deviation(loss.detach(), case.reference["loss"]))
     case.note_gradients("grad", model, "grad")
-    case.note("recompute", max(case.gradients_again(model, case.loss, recompute="full").values()))
+    case.note_recompute("recompute", model, case.loss)
 
     norm = Optimizer(model, case.parallel).step(0.0)["grad_norm"]  # of the gradients just computed
     case.note("norm", deviation(torch.tensor(norm), case.reference["norm"]))
@@ -154,15 +162,15 @@ def check_responses(case: Case, model) -> None:
     with torch.no_grad():
         logprobs, entropy = response_logprobs(model, case.batch, 0.7)
     rows = case.parts((case.reference["logits"] / 0.7).log_softmax(-1))
+    # of each sequence: [response, vocabulary]
     inner = [row[s.prompt_length - 1 : -1] for row, s in zip(rows, case.sequences)]
-    wanted = [
-        row.gather(1, torch.tensor(s.tokens[s.prompt_length :], dtype=torch.long)[:, None])[:, 0]
-        for row, s in zip(inner, case.sequences)
-    ]
+    wanted = []
+    for row, s in zip(inner, case.sequences):
+        response = torch.tensor(s.tokens[s.prompt_length :], dtype=torch.long)
+        wanted.append(row.gather(1, response[:, None])[:, 0])
+    entropies = [-(row.exp() * row).sum(-1) for row in inner]
     case.note("response logprobs", deviation(logprobs, torch.cat(wanted)))
-    case.note(
-        "response entropy", deviation(entropy, torch.cat([-(r.exp() * r).sum(-1) for r in inner]))
-    )
+    case.note("response entropy", deviation(entropy, torch.cat(entropies)))
 
 
 def check_frozen(case: Case) -> None:
@@ -171,10 +179,9 @@ def check_frozen(case: Case) -> None:
     case.loss(model).backward()
     freeze_layers(model, 1)
     again = case.gradients_again(model, case.loss, recompute="full")
-    frozen = {
-        name for name in case.checkpoint.table if name.startswith(("tok_embeddings.", "layers.0."))
-    }
-    case.note("frozen", len(frozen ^ (case.checkpoint.table.keys() - again.keys())))
+    names = case.checkpoint.table.keys()
+    frozen = {name for name in names if name.startswith(("tok_embeddings.", "layers.0."))}
+    case.note("frozen", len(frozen ^ (names - again.keys())))
     case.note("beside the frozen", max(again.values()))
 
 
@@ -182,30 +189,24 @@ def check_balance(case: Case) -> None:
     """The load-balancing loss of each sequence, and the gradient of their weighted sum."""
     model = case.model()
     weights, coefficient = case.reference["weights"].tolist(), model.router_aux_loss_coef
+    wanted = case.reference["balance"]  # [sequences]
 
     def loss(model):
         batch = Batch.of(case.sequences, case.parallel.device)
         model(batch.tokens, batch.layout)
-        case.note(
-            "balance", deviation(batch.layout.balance_loss.detach(), case.reference["balance"])
-        )
+        case.note("balance", deviation(batch.layout.balance_loss.detach(), wanted))
         return weighted_balance_loss(model, batch, weights, coefficient)
 
     total = loss(model)
     total.backward()
-    case.note(
-        "balance, weighted",
-        deviation(total.detach(), (case.reference["balance"] * case.reference["weights"]).sum()),
-    )
+    weighted = (wanted * case.reference["weights"]).sum()
+    case.note("balance, weighted", deviation(total.detach(), weighted))
     case.note_gradients("balance grad", model, "balance-grad")
-    case.note(
-        "balance, recompute", max(case.gradients_again(model, loss, recompute="full").values())
-    )
+    case.note_recompute("balance, recompute", model, loss)
     with torch.no_grad():
         model(case.batch.tokens, case.batch.layout)
-    case.note(
-        "balance without gradients", float(weighted_balance_loss(model, case.batch, weights, 1.0))
-    )
+    total = float(weighted_balance_loss(model, case.batch, weights, 1.0))
+    case.note("balance without gradients", total)
 
 
 def check_scores(case: Case) -> None:
@@ -217,9 +218,9 @@ def check_scores(case: Case) -> None:
     batch = Batch.of([Sequence(s.tokens, 1) for s in case.sequences], case.parallel.device)
     with torch.no_grad():
         before, last = response_values(model, batch)
-    every = case.parts(case.reference["every score"])
-    case.note("values", deviation(before, torch.cat([row[:-1] for row in every])))
-    case.note("last values", deviation(last, torch.stack([row[-1] for row in every])))
+    rows = case.parts(case.reference["every score"])
+    case.note("values", deviation(before, torch.cat([row[:-1] for row in rows])))
+    case.note("last values", deviation(last, torch.stack([row[-1] for row in rows])))
 
 
 def check_lora(case: Case, out: Path) -> None:
@@ -229,15 +230,15 @@ def check_lora(case: Case, out: Path) -> None:
     add_lora(model, LORA, 5, case.parallel)
     save_whole(case, out / f"{case.name}-fresh.safetensors", whole_adapter(model, case.parallel))
     with torch.no_grad():
-        # B is zero (asserted on the saved factors); kernels round differently for slices of a stacked product and for sums
+        # B is zero (asserted on the saved factors); kernels round differently for slices of a
+        # stacked product and for sums
         fresh = case.logits(model)
         case.note("lora starts as the base model", deviation(fresh, base))
         factors = [p for name, p in model.named_parameters() if name.endswith("lora_a")]
         for a in factors:
             a.mul_(1000)
-        case.note(
-            "a fresh adapter adds exactly nothing", (case.logits(model) - fresh).abs().max().item()
-        )
+        added = (case.logits(model) - fresh).abs().max().item()
+        case.note("a fresh adapter adds exactly nothing", added)
         for a in factors:
             a.div_(1000)
 
@@ -253,19 +254,11 @@ def check_lora(case: Case, out: Path) -> None:
     for name, whole in factor_gradients(case, table).items():
         case.note_gradient(f"lora grad {name}", parameters[name].grad, table[name], whole)
         squares += whole.double().square().sum()
-    case.note(
-        "lora recompute", max(case.gradients_again(model, case.loss, recompute="full").values())
-    )
-    case.note(
-        "lora trains other weights",
-        len({name for name, p in parameters.items() if p.requires_grad} ^ set(table)),
-    )
-    case.note(
-        "lora norm",
-        deviation(
-            torch.tensor(Optimizer(model, case.parallel).step(0.0)["grad_norm"]), squares.sqrt()
-        ),
-    )
+    case.note_recompute("lora recompute", model, case.loss)
+    trained = {name for name, p in parameters.items() if p.requires_grad}
+    case.note("lora trains other weights", len(trained ^ set(table)))
+    norm = Optimizer(model, case.parallel).step(0.0)["grad_norm"]
+    case.note("lora norm", deviation(torch.tensor(norm), squares.sqrt()))
     save_model(model, case.parallel, str(out / case.name), case.checkpoint)
     check_dropout(case, out)
     if case.name == "mixtral":
@@ -277,9 +270,11 @@ def factor_gradients(case: Case, table: dict) -> dict:
     dense, wanted = Checkpoint.open(str(case.folder / "lora-grad")), {}
     for name in table:
         stem, factor = name.rsplit(".", 1)
-        gradient = dense.read(f"{stem}.weight") * LORA.scale
-        other = case.reference[f"{stem}.{'lora_a' if factor == 'lora_b' else 'lora_b'}"].mT
-        wanted[name] = gradient @ other if factor == "lora_b" else other @ gradient
+        gradient = dense.read(f"{stem}.weight") * LORA.scale  # [out, in], or of each expert
+        if factor == "lora_b":
+            wanted[name] = gradient @ case.reference[f"{stem}.lora_a"].mT  # [out, rank]
+        else:
+            wanted[name] = case.reference[f"{stem}.lora_b"].mT @ gradient  # [rank, in]
     return wanted
 
 
@@ -293,13 +288,16 @@ def save_whole(case: Case, file: Path, tensors: dict) -> None:
 
 
 def whole_logits(case: Case, logits):
-    parts = [torch.empty_like(logits) for _ in range(case.n)]
+    parts = [torch.empty_like(logits) for _ in range(case.n)]  # each [N, vocabulary / n, padded]
     dist.all_gather(parts, logits.detach().contiguous(), group=case.parallel.mp_group)
     return TensorSpec((1, case.checkpoint.config.vocab_size), 1).join(parts)
 
 
 def check_dropout(case: Case, out: Path) -> None:
-    """What dropout makes of the logits and the factors' gradients, for the test to compare between degrees."""
+    """What dropout makes of the logits and the factors' gradients.
+
+    For the test to compare between degrees.
+    """
     model, lora = case.model(), replace(LORA, dropout=0.4)
     add_lora(model, lora, 5, case.parallel, given_factors(case, lora))
     model.eval()
@@ -310,29 +308,20 @@ def check_dropout(case: Case, out: Path) -> None:
     logits = case.logits(model)
     (-token_logprobs(logits, case.targets)[0].mean()).backward()
     torch.manual_seed(7)
-    case.note(
-        "dropout, recompute", max(case.gradients_again(model, case.loss, recompute="full").values())
-    )
+    case.note_recompute("dropout, recompute", model, case.loss)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.grad
-    gradients = whole_adapter(model, case.parallel)
-    save_whole(
-        case,
-        out / f"{case.name}-dropout.safetensors",
-        {"logits": whole_logits(case, logits), **gradients},
-    )
+    tensors = {"logits": whole_logits(case, logits), **whole_adapter(model, case.parallel)}
+    save_whole(case, out / f"{case.name}-dropout.safetensors", tensors)
 
 
 def check_lora_of_attention(case: Case, out: Path) -> None:
     model, lora = case.model(), replace(LORA, targets=ATTENTION)
     add_lora(model, lora, 5, case.parallel, given_factors(case, lora))
     with torch.no_grad():
-        save_whole(
-            case,
-            out / f"{case.name}-attention.safetensors",
-            {"logits": whole_logits(case, case.logits(model))},
-        )
+        logits = whole_logits(case, case.logits(model))
+    save_whole(case, out / f"{case.name}-attention.safetensors", {"logits": logits})
     save_model(model, case.parallel, str(out / f"{case.name}-attention"), case.checkpoint)
 
 
@@ -349,9 +338,8 @@ def check_adapters(case: Case) -> None:
 
 def main(work: str, out: str) -> None:
     if os.environ.get("WORLD_SIZE") == "2":
-        dist.set_debug_level(
-            dist.DebugLevel.DETAIL
-        )  # checks, slowly, that every rank issues the same collectives
+        # checks, slowly, that every rank issues the same collectives
+        dist.set_debug_level(dist.DebugLevel.DETAIL)
     parallel = start(timeout=120)
     torch.set_num_threads(1)  # tensors this small only wait for more
     out = Path(out)

@@ -1,4 +1,7 @@
-"""Attention of packed sequences: against a masked softmax in fp64, and a shared prompt against each sequence by itself."""
+"""Attention of packed sequences, against a masked softmax in fp64.
+
+A shared prompt is held against each sequence by itself.
+"""
 
 import inspect
 import itertools
@@ -25,7 +28,7 @@ EACH_TREE = pytest.mark.parametrize("tree", TREES)
 
 
 def drawn(rows, heads, kv_heads, dtype=torch.float32, seed=0):
-    """q, k, v and a gradient from above."""
+    """q, k, v and a gradient from above: [rows, heads or kv_heads, DIM]."""
     generator = torch.Generator().manual_seed(seed)
     return [
         (1.5 * torch.randn(rows, n, DIM, generator=generator)).to(dtype)
@@ -34,13 +37,17 @@ def drawn(rows, heads, kv_heads, dtype=torch.float32, seed=0):
 
 
 def softmax_of_seen(q, k, v, seen):
-    """Each head's Σ_j softmax_j(q_i · k_j / √d) v_j over those j that seen(i, j) allows; one sequence."""
+    """Each head's Σ_j softmax_j(q_i · k_j / √d) v_j over those j that seen(i, j) allows.
+
+    One sequence. q: [queries, heads, d]; k, v: [keys, kv_heads, d]; result: [queries, heads, d].
+    """
     group = q.size(1) // k.size(1)
     mask = torch.tensor([[seen(i, j) for j in range(k.size(0))] for i in range(q.size(0))])
     heads = []
     for h in range(q.size(1)):
-        scores = (q[:, h] @ k[:, h // group].T / math.sqrt(q.size(2))).masked_fill(~mask, -math.inf)
-        heads.append(scores.softmax(-1) @ v[:, h // group])
+        scores = q[:, h] @ k[:, h // group].T / math.sqrt(q.size(2))  # [queries, keys]
+        weights = scores.masked_fill(~mask, -math.inf).softmax(-1)
+        heads.append(weights @ v[:, h // group])  # [queries, d]
     return torch.stack(heads, 1)
 
 
@@ -57,13 +64,11 @@ def with_gradients(function, q, k, v, up):
 
 
 def close(ours, wanted, tolerance=1e-5):
-    for name, a, b in zip(
-        ("value", "gradient of q", "gradient of k", "gradient of v"), ours, wanted, strict=True
-    ):
+    names = ("value", "gradient of q", "gradient of k", "gradient of v")
+    for name, a, b in zip(names, ours, wanted, strict=True):
         assert a.shape == b.shape, name
-        assert float((a.double() - b.double()).abs().max()) <= tolerance * (
-            1 + float(b.abs().max())
-        ), name
+        difference = float((a.double() - b.double()).abs().max())
+        assert difference <= tolerance * (1 + float(b.abs().max())), name
 
 
 @pytest.mark.parametrize(
@@ -87,7 +92,10 @@ def test_each_sequence_attends_to_itself_and_what_came_before(
 
 
 def by_themselves(lengths, prefixes):
-    """The rows of the tree that each of its sequences goes through, prompt first; a prompt is one too."""
+    """The rows of the tree that each of its sequences goes through, prompt first.
+
+    A prompt is a sequence too.
+    """
     ends = list(itertools.accumulate(lengths))
     rows = [list(range(end - length, end)) for end, length in zip(ends, lengths)]
     return [(rows[p] if p is not None else []) + own for own, p in zip(rows, prefixes)]
@@ -104,16 +112,14 @@ def test_a_shared_prompt_is_as_good_as_one_for_each(tree, window, heads, kv_head
     rows = torch.tensor([row for sequence in sequences for row in sequence])
     copies = torch.bincount(rows)
     alone = Packed([len(sequence) for sequence in sequences])
+    layout = Packed(lengths, prefixes=prefixes)
     share = (up / copies.view(-1, 1, 1))[rows]  # of what comes from above each copy gets the same
-    out, *grads = with_gradients(
-        lambda *x: alone.attend(0, *x, window), q[rows], k[rows], v[rows], share
-    )
+    copied = [x[rows] for x in (q, k, v)]  # [sum of the sequences' lengths, heads, DIM]
+    out, *grads = with_gradients(lambda *x: alone.attend(0, *x, window), *copied, share)
     summed = [torch.zeros_like(x).index_add_(0, rows, grad) for x, grad in zip((q, k, v), grads)]
     wanted = torch.zeros_like(q).index_copy_(0, rows, out)
     assert torch.allclose(wanted[rows], out, atol=1e-5), "the copies agree"
-    ours = with_gradients(
-        lambda *x: Packed(lengths, prefixes=prefixes).attend(0, *x, window), q, k, v, up
-    )
+    ours = with_gradients(lambda *x: layout.attend(0, *x, window), q, k, v, up)
     close(ours, [wanted, *summed])
 
 
@@ -129,9 +135,8 @@ def test_a_shared_prompt_against_the_formula(tree, window):
             out.append(softmax_of_seen(q[rows], k[rows], v[rows], causal(window))[-own:])
         return torch.cat(out)
 
-    ours = with_gradients(
-        lambda *x: Packed(lengths, prefixes=prefixes).attend(0, *x, window), q, k, v, up
-    )
+    layout = Packed(lengths, prefixes=prefixes)
+    ours = with_gradients(lambda *x: layout.attend(0, *x, window), q, k, v, up)
     close(ours, with_gradients(reference, *(x.double() for x in (q, k, v, up))))
 
 
@@ -187,15 +192,11 @@ def kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size, gro
     """What varlen_attn is said to compute. Causal masks align the last query with the last key."""
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and len(cu_seq_q) == len(cu_seq_k)
     bounds_q, bounds_k = cu_seq_q.tolist(), cu_seq_k.tolist()
-    assert (
-        bounds_q[0] == bounds_k[0] == 0
-        and bounds_q[-1] == query.size(0)
-        and bounds_k[-1] == key.size(0) == value.size(0)
-    )
+    assert bounds_q[0] == bounds_k[0] == 0 and bounds_q[-1] == query.size(0)
+    assert bounds_k[-1] == key.size(0) == value.size(0)
     if not grouped:
-        assert query.size(1) == key.size(1) == value.size(1), (
-            "without enable_gqa all heads are the same number"
-        )
+        numbers = {x.size(1) for x in (query, key, value)}
+        assert len(numbers) == 1, "without enable_gqa all heads are the same number"
     left, right = window_size
     out = []
     for (q0, q1), (k0, k1) in zip(itertools.pairwise(bounds_q), itertools.pairwise(bounds_k)):
@@ -247,10 +248,10 @@ def test_the_gpu_s_kernel_is_asked_for_the_same(
 
 def test_the_kernel_that_is_installed_takes_what_it_is_given(monkeypatch):
     """Its real signature, called with what `_variable_length` gives it."""
-    signature, given = inspect.signature(attention.varlen_attn), []
+    signature, calls = inspect.signature(attention.varlen_attn), []
 
     def record(*args, **kwargs):
-        given.append(signature.bind(*args, **kwargs).arguments)
+        calls.append(signature.bind(*args, **kwargs).arguments)
         return args[0]
 
     record.__signature__ = signature
@@ -258,10 +259,8 @@ def test_the_kernel_that_is_installed_takes_what_it_is_given(monkeypatch):
     lengths, prefixes = TREES["one group"]
     q, k, v, _ = drawn(sum(lengths), 4, 2)
     Packed(lengths, prefixes=prefixes)._variable_length(q, k, v, 3)
-    (arguments,) = given
-    assert (
-        arguments["window_size"] == (2, 0) and arguments["max_q"] == 5 and arguments["max_k"] == 9
-    )
-    assert arguments["cu_seq_q"].tolist() == [0, 4, 7, 8, 13] and arguments[
-        "cu_seq_k"
-    ].tolist() == [0, 4, 11, 16, 25]
+    (arguments,) = calls
+    assert arguments["window_size"] == (2, 0)
+    assert (arguments["max_q"], arguments["max_k"]) == (5, 9)
+    assert arguments["cu_seq_q"].tolist() == [0, 4, 7, 8, 13]
+    assert arguments["cu_seq_k"].tolist() == [0, 4, 11, 16, 25]

@@ -1,4 +1,7 @@
-"""Sizes read from `params.json` and `config.json`, with the defaults of those who wrote them; what is refused."""
+"""Sizes read from `params.json` and `config.json`, with the defaults of those who wrote them.
+
+Also what is refused.
+"""
 
 import json
 from dataclasses import replace
@@ -27,86 +30,51 @@ SHEET = {
 }
 
 
+FIELDS = ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "vocab_size")
+FIELDS += ("norm_eps", "rope_theta", "max_seq_len")
+
+
 def test_presets_are_the_sheets():
-    fields = (
-        "dim",
-        "n_layers",
-        "n_heads",
-        "n_kv_heads",
-        "hidden_dim",
-        "vocab_size",
-        "norm_eps",
-        "rope_theta",
-        "max_seq_len",
-    )
-    assert {
-        name: tuple(getattr(config, field) for field in fields) for name, config in PRESETS.items()
-    } == SHEET
+    presets = {
+        name: tuple(getattr(config, field) for field in FIELDS) for name, config in PRESETS.items()
+    }
+    assert presets == SHEET
     for name, config in PRESETS.items():
-        assert (
-            config.head_dim == 128
-            and config.family == name.split("-")[0]
-            and not config.tie_word_embeddings
-        )
+        assert config.head_dim == 128 and config.family == name.split("-")[0]
+        assert not config.tie_word_embeddings
         assert config.qkv_bias == name.startswith("qwen") and config.sliding_window == 0
-        assert (config.n_experts, config.experts_per_token) == (
-            (8, 2) if "mixtral" in name else (0, 0)
-        )
+        experts = (8, 2) if "mixtral" in name else (0, 0)
+        assert (config.n_experts, config.experts_per_token) == experts
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_params_json_is_read_as_it_was_written(name):
-    config = replace(
-        PRESETS[name], rope_scaling=RopeScaling("yarn", 4.0, 1024, attention_factor=1.1)
-    )
+    scaling = RopeScaling("yarn", 4.0, 1024, attention_factor=1.1)
+    config = replace(PRESETS[name], rope_scaling=scaling)
     for written in (PRESETS[name], config, replace(config, head="score", sliding_window=7)):
-        assert (
-            config_from_params(json.loads(json.dumps(params_of(written))), "params.json") == written
-        )
+        params = json.loads(json.dumps(params_of(written)))
+        assert config_from_params(params, "params.json") == written
+
+
+GROUPED = dict(n_kv_heads=8, ffn_dim_multiplier=1.3)
 
 
 @pytest.mark.parametrize(
-    "params, ffn",
+    "dim, heads, layers, multiple_of, more, ffn",
     (
-        (dict(dim=4096, n_heads=32, n_layers=32, multiple_of=256), 11008),
-        (dict(dim=5120, n_heads=40, n_layers=40, multiple_of=256), 13824),
-        (dict(dim=6656, n_heads=52, n_layers=60, multiple_of=256), 17920),
-        (
-            dict(
-                dim=8192,
-                n_heads=64,
-                n_kv_heads=8,
-                n_layers=80,
-                multiple_of=4096,
-                ffn_dim_multiplier=1.3,
-            ),
-            28672,
-        ),
-        (
-            dict(
-                dim=4096,
-                n_heads=32,
-                n_kv_heads=8,
-                n_layers=32,
-                multiple_of=1024,
-                ffn_dim_multiplier=1.3,
-            ),
-            14336,
-        ),
+        (4096, 32, 32, 256, {}, 11008),
+        (5120, 40, 40, 256, {}, 13824),
+        (6656, 52, 60, 256, {}, 17920),
+        (8192, 64, 80, 4096, GROUPED, 28672),
+        (4096, 32, 32, 1024, GROUPED, 14336),
     ),
 )
-def test_metas_params_json(params, ffn):
-    read = config_from_params(params | dict(norm_eps=1e-5, vocab_size=-1), "params.json")
-    wanted = ModelConfig(
-        params["dim"],
-        params["n_layers"],
-        params["n_heads"],
-        params.get("n_kv_heads", params["n_heads"]),
-        128,
-        ffn,
-        -1,
-    )
-    assert read == wanted
+def test_metas_params_json(dim, heads, layers, multiple_of, more, ffn):
+    params = dict(dim=dim, n_heads=heads, n_layers=layers, multiple_of=multiple_of)
+    params |= dict(norm_eps=1e-5, vocab_size=-1)
+    read = config_from_params(params | more, "params.json")
+    kv_heads = more.get("n_kv_heads", heads)
+    assert read == ModelConfig(dim, layers, heads, kv_heads, 128, ffn, -1)
 
 
 MISTRAL = dict(
@@ -161,12 +129,10 @@ def test_llama_3_1_of_meta():
         use_scaled_rope=True,
     )
     read = config_from_params(params, "params.json")
-    assert (
-        read.rope_scaling == RopeScaling("llama3", 8.0, 8192, 1.0, 4.0) and read.rope_theta == 5e5
-    )
-    assert (
-        config_from_params(params | dict(use_scaled_rope=False), "params.json").rope_scaling is None
-    )
+    assert read.rope_scaling == RopeScaling("llama3", 8.0, 8192, 1.0, 4.0)
+    assert read.rope_theta == 5e5
+    unscaled = config_from_params(params | dict(use_scaled_rope=False), "params.json")
+    assert unscaled.rope_scaling is None
 
 
 # --- config.json
@@ -198,16 +164,11 @@ def test_keys_that_are_not_there_mean_what_transformers_takes(kind, more):
     minimal = SIZES | more | {"model_type": kind}
     theirs = AutoConfig.for_model(**minimal)
     ours = config_from_hf(minimal, "config.json")
-    head_dim = getattr(theirs, "head_dim", None) or 2
-    assert (ours.head_dim, ours.n_kv_heads, ours.norm_eps) == (
-        head_dim,
-        theirs.num_key_value_heads,
-        theirs.rms_norm_eps,
-    )
-    assert (
-        ours.rope_theta == theirs.rope_parameters["rope_theta"]
-        and ours.tie_word_embeddings == theirs.tie_word_embeddings
-    )
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or 2)
+    assert ours.n_kv_heads == theirs.num_key_value_heads
+    assert ours.norm_eps == theirs.rms_norm_eps
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert ours.tie_word_embeddings == theirs.tie_word_embeddings
     windows = [ours.sliding_window if layer >= ours.first_window_layer else 0 for layer in range(3)]
     window = getattr(theirs, "sliding_window", None) or 0
     layer_types = getattr(theirs, "layer_types", None)
@@ -216,28 +177,22 @@ def test_keys_that_are_not_there_mean_what_transformers_takes(kind, more):
         layer_types = ["sliding_attention" if on else "full_attention"] * 3
     assert windows == [window if kind == "sliding_attention" else 0 for kind in layer_types]
     if "mixtral" in kind or "moe" in kind:
-        assert (
-            ours.n_experts == theirs.num_local_experts
-            and ours.experts_per_token == theirs.num_experts_per_tok
-        )
+        assert ours.n_experts == theirs.num_local_experts
+        assert ours.experts_per_token == theirs.num_experts_per_tok
         assert ours.router_aux_loss_coef == theirs.router_aux_loss_coef
         assert ours.norm_topk_prob == getattr(theirs, "norm_topk_prob", True)
         assert ours.hidden_dim == (80 if kind == "qwen3_moe" else 96)
 
 
 BASE = ModelConfig(64, 3, 8, 2, 10, 96, 50, 3e-5, 2e4, 77)
+YARN = RopeScaling("yarn", 4.0, 32, beta_fast=16.0, beta_slow=2.0, attention_factor=1.2)
 CONFIGS = {
     "llama": BASE,
     "tied": replace(BASE, tie_word_embeddings=True),
     "verifier": replace(BASE, head="score"),
     "linear": replace(BASE, rope_scaling=RopeScaling("linear", 3.0, 77)),
     "llama 3": replace(BASE, rope_scaling=RopeScaling("llama3", 8.0, 32, 1.0, 4.0)),
-    "yarn": replace(
-        BASE,
-        rope_scaling=RopeScaling(
-            "yarn", 4.0, 32, beta_fast=16.0, beta_slow=2.0, attention_factor=1.2
-        ),
-    ),
+    "yarn": replace(BASE, rope_scaling=YARN),
     "mistral": replace(BASE, family="mistral", sliding_window=5),
     "mistral v0.2": replace(BASE, family="mistral"),
     "mixtral": replace(
@@ -265,18 +220,13 @@ CONFIGS = {
 def test_config_json_is_read_as_it_was_written(name, version):
     """Even when either transformers' keys are taken away; and transformers reads the same."""
     config = CONFIGS[name]
-    written = json.loads(
-        json.dumps(hf_config(config, "bfloat16", {"bos_token_id": 1, "eos_token_id": 2}, pad_id=3))
-    )
+    ids = {"bos_token_id": 1, "eos_token_id": 2}
+    written = json.loads(json.dumps(hf_config(config, "bfloat16", ids, pad_id=3)))
     theirs = AutoConfig.for_model(**written)
-    assert (
-        theirs.rope_parameters["rope_theta"] == config.rope_theta
-        and theirs.head_dim == config.head_dim
-    )
-    assert theirs.num_key_value_heads == config.n_kv_heads and (
-        theirs.bos_token_id,
-        theirs.eos_token_id,
-    ) == (1, 2)
+    assert theirs.rope_parameters["rope_theta"] == config.rope_theta
+    assert theirs.head_dim == config.head_dim
+    assert theirs.num_key_value_heads == config.n_kv_heads
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (1, 2)
     if version == 4:
         del written["rope_parameters"], written["dtype"]
     else:
@@ -290,7 +240,7 @@ def test_qwen_v1_is_written_as_qwen2():
     written = hf_config(config, "bfloat16", {})
     read = config_from_hf(written, "config.json")
     assert read == replace(config, family="qwen2", use_logn_attn=False, use_dynamic_ntk=False)
-    own = dict(
+    released = dict(
         model_type="qwen",
         hidden_size=4096,
         num_hidden_layers=32,
@@ -302,8 +252,9 @@ def test_qwen_v1_is_written_as_qwen2():
         seq_length=8192,
         kv_channels=128,
     )
-    assert config_from_hf(own, "config.json") == config
-    assert not config_from_hf(own | dict(use_logn_attn=False), "config.json").use_logn_attn
+    assert config_from_hf(released, "config.json") == config
+    without = config_from_hf(released | dict(use_logn_attn=False), "config.json")
+    assert not without.use_logn_attn
 
 
 def test_yarn_fills_in_what_the_paper_says():
@@ -315,10 +266,10 @@ def test_yarn_fills_in_what_the_paper_says():
         rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192},
     )
     scaling = config_from_hf(raw, "config.json").rope_scaling
-    assert scaling == RopeScaling(
-        "yarn", 4.0, 8192, beta_fast=32.0, beta_slow=1.0, attention_factor=scaling.attention_factor
-    )
-    assert scaling.attention_factor == pytest.approx(1.138629436)  # 0.1 · ln 4 + 1
+    factor = scaling.attention_factor
+    betas = dict(beta_fast=32.0, beta_slow=1.0)
+    assert scaling == RopeScaling("yarn", 4.0, 8192, **betas, attention_factor=factor)
+    assert factor == pytest.approx(1.138629436)  # 0.1 · ln 4 + 1
 
 
 def rope(kind, **more):

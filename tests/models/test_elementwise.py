@@ -1,4 +1,7 @@
-"""Norms, SwiGLU and rotations, whose gradients are written by hand: values and gradients of the plain formulas in fp64."""
+"""Norms, SwiGLU and rotations, whose gradients are written by hand.
+
+Values and gradients are those of the plain formulas in fp64.
+"""
 
 import math
 import shutil
@@ -27,8 +30,9 @@ def gated(joined):
 
 
 def turned(x, angles):
-    cos, sin = angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
-    even, odd = x[..., ::2], x[..., 1::2]
+    """Pairs turned by their angles; x: [N, heads, d], angles: [N, d / 2]."""
+    cos, sin = angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)  # [N, 1, d / 2]
+    even, odd = x[..., ::2], x[..., 1::2]  # [N, heads, d / 2]
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
 
 
@@ -67,18 +71,21 @@ def close(ours, wanted, tolerance, what):
 
 
 def check(function, reference, inputs, wants=None, up=None):
-    """function and reference of the same inputs; inputs that are not in `wants` (default: all) require no gradient."""
+    """function and reference of the same inputs.
+
+    Inputs that are not in `wants` (default: all) require no gradient.
+    """
     dtype, wants = inputs[0].dtype, range(len(inputs)) if wants is None else wants
-    mine = [x.clone().requires_grad_(i in wants) for i, x in enumerate(inputs)]
+    ours = [x.clone().requires_grad_(i in wants) for i, x in enumerate(inputs)]
     theirs = [x.double().requires_grad_(i in wants) for i, x in enumerate(inputs)]
-    out, wanted = function(*mine), reference(*theirs)
+    out, wanted = function(*ours), reference(*theirs)
     assert out.dtype == dtype
     close(out.detach(), wanted.detach(), TOLERANCE[dtype], "value")
     up = drawn(wanted.shape, dtype, seed=9) if up is None else up(wanted.shape).to(dtype)
-    before = [x.detach().clone() for x in mine]
+    before = [x.detach().clone() for x in ours]
     out.backward(up)
     wanted.backward(up.double())
-    for i, (a, b) in enumerate(zip(mine, theirs)):
+    for i, (a, b) in enumerate(zip(ours, theirs)):
         assert torch.equal(a.detach(), before[i])
         if i in wants:
             assert a.grad.dtype == dtype
@@ -123,9 +130,8 @@ def test_the_modules_are_the_function_with_their_weight(parallel, kind, layout, 
     wanted = w.double().requires_grad_()
     normed(view(x.double()), wanted).backward(drawn(view(x).shape, dtype, seed=9).double())
     close(norm.weight.grad, wanted.grad, TOLERANCE[dtype], "gradient of the weight")
-    assert isinstance(norm, nn.RMSNorm) and [name for name, _ in norm.named_parameters()] == [
-        "weight"
-    ]
+    assert isinstance(norm, nn.RMSNorm)
+    assert [name for name, _ in norm.named_parameters()] == ["weight"]
 
 
 @DTYPES
@@ -149,31 +155,26 @@ def test_rotate(layout, dtype):
     shape, view = ROTATED[layout]
     angles = 3 * drawn((4, 4), seed=2)
     rotary = torch.polar(torch.ones_like(angles), angles)
-    check(
-        lambda x: rotate(view(x), rotary),
-        lambda x: turned(view(x), angles.double()),
-        [drawn(shape, dtype)],
-    )
+    inputs = [drawn(shape, dtype)]
+    check(lambda x: rotate(view(x), rotary), lambda x: turned(view(x), angles.double()), inputs)
 
 
 def test_rotate_also_scales():
     """As YaRN's attention factor and Qwen's logn do: the gradient is scaled too."""
     angles, scale = 3 * drawn((4, 4), seed=2), drawn((4, 1), seed=3).abs() + 0.5
     rotary = torch.polar(scale.expand(4, 4).contiguous(), angles)
-    wanted = scale.double().unsqueeze(1)
-    check(
-        lambda x: rotate(x, rotary),
-        lambda x: turned(x, angles.double()) * wanted,
-        [drawn((4, 3, 8))],
-    )
+    factor, inputs = scale.double().unsqueeze(1), [drawn((4, 3, 8))]
+    check(lambda x: rotate(x, rotary), lambda x: turned(x, angles.double()) * factor, inputs)
+
+
+def columns_of_a_wider_one(shape):
+    return drawn((*shape[:-1], 2 * shape[-1]), seed=4)[..., 2 : 2 + shape[-1]]
 
 
 UPSTREAM = {
     "one number for all": lambda shape: torch.ones(()).expand(shape),
     "swapped axes": lambda shape: drawn((shape[1], shape[0], *shape[2:]), seed=4).transpose(0, 1),
-    "columns of a wider one": lambda shape: drawn((*shape[:-1], 2 * shape[-1]), seed=4)[
-        ..., 2 : 2 + shape[-1]
-    ],
+    "columns of a wider one": columns_of_a_wider_one,
 }
 
 
@@ -213,23 +214,29 @@ def test_compiling_without_a_compiler_is_refused(compiled, monkeypatch):
 def test_compiled_functions_give_the_same_for_any_number_of_rows(compiled, monkeypatch, request):
     from torch._inductor import config
 
-    quick = {
-        "cpp.vec_isa_ok": True,
+    settings = {
+        "cpp.vec_isa_ok": True,  # these three: a third of the time
         "compile_threads": 1,
         "cpp_cache_precompile_headers": False,
-    }  # a third of the time
-    for name, value in {**quick, "cpp.cxx": (None, "g++")}.items():
+        "cpp.cxx": (None, "g++"),
+    }
+    for name, value in settings.items():
         monkeypatch.setattr(config, name, value)
     monkeypatch.delenv("CXX", raising=False)
     request.addfinalizer(torch._dynamo.reset)
     calls = []
     compile_elementwise()
     assert sorted(compiled) == ["rms_norm", "swiglu"]
+
+    def counted(name, function):
+        def run(*inputs):
+            calls.append(name)
+            return function(*inputs)
+
+        return run
+
     for name, function in list(compiled.items()):
-        compiled[name] = lambda *x, function=function, name=name: (
-            calls.append(name),
-            function(*x),
-        )[1]
+        compiled[name] = counted(name, function)
     weight = drawn(8, seed=1)
     for rows in (3, 7):
         check(lambda x, w: rms_norm(x, w, EPS), normed, [drawn((rows, 8)), weight])

@@ -15,9 +15,8 @@ DIM, LAYERS, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, VOCAB = 24, 3, 6, 2, 10, 40, 50
 LLAMA = ModelConfig(DIM, LAYERS, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, VOCAB)
 EXPERTS, PER_TOKEN = 5, 2
 MIXTRAL = replace(LLAMA, family="mixtral", n_experts=EXPERTS, experts_per_token=PER_TOKEN)
-QWEN = replace(
-    LLAMA, family="qwen", qkv_bias=True, qk_norm=True
-)  # biases and norms are no products
+# biases and norms are no products
+QWEN = replace(LLAMA, family="qwen", qkv_bias=True, qk_norm=True)
 TIED = replace(LLAMA, tie_word_embeddings=True)
 
 PROJECTIONS = {  # in, out
@@ -32,35 +31,33 @@ PROJECTIONS = {  # in, out
 ATTENTION = sum(PROJECTIONS[x][0] * PROJECTIONS[x][1] for x in ("wq", "wk", "wv", "wo"))
 FEED_FORWARD = 3 * DIM * HIDDEN
 LAYER = ATTENTION + FEED_FORWARD
-EXPERT_LAYER = (
-    ATTENTION + EXPERTS * DIM + PER_TOKEN * FEED_FORWARD
-)  # the router sees all experts, a token only two
+# the router sees all experts, a token only two
+EXPERT_LAYER = ATTENTION + EXPERTS * DIM + PER_TOKEN * FEED_FORWARD
 OUTPUT = DIM * VOCAB
-PAIR = (
-    2 * 2 * HEADS * HEAD_DIM
-)  # forward, of one layer: q·k and the value it weighs, a product and a sum for each number
+# forward, of one layer: q·k and the value it weighs, a product and a sum for each number
+PAIR = 2 * 2 * HEADS * HEAD_DIM
 ONE_RANK = SimpleNamespace(mp_rank=0, mp_size=1, device="cpu")
 
 
 def same(flops: TrainingFlops, per_token: float, per_target: float, per_pair: float) -> None:
-    """Where every token is needed, what is counted for tokens and for those needed is the model's weights and its head's."""
-    assert (flops.per_token + flops.per_needed, flops.per_pair) == pytest.approx(
-        (per_token + per_target, per_pair)
-    )
+    """Where every token is needed, what is counted is the model's weights and its head's.
+
+    That is the sum of what is counted for tokens and for those needed.
+    """
+    counts = (flops.per_token + flops.per_needed, flops.per_pair)
+    assert counts == pytest.approx((per_token + per_target, per_pair))
 
 
 def test_past_the_last_attention_only_what_the_loss_needs_is_counted():
     past = PROJECTIONS["wo"][0] * PROJECTIONS["wo"][1] + FEED_FORWARD
     assert TrainingFlops.of(Transformer(LLAMA)).per_needed == 6 * OUTPUT + 6 * past
     assert TrainingFlops.of(Transformer(LLAMA.with_head("score"))).per_needed == 6 * past
-    assert TrainingFlops.of(Transformer(MIXTRAL)).per_needed == 6 * OUTPUT, (
-        "the experts' balance counts every token"
-    )
+    # the experts' balance counts every token
+    assert TrainingFlops.of(Transformer(MIXTRAL)).per_needed == 6 * OUTPUT
     model = Transformer(LLAMA)
     add_lora(model, LoRAConfig(2, targets=("wq", "w2")), 0, ONE_RANK)
-    assert TrainingFlops.of(model).per_needed == 4 * OUTPUT + 4 * past + 6 * 2 * sum(
-        PROJECTIONS["w2"]
-    )
+    adapter = 2 * sum(PROJECTIONS["w2"])
+    assert TrainingFlops.of(model).per_needed == 4 * OUTPUT + 4 * past + 6 * adapter
 
 
 FAMILIES = {"llama": (LLAMA, LAYER), "qwen": (QWEN, LAYER), "mixtral": (MIXTRAL, EXPERT_LAYER)}
@@ -89,12 +86,8 @@ def test_frozen_layers_go_forward_only(config, layer, frozen):
     model = Transformer(config)
     freeze_layers(model, frozen)
     trained = LAYERS - frozen
-    same(
-        TrainingFlops.of(model),
-        (2 * frozen + 6 * trained) * layer,
-        6 * OUTPUT,
-        (frozen + 3 * trained) * PAIR,
-    )
+    per_token, per_pair = (2 * frozen + 6 * trained) * layer, (frozen + 3 * trained) * PAIR
+    same(TrainingFlops.of(model), per_token, 6 * OUTPUT, per_pair)
 
 
 def test_a_tied_output_layer_is_frozen_with_the_embedding():
@@ -123,32 +116,25 @@ def test_a_frozen_layer_above_a_trained_one_hands_its_gradient_down():
 @pytest.mark.parametrize("targets", (tuple(PROJECTIONS), ("wq", "wv"), ("w2",)), ids=",".join)
 @pytest.mark.parametrize("rank", (1, 4))
 def test_lora_is_four_per_frozen_weight_and_six_per_number_of_an_adapter(rank, targets, head):
-    """Counted by whole layers: also the gradients that the lowest layer's first products would hand further down."""
+    """Counted by whole layers.
+
+    Also the gradients that the lowest layer's first products would hand further down.
+    """
     model = Transformer(LLAMA.with_head(head))
     add_lora(model, LoRAConfig(rank, targets=targets), 0, ONE_RANK)
     adapters = sum(rank * sum(PROJECTIONS[x]) for x in targets)
-    same(
-        TrainingFlops.of(model),
-        LAYERS * (4 * LAYER + 6 * adapters),
-        4 * OUTPUT * (head == "lm"),
-        3 * LAYERS * PAIR,
-    )
+    per_token, per_target = LAYERS * (4 * LAYER + 6 * adapters), 4 * OUTPUT * (head == "lm")
+    same(TrainingFlops.of(model), per_token, per_target, 3 * LAYERS * PAIR)
 
 
 def test_lora_of_experts_counts_the_adapters_of_those_a_token_goes_through():
     model = Transformer(MIXTRAL)
     add_lora(model, LoRAConfig(4, targets=("wq", "w1", "w2")), 0, ONE_RANK)
-    of_attention, of_expert = (
-        4 * sum(PROJECTIONS["wq"]),
-        4 * sum(PROJECTIONS["w1"] + PROJECTIONS["w2"]),
-    )
+    of_attention = 4 * sum(PROJECTIONS["wq"])
+    of_expert = 4 * sum(PROJECTIONS["w1"] + PROJECTIONS["w2"])
     adapters = of_attention + PER_TOKEN * of_expert
-    same(
-        TrainingFlops.of(model),
-        LAYERS * (4 * EXPERT_LAYER + 6 * adapters),
-        4 * OUTPUT,
-        3 * LAYERS * PAIR,
-    )
+    per_token = LAYERS * (4 * EXPERT_LAYER + 6 * adapters)
+    same(TrainingFlops.of(model), per_token, 4 * OUTPUT, 3 * LAYERS * PAIR)
 
 
 @pytest.mark.parametrize(
@@ -163,9 +149,8 @@ def test_any_rank_counts_the_whole_model(config, n):
 
 
 def test_a_step_adds_up_tokens_those_needed_and_pairs():
-    assert (
-        TrainingFlops(2.0, 30.0, 500.0)(tokens=7, needed=3, pairs=11) == 7 * 2 + 3 * 30 + 11 * 500
-    )
+    flops = TrainingFlops(2.0, 30.0, 500.0)
+    assert flops(tokens=7, needed=3, pairs=11) == 7 * 2 + 3 * 30 + 11 * 500
 
 
 def counted(config: ModelConfig, length: int, prefix: int) -> float:
@@ -184,11 +169,8 @@ def test_attention_pairs_one_by_one(window, first):
     config = replace(LLAMA, sliding_window=window, first_window_layer=first)
     for length in (1, 2, 3, 7):
         for prefix in (0, 1, 2, 3, 5, 6, 8):
-            wanted = counted(config, length, prefix)
-            assert attention_pairs(config, length, prefix) == pytest.approx(wanted), (
-                length,
-                prefix,
-            )
+            wanted = pytest.approx(counted(config, length, prefix))
+            assert attention_pairs(config, length, prefix) == wanted, (length, prefix)
         assert attention_pairs(config, length) == pytest.approx(counted(config, length, 0))
 
 

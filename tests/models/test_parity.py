@@ -1,6 +1,7 @@
-"""The model computes what transformers' models compute, for every family: output and every gradient, at 1, 2 and 4 ranks.
+"""The model computes what transformers' models compute, for every family.
 
-The references are made here, once; the ranks (parity_worker.py) write down how far they are from them.
+The output and every gradient, at 1, 2 and 4 ranks. The references are made here, once; the ranks
+(parity_worker.py) write down how far they are from them.
 """
 
 import json
@@ -28,11 +29,10 @@ TOLERANCE = 1e-5
 DEGREES = (1, 2, 4)
 LENGTHS = [9, 1, 17, 4, 12]
 IDS = {"bos_token_id": 1, "eos_token_id": 2}
-VERIFIERS = {
-    f"verifier-{name}": name
-    for name in ("llama", "mistral-odd", "mixtral-odd", "qwen2-odd", "qwen3-odd")
-}
+SCORED = ("llama", "mistral-odd", "mixtral-odd", "qwen2-odd", "qwen3-odd")
+VERIFIERS = {f"verifier-{name}": name for name in SCORED}
 ADAPTED = ["llama", "qwen2-odd", "mixtral", "qwen3-moe-odd"]
+QKV = ["q_proj", "k_proj", "v_proj"]
 PEFT = {  # a case's adapters made by peft
     "llama": {
         "all": dict(r=3, lora_alpha=8),
@@ -41,30 +41,27 @@ PEFT = {  # a case's adapters made by peft
     "qwen2-odd": {"all": dict(r=2, lora_alpha=5)},
     "qwen": {
         "some": dict(r=3, lora_alpha=7, target_modules=["q_proj", "o_proj"]),
-        "c_attn": dict(r=3, lora_alpha=7, target_modules=["q_proj", "k_proj", "v_proj"]),
+        "c_attn": dict(r=3, lora_alpha=7, target_modules=QKV),
     },
-    "mixtral": {
-        "attention": dict(
-            r=3, lora_alpha=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]
-        )
-    },
+    "mixtral": {"attention": dict(r=3, lora_alpha=8, target_modules=[*QKV, "o_proj"])},
     "verifier-llama": {"score": dict(r=3, lora_alpha=8)},
     "verifier-qwen3-odd": {"score": dict(r=3, lora_alpha=8, use_rslora=True)},
 }
-LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LINEAR = [*QKV, "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def draw_tokens(vocab_size: int):
     generator = torch.Generator().manual_seed(vocab_size)
-    draw = lambda: torch.randint(3, vocab_size, (sum(LENGTHS),), generator=generator)
-    return draw(), draw()
+    shape = (sum(LENGTHS),)
+    tokens = torch.randint(3, vocab_size, shape, generator=generator)
+    targets = torch.randint(3, vocab_size, shape, generator=generator)
+    return tokens, targets
 
 
 def logits_one_by_one(model, tokens):
     """Each sequence by itself, so that the reference knows no packing: [N, vocabulary]."""
-    return torch.cat(
-        [model(input_ids=part[None], use_cache=False).logits[0] for part in tokens.split(LENGTHS)]
-    )
+    parts = [part[None] for part in tokens.split(LENGTHS)]  # each [1, t]
+    return torch.cat([model(input_ids=part, use_cache=False).logits[0] for part in parts])
 
 
 def language_reference(name: str, model, folder: Path) -> dict:
@@ -75,24 +72,23 @@ def language_reference(name: str, model, folder: Path) -> dict:
     assert all(p.grad.any() for p in model.parameters()), "a gradient that is zero tests nothing"
     norm = torch.stack([p.grad.double().square().sum() for p in model.parameters()]).sum().sqrt()
     families.save_gradients(name, model, folder / "grad")
-    reference = dict(
-        tokens=tokens,
-        targets=targets,
-        logits=logits.detach(),
-        loss=loss.detach(),
-        norm=norm.float(),
-    )
+    reference = dict(tokens=tokens, targets=targets)
+    reference |= dict(logits=logits.detach(), loss=loss.detach(), norm=norm.float())
     return reference | (balance_reference(name, model, tokens, folder) if name in MOE else {})
 
 
 def balance_reference(name: str, model, tokens, folder: Path) -> dict:
-    """transformers' load-balancing loss of each sequence by itself, and the gradient of their weighted sum."""
+    """transformers' load-balancing loss of each sequence by itself.
+
+    And the gradient of their weighted sum.
+    """
     n_experts, k = model.model.layers[0].mlp.gate.weight.size(0), model.config.num_experts_per_tok
     routers = [
         model(input_ids=part[None], output_router_logits=True).router_logits
         for part in tokens.split(LENGTHS)
     ]
-    balance = torch.stack([load_balancing_loss_func(router, n_experts, k) for router in routers])
+    balances = [load_balancing_loss_func(router, n_experts, k) for router in routers]
+    balance = torch.stack(balances)  # [sequences]
     weights = torch.linspace(-1, 2, len(LENGTHS))
     (balance * weights).sum().backward()
     families.save_gradients(name, model, folder / "balance-grad")
@@ -128,26 +124,24 @@ def from_folder(folder: Path, name: str):
 
 def peft_references(name: str, model, tokens, folder: Path) -> dict:
     """Adapters by `peft`, both factors random, and what it makes of the tokens with each."""
-    found, scored = {}, name in VERIFIERS
+    references, scored = {}, name in VERIFIERS
+    compute = scores if scored else logits_one_by_one
     for key, settings in PEFT.get(name, {}).items():
         task = "SEQ_CLS" if scored else "CAUSAL_LM"
-        adapted = get_peft_model(
-            model, LoraConfig(**{"target_modules": LINEAR, **settings}, task_type=task)
-        ).eval()
+        config = LoraConfig(**{"target_modules": LINEAR, **settings}, task_type=task)
+        adapted = get_peft_model(model, config).eval()
         torch.manual_seed(3)
         for parameter in (p for p in adapted.parameters() if p.requires_grad):
             parameter.data = 0.2 * torch.randn_like(parameter)
         if key == "c_attn":
             share_the_first_factor(adapted)
         with torch.no_grad():
-            found[f"peft-{key}"] = (
-                scores(adapted, tokens) if scored else logits_one_by_one(adapted, tokens)
-            )
+            references[f"peft-{key}"] = compute(adapted, tokens)
         adapted.save_pretrained(folder / f"peft-{key}")
         if key == "c_attn":
             fuse(folder / f"peft-{key}")
         model = adapted.unload()
-    return found
+    return references
 
 
 def share_the_first_factor(adapted) -> None:
@@ -158,13 +152,12 @@ def share_the_first_factor(adapted) -> None:
 
 def fuse(folder: Path) -> None:
     """q, k and v's adapters, which share A, as Qwen v1's own code has them: one of c_attn."""
-    given, fused = load_file(folder / "adapter_model.safetensors"), {}
-    for key in (key for key in given if "q_proj.lora_A" in key):
-        name = key.replace("model.model.layers", "model.transformer.h").replace(
-            "self_attn.q_proj", "attn.c_attn"
-        )
-        fused[name] = given[key]
-        parts = [given[key.replace("q_proj.lora_A", f"{x}_proj.lora_B")] for x in "qkv"]
+    factors, fused = load_file(folder / "adapter_model.safetensors"), {}
+    for key in (key for key in factors if "q_proj.lora_A" in key):
+        name = key.replace("model.model.layers", "model.transformer.h")
+        name = name.replace("self_attn.q_proj", "attn.c_attn")
+        fused[name] = factors[key]
+        parts = [factors[key.replace("q_proj.lora_A", f"{x}_proj.lora_B")] for x in "qkv"]
         fused[name.replace("lora_A", "lora_B")] = torch.cat(parts)
     save_file(fused, folder / "adapter_model.safetensors")
 
@@ -181,17 +174,11 @@ def verifier_reference(name: str, model, folder: Path) -> dict:
     (scored * weights).sum().backward()
     families.save_gradients(name, model, folder / "grad")
     with torch.no_grad():
-        hidden = torch.cat(
-            [model.model(part[None], use_cache=False)[0][0] for part in tokens.split(LENGTHS)]
-        )
-        every = F.linear(hidden, model.score.weight)[:, 0]
-    return {
-        "tokens": tokens,
-        "targets": targets,
-        "scores": scored.detach(),
-        "weights": weights,
-        "every score": every,
-    }
+        parts = [part[None] for part in tokens.split(LENGTHS)]  # each [1, t]
+        hidden = torch.cat([model.model(part, use_cache=False)[0][0] for part in parts])
+        every = F.linear(hidden, model.score.weight)[:, 0]  # [N, dim] → [N]
+    reference = {"tokens": tokens, "targets": targets, "weights": weights}
+    return reference | {"scores": scored.detach(), "every score": every}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -211,9 +198,8 @@ def work(tmp_path_factory) -> Path:
         folder = root / name
         model = families.build(VERIFIERS.get(name, name), scored=name in VERIFIERS)
         families.save(name, model, folder / "hf")
-        reference = (verifier_reference if name in VERIFIERS else language_reference)(
-            name, model, folder
-        )
+        reference_of = verifier_reference if name in VERIFIERS else language_reference
+        reference = reference_of(name, model, folder)
         if name in ADAPTED:
             reference |= lora_reference(name, reference["tokens"], reference["targets"], folder)
         reference |= peft_references(name, model, reference["tokens"], folder)
@@ -241,27 +227,22 @@ def deviations(request, output) -> dict:
 
 
 def of(deviations: dict, start: str) -> dict:
-    found = {check: value for check, value in deviations.items() if check.startswith(start)}
-    assert found, f"no check {start} was run"
-    return found
+    checks = {check: value for check, value in deviations.items() if check.startswith(start)}
+    assert checks, f"no check {start} was run"
+    return checks
 
 
-def beyond(found: dict, tolerance: float) -> dict:
-    return {check: value for check, value in found.items() if not value <= tolerance}
+def beyond(deviations: dict, tolerance: float) -> dict:
+    return {check: value for check, value in deviations.items() if not value <= tolerance}
 
 
 def assert_gradients(deviations: dict, case: str, check: str, names) -> None:
-    found = of(deviations, f"{case}/{check} ")
-    assert {key.rsplit(" ", 1)[1] for key in found} == set(names)
-    assert not beyond(found, TOLERANCE)
-    assert not beyond(
-        {
-            key: value
-            for key, value in deviations.items()
-            if key.startswith(f"{case}/padding of {check} ")
-        },
-        0,
-    )
+    gradients = of(deviations, f"{case}/{check} ")
+    assert {key.rsplit(" ", 1)[1] for key in gradients} == set(names)
+    assert not beyond(gradients, TOLERANCE)
+    start = f"{case}/padding of {check} "
+    padding = {key: value for key, value in deviations.items() if key.startswith(start)}
+    assert not beyond(padding, 0)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -273,9 +254,8 @@ def test_logits_are_transformers(deviations, name):
 
 @pytest.mark.parametrize("name", (*CASES, *VERIFIERS))
 def test_every_gradient_is_transformers(deviations, work, name):
-    assert_gradients(
-        deviations, name, "grad", tensor_table(Checkpoint.open(str(work / name / "hf")).config)
-    )
+    table = tensor_table(Checkpoint.open(str(work / name / "hf")).config)
+    assert_gradients(deviations, name, "grad", table)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -299,9 +279,8 @@ def test_packed_neighbours_do_not_matter(deviations, name):
     assert deviations[f"{name}/alone"] <= TOLERANCE
     # an expert's rows are one matrix product with the neighbours', and round like it
     assert deviations[f"{name}/neighbours"] <= (1e-6 if name in MOE else 0)
-    assert deviations[f"{name}/neighbours matter not, the tokens do"] < 10, (
-        "the neighbours' tokens were never changed"
-    )
+    changed = deviations[f"{name}/neighbours matter not, the tokens do"]
+    assert changed < 10, "the neighbours' tokens were never changed"
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -316,12 +295,8 @@ def test_balance_loss_is_transformers_of_each_sequence(deviations, work, name):
     assert deviations[f"{name}/balance, weighted"] <= TOLERANCE
     assert deviations[f"{name}/balance, recompute"] <= 1e-6
     assert deviations[f"{name}/balance without gradients"] == 0
-    assert_gradients(
-        deviations,
-        name,
-        "balance grad",
-        tensor_table(Checkpoint.open(str(work / name / "hf")).config),
-    )
+    table = tensor_table(Checkpoint.open(str(work / name / "hf")).config)
+    assert_gradients(deviations, name, "balance grad", table)
 
 
 @pytest.mark.parametrize("name", VERIFIERS)
@@ -382,9 +357,8 @@ def test_saved_adapter_loads_in_peft(work, output, name, n):
     model = PeftModel.from_pretrained(from_folder(work / name / "hf", name), adapter)
     weights = load_file(adapter / "adapter_model.safetensors")
     if name not in MOE:  # peft fuses the experts' factors, as transformers fuses the experts
-        assert weights.keys() == {
-            k.replace(".default", "") for k in model.state_dict() if "lora_" in k
-        }
+        names = [key for key in model.state_dict() if "lora_" in key]
+        assert weights.keys() == {name.replace(".default", "") for name in names}
     with torch.no_grad():
         assert close(logits_one_by_one(model, reference["tokens"]), reference["lora logits"])
 
@@ -394,11 +368,9 @@ def test_saved_adapter_of_the_attention_alone_loads_in_peft(work, output, n):
     base = from_folder(work / "mixtral" / "hf", "mixtral")
     model = PeftModel.from_pretrained(base, output(n) / "mixtral-attention" / "adapter")
     tokens = load_file(work / "mixtral" / "reference.safetensors")["tokens"]
+    wanted = load_file(output(n) / "mixtral-attention.safetensors")["logits"]
     with torch.no_grad():
-        assert close(
-            logits_one_by_one(model, tokens),
-            load_file(output(n) / "mixtral-attention.safetensors")["logits"],
-        )
+        assert close(logits_one_by_one(model, tokens), wanted)
 
 
 @pytest.mark.parametrize("n", DEGREES)

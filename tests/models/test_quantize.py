@@ -1,4 +1,7 @@
-"""Quantised weights are what the papers say, the same in a shard as in the whole, and `F.linear` trains through them."""
+"""Quantised weights are what the papers say, the same in a shard as in the whole.
+
+`F.linear` trains through them.
+"""
 
 import copy
 import gc
@@ -13,44 +16,31 @@ from src.models.quantize import KINDS, Quantized, dense, quantized, stored_bytes
 from src.parallel.layers import ColumnParallelLinear, RowParallelLinear
 
 # QLoRA (arXiv 2305.14314), appendix E
-NF4 = np.array(
-    [
-        -1.0,
-        -0.6961928009986877,
-        -0.5250730514526367,
-        -0.39491748809814453,
-        -0.28444138169288635,
-        -0.18477343022823334,
-        -0.09105003625154495,
-        0.0,
-        0.07958029955625534,
-        0.16093020141124725,
-        0.24611230194568634,
-        0.33791524171829224,
-        0.44070982933044434,
-        0.5626170039176941,
-        0.7229568362236023,
-        1.0,
-    ],
-    dtype=np.float32,
-)
+NF4 = np.array([
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+], dtype=np.float32)  # fmt: skip
 LEVELS = {"nf4": NF4, "int8": (np.arange(-127, 128) / 127).astype(np.float32)}
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return (
-        torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).mul(0.02).to(dtype)
-    )
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator).mul(0.02).to(dtype)
 
 
 def by_hand(weight: torch.Tensor, kind: str) -> tuple[np.ndarray, torch.Tensor]:
-    """Each value as its block's nearest level times the block's largest magnitude; and how far apart the levels are."""
+    """Each value as its block's nearest level times the block's largest magnitude.
+
+    And how far apart the levels are.
+    """
     values, scales = weight.float().numpy(), np.empty(weight.shape, dtype=np.float32)
     for start in range(0, values.shape[-1], 64):
-        scales[..., start : start + 64] = np.abs(values[..., start : start + 64]).max(
-            axis=-1, keepdims=True
-        )
-    nearest = np.abs((values / scales)[..., None] - LEVELS[kind]).argmin(axis=-1)
+        block = slice(start, start + 64)
+        scales[..., block] = np.abs(values[..., block]).max(axis=-1, keepdims=True)
+    distances = np.abs((values / scales)[..., None] - LEVELS[kind])  # [*weight, levels]
+    nearest = distances.argmin(axis=-1)
     return LEVELS[kind][nearest] * scales, torch.from_numpy(scales * np.diff(LEVELS[kind]).max())
 
 
@@ -67,10 +57,8 @@ def test_values_are_the_nearest_levels_of_each_block(kind, dtype, shape):
         assert torch.equal(ours, reference)
     else:  # bitsandbytes finds int8's nearest level to within 0.002 of a step
         assert ((ours - reference).abs() <= 1.01 * step + 0.01 * reference.abs()).all()
-        assert (
-            torch.isclose(ours, reference, rtol=2 * torch.finfo(dtype).eps, atol=0.0).float().mean()
-            > 0.99
-        )
+        equal = torch.isclose(ours, reference, rtol=2 * torch.finfo(dtype).eps, atol=0.0)
+        assert equal.float().mean() > 0.99
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -88,10 +76,12 @@ def test_a_shard_is_the_whole_quantised_values(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_linear_and_its_gradient(kind, dtype, recomputed):
     weight, target = quantized(draw(24, 160), kind), draw(5, 24, dtype=dtype)
-    (x, bias), (x_too, bias_too) = (
-        [draw(*s, dtype=dtype).requires_grad_() for s in [(5, 160), (24,)]] for _ in range(2)
-    )
-    layer = lambda x: F.silu(F.linear(x, weight, bias))
+    x, x_too = (draw(5, 160, dtype=dtype).requires_grad_() for _ in range(2))
+    bias, bias_too = (draw(24, dtype=dtype).requires_grad_() for _ in range(2))
+
+    def layer(x):
+        return F.silu(F.linear(x, weight, bias))
+
     y = checkpoint(layer, x, use_reentrant=False) if recomputed else layer(x)
     reference = F.silu(F.linear(x_too, dense(weight).to(dtype), bias_too))
     (y * target).sum().backward()
@@ -105,9 +95,12 @@ def test_linear_and_its_gradient(kind, dtype, recomputed):
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_dequantised_copy_waits_for_backward(kind):
     weight, x, saved = quantized(draw(72, 448), kind), draw(5, 448).requires_grad_(), []
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda t: saved.append(t.shape) or t, lambda t: t
-    ):
+
+    def save(tensor):
+        saved.append(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
         y = F.linear(x * 2, weight)
     tensors = (o for o in gc.get_objects() if type(o) is torch.Tensor)
     kept = [t for t in tensors if t.shape == weight.shape and t.is_floating_point()]
@@ -140,9 +133,8 @@ def test_in_our_layers(kind, layer):
     twin = copy.deepcopy(module).to(torch.bfloat16)
     assert isinstance(twin.weight, Quantized) and isinstance(twin.weight, torch.nn.Parameter)
     assert twin.weight.dtype == torch.bfloat16 and module.weight.dtype == torch.float32
-    assert not twin.weight.requires_grad and stored_bytes(twin.weight) == stored_bytes(
-        module.weight
-    )
+    assert not twin.weight.requires_grad
+    assert stored_bytes(twin.weight) == stored_bytes(module.weight)
     assert torch.equal(dense(twin.weight), dense(module.weight).bfloat16())
 
 

@@ -1,4 +1,7 @@
-"""All-reduces through shared memory on the ranks that started it, against gloo's: shared_worker.py OUT."""
+"""All-reduces through shared memory on the ranks that started it, against gloo's.
+
+Started as: shared_worker.py OUT.json
+"""
 
 import json
 import sys
@@ -25,17 +28,14 @@ def main(out: str) -> None:
                 wanted, before = x.clone(), x.clone()
                 dist.all_reduce(wanted, op=op, group=parallel.mp_group)
                 if op is dist.ReduceOp.SUM:
-                    assert not torch.equal(
-                        shared_memory.summed(x, parallel.mp_group), before
-                    ) and torch.equal(x, before)
+                    assert not torch.equal(shared_memory.summed(x, parallel.mp_group), before)
+                    assert torch.equal(x, before)
                 shared_memory.all_reduce(x, parallel.mp_group, op)
-                every = [None] * parallel.world_size
-                dist.all_gather_object(every, x)
+                of_ranks = [None] * parallel.world_size
+                dist.all_gather_object(of_ranks, x)
                 error = (x.double() - wanted.double()).abs().max() / wanted.double().abs().max()
-                results[f"{dtype} {size} {name}"] = [
-                    float(error),
-                    all(torch.equal(x, other) for other in every),
-                ]
+                alike = all(torch.equal(x, other) for other in of_ranks)
+                results[f"{dtype} {size} {name}"] = [float(error), alike]
     for turn in range(3000):  # one after the other, at uneven speed
         x = torch.full((16,), float(turn * (parallel.rank + 1)))
         shared_memory.all_reduce(x, parallel.mp_group)

@@ -1,4 +1,7 @@
-"""All-reduce through shared memory gives gloo's result, the same bits on every rank, and notices ranks that went apart."""
+"""All-reduce through shared memory gives gloo's result, the same bits on every rank.
+
+It notices ranks that went apart.
+"""
 
 import json
 from pathlib import Path
@@ -17,6 +20,6 @@ def test_shared_memory_reduces_as_gloo_does(tmp_path, n):
         pytest.skip("fewer cores than ranks, or no shared memory: gloo's own all-reduce is used")
     assert "they went apart" in results.pop("apart")
     assert len(results) == 4 * 4 * 3
-    for what, (error, alike) in results.items():
-        assert alike and error <= (1e-2 if "bfloat16" in what else 1e-6), what
+    for name, (error, alike) in results.items():
+        assert alike and error <= (1e-2 if "bfloat16" in name else 1e-6), name
     assert set(Path("/dev/shm").glob("all-reduce-*")) <= before, "the file is not left behind"

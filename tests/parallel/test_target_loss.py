@@ -1,4 +1,7 @@
-"""`target_loss`, whose gradients are taken chunk by chunk on the way forward, is autograd's of the whole in fp64."""
+"""`target_loss`, whose gradients are taken chunk by chunk on the way forward.
+
+It is autograd's of the whole in fp64.
+"""
 
 import pytest
 import torch
@@ -16,13 +19,13 @@ def drawn(*shape, seed):
 
 
 HIDDEN, TARGETS = drawn(N, DIM, seed=0), torch.arange(N) * 5 % REAL
-WEIGHT = torch.cat(
-    (drawn(REAL, DIM, seed=1), 100 + drawn(PADDING, DIM, seed=2))
-)  # padding that would win if it counted
+# with padding that would win if it counted: [REAL + PADDING, DIM]
+WEIGHT = torch.cat((drawn(REAL, DIM, seed=1), 100 + drawn(PADDING, DIM, seed=2)))
 ADVANTAGES, SCALE = drawn(N, seed=3), drawn(N, seed=4).abs()
 
 
 def reference_logs(hidden, weight, temperature):
+    """[N, REAL] of the hidden states [N, DIM] and the weight."""
     return (hidden @ weight[:REAL].T / temperature).log_softmax(-1)
 
 
@@ -35,10 +38,8 @@ def likelihood(logprobs, entropy, rows):
 
 def clipped(logprobs, entropy, rows):
     ratio, advantages = (logprobs - OLD[rows]).exp(), ADVANTAGES[rows]
-    return (
-        -(torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages) * SCALE[rows]).sum()
-        / N
-    )
+    gains = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+    return -(gains * SCALE[rows]).sum() / N
 
 
 def clipped_with_entropy(logprobs, entropy, rows):
@@ -57,22 +58,16 @@ LOSSES = {  # and whether they want entropies
     "entropy alone": (entropy_alone, True),
 }
 EACH_LOSS = pytest.mark.parametrize("loss", LOSSES)
-CHUNKS = {
-    "one chunk": N,
-    "a row at a time": 1,
-    "5 5 5 5 3": 5,
-    "8 8 7": 10,
-    "12 11": 22,
-}  # rows that fit
+# rows that fit
+CHUNKS = {"one chunk": N, "a row at a time": 1, "5 5 5 5 3": 5, "8 8 7": 10, "12 11": 22}
 
 
 def reference(loss, temperature):
     """The loss and the gradients of the hidden states and of the weight."""
     hidden, weight = HIDDEN.double().requires_grad_(), WEIGHT.double().requires_grad_()
-    logs = reference_logs(hidden, weight, temperature)
-    value = LOSSES[loss][0](
-        logs.gather(1, TARGETS[:, None])[:, 0], -(logs.exp() * logs).sum(-1), slice(None)
-    )
+    logs = reference_logs(hidden, weight, temperature)  # [N, REAL]
+    logprobs, entropy = logs.gather(1, TARGETS[:, None])[:, 0], -(logs.exp() * logs).sum(-1)
+    value = LOSSES[loss][0](logprobs, entropy, slice(None))
     value.backward()
     return value.detach(), hidden.grad, weight.grad
 
@@ -91,14 +86,12 @@ def ours(
     return value.detach(), hidden.grad, weight.grad
 
 
-def close(mine, wanted, tolerance=1e-5):
-    for name, a, b in zip(
-        ("loss", "gradient of hidden", "gradient of the weight"), mine, wanted, strict=True
-    ):
+def close(results, wanted, tolerance=1e-5):
+    names = ("loss", "gradient of hidden", "gradient of the weight")
+    for name, a, b in zip(names, results, wanted, strict=True):
         assert a.shape == b.shape, name
-        assert float((a.double() - b).abs().max()) <= tolerance * (1e-3 + float(b.abs().max())), (
-            name
-        )
+        difference = float((a.double() - b).abs().max())
+        assert difference <= tolerance * (1e-3 + float(b.abs().max())), name
 
 
 @TEMPERATURES
@@ -157,10 +150,8 @@ def test_padded_entries_have_probability_zero_and_no_gradient(parallel, monkeypa
 def test_real_alone_says_what_is_padding(parallel, loss):
     """Rows of zeros count when they are real: their logits are 0, not nothing."""
     zeros = torch.cat((WEIGHT[:REAL], torch.zeros(PADDING, DIM)))
-    counted, uncounted = (
-        ours(loss, 1.0, weight=zeros, real=len(zeros)),
-        ours(loss, 1.0, weight=zeros),
-    )
+    counted = ours(loss, 1.0, weight=zeros, real=len(zeros))
+    uncounted = ours(loss, 1.0, weight=zeros)
     assert counted[2][REAL:].any(-1).all() and abs(float(counted[0] - uncounted[0])) > 1e-3
 
 
@@ -169,14 +160,12 @@ def test_real_alone_says_what_is_padding(parallel, loss):
 def test_what_is_frozen_has_no_gradient_and_the_other_the_same(parallel, monkeypatch, loss, size):
     monkeypatch.setattr(vocab, "LOGITS_AT_ONCE", size * len(WEIGHT))
     value, hidden, weight = reference(loss, 1.0)
-    of_hidden, of_weight = (
-        ours(loss, 1.0, train=(True, False)),
-        ours(loss, 1.0, train=(False, True)),
-    )
+    of_hidden = ours(loss, 1.0, train=(True, False))
+    of_weight = ours(loss, 1.0, train=(False, True))
     neither = ours(loss, 1.0, train=(False, False))
     assert of_hidden[2] is None and of_weight[1] is None and neither[1:] == (None, None)
-    for mine in (of_hidden, of_weight, neither):
-        close((mine[0], of_hidden[1], of_weight[2]), (value, hidden, weight))
+    for our_value, *_ in (of_hidden, of_weight, neither):
+        close((our_value, of_hidden[1], of_weight[2]), (value, hidden, weight))
 
 
 @pytest.mark.parametrize("size", (5, N))
@@ -209,7 +198,7 @@ def test_bf16(parallel, monkeypatch, loss, size):
     """Logits and their gradients are rounded to 8 bits, sums over chunks are not."""
     monkeypatch.setattr(vocab, "LOGITS_AT_ONCE", size * len(WEIGHT))
     hidden, weight = HIDDEN.bfloat16(), WEIGHT.bfloat16()
-    mine = ours(loss, 1.0, hidden=hidden, weight=weight)
-    assert mine[1].dtype == mine[2].dtype == torch.bfloat16
+    rounded = ours(loss, 1.0, hidden=hidden, weight=weight)
+    assert rounded[1].dtype == rounded[2].dtype == torch.bfloat16
     exact = ours(loss, 1.0, hidden=hidden.float(), weight=weight.float())
-    close(mine, [x.double() for x in exact], 3e-2)
+    close(rounded, [x.double() for x in exact], 3e-2)

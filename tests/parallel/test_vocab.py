@@ -1,4 +1,7 @@
-"""src/parallel/vocab.py: log-probabilities and entropies of split logits are those of torch on the whole, gradients too."""
+"""src/parallel/vocab.py: log-probabilities and entropies of split logits are torch's on the whole.
+
+Gradients too.
+"""
 
 import numpy as np
 import pytest
@@ -13,36 +16,32 @@ TEMPERATURES = (1.0, 0.6, 2.5)
 
 
 def make_cases() -> dict:
+    """The tensors of CASES.safetensors (vocab_worker.py)."""
     generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
     cases = {}
     for temperature in TEMPERATURES:
-        cases[f"fp32-{temperature}"] = (
-            4 * torch.randn(N, VOCABULARY, generator=generator),
-            temperature,
-        )
-        cases[f"bf16-{temperature}"] = (
-            (4 * torch.randn(N, VOCABULARY, generator=generator)).bfloat16(),
-            temperature,
-        )
-    # Far from zero: exp overflows unless the whole row's maximum, not a rank's own, is taken off first; most p are 0.
-    cases["fp32-large"] = 3000 * torch.randn(N, VOCABULARY, generator=generator) + 20000, 1.0
-    cases["bf16-large"] = (
-        (3000 * torch.randn(N, VOCABULARY, generator=generator) + 20000).bfloat16(),
-        1.0,
-    )
+        cases[f"fp32-{temperature}"] = 4 * drawn(N, VOCABULARY), temperature
+        cases[f"bf16-{temperature}"] = (4 * drawn(N, VOCABULARY)).bfloat16(), temperature
+    # Far from zero: exp overflows unless the whole row's maximum, not a rank's own, is taken off
+    # first; most p are 0.
+    cases["fp32-large"] = 3000 * drawn(N, VOCABULARY) + 20000, 1.0
+    cases["bf16-large"] = (3000 * drawn(N, VOCABULARY) + 20000).bfloat16(), 1.0
     cases["fp32-flat"] = torch.full((N, VOCABULARY), 7.5), 0.5
+    # every rank's first and last column is someone's target
+    edges = torch.arange(VOCABULARY).repeat(2)[:N] + 8 * (torch.arange(N) % 2)
     tensors = {}
     for case, (logits, temperature) in cases.items():
+        targets = torch.arange(N) * 31 % VOCABULARY if "flat" in case else edges % VOCABULARY
         tensors |= {
             f"{case}/logits": logits,
-            # every rank's first and last column is someone's target
-            f"{case}/targets": torch.arange(N) * 31 % VOCABULARY
-            if "flat" in case
-            else torch.arange(VOCABULARY).repeat(2)[:N] + 8 * (torch.arange(N) % 2),
+            f"{case}/targets": targets.clone(),
             f"{case}/temperature": torch.tensor(temperature, dtype=torch.float64),
-            f"{case}/up": torch.randn(2, N, generator=generator),
+            f"{case}/up": drawn(2, N),
         }
-        tensors[f"{case}/targets"] %= VOCABULARY
     return tensors
 
 
@@ -57,13 +56,9 @@ def results(tmp_path_factory):
 
     @once
     def run(n: int) -> dict:
-        launch(
-            n,
-            "tests/parallel/vocab_worker.py",
-            str(root / "cases.safetensors"),
-            str(root / f"{n}.safetensors"),
-        )
-        return load_file(root / f"{n}.safetensors")
+        cases, out = root / "cases.safetensors", root / f"{n}.safetensors"
+        launch(n, "tests/parallel/vocab_worker.py", str(cases), str(out))
+        return load_file(out)
 
     return run
 
@@ -100,29 +95,23 @@ def test_values(result, case):
 def test_gradients(result, case, use):
     _, wanted = reference(case, use)
     ours = result[f"{case}/{use}/grad"].double()
-    rounding = (
-        2.0**-8 if case.startswith("bf16") else 1e-5
-    )  # a bf16 result is off by half a unit in its 8 bits
-    torch.testing.assert_close(
-        ours, wanted, rtol=rounding, atol=2e-6 * max(1.0, wanted.abs().max().item())
-    )
+    # a bf16 result is off by half a unit in its 8 bits
+    rounding = 2.0**-8 if case.startswith("bf16") else 1e-5
+    atol = 2e-6 * max(1.0, wanted.abs().max().item())
+    torch.testing.assert_close(ours, wanted, rtol=rounding, atol=atol)
 
 
 def test_gradient_by_finite_differences(result):
     """In fp64 numpy, with no autograd on either side."""
     case, step = "fp32-0.6", 1e-5
-    logits, targets, up = (
-        CASES[f"{case}/{field}"].double().numpy() for field in ("logits", "targets", "up")
-    )
+    fields = ("logits", "targets", "up")
+    logits, targets, up = (CASES[f"{case}/{field}"].double().numpy() for field in fields)
     rows = np.arange(N)
 
-    def total(z):
+    def total(z):  # [N, V] → [N]
         z = z / 0.6
-        logs = (
-            z
-            - np.log(np.exp(z - z.max(-1, keepdims=True)).sum(-1, keepdims=True))
-            - z.max(-1, keepdims=True)
-        )
+        largest = z.max(-1, keepdims=True)
+        logs = z - np.log(np.exp(z - largest).sum(-1, keepdims=True)) - largest
         return logs[rows, targets.astype(int)] * up[0] - (np.exp(logs) * logs).sum(-1) * up[1]
 
     numeric = np.empty_like(logits)

@@ -2,8 +2,9 @@
 
     vocab_worker.py CASES OUT
 
-CASES.safetensors: "<case>/logits" [N, V], ".../targets", ".../temperature", ".../up" [2, N] (the gradients that come from
-above). Rank 0 writes to OUT.safetensors the values and, columns joined, the gradients, each by the same case.
+CASES.safetensors: "<case>/logits" [N, V], ".../targets", ".../temperature", ".../up" [2, N] (the
+gradients that come from above). Rank 0 writes to OUT.safetensors the values and, columns joined,
+the gradients, each by the same case.
 """
 
 import sys
@@ -23,29 +24,25 @@ def whole(columns, parallel):
 
 
 def main(cases: str, out: str) -> None:
-    dist.set_debug_level(
-        dist.DebugLevel.DETAIL
-    )  # checks that every rank issues the same collectives
+    # checks that every rank issues the same collectives
+    dist.set_debug_level(dist.DebugLevel.DETAIL)
     parallel = start(timeout=120)
-    given, results = load_file(cases), {}
-    for case in sorted({key.split("/")[0] for key in given}):
-        logits, targets, up = (given[f"{case}/{field}"] for field in ("logits", "targets", "up"))
-        temperature = given[f"{case}/temperature"].item()
-        first, last = vocab_range(logits.size(-1) // parallel.mp_size)
+    tensors, results = load_file(cases), {}
+    for case in sorted({key.split("/")[0] for key in tensors}):
+        logits, targets, up = (tensors[f"{case}/{field}"] for field in ("logits", "targets", "up"))
+        temperature = tensors[f"{case}/temperature"].item()
+        first, end = vocab_range(logits.size(-1) // parallel.mp_size)
         for use, weights in {"both": (1, 1), "logprobs": (1, None), "entropy": (None, 1)}.items():
-            mine = logits[:, first:last].clone().requires_grad_()
-            before = mine.detach().clone()
-            values = token_logprobs(mine, targets, temperature)
-            sum(
-                (value * row).sum() for value, row, weight in zip(values, up, weights) if weight
-            ).backward()
-            kept = torch.tensor(
-                [torch.equal(mine.detach(), before), mine.grad.dtype == logits.dtype]
-            )
+            part = logits[:, first:end].clone().requires_grad_()  # [N, V / n]
+            before = part.detach().clone()
+            values = token_logprobs(part, targets, temperature)  # each [N]
+            used = [(value * row).sum() for value, row, w in zip(values, up, weights) if w]
+            sum(used).backward()
+            kept = [torch.equal(part.detach(), before), part.grad.dtype == logits.dtype]
             results |= {
                 f"{case}/{use}/values": torch.stack([value.detach() for value in values]),
-                f"{case}/{use}/grad": whole(mine.grad, parallel),
-                f"{case}/{use}/kept": whole(kept.byte(), parallel),
+                f"{case}/{use}/grad": whole(part.grad, parallel),
+                f"{case}/{use}/kept": whole(torch.tensor(kept).byte(), parallel),
             }
     if parallel.is_main:
         save_file({key: value.contiguous() for key, value in results.items()}, out)

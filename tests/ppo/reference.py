@@ -189,7 +189,7 @@ class Reference:
 
     def estimate(self) -> list[torch.Tensor]:
         s, self.rewards = self.knobs, []
-        for i, row in enumerate(self.rows):
+        for i in range(len(self.rows)):
             reward = [
                 -KL_COEF * float(o - r) if self.kl == "k1" else 0.0
                 for o, r in zip(self.old[i], self.ref[i])

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from src.ppo.advantages import Moments, gae, group_advantages, token_rewards, whiten
+from src.ppo.kl import KLController
 from src.ppo.loss import kl_loss, policy_loss, token_weights, value_loss
-from src.ppo.trainer import KLController
 
 LENGTHS = [5, 1, 3, 4]
 ROWS, LONGEST = len(LENGTHS), 5

@@ -7,19 +7,15 @@ import torch
 
 from src.errors import UserError
 from src.evaluation.tasks import find_task
-from src.ppo.rewards import (
-    ROWS_AT_ONCE,
-    FileReward,
-    FormatReward,
-    LengthReward,
-    OverlongReward,
-    RuleReward,
-    VerifierReward,
-    compiled,
-    load_score,
-    translator,
-)
+from src.ppo.rewards.file import ROWS_AT_ONCE, FileReward, load_score
+from src.ppo.rewards.format import FormatReward
+from src.ppo.rewards.length import LengthReward
+from src.ppo.rewards.overlong import OverlongReward
+from src.ppo.rewards.rule import RuleReward
+from src.ppo.rewards.verifier import VerifierReward, translator
 from src.ppo.roles import Role
+from src.settings.declaration import build
+from src.settings.ppo import RewardSettings
 from tests.ppo.test_rollouts import buffer_of
 from tests.trainer.tiny import EOS, ours, padded, theirs
 
@@ -102,7 +98,7 @@ def test_the_format_s_reward_is_one_where_the_pattern_is_found():
     got = FormatReward(r"<think>.*</think>", telling(texts))(buffer_of([[7], [8], [9]]))
     assert got.tolist() == [1.0, 0.0, 0.0] and got.dtype == torch.float32
     with pytest.raises(UserError, match=r"--format_pattern \(: is no regular expression"):
-        compiled("(")
+        build(RewardSettings, dict(reward=["format"], format_pattern="("))
 
 
 def test_the_length_s_reward_is_a_share_and_the_overlong_s_a_soft_punishment():
@@ -172,7 +168,11 @@ def test_what_is_no_number_for_each_response_is_refused(parallel, answer, said):
 def test_what_a_user_s_function_returns_may_be_a_tensor_or_booleans(parallel):
     buffer = buffer_of(RESPONSES, rows=[{"instruction": "q"}] * 3)
     for answer in (torch.tensor([1.0, 0.0, 2.0]), (True, False, 2)):
-        assert file_reward(parallel, lambda *_: answer)(buffer).tolist() == [1.0, 0.0, 2.0]
+        assert file_reward(parallel, lambda *_, answer=answer: answer)(buffer).tolist() == [
+            1.0,
+            0.0,
+            2.0,
+        ]
 
 
 def test_the_line_where_a_user_s_function_fails_is_named(parallel, tmp_path):

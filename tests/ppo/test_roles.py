@@ -41,12 +41,12 @@ def test_offload_leaves_nothing_of_the_others_on_the_device(folder, parallel, dt
 
         return call
 
-    ppo.engine.generate = watching("generate", ppo.engine.generate)
+    ppo.rollouts.engine.generate = watching("generate", ppo.rollouts.engine.generate)
     for name in ("_values", "_policy_loss", "_value_loss"):
         setattr(ppo, name, watching(name, getattr(ppo, name)))
-    verifier = watching("reward", ppo.rewards[0][1])
+    verifier = watching("reward", ppo.rollouts.rewards[0][1])
     verifier.name = "verifier"
-    ppo.rewards = [(1.0, verifier)]
+    ppo.rollouts.rewards = [(1.0, verifier)]
     for number in (0, 1):
         ppo.iteration(number, prompts(), LR, VALUE_LR)
     at_work = {

@@ -1,6 +1,5 @@
 """Rollouts, truncation, settings and the outer loop, in one process. Numbers in names: lines of docs/ppo.md."""
 
-import inspect
 import json
 import math
 from types import SimpleNamespace
@@ -8,18 +7,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import ppo_train
+from src.data.encoding import Prompt
 from src.errors import UserError
 from src.generation.engine import Completion
 from src.generation.sampling import Sampling
 from src.logs import RunLog
 from src.models.batch import Batch, Sequence, response_logprobs, response_values
 from src.ppo import trainer
-from src.ppo.buffer import Prompt, RolloutBuffer
+from src.ppo.buffer import RolloutBuffer
 from src.ppo.dump import SampleTexts, rows_of
-from src.ppo.fit import DEFAULT_KL_COEF, Schedule, changed_rewards, fit, read_state
+from src.ppo.fit import DEFAULT_KL_COEF, changed_rewards, fit, read_state
 from src.ppo.loss import value_loss
-from src.ppo.settings import PPOSettings, check_flags_together
+from src.ppo.statistics import rollout_statistics
+from src.settings.declaration import build, declared, flat
+from src.settings.ppo import PolicyOptimizerSettings, PPOSettings, PPOTrainSettings
 from tests.ppo.worker import TEMPERATURE, Recorder, make_ppo, prompts
 from tests.trainer.tiny import EOS, ours, some_sequences
 
@@ -143,18 +144,18 @@ def test_lines_7_8_eos_and_the_first_token_are_actions_and_nothing_else_is(folde
 def test_line_9_truncation_is_read_from_the_stop_reason(folder, parallel):
     """Ended by EOS at exactly max_new_tokens is not truncated; shorter, cut by the context, is."""
     ppo = make_ppo(folder, parallel, sampling=Sampling(3, seed=0))
-    ppo.engine = Scripted(
+    ppo.rollouts.engine = Scripted(
         [Completion([7, 8, EOS], [-1.0] * 3, "stop"), Completion([7, 8], [-1.0] * 2, "length")]
     )
-    ppo.rewards = ppo.rewards[1:]
-    buffer = ppo._rollouts(0, [Prompt([1, 5], "0"), Prompt([1, 6], "0")], None, None)
+    ppo.rollouts.rewards = ppo.rollouts.rewards[1:]
+    buffer = ppo.rollouts.make(0, [Prompt([1, 5], "0"), Prompt([1, 6], "0")], None, None)
     assert buffer.truncated.tolist() == [False, True]
 
 
 def test_line_9_the_engine_calls_a_stop_at_the_very_last_token_a_stop(folder, parallel):
     ppo = make_ppo(folder, parallel, sampling=Sampling(1, seed=0))
-    ppo.stop_ids = set(range(0, 64, 2))
-    buffer = ppo._rollouts(0, [Prompt([1, 5], "0")] * 40, None, None)
+    ppo.rollouts.stop_ids = set(range(0, 64, 2))
+    buffer = ppo.rollouts.make(0, [Prompt([1, 5], "0")] * 40, None, None)
     last = buffer.tokens.view(40, 3)[:, 2]
     assert buffer.response_lengths == [1] * 40 and {int(t) % 2 for t in last} == {0, 1}
     assert buffer.truncated.tolist() == [bool(t % 2) for t in last.tolist()]
@@ -168,7 +169,7 @@ def advantages_of(folder, parallel, policy, last_values):
     for name in ("logprobs", "ref_logprobs", "values"):
         setattr(buffer, name, torch.randn(8, generator=generator))
     buffer.scores, buffer.last_values = torch.tensor([1.0, 0.5, 0.0]), torch.tensor(last_values)
-    ppo.responses = buffer.response_lengths
+    buffer.lengths_of_all = buffer.response_lengths
     ppo._advantages(buffer)
     return buffer
 
@@ -240,7 +241,7 @@ def test_line_11_the_value_at_the_last_token_is_not_fitted(folder, parallel, mon
 
 def test_line_15_a_single_rollout_is_safe(folder, parallel):
     ppo = make_ppo(folder, parallel, max_buffer_size=1, mini_batches=1)
-    ppo.engine = Scripted([Completion([EOS], [-1.0], "stop")])
+    ppo.rollouts.engine = Scripted([Completion([EOS], [-1.0], "stop")])
     stats, recorder = iterate(ppo, [Prompt([1, 5, 6], "1")])
     assert (
         recorder.buffer.advantages.tolist() == [0.0]
@@ -252,25 +253,24 @@ def test_line_15_a_single_rollout_is_safe(folder, parallel):
     assert stats["explained_variance"] == 0.0
 
 
-def test_line_18_the_logged_kl_is_not_clipped(folder, parallel):
-    ppo = make_ppo(folder, parallel)
+def test_line_18_the_logged_kl_is_not_clipped(parallel):
     buffer = buffer_of([[7, 8], [9]], [False, False])
     buffer.scores = buffer.shaped = buffer.last_values = torch.zeros(2)
-    ppo.responses = [2, 1]
+    buffer.lengths_of_all = [2, 1]
     buffer.logprobs, buffer.ref_logprobs = (
         torch.tensor([0.0, 1.0, 2.0]),
         torch.tensor([-50.0, 2.0, -1.0]),
     )
     for name in ("entropy", "values", "returns"):
         setattr(buffer, name, torch.zeros(3))
-    stats = ppo._rollout_stats(buffer)
+    stats = rollout_statistics(buffer, parallel, is_comparable=True)
     assert stats["kl"] == pytest.approx((50 - 1 + 3) / 2) and stats["kl_max"] == 50
 
 
 def test_line_20_the_controller_gets_the_batch_s_mean_kl_once(folder, parallel):
     ppo = make_ppo(folder, parallel)
     calls = []
-    ppo.kl = SimpleNamespace(kl_coef=0.3, update=lambda *given: calls.append(given))
+    ppo.state.kl = SimpleNamespace(kl_coef=0.3, update=lambda *given: calls.append(given))
     stats, recorder = iterate(ppo)
     b = recorder.buffer
     assert calls == [(stats["kl"], 8)]
@@ -296,7 +296,7 @@ def test_line_21_optimizer_steps_are_epochs_times_minibatches(
 def test_line_21_epochs_and_iterations_are_shuffled_anew(folder, parallel):
     ppo = make_ppo(folder, parallel)
     buffer = buffer_of([[7]] * 8, [False] * 8)
-    ppo.responses = [1] * 8
+    buffer.lengths_of_all = [1] * 8
     plans = [ppo._plan(number, epoch, buffer) for number, epoch in ((0, 0), (0, 1), (1, 0))]
     plans = [
         [sorted(i for rows in minibatch.rows for i in rows) for minibatch in plan] for plan in plans
@@ -308,8 +308,8 @@ def test_line_21_epochs_and_iterations_are_shuffled_anew(folder, parallel):
 def test_line_27_samples_differ_and_a_seed_reproduces_them(folder, parallel):
     def responses(seed, number=0):
         ppo = make_ppo(folder, parallel, sampling=Sampling(8, 1.0, seed=seed))
-        ppo.stop_ids = {63}
-        buffer = ppo._rollouts(number, [Prompt([1, 5, 6], "0")] * 6, None, None)
+        ppo.rollouts.stop_ids = {63}
+        buffer = ppo.rollouts.make(number, [Prompt([1, 5, 6], "0")] * 6, None, None)
         return [tuple(t.tolist()) for t in buffer.tokens.split(buffer.lengths)]
 
     first = responses(0)
@@ -320,8 +320,8 @@ def test_line_27_samples_differ_and_a_seed_reproduces_them(folder, parallel):
 
 def test_line_27_iterations_number_their_samples_apart(folder, parallel):
     ppo, seen = make_ppo(folder, parallel), []
-    generate = ppo.engine.generate
-    ppo.engine.generate = lambda p, s, stop, samples, f: (
+    generate = ppo.rollouts.engine.generate
+    ppo.rollouts.engine.generate = lambda p, s, stop, samples, f: (
         seen.append(samples) or generate(p, s, stop, samples, f)
     )
     for number in (0, 1):
@@ -331,8 +331,9 @@ def test_line_27_iterations_number_their_samples_apart(folder, parallel):
 
 def test_line_27_rounds_that_fill_up_a_batch_number_their_samples_apart(folder, parallel):
     ppo, seen = make_ppo(folder, parallel, samples_per_prompt=2, filter_rounds=3), []
-    ppo.rewards, generate = ppo.rewards[1:], ppo.engine.generate
-    ppo.engine.generate = lambda p, s, stop, samples, f: (
+    ppo.rollouts.rewards = ppo.rollouts.rewards[1:]
+    generate = ppo.rollouts.engine.generate
+    ppo.rollouts.engine.generate = lambda p, s, stop, samples, f: (
         seen.extend(samples) or generate(p, s, stop, samples, f)
     )
     for number in (0, 1):
@@ -344,7 +345,7 @@ def test_line_27_rounds_that_fill_up_a_batch_number_their_samples_apart(folder, 
 
 def test_line_28_a_reward_of_zero_is_a_reward(folder, parallel):
     ppo = make_ppo(folder, parallel)
-    ppo.rewards = ppo.rewards[1:]
+    ppo.rollouts.rewards = ppo.rollouts.rewards[1:]
     stats, recorder = iterate(ppo, [Prompt(p.tokens, "7") for p in prompts()])  # never the answer
     assert (
         stats["reward"] == stats["reward/rule"] == 0.0
@@ -357,22 +358,18 @@ def test_line_28_a_reward_of_zero_is_a_reward(folder, parallel):
 # --- the outer loop -------------------------------------------------------------------------------------------------
 
 
-def schedule(**change):
-    plan = dict(
-        lr=1e-3, critic_lr=2e-3, warmup=0.0, schedule="linear", epochs=2, iterations=None, seed=3
-    )
-    return Schedule(**plan | change)
+def schedule(seed=3, eval_every=None, **change):
+    """What `fit` is told of rates and times."""
+    plan = dict(lr=1e-3, critic_lr=2e-3, warmup=0.0, schedule="linear", epochs=2, iterations=None)
+    return build(PolicyOptimizerSettings, plan | change), seed, eval_every
 
 
 class Fake:
     """Stands for a PPO and writes down what it is asked for."""
 
     def __init__(self, stats=None):
-        self.settings, self.calls, self.stats = (
-            SimpleNamespace(max_buffer_size=4, samples_per_prompt=2),
-            [],
-            stats or {},
-        )
+        rollouts = SimpleNamespace(max_buffer_size=4, samples_per_prompt=2)
+        self.settings, self.calls, self.stats = SimpleNamespace(rollouts=rollouts), [], stats or {}
         self.stage = SimpleNamespace(roles={})
 
     def iteration(self, number, batch, lr, critic_lr, more):
@@ -390,7 +387,7 @@ def outer(plan, ppo=None):
         fit(
             ppo,
             [Prompt([i]) for i in range(5)],
-            plan,
+            *plan,
             log,
             lambda name, number: evaluated.append((name, number)),
         )
@@ -448,10 +445,10 @@ def test_line_16_skipped_steps_and_iterations_without_a_lesson_are_said():
 
     with Log(None, "test", {}, rank=1) as log:
         for stats in ({"policy_skipped": 0.5}, {"value_skipped": 1.0}, {}):
-            fit(Fake(stats), [Prompt([0])], schedule(iterations=1), log, lambda *_: None)
+            fit(Fake(stats), [Prompt([0])], *schedule(iterations=1), log, lambda *_: None)
         lost = Fake()
         lost.iteration = lambda *_, **__: {"reward": 0.0}
-        fit(lost, [Prompt([0])], schedule(iterations=1), log, lambda *_: None)
+        fit(lost, [Prompt([0])], *schedule(iterations=1), log, lambda *_: None)
     assert [("not finite" in x, "nothing was learned" in x) for x in Log.said] == [
         (True, False)
     ] * 2 + [(False, True)]
@@ -469,7 +466,7 @@ def test_schedules_out_of_range_are_refused(change):
 
 
 def test_line_24_defaults_are_the_recipe_s():
-    flags = {name: p.default for name, p in inspect.signature(ppo_train.main).parameters.items()}
+    flags = {name: setting.default for name, setting in declared(PPOTrainSettings).items()}
     recipe = dict(
         gamma=1.0,
         lam=0.95,
@@ -479,17 +476,14 @@ def test_line_24_defaults_are_the_recipe_s():
         ppo_epochs=4,
         truncated="bootstrap",
     )
-    settings = PPOSettings(max_batch_size=1, max_buffer_size=4)
+    values = flat(build(PPOSettings, {}))
     for name, value in recipe.items():
-        assert flags[name] == getattr(settings, name) == value
-    known = {name for name in PPOSettings.__dataclass_fields__}
-    assert known <= flags.keys() and {
-        n: flags[n] for n in known if n not in ("max_batch_size", "max_buffer_size")
-    } == {n: getattr(settings, n) for n in known if n not in ("max_batch_size", "max_buffer_size")}
+        assert flags[name] == values[name] == value
+    assert values.keys() <= flags.keys() and all(flags[n] == value for n, value in values.items())
 
 
 def settings_of(**change):
-    return PPOSettings(**dict(max_batch_size=4, max_buffer_size=8) | change)
+    return build(PPOSettings, dict(max_batch_size=4, max_buffer_size=8) | change)
 
 
 @pytest.mark.parametrize(
@@ -506,7 +500,8 @@ def test_what_the_advantage_settles_and_what_is_said_wins(
     advantage, has_value, grouped, whitens, level, kl
 ):
     s = settings_of(advantage=advantage, samples_per_prompt=2)
-    assert (s.has_value, s.is_grouped, s.whitens, s.level, s.kl_kind) == (
+    a = s.advantages
+    assert (a.has_value, a.is_grouped, a.whitens, s.level, s.kl_kind) == (
         has_value,
         grouped,
         whitens,
@@ -520,7 +515,7 @@ def test_what_the_advantage_settles_and_what_is_said_wins(
         loss_level="constant",
         kl="k2",
     )
-    assert (s.whitens, s.level, s.kl_kind) == (not whitens, "constant", "k2")
+    assert (s.advantages.whitens, s.level, s.kl_kind) == (not whitens, "constant", "k2")
 
 
 @pytest.mark.parametrize(
@@ -601,10 +596,10 @@ def test_all_refusals_come_at_once_and_what_has_an_effect_is_taken():
     settings_of(advantage="reinforce++", gamma=0.9)
 
 
-def flags(**change):
-    given = {name: p.default for name, p in inspect.signature(ppo_train.main).parameters.items()}
+def check_together(**change):
+    given = dict(actor_ckpt_dir="A", actor_save_dir="O", train_file="T")
     needed = dict(critic_ckpt_dir="C", critic_save_dir="S", reward_model_ckpt_dir="R")
-    return given | needed | change
+    build(PPOTrainSettings, given | needed | change)
 
 
 OF_SEPARATE_ROLES = {
@@ -641,10 +636,10 @@ OF_SEPARATE_ROLES = {
         ),
         *(
             (
-                f"--overlong_margin {n}: must lie",
+                f"--overlong_margin {n}: must {be}",
                 {"reward": ["overlong", "verifier"], "overlong_margin": n},
             )
-            for n in (0, 257)
+            for n, be in ((0, "be at least 1"), (257, "lie in [1, --max_new_tokens 256]"))
         ),
         (
             "--format_pattern (: is no regular expression",
@@ -678,15 +673,18 @@ OF_SEPARATE_ROLES = {
         *(
             (
                 f"--{flag}: has no effect without",
-                {"reward": ["rule"], "reward_model_ckpt_dir": None, flag: "1"},
+                {"reward": ["rule"], "reward_model_ckpt_dir": None, flag: value},
             )
-            for flag in ("reward_model_parallel_size", "reward_tokenizer_file")
+            for flag, value in (
+                ("reward_model_parallel_size", 1),
+                ("reward_tokenizer_file", "T"),
+            )
         ),
     ],
 )
 def test_flags_that_contradict_each_other_are_refused(said, change):
     with pytest.raises(UserError) as refusal:
-        check_flags_together(flags(**change))
+        check_together(**change)
     assert said in str(refusal.value)
 
 
@@ -708,7 +706,7 @@ def test_flags_that_contradict_each_other_are_refused(said, change):
     ],
 )
 def test_flags_that_go_together_are_taken(change):
-    check_flags_together(flags(**change))
+    check_together(**change)
 
 
 # --- what a later run goes on from -------------------------------------------------------------------------------------
@@ -719,20 +717,21 @@ def test_lines_20_22_23_29_the_state_of_a_run_is_kept_beside_the_models_and_take
 ):
     change = dict(reward_norm=True, reward_scale=2.0, value_norm=True, ppo_epochs=1)
     ppo = make_ppo(folder, parallel, **change)
-    ppo.kl.target = 0.1
+    ppo.state.kl.target = 0.1
     iterate(ppo)
-    for role, state in ppo.state().items():
+    for role, state in ppo.state.beside_weights().items():
         (tmp_path / role).mkdir()
         (tmp_path / role / "ppo_state.json").write_text(json.dumps(state))
     read = {role: read_state(str(tmp_path / role)) for role in ("policy", "value")}
-    assert read == ppo.state() and read["policy"]["kl_coef"] == ppo.kl.kl_coef != 0.3
+    assert read == ppo.state.beside_weights()
+    assert read["policy"]["kl_coef"] == ppo.state.kl.kl_coef != 0.3
     later = make_ppo(folder, parallel, **change)
-    later.restore(read["policy"], read["value"])
+    later.state.take_up(read["policy"], read["value"])
     for name in ("reward_moments", "value_moments"):
-        assert getattr(later, name).sums == getattr(ppo, name).sums != [0.0] * 3
+        assert getattr(later.state, name).sums == getattr(ppo.state, name).sums != [0.0] * 3
     again = make_ppo(folder, parallel, **change)
-    again.restore({}, {})
-    assert again.reward_moments.sums == [0.0] * 3
+    again.state.take_up({}, {})
+    assert again.state.reward_moments.sums == [0.0] * 3
 
 
 def test_a_folder_without_a_state_and_a_role_with_none(tmp_path):
@@ -767,18 +766,21 @@ def test_a_damaged_state_is_refused(tmp_path, name, bad):
 
 
 def test_line_22_other_reward_settings_than_the_last_run_s_are_said(folder, parallel):
-    before = settings_of(reward_norm=True, reward_scale=2.0)
-    state = make_ppo(folder, parallel, reward_norm=True, reward_scale=2.0).state()["policy"]
+    before = settings_of(reward_norm=True, reward_scale=2.0).rewards
+    ppo = make_ppo(folder, parallel, reward_norm=True, reward_scale=2.0)
+    state = ppo.state.beside_weights()["policy"]
     assert changed_rewards(state, before) is None
     assert changed_rewards({}, before) is None, "there was no run before"
-    said = changed_rewards(state, settings_of(reward_scale=2.0, reward_clip=5.0))
+    said = changed_rewards(state, settings_of(reward_scale=2.0, reward_clip=5.0).rewards)
     assert (
         "--reward_norm True" in said
         and "--reward_clip" in said
         and "5.0" in said
         and "scale" not in said
     )
-    assert "--reward_bias" in changed_rewards({"kl_coef": 0.1}, settings_of(reward_bias=1.0))
+    assert "--reward_bias" in changed_rewards(
+        {"kl_coef": 0.1}, settings_of(reward_bias=1.0).rewards
+    )
 
 
 # --- what is shown ----------------------------------------------------------------------------------------------------

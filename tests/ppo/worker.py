@@ -18,6 +18,7 @@ import torch.distributed as dist
 from src.checkpoint.adapter import Adapter
 from src.checkpoint.load import load_model, load_sharing
 from src.checkpoint.source import Checkpoint
+from src.data.encoding import Prompt
 from src.evaluation.tasks import find_task
 from src.generation.engine import Engine
 from src.generation.sampling import Sampling
@@ -25,15 +26,19 @@ from src.models.batch import Batch, response_logprobs, response_values, sequence
 from src.models.transformer import Transformer
 from src.parallel.setup import Parallel, start, stop
 from src.ppo import trainer
-from src.ppo.buffer import Prompt
 from src.ppo.dump import RolloutDump
-from src.ppo.rewards import RuleReward, VerifierReward
+from src.ppo.kl import KLController
+from src.ppo.pretraining import PretrainingMix
+from src.ppo.rewards.rule import RuleReward
+from src.ppo.rewards.verifier import VerifierReward
 from src.ppo.roles import Role, Stage
-from src.ppo.settings import PPOSettings
-from src.ppo.trainer import PPO, KLController, PretrainingMix
+from src.ppo.trainer import PPO
+from src.settings.declaration import build
+from src.settings.ppo import PPOSettings
 from src.trainer.optimizer import Optimizer
 from tests.trainer.tiny import ours, some_sequences, whole_weights
 
+CHOICE = ("max_new_tokens", "min_new_tokens", "temperature", "top_p", "top_k", "min_p")
 STOPS = frozenset(range(2, 12))  # a random model ends about one response in ten tokens
 TEMPERATURE, MAX_NEW_TOKENS, NUMBER = 0.7, 8, 3
 LR, VALUE_LR, MAX_GRAD_NORM = 5e-3, 1e-2, 1.0
@@ -185,15 +190,13 @@ def make_ppo(
     sampling: Sampling | None = None,
     offload: bool = False,
     value_mp: int | None = None,
-    **settings,
+    **flags,
 ) -> PPO:
     """The four roles, each another random model; two rewards. value_mp: ranks per value and per reward model."""
-    settings = (
-        dict(max_batch_size=4, max_buffer_size=8, mini_batches=2, ppo_epochs=2, seed=11) | settings
-    )
-    settings = PPOSettings(**settings)
+    sampling = sampling or Sampling(MAX_NEW_TOKENS, TEMPERATURE, seed=4)
+    settings = ppo_settings(**{name: getattr(sampling, name) for name in CHOICE}, **flags)
     stage, divided = Stage(offload), parallel if value_mp is None else parallel.divided(value_mp)
-    trained = {"policy": parallel} | ({"value": divided} if settings.has_value else {})
+    trained = {"policy": parallel} | ({"value": divided} if settings.advantages.has_value else {})
     for name, division in trained.items():
         model = ours(folder / name, division, dtype)
         stage.add(
@@ -210,26 +213,33 @@ def make_ppo(
     rewards = [
         (
             WEIGHTS["verifier"],
-            VerifierReward(stage.roles["reward"], parallel, settings.max_batch_size),
+            VerifierReward(stage.roles["reward"], parallel, settings.batches.max_batch_size),
         ),
         (WEIGHTS["rule"], RuleReward(find_task("GSM8K"), Parity())),
     ]
     ptx = (
         PretrainingMix(ptx_rows(), PTX_BATCH, settings, parallel.device)
-        if settings.ptx_coef
+        if settings.pretraining.ptx_coef
         else None
     )
     return PPO(
         stage,
         rewards,
         Engine(stage.roles["policy"].model, parallel, 5, 64),
-        sampling or Sampling(MAX_NEW_TOKENS, TEMPERATURE, seed=4),
+        sampling,
         STOPS,
         KLController(KL_COEF),
         settings,
         parallel,
         ptx,
     )
+
+
+def ppo_settings(**flags) -> PPOSettings:
+    """As the runs here have it, but for these."""
+    small = dict(max_batch_size=4, max_buffer_size=8, mini_batches=2, ppo_epochs=2, seed=11)
+    mixed = {"ptx_file": "-"} if flags.get("ptx_coef") else {}
+    return build(PPOSettings, small | mixed | flags)
 
 
 class Recorder:
@@ -240,10 +250,8 @@ class Recorder:
         update, plan, policy_loss = ppo._update, ppo._plan, ppo._policy_loss
 
         def keep_buffer(number, buffer, *rest):
-            self.buffer, self.minibatches = (
-                buffer,
-                [],
-            )  # what was planned for scoring is planned again for epoch 0
+            # What was planned for scoring is planned again for epoch 0.
+            self.buffer, self.minibatches = buffer, []
             return update(number, buffer, *rest)
 
         def keep_plan(*arguments):
@@ -372,7 +380,7 @@ def outputs(models: dict[str, Transformer], parallel: Parallel) -> dict[str, tor
 def adapters_run(folder: Path, parallel: Parallel, shared: bool, offload: bool = False) -> dict:
     models, settings = (
         adapted(folder, parallel, shared),
-        PPOSettings(4, 8, ppo_epochs=2, mini_batches=2, seed=11),
+        ppo_settings(),
     )
     before, stage = outputs(models, parallel), Stage(offload)
     places = {name: {p.data_ptr() for p in model.parameters()} for name, model in models.items()}
@@ -448,20 +456,20 @@ def one_run(folder: Path, parallel: Parallel, run: Run, dump: str | None = None)
         value_mp=run.value_mp,
         **run.settings,
     )
-    ppo.stop_ids = run.stops
+    ppo.rollouts.stop_ids = run.stops
     if run.worth:
-        ppo.rewards = [(1.0, Worth())]
+        ppo.rollouts.rewards = [(1.0, Worth())]
     if not run.offload:
-        ppo.engine = Remembered(ppo.engine)
+        ppo.rollouts.engine = Remembered(ppo.rollouts.engine)
     if dump is not None:
         ppo.watch.append(
             RolloutDump(dump, SimpleNamespace(decode=lambda ids: " ".join(map(str, ids))), parallel)
         )
-    ppo.restore(*run.state)
+    ppo.state.take_up(*run.state)
     recorder, mixed = Recorder(ppo), []
-    if ppo.ptx:
-        batches = ppo.ptx.batches
-        ppo.ptx.batches = (mixed.append(rows) or rows for rows in batches)
+    if ppo.state.mix:
+        batches = ppo.state.mix.batches
+        ppo.state.mix.batches = (mixed.append(rows) or rows for rows in batches)
     rounds = iter(run.worth)
     for number in range(NUMBER, NUMBER + run.iterations):
         recorder.steps.clear()
@@ -470,7 +478,7 @@ def one_run(folder: Path, parallel: Parallel, run: Run, dump: str | None = None)
     result = {
         "stats": stats,
         "steps": len(recorder.steps),
-        "state": ppo.state(),
+        "state": ppo.state.beside_weights(),
         "digests": everyones(digest(ppo)),
         **{name: whole(ppo, name) for name in ("policy", "value", "reference")},
         "ptx": mixed,

@@ -1,4 +1,4 @@
-"""The first losses of a seeded LoRA run with dropout on the ranks that started it: dropout_worker.py FOLDER OUT."""
+"""The first losses of a seeded LoRA run with dropout: dropout_worker.py FOLDER OUT."""
 
 import json
 import sys
@@ -10,26 +10,20 @@ from src.models.lora import LoRAConfig
 from src.parallel.setup import DTYPES, start, stop
 from src.trainer.fit import prepare
 from src.trainer.solver import SolverObjective
-from tests.trainer.tiny import some_sequences
+from tests.trainer.tiny import some_sequences, training
 
 
 def main(folder: str, out: str) -> None:
     parallel = start(timeout=120)
     losses = []
     for seed in (0, 0, 1):
-        settings = dict(
-            seed=seed,
-            checkpoint_activations="none",
-            compile=False,
-            freeze_layers=0,
-            router_aux_loss_coef=None,
-        )
+        settings = training(seed=seed)
         lora = LoRAConfig(4, 64.0, dropout=0.5)
         model = load_model(Checkpoint.open(folder), parallel, DTYPES["fp32"], seed=0, lora=lora)
         for name, p in model.named_parameters():
             if "lora_b" in name:
                 p.data.fill_(0.02)
-        prepare(model, settings, parallel)
+        prepare(model, settings.optimizer, settings.run, parallel)
         losses.append(
             float(
                 SolverObjective(some_sequences(5), parallel.device).loss(

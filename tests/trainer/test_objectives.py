@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from src.data.encoding import Comparison
 from src.models.batch import Batch, Sequence, response_logprobs, response_loss, sequence_scores
 from src.parallel import vocab
 from src.trainer.optimizer import Optimizer
 from src.trainer.solver import SolverObjective
-from src.trainer.verifier import Comparison, VerifierObjective, margins
+from src.trainer.verifier import VerifierObjective, margins
 from tests.trainer.tiny import EOS, PAD, VOCAB, ours, padded, some_sequences, theirs
 
 

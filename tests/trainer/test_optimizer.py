@@ -8,10 +8,11 @@ import torch
 from src.errors import UserError
 from src.logs import RunLog
 from src.trainer import optimizer as optimizer_module
-from src.trainer.fit import FitSettings, epoch_batches, fit, share_of
+from src.trainer.batches import epoch_batches, share_of
+from src.trainer.fit import fit
 from src.trainer.optimizer import Optimizer, lr_at
 from src.trainer.solver import SolverObjective
-from tests.trainer.tiny import ours, some_sequences
+from tests.trainer.tiny import ours, some_sequences, training
 
 
 @pytest.mark.parametrize("total, warmup", [(10, 0.3), (7, 0.03), (100, 0.0), (1, 0.5), (3, 0.99)])
@@ -80,9 +81,9 @@ def test_ranks_share_a_batch_without_loss_in_micro_batches(parallel, dp_size, ma
 )
 def test_settings_out_of_range_are_refused(change):
     good = {"lr": 1e-3, "epochs": 1, "max_batch_size": 1}
-    FitSettings(**good)
+    training(**good)
     with pytest.raises(UserError, match=f"--{next(iter(change))} "):
-        FitSettings(**good | change)
+        training(**good | change)
 
 
 def push(model, optimizer: Optimizer, lr: float, scale: float = 1.0) -> dict[str, float]:
@@ -209,7 +210,7 @@ def test_fit_says_which_step_was_skipped_and_goes_on(folder, parallel, capsys):
             model,
             Optimizer(model, parallel),
             objective,
-            FitSettings(1e-3, 1, 4),
+            training(lr=1e-3, epochs=1, max_batch_size=4),
             parallel,
             log,
             lambda at, number: None,

@@ -11,7 +11,7 @@ from src.checkpoint.save import save_model
 from src.checkpoint.source import Checkpoint
 from src.models.lora import add_lora
 from src.parallel.setup import start, stop
-from src.trainer.fit import epoch_batches
+from src.trainer.batches import epoch_batches
 from src.trainer.optimizer import Optimizer
 from src.trainer.solver import SolverObjective
 from tests.launch import launch

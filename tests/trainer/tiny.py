@@ -14,6 +14,8 @@ from src.models.batch import Sequence
 from src.models.layout import tensor_table
 from src.models.transformer import Transformer
 from src.parallel.setup import Parallel
+from src.settings.declaration import build
+from src.settings.scripts import SolverTrainSettings
 
 VOCAB = 64
 PAD = 0  # never inside a sequence: transformers' classifier finds the last token by it
@@ -47,7 +49,7 @@ def save_llama(folder: Path, head: str = "lm", seed: int = 0) -> Path:
     )
     model = (LlamaForCausalLM if head == "lm" else LlamaForSequenceClassification)(config)
     with torch.no_grad():
-        for name, weight in model.named_parameters():
+        for weight in model.parameters():
             if weight.dim() == 1:
                 weight.add_(0.2 * torch.randn(weight.shape))  # norms that are not all one
     model.save_pretrained(folder)
@@ -143,4 +145,11 @@ def apart(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return max(
         float((a[k].double() - b[k].double()).norm() / b[k].double().norm().clamp_min(1e-12))
         for k in a
+    )
+
+
+def training(**flags) -> SolverTrainSettings:
+    """A run's settings where only some of them matter."""
+    return build(
+        SolverTrainSettings, {"ckpt_dir": "-", "save_dir": "-", "train_file": "-", **flags}
     )

@@ -12,28 +12,27 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from src.data.encoding import Comparison
 from src.evaluation.verifier import evaluate_pairs
 from src.logs import RunLog
 from src.models.batch import Sequence
 from src.models.lora import LoRAConfig, add_lora
 from src.parallel.setup import Parallel, start, stop
-from src.trainer.fit import FitSettings, fit
+from src.settings.scripts import TrainSettings
+from src.trainer.fit import fit
 from src.trainer.optimizer import Optimizer
 from src.trainer.solver import SolverObjective
-from src.trainer.verifier import Comparison, VerifierObjective
-from tests.trainer.tiny import ours, some_sequences, whole_weights
+from src.trainer.verifier import VerifierObjective
+from tests.trainer.tiny import ours, some_sequences, training, whole_weights
 
-ROWS, BATCH, LR, WARMUP = (
-    37,
-    8,
-    2e-3,
-    0.5,
-)  # five steps, the last of five rows: uneven at any number of ranks
+# Five steps, the last of five rows: uneven at any number of ranks.
+ROWS, BATCH, LR, WARMUP = 37, 8, 2e-3, 0.5
 WEIGHT_DECAY, MAX_GRAD_NORM = 0.1, 0.5
 LORA, LORA_SEED = LoRAConfig(rank=4, alpha=8.0), 3
 SEED = 5
 
-# name: (model, micro-batches per step at one data-parallel rank, LoRA, more settings: of the model, the optimizer, or fit)
+# name: (model, micro-batches per step at one data-parallel rank, LoRA, more settings: of the
+# model, the optimizer, or fit)
 SOLVER_RUNS = {
     "full": ("lm", 1, False, {}),
     "full, zero 0": ("lm", 1, False, {"zero": 0}),
@@ -92,17 +91,25 @@ def verifier_run(
     )
 
 
-def settings(batch: int, micro: int, parallel: Parallel, more: dict) -> FitSettings:
+def settings(batch: int, micro: int, parallel: Parallel, more: dict) -> TrainSettings:
     """The same rows per step whatever the division."""
     share = batch // parallel.dp_size
     per_micro = max(1, share // micro)
-    return FitSettings(
-        LR, 1, per_micro, share // per_micro, WARMUP, "cosine", SEED, more.get("max_tokens")
+    return training(
+        lr=LR,
+        max_batch_size=per_micro,
+        accumulation_steps=share // per_micro,
+        warmup=WARMUP,
+        seed=SEED,
+        max_tokens_per_batch=more.get("max_tokens"),
     )
 
 
-def trained(model, optimizer, objective, plan: FitSettings, parallel: Parallel) -> dict:
-    """Losses, norms and weights after the first and the last step; and whether replicated weights stayed the same bits."""
+def trained(model, optimizer, objective, plan: TrainSettings, parallel: Parallel) -> dict:
+    """Losses, norms and weights after the first and the last step.
+
+    And whether replicated weights stayed the same bits.
+    """
     evaluated, first, step = [], [], optimizer.step
 
     def step_and_look(lr: float) -> dict:
@@ -143,7 +150,7 @@ POISONS = (None, ("layers.0.attention.wq.weight", torch.nan), ("norm.weight", to
 
 
 def poisoned(folder: Path, parallel: Parallel) -> dict:
-    """A good step, two with a gradient that is not finite on the last rank alone, and a good one again."""
+    """A good step, two with a gradient not finite on the last rank alone, and a good one again."""
     model = ours(folder / "lm", parallel)
     optimizer = Optimizer(model, parallel)
     objective = SolverObjective(some_sequences(4), parallel.device)
@@ -153,10 +160,10 @@ def poisoned(folder: Path, parallel: Parallel) -> dict:
         if poison and parallel.rank == parallel.world_size - 1:
             name, value = poison
             hook = model.get_parameter(name).register_hook(
-                lambda grad: torch.full_like(grad, value)
+                lambda grad, value=value: torch.full_like(grad, value)
             )
-        mine = [i for i in range(4) if i % parallel.dp_size == parallel.dp_rank]
-        optimizer.backward(objective.loss(model, mine, sum(objective.weights))[0])
+        local_rows = [i for i in range(4) if i % parallel.dp_size == parallel.dp_rank]
+        optimizer.backward(objective.loss(model, local_rows, sum(objective.weights))[0])
         if hook is not None:
             hook.remove()
         results.append(optimizer.step(1e-3))
@@ -170,7 +177,10 @@ def poisoned(folder: Path, parallel: Parallel) -> dict:
 
 
 def sharded_state(folder: Path, parallel: Parallel) -> dict:
-    """The same steps in bf16 with the optimizer's state shared and whole: weights, and how much state each rank holds."""
+    """The same steps in bf16 with the optimizer's state shared and whole.
+
+    Weights, and how much state each rank holds.
+    """
     found = {}
     for zero in (0, 1):
         model = ours(folder / "lm", parallel, torch.bfloat16)

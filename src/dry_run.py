@@ -1,0 +1,230 @@
+"""The dry run of a training script: everything is read and checked, and nothing trained or written.
+
+It prints the bytes of each rank, the rows, an example with its loss mask, and the steps. Without a
+checkpoint at hand, --model_type alone is enough for the bytes.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from src.checkpoint.source import Checkpoint, config_of_type
+from src.data.tokenizer import Tokenizer
+from src.errors import UserError
+from src.inputs import adapter_config
+from src.models.batch import Sequence
+from src.models.config import ModelConfig
+from src.parallel.setup import Parallel, agreed, pick_dtype, start, stop
+from src.ppo.fit import iterations_of
+from src.ppo.inputs import PPOInputs
+from src.settings.model import TextModelSettings
+from src.settings.ppo import PPOTrainSettings
+from src.settings.scripts import SolverTrainSettings, TrainSettings, VerifierTrainSettings
+from src.trainer.budget import Budget, model_budget, training_budget
+from src.trainer.fit import rows_per_step
+from src.trainer.inputs import SolverInputs, VerifierInputs
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """How many ranks are planned for, which need not be those that run."""
+
+    mp_size: int
+    dp_size: int
+
+    @classmethod
+    def of(cls, settings: TrainSettings | PPOTrainSettings, parallel: Parallel) -> "Ranks":
+        """Raises UserError when the degree does not divide their number."""
+        world_size = settings.dry_run.world_size or parallel.world_size
+        mp_size = settings.run.model_parallel_size or world_size
+        if world_size % mp_size:
+            raise UserError(
+                f"--model_parallel_size {mp_size} does not divide the {world_size} ranks that are "
+                "planned for (--world_size)"
+            )
+        return cls(mp_size, world_size // mp_size)
+
+
+def solver_plan(settings: SolverTrainSettings) -> None:
+    """Print what solver_train.py would do."""
+    parallel = start(None, settings.run.timeout)
+    ranks, dtype = Ranks.of(settings, parallel), pick_dtype(settings.run.dtype, parallel.device)
+    lines = []
+    inputs = None
+    if settings.model.ckpt_dir and settings.data.train_file:
+        inputs = agreed(lambda: SolverInputs.read(settings, parallel))
+    config = _config(settings.model, settings.model.ckpt_dir)
+    lines += _bytes_lines(config, ranks, dtype, {"model": _trained(settings, config, ranks, dtype)})
+    if inputs is not None:
+        lines += _step_lines(settings, len(inputs.sequences), inputs.warning, ranks)
+        lines += _sequence_lines(inputs.model.tokenizer, inputs.sequences[0])
+    _print(lines, parallel)
+
+
+def verifier_plan(settings: VerifierTrainSettings) -> None:
+    """Print what verifier_train.py would do."""
+    parallel = start(None, settings.run.timeout)
+    ranks, dtype = Ranks.of(settings, parallel), pick_dtype(settings.run.dtype, parallel.device)
+    inputs = None
+    if settings.model.ckpt_dir and settings.data.train_file:
+        inputs = agreed(lambda: VerifierInputs.read(settings, parallel))
+    config = _config(settings.model, settings.model.ckpt_dir).with_head("score")
+    lines = _bytes_lines(config, ranks, dtype, {"model": _trained(settings, config, ranks, dtype)})
+    if inputs is not None:
+        lines += _step_lines(settings, len(inputs.pairs), inputs.warning, ranks)
+        tokenizer, pair = inputs.model.tokenizer, inputs.pairs[0]
+        for side, sequence in (("chosen", pair.chosen[0]), ("rejected", pair.rejected[0])):
+            text = tokenizer.spelled(list(sequence.tokens))
+            lines += [f"  {side:9}{len(sequence.tokens):5} tokens, scored at the last  {text!r}"]
+    _print(lines, parallel)
+
+
+def ppo_plan(settings: PPOTrainSettings) -> None:
+    """Print what ppo_train.py would do."""
+    roles, run = settings.roles, settings.run
+    parallel = start(None, run.timeout)
+    ranks, dtype = Ranks.of(settings, parallel), pick_dtype(run.dtype, parallel.device)
+    inputs = None
+    if roles.actor_ckpt_dir and settings.prompts.train_file:
+        inputs = agreed(lambda: PPOInputs.read(settings, parallel, dtype))
+
+    # Other roles whose checkpoints are not at hand are taken to be like the actor.
+    actor = _config(roles, roles.actor_ckpt_dir).with_head("lm")
+    critic = verifier = actor.with_head("score")
+    if inputs is not None and inputs.roles.critic:
+        critic = inputs.roles.critic.checkpoint.config.with_head("score")
+    if inputs is not None and inputs.roles.verifier:
+        verifier = inputs.roles.verifier.checkpoint.config.with_head("score")
+    budgets = {"policy": _trained(settings, actor, ranks, dtype)}
+    quantize, shares = settings.lora.quantize, settings.lora.is_on
+    has_reference = settings.penalty.kl_coef != 0
+    if inputs is not None:
+        has_reference = inputs.has_reference(settings)
+    if has_reference:
+        is_shared = shares and settings.penalty.ref_ema is None
+        frozen = model_budget(actor, ranks.mp_size, dtype, quantize)
+        budgets["reference"] = Budget(0) if is_shared else frozen
+    if settings.advantages.has_value:
+        n = roles.critic_model_parallel_size or ranks.mp_size
+        copies = Ranks(n, ranks.mp_size * ranks.dp_size // n)
+        value = _trained(settings, critic, copies, dtype)
+        budgets["value"] = _without_trunk(value, critic, n, dtype, settings)
+    if "verifier" in settings.rewards.names:
+        n = roles.reward_model_parallel_size or ranks.mp_size
+        reward = model_budget(verifier, n, dtype, quantize)
+        budgets["reward"] = _without_trunk(reward, verifier, n, dtype, settings)
+    lines = _bytes_lines(actor, ranks, dtype, budgets)
+
+    if inputs is not None:
+        rollouts, updates = settings.rollouts, settings.updates
+        per_iteration = rollouts.max_buffer_size // rollouts.samples_per_prompt
+        prompts = inputs.prompts
+        _, iterations = iterations_of(len(prompts), per_iteration, settings.optimizer)
+        lines += [f"prompts: {len(prompts):,}"]
+        lines += [f"  {warning} and are left out" for warning in inputs.warnings]
+        lines += [
+            f"iterations: {iterations:,} of {rollouts.max_buffer_size} rollouts; each up to "
+            f"{updates.ppo_epochs} x {updates.mini_batches} optimizer steps"
+        ]
+        prompt, tokenizer = prompts[0], inputs.roles.actor.tokenizer
+        lines += [f"example, prompt 0: {len(prompt.tokens)} tokens"]
+        lines += [f"  no loss  {tokenizer.spelled(prompt.tokens)!r}"]
+        lines += ["  loss     on every token of the response"]
+        lines += [f"  gold     {prompt.gold!r}"] if prompt.gold else []
+    _print(lines, parallel)
+
+
+def _config(model: TextModelSettings, ckpt_dir: str) -> ModelConfig:
+    """The model's sizes: the checkpoint's, a config file's, or those of a --model_type."""
+    if ckpt_dir:
+        return Checkpoint.open(ckpt_dir, model.config_file, None).config
+    return config_of_type(model.model_type, model.config_file)
+
+
+def _trained(
+    settings: TrainSettings | PPOTrainSettings,
+    config: ModelConfig,
+    ranks: Ranks,
+    dtype: torch.dtype,
+) -> Budget:
+    lora = adapter_config(settings.lora, config) if settings.lora.is_on else None
+    return training_budget(
+        config,
+        ranks.mp_size,
+        ranks.dp_size,
+        dtype,
+        lora,
+        settings.lora.quantize,
+        settings.optimizer.freeze_layers,
+        settings.run.zero,
+    )
+
+
+def _without_trunk(
+    budget: Budget, config: ModelConfig, n: int, dtype: torch.dtype, settings: PPOTrainSettings
+) -> Budget:
+    """On a shared trunk a role has its adapter and its head only."""
+    if not settings.roles.shared_trunk:
+        return budget
+    trunk = model_budget(config, n, dtype, settings.lora.quantize).weights
+    head = config.dim * dtype.itemsize
+    return Budget(budget.weights - trunk + head, budget.gradients, budget.optimizer)
+
+
+def _bytes_lines(
+    config: ModelConfig, ranks: Ranks, dtype: torch.dtype, budgets: dict[str, Budget]
+) -> list[str]:
+    """A table of what the fullest rank holds."""
+    number_type = str(dtype).removeprefix("torch.")
+    rows: list[tuple[str, ...]] = [("bytes per rank", "weights", "gradients", "optimizer", "all")]
+    rows += [
+        (f"  {name}", *(f"{x:,}" for x in (b.weights, b.gradients, b.optimizer, b.total)))
+        for name, b in budgets.items()
+    ]
+    if len(budgets) > 1:
+        total = sum(b.total for b in budgets.values())
+        rows += [("  all roles", "", "", "", f"{total:,}")]
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    table = [
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths))
+        )
+        for row in rows
+    ]
+    return [
+        "dry run: nothing is trained or written",
+        f"model: {config.family}, {config.n_layers} layers of width {config.dim}; {number_type}",
+        f"ranks: {ranks.mp_size} model-parallel × {ranks.dp_size} data-parallel",
+        *table,
+        "  activations, batches and the libraries come on top",
+    ]
+
+
+def _step_lines(
+    settings: TrainSettings, n_rows: int, warning: str | None, ranks: Ranks
+) -> list[str]:
+    size, epochs = rows_per_step(settings.batches, ranks.dp_size), settings.optimizer.epochs
+    per_epoch = -(-n_rows // size)
+    return [
+        f"rows: {n_rows:,} of {Path(settings.data.train_file).name}",
+        *([f"  {warning} and are left out"] if warning else []),
+        f"steps: {epochs} x {per_epoch:,} = {epochs * per_epoch:,}, of {size:,} rows",
+    ]
+
+
+def _sequence_lines(tokenizer: Tokenizer, sequence: Sequence) -> list[str]:
+    """An example, what is read and what is learned."""
+    tokens, n = list(sequence.tokens), sequence.prompt_length
+    return [
+        f"example, row 0: {len(tokens)} tokens, {len(tokens) - n} of them with loss",
+        f"  no loss  {tokenizer.spelled(tokens[:n])!r}",
+        f"  loss     {tokenizer.spelled(tokens[n:])!r}",
+    ]
+
+
+def _print(lines: list[str], parallel: Parallel) -> None:
+    if parallel.is_main:
+        print("\n".join(lines))
+    stop()

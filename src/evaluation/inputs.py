@@ -1,0 +1,100 @@
+"""What the evaluation scripts read, opened and checked before any work."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from src.checkpoint.save import read_score_moments
+from src.data.encoding import Comparison, comparisons, prompts_of, scored_sequences
+from src.data.rows import STRING, read_rows
+from src.errors import UserError
+from src.evaluation.tasks import LabelledRows, read_labels
+from src.generation.journal import Journal
+from src.inputs import OpenedModel, check_log_dir, check_writable, open_model
+from src.models.batch import Sequence
+from src.parallel.setup import Parallel
+from src.settings.model import ModelSettings
+from src.settings.scripts import (
+    EvaluatedModelSettings,
+    SolverEvaluateSettings,
+    VerifierEvaluateSettings,
+)
+
+
+@dataclass(frozen=True)
+class SolverEvaluationInputs:
+    """The task's rows, and a model to answer them or texts that do. warning: of prompts too long.
+
+    journal: what an earlier run finished.
+    """
+
+    data: LabelledRows
+    model: OpenedModel | None = None
+    warning: str | None = None
+    journal: Journal | None = None
+    texts: list[str] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, settings: SolverEvaluateSettings, parallel: Parallel) -> "SolverEvaluationInputs":
+        """Read everything. Raises UserError, before any work, for whatever is wrong."""
+        rows, source = settings.rows, _model_settings(settings.model)
+        check_log_dir(rows.log_dir, settings.model.ckpt_dir)
+        data = read_labels(rows.task, rows.label_file)
+        if source is None:
+            return cls(data, texts=_texts(settings, len(data.rows)))
+        model, max_seq_len = open_model(source, parallel, "lm"), settings.batches.max_seq_len
+        _, warning = prompts_of(data.instructions, model.tokenizer, max_seq_len, rows.label_file)
+        journal = Journal(Path(rows.log_dir) / "predictions.jsonl", settings, parallel)
+        return cls(data, model, warning, journal)
+
+
+def _model_settings(model: EvaluatedModelSettings) -> ModelSettings | None:
+    if model.ckpt_dir is None:
+        return None
+    return ModelSettings(**vars(model))
+
+
+def _texts(settings: SolverEvaluateSettings, n_rows: int) -> list[str]:
+    """The answers to grade. Raises UserError when they are not as many as the task's rows need."""
+    rows, samples = settings.rows, settings.generation.num_samples
+    assert rows.prediction_file is not None
+    texts = [row["output"] for row in read_rows(rows.prediction_file, {"output": STRING})]
+    if len(texts) != n_rows * samples:
+        raise UserError(
+            f"{rows.prediction_file} has {len(texts)} rows and {rows.label_file} {n_rows}: {samples} "
+            "for each (--num_samples) are needed"
+        )
+    return texts
+
+
+@dataclass(frozen=True)
+class VerifierEvaluationInputs:
+    """The verifier, and pairs to measure it on or sequences to score. warning: of those too long.
+
+    moments: what scores are centred and scaled by, if that is stored with the verifier.
+    """
+
+    model: OpenedModel
+    pairs: list[Comparison]
+    sequences: list[Sequence]
+    warning: str | None
+    moments: tuple[float, float] | None
+
+    @classmethod
+    def read(
+        cls, settings: VerifierEvaluateSettings, parallel: Parallel
+    ) -> "VerifierEvaluationInputs":
+        """Read everything. Raises UserError, before any work, for whatever is wrong."""
+        rows, max_seq_len = settings.rows, settings.batches.max_seq_len
+        model = open_model(settings.model, parallel, "score")
+        pairs: list[Comparison] = []
+        sequences: list[Sequence] = []
+        warning = None
+        if rows.label_file is not None and rows.log_dir is not None:
+            check_log_dir(rows.log_dir, settings.model.ckpt_dir)
+            tokenizer, strict = model.tokenizer, rows.strict_length
+            pairs, warning = comparisons(rows.label_file, tokenizer, max_seq_len, strict)
+        elif rows.input_file is not None and rows.output_file is not None:
+            check_writable(rows.output_file, ".jsonl", rows.input_file)
+            sequences = scored_sequences(rows.input_file, model.tokenizer, max_seq_len)
+        moments = read_score_moments(model.checkpoint.folder)
+        return cls(model, pairs, sequences, warning, moments)

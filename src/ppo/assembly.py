@@ -1,0 +1,95 @@
+"""A PPO run put together from its settings, its inputs and its loaded roles."""
+
+from functools import partial
+
+from src.evaluation.training import Evaluations
+from src.generation.choice import sampling_of
+from src.generation.engine import Engine
+from src.generation.relayout import RelaidEngine
+from src.inputs import OpenedModel
+from src.logs import RunLog
+from src.parallel.setup import Parallel
+from src.ppo.dump import RolloutDump, SampleTexts
+from src.ppo.fit import STATE_FILE
+from src.ppo.inputs import PPOInputs
+from src.ppo.pretraining import PretrainingMix
+from src.ppo.rewards import make_rewards
+from src.ppo.roles import Stage
+from src.ppo.setup import reward_inputs
+from src.ppo.trainer import PPO
+from src.settings.ppo import PPOTrainSettings
+
+
+def make_ppo(
+    settings: PPOTrainSettings, inputs: PPOInputs, stage: Stage, parallel: Parallel, log: RunLog
+) -> PPO:
+    """The iteration with all that it works with, as an earlier run left it."""
+    tokenizer = inputs.roles.actor.tokenizer
+    ppo = PPO(
+        stage,
+        make_rewards(reward_inputs(inputs.roles, settings, stage, parallel, inputs.rule)),
+        engine_of(settings, stage, parallel),
+        sampling_of(settings.generation, settings.run.seed),
+        tokenizer.stop_ids,
+        inputs.kl_controller(settings),
+        settings,
+        parallel,
+        mix_of(settings, inputs, parallel),
+    )
+    ppo.state.take_up(inputs.policy_state, inputs.value_state)
+    rollouts = settings.rollouts
+    if rollouts.log_samples:
+        ppo.watch.append(SampleTexts(rollouts.log_samples, tokenizer, log))
+    if rollouts.dump_rollouts is not None:
+        ppo.watch.append(RolloutDump(rollouts.dump_rollouts, tokenizer, parallel))
+    return ppo
+
+
+def engine_of(
+    settings: PPOTrainSettings, stage: Stage, parallel: Parallel
+) -> Engine | RelaidEngine:
+    """Rollouts at the policy's own degree, or at another (--rollout_model_parallel_size)."""
+    policy, degree = stage.roles["policy"].model, settings.roles.rollout_model_parallel_size
+    limits = (
+        settings.rollouts.rollout_batch_size,
+        settings.batches.max_seq_len,
+        settings.generation.kv_cache_gb,
+    )
+    if degree is None or degree == parallel.mp_size:
+        return Engine(policy, parallel, *limits)
+    return RelaidEngine(policy, parallel, degree, *limits)
+
+
+def mix_of(
+    settings: PPOTrainSettings, inputs: PPOInputs, parallel: Parallel
+) -> PretrainingMix | None:
+    """Supervised rows beside the rewards, if there are any."""
+    if not inputs.mix:
+        return None
+    rollouts_per_step = settings.rollouts.max_buffer_size // settings.updates.mini_batches
+    per_step = settings.pretraining.ptx_batch_size or max(1, rollouts_per_step)
+    return PretrainingMix(inputs.mix, per_step, settings, parallel.device)
+
+
+def save_role(ppo: PPO, name: str, base: OpenedModel, save_dir: str) -> None:
+    """Write a trained role, and beside it what a later run goes on from. base: what it began as."""
+    role, state = ppo.stage.roles[name], ppo.state.beside_weights()[name]
+    with ppo.stage.at_work(name):
+        base.save(role.model, role.parallel, save_dir, {STATE_FILE: state} if state else None)
+
+
+def evaluations_of(
+    ppo: PPO, settings: PPOTrainSettings, inputs: PPOInputs, best_dir: str, log: RunLog
+) -> Evaluations:
+    """The policy's evaluation; the best policy is saved to best_dir."""
+    actor = inputs.roles.actor
+
+    def evaluate(moment: str, number: int) -> dict[str, float]:
+        with ppo.stage.at_work("policy"):
+            policy, parallel = ppo.policy.model, ppo.parallel
+            return inputs.evaluation.run(
+                moment, number, policy, actor.tokenizer, parallel, log, settings
+            )
+
+    save = partial(save_role, ppo, "policy", actor, best_dir)
+    return Evaluations(evaluate, settings.evaluation.keep_best, save, log)

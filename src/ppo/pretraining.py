@@ -1,0 +1,46 @@
+"""Rows of plain supervised training beside the policy's steps (arXiv 2203.02155, equation 2)."""
+
+import torch
+from torch import Tensor
+
+from src.models.batch import Sequence
+from src.ppo.roles import Role
+from src.settings.ppo import PPOSettings
+from src.trainer.batches import EndlessBatches, share_of
+from src.trainer.solver import SolverObjective
+
+
+class PretrainingMix:
+    """Gives each of the policy's steps the gradient of some more rows."""
+
+    def __init__(
+        self,
+        sequences: list[Sequence],
+        batch_size: int,
+        settings: PPOSettings,
+        device: torch.device,
+    ) -> None:
+        """batch_size: rows per optimizer step, over all ranks."""
+        self.objective, self.settings = SolverObjective(sequences, device), settings
+        self.batches = EndlessBatches(len(sequences), batch_size, f"{settings.run.seed}/ptx")
+
+    def backward(self, role: Role) -> dict[str, Tensor]:
+        """Add the gradient of ptx_coef × the mean −log p of the next rows' output tokens.
+
+        Returns this rank's part of the loss.
+        """
+        assert role.optimizer is not None
+        objective, batch, limits = self.objective, next(self.batches), self.settings.batches
+        tokens = sum(objective.weights[i] for i in batch)
+        total = torch.zeros((), device=objective.device)
+        for rows in share_of(
+            batch,
+            objective.lengths,
+            role.parallel,
+            limits.max_batch_size,
+            limits.max_tokens_per_batch,
+        ):
+            loss, _ = objective.loss(role.model, rows, tokens)
+            role.optimizer.backward(self.settings.pretraining.ptx_coef * loss)
+            total += loss.detach()
+        return {"ptx_loss": total}

@@ -1,0 +1,53 @@
+"""What a response earns: each reward gives one number per rollout, and PPO adds them by weight.
+
+The reward called NAME is what `make` in NAME.py of this folder returns; its name stands in
+`REWARDS` of src/settings/ppo.py.
+"""
+
+import importlib
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from src.data.tokenizer import Tokenizer
+from src.evaluation.task import Task
+from src.parallel.setup import Parallel
+from src.ppo.buffer import RolloutBuffer
+from src.ppo.roles import Stage
+from src.settings.ppo import PPOSettings
+
+
+class Reward(Protocol):
+    """Gives each rollout of a buffer a number."""
+
+    name: str
+
+    def __call__(self, buffer: RolloutBuffer) -> Tensor:
+        """→ [B], fp32. All ranks of a model get the same."""
+        ...
+
+
+@dataclass(frozen=True)
+class RewardInputs:
+    """What a reward may need.
+
+    stage: with the role "reward" where there is a verifier; tokenizer: the policy's;
+    verifier_tokenizer: the verifier's, None when it is the policy's; moments: mean and standard
+    deviation of the verifier's scores, if they are stored with it; rule: whose rule is applied.
+    """
+
+    settings: PPOSettings
+    parallel: Parallel
+    stage: Stage
+    tokenizer: Tokenizer
+    verifier_tokenizer: Tokenizer | None = None
+    moments: tuple[float, float] | None = None
+    rule: Task | None = None
+
+
+def make_rewards(inputs: RewardInputs) -> list[tuple[float, Reward]]:
+    """(weight, reward) of each of --reward."""
+    rewards = inputs.settings.rewards
+    modules = [importlib.import_module(f"src.ppo.rewards.{name}") for name in rewards.names]
+    return [(weight, module.make(inputs)) for weight, module in zip(rewards.weights, modules)]

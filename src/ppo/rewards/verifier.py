@@ -1,0 +1,84 @@
+"""The verifier's score as a reward."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from src.data.tokenizer import Tokenizer
+from src.models.batch import Batch, Sequence, micro_batches, sequence_scores
+from src.parallel.setup import Parallel
+from src.ppo.buffer import RolloutBuffer
+from src.ppo.rewards import RewardInputs
+from src.ppo.roles import Role
+
+
+class VerifierReward:
+    """The scalar head's score at the response's last token.
+
+    Centred and scaled by the numbers stored with the verifier. A verifier with another tokenizer
+    reads the texts: the instruction as its own prompt, and the response.
+    """
+
+    name = "verifier"
+
+    def __init__(
+        self,
+        role: Role,
+        whole: Parallel,
+        max_batch_size: int,
+        max_tokens: int | None = None,
+        mean: float = 0.0,
+        std: float = 1.0,
+        translate: Callable[[RolloutBuffer], list[Sequence]] | None = None,
+    ) -> None:
+        """whole: the run's division; translate: rollouts in the verifier's tokens, if others."""
+        self.role, self.whole, self.limits = role, whole, (max_batch_size, max_tokens)
+        self.mean, self.std, self.translate = mean, std, translate
+
+    @torch.no_grad()
+    def __call__(self, buffer: RolloutBuffer) -> Tensor:
+        device = buffer.tokens.device
+        sequences = self.translate(buffer) if self.translate else None
+        lengths = buffer.lengths if sequences is None else [len(s.tokens) for s in sequences]
+        scores = torch.zeros(len(buffer), device=device)  # [B]
+        # Several smaller models share the work; each scores its groups, and they are put together.
+        with self.role.parallel.active():
+            for rows in self.role.share(micro_batches(lengths, *self.limits), self.whole):
+                if sequences is None:
+                    batch, _ = buffer.select(rows)
+                else:
+                    batch = Batch.of([sequences[i] for i in rows], device)
+                scores[rows] = (sequence_scores(self.role.model, batch) - self.mean) / self.std
+        return self.role.collect(scores, self.whole)
+
+
+def translator(policy: Tokenizer, verifier: Tokenizer) -> Callable[[RolloutBuffer], list[Sequence]]:
+    """From the policy's tokens to the verifier's, by way of the text.
+
+    EOS stands where the policy ended by itself.
+    """
+    ending = len(verifier.response_ids(""))
+
+    def translate(buffer: RolloutBuffer) -> list[Sequence]:
+        sequences = []
+        responses, truncated = buffer.responses(), buffer.truncated.tolist()
+        for prompt, ids, is_cut in zip(buffer.prompts, responses, truncated):
+            query = verifier.prompt_ids(prompt.row["instruction"])
+            response = verifier.response_ids(policy.decode(ids))
+            if is_cut:
+                response = response[: len(response) - ending]
+            sequences.append(Sequence(query + response, len(query)))
+        return sequences
+
+    return translate
+
+
+def make(inputs: RewardInputs) -> VerifierReward:
+    translate = None
+    if inputs.verifier_tokenizer is not None:
+        translate = translator(inputs.tokenizer, inputs.verifier_tokenizer)
+    batches, (mean, std) = inputs.settings.batches, inputs.moments or (0.0, 1.0)
+    limits = batches.max_batch_size, batches.max_tokens_per_batch
+    role = inputs.stage.roles["reward"]
+    return VerifierReward(role, inputs.parallel, *limits, mean, std, translate)

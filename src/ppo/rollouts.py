@@ -1,0 +1,144 @@
+"""From prompts to a buffer of scored rollouts: the first phase of an iteration."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from src.data.encoding import Prompt
+from src.generation.engine import Engine
+from src.generation.relayout import RelaidEngine
+from src.generation.sampling import Sampling
+from src.parallel.setup import Parallel
+from src.ppo.buffer import RolloutBuffer, by_place
+from src.ppo.rewards import Reward
+from src.ppo.roles import Stage
+from src.ppo.statistics import Timer
+from src.settings.ppo import RolloutSettings
+
+Draw = Callable[[], list[Prompt]]
+
+
+class Rollouts:
+    """Generates, rewards, and leaves out what teaches nothing."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        engine: Engine | RelaidEngine,
+        sampling: Sampling,
+        stop_ids: set[int],
+        rewards: list[tuple[float, Reward]],
+        settings: RolloutSettings,
+        parallel: Parallel,
+        timer: Timer,
+    ) -> None:
+        """rewards: (weight, reward) pairs, summed; see `src/ppo/rewards.py`."""
+        self.stage, self.engine, self.sampling, self.stop_ids = stage, engine, sampling, stop_ids
+        self.rewards, self.settings, self.parallel, self.timer = rewards, settings, parallel, timer
+        # Sums over all rollouts of the iteration, those that were left out included.
+        self.sums: dict[str, float] = {}
+
+    def make(
+        self,
+        number: int,
+        prompts: list[Prompt],
+        more: Draw | None = None,
+        on_tokens: Callable[[int, int, int], None] | None = None,
+    ) -> RolloutBuffer:
+        """This rank's part of iteration `number`'s rollouts, with their scores.
+
+        prompts: of all ranks, the samples of one prompt side by side; more: the next batch of them,
+        the same by default.
+        Groups whose rewards are all equal are replaced by others, if that is asked for.
+        """
+        self.sums = {}
+        size, rounds = len(prompts), max(1, self.settings.filter_rounds)
+        parts: list[RolloutBuffer] = []
+        count = 0  # rollouts of all ranks that are kept
+        for turn in range(rounds):
+            first_sample = (number * rounds + turn) * size  # no sample is drawn twice
+            buffer = self._generate(prompts, first_sample, on_tokens)
+            self._reward(buffer)
+            kept = self._worth_learning(buffer, size)[: size - count]
+            parts.append(buffer if len(kept) == size else self._only(buffer, kept, count))
+            count += len(kept)
+            if count == size or turn + 1 == rounds:
+                break
+            prompts = more() if more else prompts
+        buffer = parts[0] if len(parts) == 1 else RolloutBuffer.joined(parts)
+        lengths = by_place(buffer.response_lengths, buffer.places, count, self.parallel)
+        buffer.lengths_of_all = [int(n) for n in lengths]
+        return buffer
+
+    def _generate(
+        self,
+        prompts: list[Prompt],
+        first_sample: int,
+        on_tokens: Callable[[int, int, int], None] | None,
+    ) -> RolloutBuffer:
+        # Samples of one prompt stay on one rank, where there are prompts for all ranks: the prompt
+        # is prefilled once.
+        samples, p, device = self.settings.samples_per_prompt, self.parallel, self.parallel.device
+        unit = samples if len(prompts) // samples >= p.dp_size else 1
+        places = [i for i in range(len(prompts)) if i // unit % p.dp_size == p.dp_rank]
+        local_prompts = [prompts[i] for i in places]
+        masks: dict[str, Any] = {"keep_masks": True} if self.settings.replay_mask else {}
+
+        # A change of layout is part of generating, and also named by itself.
+        with self.stage.at_work("policy"), self.timer("generate"):
+            completions = self.engine.generate(
+                [prompt.tokens for prompt in local_prompts],
+                self.sampling,
+                self.stop_ids,
+                [first_sample + i for i in places],
+                on_tokens,
+                **masks,
+            )
+
+        # End to end, without padding, on the device.
+        pairs = list(zip(local_prompts, completions))
+        keeps_masks = masks and self.sampling.leaves_out
+        return RolloutBuffer(
+            prompts=local_prompts,
+            places=places,
+            tokens=torch.tensor(
+                [t for p, c in pairs for t in (*p.tokens, *c.tokens)], device=device
+            ),
+            lengths=[len(p.tokens) + len(c.tokens) for p, c in pairs],
+            truncated=torch.tensor([c.stop_reason == "length" for _, c in pairs], device=device),
+            rollout_logprobs=torch.tensor([x for _, c in pairs for x in c.logprobs], device=device),
+            kept=torch.cat([c.kept for _, c in pairs if c.kept is not None])
+            if keeps_masks
+            else None,
+        )
+
+    @torch.no_grad()
+    def _reward(self, buffer: RolloutBuffer) -> None:
+        """The components of the reward, and their weighted sum, [B] each."""
+        with self.stage.at_work("reward"), self.timer("reward"):
+            buffer.components = {reward.name: reward(buffer) for _, reward in self.rewards}
+            terms = [weight * buffer.components[reward.name] for weight, reward in self.rewards]
+            buffer.scores = sum(terms, start=torch.zeros(()))
+        columns = {f"reward/{name}": x for name, x in buffer.components.items()}
+        columns |= {"reward": buffer.scores, "rollouts": torch.ones_like(buffer.scores)}
+        for name, x in columns.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(x.sum())
+
+    def _worth_learning(self, buffer: RolloutBuffer, size: int) -> list[int]:
+        """The places of the rollouts that are kept: all, or those in groups whose rewards differ.
+
+        size: rollouts of all ranks.
+        """
+        if not self.settings.filter_rounds:
+            return list(range(size))
+        samples = self.settings.samples_per_prompt
+        groups = by_place(buffer.scores, buffer.places, size, self.parallel).view(-1, samples)
+        differ = groups.amax(1) > groups.amin(1)  # [prompts]
+        return [place for place in range(size) if differ[place // samples]]
+
+    def _only(self, buffer: RolloutBuffer, kept: list[int], count: int) -> RolloutBuffer:
+        """The rollouts at the kept places, which become count, count + 1, …"""
+        new_place = {place: count + i for i, place in enumerate(kept)}
+        rows = [row for row, place in enumerate(buffer.places) if place in new_place]
+        return buffer.take(rows, [new_place[buffer.places[row]] for row in rows])

@@ -1,0 +1,126 @@
+"""What is logged of an iteration: its meaning, name by name, is in docs/ppo.md."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from src.parallel.setup import Parallel
+from src.ppo.buffer import RolloutBuffer
+from src.ppo.roles import Stage
+from src.trainer.fit import summed
+from src.trainer.meter import peak_memory
+
+
+class Timer:
+    """Seconds of each phase of an iteration."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.restart()
+
+    def restart(self) -> None:
+        """A new iteration begins."""
+        self.began, self.seconds = time.perf_counter(), dict[str, float]()
+
+    @property
+    def elapsed(self) -> float:
+        """Since the iteration began."""
+        return time.perf_counter() - self.began
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Count what happens inside as part of a phase."""
+        began = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - began
+
+
+def reward_statistics(
+    sums: dict[str, float], kept: int | None, parallel: Parallel
+) -> dict[str, float]:
+    """Means over all that was generated, what was left out included.
+
+    sums: this rank's, "rollouts" among them; kept: rollouts of all ranks that were kept, None when
+    nothing is ever left out.
+    """
+    names = sorted(sums)
+    totals = torch.tensor(
+        [sums[name] for name in names], dtype=torch.float64, device=parallel.device
+    )
+    dist.all_reduce(totals, group=parallel.dp_group)
+    means = dict(zip(names, totals.tolist()))
+    count = means.pop("rollouts")
+    share = {} if kept is None else {"kept": kept / count}
+    return {**{name: x / count for name, x in means.items()}, **share}
+
+
+def rollout_statistics(
+    buffer: RolloutBuffer, parallel: Parallel, is_comparable: bool
+) -> dict[str, float]:
+    """Means over all ranks' rollouts. KL: unclipped, per response (mean) and per token (max).
+
+    is_comparable: whether sampling and scoring have the same distribution, so that decoding's drift
+    shows by itself.
+    """
+    has_reference, has_value = buffer.ref_logprobs is not None, buffer.values is not None
+    sums = {
+        "truncated": buffer.truncated,
+        "shaped_reward": buffer.shaped,
+        "entropy": buffer.entropy,
+    }
+    highs = {}
+    if is_comparable:
+        highs["logprob_drift"] = (buffer.logprobs - buffer.rollout_logprobs).abs()
+    if has_reference:
+        sums["kl"] = highs["kl_max"] = buffer.logprobs - buffer.ref_logprobs
+    if has_value:
+        returns, residuals = buffer.returns.double(), (buffer.returns - buffer.values).double()
+        sums |= {"values": buffer.values, "returns": buffer.returns, "returns²": returns.square()}
+        sums |= {"residuals": residuals, "residuals²": residuals.square()}
+
+    # Over the data-parallel ranks; the ranks of a model have the same.
+    local = {name: x.double().sum() for name, x in sums.items()}
+    total = summed(local, tuple(sums), parallel)
+    most = torch.tensor(
+        [float(x.max()) if len(x) else -torch.inf for x in highs.values()], device=parallel.device
+    )
+    dist.all_reduce(most, op=dist.ReduceOp.MAX, group=parallel.dp_group)
+
+    sequences, tokens = len(buffer.lengths_of_all), sum(buffer.lengths_of_all)
+    per_sequence, per_token = ("shaped_reward", "truncated", "kl"), ("entropy", "values", "returns")
+    statistics = {
+        **{name: total[name] / sequences for name in per_sequence if name in total},
+        **{name: total[name] / tokens for name in per_token if name in total},
+        **dict(zip(highs, most.tolist())),
+        "response_length": tokens / sequences,
+    }
+    if has_value:
+        variance = total["returns²"] / tokens - (total["returns"] / tokens) ** 2
+        unexplained = total["residuals²"] / tokens - (total["residuals"] / tokens) ** 2
+        explained = 1 - unexplained / variance if variance > 0 else 0.0
+        statistics["explained_variance"] = explained
+    return statistics
+
+
+def costs(
+    timer: Timer, tokens: int, ppo_epochs: int, stage: Stage, device: torch.device
+) -> dict[str, float]:
+    """Seconds and tokens/s of each phase, and memory. tokens: of all responses."""
+    passes = {"generate": 1, "update": ppo_epochs}
+    phases = {"generate": ("generate",), "update": ("update_policy", "update_value")}
+    spent = {
+        name: sum(timer.seconds.get(phase, 0.0) for phase in parts)
+        for name, parts in phases.items()
+    }
+    return {
+        "seconds": timer.elapsed,
+        **{f"seconds/{phase}": took for phase, took in timer.seconds.items()},
+        **{f"tokens_per_s/{n}": tokens * passes[n] / took for n, took in spent.items() if took},
+        **{f"memory_gb/{name}": size / 1e9 for name, size in stage.peak.items()},
+        "memory_gb": peak_memory(device) / 1e9,
+    }

@@ -1,0 +1,106 @@
+"""Which model, tokenizer and data files, and how long rows may be."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from src.settings.declaration import CONTENT, MAY_CHANGE, AtLeast, Settings, Unit
+
+StrictLength = Annotated[
+    bool, "refuse rows that are longer than --max_seq_len, in place of leaving them out"
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArchitectureSettings(Settings):
+    """The model and its tokenizer."""
+
+    model_type: Annotated[
+        str | None, "a name such as llama-2-7b to check the model's sizes against"
+    ] = None
+    config_file: Annotated[
+        str | None, CONTENT, "params.json or config.json; found beside the weights when not given"
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextModelSettings(ArchitectureSettings):
+    """The model and its tokenizer."""
+
+    tokenizer_file: Annotated[
+        str | None, CONTENT, "the tokenizer; found beside the weights when not given"
+    ] = None
+    use_chat_template: Annotated[
+        bool,
+        "write each instruction as a user's turn, by the checkpoint's chat template or the family's",
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptedModelSettings(TextModelSettings):
+    """The model and its tokenizer."""
+
+    adapter_dir: Annotated[
+        str | None,
+        CONTENT,
+        "a LoRA adapter in PEFT's format: trained on with --lora_rank, else added to the weights",
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings(AdaptedModelSettings):
+    """The model and its tokenizer."""
+
+    ckpt_dir: Annotated[
+        str, CONTENT, "the model to start from: shards for any degree, or a Hugging Face folder"
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings(Settings):
+    """The data."""
+
+    train_file: Annotated[str, CONTENT, "rows to train on, .json or .jsonl"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSettings(Settings):
+    """Lengths and batches."""
+
+    max_batch_size: Annotated[
+        int,
+        AtLeast(1),
+        MAY_CHANGE,
+        "sequences (of a verifier in training: rows, both sides of each) that a data-parallel rank "
+        "computes at a time, at most",
+    ] = 6
+    max_seq_len: Annotated[
+        int,
+        AtLeast(2),
+        Unit("tokens"),
+        "of prompt and response together; rows with more are left out and counted, or refused where "
+        "each row needs an answer",
+    ] = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedBatchSettings(BatchSettings):
+    """Lengths and batches."""
+
+    max_tokens_per_batch: Annotated[
+        int | None,
+        AtLeast(1, 10**9),
+        Unit("tokens"),
+        MAY_CHANGE,
+        "and their tokens, at most; a longer row goes alone. Optimizer steps stay the same: there "
+        "are more forwards in each. No limit when not given",
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingBatchSettings(PackedBatchSettings):
+    """Lengths and batches."""
+
+    accumulation_steps: Annotated[
+        int, AtLeast(1), MAY_CHANGE, "micro-batches per optimizer step"
+    ] = 1
+    strict_length: StrictLength = False

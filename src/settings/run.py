@@ -1,0 +1,78 @@
+"""How a run is divided among ranks, what numbers it computes in, and the dry run."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from src.settings.declaration import MAY_CHANGE, Above, AtLeast, Between, Settings, Unit
+
+Dtype = Annotated[
+    Literal["bf16", "fp16", "fp32"] | None,
+    "of weights and activations; bf16 on a GPU and fp32 on the CPU when not given",
+]
+DegreeOfRole = Annotated[int | None, AtLeast(1), MAY_CHANGE]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(Settings):
+    """The run: ranks, numbers, seed."""
+
+    model_parallel_size: Annotated[
+        int | None, AtLeast(1), MAY_CHANGE, "ranks per model; all of them when not given"
+    ] = None
+    dtype: Dtype = None
+    seed: Annotated[int, Between(0, 2**63 - 1), "of everything random"] = 0
+    timeout: Annotated[
+        float,
+        Above(0, 10**7),
+        Unit("seconds"),
+        MAY_CHANGE,
+        "that a collective may take before the run is given up",
+    ] = 1800.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRunSettings(RunSettings):
+    """The run: ranks, numbers, seed, memory."""
+
+    zero: Annotated[
+        Literal[0, 1],
+        MAY_CHANGE,
+        "1 shares the optimizer's state among the data-parallel ranks (ZeRO stage 1); 0 keeps it "
+        "whole on each",
+    ] = 1
+    checkpoint_activations: Annotated[
+        Literal["none", "selective", "full"],
+        MAY_CHANGE,
+        "what of each block is computed again in backward, to save memory: nothing (none), all but "
+        "products and attention (selective), or all but its input (full)",
+    ] = "none"
+    compile: Annotated[
+        bool,
+        MAY_CHANGE,
+        "let torch.compile make one kernel each of the norms and of SwiGLU; on the CPU that needs a "
+        "C++ compiler",
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DryRunSettings(Settings):
+    """Dry run."""
+
+    dry_run: Annotated[
+        bool,
+        MAY_CHANGE,
+        "read and check everything, print the rows, an example with its loss mask, the bytes of "
+        "each rank and the steps; train and write nothing. --model_type alone is enough for the bytes",
+    ] = False
+    world_size: Annotated[
+        int | None,
+        AtLeast(1),
+        Unit("ranks"),
+        MAY_CHANGE,
+        "with --dry_run: plan for so many ranks; those that were started when not given",
+    ] = None
+
+    def problems(self) -> Iterator[str]:
+        if self.world_size is not None and not self.dry_run:
+            yield f"--world_size {self.world_size}: has no effect without --dry_run"

@@ -1,0 +1,306 @@
+"""Which script knows which settings, and with which defaults. (PPO's: src/settings/ppo.py.)"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from src.settings.declaration import CONTENT, MAY_CHANGE, AtLeast, Bounds, Settings
+from src.settings.generation import (
+    DecodingSettings,
+    MaxNewTokens,
+    SoftmaxSettings,
+    StoppedDecodingSettings,
+)
+from src.settings.model import (
+    AdaptedModelSettings,
+    ArchitectureSettings,
+    BatchSettings,
+    DataSettings,
+    ModelSettings,
+    StrictLength,
+    TrainingBatchSettings,
+)
+from src.settings.run import DryRunSettings, RunSettings, TrainingRunSettings
+from src.settings.training import (
+    DropoutLoRASettings,
+    EvaluationSettings,
+    ModelSavingSettings,
+    Quantize,
+    SupervisedOptimizerSettings,
+    TaskEvaluationSettings,
+)
+
+# --- Training
+# ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(Settings):
+    """What solver_train.py and verifier_train.py have in common."""
+
+    model: ModelSettings
+    data: DataSettings
+    batches: TrainingBatchSettings = TrainingBatchSettings()
+    optimizer: SupervisedOptimizerSettings = SupervisedOptimizerSettings()
+    lora: DropoutLoRASettings = DropoutLoRASettings()
+    run: TrainingRunSettings = TrainingRunSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    saving: ModelSavingSettings
+    dry_run: DryRunSettings = DryRunSettings()
+
+    @classmethod
+    def may_lack_required(cls, values: Mapping[str, Any]) -> bool:
+        return values.get("dry_run") is True
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolverEvaluationSettings(TaskEvaluationSettings):
+    """Evaluation before the first step, and after each epoch or as --eval_every says."""
+
+    max_new_tokens: MaxNewTokens = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolverTrainSettings(TrainSettings):
+    """All that solver_train.py knows."""
+
+    evaluation: SolverEvaluationSettings = SolverEvaluationSettings()
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifierEvaluationSettings(EvaluationSettings):
+    """Evaluation before the first step, and after each epoch or as --eval_every says."""
+
+    task: Annotated[str | None, "what the evaluation is called in the log and in TensorBoard"] = (
+        None
+    )
+    label_file: Annotated[
+        str | None,
+        CONTENT,
+        "held-out rows like the train file's; the share of pairs that the verifier ranks right is "
+        "measured",
+    ] = None
+    normalize_scores: Annotated[
+        bool,
+        "after training, measure the mean and the standard deviation of the scores of the train "
+        "file's outputs, and store them with the verifier: PPO's reward and verifier_evaluate.py's "
+        "scores are then centred and scaled by them",
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifierTrainSettings(TrainSettings):
+    """All that verifier_train.py knows."""
+
+    evaluation: VerifierEvaluationSettings = VerifierEvaluationSettings(eval_batch_size=64)
+
+
+# --- Using a model
+# -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightSettings(Settings):
+    """The weights in memory."""
+
+    quantize: Quantize = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputSettings(Settings):
+    """Rows in and out."""
+
+    input_file: Annotated[
+        str, CONTENT, 'rows with "instruction" (for scores also "output"), .json or .jsonl'
+    ]
+    output_file: Annotated[str, MAY_CHANGE, ".jsonl to write"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRowSettings(OutputSettings):
+    """Rows in and out."""
+
+    max_rows: Annotated[int | None, AtLeast(1), "only the first rows of the input"] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolverGenerateSettings(Settings):
+    """All that solver_generate.py knows."""
+
+    model: ModelSettings
+    rows: GenerationRowSettings
+    batches: BatchSettings = BatchSettings(max_batch_size=384)
+    generation: StoppedDecodingSettings = StoppedDecodingSettings(temperature=0.0)
+    weights: WeightSettings = WeightSettings()
+    run: RunSettings = RunSettings()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolverScoreSettings(Settings):
+    """All that solver_score.py knows."""
+
+    model: ModelSettings
+    rows: OutputSettings
+    batches: BatchSettings = BatchSettings(max_batch_size=64)
+    softmax: SoftmaxSettings = SoftmaxSettings()
+    weights: WeightSettings = WeightSettings()
+    run: RunSettings = RunSettings()
+
+    def problems(self) -> Iterator[str]:
+        if self.softmax.temperature == 0:
+            yield (
+                "--temperature 0: the log-probabilities of a greedy choice are 0 or minus infinity; "
+                "give one above 0"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluatedModelSettings(AdaptedModelSettings):
+    """The model and its tokenizer."""
+
+    ckpt_dir: Annotated[
+        str | None, CONTENT, "the solver: shards for any degree, or a Hugging Face folder"
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskRowSettings(Settings):
+    """The task and the results."""
+
+    task: Annotated[str, "what to evaluate on: GSM8K or MATH"]
+    label_file: Annotated[
+        str,
+        CONTENT,
+        'the task\'s rows: "instruction" and "label", as dataset/build.py writes them, or the '
+        "official files'",
+    ]
+    log_dir: Annotated[str, MAY_CHANGE, "for results.json and predictions.jsonl"]
+    prediction_file: Annotated[
+        str | None, CONTENT, 'texts to grade, {"output"} per row, in place of a model\'s'
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolverEvaluateSettings(Settings):
+    """All that solver_evaluate.py knows."""
+
+    rows: TaskRowSettings
+    model: EvaluatedModelSettings = EvaluatedModelSettings()
+    batches: BatchSettings = BatchSettings(max_batch_size=384)
+    generation: DecodingSettings = DecodingSettings(temperature=0.0)
+    weights: WeightSettings = WeightSettings()
+    run: RunSettings = RunSettings()
+
+    def problems(self) -> Iterator[str]:
+        if (self.model.ckpt_dir is None) == (self.rows.prediction_file is None):
+            yield (
+                "give --ckpt_dir to generate answers, or --prediction_file to grade existing ones: "
+                "one of the two"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairOrRowSettings(Settings):
+    """Pairs to measure, or rows to score."""
+
+    label_file: Annotated[
+        str | None, CONTENT, "pairs to measure the accuracy on; needs --log_dir"
+    ] = None
+    log_dir: Annotated[str | None, MAY_CHANGE, "for results.json and predictions.jsonl"] = None
+    input_file: Annotated[str | None, CONTENT, "rows to score; needs --output_file"] = None
+    output_file: Annotated[str | None, MAY_CHANGE, ".jsonl to write"] = None
+    strict_length: StrictLength = False
+
+    def problems(self) -> Iterator[str]:
+        measure, score = (self.label_file, self.log_dir), (self.input_file, self.output_file)
+        half = any(None in pair and pair != (None, None) for pair in (measure, score))
+        if (None in measure) == (None in score) or half:
+            yield (
+                "give --label_file with --log_dir to measure, or --input_file with --output_file to "
+                "score"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifierEvaluateSettings(Settings):
+    """All that verifier_evaluate.py knows."""
+
+    model: ModelSettings
+    rows: PairOrRowSettings = PairOrRowSettings()
+    batches: BatchSettings = BatchSettings(max_batch_size=64)
+    weights: WeightSettings = WeightSettings()
+    run: RunSettings = RunSettings()
+
+
+# --- Checkpoints -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardSettings(Settings):
+    """The shards."""
+
+    ckpt_file: Annotated[str | None, CONTENT, "the checkpoint: a folder or a single file"] = None
+    adapter_dir: Annotated[
+        str | None, CONTENT, "a LoRA adapter in PEFT's format to add to the weights"
+    ] = None
+    save_path: Annotated[
+        str | None,
+        MAY_CHANGE,
+        "the folder to write; replaced as a whole when it already holds a checkpoint",
+    ] = None
+    n: Annotated[
+        int,
+        Bounds(1, 10_000, because=": at least one shard is needed"),
+        "how many shards, one per model-parallel rank: any number",
+    ] = 8
+    dry_run: Annotated[
+        bool,
+        "only print the names, shapes and bytes of each rank; needs no weights: --model_type or "
+        "--config_file will do",
+    ] = False
+    dtype: Annotated[
+        Literal["bf16", "fp16", "fp32"] | None,
+        "what a dry run without a checkpoint counts bytes in; bf16 when not given",
+    ] = None
+
+    def problems(self) -> Iterator[str]:
+        if self.dtype is not None and self.ckpt_file is not None:
+            yield (
+                f"--dtype {self.dtype}: shards have the checkpoint's own; the flag is for a --dry_run "
+                "without --ckpt_file"
+            )
+        if self.adapter_dir is not None and self.ckpt_file is None:
+            yield "--adapter_dir: has no effect without --ckpt_file"
+        if not self.dry_run and (self.ckpt_file is None or self.save_path is None):
+            yield "--ckpt_file and --save_path are needed (but for --dry_run)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSplitSettings(Settings):
+    """All that checkpoint_split.py knows."""
+
+    shards: ShardSettings = ShardSettings()
+    model: ArchitectureSettings = ArchitectureSettings()
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergedFolderSettings(Settings):
+    """The folder."""
+
+    save_dir: Annotated[
+        str,
+        MAY_CHANGE,
+        "the folder to write; replaced as a whole when it already holds a checkpoint",
+    ]
+    dtype: Annotated[
+        Literal["bf16", "fp16", "fp32"] | None,
+        "to write in; the checkpoint's own when not given",
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointMergeSettings(Settings):
+    """All that checkpoint_merge.py knows."""
+
+    model: ModelSettings
+    folder: MergedFolderSettings

@@ -1,0 +1,218 @@
+"""How weights are trained: the optimizer, adapters, and what a training run leaves."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from src.settings.declaration import (
+    CONTENT,
+    MAY_CHANGE,
+    Above,
+    AtLeast,
+    Between,
+    Bounds,
+    Settings,
+    Unit,
+)
+
+Quantize = Annotated[
+    Literal["nf4", "int8"] | None,
+    "keep the linear layers' weights in 4 or 8 bits; in training that needs --lora_rank, whose "
+    "adapter is not quantised",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings(Settings):
+    """The optimizer and its schedule."""
+
+    lr: Annotated[float, Above(0), "the highest learning rate (of PPO's policy)"] = 1e-5
+    epochs: Annotated[int, AtLeast(1), "passes over the train file"] = 1
+    warmup: Annotated[
+        float, Between(0, 0.999999), "share of the steps in which the learning rate rises"
+    ] = 0.03
+    schedule: Annotated[
+        Literal["cosine", "linear", "constant"], "how the learning rate falls afterwards"
+    ] = "cosine"
+    weight_decay: Annotated[float, Between(0, 1e6), "AdamW's, on matrices"] = 0.0
+    max_grad_norm: Annotated[float, Above(0), "a model's gradient is scaled down to this norm"] = (
+        1.0
+    )
+    max_skipped_steps: Annotated[
+        int,
+        AtLeast(1, 10**9),
+        "stop after so many steps in a row whose gradient norm was not finite; each is skipped, "
+        "and counted",
+    ] = 30
+    freeze_layers: Annotated[
+        int, AtLeast(0, 10**4), "train neither the embedding nor this many layers from the bottom"
+    ] = 0
+    router_aux_loss_coef: Annotated[
+        float | None,
+        Between(0, 1e3),
+        "weight of the experts' load-balancing loss; the model's own when not given",
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisedOptimizerSettings(OptimizerSettings):
+    """The optimizer and its schedule."""
+
+    beta2: Annotated[
+        float,
+        Between(0, 0.999999),
+        "AdamW's decay of the squared gradient's mean; lower adapts faster",
+    ] = 0.999
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRASettings(Settings):
+    """Adapters (LoRA)."""
+
+    lora_rank: Annotated[
+        int,
+        Bounds(1, 10**5, also=(-1,), because=" (or -1, to train all weights)"),
+        "rank of the adapter; -1 trains all weights",
+    ] = -1
+    lora_alpha: Annotated[
+        float | None,
+        Above(0),
+        "the adapter's output is scaled by lora_alpha / lora_rank; 16 when not given",
+    ] = None
+    lora_targets: Annotated[
+        list[str] | None,
+        "layers to adapt, of wq,wk,wv,wo,w1,w2,w3; all when not given (with experts: attention's)",
+    ] = None
+    quantize: Quantize = None
+
+    @property
+    def dropout(self) -> float | None:
+        """The share of inputs that an adapter drops in training, where that can be set."""
+        return None
+
+    @property
+    def is_on(self) -> bool:
+        """Whether an adapter is trained, and the weights are not."""
+        return self.lora_rank != -1
+
+    def problems(self) -> Iterator[str]:
+        if self.is_on:
+            return
+        only_with_rank = ("lora_dropout", "lora_targets", "lora_alpha")
+        without_effect = [name for name in only_with_rank if getattr(self, name, None)]
+        if without_effect:
+            flags = ", ".join(f"--{name}" for name in without_effect)
+            yield f"{flags}: has no effect without --lora_rank"
+        if self.quantize:
+            yield (
+                f"--quantize {self.quantize}: quantised weights cannot be trained; give --lora_rank "
+                "too"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DropoutLoRASettings(LoRASettings):
+    """Adapters (LoRA)."""
+
+    lora_dropout: Annotated[
+        float | None,
+        Between(0, 0.999),
+        "share of the adapter's inputs that are dropped in training",
+    ] = None
+
+    @property
+    def dropout(self) -> float | None:
+        return self.lora_dropout
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings(Settings):
+    """Evaluation before the first step, and after each epoch or as --eval_every says."""
+
+    task: Annotated[
+        str | None,
+        "what to evaluate on, such as GSM8K or MATH; in PPO also whose rule is applied in the "
+        "reward (GSM8K's when not given)",
+    ] = None
+    label_file: Annotated[str | None, CONTENT, "the task's rows"] = None
+    eval_every: Annotated[
+        int | None,
+        AtLeast(1, 10**9),
+        Unit("steps"),
+        "evaluate every so many steps (PPO: iterations); after each epoch when not given",
+    ] = None
+    keep_best: Annotated[
+        str | None,
+        "a metric of the evaluation, such as accuracy: the model is also saved, to SAVE_DIR-best, "
+        "whenever it is higher than ever",
+    ] = None
+    eval_batch_size: Annotated[
+        int, AtLeast(1), MAY_CHANGE, "sequences that an evaluation computes at a time, at most"
+    ] = 384
+
+    def problems(self) -> Iterator[str]:
+        if self.label_file is not None:
+            return
+        if self.eval_every is not None:
+            yield f"--eval_every {self.eval_every}: has no effect without --label_file"
+        if self.keep_best is not None:
+            yield (
+                f"--keep_best {self.keep_best}: the evaluation is not asked for: give --label_file "
+                "(and --task, of a solver)"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskEvaluationSettings(EvaluationSettings):
+    """Evaluation before the first step, and after each epoch or as --eval_every says."""
+
+    def problems(self) -> Iterator[str]:
+        if (self.task is None) != (self.label_file is None):
+            yield (
+                f"--task {self.task} --label_file {self.label_file}: evaluation needs both; give "
+                "both or neither"
+            )
+        yield from super().problems()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavingSettings(Settings):
+    """Saving and going on."""
+
+    save_every: Annotated[
+        int | None,
+        AtLeast(1, 10**9),
+        Unit("steps"),
+        MAY_CHANGE,
+        "keep what is needed to go on, in SAVE_DIR-state, every so many steps (PPO: iterations); "
+        "without it only when a signal ends the run",
+    ] = None
+    keep: Annotated[int, AtLeast(1, 10**9), MAY_CHANGE, "so many of the newest of these stay"] = 2
+    resume: Annotated[
+        str,
+        MAY_CHANGE,
+        "auto goes on from the newest there, if the run is the same (a finished one says so); none "
+        "begins anew; or the path of one of them",
+    ] = "auto"
+    log_dir: Annotated[
+        str | None,
+        MAY_CHANGE,
+        "for the log, TensorBoard events and evaluation results; SAVE_DIR-logs when not given",
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSavingSettings(SavingSettings):
+    """Saving and going on."""
+
+    save_dir: Annotated[
+        str,
+        MAY_CHANGE,
+        "the folder for the trained model; replaced as a whole when it already holds a checkpoint",
+    ]
+    profile: Annotated[
+        bool,
+        MAY_CHANGE,
+        "write a trace of steps 4 and 5 for https://ui.perfetto.dev to the log folder, one file per "
+        "rank",
+    ] = False

@@ -1,0 +1,77 @@
+"""Which rows make up a step, and which of them are this rank's: functions of seed and number."""
+
+import itertools
+import random
+from collections.abc import Callable, Iterator
+
+from src.models.batch import micro_batches
+from src.parallel.setup import Parallel
+
+
+def epoch_batches(n_rows: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Every row once, in random batches, in an order fixed by seed and epoch alone.
+
+    Batches are not sorted by length, which would sort them by content: packing makes that needless.
+    Inside a batch, `share_of` puts rows alike in length into the same micro-batch.
+    """
+    order = list(range(n_rows))
+    random.Random(f"{seed}/epoch {epoch}").shuffle(order)
+    return [order[i : i + batch_size] for i in range(0, n_rows, batch_size)]
+
+
+class EndlessBatches:
+    """Batches of row numbers without end. Every pass shuffles all rows anew; batches are full."""
+
+    def __init__(self, n_rows: int, batch_size: int, seed: str) -> None:
+        self.taken, self._batches = 0, self._endless(n_rows, batch_size, seed)
+
+    @staticmethod
+    def _endless(n_rows: int, batch_size: int, seed: str) -> Iterator[list[int]]:
+        waiting: list[int] = []
+        for epoch in itertools.count(1):
+            order = list(range(n_rows))
+            random.Random(f"{seed}/epoch {epoch}").shuffle(order)
+            waiting += order
+            while len(waiting) >= batch_size:
+                yield waiting[:batch_size]
+                waiting = waiting[batch_size:]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self
+
+    def __next__(self) -> list[int]:
+        self.taken += 1
+        return next(self._batches)
+
+    @property
+    def part(self) -> tuple[Callable, Callable]:
+        """How to get and set what a saved run must keep of it."""
+        return (lambda: self.taken), self.wind_to
+
+    def wind_to(self, taken: int) -> None:
+        """Forward to where so many have been taken."""
+        while self.taken < taken:
+            next(self)
+
+
+def share_of(
+    batch: list[int],
+    lengths: list[int],
+    parallel: Parallel,
+    max_batch_size: int,
+    max_tokens: int | None = None,
+) -> list[list[int]]:
+    """This data-parallel rank's rows of a batch, in micro-batches.
+
+    Row after row, the longest first, goes to the rank with the fewest tokens, while that has not
+    got its share of rows.
+    """
+    order = sorted(batch, key=lambda i: (-lengths[i], i))
+    most = -(-len(batch) // parallel.dp_size)
+    shares: list[list[int]] = [[] for _ in range(parallel.dp_size)]
+    for i in order:
+        open_shares = (share for share in shares if len(share) < most)
+        min(open_shares, key=lambda share: sum(lengths[j] for j in share)).append(i)
+    local_rows = shares[parallel.dp_rank]
+    groups = micro_batches([lengths[i] for i in local_rows], max_batch_size, max_tokens)
+    return [[local_rows[i] for i in group] for group in groups]

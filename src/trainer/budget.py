@@ -1,0 +1,107 @@
+"""What a model in training takes of a rank's memory, from its table of tensors alone.
+
+The numbers are those of what is built: the same table, the same share of the optimizer's state
+(ZeroRedundancyOptimizer's). Activations, batches and libraries come on top.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from src.models.config import ModelConfig
+from src.models.layout import TensorSpec, tensor_table
+from src.models.lora import TARGETS, LoRAConfig, lora_table
+from src.models.quantize import BLOCK
+
+FP32 = 4  # bytes of a gradient, of each of Adam's averages, and of a master weight
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes of the fullest rank."""
+
+    weights: int
+    gradients: int = 0
+    optimizer: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer
+
+
+def model_budget(
+    config: ModelConfig, n: int, dtype: torch.dtype, quantize: str | None = None
+) -> Budget:
+    """A frozen model at `n` ranks."""
+    table = tensor_table(config)
+    return Budget(
+        sum(_weight_bytes(name, spec, n, dtype, quantize) for name, spec in table.items())
+    )
+
+
+def training_budget(
+    config: ModelConfig,
+    n: int,
+    dp_size: int,
+    dtype: torch.dtype,
+    lora: LoRAConfig | None = None,
+    quantize: str | None = None,
+    freeze_layers: int = 0,
+    zero: int = 1,
+) -> Budget:
+    """A model in training at `n` model-parallel and `dp_size` data-parallel ranks.
+
+    lora: the adapter that is trained in place of the weights.
+    """
+    table = tensor_table(config)
+    weights = model_budget(config, n, dtype, quantize).weights
+    if lora is None:
+        trained = dict(table)
+    else:
+        trained = lora_table(config, lora)
+        weights += sum(_numel(spec, n) for spec in trained.values()) * dtype.itemsize
+        trained |= {name: spec for name, spec in table.items() if name == "score.weight"}
+    frozen = {"tok_embeddings"} | {f"layers.{i}" for i in range(freeze_layers)}
+    if freeze_layers:
+        trained = {name: spec for name, spec in trained.items() if not _is_in(name, frozen)}
+    sizes = [(_numel(spec, n), len(spec.shape)) for spec in trained.values()]
+    gradients = FP32 * sum(size for size, _ in sizes)
+    shares = _zero_shares(sizes, dp_size) if zero and dp_size > 1 else [sizes]
+    masters = 0 if dtype == torch.float32 else FP32
+    per_number = 2 * FP32 + masters  # both averages, and the master
+    # Each parameter has a step counter, too.
+    optimizer = max(sum(per_number * size + FP32 for size, _ in share) for share in shares)
+    return Budget(weights, gradients, optimizer)
+
+
+def _numel(spec: TensorSpec, n: int) -> int:
+    return torch.Size(spec.local_shape(n)).numel()
+
+
+def _weight_bytes(
+    name: str, spec: TensorSpec, n: int, dtype: torch.dtype, quantize: str | None
+) -> int:
+    if quantize is None or name.split(".")[-2] not in TARGETS or not name.endswith(".weight"):
+        return _numel(spec, n) * dtype.itemsize
+    # Codes of 4 or 8 bits, rows padded to whole blocks, and an fp32 scale for each block.
+    *rows, width = spec.local_shape(n)
+    blocks = torch.Size(rows).numel() * -(-width // BLOCK)
+    return blocks * (BLOCK // (2 if quantize == "nf4" else 1) + FP32)
+
+
+def _is_in(name: str, parts: set[str]) -> bool:
+    return any(name.startswith(f"{part}.") for part in parts)
+
+
+def _zero_shares(sizes: list[tuple[int, int]], dp_size: int) -> list[list[tuple[int, int]]]:
+    """Whole parameters, matrices before vectors, the largest first, each to the emptiest rank."""
+    shares: list[list[tuple[int, int]]] = [[] for _ in range(dp_size)]
+    filled = [0] * dp_size
+    matrices = [size for size in sizes if size[1] > 1]
+    vectors = [size for size in sizes if size[1] == 1]
+    for group in (matrices, vectors):
+        for size in sorted(group, key=lambda size: -size[0]):
+            rank = filled.index(min(filled))
+            shares[rank].append(size)
+            filled[rank] += size[0]
+    return shares

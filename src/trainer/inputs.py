@@ -1,0 +1,134 @@
+"""What the solver's and the verifier's training read, opened and checked before any work."""
+
+from dataclasses import dataclass
+
+from src.checkpoint.folder import SCORES_FILE, beside, check_apart
+from src.checkpoint.save import check_save
+from src.data.encoding import Comparison, comparisons, solver_sequences
+from src.evaluation.training import SolverEvaluation, VerifierEvaluation
+from src.evaluation.verifier import score_moments
+from src.inputs import OpenedModel, check_log_dir, check_trainable, lora_of, open_model
+from src.logs import RunLog
+from src.models.batch import Sequence
+from src.models.lora import LoRAConfig
+from src.models.transformer import Transformer
+from src.parallel.setup import Parallel, pick_dtype
+from src.settings.scripts import (
+    SolverTrainSettings,
+    TrainSettings,
+    VerifierEvaluationSettings,
+    VerifierTrainSettings,
+)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a training run writes beside its model: its log, and the best model (--keep_best)."""
+
+    logs: str
+    best: str
+
+    @classmethod
+    def of(cls, log_dir: str | None, save_dir: str) -> "Places":
+        """log_dir: as the settings have it."""
+        return cls(log_dir or beside(save_dir, "logs"), beside(save_dir, "best"))
+
+
+@dataclass(frozen=True)
+class SolverInputs:
+    """A solver's training data and where it starts from. warning: of rows that are left out."""
+
+    model: OpenedModel
+    lora: LoRAConfig | None
+    evaluation: SolverEvaluation
+    sequences: list[Sequence]
+    warning: str | None
+
+    @classmethod
+    def read(cls, settings: SolverTrainSettings, parallel: Parallel) -> "SolverInputs":
+        """Read everything. Raises UserError, before any work, for whatever is wrong."""
+        model = open_start(settings, parallel, head="lm")
+        batches, evaluation = settings.batches, settings.evaluation
+        return cls(
+            model,
+            lora_of(settings.lora, model.checkpoint),
+            SolverEvaluation.read(evaluation, evaluation.max_new_tokens, batches.max_seq_len),
+            *solver_sequences(
+                settings.data.train_file,
+                model.tokenizer,
+                batches.max_seq_len,
+                batches.strict_length,
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class VerifierInputs:
+    """A verifier's training data and where it starts from. warning: of rows that are left out."""
+
+    model: OpenedModel
+    lora: LoRAConfig | None
+    evaluation: VerifierEvaluation
+    pairs: list[Comparison]
+    warning: str | None
+
+    @classmethod
+    def read(cls, settings: VerifierTrainSettings, parallel: Parallel) -> "VerifierInputs":
+        """Read everything. Raises UserError, before any work, for whatever is wrong."""
+        model = open_start(settings, parallel, head=None)
+        limits = settings.batches.max_seq_len, settings.batches.strict_length
+        return cls(
+            model,
+            lora_of(settings.lora, model.checkpoint),
+            VerifierEvaluation.read(settings.evaluation, model.tokenizer, *limits),
+            *comparisons(settings.data.train_file, model.tokenizer, *limits),
+        )
+
+    def save(
+        self,
+        model: Transformer,
+        parallel: Parallel,
+        evaluation: VerifierEvaluationSettings,
+        log: RunLog,
+        save_dir: str,
+    ) -> None:
+        """Write the verifier; with --normalize_scores also what its scores are scaled by."""
+        notes = None
+        if evaluation.normalize_scores:
+            size = evaluation.eval_batch_size
+            mean, std = score_moments(model, parallel, self.pairs, size, log)
+            log.info(
+                f"scores on the train file: mean {mean:.4f}, standard deviation {std:.4f}; stored "
+                "with them"
+            )
+            notes = {SCORES_FILE: {"mean": mean, "std": std}}
+        self.model.save(model, parallel, save_dir, notes)
+
+
+def open_start(settings: TrainSettings, parallel: Parallel, head: str | None) -> OpenedModel:
+    """The model to start from, and whether what is made of it can be written."""
+    model, save_dir = settings.model, settings.saving.save_dir
+    places = Places.of(settings.saving.log_dir, save_dir)
+    written = {"save_dir": save_dir}
+    if settings.evaluation.keep_best:
+        written["keep_best"] = places.best
+    if save_dir:  # a dry run may have none
+        check_log_dir(places.logs, model.ckpt_dir, model.adapter_dir)
+        read = {
+            "ckpt_dir": model.ckpt_dir,
+            "adapter_dir": model.adapter_dir,
+            "train_file": settings.data.train_file or None,
+        }
+        check_apart(written, {**read, "log_dir": places.logs})
+    opened = open_model(model, parallel, head)
+    check_trainable(
+        settings.optimizer,
+        settings.lora,
+        opened.checkpoint.config,
+        str(opened.checkpoint.folder),
+    )
+    if save_dir:
+        dtype = pick_dtype(settings.run.dtype, parallel.device)
+        for folder in written.values():
+            check_save(folder, opened.checkpoint, dtype, len(written))
+    return opened

@@ -1,0 +1,95 @@
+"""What a training step cost: time, FLOP/s, memory; and a profile of a few steps."""
+
+import resource
+import sys
+import time
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from src.logs import RunLog
+from src.models.flops import TrainingFlops, attention_pairs
+from src.models.transformer import Transformer
+from src.parallel.clock import clock
+from src.parallel.setup import Parallel, matmul_rate
+
+if TYPE_CHECKING:
+    from src.trainer.fit import Objective
+
+PROFILED_STEPS = (3, 2)  # steps that pass before the profile, and steps in it
+
+
+class Meter:
+    """Tokens/s, FLOP/s and their share of what matrix products reach (MFU), time, memory."""
+
+    def __init__(self, model: Transformer, objective: "Objective", parallel: Parallel) -> None:
+        self.objective, self.parallel, self.config = objective, parallel, model.config
+        self.flops = TrainingFlops.of(model)
+        rate = torch.tensor(
+            matmul_rate(model.norm.weight.dtype, parallel.device),
+            dtype=torch.float64,
+            device=parallel.device,
+        )
+        dist.all_reduce(rate)  # of all ranks, measured at the same time
+        self.rate = float(rate)
+
+    def start(self) -> None:
+        """A step begins. What lies between steps, such as evaluations, is not theirs."""
+        clock.take()
+        self.began = time.perf_counter()
+
+    def read(self, batch: list[int]) -> dict[str, float]:
+        """Of the step on `batch`, which has just ended."""
+        phases = clock.take()
+        took = time.perf_counter() - self.began
+        o = self.objective
+        tokens = sum(o.lengths[i] for i in batch)
+        pairs = sum(attention_pairs(self.config, *piece) for i in batch for piece in o.pieces(i))
+        flops = self.flops(tokens, sum(o.needed[i] for i in batch), pairs)
+        memory = torch.tensor(
+            peak_memory(self.parallel.device), dtype=torch.float64, device=self.parallel.device
+        )
+        dist.all_reduce(memory, op=dist.ReduceOp.MAX)
+        return {
+            "tokens_per_s": tokens / took,
+            "flops_per_s": flops / took,
+            "mfu": flops / took / self.rate,
+            "memory_gb": float(memory) / 1e9,
+            "seconds": took,
+            **{f"seconds/{phase}": seconds for phase, seconds in phases.items()},
+        }
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process has held at most so far: on a GPU of tensors, else all of them."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def profiler(wanted: bool, log: RunLog) -> AbstractContextManager[Any]:
+    """A context manager with `step()`: a profile of a few steps, as a trace that Perfetto shows.
+
+    One file for each rank.
+    """
+    if not wanted or log.log_dir is None:
+        return nullcontext(_NoProfiler())
+    folder, (wait, active) = Path(log.log_dir), PROFILED_STEPS
+
+    def write(profile: torch.profiler.profile) -> None:
+        path = folder / f"trace-rank-{log.rank}.json"
+        profile.export_chrome_trace(str(path))
+        steps = f"{wait + 1} to {wait + active}"
+        log.info(f"profile of steps {steps}: {path}, for https://ui.perfetto.dev")
+
+    schedule = torch.profiler.schedule(wait=wait - 1, warmup=1, active=active, repeat=1)
+    return torch.profiler.profile(schedule=schedule, on_trace_ready=write, record_shapes=True)
+
+
+class _NoProfiler:
+    def step(self) -> None:
+        pass
