@@ -108,7 +108,8 @@ def training(
 
     from src.models.batch import Sequence
     from src.models.lora import LoRAConfig, add_lora
-    from src.trainer.fit import FitSettings, Meter, train_step
+    from src.settings.model import PackedBatchSettings
+    from src.trainer.fit import Meter, train_step
     from src.trainer.optimizer import Optimizer
     from src.trainer.solver import SolverObjective
 
@@ -120,13 +121,14 @@ def training(
         Sequence([1 + (7 * i + j) % 31000 for j in range(length)], length // 2)
         for i in range(batch * parallel.dp_size)
     ]
-    objective, settings = SolverObjective(rows, parallel.device), FitSettings(1e-5, 1, batch)
+    objective = SolverObjective(rows, parallel.device)
+    batches = PackedBatchSettings(max_batch_size=batch)
     optimizer, meter, best = Optimizer(model, parallel), Meter(model, objective, parallel), None
     if parallel.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     for _ in range(rounds + 1):  # the first warms up
         meter.start()
-        train_step(model, optimizer, objective, list(range(len(rows))), settings, parallel, 1e-5)
+        train_step(model, optimizer, objective, list(range(len(rows))), batches, parallel, 1e-5)
         step = meter.read(list(range(len(rows))))
         best = step if best is None or step["seconds"] < best["seconds"] else best
     if parallel.is_main:

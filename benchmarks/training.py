@@ -43,13 +43,16 @@ def ours(folder: Path, job: dict) -> dict:
     """Our own loop, as solver_train.py and verifier_train.py run it."""
     from src.checkpoint.load import load_model
     from src.checkpoint.source import Checkpoint
+    from src.data.encoding import Comparison
     from src.logs import RunLog
     from src.models.batch import Sequence
     from src.parallel.setup import start
+    from src.settings.declaration import build
+    from src.settings.scripts import SolverTrainSettings
     from src.trainer import fit as fitting
     from src.trainer.optimizer import Optimizer
     from src.trainer.solver import SolverObjective
-    from src.trainer.verifier import Comparison, VerifierObjective
+    from src.trainer.verifier import VerifierObjective
 
     parallel = start(job.get("mp"))
     verifier = job["task"] == "verifier"
@@ -71,16 +74,18 @@ def ours(folder: Path, job: dict) -> dict:
         def scalars(self, *_, **__):
             ends.append(time.perf_counter())
 
-    model_settings = {
+    flags = {
+        **dict.fromkeys(("ckpt_dir", "save_dir", "train_file"), "-"),  # nothing is read or saved
+        "max_batch_size": BATCH // parallel.dp_size,
+        "lr": LR,
+        "warmup": 0.0,
+        "schedule": "constant",
         "seed": 0,
         "compile": job.get("compile", False),
         "checkpoint_activations": job.get("recompute", "none"),
-        "freeze_layers": 0,
-        "router_aux_loss_coef": None,
     }
-    fitting.prepare(model, model_settings, parallel)
-    batch = BATCH // parallel.dp_size
-    settings = fitting.FitSettings(LR, 1, batch, warmup=0.0, schedule="constant")
+    settings = build(SolverTrainSettings, flags)
+    fitting.prepare(model, settings.optimizer, settings.run, parallel)
     optimizer = Optimizer(model, parallel)
 
     def evaluate(name: str, number: int) -> None:

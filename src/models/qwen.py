@@ -1,5 +1,7 @@
 """Qwen: v1 with its own names, Qwen1.5/2/2.5 (q, k, v biases), Qwen3 (q, k norms) and Qwen3-MoE."""
 
+from typing import Any
+
 from src.models.config import ModelConfig
 from src.models.family import Family, Stored, stored
 from src.models.llama import ATTENTION, NAMES
@@ -82,6 +84,13 @@ QWEN = Family(
     },
 )
 
+_QWEN2_5: dict[str, Any] = {
+    "norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "max_seq_len": 32768,
+    "family": "qwen2",
+    "qkv_bias": True,
+}
 _DEFAULTS = {"n_kv_heads": 32, "sliding_window": 4096}
 
 QWEN2 = Family(
@@ -90,6 +99,29 @@ QWEN2 = Family(
     defaults={**_DEFAULTS, "first_window_layer": 28},
     has={"qkv_bias": True},
     windows="flagged",
+    presets={
+        "qwen2.5-0.5b": ModelConfig(
+            dim=896,
+            n_layers=24,
+            n_heads=14,
+            n_kv_heads=2,
+            head_dim=64,
+            hidden_dim=4864,
+            vocab_size=151936,
+            tie_word_embeddings=True,
+            **_QWEN2_5,
+        ),
+        "qwen2.5-7b": ModelConfig(
+            dim=3584,
+            n_layers=28,
+            n_heads=28,
+            n_kv_heads=4,
+            head_dim=128,
+            hidden_dim=18944,
+            vocab_size=152064,
+            **_QWEN2_5,
+        ),
+    },
 )
 
 QWEN3 = Family(
@@ -98,6 +130,22 @@ QWEN3 = Family(
     defaults={**_DEFAULTS, "first_window_layer": 28, "head_dim": 128},
     has={"qk_norm": True},
     windows="flagged",
+    presets={
+        "qwen3-8b": ModelConfig(
+            dim=4096,
+            n_layers=36,
+            n_heads=32,
+            n_kv_heads=8,
+            head_dim=128,
+            hidden_dim=12288,
+            vocab_size=151936,
+            norm_eps=1e-6,
+            rope_theta=1e6,
+            max_seq_len=40960,
+            family="qwen3",
+            qk_norm=True,
+        )
+    },
 )
 
 QWEN3_MOE = Family(

@@ -22,10 +22,10 @@ from src.settings.generation import GenerationSettings
 from src.settings.model import PackedBatchSettings, TextModelSettings
 from src.settings.run import DegreeOfRole, DryRunSettings, TrainingRunSettings
 from src.settings.training import (
+    EvaluationSettings,
     LoRASettings,
     OptimizerSettings,
     SavingSettings,
-    TaskEvaluationSettings,
 )
 
 
@@ -118,6 +118,16 @@ def idle_flags(settings: Settings, names: tuple[str, ...], why: str) -> Iterator
     for name in names:
         if getattr(settings, name) is not None:
             yield f"--{name}: has no effect {why}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyEvaluationSettings(EvaluationSettings):
+    """Evaluation before the first step, and after each epoch or as --eval_every says."""
+
+    def problems(self) -> Iterator[str]:
+        if self.task is None and self.label_file is not None:
+            yield f"--label_file {self.label_file}: evaluation needs --task, too"
+        yield from super().problems()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -493,7 +503,7 @@ class PPOTrainSettings(PPOSettings):
         lr=1e-6, warmup=0.0, schedule="constant"
     )
     lora: LoRASettings = LoRASettings()
-    evaluation: TaskEvaluationSettings = TaskEvaluationSettings()
+    evaluation: PolicyEvaluationSettings = PolicyEvaluationSettings()
     saving: SavingSettings = SavingSettings()
     dry_run: DryRunSettings = DryRunSettings()
 
@@ -504,17 +514,24 @@ class PPOTrainSettings(PPOSettings):
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         roles, names = self.roles, self.rewards.names
-        if "verifier" in names and roles.reward_model_ckpt_dir is None:
+        is_plan = self.dry_run.dry_run  # which may lack files
+        if "verifier" in names and roles.reward_model_ckpt_dir is None and not is_plan:
             yield (
                 f"--reward {','.join(names)} needs --reward_model_ckpt_dir; without a verifier: "
                 "--reward rule"
             )
         if "verifier" not in names and roles.reward_model_ckpt_dir is not None:
             yield "--reward_model_ckpt_dir: has no effect without verifier in --reward"
+        evaluation = self.evaluation
+        if evaluation.task and evaluation.label_file is None and "rule" not in names:
+            yield (
+                f"--task {evaluation.task}: has no effect without --label_file to measure on, or rule "
+                "in --reward"
+            )
         advantages = self.advantages
         if advantages.has_value:
             for flag in ("critic_ckpt_dir", "critic_save_dir"):
-                if getattr(roles, flag) is None:
+                if getattr(roles, flag) is None and not is_plan:
                     yield f"--advantage gae needs --{flag}"
         else:
             of_value = ("critic_ckpt_dir", "critic_save_dir", "critic_model_parallel_size")

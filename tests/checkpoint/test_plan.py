@@ -18,6 +18,9 @@ PARAMETERS = {  # of the released checkpoints, counted by their publishers
     "qwen-7b": 7_721_324_544,
     "qwen-14b": 14_167_290_880,
     "qwen-72b": 72_287_920_128,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen3-8b": 8_190_735_360,
 }
 # (dim, layers, heads, kv heads, ffn, vocabulary) of the published configs, again
 SHAPES = {
@@ -32,16 +35,24 @@ SHAPES = {
     "qwen-7b": (4096, 32, 32, 32, 11008, 151936),
     "qwen-14b": (5120, 40, 40, 40, 13696, 152064),
     "qwen-72b": (8192, 80, 64, 64, 24576, 152064),
+    "qwen2.5-0.5b": (896, 24, 14, 2, 4864, 151936),
+    "qwen2.5-7b": (3584, 28, 28, 4, 18944, 152064),
+    "qwen3-8b": (4096, 36, 32, 8, 12288, 151936),
 }
+HEAD_DIM = {"qwen2.5-0.5b": 64}  # all others 128
 
 
 def expected_shapes(model_type: str, n: int) -> dict[str, list[int]]:
     """One rank's tensors, from the published sizes.
 
-    Only llama-1-33b at 8 ranks does not divide: 7 of 52 heads each.
+    Not all divide: llama-1-33b has 7 of 52 heads at 8 ranks, and with more ranks than kv heads
+    (qwen2.5) these are repeated, and each group's query heads shared.
     """
     dim, layers, heads, kv_heads, ffn, vocab = SHAPES[model_type]
-    q, kv = -(-heads // n) * 128, -(-kv_heads // n) * 128
+    size, group = HEAD_DIM.get(model_type, 128), heads // kv_heads
+    ranks = max(1, n // kv_heads)  # that share a kv head
+    kv = -(-kv_heads // n) * size
+    q = -(-kv_heads // n) * -(-group // ranks) * size
     layer = {
         "attention.wq.weight": [q, dim],
         "attention.wk.weight": [kv, dim],
@@ -50,7 +61,9 @@ def expected_shapes(model_type: str, n: int) -> dict[str, list[int]]:
         "attention_norm.weight": [dim],
         "ffn_norm.weight": [dim],
     }
-    if model_type.startswith("qwen"):
+    if model_type.startswith("qwen3"):
+        layer |= {"attention.q_norm.weight": [size], "attention.k_norm.weight": [size]}
+    elif model_type.startswith("qwen"):
         layer |= {"attention.wq.bias": [q], "attention.wk.bias": [kv], "attention.wv.bias": [kv]}
     if model_type.startswith("mixtral"):
         layer |= {
@@ -66,9 +79,11 @@ def expected_shapes(model_type: str, n: int) -> dict[str, list[int]]:
             "feed_forward.w3.weight": [ffn // n, dim],
         }
     whole = {f"layers.{i}.{name}": shape for i in range(layers) for name, shape in layer.items()}
+    whole |= {"norm.weight": [dim]}
+    if model_type == "qwen2.5-0.5b":  # tied
+        return whole | {"tok_embeddings.weight": [vocab // n, dim]}
     return whole | {
         "tok_embeddings.weight": [vocab, dim // n],
-        "norm.weight": [dim],
         "output.weight": [vocab // n, dim],
     }
 

@@ -27,6 +27,9 @@ SHEET = {
     "qwen-7b": (4096, 32, 32, 32, 11008, 151936, 1e-6, 1e4, 8192),
     "qwen-14b": (5120, 40, 40, 40, 13696, 152064, 1e-6, 1e4, 2048),
     "qwen-72b": (8192, 80, 64, 64, 24576, 152064, 1e-6, 1e6, 32768),
+    "qwen2.5-0.5b": (896, 24, 14, 2, 4864, 151936, 1e-6, 1e6, 32768),
+    "qwen2.5-7b": (3584, 28, 28, 4, 18944, 152064, 1e-6, 1e6, 32768),
+    "qwen3-8b": (4096, 36, 32, 8, 12288, 151936, 1e-6, 1e6, 40960),
 }
 
 
@@ -40,9 +43,11 @@ def test_presets_are_the_sheets():
     }
     assert presets == SHEET
     for name, config in PRESETS.items():
-        assert config.head_dim == 128 and config.family == name.split("-")[0]
-        assert not config.tie_word_embeddings
-        assert config.qkv_bias == name.startswith("qwen") and config.sliding_window == 0
+        assert config.head_dim == (64 if name == "qwen2.5-0.5b" else 128)
+        assert config.family == name.split("-")[0].removesuffix(".5")
+        assert config.tie_word_embeddings == (name == "qwen2.5-0.5b")
+        assert config.qkv_bias == name.startswith(("qwen-", "qwen2"))
+        assert config.qk_norm == name.startswith("qwen3") and config.sliding_window == 0
         experts = (8, 2) if "mixtral" in name else (0, 0)
         assert (config.n_experts, config.experts_per_token) == experts
 
