@@ -1,9 +1,10 @@
-# Two commands do everything: `make quickstart` and `make test`. The rest is for those who change the code.
+# Two commands do everything: `make quickstart` and `make test`. The rest is for those who change the
+# code.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 SEED ?= 0
 VENV := .venv
 
-.PHONY: quickstart test faults bench clean
+.PHONY: quickstart test lint faults bench clean
 
 quickstart: $(VENV)/installed
 	$(VENV)/bin/python quickstart.py --seed $(SEED)
@@ -11,12 +12,20 @@ quickstart: $(VENV)/installed
 test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -q
 
-# Kills, damage, full disks, hangs: all of it takes about half an hour; `make test` has a shorter cut.
+# Form, types, spelling.
+lint: $(VENV)/installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	git ls-files -z | xargs -0 $(VENV)/bin/codespell
+
+# Kills, damage, full disks, hangs: all of it takes about half an hour; `make test` has a shorter
+# cut.
 faults: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -q -s tests/faults tests/trainer/test_saving.py --full-faults
 
-# Beside other software and beside what the machine could do: PROMPTS is a .jsonl with "question" and "answer" in each line, such
-# as GSM8K's train file.
+# Beside other software and beside what the machine could do: PROMPTS is a .jsonl with "question" and
+# "answer" in each line, such as GSM8K's train file.
 bench: .venv-bench/installed .venv-bench-ppo/installed
 	.venv-bench/bin/python benchmarks/generation.py --prompts_file $(PROMPTS) --out runs/generation.md
 	.venv-bench/bin/python benchmarks/training.py --train_file $(PROMPTS) --out runs/training.md
@@ -36,9 +45,9 @@ bench: .venv-bench/installed .venv-bench-ppo/installed
 	touch $@
 
 # The environment is whole when this file exists, and made again when the requirements change.
-$(VENV)/installed: requirements.txt
+$(VENV)/installed: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
 clean:

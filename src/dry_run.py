@@ -74,9 +74,10 @@ def verifier_plan(settings: VerifierTrainSettings) -> None:
     if inputs is not None:
         lines += _step_lines(settings, len(inputs.pairs), inputs.warning, ranks)
         tokenizer, pair = inputs.model.tokenizer, inputs.pairs[0]
+        lines += ["example, row 0: the scalar head reads the last token of each side"]
         for side, sequence in (("chosen", pair.chosen[0]), ("rejected", pair.rejected[0])):
             text = tokenizer.spelled(list(sequence.tokens))
-            lines += [f"  {side:9}{len(sequence.tokens):5} tokens, scored at the last  {text!r}"]
+            lines += [f"  {side:9}{len(sequence.tokens):5} tokens  {text!r}"]
     _print(lines, parallel)
 
 

@@ -312,6 +312,15 @@ def base(tmp_path_factory):
         ],
         [
             "ppo_train.py",
+            "--config",
+            str(base / "ppo" / "policy-logs" / "settings.yaml"),
+            *flags(
+                actor_save_dir=base / "ppo again" / "policy",
+                critic_save_dir=base / "ppo again" / "value",
+            ),
+        ],
+        [
+            "ppo_train.py",
             *ppo_flags(
                 base,
                 base / "ppo, idle ranks",
@@ -671,6 +680,16 @@ def test_ppo_leaves_policy_value_and_a_log_of_what_matters(base):
         base / "ppo" / "value", base / "verifier"
     )
     assert "score.weight" in tensors(base / "ppo" / "value") and "output.weight" in tensors(policy)
+
+
+def test_the_settings_of_a_run_fed_back_give_the_same_bits(base):
+    """Of PPO on two ranks, with two rewards and evaluations: settings.yaml says all of it."""
+    for role in ("policy", "value"):
+        assert same_bits(base / "ppo" / role, base / "ppo again" / role)
+    first, again = (
+        (base / run / "policy-logs" / "settings.yaml").read_text() for run in ("ppo", "ppo again")
+    )
+    assert again.replace("ppo again", "ppo") == first and "lam: 0.95\n" in first
 
 
 def test_ppo_on_a_shared_trunk_trains_adapters_that_peft_can_load(base):
@@ -1286,13 +1305,13 @@ def test_ppo_refuses(base, wrong, tmp_path, case):
         (
             "checkpoint_split.py",
             dict(ckpt_file="{}/../start", save_path="{}/out", n=0),
-            "--n 0: at least one shard is needed",
+            "--n 0: must be at least 1",
         ),
         ("checkpoint_split.py", dict(n=2), "--ckpt_file and --save_path are needed"),
         (
             "checkpoint_split.py",
             dict(n=2, dry_run=True, model_type="llama-9"),
-            "--dry_run without --ckpt_file needs --config_file, or",
+            "--dry_run without a checkpoint needs --config_file, or",
         ),
         (
             "checkpoint_merge.py",
@@ -1332,7 +1351,7 @@ def test_ppo_refuses(base, wrong, tmp_path, case):
         (
             "dataset/build.py arithmetic",
             dict(save_dir="{}/out", n_train=0),
-            "--n_train 0 --n_test 600",
+            "--n_train 0: must be at least 1",
         ),
         ("dataset/build.py gsm8k", dict(source="{}/nowhere", save_dir="{}/out"), "nowhere"),
         (

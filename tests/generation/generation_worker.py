@@ -34,21 +34,21 @@ def run_recipe(models, parallel, prompts, recipe) -> dict:
     max_seq_len, kv_cache_gb = recipe.get("max_seq_len", 200), recipe.get("kv_cache_gb")
     engine = Engine(model, parallel, recipe["slots"], max_seq_len, kv_cache_gb)
     ids, strings = set(recipe.get("stop_ids", ())), tuple(recipe.get("stop_strings", ()))
-    told = []
+    reports = []
     completions = generate_sharded(
         engine,
         [prompts[i] for i in order],
         Sampling(**recipe["sampling"]),
         Stop(ids, strings, lambda ids: "".join(f"<{i}>" for i in ids)),
         recipe.get("samples"),
-        on_tokens=lambda finished, new, running: told.append((finished, new)),
+        on_tokens=lambda finished, new, running: reports.append((finished, new)),
     )
     result = {
         "tokens": [c.tokens for c in completions],
         "logprobs": [c.logprobs for c in completions],
         "stop_reason": [c.stop_reason for c in completions],
-        "told": [sum(column) for column in zip(*told)],
-        "steps": len(told),
+        "told": [sum(column) for column in zip(*reports)],
+        "steps": len(reports),
     }
     if "temperature" in recipe["sampling"]:
         pairs = zip([prompts[i] for i in order], completions)

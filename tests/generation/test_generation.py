@@ -511,12 +511,12 @@ def test_uniforms_are_uniform_and_independent():
         "sample and step": (uniforms(1, numbers, numbers), uniforms(1, numbers + 1, numbers)),
         "seeds": (uniforms(1, numbers, zero), uniforms(2, numbers, zero)),
     }
-    for what, (x, y) in pairs.items():
+    for name, (x, y) in pairs.items():
         assert x.min() >= 0 and x.max() < 1
         places = (x * bins).long() * bins + (y * bins).long()  # [n]
         cells = torch.bincount(places, minlength=bins * bins).double()  # [bins²]
         chi_square = ((cells - n / bins**2) ** 2 / (n / bins**2)).sum().item()
-        assert chi_square < 63 + 4 * math.sqrt(2 * 63), what
+        assert chi_square < 63 + 4 * math.sqrt(2 * 63), name
 
 
 @pytest.mark.parametrize(

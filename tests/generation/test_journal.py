@@ -111,11 +111,11 @@ def test_interrupted_generation_goes_on(tmp_path, monkeypatch):
     assert not out.exists() and len(rows_of_partial(tmp_path)) == 1 + 9
     asked = []
 
-    def told(self, prompts, *args):
+    def recording(self, prompts, *args):
         asked.extend(prompts)
         return whole(self, prompts, *args)
 
-    monkeypatch.setattr(Engine, "generate", told)
+    monkeypatch.setattr(Engine, "generate", recording)
     other = flags(**(command | {"temperature": 0.5}), output_file=out)
     refused(call("solver_generate.py", *other), "--temperature 1.0 → 0.5")
     must("solver_generate.py", *flags(**(command | {"max_batch_size": 3}), output_file=out))

@@ -1,0 +1,114 @@
+"""The dry run tells the bytes that are really held, the rows and steps, and writes nothing."""
+
+import json
+
+import pytest
+import torch
+
+from src.checkpoint.load import load_model
+from src.checkpoint.source import Checkpoint
+from src.models.lora import LoRAConfig, freeze_layers
+from src.models.quantize import stored_bytes
+from src.settings.scripts import SolverTrainSettings
+from src.trainer.budget import model_budget, training_budget
+from src.trainer.optimizer import Optimizer
+from tests.test_recipes import tiny  # noqa: F401 (a fixture)
+from tests.test_scripts import call, flags, must, refused
+from tests.trainer.tiny import save_llama
+
+LORA = LoRAConfig(rank=3, targets=("wq", "w2"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("budget")
+    for head in ("lm", "score"):
+        save_llama(folder / head, head, seed=1)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head", ["lm", "score"])
+@pytest.mark.parametrize(
+    "lora, quantize, frozen",
+    [(None, None, 0), (None, None, 1), (LORA, None, 0), (LORA, "nf4", 0), (LORA, "int8", 1)],
+)
+def test_the_bytes_are_those_of_a_step(folder, parallel, dtype, head, lora, quantize, frozen):
+    checkpoint = Checkpoint.open(str(folder / head))
+    model = load_model(checkpoint, parallel, dtype, head, quantize=quantize, lora=lora)
+    freeze_layers(model, frozen)
+    optimizer = Optimizer(model, parallel)
+    for parameter in optimizer.parameters:
+        parameter.grad = torch.ones_like(parameter, dtype=torch.float32)
+    gradients = sum(p.grad.nbytes for p in optimizer.parameters)
+    optimizer.step(1e-3)
+    budget = training_budget(checkpoint.config, 1, 1, dtype, lora, quantize, frozen)
+    assert budget.weights == sum(stored_bytes(p.data) for p in model.parameters())
+    assert budget.gradients == gradients
+    assert budget.optimizer == sum(x.nbytes for x in optimizer.state_tensors())
+    assert budget.total == budget.weights + budget.gradients + budget.optimizer
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4", "int8"])
+def test_a_frozen_model_has_its_weights_alone(folder, parallel, quantize):
+    checkpoint = Checkpoint.open(str(folder / "lm"))
+    model = load_model(checkpoint, parallel, torch.bfloat16, quantize=quantize)
+    budget = model_budget(checkpoint.config, 1, torch.bfloat16, quantize)
+    assert budget.total == sum(stored_bytes(p.data) for p in model.parameters())
+
+
+def test_rows_steps_and_an_example_are_shown_and_nothing_is_written(tiny, tmp_path):  # noqa: F811
+    rows = tiny / "data" / "train.json"
+    given = flags(ckpt_dir=tiny / "start", save_dir=tmp_path / "out", train_file=rows)
+    out = must("solver_train.py", *given, *flags(max_batch_size=8, epochs=3), "--dry_run").out
+    first = json.loads(rows.read_text())[0]
+    assert "rows: 60 of train.json\n" in out and "steps: 3 x 8 = 24, of 8 rows\n" in out
+    kinds = ("  no loss  ", "  loss     ")
+    lines = {line[:11].strip(): line[11:] for line in out.splitlines() if line.startswith(kinds)}
+    assert lines["no loss"] == repr(f"<s>{first['instruction']}")
+    assert lines["loss"] == repr(f"{first['output']}</s>")
+    assert not list(tmp_path.iterdir())
+    # Two of three rows too long: counted, and fewer steps.
+    short = must("solver_train.py", *given, *flags(max_seq_len=130), "--dry_run").out
+    assert "rows of" in short and "are left out" in short and "steps: 1 x 10" not in short
+
+
+def test_a_pair_and_a_prompt_are_shown(tiny):  # noqa: F811
+    pairs = tiny / "data" / "verifier_train.json"
+    out = must(
+        "verifier_train.py", *flags(ckpt_dir=tiny / "start", train_file=pairs), "--dry_run"
+    ).out
+    row = json.loads(pairs.read_text())[0]
+    for side in ("chosen", "rejected"):
+        assert repr(f"<s>{row['instruction']} {row[side]}</s>") in out, "the space is the ids'"
+    rows = tiny / "data" / "train.json"
+    given = flags(actor_ckpt_dir=tiny / "start", train_file=rows, advantage="rloo", reward="rule")
+    more = flags(samples_per_prompt=4, max_buffer_size=16, max_seq_len=256)
+    out = must("ppo_train.py", *given, *more, "--dry_run").out
+    row = json.loads(rows.read_text())[0]
+    assert "prompts: 60\n" in out and "iterations: 15 of 16 rollouts" in out
+    assert f"  gold     {row['label']!r}" in out and repr(f"<s>{row['instruction']}") in out
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (dict(), "needs --config_file, or a --model_type of llama-1-7b"),
+        (dict(model_type="llama-9"), "needs --config_file, or a --model_type"),
+        (
+            dict(model_type="llama-2-7b", world_size=6, model_parallel_size=4),
+            "does not divide the 6",
+        ),
+        (dict(ckpt_dir="nowhere", train_file="nowhere.json"), "nowhere: no such file or folder"),
+        (dict(model_type="llama-2-7b", lora_rank=0), "--lora_rank 0: must be at least 1"),
+    ],
+)
+def test_what_is_wrong_is_refused_as_in_a_run(more, message):
+    refused(call("solver_train.py", *flags(**more), "--dry_run"), message)
+
+
+def test_ranks_are_planned_for_in_a_dry_run_alone(tiny, tmp_path):  # noqa: F811
+    rows = flags(train_file=tiny / "data" / "train.json", ckpt_dir=tiny / "start")
+    done = call("solver_train.py", *rows, *flags(save_dir=tmp_path / "out", world_size=8))
+    refused(done, "--world_size 8: has no effect without --dry_run")
+    assert SolverTrainSettings.may_lack_required({"dry_run": True})
