@@ -7,8 +7,8 @@
         --train_file train.json --advantage grpo --samples_per_prompt 8 --reward rule --task GSM8K
 
 Rows of the train file: {"instruction": "...", "label": "..."}; the label is needed for the rule.
-Tensor- and data-parallel. Nothing is read from disk between the phases: the roles stay in memory, on
-the device or (--offload) the host's. What the code must satisfy, every knob, and the meaning of
+Tensor- and data-parallel. Nothing is read from disk between the phases: the roles stay in memory,
+on the device or (--offload) the host's. What the code must satisfy, every knob, and the meaning of
 every logged number: docs/ppo.md.
 """
 

@@ -57,8 +57,8 @@ class Stages:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
         if code:
             sys.exit(
-                f"quickstart stopped: {stage} ended with exit code {code}; the line above shows the "
-                "command"
+                f"quickstart stopped: {stage} ended with exit code {code}; the line above shows "
+                "the command"
             )
 
 

@@ -1,8 +1,8 @@
-"""Train a solver (policy) on instructions and outputs: supervised fine-tuning, tensor- and data-parallel.
+"""Train a solver (policy) on instructions and outputs: supervised fine-tuning.
 
     torchrun --nproc_per_node 8 solver_train.py --ckpt_dir CKPT --save_dir OUT \
         --train_file train.json --model_type llama-1-7b --max_batch_size 6
-    torchrun --nproc_per_node 8 solver_train.py --config recipes/sft-llama-2-7b.yaml \
+    torchrun --nproc_per_node 8 solver_train.py --config recipes/sft-full-llama-2-7b-8gpu.yaml \
         --ckpt_dir CKPT --save_dir OUT --train_file train.json
 
 Rows of the train file: {"instruction": "...", "output": "..." or ["...", "..."]}. CKPT is a folder

@@ -55,8 +55,8 @@ def main(settings: VerifierEvaluateSettings) -> None:
             if inputs.moments:
                 mean, std = inputs.moments
                 log.info(
-                    f"scores are centred by {mean:.4f} and divided by {std:.4f}, as stored with the "
-                    "verifier"
+                    f"scores are centred by {mean:.4f} and divided by {std:.4f}, as stored with "
+                    "the verifier"
                 )
                 scores = (scores - mean) / std
             if parallel.is_main:

@@ -213,16 +213,16 @@ def _show_help(about: str, name: str, settings: Mapping[str, Setting]) -> NoRetu
 # ------------------------------------------------------------------------------------------
 
 
-def _rank():
+def _rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-def _say(line):
+def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _fail(message):
-    """Exit with 2; rank 0 speaks for all, and a rank that failed without rank 0 speaks for itself."""
+def _fail(message: str) -> NoReturn:
+    """Exit with 2. Rank 0 speaks for all; a rank that failed without it speaks for itself."""
     rank, world_size = _rank(), int(os.environ.get("WORLD_SIZE", 1))
     if rank == 0:
         _say(f"error: {message}")
@@ -231,8 +231,11 @@ def _fail(message):
     sys.exit(2)
 
 
-def _name_the_lost():
-    """After a collective in which ranks were missing: whoever is here says so in the rendezvous store, and the first names the others."""
+def _name_the_lost() -> None:
+    """After a collective in which ranks were missing: say which.
+
+    Whoever is here says so in the rendezvous store, and the first names the others.
+    """
     from datetime import timedelta
 
     from torch.distributed import DistError, PrefixStore
@@ -250,20 +253,23 @@ def _name_the_lost():
             if lost and rank == min(set(range(world_size)) - set(lost)):
                 ranks = f"rank{'s' * (len(lost) > 1)} {', '.join(map(str, lost))} of {world_size}"
                 _say(
-                    f"error: {ranks} did not come to what all ranks do together (--timeout): hanging, or gone"
+                    f"error: {ranks} did not come to what all ranks do together (--timeout): "
+                    "hanging, or gone"
                 )
     except (DistError, ValueError) as error:
         _say(
-            f"error: a rank did not come to what all ranks do together, and who cannot be told ({error})"
+            "error: a rank did not come to what all ranks do together, and who cannot be told "
+            f"({error})"
         )
 
 
-def _rank_zero_spoke(rank, world_size):
-    """Wait for rank 0's message, and on rank 0 for the others to have seen it; False after the timeout.
+def _rank_zero_spoke(rank: int, world_size: int) -> bool:
+    """Wait for rank 0's message, and on rank 0 for the others to have seen it.
 
-    torchrun kills every rank at the first exit that is not zero, so nobody may leave before rank 0
-    has spoken. The ranks meet in the rendezvous store, not in a collective: some of them may be
-    inside a collective of the same group, which a barrier would be taken for part of.
+    False after the timeout. torchrun kills every rank at the first exit that is not zero, so nobody
+    may leave before rank 0 has spoken. The ranks meet in the rendezvous store, not in a collective:
+    some of them may be inside a collective of the same group, which a barrier would be taken for
+    part of.
     """
     from datetime import timedelta
 
@@ -279,9 +285,6 @@ def _rank_zero_spoke(rank, world_size):
         else:
             store.wait(["0"])
             store.set(str(rank), "heard")
-    except (
-        DistError,
-        ValueError,
-    ):  # time-out, rank 0 already gone, or no rendezvous address at all
+    except (DistError, ValueError):  # time-out, rank 0 already gone, or no address at all
         return False
     return True

@@ -1,4 +1,7 @@
-"""The exceptions that are no bugs: the user can fix this; the run was told to stop; there is nothing to do."""
+"""The exceptions that are no bugs.
+
+The user can fix this; the run was told to stop; there is nothing to do.
+"""
 
 
 class UserError(Exception):

@@ -64,8 +64,8 @@ def open_model(
         )
     if head == "lm" != checkpoint.config.head:
         raise UserError(
-            f"{model.ckpt_dir}: is a verifier, without an output layer, and cannot generate; give a "
-            "solver"
+            f"{model.ckpt_dir}: is a verifier, without an output layer, and cannot generate; give "
+            "a solver"
         )
     check_model_type(checkpoint.config, model.model_type)
     tokenizer = Tokenizer.find(
@@ -81,8 +81,8 @@ def open_model(
 def lora_of(lora: LoRASettings, checkpoint: Checkpoint) -> LoRAConfig | None:
     """The adapter to train (None: all weights). Raises UserError where the checkpoint's is another.
 
-    With --adapter_dir and --lora_rank the adapter is trained on; with --adapter_dir alone it is part
-    of the weights.
+    With --adapter_dir and --lora_rank the adapter is trained on; with --adapter_dir alone it is
+    part of the weights.
     """
     if not lora.is_on:
         return None
@@ -95,8 +95,8 @@ def lora_of(lora: LoRASettings, checkpoint: Checkpoint) -> LoRAConfig | None:
     if lora.lora_rank != trained.rank or other_targets or other_alpha:
         raise UserError(
             f"--lora_rank {lora.lora_rank}: {adapter.folder} has rank {trained.rank}, alpha "
-            f"{trained.alpha:g}, on {','.join(trained.targets)}; give these to train it on, or leave "
-            "--lora_rank out to train all weights with the adapter added in"
+            f"{trained.alpha:g}, on {','.join(trained.targets)}; give these to train it on, or "
+            "leave --lora_rank out to train all weights with the adapter added in"
         )
     return replace(trained, dropout=trained.dropout if lora.dropout is None else lora.dropout)
 
@@ -127,7 +127,7 @@ def check_trainable(
 
 
 def check_log_dir(log_dir: str, *read: str | None) -> None:
-    """Raise UserError when a log folder cannot be made or written to, or is a folder that is read."""
+    """Raise UserError when a log folder cannot be written to, or is a folder that is read."""
     folder = Path(log_dir).resolve()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
@@ -171,6 +171,6 @@ def check_same_tokenizer(actor: OpenedModel, other: OpenedModel) -> None:
             for m in (actor, other)
         ]
         raise UserError(
-            f"{files[0]} and {files[1]} differ: a value is learned for each of the policy's tokens, "
-            "so that both must share their tokenizer and chat template"
+            f"{files[0]} and {files[1]} differ: a value is learned for each of the policy's "
+            "tokens, so that both must share their tokenizer and chat template"
         )

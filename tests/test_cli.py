@@ -20,18 +20,20 @@ from typing import Annotated, Literal, Optional
 from src import cli
 from src.errors import UserError
 
-def train(data_file: Annotated[str, "Rows to train on."], lr: float = 1e-5, lora_rank: int = 8, flag: bool = True, cache: bool = False,
-          run_name: str = "run", dtype: Literal["fp32", "bf16"] = "bf16", degree: Literal[1, 2, 4] = 1,
+def train(data_file: Annotated[str, "Rows to train on."], lr: float = 1e-5, lora_rank: int = 8,
+          flag: bool = True, cache: bool = False, run_name: str = "run",
+          dtype: Literal["fp32", "bf16"] = "bf16", degree: Literal[1, 2, 4] = 1,
           limit: int | None = None, seed: Optional[int] = 0, tasks: list[str] = ("gsm8k",),
           ranks: list[int] | None = None, notes: str = "", gains: list[float] | None = None):
     """Train something."""
     print(json.dumps(dict(locals(), ran="train")))
     return {"not": "printed"}
 
-def fail(kind: Literal["user", "bug", "interrupt"], only_rank: int | None = None, late_rank: int | None = None):
+def fail(kind: Literal["user", "bug", "interrupt"], only_rank: int | None = None,
+         late_rank: int | None = None):
     """Fail in one of three ways."""
     if late_rank is not None:
-        import torch.distributed  # a failing rank needs it; its import must not be what makes others late
+        import torch.distributed  # a failing rank needs it: its import must not be what is late
     if late_rank == int(os.environ.get("RANK", 0)):
         time.sleep(1.5)  # the fault, not a synchronisation
     if only_rank is None or int(os.environ.get("RANK", 0)) == only_rank:
@@ -93,7 +95,10 @@ def launch(command, **env):
 
 
 def call(target, words, monkeypatch, capsys):
-    """Exit code (None: returned), stdout and stderr of `run(target)` with a command line, in this process."""
+    """Exit code (None.
+
+    Returned), stdout and stderr of `run(target)` with a command line, in this process.
+    """
     monkeypatch.setattr(sys, "argv", ["/somewhere/script.py", *words])
     code = None
     try:
@@ -306,7 +311,10 @@ def test_the_three_ways_to_fail(script):
 
 
 def torchrun(script, *words, **env):
-    """Run at 2 ranks: (stdout and stderr, exit code of each rank, "" where the launcher ended it first)."""
+    """Run at 2 ranks.
+
+    (stdout and stderr, exit code of each rank, "" where the launcher ended it first).
+    """
     for rank in (0, 1):
         Path(f"{script}.exit.{rank}").unlink(missing_ok=True)
     ran = launch(

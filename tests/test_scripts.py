@@ -1,4 +1,7 @@
-"""The scripts end to end on a tiny model: what they write, that a seed fixes it, and how they refuse wrong input."""
+"""The scripts end to end on a tiny model.
+
+What they write, that a seed fixes it, and how they refuse wrong input.
+"""
 
 import contextlib
 import io
@@ -140,7 +143,10 @@ def grouped_flags(base: Path, save_dir: Path, **more) -> list[str]:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """Everything a user would make, once: data, a model, its shards, and at two ranks all the trainers in a row."""
+    """Everything a user would make, once.
+
+    Data, a model, its shards, and at two ranks all the trainers in a row.
+    """
     base = tmp_path_factory.mktemp("scripts")
     must("dataset/build.py", "arithmetic", *flags(save_dir=base / "data", n_train=60, n_test=7))
     must(
@@ -351,7 +357,7 @@ def base(tmp_path_factory):
     return base
 
 
-# --- what a run leaves ----------------------------------------------------------------------------------------------
+# --- what a run leaves ----------------------------------------------------------------------------
 
 
 def scalars(folder: Path, name: str, prefix: str) -> list[dict]:
@@ -410,7 +416,7 @@ def test_every_step_s_cost_is_logged(base):
 
 
 def test_data_parallel_ranks_packed_by_tokens_take_the_same_steps(base):
-    """With the optimizer's state on each, activations computed again in part, evaluations and a profile between."""
+    """Also with whole optimizer states, recomputation, evaluations and a profile between."""
     losses = [
         [s["train/loss"] for s in scalars(base / f"{name}-logs", "solver_train", "train/")]
         for name in ("solver", "tuned")
@@ -466,7 +472,10 @@ def test_lora_leaves_an_adapter_and_shards_that_hold_it_already(base, tmp_path):
 
 
 def test_an_adapter_is_trained_on_from_where_it_was(base):
-    """At a learning rate of nothing: the same adapter on the base model that was given in another format."""
+    """At a learning rate of nothing.
+
+    The same adapter on the base model that was given in another format.
+    """
     a, b = tensors(base / "lora on"), tensors(base / "lora")
     assert all(torch.allclose(a[name], b[name], atol=1e-6) for name in a)
     a, b = (
@@ -552,11 +561,14 @@ def test_frozen_layers_stay_as_they_were(base, tmp_path):
 
 
 def test_a_chat_template_writes_the_turns(base, tmp_path):
-    """Prompt and response ids are those of the whole conversation, and generation stops at the end of the turn."""
+    """Prompt and response ids are those of the whole conversation.
+
+    Generation stops at the end of the turn.
+    """
     shutil.copytree(base / "solver", tmp_path / "solver")
     (tmp_path / "solver" / "chat_template.jinja").write_text(
-        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}Q: {{ m.content }} A:{% else %} {{ m.content }}"
-        "{{ eos_token }}{% endif %}{% endfor %}"
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}Q: {{ m.content }} "
+        "A:{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
     )
     (tmp_path / "rows.json").write_text(json.dumps([{"instruction": "2 + 3", "output": "5"}]))
     for name, more in (("chat", {"use_chat_template": True}), ("plain", {})):
@@ -846,7 +858,7 @@ def test_a_trained_solver_loads_in_transformers_and_says_the_same(base, tmp_path
     assert theirs[: len(said["tokens"])] == said["tokens"]
 
 
-# --- one rank -------------------------------------------------------------------------------------------------------
+# --- one rank -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("reward", ["verifier", "rule"])
@@ -901,7 +913,8 @@ def test_ppo_goes_on_with_the_coefficient_that_an_earlier_run_left(base, tmp_pat
         ),
     )
     assert scalars(tmp_path / "out" / "policy-logs", "ppo_train", "ppo/")[0]["ppo/kl_coef"] == 0.123
-    # KL 0 on the first batch is 100 % below the target: the error is clipped to -0.2, over 8 samples of 10
+    # KL 0 on the first batch is 100 % below the target: the error is clipped to -0.2, over 8
+    # samples of 10
     left = json.loads((tmp_path / "out" / "policy" / "ppo_state.json").read_text())["kl_coef"]
     assert left == pytest.approx(0.123 * (1 - 0.2 * 8 / 10))
 
@@ -969,7 +982,7 @@ def test_wrong_and_empty_predictions_count_as_wrong(base, tmp_path):
     ]
 
 
-# --- wrong input ----------------------------------------------------------------------------------------------------
+# --- wrong input ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -1040,7 +1053,8 @@ def _smaller_tokenizer(base: Path, folder: Path) -> bytes:
     return (folder / "smaller" / "tokenizer.model").read_bytes()
 
 
-# id: (script, flags changed from the good command line, what the message must say). {} is the folder of wrong things.
+# id: (script, flags changed from the good command line, what the message must say). {} is the
+# folder of wrong things.
 SOLVER = {
     "missing file": (
         dict(train_file="{}/nope.json"),
@@ -1395,7 +1409,10 @@ def test_the_other_scripts_refuse(wrong, script, given, message):
 
 
 def test_a_verifier_s_adapter_makes_a_verifier_of_its_base(base, tmp_path):
-    """With its own score head, merged, quantised, or trained on; never a head that is drawn anew."""
+    """With its own score head, merged, quantised, or trained on.
+
+    Never a head that is drawn anew.
+    """
     must(
         "verifier_train.py",
         *flags(

@@ -15,6 +15,10 @@ from src.parallel.setup import stop
 TOUR = Path(__file__).resolve().parents[1] / "docs" / "tour.md"
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+NUMBER = re.compile(r"-?\d+\.\d+")
+# Other kernels round otherwise: after 33 steps of Adam that was up to 0.004, seen with the vector
+# instructions of older machines (ATEN_CPU_CAPABILITY=default).
+TOLERANCE = 0.01
 
 
 @dataclass(frozen=True)
@@ -55,11 +59,21 @@ def run(step: Step, names: dict) -> str:
     return printed.getvalue()
 
 
+def agree(said: str, real: str) -> bool:
+    """Whether two lines are the same, but for the last digits of numbers with a point."""
+    if NUMBER.sub("#", said) != NUMBER.sub("#", real):
+        return False
+    pairs = zip(NUMBER.findall(said), NUMBER.findall(real))
+    return all(abs(float(a) - float(b)) <= TOLERANCE for a, b in pairs)
+
+
 def differences(step: Step, printed: str) -> str:
-    """In words, line by line; "" when there are none."""
+    """What is printed otherwise than it is said, as a diff; "" when nothing is."""
     said, real = step.printed.splitlines(), printed.splitlines()
-    where = f"{TOUR.name}, the code on line {step.line}"
-    return "\n".join(difflib.unified_diff(said, real, where, "what it prints", lineterm="", n=1))
+    for i, (a, b) in enumerate(zip(said, real)):
+        real[i] = a if agree(a, b) else b
+    where = f"{TOUR.name}, below the code on line {step.line}"
+    return "\n".join(difflib.unified_diff(said, real, where, "what is printed", "", "", 1, ""))
 
 
 @pytest.fixture

@@ -87,7 +87,7 @@ def comparisons(
 
 
 def scored_sequences(path: str, tokenizer: Tokenizer, max_seq_len: int) -> list[Sequence]:
-    """Given outputs to be scored, a sequence for each row. Raises UserError where one is too long."""
+    """Given outputs to be scored, a sequence for each row. Raises UserError for one too long."""
     rows = read_rows(path, {"instruction": TEXT, "output": TEXT})
     sequences = [encode(tokenizer, row["instruction"], row["output"]) for row in rows]
     within([len(s.tokens) for s in sequences], max_seq_len, True, f"rows of {path}")

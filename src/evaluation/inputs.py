@@ -60,8 +60,8 @@ def _texts(settings: SolverEvaluateSettings, n_rows: int) -> list[str]:
     texts = [row["output"] for row in read_rows(rows.prediction_file, {"output": STRING})]
     if len(texts) != n_rows * samples:
         raise UserError(
-            f"{rows.prediction_file} has {len(texts)} rows and {rows.label_file} {n_rows}: {samples} "
-            "for each (--num_samples) are needed"
+            f"{rows.prediction_file} has {len(texts)} rows and {rows.label_file} {n_rows}: "
+            f"{samples} for each (--num_samples) are needed"
         )
     return texts
 

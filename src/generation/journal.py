@@ -56,8 +56,8 @@ class Journal:
         changes = differences(begun, self.header, self.defaults)
         if changes:
             raise UserError(
-                f"{path}: was begun with other settings ({', '.join(changes)}); give the same to go "
-                "on, or remove it to begin again"
+                f"{path}: was begun with other settings ({', '.join(changes)}); give the same to "
+                "go on, or remove it to begin again"
             )
 
     def open(self) -> None:

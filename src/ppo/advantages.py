@@ -77,11 +77,11 @@ def whiten(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
 
 
 class Moments:
-    """Running mean and standard deviation of numbers that come in batches, over all ranks of a group.
+    """Running mean and standard deviation of numbers that come in batches.
 
-    decay: what the past still weighs when a batch comes; 1 counts all numbers alike. Both are sums
-    over the sum of the weights, so that the first batches do not lean towards 0. Before the first
-    batch: 0 and 1.
+    Over all ranks of a group. decay: what the past still weighs when a batch comes; 1 counts all
+    numbers alike. Both are sums over the sum of the weights, so that the first batches do not lean
+    towards 0. Before the first batch: 0 and 1.
     """
 
     def __init__(self, decay: float = 1.0) -> None:

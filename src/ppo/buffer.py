@@ -80,7 +80,7 @@ class RolloutBuffer:
         ]
 
     def select(self, rows: list[int]) -> tuple[Batch, Tensor]:
-        """Some sequences as a batch, and the indices [r] of their response tokens in the tensors of length R."""
+        """Some sequences as a batch, and where their r response tokens lie in [R]."""
         lengths = [self.lengths[i] for i in rows]
         tokens = end_to_end(self._starts[rows], lengths).to(self.tokens.device)
         batch = Batch(self.tokens[tokens], lengths, [len(self.prompts[i].tokens) for i in rows])

@@ -23,7 +23,7 @@ SHOWN = ("reward", "kl", "entropy", "response_length", "truncated", "clipfrac")
 def iterations_of(
     n_prompts: int, per_iteration: int, plan: PolicyOptimizerSettings
 ) -> tuple[int, int]:
-    """Iterations per epoch, and in all. --iterations ends a run early, or goes on past the epochs."""
+    """Iterations per epoch, and in all: --iterations ends a run early, or goes on past epochs."""
     per_epoch = -(-n_prompts // per_iteration)
     return per_epoch, plan.iterations or per_epoch * plan.epochs
 
@@ -127,8 +127,8 @@ def read_state(folder: str | None) -> dict[str, Any]:
         is_triple = isinstance(sums, list) and len(sums) == 3 and all(map(_is_number, sums))
         if not is_triple or not sums[0] >= 0 <= sums[2]:
             raise UserError(
-                f"{path}: {name} is {sums!r}; three finite numbers are expected: of weights, values "
-                "and squares"
+                f"{path}: {name} is {sums!r}; three finite numbers are expected: of weights, "
+                "values and squares"
             )
     return state
 

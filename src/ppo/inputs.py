@@ -150,5 +150,6 @@ def _check_no_reference(settings: PPOTrainSettings) -> None:
     penalty = settings.penalty
     if penalty.kl or penalty.kl_target or penalty.ref_ema is not None:
         raise UserError(
-            "--kl, --kl_target, --ref_ema: have no effect with --kl_coef 0, which needs no reference"
+            "--kl, --kl_target, --ref_ema: have no effect with --kl_coef 0, which needs no "
+            "reference"
         )

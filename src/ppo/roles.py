@@ -95,7 +95,7 @@ class Stage:
 
     @contextmanager
     def at_work(self, *names: str, training: bool = False) -> Iterator[None]:
-        """The named roles (those of them that there are) on the device; with `training` their optimizers too."""
+        """The named roles (those that there are) on the device; when training, their optimizers."""
         here = [self.roles[name] for name in names if name in self.roles]
         if self.offload:
             needed = _storages(

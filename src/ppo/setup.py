@@ -121,7 +121,7 @@ def _check_trainable(settings: PPOTrainSettings, model: OpenedModel) -> None:
 
 
 def _trunk_adapters(settings: PPOTrainSettings, actor: OpenedModel) -> dict[str, Adapter | None]:
-    """The value model's (None: it starts anew) and the verifier's adapter on the actor's weights."""
+    """The value model's adapter on the actor's weights (None: it starts anew), the verifier's."""
     roles = settings.roles
     adapters: dict[str, Adapter | None] = {}
     if roles.critic_ckpt_dir is not None:
@@ -154,8 +154,8 @@ def check_degrees(settings: PPOTrainSettings, parallel: Parallel) -> None:
     buffer_size = settings.rollouts.max_buffer_size
     if buffer_size < parallel.dp_size:
         raise UserError(
-            f"--max_buffer_size {buffer_size}: the {parallel.dp_size} data-parallel ranks share the "
-            "rollouts, and each needs one: raise it, or --model_parallel_size"
+            f"--max_buffer_size {buffer_size}: the {parallel.dp_size} data-parallel ranks share "
+            "the rollouts, and each needs one: raise it, or --model_parallel_size"
         )
     roles = settings.roles
     for flag, size in (
@@ -165,8 +165,8 @@ def check_degrees(settings: PPOTrainSettings, parallel: Parallel) -> None:
     ):
         if size is not None and parallel.mp_size % size:
             raise UserError(
-                f"--{flag} {size} does not divide the {parallel.mp_size} ranks that share a model in "
-                "training (--model_parallel_size)"
+                f"--{flag} {size} does not divide the {parallel.mp_size} ranks that share a model "
+                "in training (--model_parallel_size)"
             )
 
 

@@ -1,4 +1,4 @@
-"""What changes from iteration to iteration beside the roles, and how a later run goes on from it."""
+"""What changes from iteration to iteration beside the roles, and how a run goes on from it."""
 
 from collections.abc import Callable
 from typing import Any

@@ -323,7 +323,7 @@ class PPO:
     def _step(
         self, role: Role, loss_of: LossOf, lr: float, minibatch: Minibatch, buffer: RolloutBuffer
     ) -> Stats:
-        """One optimizer step of one role; returns the loss and what else is logged, of all ranks."""
+        """One optimizer step of one role; returns the loss and what is logged, of all ranks."""
         assert role.optimizer is not None
         is_policy, mix = role is self.policy, self.state.mix
         sums: dict[str, Tensor] = {}
@@ -357,7 +357,7 @@ class PPO:
     def _policy_loss(
         self, batch: Batch, index: Tensor, buffer: RolloutBuffer, minibatch: Minibatch
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The clipped surrogate of one micro-batch, and KL penalty and entropy where they are losses."""
+        """The clipped surrogate of a micro-batch, with KL penalty and entropy where in the loss."""
         s, tokens = self.settings.updates, minibatch.tokens
         stats: dict[str, Tensor] = {}
         by_response = token_weights(

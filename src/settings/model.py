@@ -31,7 +31,8 @@ class TextModelSettings(ArchitectureSettings):
     ] = None
     use_chat_template: Annotated[
         bool,
-        "write each instruction as a user's turn, by the checkpoint's chat template or the family's",
+        "write each instruction as a user's turn, by the checkpoint's chat template or the "
+        "family's",
     ] = False
 
 
@@ -77,8 +78,8 @@ class BatchSettings(Settings):
         int,
         AtLeast(2),
         Unit("tokens"),
-        "of prompt and response together; rows with more are left out and counted, or refused where "
-        "each row needs an answer",
+        "of prompt and response together; rows with more are left out and counted, or refused "
+        "where each row needs an answer",
     ] = 1024
 
 

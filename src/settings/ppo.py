@@ -76,8 +76,8 @@ class RoleSettings(TextModelSettings):
     reward_model_ckpt_dir: Annotated[
         str | None,
         CONTENT,
-        "the verifier whose scores are the reward; with another tokenizer than the actor's it reads "
-        "the texts",
+        "the verifier whose scores are the reward; with another tokenizer than the actor's it "
+        "reads the texts",
     ] = None
     reward_tokenizer_file: Annotated[
         str | None,
@@ -86,9 +86,9 @@ class RoleSettings(TextModelSettings):
     ] = None
     shared_trunk: Annotated[
         bool,
-        "one frozen trunk, the actor's, for all roles: value and reward are adapters and heads on it. "
-        "Their folders hold such adapters (verifier_train.py --lora_rank, from the actor's weights); "
-        "a critic_ckpt_dir that is the actor's starts anew",
+        "one frozen trunk, the actor's, for all roles: value and reward are adapters and heads on "
+        "it. Their folders hold such adapters (verifier_train.py --lora_rank, from the actor's "
+        "weights); a critic_ckpt_dir that is the actor's starts anew",
     ] = False
     offload: Annotated[
         bool,
@@ -97,8 +97,8 @@ class RoleSettings(TextModelSettings):
     ] = False
     rollout_model_parallel_size: Annotated[
         DegreeOfRole,
-        "ranks per model while generating, a divisor of --model_parallel_size: more, smaller models, "
-        "whose weights change hands in memory; the same as in training when not given",
+        "ranks per model while generating, a divisor of --model_parallel_size: more, smaller "
+        "models, whose weights change hands in memory; the same as in training when not given",
     ] = None
     critic_model_parallel_size: Annotated[
         DegreeOfRole, "ranks per value model, a divisor of --model_parallel_size"
@@ -145,9 +145,9 @@ class RewardSettings(Settings):
 
     reward: Annotated[
         list[str] | None,
-        "one or several of verifier (its score), rule (1 for a right answer), file (--reward_file), "
-        "format (1 where --format_pattern matches), length (share of max_new_tokens), overlong (0 to "
-        "-1, see --overlong_margin); verifier when not given",
+        "one or several of verifier (its score), rule (1 for a right answer), file "
+        "(--reward_file), format (1 where --format_pattern matches), length (share of "
+        "max_new_tokens), overlong (0 to -1, see --overlong_margin); verifier when not given",
     ] = None
     reward_weights: Annotated[
         list[float] | None, "one for each of --reward; 1 each when not given"
@@ -242,8 +242,8 @@ class RolloutSettings(Settings):
     ] = 0
     replay_mask: Annotated[
         bool,
-        "take log-probabilities over the tokens that sampling had left, in the update too; else over "
-        "all",
+        "take log-probabilities over the tokens that sampling had left, in the update too; else "
+        "over all",
     ] = False
     dump_rollouts: Annotated[
         str | None,
@@ -525,8 +525,8 @@ class PPOTrainSettings(PPOSettings):
         evaluation = self.evaluation
         if evaluation.task and evaluation.label_file is None and "rule" not in names:
             yield (
-                f"--task {evaluation.task}: has no effect without --label_file to measure on, or rule "
-                "in --reward"
+                f"--task {evaluation.task}: has no effect without --label_file to measure on, or "
+                "rule in --reward"
             )
         advantages = self.advantages
         if advantages.has_value:

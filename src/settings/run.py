@@ -50,8 +50,8 @@ class TrainingRunSettings(RunSettings):
     compile: Annotated[
         bool,
         MAY_CHANGE,
-        "let torch.compile make one kernel each of the norms and of SwiGLU; on the CPU that needs a "
-        "C++ compiler",
+        "let torch.compile make one kernel each of the norms and of SwiGLU; on the CPU that needs "
+        "a C++ compiler",
     ] = False
 
 
@@ -63,7 +63,8 @@ class DryRunSettings(Settings):
         bool,
         MAY_CHANGE,
         "read and check everything, print the rows, an example with its loss mask, the bytes of "
-        "each rank and the steps; train and write nothing. --model_type alone is enough for the bytes",
+        "each rank and the steps; train and write nothing. --model_type alone is enough for the "
+        "bytes",
     ] = False
     world_size: Annotated[
         int | None,

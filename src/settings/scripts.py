@@ -149,8 +149,8 @@ class SolverScoreSettings(Settings):
     def problems(self) -> Iterator[str]:
         if self.softmax.temperature == 0:
             yield (
-                "--temperature 0: the log-probabilities of a greedy choice are 0 or minus infinity; "
-                "give one above 0"
+                "--temperature 0: the log-probabilities of a greedy choice are 0 or minus "
+                "infinity; give one above 0"
             )
 
 
@@ -216,8 +216,8 @@ class PairOrRowSettings(Settings):
         half = any(None in pair and pair != (None, None) for pair in (measure, score))
         if (None in measure) == (None in score) or half:
             yield (
-                "give --label_file with --log_dir to measure, or --input_file with --output_file to "
-                "score"
+                "give --label_file with --log_dir to measure, or --input_file with --output_file "
+                "to score"
             )
 
 
@@ -232,7 +232,7 @@ class VerifierEvaluateSettings(Settings):
     run: RunSettings = RunSettings()
 
 
-# --- Checkpoints -------------------------------------------------------------------------------------
+# --- Checkpoints ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,8 +266,8 @@ class ShardSettings(Settings):
     def problems(self) -> Iterator[str]:
         if self.dtype is not None and self.ckpt_file is not None:
             yield (
-                f"--dtype {self.dtype}: shards have the checkpoint's own; the flag is for a --dry_run "
-                "without --ckpt_file"
+                f"--dtype {self.dtype}: shards have the checkpoint's own; the flag is for a "
+                "--dry_run without --ckpt_file"
             )
         if self.adapter_dir is not None and self.ckpt_file is None:
             yield "--adapter_dir: has no effect without --ckpt_file"

@@ -105,8 +105,8 @@ class LoRASettings(Settings):
             yield f"{flags}: has no effect without --lora_rank"
         if self.quantize:
             yield (
-                f"--quantize {self.quantize}: quantised weights cannot be trained; give --lora_rank "
-                "too"
+                f"--quantize {self.quantize}: quantised weights cannot be trained; give "
+                "--lora_rank too"
             )
 
 
@@ -213,6 +213,6 @@ class ModelSavingSettings(SavingSettings):
     profile: Annotated[
         bool,
         MAY_CHANGE,
-        "write a trace of steps 4 and 5 for https://ui.perfetto.dev to the log folder, one file per "
-        "rank",
+        "write a trace of steps 4 and 5 for https://ui.perfetto.dev to the log folder, one file "
+        "per rank",
     ] = False

@@ -1,4 +1,4 @@
-"""Four random models and three adapters, and one run per number of ranks, shared by all the tests of PPO."""
+"""Four random models, three adapters, and one run per number of ranks, for all tests of PPO."""
 
 import json
 from pathlib import Path

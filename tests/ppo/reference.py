@@ -1,4 +1,7 @@
-"""What one PPO iteration comes to, by transformers' models and the papers' formulas: nothing of `src/ppo` is used."""
+"""What one PPO iteration comes to, by transformers' models and the papers' formulas.
+
+Nothing of `src/ppo` is used.
+"""
 
 import math
 from types import SimpleNamespace
@@ -65,7 +68,10 @@ class Reference:
         worth=None,
         **change,
     ):
-        """worth: the scores, where they are written beside the prompts; mix: rows of the pretraining mix for each step."""
+        """worth: the scores, where they are written beside the prompts.
+
+        Mix: rows of the pretraining mix for each step.
+        """
         self.knobs = SimpleNamespace(
             **KNOBS | {k: v for k, v in (run.settings | change).items() if k in KNOBS}
         )
@@ -103,7 +109,10 @@ class Reference:
         return x[start - 1 : start + len(self.rows[i]["response"]) - 1]
 
     def kept_by_sampling(self) -> list[torch.Tensor]:
-        """Of each response token, which tokens it was chosen among, from the policy's logits as they were then."""
+        """Of each response token, which tokens it was chosen among.
+
+        From the policy's logits as they were then.
+        """
         s, found = self.run.sampling, []
         logits = self.policy(input_ids=self.ids, attention_mask=self.mask).logits.double()
         for i in range(len(self.rows)):

@@ -1,4 +1,6 @@
-"""One whole iteration: the same at every division of the ranks, and equal to transformers' models with the formulas
+"""One whole iteration: the same at every division of the ranks, and right.
+
+It is equal to transformers' models with the formulas
 written out. Numbers in names: lines of docs/ppo.md."""
 
 import pytest
@@ -14,7 +16,8 @@ from tests.trainer.tiny import apart, theirs
 TOLERANCE = 1e-5
 MAIN = ("iteration", "micro-batches")
 TWICE = ("twice", "twice, in turn, offloaded")
-FILTERED = {  # run: (the prompts that are kept, the rewards of their samples, the share of what was generated)
+# run: (the prompts that are kept, the rewards of their samples, the share of what was generated)
+FILTERED = {
     "filter": ([1, 3, 0, 2], (0, 1, 0.5, 0, 1, 0, 0, 1), 8 / 16),
     "filter, one group": ([2], (1, 0), 2 / 8),
 }
@@ -50,7 +53,7 @@ def close(got, want, what, tolerance=TOLERANCE):
     assert got == pytest.approx(want, rel=tolerance, abs=tolerance), what
 
 
-# --- what is compared, and that it is worth comparing -----------------------------------------------------------------
+# --- what is compared, and that it is worth comparing ---------------------------------------------
 
 
 @everywhere([*CHECKED, *TWICE])
@@ -108,7 +111,10 @@ KNOBS = [
 
 @pytest.mark.parametrize("name, knob", KNOBS)
 def test_every_knob_changes_its_run(folder, results, expected, name, knob):
-    """Without it the reference comes to other numbers: a knob that did nothing would be seen below."""
+    """Without it the reference comes to other numbers.
+
+    A knob that did nothing would be seen below.
+    """
     from tests.ppo.reference import KNOBS as DEFAULTS
 
     got, want, plain = results["one rank"][name], expected(name), {knob: DEFAULTS[knob]}
@@ -132,7 +138,7 @@ def test_every_knob_changes_its_run(folder, results, expected, name, knob):
     assert max(weights, logged) > 10 * TOLERANCE
 
 
-# --- against the reference ----------------------------------------------------------------------------------------------
+# --- against the reference ------------------------------------------------------------------------
 
 
 @everywhere()
@@ -240,7 +246,10 @@ def test_line_26_what_is_logged(results, expected, layout, run):
 
 @everywhere()
 def test_line_30_decoding_with_the_cache_drifts_little_from_one_forward(results, layout, run):
-    """With the kept tokens replayed, too; and it is not reported where sampling had another distribution."""
+    """With the kept tokens replayed, too.
+
+    And it is not reported where sampling had another distribution.
+    """
     got = results[layout][run]
     if run == "whole softmax":
         assert "logprob_drift" not in got["stats"]
@@ -283,7 +292,7 @@ def test_line_13_minibatches_are_the_same_at_any_division(results, layout, run):
     assert results[layout][run]["minibatches"] == results["one rank"][run]["minibatches"]
 
 
-# --- single knobs -------------------------------------------------------------------------------------------------------
+# --- single knobs ---------------------------------------------------------------------------------
 
 
 @everywhere(["reward_norm"])
@@ -375,7 +384,10 @@ def test_where_no_group_differs_nothing_is_learned(folder, results, layout):
 
 
 def test_offload_and_in_turn_give_the_same_bits(results, layout):
-    """Of the weights and of the optimizers' state, on every rank, after two iterations: state went away and came back."""
+    """Of the weights and of the optimizers' state, on every rank, after two iterations.
+
+    State went away and came back.
+    """
     plain, moved = (results[layout][name] for name in TWICE)
     assert moved["digests"] == plain["digests"]
     assert plain["digests"] != results[layout]["iteration"]["digests"]

@@ -1,4 +1,7 @@
-"""The pure functions of PPO against loops over plain numbers, written from the papers. Numbers: lines of docs/ppo.md."""
+"""The pure functions of PPO against loops over plain numbers, written from the papers.
+
+Numbers: lines of docs/ppo.md.
+"""
 
 import math
 
@@ -23,7 +26,7 @@ def nan_where_masked(x: torch.Tensor) -> torch.Tensor:
     return torch.where(MASK, x, torch.nan)
 
 
-# --- rewards and advantages ---------------------------------------------------------------------------------------
+# --- rewards and advantages -----------------------------------------------------------------------
 
 
 def test_line_17_the_kl_penalty_is_at_every_token_and_the_score_at_the_last():
@@ -45,7 +48,10 @@ def test_line_28_a_score_of_zero_leaves_the_penalty_alone():
 
 
 def loop_gae(rewards, values, bootstrap, gamma, lam):
-    """Equation 16: A_t = sum over l of (gamma lam)^l delta_{t+l}, with V after the last token given."""
+    """Equation 16.
+
+    A_t = sum over l of (gamma lam)^l delta_{t+l}, with V after the last token given.
+    """
     n = len(rewards)
     following = [*values[1:], bootstrap]
     delta = [rewards[t] + gamma * following[t] - values[t] for t in range(n)]
@@ -138,11 +144,14 @@ def test_line_15_zero_variance_gives_zeros(x):
     assert whiten(torch.tensor(x)).abs().max() < 1e-3
 
 
-# --- groups and running moments -----------------------------------------------------------------------------------
+# --- groups and running moments -------------------------------------------------------------------
 
 
 def test_group_advantages_are_the_papers():
-    """GRPO section 4.1.2: (r − mean) / std; Dr. GRPO: r − mean; RLOO equation 10: r − mean of the others."""
+    """GRPO section 4.1.2: (r − mean) / std; Dr.
+
+    GRPO: r − mean; RLOO equation 10: r − mean of the others.
+    """
     rewards = noise(12).double() * 2 + 1
     rows = rewards.numpy().reshape(4, 3)
     want = {
@@ -210,12 +219,15 @@ def test_running_moments_go_on_from_their_sums():
     assert (moments.mean, moments.std) == (other.mean, other.std)
 
 
-# --- losses -------------------------------------------------------------------------------------------------------
+# --- losses ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("high, dual", [(None, None), (0.28, None), (None, 1.5), (0.28, 1.5)])
 def test_the_policy_loss_is_the_clipped_surrogate(high, dual):
-    """With another upper range (DAPO, equation 10) and a bound for A < 0 (dual-clip PPO, equation 5), too."""
+    """Also with another upper range (DAPO, equation 10) and a bound for A < 0.
+
+    The bound is dual-clip PPO's, equation 5.
+    """
     new, old, advantages = noise(200), noise(200, seed=1), noise(200, seed=2)
     loss, stats = policy_loss(new, old, advantages, 0.2, high, dual)
     assert loss.shape == (200,) and all(x.shape == (200,) for x in stats.values())
@@ -243,7 +255,10 @@ def test_the_policy_loss_is_the_clipped_surrogate(high, dual):
     ],
 )
 def test_the_policy_loss_pushes_only_what_is_not_clipped(options, want):
-    """d loss / d log-prob = -A · ratio inside the range or against the clip, 0 beyond it in the advantage's direction."""
+    """d loss / d log-prob = -A · ratio inside the range or against the clip.
+
+    It is 0 beyond it in the advantage's direction.
+    """
     ratios = torch.tensor([1.0, 1.1, 1.5, 1.5, 0.5, 0.5])
     advantages = torch.tensor([2.0, 2.0, 2.0, -2.0, 2.0, -2.0])
     new = ratios.log().requires_grad_()
@@ -267,7 +282,10 @@ def test_line_18_the_log_ratio_is_clipped_before_exp():
     ],
 )
 def test_line_17_k2_and_k3_are_schulman_s_estimates(kind, formula, slope):
-    """x = log π_ref − log π. Never negative, 0 at the reference, and the gradient for log π pulls towards it."""
+    """x = log π_ref − log π.
+
+    Never negative, 0 at the reference, and the gradient for log π pulls towards it.
+    """
     new, ref = noise(40).requires_grad_(), noise(40, seed=1)
     loss = kl_loss(new, ref, kind)
     loss.sum().backward()
@@ -317,7 +335,10 @@ def test_line_13_every_token_has_its_own_loss_whatever_stands_beside_it():
 
 
 def test_line_13_token_weights_are_the_levels_formulas_however_the_responses_are_cut():
-    """Σ weight · loss / tokens: the mean over tokens; over responses of means; over responses of sums over a constant."""
+    """Σ weight · loss / tokens: the mean over tokens; over responses of means.
+
+    Over responses of sums over a constant.
+    """
     lengths, most = [5, 1, 3, 4], 10
     losses = [noise(n, seed=n).tolist() for n in lengths]
     tokens, n = sum(lengths), len(lengths)
@@ -335,7 +356,7 @@ def test_line_13_token_weights_are_the_levels_formulas_however_the_responses_are
             assert total == pytest.approx(value, rel=1e-6), (level, cut)
 
 
-# --- the KL controller --------------------------------------------------------------------------------------------
+# --- the KL controller ----------------------------------------------------------------------------
 
 
 def test_line_20_the_controller_follows_ziegler():

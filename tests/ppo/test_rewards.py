@@ -39,7 +39,7 @@ def verifier(folder, parallel, **how) -> VerifierReward:
     return VerifierReward(Role("reward", model, parallel), parallel, **dict(max_batch_size=2) | how)
 
 
-# --- the verifier -----------------------------------------------------------------------------------------------------
+# --- the verifier ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", [{}, {"max_batch_size": 8}, {"max_tokens": 9}])
@@ -58,7 +58,10 @@ def test_scores_are_centred_and_scaled_by_what_lies_beside_the_verifier(folder, 
 
 
 def test_a_verifier_with_another_tokenizer_reads_the_texts(folder, parallel):
-    """The instruction as its own prompt, the response as its own ids; its EOS only where the policy ended by itself."""
+    """The instruction as its own prompt, the response as its own ids.
+
+    Its EOS only where the policy ended by itself.
+    """
     texts = {7: "ab", 9: "bcd", EOS: ""}
     own = SimpleNamespace(
         prompt_ids=lambda text: [1, *(20 + ord(c) % 16 for c in text)],
@@ -77,11 +80,11 @@ def test_a_verifier_with_another_tokenizer_reads_the_texts(folder, parallel):
     assert torch.allclose(got, (classifier(folder, sequences) - 0.5) / 2.0, atol=1e-5)
 
 
-# --- rules --------------------------------------------------------------------------------------------------------------
+# --- rules ----------------------------------------------------------------------------------------
 
 
 def test_the_rule_s_reward_is_the_grader_s():
-    """On the response's text alone, by the task's headline rule, up to where the task ends an answer."""
+    """On the response's text alone, by the task's headline rule, up to the answer's end."""
     task, texts = (
         find_task("GSM8K"),
         {7: "so #### 12", 8: "it is 12", 9: "#### 13", 10: "Question: 6 + 6? #### 12"},
@@ -111,7 +114,7 @@ def test_the_length_s_reward_is_a_share_and_the_overlong_s_a_soft_punishment():
     assert OverlongReward(6, 2)(buffer).tolist() == [0.0, 0.0, 0.0, 0.0, -0.5, -1.0, -1.0, -1.0]
 
 
-# --- a user's function ------------------------------------------------------------------------------------------------
+# --- a user's function ----------------------------------------------------------------------------
 
 
 def file_reward(parallel, score, tokenizer=None):
@@ -178,7 +181,8 @@ def test_what_a_user_s_function_returns_may_be_a_tensor_or_booleans(parallel):
 def test_the_line_where_a_user_s_function_fails_is_named(parallel, tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(
-        "def helper(row):\n    return row['lable']\n\ndef score(p, r, rows):\n    return [*map(helper, rows)]\n"
+        "def helper(row):\n    return row['lable']\n\ndef score(p, r, rows):\n    return "
+        "[*map(helper, rows)]\n"
     )
     reward = FileReward(
         f"{path}:score",

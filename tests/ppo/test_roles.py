@@ -28,7 +28,10 @@ def lying(ppo) -> dict[str, tuple[int, int]]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_offload_leaves_nothing_of_the_others_on_the_device(folder, parallel, dtype):
-    """In each phase only those at work; optimizers' state, masters of bf16 weights included, only in the update."""
+    """In each phase only those at work.
+
+    Optimizers' state, masters of bf16 weights included, only in the update.
+    """
     ppo, seen = make_ppo(folder, parallel, dtype, offload=True, update="in_turn", ppo_epochs=1), {}
     assert all(sizes == (0, 0) for sizes in lying(ppo).values()), (
         "to host memory as soon as they are loaded"
@@ -85,7 +88,10 @@ def test_offload_and_the_order_of_updates_change_no_bit(folder, parallel, dtype,
 
 
 def test_the_peak_of_a_role_is_its_weights_gradients_and_optimizer(folder, parallel):
-    """fp32: weights, two moments and gradients alike, a step counter of 4 bytes per tensor. Frozen: the weights alone."""
+    """fp32: weights, two moments and gradients alike, a step counter of 4 bytes per tensor.
+
+    Frozen: the weights alone.
+    """
     peaks = []
     for change in ({}, {"offload": True, "update": "in_turn"}):
         ppo = make_ppo(folder, parallel, ppo_epochs=1, **change)
@@ -143,13 +149,13 @@ def test_a_shared_trunk_stays_while_one_of_its_roles_is_at_work(folder, parallel
         assert trunk.untyped_storage().nbytes() == 0
 
 
-# --- the moving reference ---------------------------------------------------------------------------------------------
+# --- the moving reference -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("offload", [False, True])
 def test_the_reference_follows_the_policy_in_fp32(folder, parallel, dtype, offload):
-    """reference ← 0.9 · reference + 0.1 · policy each iteration, from the weights that were loaded."""
+    """reference ← 0.9 · reference + 0.1 · policy each iteration, from the loaded weights."""
     ppo = make_ppo(folder, parallel, dtype, offload=offload, ppo_epochs=1, ref_ema=0.9)
     want = {
         name: p.detach().float()

@@ -1,4 +1,7 @@
-"""Rollouts, truncation, settings and the outer loop, in one process. Numbers in names: lines of docs/ppo.md."""
+"""Rollouts, truncation, settings and the outer loop, in one process.
+
+Numbers in names: lines of docs/ppo.md.
+"""
 
 import json
 import math
@@ -52,7 +55,7 @@ def buffer_of(responses, truncated=None, prompt=(1, 5, 6), gold="", rows=None):
     )
 
 
-# --- log-probabilities ----------------------------------------------------------------------------------------------
+# --- log-probabilities ----------------------------------------------------------------------------
 
 
 def test_lines_1_2_one_temperature_and_the_whole_softmax_for_old_and_reference(folder, parallel):
@@ -104,7 +107,8 @@ def test_line_3_everything_after_the_logits_is_fp32_in_a_bf16_run(folder, parall
         "scores",
     ):
         assert getattr(recorder.buffer, name).dtype == torch.float32, name
-    # bf16 log-probabilities would be off by up to 2^-7 nats; what remains is the batch's effect on the bf16 trunk
+    # bf16 log-probabilities would be off by up to 2^-7 nats; what remains is the batch's effect on
+    # the bf16 trunk
     assert kept["error"] < 0.06 and stats["policy_skipped"] == stats["value_skipped"] == 0
     assert recorder.ratio_starts_at_one()
 
@@ -129,7 +133,10 @@ def test_line_6_a_response_s_numbers_do_not_depend_on_its_neighbours(folder, par
 
 
 def test_lines_7_8_eos_and_the_first_token_are_actions_and_nothing_else_is(folder, parallel):
-    """Row t predicts token t + 1: from the last prompt token, which predicts the first response token, to EOS."""
+    """Row t predicts token t + 1.
+
+    From the last prompt token, which predicts the first response token, to EOS.
+    """
     buffer = buffer_of([[7, 8, EOS], [EOS]], [False, False])
     batch, index = buffer.select([1, 0])
     assert batch.rows.tolist() == [2, 4 + 2, 4 + 3, 4 + 4]
@@ -138,7 +145,7 @@ def test_lines_7_8_eos_and_the_first_token_are_actions_and_nothing_else_is(folde
     assert batch.ends.tolist() == [3, 9]
 
 
-# --- truncation -----------------------------------------------------------------------------------------------------
+# --- truncation -----------------------------------------------------------------------------------
 
 
 def test_line_9_truncation_is_read_from_the_stop_reason(folder, parallel):
@@ -211,7 +218,7 @@ def test_line_11_the_value_after_eos_is_zero(folder, parallel):
 
 
 def test_line_11_the_value_at_the_last_token_is_not_fitted(folder, parallel, monkeypatch):
-    """One value per response token enters the loss, and no gradient reaches the last token's row."""
+    """One value per response token enters the loss, and no gradient the last token's row."""
     fitted = []
     monkeypatch.setattr(
         trainer, "value_loss", lambda v, *rest: fitted.append(v.numel()) or value_loss(v, *rest)
@@ -236,7 +243,7 @@ def test_line_11_the_value_at_the_last_token_is_not_fitted(folder, parallel, mon
     assert asked[0][hidden[0].grad.abs().sum(-1) > 0].tolist() == [1, 2, 3]
 
 
-# --- the batch as a whole -------------------------------------------------------------------------------------------
+# --- the batch as a whole -------------------------------------------------------------------------
 
 
 def test_line_15_a_single_rollout_is_safe(folder, parallel):
@@ -355,7 +362,7 @@ def test_line_28_a_reward_of_zero_is_a_reward(folder, parallel):
     assert torch.allclose(b.rewards, -0.3 * (b.logprobs - b.ref_logprobs), atol=1e-7)
 
 
-# --- the outer loop -------------------------------------------------------------------------------------------------
+# --- the outer loop -------------------------------------------------------------------------------
 
 
 def schedule(seed=3, eval_every=None, **change):
@@ -462,7 +469,7 @@ def test_schedules_out_of_range_are_refused(change):
         schedule(**change)
 
 
-# --- settings -------------------------------------------------------------------------------------------------------
+# --- settings -------------------------------------------------------------------------------------
 
 
 def test_line_24_defaults_are_the_recipe_s():
@@ -709,7 +716,7 @@ def test_flags_that_go_together_are_taken(change):
     check_together(**change)
 
 
-# --- what a later run goes on from -------------------------------------------------------------------------------------
+# --- what a later run goes on from ----------------------------------------------------------------
 
 
 def test_lines_20_22_23_29_the_state_of_a_run_is_kept_beside_the_models_and_taken_up(
@@ -783,7 +790,7 @@ def test_line_22_other_reward_settings_than_the_last_run_s_are_said(folder, para
     )
 
 
-# --- what is shown ----------------------------------------------------------------------------------------------------
+# --- what is shown --------------------------------------------------------------------------------
 
 
 def known_buffer():
@@ -833,11 +840,11 @@ def test_samples_are_logged_as_text_with_their_rewards(count):
         assert said[1][2] == "1 5 6\n\n9\n\nreward 0.5 (verifier 1, rule 0), cut at the limit"
 
 
-# --- the buffer -------------------------------------------------------------------------------------------------------
+# --- the buffer -----------------------------------------------------------------------------------
 
 
 def test_a_buffer_taken_apart_and_joined_is_the_same():
-    """In any order, with all that is known of tokens and of sequences, and with parts that hold nothing."""
+    """In any order, with all that is known, and with parts that hold nothing."""
     buffer = buffer_of([[7, 8, EOS], [9], [3, 4]], [False, True, True])
     buffer.scores, buffer.components = (
         torch.tensor([1.0, 2.0, 3.0]),

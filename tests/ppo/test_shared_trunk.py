@@ -1,4 +1,7 @@
-"""Roles that are adapters on one frozen trunk: the same numbers as roles with weights of their own, without copies."""
+"""Roles that are adapters on one frozen trunk.
+
+The same numbers as roles with weights of their own, without copies.
+"""
 
 import pytest
 import torch
@@ -18,7 +21,10 @@ def found(results, request):
 
 
 def merged(folder, role: str):
-    """transformers' model with the adapter's product added in, by PEFT's formula: W + alpha / r · B A."""
+    """transformers' model with the adapter's product added in, by PEFT's formula.
+
+    W + alpha / r · B A.
+    """
     scored = role != "policy"
     factors = load_file(folder / f"{role} adapter" / "adapter_model.safetensors")
     weights = theirs(folder / "policy").state_dict()
@@ -63,7 +69,10 @@ def expected(folder, name: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_role_on_the_trunk_is_the_merged_model_of_its_own(folder, found, name):
-    """The reference is the policy without its adapter; value and reward are the trunk with their own adapters added in."""
+    """The reference is the policy without its adapter.
+
+    Value and reward are the trunk with their own adapters added in.
+    """
     want = expected(folder, name)
     for kind in KINDS:
         assert torch.allclose(found[kind]["before"][name], want, rtol=TOLERANCE, atol=TOLERANCE), (
@@ -76,7 +85,10 @@ def test_every_role_on_the_trunk_is_the_merged_model_of_its_own(folder, found, n
 
 
 def test_the_roles_hold_the_trunk_s_own_tensors(found):
-    """All that the reference has lies in the policy; of value and reward all but adapter and head."""
+    """All that the reference has lies in the policy.
+
+    Of value and reward all but adapter and head.
+    """
     places = found["shared"]["places"]
     assert places["reference"] < places["policy"]
     adapters = 2 * 7 * 2  # two factors of seven matrices in two layers

@@ -2,8 +2,9 @@
 
     torchrun --nproc_per_node N tests/ppo/worker.py FOLDER MP_SIZE [MP_SIZE ...]
 
-FOLDER holds the models `policy`, `reference`, `value` and `verifier`, and adapters on `policy`: `policy adapter`,
-`value adapter`, `verifier adapter`; FOLDER/N-MP.pt gets the results of each division.
+FOLDER holds the models `policy`, `reference`, `value` and `verifier`, and adapters on `policy`:
+`policy adapter`, `value adapter`, `verifier adapter`; FOLDER/N-MP.pt gets the results of each
+division.
 """
 
 import hashlib
@@ -61,7 +62,9 @@ PER_TOKEN = (
 
 @dataclass(frozen=True)
 class Run:
-    """One PPO: settings that differ from `make_ppo`'s, and what else does. state: what an earlier run left, of policy and
+    """One PPO: settings that differ from `make_ppo`'s, and what else does.
+
+    State: what an earlier run left, of policy and
 
     value; worth: of each round of prompts, the reward of each sample, instead of the two rewards.
     """
@@ -192,7 +195,10 @@ def make_ppo(
     value_mp: int | None = None,
     **flags,
 ) -> PPO:
-    """The four roles, each another random model; two rewards. value_mp: ranks per value and per reward model."""
+    """The four roles, each another random model; two rewards.
+
+    Value_mp: ranks per value and per reward model.
+    """
     sampling = sampling or Sampling(MAX_NEW_TOKENS, TEMPERATURE, seed=4)
     settings = ppo_settings(**{name: getattr(sampling, name) for name in CHOICE}, **flags)
     stage, divided = Stage(offload), parallel if value_mp is None else parallel.divided(value_mp)
@@ -319,7 +325,10 @@ class Recorder:
 
 
 class Remembered:
-    """The first completions of an engine, kept for the next PPO that starts from the same policy and asks the same."""
+    """The first completions of an engine, kept for the next PPO.
+
+    It starts from the same policy and asks the same.
+    """
 
     known: dict = {}
 
@@ -338,7 +347,10 @@ class Remembered:
 
 
 def adapted(folder: Path, parallel: Parallel, shared: bool) -> dict[str, Transformer]:
-    """The roles as adapters on `policy`: on one trunk, or each on weights of its own (the frozen ones merged)."""
+    """The roles as adapters on `policy`.
+
+    On one trunk, or each on weights of its own (the frozen ones merged).
+    """
 
     def opened(adapter: str | None) -> Checkpoint:
         return Checkpoint.open(

@@ -1,8 +1,11 @@
-"""Saves a model in training at each degree and brings it back at every other; what differs is written down.
+"""Saves a model in training at each degree and brings it back at every other.
+
+What differs is written down.
 
     torchrun --nproc_per_node 4 tests/trainer/saving_worker.py FOLDER
 
-FOLDER holds the models `lm` and `score`; FOLDER/saving.pt gets, for every pair of degrees, the names of what was not the same bit for bit.
+FOLDER holds the models `lm` and `score`; FOLDER/saving.pt gets, for every pair of degrees, the
+names of what was not the same bit for bit.
 """
 
 import shutil

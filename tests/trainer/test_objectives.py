@@ -32,7 +32,10 @@ def test_the_loss_is_the_sum_over_response_tokens_from_the_first_to_eos(folder, 
 
 
 def test_only_the_rows_before_response_tokens_are_trained(folder, parallel):
-    """Exactly the positions that predict the first response token up to EOS: neither the prompt's nor what follows EOS."""
+    """Exactly the positions that predict the first response token up to EOS.
+
+    Neither the prompt's nor what follows EOS.
+    """
     model, sequences = (
         ours(folder / "lm", parallel),
         [Sequence([1, 5, 6, 7, 8, EOS], 3), Sequence([1, 9, EOS], 2)],
@@ -52,7 +55,10 @@ def test_only_the_rows_before_response_tokens_are_trained(folder, parallel):
 
 
 def test_a_prompt_s_tokens_are_no_targets(folder, parallel):
-    """A token that only the prompt holds gets no pull upwards: its output row's gradient is that of a token never seen."""
+    """A token that only the prompt holds gets no pull upwards.
+
+    Its output row's gradient is that of a token never seen.
+    """
     model = ours(folder / "lm", parallel)
     sequence = Sequence([1, 40, 41, 7, EOS], 3)
     SolverObjective([sequence], parallel.device).loss(model, [0], 1)[0].backward()
@@ -111,7 +117,7 @@ def test_training_sees_scoring_s_log_probabilities_bit_for_bit_in_whatever_chunk
 
 
 class Scores:
-    """Stands for a model whose score is a given number for each sequence, and counts its forwards."""
+    """A model whose score is a given number for each sequence; it counts its forwards."""
 
     def __init__(self, values):
         self.values, self.forwards = torch.tensor(values, requires_grad=True), 0

@@ -1,4 +1,7 @@
-"""Whole training steps at every division of the ranks, against transformers, PEFT and torch's own AdamW and clipping."""
+"""Whole training steps at every division of the ranks, against other software.
+
+That is transformers, PEFT, and torch's own AdamW and clipping.
+"""
 
 import json
 import math
@@ -31,7 +34,10 @@ def lr_of(step: int, total: int) -> float:
 
 
 def reference(model, loss_of, batches):
-    """Each step's (loss, gradient norm), and the weights after the first and the last; PEFT's adapters are merged in."""
+    """Each step's (loss, gradient norm), and the weights after the first and the last.
+
+    PEFT's adapters are merged in.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() > 1], "weight_decay": worker.WEIGHT_DECAY},
@@ -66,7 +72,7 @@ def merged(model) -> dict[str, torch.Tensor]:
 
 
 def unfused(state: dict) -> dict[str, torch.Tensor]:
-    """A matrix for each expert, as files have it, where transformers keeps all experts' in one tensor."""
+    """A matrix for each expert, as files have it; transformers has one tensor for all."""
     out = {}
     for name, tensor in state.items():
         stem, last = name.rsplit(".", 1)
@@ -84,7 +90,10 @@ def unfused(state: dict) -> dict[str, torch.Tensor]:
 
 
 def experts_loss(model, rows):
-    """solver_loss, and each sequence's load-balancing loss by transformers' formula, weighted like its output tokens."""
+    """solver_loss, and each sequence's load-balancing loss by transformers' formula.
+
+    It is weighted like the output tokens.
+    """
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
     chosen, balance = [some_sequences(worker.ROWS)[i] for i in rows], 0.0
@@ -111,7 +120,7 @@ def solver_loss(model, rows):
 
 
 def verifier_loss(model, rows):
-    """-log sigmoid(chosen - rejected), averaged over a comparison's pairs and then over comparisons."""
+    """-log sigmoid(chosen - rejected), the mean over a comparison's pairs, and over these."""
     total = 0.0
     for comparison in (worker.comparisons()[i] for i in rows):
         ids, mask = padded([s.tokens for s in comparison.chosen + comparison.rejected])
@@ -167,7 +176,10 @@ def test_losses_norms_and_weights_are_the_reference_s(results, expected, layout,
 
 
 def test_adapters_of_experts_train_alike_at_any_division(results, layout):
-    """Their loss and gradients are tested with the model; here all ranks take the steps that one rank takes."""
+    """Their loss and gradients are tested with the model.
+
+    Here all ranks take the steps that one rank takes.
+    """
     got, one = results[layout]["experts, lora"], results["one rank"]["experts, lora"]
     for step, other in zip(got["history"], one["history"]):
         assert step["loss"] == pytest.approx(other["loss"], rel=TOLERANCE)
@@ -177,7 +189,10 @@ def test_adapters_of_experts_train_alike_at_any_division(results, layout):
 
 
 def test_the_runs_above_train_and_clip(expected, folder):
-    """Otherwise they would agree on nothing: every matrix moves far more than the tolerance, and norms are clipped."""
+    """Otherwise they would agree on nothing.
+
+    Every matrix moves far more than the tolerance, and norms are clipped.
+    """
     for run, name in (
         ("full", "lm"),
         ("lora", "lm"),
@@ -243,7 +258,10 @@ def test_accuracy_of_a_verifier_step_is_the_share_of_pairs_ranked_right(results,
 
 
 def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all(results, layout):
-    """Ours whole or another rank's shard: all skip, all say so, no weight moves, and the next step is as if it had not been."""
+    """Ours whole or another rank's shard.
+
+    All skip, all say so, no weight moves, and the next step is as if it had not been.
+    """
     ranks = results[layout]["poisoned"]["ranks"]
     assert len(ranks) == int({"one rank": 1, "TP 2": 2, "DP 2": 2}.get(layout, 4))
     for skipped, norms, unchanged in ranks:

@@ -1,4 +1,4 @@
-"""Tiny random Llamas made by transformers, and a trained model of ours brought back to transformers' names."""
+"""Tiny random Llamas made by transformers, and trained ones of ours under their names."""
 
 import random
 from pathlib import Path
@@ -23,7 +23,10 @@ EOS = 2
 
 
 def save_llama(folder: Path, head: str = "lm", seed: int = 0) -> Path:
-    """A Hugging Face folder with large enough weights for every part to matter; grouped heads, degrees 1, 2 and 4."""
+    """A Hugging Face folder with large enough weights for every part to matter.
+
+    Grouped heads, degrees 1, 2 and 4.
+    """
     from transformers import (  # seconds that workers save
         LlamaConfig,
         LlamaForCausalLM,
@@ -57,7 +60,10 @@ def save_llama(folder: Path, head: str = "lm", seed: int = 0) -> Path:
 
 
 def save_experts(folder: Path) -> Path:
-    """A Mixtral of which nothing divides by 2 or 4: heads, kv heads, widths, vocabulary; as different as save_llama's."""
+    """A Mixtral of which nothing divides by 2 or 4: heads, kv heads, widths, vocabulary.
+
+    As different as save_llama's.
+    """
     from transformers import MixtralConfig, MixtralForCausalLM
 
     torch.manual_seed(3)
@@ -140,7 +146,10 @@ def padded(sequences: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def apart(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    """The largest relative distance (norm of the difference over the norm) between tensors of the same name."""
+    """The largest relative distance between tensors of the same name.
+
+    That is the norm of the difference over the norm.
+    """
     assert a.keys() == b.keys()
     return max(
         float((a[k].double() - b[k].double()).norm() / b[k].double().norm().clamp_min(1e-12))

@@ -1,8 +1,11 @@
-"""Every check of the trainers that needs ranks, on the ranks that started it; the results are asserted on by pytest.
+"""Every check of the trainers that needs ranks, on the ranks that started it.
+
+The results are asserted on by pytest.
 
     torchrun --nproc_per_node N tests/trainer/worker.py FOLDER MP_SIZE [MP_SIZE ...]
 
-FOLDER holds the models `lm` and `score`; FOLDER/N-MP.pt gets the results of each division of the N ranks.
+FOLDER holds the models `lm` and `score`; FOLDER/N-MP.pt gets the results of each division of the N
+ranks.
 """
 
 import random
@@ -56,7 +59,10 @@ COMPARISONS, VERIFIER_BATCH = 18, 4
 
 
 def comparisons() -> list[Comparison]:
-    """One to three responses on each side; two in three have a prompt that they share, as the data's have."""
+    """One to three responses on each side.
+
+    Two in three have a prompt that they share, as the data's have.
+    """
     rng, found = random.Random(1), []
     for i in range(COMPARISONS):
         chosen, rejected = rng.randrange(1, 4), rng.randrange(1, 4)

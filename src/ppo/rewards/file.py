@@ -63,8 +63,8 @@ class FileReward:
         if len(numbers) != len(texts) or wrong:
             returned = wrong[0] if wrong else f"{len(numbers)} numbers for {len(texts)} responses"
             raise UserError(
-                f"--reward_file {self.where}: returned {returned}; a finite number for each response "
-                "is expected"
+                f"--reward_file {self.where}: returned {returned}; a finite number for each "
+                "response is expected"
             )
         return numbers
 
