@@ -1,4 +1,4 @@
-"""docs/tour.md: its code runs from top to bottom and prints what stands there, and its links lead somewhere."""
+"""docs/tour.md: its code prints what stands below it, and its links lead somewhere."""
 
 import difflib
 import io
@@ -52,7 +52,7 @@ def steps_of(text: str) -> list[Step]:
 
 
 def run(step: Step, names: dict) -> str:
-    """What the code prints; it sees and sets `names`, and its traceback has the document's lines."""
+    """What the code prints. It sees and sets `names`; a traceback has the document's lines."""
     code = compile("\n" * (step.line - 1) + step.code, str(TOUR), "exec")
     with redirect_stdout(io.StringIO()) as printed:
         exec(code, names)
