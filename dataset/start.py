@@ -1,7 +1,7 @@
 """A small Llama from nothing: a tokenizer trained on a file's texts, and random weights.
 
-    python dataset/start.py --train_file train.json --save_dir DIR --vocab_size 900 --dim 96
-    --n_layers 2 --n_heads 4
+    python dataset/start.py --train_file train.json --save_dir DIR --vocab_size 900 \
+        --dim 96 --n_layers 2 --n_heads 4
 
 DIR is a Hugging Face folder that `transformers` loads too. For tests, quickstarts and laptops.
 """

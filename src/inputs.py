@@ -57,12 +57,12 @@ def open_model(
     """
     checkpoint = Checkpoint.open(model.ckpt_dir, model.config_file, model.adapter_dir)
     check_whole(checkpoint.folder, parallel.rank, parallel.world_size)
-    if head == "score" != checkpoint.config.head:
+    if head == "score" and checkpoint.config.head != "score":
         raise UserError(
             f"{model.ckpt_dir}: is a solver, without a score head; verifier_train.py makes a "
             "verifier of it"
         )
-    if head == "lm" != checkpoint.config.head:
+    if head == "lm" and checkpoint.config.head != "lm":
         raise UserError(
             f"{model.ckpt_dir}: is a verifier, without an output layer, and cannot generate; give "
             "a solver"

@@ -33,7 +33,7 @@ class Rollouts:
         parallel: Parallel,
         timer: Timer,
     ) -> None:
-        """rewards: (weight, reward) pairs, summed; see `src/ppo/rewards.py`."""
+        """rewards: (weight, reward) pairs, summed; see `src/ppo/rewards/`."""
         self.stage, self.engine, self.sampling, self.stop_ids = stage, engine, sampling, stop_ids
         self.rewards, self.settings, self.parallel, self.timer = rewards, settings, parallel, timer
         # Sums over all rollouts of the iteration, those that were left out included.

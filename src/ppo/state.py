@@ -59,8 +59,7 @@ class PPOState:
             return {}
         return {"reference": (self.follower.exact, tensor_table(self.reference.model.config))}
 
-    # --- another run, from the models that this one leaves
-    # -----------------------------------------
+    # --- another run, from the models that this one leaves ----------------------------------------
 
     def take_up(self, policy: dict[str, Any], value: dict[str, Any]) -> None:
         """Go on from the moments that an earlier run left (`beside_weights`)."""

@@ -53,9 +53,10 @@ class Minibatch:
     sequences: int
 
 
-# (batch, where its response tokens lie in the buffer, the buffer, the minibatch) → loss, logged
-# sums
-LossOf = Callable[[Batch, Tensor, RolloutBuffer, Minibatch], tuple[Tensor, dict[str, Tensor]]]
+# (batch, where its response tokens lie in the buffer, buffer, minibatch) → loss, logged sums
+MicroBatchLoss = Callable[
+    [Batch, Tensor, RolloutBuffer, Minibatch], tuple[Tensor, dict[str, Tensor]]
+]
 
 
 class PPO:
@@ -110,6 +111,7 @@ class PPO:
     ) -> Stats:
         """One iteration over the whole batch of prompts; returns what is to be logged.
 
+        number: from 0; with the seed it fixes what is sampled and how minibatches are drawn.
         prompts: the samples of one prompt side by side; all ranks give the same list. more: the
         next batch of prompts, for groups that are left out (--filter_rounds).
         """
@@ -261,10 +263,11 @@ class PPO:
     # --- updates ----------------------------------------------------------------------------------
 
     def _plan(self, number: int, epoch: int, buffer: RolloutBuffer) -> list[Minibatch]:
-        """An epoch's minibatches.
+        """An epoch's minibatches: a function of seed, iteration and epoch alone.
 
-        They are drawn from all ranks' rollouts before the ranks pick out their own, so that they
-        hold the same rollouts at any data-parallel degree.
+        That scoring and the first epoch plan the same is what makes the first ratio 1. They are
+        drawn from all ranks' rollouts before the ranks pick out their own, so that they hold the
+        same rollouts at any data-parallel degree.
         """
         limits, n = self.settings.batches, self.settings.updates.mini_batches
         total = len(buffer.lengths_of_all)
@@ -292,8 +295,8 @@ class PPO:
         s = self.settings.updates
         values: dict[str, list[float]] = {}
         steps: dict[str, int] = {}
-        policy: list[tuple[Role, LossOf, float]] = [(self.policy, self._policy_loss, lr)]
-        value: list[tuple[Role, LossOf, float]] = []
+        policy: list[tuple[Role, MicroBatchLoss, float]] = [(self.policy, self._policy_loss, lr)]
+        value: list[tuple[Role, MicroBatchLoss, float]] = []
         if number < s.critic_warmup:  # the value model learns alone
             policy = []
         if self.value is not None:
@@ -321,7 +324,12 @@ class PPO:
         return target is not None and approxkl > target
 
     def _step(
-        self, role: Role, loss_of: LossOf, lr: float, minibatch: Minibatch, buffer: RolloutBuffer
+        self,
+        role: Role,
+        loss_of: MicroBatchLoss,
+        lr: float,
+        minibatch: Minibatch,
+        buffer: RolloutBuffer,
     ) -> Stats:
         """One optimizer step of one role; returns the loss and what is logged, of all ranks."""
         assert role.optimizer is not None
@@ -371,7 +379,7 @@ class PPO:
         weights = torch.tensor(by_response, device=index.device).repeat_interleave(responses)  # [r]
 
         # Called for a chunk of the micro-batch's tokens at a time: logits never exist as a whole.
-        def loss_of(logprobs: Tensor, entropy: Tensor | None, rows: slice) -> Tensor:
+        def chunk_loss(logprobs: Tensor, entropy: Tensor | None, rows: slice) -> Tensor:
             chunk = index[rows]
             loss, logged = policy_loss(
                 logprobs,
@@ -395,7 +403,7 @@ class PPO:
         kept = None if buffer.kept is None else buffer.kept[index]
         wants_entropy = s.entropy_coef > 0
         temperature = self.sampling.temperature
-        loss = response_loss(self.policy.model, batch, loss_of, temperature, wants_entropy, kept)
+        loss = response_loss(self.policy.model, batch, chunk_loss, temperature, wants_entropy, kept)
         return loss / tokens, stats
 
     def _value_loss(

@@ -30,8 +30,7 @@ from src.settings.training import (
     TaskEvaluationSettings,
 )
 
-# --- Training
-# ----------------------------------------------------------------------------------------
+# --- Training -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +94,7 @@ class VerifierTrainSettings(TrainSettings):
     evaluation: VerifierEvaluationSettings = VerifierEvaluationSettings(eval_batch_size=64)
 
 
-# --- Using a model
-# -----------------------------------------------------------------------------------
+# --- Using a model --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ class SolverObjective:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         batch = Batch.of([self.sequences[i] for i in rows], self.device)
         loss = (
-            response_loss(model, batch, lambda logprobs, entropy, rows: -logprobs.sum())
+            response_loss(model, batch, lambda logprobs, entropy, chunk: -logprobs.sum())
             / denominator
         )
         balance = weighted_balance_loss(model, batch, batch.responses, denominator)
