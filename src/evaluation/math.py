@@ -238,7 +238,7 @@ def _without_units(tokens: list[str]) -> list[str]:
     while end:
         # the unit, before its power if it has one: `^2` or `^{2}`
         unit_end = end
-        if unit_end > 2 and tokens[unit_end - 2] == "^":
+        if unit_end > 2 and tokens[unit_end - 2] == "^" and tokens[unit_end - 1] != "}":
             unit_end -= 2
         elif (
             unit_end > 2
@@ -246,7 +246,7 @@ def _without_units(tokens: list[str]) -> list[str]:
             and tokens[partners[unit_end - 1] - 1] == "^"
         ):
             unit_end = partners[unit_end - 1] - 1
-        start = _unit_start(tokens, partners, unit_end)
+        start = _unit_start(tokens, partners, unit_end) if unit_end else None
         if start is None:
             break
         end = start - (start > 0 and tokens[start - 1] == "^")  # 5^\text{th}

@@ -4,6 +4,7 @@ Also golds, counts, and hostile responses.
 """
 
 import json
+import random
 import time
 
 import pytest
@@ -282,3 +283,16 @@ def test_the_task_is_registered_and_its_samples_vote_in_normal_form():
     assert json.loads(json.dumps(rows)) == rows and rows[0]["gold"] == r"\frac{1}{2}"
     with pytest.raises(UserError, match="did you mean 'MATH'"):
         find_task("maths")
+
+
+SOUP = [*"{}^mx3(),s =", "cm", r"\text", r"\frac", r"\!", r"\pi"]
+
+
+def test_whatever_a_model_writes_is_right_or_wrong_and_ends_no_run():
+    """Powers of nothing and groups that a unit would cut open, among 20,000 soups of braces."""
+    known = ["^{cm}", "^{ (}}(", "x^2{3cm^}", "^{^)s^m}}m", "{{3cm^}cm^}"]
+    rng = random.Random(0)
+    drawn = ("".join(rng.choices(SOUP, k=rng.randrange(1, 12))) for _ in range(20_000))
+    for text in (*known, *drawn):
+        verdicts = grade(rf"\boxed{{{text}}}", "5")
+        assert set(verdicts) == {"boxed", "numeric", "loose"}, text
