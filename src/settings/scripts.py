@@ -25,8 +25,8 @@ from src.settings.training import (
     DropoutLoRASettings,
     EvaluationSettings,
     ModelSavingSettings,
+    OptimizerSettings,
     Quantize,
-    SupervisedOptimizerSettings,
     TaskEvaluationSettings,
 )
 
@@ -40,7 +40,7 @@ class TrainSettings(Settings):
     model: ModelSettings
     data: DataSettings
     batches: TrainingBatchSettings = TrainingBatchSettings()
-    optimizer: SupervisedOptimizerSettings = SupervisedOptimizerSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
     lora: DropoutLoRASettings = DropoutLoRASettings()
     run: TrainingRunSettings = TrainingRunSettings()
     evaluation: EvaluationSettings = EvaluationSettings()

@@ -35,6 +35,11 @@ class OptimizerSettings(Settings):
         Literal["cosine", "linear", "constant"], "how the learning rate falls afterwards"
     ] = "cosine"
     weight_decay: Annotated[float, Between(0, 1e6), "AdamW's, on matrices"] = 0.0
+    beta2: Annotated[
+        float,
+        Between(0, 0.999999),
+        "AdamW's decay of the squared gradient's mean; lower adapts faster",
+    ] = 0.999
     max_grad_norm: Annotated[float, Above(0), "a model's gradient is scaled down to this norm"] = (
         1.0
     )
@@ -52,17 +57,6 @@ class OptimizerSettings(Settings):
         Between(0, 1e3),
         "weight of the experts' load-balancing loss; the model's own when not given",
     ] = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class SupervisedOptimizerSettings(OptimizerSettings):
-    """The optimizer and its schedule."""
-
-    beta2: Annotated[
-        float,
-        Between(0, 0.999999),
-        "AdamW's decay of the squared gradient's mean; lower adapts faster",
-    ] = 0.999
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -124,9 +124,8 @@ class Optimizer:
         eps: float = 1e-8,
     ) -> "Optimizer":
         """By a script's settings."""
-        beta2 = getattr(settings, "beta2", 0.999)
         decay, norm = settings.weight_decay, settings.max_grad_norm
-        return cls(model, parallel, decay, norm, (0.9, beta2), eps, zero)
+        return cls(model, parallel, decay, norm, (0.9, settings.beta2), eps, zero)
 
     def backward(self, loss: Tensor, last: bool = False) -> None:
         """Add one micro-batch's gradient; with `last` ranks begin to sum while it is computed."""
