@@ -35,6 +35,7 @@ class OptimizerSettings(Settings):
         Literal["cosine", "linear", "constant"], "how the learning rate falls afterwards"
     ] = "cosine"
     weight_decay: Annotated[float, Between(0, 1e6), "AdamW's, on matrices"] = 0.0
+    beta1: Annotated[float, Between(0, 0.999999), "AdamW's decay of the gradient's mean"] = 0.9
     beta2: Annotated[
         float,
         Between(0, 0.999999),

@@ -125,7 +125,7 @@ class Optimizer:
     ) -> "Optimizer":
         """By a script's settings."""
         decay, norm = settings.weight_decay, settings.max_grad_norm
-        return cls(model, parallel, decay, norm, (0.9, settings.beta2), eps, zero)
+        return cls(model, parallel, decay, norm, (settings.beta1, settings.beta2), eps, zero)
 
     def backward(self, loss: Tensor, last: bool = False) -> None:
         """Add one micro-batch's gradient; with `last` ranks begin to sum while it is computed."""
