@@ -21,7 +21,7 @@ def main(settings: SolverEvaluateSettings) -> None:
     from src.checkpoint.load import load_model
     from src.evaluation.inputs import SolverEvaluationInputs
     from src.evaluation.solver import evaluate_solver, graded, headline, write_results
-    from src.generation.choice import engine_of, sampling_of
+    from src.generation.from_settings import engine_of, sampling_of
     from src.logs import RunLog
     from src.parallel.setup import agreed, pick_dtype, start, stop
     from src.settings.declaration import flat

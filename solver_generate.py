@@ -18,8 +18,8 @@ def main(settings: SolverGenerateSettings) -> None:
     """Write one line per sample."""
     from src.checkpoint.load import load_model
     from src.data.rows import write_jsonl
-    from src.generation.choice import engine_of, sampling_of
     from src.generation.engine import Stop
+    from src.generation.from_settings import engine_of, sampling_of
     from src.generation.journal import generate_all
     from src.generation.responses import GenerationInputs
     from src.logs import RunLog

@@ -3,8 +3,8 @@
 from functools import partial
 
 from src.evaluation.training import Evaluations
-from src.generation.choice import sampling_of
 from src.generation.engine import Engine
+from src.generation.from_settings import sampling_of
 from src.generation.relayout import RelaidEngine
 from src.inputs import OpenedModel
 from src.logs import RunLog
