@@ -9,8 +9,9 @@ VENV := .venv
 quickstart: $(VENV)/installed
 	$(VENV)/bin/python quickstart.py --seed $(SEED)
 
+# In two processes: tests/conftest.py says which files stay together and which begin.
 test: $(VENV)/installed
-	$(VENV)/bin/python -m pytest -q
+	$(VENV)/bin/python -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder
 
 # Form, types, spelling.
 lint: $(VENV)/installed
