@@ -1,4 +1,4 @@
-"""Policy optimisation of a solver from rewards: PPO with a value model, or group baselines.
+r"""Policy optimisation of a solver from rewards: PPO with a value model, or group baselines.
 
     torchrun --nproc_per_node 8 ppo_train.py --actor_ckpt_dir SOLVER --actor_save_dir OUT \
         --critic_ckpt_dir VERIFIER --critic_save_dir OUT2 --reward_model_ckpt_dir VERIFIER \

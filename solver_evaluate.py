@@ -1,4 +1,4 @@
-"""Measure a solver on a task: one greedy answer per question, graded by all of its public rules.
+r"""Measure a solver on a task: one greedy answer per question, graded by all of its public rules.
 
     torchrun --nproc_per_node 8 solver_evaluate.py --task GSM8K --ckpt_dir CKPT --log_dir LOGS \
         --label_file test.json --model_type llama-1-7b --max_batch_size 384

@@ -1,4 +1,4 @@
-"""Generate outputs for a file of instructions.
+r"""Generate outputs for a file of instructions.
 
     torchrun --nproc_per_node 8 solver_generate.py --ckpt_dir CKPT --input_file rows.jsonl \
         --output_file out.jsonl

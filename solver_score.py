@@ -1,4 +1,4 @@
-"""Log-probabilities of given outputs, token by token.
+r"""Log-probabilities of given outputs, token by token.
 
     torchrun --nproc_per_node 8 solver_score.py --ckpt_dir CKPT --input_file rows.jsonl \
         --output_file out.jsonl

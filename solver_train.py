@@ -1,4 +1,4 @@
-"""Train a solver (policy) on instructions and outputs: supervised fine-tuning.
+r"""Train a solver (policy) on instructions and outputs: supervised fine-tuning.
 
     torchrun --nproc_per_node 8 solver_train.py --ckpt_dir CKPT --save_dir OUT \
         --train_file train.json --model_type llama-1-7b --max_batch_size 6

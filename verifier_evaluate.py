@@ -1,4 +1,4 @@
-"""Measure a verifier on pairs, or score outputs with it.
+r"""Measure a verifier on pairs, or score outputs with it.
 
     torchrun --nproc_per_node 8 verifier_evaluate.py --ckpt_dir CKPT \
         --label_file verifier_test.json --log_dir LOGS

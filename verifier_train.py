@@ -1,4 +1,4 @@
-"""Train a verifier (reward model) on pairs of outputs, one better than the other.
+r"""Train a verifier (reward model) on pairs of outputs, one better than the other.
 
     torchrun --nproc_per_node 8 verifier_train.py --ckpt_dir CKPT --save_dir OUT \
         --train_file train.json --model_type llama-1-7b --max_batch_size 6

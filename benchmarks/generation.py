@@ -52,7 +52,7 @@ def ours(engine, prompts: list[list[int]], new: int, stops: set[int], seed: int 
     """Tokens per second."""
     from src.generation.sampling import Sampling
 
-    completions, sampling = [], Sampling(new, 1.0, seed=seed)
+    completions, sampling = [], Sampling(max_new_tokens=new, temperature=1.0, seed=seed)
     took = seconds(lambda: completions.extend(engine.generate(prompts, sampling, stops)))
     return sum(len(c.tokens) for c in completions) / took
 
@@ -220,7 +220,7 @@ def decode_seconds(engine, prompts: list[list[int]]) -> float:
     from src.generation.sampling import Sampling
 
     def generate(new: int) -> None:
-        engine.generate(prompts, Sampling(new, 0.0), set())
+        engine.generate(prompts, Sampling(max_new_tokens=new, temperature=0.0), set())
 
     took = [seconds(partial(generate, new)) for new in (1, 17)]
     return (took[1] - took[0]) / 16

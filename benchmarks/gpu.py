@@ -156,7 +156,9 @@ def generation(model, parallel, wait, batch: int, rounds: int) -> None:
         """Seconds of `new` tokens for n sequences, prefill and all."""
         prompts = [[1 + (7 * i + j) % 31000 for j in range(128)] for i in range(n)]
         began = wait()
-        Engine(model, parallel, n, 512).generate(prompts, Sampling(new, 1.0), set())
+        Engine(model, parallel, n, 512).generate(
+            prompts, Sampling(max_new_tokens=new, temperature=1.0), set()
+        )
         return wait() - began
 
     def rate(n: int) -> float:

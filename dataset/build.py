@@ -1,4 +1,4 @@
-"""Builds the data sets that the trainers read.
+r"""Builds the data sets that the trainers read.
 
     python dataset/build.py arithmetic --save_dir data/arithmetic
     python dataset/build.py gsm8k --source openai/gsm8k --save_dir data/gsm8k

@@ -1,4 +1,4 @@
-"""A small Llama from nothing: a tokenizer trained on a file's texts, and random weights.
+r"""A small Llama from nothing: a tokenizer trained on a file's texts, and random weights.
 
     python dataset/start.py --train_file train.json --save_dir DIR --vocab_size 900 \
         --dim 96 --n_layers 2 --n_heads 4

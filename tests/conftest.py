@@ -37,6 +37,7 @@ def pytest_addoption(parser):
     )
 
 
+@pytest.hookimpl(tryfirst=True)  # before what reads the groups
 def pytest_collection_modifyitems(items):
     """A file's tests stay in one process, which has what they share; the longest files first."""
     place = {f"tests/{file}": i for i, files in enumerate(LONGEST) for file in files}

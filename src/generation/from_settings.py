@@ -1,26 +1,22 @@
 """The engine and the sampling that a script's settings ask for."""
 
+from dataclasses import fields
+
 from src.generation.beam import BeamSearch
 from src.generation.engine import Engine
 from src.generation.sampling import Sampling
 from src.models.transformer import Transformer
 from src.parallel.setup import Parallel
+from src.settings.declaration import flat
 from src.settings.generation import DecodingSettings, GenerationSettings
 from src.settings.model import BatchSettings
 
 
 def sampling_of(generation: GenerationSettings, seed: int) -> Sampling:
     """How tokens are chosen."""
-    return Sampling(
-        max_new_tokens=generation.max_new_tokens,
-        temperature=generation.temperature,
-        top_p=generation.top_p,
-        top_k=generation.top_k,
-        seed=seed,
-        min_p=generation.min_p,
-        repetition_penalty=getattr(generation, "repetition_penalty", 1.0),
-        min_new_tokens=generation.min_new_tokens,
-    )
+    known = {f.name for f in fields(Sampling)}
+    values = {name: value for name, value in flat(generation).items() if name in known}
+    return Sampling(**values, seed=seed)
 
 
 def engine_of(

@@ -19,62 +19,28 @@ from torch import Tensor
 
 from src.errors import UserError
 from src.parallel.vocab import mp_all_reduce, vocab_range
+from src.settings.declaration import find_problems, flat
+from src.settings.generation import RepetitionPenalty, SamplingSettings
+from src.settings.run import Seed
 
 CANDIDATES = 256  # of each rank, that top-p looks at first
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How to choose tokens.
+@dataclass(frozen=True, kw_only=True)
+class Sampling(SamplingSettings):
+    """How to choose tokens: a script's settings, and the seed.
 
-    temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 keep the whole vocabulary. min_p: tokens
-    less likely than this share of the likeliest are left out. repetition_penalty: logits of tokens
-    that the prompt or the response holds already are divided by it when positive, else multiplied
-    (arXiv 1909.05858). Before min_new_tokens no stop token is chosen.
+    temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 keep the whole vocabulary. The repetition
+    penalty is arXiv 1909.05858's. Raises UserError for values out of bounds.
     """
 
-    max_new_tokens: int = 256
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    min_new_tokens: int = 0
+    repetition_penalty: RepetitionPenalty = 1.0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        if (
-            self.temperature < 0
-            or not 0 < self.top_p <= 1
-            or self.top_k < 0
-            or self.max_new_tokens < 1
-        ):
-            raise UserError(
-                f"--temperature {self.temperature} --top_p {self.top_p} --top_k {self.top_k} "
-                f"--max_new_tokens {self.max_new_tokens}: need temperature >= 0, 0 < top_p <= 1, "
-                "top_k >= 0, max_new_tokens >= 1"
-            )
-        if (
-            not 0 <= self.min_p <= 1
-            or self.repetition_penalty <= 0
-            or not 0 <= self.min_new_tokens <= self.max_new_tokens
-        ):
-            raise UserError(
-                f"--min_p {self.min_p} --repetition_penalty {self.repetition_penalty} "
-                f"--min_new_tokens {self.min_new_tokens}: need 0 <= min_p <= 1, "
-                "repetition_penalty > 0, 0 <= min_new_tokens <= max_new_tokens "
-                f"({self.max_new_tokens})"
-            )
-
-    @property
-    def truncates(self) -> bool:
-        """Whether some tokens are left out of the distribution that is sampled from."""
-        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
-
-    @property
-    def leaves_out(self) -> bool:
-        """The same, or at some steps stop tokens alone."""
-        return self.truncates or (self.temperature > 0 and self.min_new_tokens > 0)
+        problems = find_problems(Sampling, flat(self))
+        if problems:
+            raise UserError("\n  ".join(problems))
 
 
 # 64-bit constants as signed integers

@@ -16,6 +16,11 @@ from src.settings.declaration import (
 )
 
 MaxNewTokens = Annotated[int, AtLeast(1), Unit("tokens"), "of one response, at most"]
+RepetitionPenalty = Annotated[
+    float,
+    Above(0, 1000),
+    "divides (or, if negative, multiplies) the logits of tokens that are there already",
+]
 # A temperature near 0 would overflow: greedy choice is exactly 0.
 TEMPERATURE = Bounds(1e-3, 100, also=(0,), because=" (or 0, which takes the likeliest token)")
 
@@ -32,7 +37,7 @@ class SoftmaxSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationSettings(SoftmaxSettings):
+class SamplingSettings(SoftmaxSettings):
     """Generation."""
 
     max_new_tokens: MaxNewTokens = 256
@@ -48,19 +53,16 @@ class GenerationSettings(SoftmaxSettings):
     min_p: Annotated[
         float, Between(0, 1), "leave out tokens less likely than this share of the likeliest"
     ] = 0.0
-    kv_cache_gb: Annotated[
-        float | None,
-        Above(0, 1e6),
-        Unit("GB"),
-        MAY_CHANGE,
-        "memory for keys and values per rank; half the free memory when not given",
-    ] = None
+
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens are left out of the distribution that is sampled from."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
 
     @property
     def leaves_out(self) -> bool:
-        """Whether some tokens are left out of the distribution that is sampled from."""
-        truncates = self.top_k > 0 or self.top_p < 1 or self.min_p > 0
-        return truncates or self.min_new_tokens > 0
+        """The same, or at some steps stop tokens alone."""
+        return self.truncates or (self.temperature > 0 and self.min_new_tokens > 0)
 
     def problems(self) -> Iterator[str]:
         if self.min_new_tokens > self.max_new_tokens:
@@ -71,14 +73,23 @@ class GenerationSettings(SoftmaxSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class GenerationSettings(SamplingSettings):
+    """Generation."""
+
+    kv_cache_gb: Annotated[
+        float | None,
+        Above(0, 1e6),
+        Unit("GB"),
+        MAY_CHANGE,
+        "memory for keys and values per rank; half the free memory when not given",
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class DecodingSettings(GenerationSettings):
     """Generation."""
 
-    repetition_penalty: Annotated[
-        float,
-        Above(0, 1000),
-        "divides (or, if negative, multiplies) the logits of tokens that are there already",
-    ] = 1.0
+    repetition_penalty: RepetitionPenalty = 1.0
     num_samples: Annotated[
         int,
         AtLeast(1),

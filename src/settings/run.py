@@ -10,6 +10,7 @@ Dtype = Annotated[
     Literal["bf16", "fp16", "fp32"] | None,
     "of weights and activations; bf16 on a GPU and fp32 on the CPU when not given",
 ]
+Seed = Annotated[int, Between(0, 2**63 - 1), "of everything random"]
 DegreeOfRole = Annotated[int | None, AtLeast(1), MAY_CHANGE]
 
 
@@ -21,7 +22,7 @@ class RunSettings(Settings):
         int | None, AtLeast(1), MAY_CHANGE, "ranks per model; all of them when not given"
     ] = None
     dtype: Dtype = None
-    seed: Annotated[int, Between(0, 2**63 - 1), "of everything random"] = 0
+    seed: Seed = 0
     timeout: Annotated[
         float,
         Above(0, 10**7),

@@ -165,7 +165,9 @@ def main(folder: str, recipes: str, out: str) -> None:
     results["relaid"] = run_relaid(load(parallel, "float32"), parallel, prompts, tasks["relaid"])
     for beams, penalty in tasks["beams"]:
         search = BeamSearch(model, parallel, 5, 200, None, beams, penalty)
-        completions = generate_sharded(search, prompts, Sampling(30), set(tasks["beam stops"]))
+        completions = generate_sharded(
+            search, prompts, Sampling(max_new_tokens=30), set(tasks["beam stops"])
+        )
         results[f"{beams} beams, {penalty}"] = [c.tokens for c in completions]
     results["choices"] = {
         name: run_choice(parallel, choice) for name, choice in tasks["choices"].items()

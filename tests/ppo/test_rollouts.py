@@ -60,7 +60,9 @@ def buffer_of(responses, truncated=None, prompt=(1, 5, 6), gold="", rows=None):
 
 def test_lines_1_2_one_temperature_and_the_whole_softmax_for_old_and_reference(folder, parallel):
     """Even where sampling keeps only some tokens: without --replay_mask nothing is renormalised."""
-    ppo = make_ppo(folder, parallel, sampling=Sampling(6, 0.5, top_k=3, seed=1))
+    ppo = make_ppo(
+        folder, parallel, sampling=Sampling(max_new_tokens=6, temperature=0.5, top_k=3, seed=1)
+    )
     _, recorder = iterate(ppo)
     buffer, fresh = recorder.buffer, ours(folder / "policy", parallel)
     batch, index = buffer.select(list(range(len(buffer))))
@@ -150,7 +152,7 @@ def test_lines_7_8_eos_and_the_first_token_are_actions_and_nothing_else_is(folde
 
 def test_line_9_truncation_is_read_from_the_stop_reason(folder, parallel):
     """Ended by EOS at exactly max_new_tokens is not truncated; shorter, cut by the context, is."""
-    ppo = make_ppo(folder, parallel, sampling=Sampling(3, seed=0))
+    ppo = make_ppo(folder, parallel, sampling=Sampling(max_new_tokens=3, seed=0))
     ppo.rollouts.engine = Scripted(
         [Completion([7, 8, EOS], [-1.0] * 3, "stop"), Completion([7, 8], [-1.0] * 2, "length")]
     )
@@ -160,7 +162,7 @@ def test_line_9_truncation_is_read_from_the_stop_reason(folder, parallel):
 
 
 def test_line_9_the_engine_calls_a_stop_at_the_very_last_token_a_stop(folder, parallel):
-    ppo = make_ppo(folder, parallel, sampling=Sampling(1, seed=0))
+    ppo = make_ppo(folder, parallel, sampling=Sampling(max_new_tokens=1, seed=0))
     ppo.rollouts.stop_ids = set(range(0, 64, 2))
     buffer = ppo.rollouts.make(0, [Prompt([1, 5], "0")] * 40, None, None)
     last = buffer.tokens.view(40, 3)[:, 2]
@@ -314,7 +316,9 @@ def test_line_21_epochs_and_iterations_are_shuffled_anew(folder, parallel):
 
 def test_line_27_samples_differ_and_a_seed_reproduces_them(folder, parallel):
     def responses(seed, number=0):
-        ppo = make_ppo(folder, parallel, sampling=Sampling(8, 1.0, seed=seed))
+        ppo = make_ppo(
+            folder, parallel, sampling=Sampling(max_new_tokens=8, temperature=1.0, seed=seed)
+        )
         ppo.rollouts.stop_ids = {63}
         buffer = ppo.rollouts.make(number, [Prompt([1, 5, 6], "0")] * 6, None, None)
         return [tuple(t.tolist()) for t in buffer.tokens.split(buffer.lengths)]

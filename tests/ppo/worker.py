@@ -70,7 +70,7 @@ class Run:
     """
 
     settings: dict = field(default_factory=dict)
-    sampling: Sampling = Sampling(MAX_NEW_TOKENS, TEMPERATURE, seed=4)
+    sampling: Sampling = Sampling(max_new_tokens=MAX_NEW_TOKENS, temperature=TEMPERATURE, seed=4)
     stops: frozenset = STOPS
     iterations: int = 1
     offload: bool = False
@@ -80,7 +80,7 @@ class Run:
 
 
 def _sampling(**change) -> Sampling:
-    return Sampling(MAX_NEW_TOKENS, TEMPERATURE, seed=4, **change)
+    return Sampling(max_new_tokens=MAX_NEW_TOKENS, temperature=TEMPERATURE, seed=4, **change)
 
 
 ONCE = dict(ppo_epochs=1)
@@ -119,7 +119,9 @@ RUNS = {
     "after critic_warmup": Run(ONCE | dict(critic_warmup=NUMBER, advantage="gae")),
     "ref_ema": Run(ONCE | dict(ref_ema=0.7)),
     "ptx": Run(ONCE | dict(ptx_coef=0.4, max_batch_size=2)),
-    "first-token ends": Run(ONCE, Sampling(3, 1.0, seed=4), frozenset(range(2, 34))),
+    "first-token ends": Run(
+        ONCE, Sampling(max_new_tokens=3, temperature=1.0, seed=4), frozenset(range(2, 34))
+    ),
     "filter": Run(
         PAIRS | dict(advantage="grpo", filter_rounds=3),
         worth=(
@@ -199,7 +201,7 @@ def make_ppo(
 
     Value_mp: ranks per value and per reward model.
     """
-    sampling = sampling or Sampling(MAX_NEW_TOKENS, TEMPERATURE, seed=4)
+    sampling = sampling or Sampling(max_new_tokens=MAX_NEW_TOKENS, temperature=TEMPERATURE, seed=4)
     settings = ppo_settings(**{name: getattr(sampling, name) for name in CHOICE}, **flags)
     stage, divided = Stage(offload), parallel if value_mp is None else parallel.divided(value_mp)
     trained = {"policy": parallel} | ({"value": divided} if settings.advantages.has_value else {})
@@ -412,7 +414,7 @@ def adapters_run(folder: Path, parallel: Parallel, shared: bool, offload: bool =
         )
     rewards = [(1.0, VerifierReward(stage.roles["reward"], parallel, 4))]
     engine = Engine(models["policy"], parallel, 5, 64)
-    sampling = Sampling(MAX_NEW_TOKENS, TEMPERATURE, seed=4)
+    sampling = Sampling(max_new_tokens=MAX_NEW_TOKENS, temperature=TEMPERATURE, seed=4)
     ppo = PPO(stage, rewards, engine, sampling, STOPS, KLController(KL_COEF), settings, parallel)
     recorder = Recorder(ppo)
     stats = ppo.iteration(NUMBER, prompts(), LR, VALUE_LR)
