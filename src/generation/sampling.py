@@ -17,9 +17,8 @@ from fairscale.nn.model_parallel.initialize import (
 )
 from torch import Tensor
 
-from src.errors import UserError
 from src.parallel.vocab import mp_all_reduce, vocab_range
-from src.settings.declaration import find_problems, flat
+from src.settings.declaration import check
 from src.settings.generation import RepetitionPenalty, SamplingSettings
 from src.settings.run import Seed
 
@@ -38,9 +37,7 @@ class Sampling(SamplingSettings):
     seed: Seed = 0
 
     def __post_init__(self) -> None:
-        problems = find_problems(Sampling, flat(self))
-        if problems:
-            raise UserError("\n  ".join(problems))
+        check(self)
 
 
 # 64-bit constants as signed integers

@@ -247,6 +247,17 @@ def all_problems(settings: Settings) -> Iterator[str]:
     yield from settings.problems()
 
 
+def check(settings: Settings) -> None:
+    """Raise UserError for what is wrong with settings that were put together by hand."""
+    values, problems = flat(settings), []
+    for name, setting in declared(type(settings)).items():
+        wrong = setting.out_of_bounds(values[name])
+        problems += [f"--{name} {values[name]}: {wrong}"] if wrong else []
+    problems += all_problems(settings)
+    if problems:
+        raise UserError("\n  ".join(problems))
+
+
 def flat(settings: Settings) -> dict[str, Any]:
     """Every setting's value by its name, in the order of declaration."""
     values: dict[str, Any] = {}
