@@ -9,9 +9,10 @@ VENV := .venv
 quickstart: $(VENV)/installed
 	$(VENV)/bin/python quickstart.py --seed $(SEED)
 
-# In two processes: tests/conftest.py says which files stay together and which begin.
+# What starts ranks takes all cores and runs first; the rest runs in two processes.
 test: $(VENV)/installed
-	$(VENV)/bin/python -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder
+	$(VENV)/bin/python -m pytest -q -m launches
+	$(VENV)/bin/python -m pytest -q -m "not launches" -n 2 --dist loadgroup
 
 # Form, types, spelling.
 lint: $(VENV)/installed

@@ -7,23 +7,29 @@ import torch
 
 from src.parallel.setup import start, stop
 
-# Files that take longest, in the order in which they begin; those in a row share what they launch.
-LONGEST = (
-    ("ppo/test_iteration.py", "ppo/test_shared_trunk.py"),
-    ("generation/test_generation.py",),
-    ("models/test_parity.py",),
-    ("test_scripts.py",),
-    ("faults/test_faults.py", "faults/test_damage.py"),
-    ("trainer/test_steps.py",),
-    ("test_families.py",),
-    ("trainer/test_saving.py",),
-    ("checkpoint/test_formats.py",),
-    ("models/test_elementwise.py",),
-    ("test_cli.py",),
-    ("parallel/test_vocab.py",),
-    ("parallel/test_shared_memory.py",),
+# Files whose tests start ranks under torchrun, which take all cores: they run one after the other
+# (`-m launches`). All others run in two processes (`-m "not launches"`), a file in one of them.
+LAUNCHES = (
+    "checkpoint/test_checkpoint.py",
+    "checkpoint/test_formats.py",
+    "checkpoint/test_memory.py",
+    "checkpoint/test_refusals.py",
+    "checkpoint/test_round_trips.py",
+    "faults/test_damage.py",
+    "faults/test_faults.py",
+    "generation/test_generation.py",
+    "generation/test_journal.py",
+    "models/test_parity.py",
+    "parallel/test_shared_memory.py",
+    "parallel/test_vocab.py",
+    "ppo/test_iteration.py",
+    "ppo/test_shared_trunk.py",
+    "test_cli.py",
+    "test_families.py",
+    "test_scripts.py",
+    "trainer/test_saving.py",
+    "trainer/test_steps.py",
 )
-
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # each process takes its share of the cores
     os.environ["LOCAL_WORLD_SIZE"] = os.environ["PYTEST_XDIST_WORKER_COUNT"]
@@ -37,15 +43,18 @@ def pytest_addoption(parser):
     )
 
 
-@pytest.hookimpl(tryfirst=True)  # before what reads the groups
+def pytest_configure(config):
+    config.addinivalue_line("markers", "launches: in a file that starts ranks under torchrun")
+
+
+@pytest.hookimpl(tryfirst=True)  # before what reads the marks
 def pytest_collection_modifyitems(items):
-    """A file's tests stay in one process, which has what they share; the longest files first."""
-    place = {f"tests/{file}": i for i, files in enumerate(LONGEST) for file in files}
+    """A file's tests stay in one process, which has what they share."""
     for item in items:
         file = item.nodeid.partition("::")[0]
-        group = str(LONGEST[place[file]]) if file in place else file
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(LONGEST)))
+        item.add_marker(pytest.mark.xdist_group(file))
+        if file.removeprefix("tests/") in LAUNCHES:
+            item.add_marker(pytest.mark.launches)
 
 
 @pytest.fixture
