@@ -9,7 +9,7 @@
 set -u
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # or workers started again may dial addresses of the last attempt
 
-save_dir=""
+save_dir="" resume=""
 words=("$@")
 for i in "${!words[@]}"; do
   word="${words[$i]}"
@@ -19,16 +19,18 @@ for i in "${!words[@]}"; do
       if [ "$word" = "$flag" ]; then save_dir="${words[$((i + 1))]:-}"; else save_dir="${word#*=}"; fi
       ;;
     __resume)
+      resume=yes
       if [ "$word" = "$flag" ]; then words[i + 1]="auto"; else words[i]="--resume=auto"; fi
       ;;
   esac
 done
+[ -n "$resume" ] || words+=(--resume=auto) # a --config may hold another
 while [ "${save_dir%/}" != "$save_dir" ] || [ "${save_dir%/.}" != "$save_dir" ]; do
   save_dir="${save_dir%/.}"
   save_dir="${save_dir%/}"
 done
 if [ -z "$save_dir" ]; then
-  echo "error: deploy/run.sh: the command has no --save_dir or --actor_save_dir, so that no progress could be seen" >&2
+  echo "error: deploy/run.sh: the command has no --save_dir or --actor_save_dir (of its own, not in a --config), so that no progress could be seen" >&2
   exit 2
 fi
 case "${MAX_RESTARTS:=10}" in

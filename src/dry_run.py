@@ -12,18 +12,22 @@ import torch
 from src.checkpoint.source import Checkpoint, config_of_type
 from src.data.tokenizer import Tokenizer
 from src.errors import UserError
-from src.inputs import adapter_config
+from src.inputs import adapter_config, check_trainable
 from src.models.batch import Sequence
 from src.models.config import ModelConfig
+from src.models.lora import LoRAConfig
 from src.parallel.setup import Parallel, agreed, pick_dtype, start, stop
 from src.ppo.fit import iterations_of
 from src.ppo.inputs import PPOInputs
+from src.ppo.setup import check_degrees
 from src.settings.model import TextModelSettings
 from src.settings.ppo import PPOTrainSettings
 from src.settings.scripts import SolverTrainSettings, TrainSettings, VerifierTrainSettings
-from src.trainer.budget import Budget, model_budget, training_budget
+from src.trainer.budget import Budget, adapter_bytes, model_budget, training_budget
 from src.trainer.fit import rows_per_step
 from src.trainer.inputs import SolverInputs, VerifierInputs
+
+NOT_READ = "rows, steps and an example: give a checkpoint and the train file"
 
 
 @dataclass(frozen=True)
@@ -50,13 +54,17 @@ def solver_plan(settings: SolverTrainSettings) -> None:
     """Print what solver_train.py would do."""
     parallel = start(None, settings.run.timeout)
     ranks, dtype = Ranks.of(settings, parallel), pick_dtype(settings.run.dtype, parallel.device)
-    lines = []
     inputs = None
     if settings.model.ckpt_dir and settings.data.train_file:
         inputs = agreed(lambda: SolverInputs.read(settings, parallel))
     config = _config(settings.model, settings.model.ckpt_dir)
-    lines += _bytes_lines(config, ranks, dtype, {"model": _trained(settings, config, ranks, dtype)})
-    if inputs is not None:
+    lora = inputs.lora if inputs is not None else _new_adapter(settings, config)
+    lines = _bytes_lines(
+        config, ranks, dtype, {"model": _trained(settings, config, ranks, dtype, lora)}
+    )
+    if inputs is None:
+        lines += [NOT_READ]
+    else:
         lines += _step_lines(settings, len(inputs.sequences), inputs.warning, ranks)
         lines += _sequence_lines(inputs.model.tokenizer, inputs.sequences[0])
     _print(lines, parallel)
@@ -70,8 +78,13 @@ def verifier_plan(settings: VerifierTrainSettings) -> None:
     if settings.model.ckpt_dir and settings.data.train_file:
         inputs = agreed(lambda: VerifierInputs.read(settings, parallel))
     config = _config(settings.model, settings.model.ckpt_dir).with_head("score")
-    lines = _bytes_lines(config, ranks, dtype, {"model": _trained(settings, config, ranks, dtype)})
-    if inputs is not None:
+    lora = inputs.lora if inputs is not None else _new_adapter(settings, config)
+    lines = _bytes_lines(
+        config, ranks, dtype, {"model": _trained(settings, config, ranks, dtype, lora)}
+    )
+    if inputs is None:
+        lines += [NOT_READ]
+    else:
         lines += _step_lines(settings, len(inputs.pairs), inputs.warning, ranks)
         tokenizer, pair = inputs.model.tokenizer, inputs.pairs[0]
         lines += ["example, row 0: the scalar head reads the last token of each side"]
@@ -91,31 +104,13 @@ def ppo_plan(settings: PPOTrainSettings) -> None:
         inputs = agreed(lambda: PPOInputs.read(settings, parallel, dtype))
 
     # Other roles whose checkpoints are not at hand are taken to be like the actor.
+    check_degrees(settings, ranks)
     actor = _config(roles, roles.actor_ckpt_dir).with_head("lm")
-    critic = verifier = actor.with_head("score")
-    if inputs is not None and inputs.roles.critic:
-        critic = inputs.roles.critic.checkpoint.config.with_head("score")
-    if inputs is not None and inputs.roles.verifier:
-        verifier = inputs.roles.verifier.checkpoint.config.with_head("score")
-    budgets = {"policy": _trained(settings, actor, ranks, dtype)}
-    quantize, shares = settings.lora.quantize, settings.lora.is_on
-    has_reference = settings.penalty.kl_coef != 0
-    if inputs is not None:
-        has_reference = inputs.has_reference(settings)
-    if has_reference:
-        is_shared = shares and settings.penalty.ref_ema is None
-        frozen = model_budget(actor, ranks.mp_size, dtype, quantize)
-        budgets["reference"] = Budget(0) if is_shared else frozen
-    if settings.advantages.has_value:
-        n = roles.critic_model_parallel_size or ranks.mp_size
-        copies = Ranks(n, ranks.mp_size * ranks.dp_size // n)
-        value = _trained(settings, critic, copies, dtype)
-        budgets["value"] = _without_trunk(value, critic, n, dtype, settings)
-    if "verifier" in settings.rewards.names:
-        n = roles.reward_model_parallel_size or ranks.mp_size
-        reward = model_budget(verifier, n, dtype, quantize)
-        budgets["reward"] = _without_trunk(reward, verifier, n, dtype, settings)
-    lines = _bytes_lines(actor, ranks, dtype, budgets)
+    lines = _bytes_lines(actor, ranks, dtype, _role_budgets(settings, actor, inputs, ranks, dtype))
+    if roles.offload:
+        lines += ["  --offload: not all of these are on the device at once"]
+    if inputs is None:
+        lines += [NOT_READ]
 
     if inputs is not None:
         rollouts, updates = settings.rollouts, settings.updates
@@ -143,13 +138,20 @@ def _config(model: TextModelSettings, ckpt_dir: str) -> ModelConfig:
     return config_of_type(model.model_type, model.config_file)
 
 
+def _new_adapter(
+    settings: TrainSettings | PPOTrainSettings, config: ModelConfig
+) -> LoRAConfig | None:
+    return adapter_config(settings.lora, config) if settings.lora.is_on else None
+
+
 def _trained(
     settings: TrainSettings | PPOTrainSettings,
     config: ModelConfig,
     ranks: Ranks,
     dtype: torch.dtype,
+    lora: LoRAConfig | None,
 ) -> Budget:
-    lora = adapter_config(settings.lora, config) if settings.lora.is_on else None
+    check_trainable(settings.optimizer, settings.lora, config, "the model")
     return training_budget(
         config,
         ranks.mp_size,
@@ -162,15 +164,57 @@ def _trained(
     )
 
 
-def _without_trunk(
-    budget: Budget, config: ModelConfig, n: int, dtype: torch.dtype, settings: PPOTrainSettings
-) -> Budget:
-    """On a shared trunk a role has its adapter and its head only."""
-    if not settings.roles.shared_trunk:
-        return budget
-    trunk = model_budget(config, n, dtype, settings.lora.quantize).weights
-    head = config.dim * dtype.itemsize
-    return Budget(budget.weights - trunk + head, budget.gradients, budget.optimizer)
+def _role_budgets(
+    settings: PPOTrainSettings,
+    actor: ModelConfig,
+    inputs: PPOInputs | None,
+    ranks: Ranks,
+    dtype: torch.dtype,
+) -> dict[str, Budget]:
+    """What each role of PPO takes, and a second copy of the policy where rollouts need one."""
+    opened = inputs.roles if inputs is not None else None
+    critic = verifier = actor.with_head("score")
+    if opened is not None and opened.critic:
+        critic = opened.critic.checkpoint.config.with_head("score")
+    if opened is not None and opened.verifier:
+        verifier = opened.verifier.checkpoint.config.with_head("score")
+    roles, quantize = settings.roles, settings.lora.quantize
+    trunk = roles.shared_trunk
+
+    lora = opened.lora if opened is not None else _new_adapter(settings, actor)
+    budgets = {"policy": _trained(settings, actor, ranks, dtype, lora)}
+    has_reference = settings.penalty.kl_coef != 0
+    if inputs is not None:
+        has_reference = inputs.has_reference(settings)
+    if has_reference:
+        # With an adapter the reference is the policy without it; one that moves is exact in fp32.
+        moves = settings.penalty.ref_ema is not None
+        frozen = model_budget(actor, ranks.mp_size, dtype, quantize).weights
+        exact = model_budget(actor, ranks.mp_size, torch.float32).weights
+        exact = exact if moves and dtype != torch.float32 else 0
+        budgets["reference"] = Budget(0 if settings.lora.is_on and not moves else frozen + exact)
+    if settings.advantages.has_value:
+        n = roles.critic_model_parallel_size or ranks.mp_size
+        copies = Ranks(n, ranks.mp_size * ranks.dp_size // n)
+        lora = opened.critic_lora if opened is not None else _new_adapter(settings, critic)
+        adapter = opened.adapters.get("value") if opened is not None else None
+        lora = adapter.lora if adapter is not None else lora
+        value = _trained(settings, critic, copies, dtype, lora)
+        shared = model_budget(critic, n, dtype, quantize).weights - critic.dim * dtype.itemsize
+        weights = value.weights - (shared if trunk else 0)
+        budgets["value"] = Budget(weights, value.gradients, value.optimizer)
+    if "verifier" in settings.rewards.names:
+        n = roles.reward_model_parallel_size or ranks.mp_size
+        reward = model_budget(verifier, n, dtype, quantize)
+        if trunk:
+            adapter = opened.adapters.get("reward") if opened is not None else None
+            lora = adapter.lora if adapter is not None else _new_adapter(settings, verifier)
+            reward = Budget(adapter_bytes(verifier, n, dtype, lora) + verifier.dim * dtype.itemsize)
+        budgets["reward"] = reward
+    degree = roles.rollout_model_parallel_size
+    if degree is not None and degree != ranks.mp_size:
+        budgets["policy again, in rollouts"] = model_budget(actor, degree, dtype)
+    return budgets
 
 
 def _bytes_lines(
@@ -199,7 +243,7 @@ def _bytes_lines(
         f"model: {config.family}, {config.n_layers} layers of width {config.dim}; {number_type}",
         f"ranks: {ranks.mp_size} model-parallel × {ranks.dp_size} data-parallel",
         *table,
-        "  activations, batches and the libraries come on top",
+        "  activations, batches, keys and values, and the libraries come on top",
     ]
 
 

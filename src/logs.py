@@ -57,8 +57,8 @@ class RunLog:
                     "a", buffering=1, encoding="utf-8"
                 )
                 if isinstance(settings, Settings):
-                    text = to_yaml(settings, f"{self.name}.py --config {folder / SETTINGS_FILE}")
-                    (folder / SETTINGS_FILE).write_text(text, encoding="utf-8")
+                    path = _settings_path(folder, self.name)
+                    path.write_text(to_yaml(settings, f"{self.name}.py --config {path}"), "utf-8")
             except OSError as error:
                 raise UserError(
                     f"cannot write the log {error.filename}: {error.strerror}"
@@ -196,6 +196,14 @@ def plain(value: Any, name: str = "") -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if isinstance(value, (str, int, float, type(None))) else str(value)
+
+
+def _settings_path(folder: Path, name: str) -> Path:
+    """settings.yaml, or another name where that is not this script's."""
+    path = folder / SETTINGS_FILE
+    if path.exists() and not path.read_bytes().startswith(f"# {name}.py ".encode()):
+        return folder / f"{name}.{SETTINGS_FILE}"
+    return path
 
 
 def _version(package: str) -> str | None:

@@ -100,11 +100,50 @@ def test_a_pair_and_a_prompt_are_shown(tiny):  # noqa: F811
             "does not divide the 6",
         ),
         (dict(ckpt_dir="nowhere", train_file="nowhere.json"), "nowhere: no such file or folder"),
+        (dict(model_type="llama-2-7b", freeze_layers=33), "the model has 32 layers"),
+        (dict(model_type="llama-2-7b", save_dir=""), "--save_dir: is empty"),
         (dict(model_type="llama-2-7b", lora_rank=0), "--lora_rank 0: must be at least 1"),
     ],
 )
 def test_what_is_wrong_is_refused_as_in_a_run(more, message):
     refused(call("solver_train.py", *flags(**more), "--dry_run"), message)
+
+
+PPO = dict(model_type="qwen2.5-0.5b", dtype="bf16", world_size=8)
+
+
+@pytest.mark.parametrize("flag", ["critic", "rollout", "reward"])
+def test_degrees_of_roles_are_checked_for_the_planned_ranks(flag):
+    size = flags(**PPO, reward_model_ckpt_dir="R", **{f"{flag}_model_parallel_size": 3})
+    refused(
+        call("ppo_train.py", *size, "--dry_run"),
+        f"--{flag}_model_parallel_size 3 does not divide the 8",
+    )
+
+
+def test_what_ppo_holds_beside_its_roles_is_counted():
+    """An exact reference that moves, a policy laid out anew for rollouts, adapters on a trunk."""
+
+    def rows(**more) -> dict[str, list[int]]:
+        out = must("ppo_train.py", *flags(**PPO, **more), "--dry_run").out
+        lines = [line.rsplit(maxsplit=4) for line in out.splitlines() if line.startswith("  ")]
+        return {
+            cells[0].strip(): [int(x.replace(",", "")) for x in cells[1:]]
+            for cells in lines
+            if len(cells) == 5 and cells[-1].replace(",", "").isdigit() and "all" not in cells[0]
+        }
+
+    plain = rows()
+    weights = plain["policy"][0]
+    assert plain["reference"] == [weights, 0, 0, weights]
+    assert rows(ref_ema=0.9)["reference"][0] == 3 * weights  # bf16, and fp32 beside it
+    copy = rows(rollout_model_parallel_size=1)["policy again, in rollouts"][0]
+    assert copy == 2 * 494_032_768
+    trunk = rows(lora_rank=8, shared_trunk=True)
+    head = 896 * 2
+    assert trunk["reference"][0] == 0
+    assert trunk["reward"][0] == trunk["value"][0] > head
+    assert trunk["policy"][0] == weights + trunk["reward"][0] - head
 
 
 def test_ranks_are_planned_for_in_a_dry_run_alone(tiny, tmp_path):  # noqa: F811

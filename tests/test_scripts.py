@@ -1092,6 +1092,7 @@ SOLVER = {
     "labels without task": (dict(task=None), "evaluation needs both"),
     "unknown task": (dict(task="GSM9K"), "unknown task 'GSM9K'; did you mean 'GSM8K'?"),
     "all rows too long": (dict(max_seq_len=3), "60 of 60 rows of"),
+    "a folder without a name": (dict(save_dir=""), "--save_dir: is empty"),
     "no learning rate": (dict(lr=0), "--lr 0.0"),
     "best of nothing": (
         dict(keep_best="loss"),
@@ -1164,6 +1165,10 @@ PPO = {
     "verifier without a model": (
         dict(reward_model_ckpt_dir=None),
         "--reward verifier needs --reward_model_ckpt_dir",
+    ),
+    "a value model's folder without a name": (
+        dict(critic_save_dir=""),
+        "--critic_save_dir: is empty",
     ),
     "greedy": (dict(temperature=0), "--temperature 0"),
     "buffer no multiple of the samples": (
@@ -1406,6 +1411,27 @@ def test_the_other_scripts_refuse(wrong, script, given, message):
     script, *subcommand = script.split()
     refused(call(script, *subcommand, *changed([], given, wrong)), message)
     assert not list(wrong.glob("out*")) and not list(wrong.glob(".tmp*")), "something was written"
+
+
+def test_beams_are_measured_and_sample_nothing(base, tmp_path):
+    task = dict(task="GSM8K", label_file=base / "data" / "test.json", log_dir=tmp_path)
+    given = flags(**task, ckpt_dir=base / "solver", max_new_tokens=4, num_beams=2)
+    refused(
+        call("solver_evaluate.py", *given, *flags(num_samples=2)),
+        "--num_beams 2: beam search has no --num_samples 2",
+    )
+    must("solver_evaluate.py", *given)
+    assert json.loads((tmp_path / "results.json").read_text())["settings"]["num_beams"] == 2
+
+
+def test_a_script_s_settings_do_not_replace_another_s(base, tmp_path):
+    shutil.copytree(base / "solver-logs", tmp_path / "logs")
+    before = (tmp_path / "logs" / "settings.yaml").read_text()
+    task = dict(task="GSM8K", label_file=base / "data" / "test.json", log_dir=tmp_path / "logs")
+    must("solver_evaluate.py", *flags(**task, ckpt_dir=base / "solver", max_new_tokens=2))
+    assert (tmp_path / "logs" / "settings.yaml").read_text() == before
+    own = (tmp_path / "logs" / "solver_evaluate.settings.yaml").read_text()
+    assert own.startswith("# solver_evaluate.py --config ") and "max_new_tokens: 2\n" in own
 
 
 def test_a_verifier_s_adapter_makes_a_verifier_of_its_base(base, tmp_path):

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -149,7 +149,17 @@ def _verifier_tokenizer(settings: PPOTrainSettings, actor: OpenedModel) -> str |
     return str(actor.tokenizer.path)
 
 
-def check_degrees(settings: PPOTrainSettings, parallel: Parallel) -> None:
+class Division(Protocol):
+    """How many ranks share a model, and how many models there are."""
+
+    @property
+    def mp_size(self) -> int: ...
+
+    @property
+    def dp_size(self) -> int: ...
+
+
+def check_degrees(settings: PPOTrainSettings, parallel: Division) -> None:
     """Raise UserError when the ranks cannot share the rollouts or the roles as the settings say."""
     buffer_size = settings.rollouts.max_buffer_size
     if buffer_size < parallel.dp_size:

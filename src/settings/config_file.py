@@ -4,7 +4,7 @@ A file's keys are the flags' names, side by side. A scalar means what it would m
 text; lists and null are YAML's own.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +47,11 @@ def read_config(
 def _entries(path: str) -> Iterator[tuple[Any, Any]]:
     """(key, value) of the file's mapping as YAML nodes, which know their lines."""
     try:
-        if Path(path).stat().st_size > LARGEST_BYTES:
+        with Path(path).open("rb") as file:
+            data = file.read(LARGEST_BYTES + 1)
+        if len(data) > LARGEST_BYTES:
             raise UserError(f"--config {path}: is larger than {LARGEST_BYTES:,} bytes: no settings")
-        root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        root = yaml.compose(data.decode("utf-8"), Loader=yaml.SafeLoader)
     except OSError as error:
         raise UserError(f"--config {path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -82,12 +84,21 @@ def _value(setting: Setting, node: Any) -> Any:
             raise ValueError("is an empty list; write null")
         if not all(isinstance(item, yaml.ScalarNode) for item in node.value):
             raise ValueError(f"must be a list of {kind.__name__}, got a list of more than that")
-        return [parser(kind)(item.value) for item in node.value]
+        for item in node.value:
+            if item.tag == NULL or not item.tag.startswith(TAGS):
+                raise ValueError(f"must be a list of {kind.__name__}, got {item.value!r} in it")
+        return [_text(parser(kind), item) for item in node.value]
     if node.tag == NULL:
         if setting.parse.__qualname__.endswith("| None"):
             return None
         raise ValueError(f"must be {setting.parse.__qualname__}, got null")
-    return setting.parse(node.value)
+    return _text(setting.parse, node)
+
+
+def _text(parse: Callable[[str], Any], node: Any) -> Any:
+    if "\0" in node.value:
+        raise ValueError("holds a NUL character")
+    return parse(node.value)
 
 
 def to_yaml(settings: Settings, head: str) -> str:

@@ -127,8 +127,15 @@ class Setting:
     def is_required(self) -> bool:
         return self.default is REQUIRED
 
+    @property
+    def is_path(self) -> bool:
+        """Whether it names a file or folder."""
+        return CONTENT in self.marks or self.name.endswith(("_dir", "_file", "_path"))
+
     def out_of_bounds(self, value: Any) -> str | None:
         """What the value must be, when it is something else."""
+        if value == "" and (self.is_required or self.is_path):
+            return "is empty"  # a variable of the shell that is not set
         if self.bounds is None or value is None or value in self.bounds:
             return None
         return f"must be {self.bounds}"
@@ -199,14 +206,17 @@ def find_problems(
     for name, setting in settings.items():
         wrong = setting.out_of_bounds(values.get(name))
         if wrong:
-            problems.append(f"{labels.get(name, f'--{name}')} {values[name]}: {wrong}")
+            shown = f"{labels.get(name, f'--{name}')} {values[name]}".rstrip()
+            problems.append(f"{shown}: {wrong}")
             del good[name]
             lacks |= setting.is_required
         elif setting.is_required and name not in {*values, *labels} and not may_lack:
             problems.append(f"--{name}: required, but not given")
             lacks = True
     if not lacks:  # rules are about values that can be
-        problems += all_problems(_complete(cls, good))
+        impossible = [f"--{name} " for name in values.keys() - good.keys()]
+        rules = all_problems(_complete(cls, good))
+        problems += [text for text in rules if not any(flag in text for flag in impossible)]
     return problems
 
 

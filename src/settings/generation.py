@@ -107,6 +107,11 @@ class DecodingSettings(GenerationSettings):
         "a beam's score is its log-probability over its length to this power",
     ] = 1.0
 
+    @property
+    def more_of_sampling(self) -> tuple[str, ...]:
+        """Settings of a script that beam search has not."""
+        return ()
+
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         if self.num_beams == 1:
@@ -114,7 +119,7 @@ class DecodingSettings(GenerationSettings):
                 yield "--length_penalty: has no effect without --num_beams"
             return
         sampling = ["top_p", "top_k", "min_p", "repetition_penalty", "min_new_tokens"]
-        names = changed(self, [*sampling, "num_samples", "stop_strings"])
+        names = changed(self, [*sampling, "num_samples", *self.more_of_sampling])
         without_effect = ["temperature"] * (self.temperature != 0) + names
         if without_effect:
             flags = ", ".join(f"--{name} {getattr(self, name)}" for name in without_effect)
@@ -128,3 +133,7 @@ class StoppedDecodingSettings(DecodingSettings):
     stop_strings: Annotated[
         list[str] | None, "strings that end a response, which is cut before them"
     ] = None
+
+    @property
+    def more_of_sampling(self) -> tuple[str, ...]:
+        return ("stop_strings",)

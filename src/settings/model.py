@@ -43,7 +43,8 @@ class AdaptedModelSettings(TextModelSettings):
     adapter_dir: Annotated[
         str | None,
         CONTENT,
-        "a LoRA adapter in PEFT's format: trained on with --lora_rank, else added to the weights",
+        "a LoRA adapter in PEFT's format, added to the weights; in training with --lora_rank it "
+        "is trained on",
     ] = None
 
 
@@ -51,9 +52,7 @@ class AdaptedModelSettings(TextModelSettings):
 class ModelSettings(AdaptedModelSettings):
     """The model and its tokenizer."""
 
-    ckpt_dir: Annotated[
-        str, CONTENT, "the model to start from: shards for any degree, or a Hugging Face folder"
-    ]
+    ckpt_dir: Annotated[str, CONTENT, "the model: shards for any degree, or a Hugging Face folder"]
 
 
 @dataclass(frozen=True, kw_only=True)

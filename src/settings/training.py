@@ -139,7 +139,7 @@ class EvaluationSettings(Settings):
     keep_best: Annotated[
         str | None,
         "a metric of the evaluation, such as accuracy: the model is also saved, to SAVE_DIR-best, "
-        "whenever it is higher than ever",
+        "whenever it is higher than ever (PPO: ACTOR_SAVE_DIR-best)",
     ] = None
     eval_batch_size: Annotated[
         int, AtLeast(1), MAY_CHANGE, "sequences that an evaluation computes at a time, at most"
@@ -179,8 +179,8 @@ class SavingSettings(Settings):
         AtLeast(1, 10**9),
         Unit("steps"),
         MAY_CHANGE,
-        "keep what is needed to go on, in SAVE_DIR-state, every so many steps (PPO: iterations); "
-        "without it only when a signal ends the run",
+        "keep what is needed to go on, in SAVE_DIR-state (PPO: ACTOR_SAVE_DIR-state), every so "
+        "many steps (PPO: iterations); without it only when a signal ends the run",
     ] = None
     keep: Annotated[int, AtLeast(1, 10**9), MAY_CHANGE, "so many of the newest of these stay"] = 2
     resume: Annotated[
@@ -192,7 +192,8 @@ class SavingSettings(Settings):
     log_dir: Annotated[
         str | None,
         MAY_CHANGE,
-        "for the log, TensorBoard events and evaluation results; SAVE_DIR-logs when not given",
+        "for the log, TensorBoard events and evaluation results; SAVE_DIR-logs (PPO: "
+        "ACTOR_SAVE_DIR-logs) when not given",
     ] = None
 
 

@@ -74,6 +74,12 @@ def training_budget(
     return Budget(weights, gradients, optimizer)
 
 
+def adapter_bytes(config: ModelConfig, n: int, dtype: torch.dtype, lora: LoRAConfig | None) -> int:
+    """A frozen adapter at `n` ranks."""
+    specs = lora_table(config, lora).values() if lora is not None else []
+    return sum(_numel(spec, n) for spec in specs) * dtype.itemsize
+
+
 def _numel(spec: TensorSpec, n: int) -> int:
     return torch.Size(spec.local_shape(n)).numel()
 

@@ -58,8 +58,8 @@ class Earlier:
                 step = _chosen(settings.saving.resume, folder)
                 _check_writable(folder)
                 known = defaults(type(settings))
-                is_finished = (folder / FINISHED).exists() and all(map(_is_there, save_dirs))
-                if settings.saving.resume == "auto" and is_finished:
+                goes_on = settings.saving.resume == "auto" and (folder / FINISHED).exists()
+                if goes_on and all(map(_is_there, save_dirs)):
                     return record, None, _finished(folder / FINISHED, record, known)
                 if step is not None:
                     _check_same(step, step_facts(step)["settings"], record, known)
