@@ -32,8 +32,8 @@ class SoftmaxSettings(Settings):
     temperature: Annotated[
         float,
         TEMPERATURE,
-        "divides the logits, in sampling and in every log-probability; where tokens are only chosen, "
-        "0 takes the likeliest",
+        "divides the logits, in sampling and in every log-probability; where tokens are only "
+        "chosen, 0 takes the likeliest",
     ] = 1.0
 
 

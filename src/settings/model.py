@@ -77,8 +77,8 @@ class BatchSettings(Settings):
         int,
         AtLeast(2),
         Unit("tokens"),
-        "of prompt and response together; training rows with more are left out and counted, prompts "
-        "without room get no answer, rows to score are refused",
+        "of prompt and response together; training rows with more are left out and counted, "
+        "prompts without room get no answer, rows to score are refused",
     ] = 1024
 
 
