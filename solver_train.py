@@ -51,7 +51,7 @@ def main(settings: SolverTrainSettings) -> None:
     with RunLog(places.logs, "solver_train", settings, parallel.rank) as log:
         if inputs.warning:
             log.warning(f"{inputs.warning} and are left out")
-        log.info(f"{len(inputs.sequences)} rows; {parallel.described}")
+        log.info(f"{inputs.n_rows} rows; {parallel.described}")
 
         # What is trained, how, and what is looked at on the way.
         prepare(model, plan, run, parallel)

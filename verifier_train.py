@@ -49,7 +49,7 @@ def main(settings: VerifierTrainSettings) -> None:
     with RunLog(places.logs, "verifier_train", settings, parallel.rank) as log:
         for message in filter(None, (inputs.warning, inputs.evaluation.warning)):
             log.warning(f"{message} and are left out")
-        log.info(f"{len(inputs.pairs)} rows; {parallel.described}")
+        log.info(f"{inputs.n_rows} rows; {parallel.described}")
 
         # What is trained, how, and what is looked at on the way.
         prepare(model, plan, run, parallel)

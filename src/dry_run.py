@@ -4,15 +4,18 @@ It prints the bytes of each rank, the rows, an example with its loss mask, and t
 checkpoint at hand, --model_type alone is enough for the bytes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from src.checkpoint.source import Checkpoint, config_of_type
 from src.data.tokenizer import Tokenizer
 from src.errors import UserError
-from src.inputs import adapter_config, check_trainable
+from src.inputs import OpenedModel, adapter_config, check_trainable
 from src.models.batch import Sequence
 from src.models.config import ModelConfig
 from src.models.lora import LoRAConfig
@@ -27,6 +30,7 @@ from src.trainer.budget import Budget, adapter_bytes, model_budget, training_bud
 from src.trainer.fit import rows_per_step
 from src.trainer.inputs import SolverInputs, VerifierInputs
 
+TrainInputs = TypeVar("TrainInputs", SolverInputs, VerifierInputs)
 NOT_READ = "rows, steps and an example: give a checkpoint and the train file"
 
 
@@ -52,32 +56,41 @@ class Ranks:
 
 def solver_plan(settings: SolverTrainSettings) -> None:
     """Print what solver_train.py would do."""
-    parallel = start(None, settings.run.timeout)
-    ranks, dtype = Ranks.of(settings, parallel), pick_dtype(settings.run.dtype, parallel.device)
-    inputs = None
-    if settings.model.ckpt_dir and settings.data.train_file:
-        inputs = agreed(lambda: SolverInputs.read(settings, parallel))
-    config = _config(settings.model, settings.model.ckpt_dir)
-    lora = inputs.lora if inputs is not None else _new_adapter(settings, config)
-    lines = _bytes_lines(
-        config, ranks, dtype, {"model": _trained(settings, config, ranks, dtype, lora)}
-    )
-    if inputs is None:
-        lines += [NOT_READ]
-    else:
-        lines += _step_lines(settings, len(inputs.sequences), inputs.warning, ranks)
-        lines += _sequence_lines(inputs.model.tokenizer, inputs.sequences[0])
-    _print(lines, parallel)
+
+    def example(inputs: SolverInputs) -> list[str]:
+        return _sequence_lines(inputs.model.tokenizer, inputs.sequences[0])
+
+    _plan(settings, "lm", partial(SolverInputs.read, settings), example)
 
 
 def verifier_plan(settings: VerifierTrainSettings) -> None:
     """Print what verifier_train.py would do."""
+
+    def example(inputs: VerifierInputs) -> list[str]:
+        tokenizer, pair = inputs.model.tokenizer, inputs.pairs[0]
+        lines = ["example, row 0: the scalar head reads the last token of each side"]
+        for side, sequence in (("chosen", pair.chosen[0]), ("rejected", pair.rejected[0])):
+            text = tokenizer.spelled(list(sequence.tokens))
+            lines += [f"  {side:9}{len(sequence.tokens):5} tokens  {text!r}"]
+        return lines
+
+    _plan(settings, "score", partial(VerifierInputs.read, settings), example)
+
+
+def _plan(
+    settings: TrainSettings,
+    head: str,
+    read: Callable[[Parallel], TrainInputs],
+    example: Callable[[TrainInputs], list[str]],
+) -> None:
+    """Print a trainer's plan. head: of the trained model; example: lines about the first row."""
     parallel = start(None, settings.run.timeout)
     ranks, dtype = Ranks.of(settings, parallel), pick_dtype(settings.run.dtype, parallel.device)
     inputs = None
     if settings.model.ckpt_dir and settings.data.train_file:
-        inputs = agreed(lambda: VerifierInputs.read(settings, parallel))
-    config = _config(settings.model, settings.model.ckpt_dir).with_head("score")
+        inputs = agreed(lambda: read(parallel))
+    opened = inputs.model if inputs is not None else None
+    config = _config(settings.model, settings.model.ckpt_dir, opened).with_head(head)
     lora = inputs.lora if inputs is not None else _new_adapter(settings, config)
     lines = _bytes_lines(
         config, ranks, dtype, {"model": _trained(settings, config, ranks, dtype, lora)}
@@ -85,12 +98,7 @@ def verifier_plan(settings: VerifierTrainSettings) -> None:
     if inputs is None:
         lines += [NOT_READ]
     else:
-        lines += _step_lines(settings, len(inputs.pairs), inputs.warning, ranks)
-        tokenizer, pair = inputs.model.tokenizer, inputs.pairs[0]
-        lines += ["example, row 0: the scalar head reads the last token of each side"]
-        for side, sequence in (("chosen", pair.chosen[0]), ("rejected", pair.rejected[0])):
-            text = tokenizer.spelled(list(sequence.tokens))
-            lines += [f"  {side:9}{len(sequence.tokens):5} tokens  {text!r}"]
+        lines += _step_lines(settings, inputs.n_rows, inputs.warning, ranks) + example(inputs)
     _print(lines, parallel)
 
 
@@ -105,14 +113,14 @@ def ppo_plan(settings: PPOTrainSettings) -> None:
 
     # Other roles whose checkpoints are not at hand are taken to be like the actor.
     check_degrees(settings, ranks)
-    actor = _config(roles, roles.actor_ckpt_dir).with_head("lm")
+    opened = inputs.roles.actor if inputs is not None else None
+    actor = _config(roles, roles.actor_ckpt_dir, opened).with_head("lm")
     lines = _bytes_lines(actor, ranks, dtype, _role_budgets(settings, actor, inputs, ranks, dtype))
     if roles.offload:
         lines += ["  --offload: not all of these are on the device at once"]
     if inputs is None:
         lines += [NOT_READ]
-
-    if inputs is not None:
+    else:
         rollouts, updates = settings.rollouts, settings.updates
         per_iteration = rollouts.max_buffer_size // rollouts.samples_per_prompt
         prompts = inputs.prompts
@@ -131,8 +139,10 @@ def ppo_plan(settings: PPOTrainSettings) -> None:
     _print(lines, parallel)
 
 
-def _config(model: TextModelSettings, ckpt_dir: str) -> ModelConfig:
+def _config(model: TextModelSettings, ckpt_dir: str, opened: OpenedModel | None) -> ModelConfig:
     """The model's sizes: the checkpoint's, a config file's, or those of a --model_type."""
+    if opened is not None:
+        return opened.checkpoint.config
     if ckpt_dir:
         return Checkpoint.open(ckpt_dir, model.config_file, None).config
     return config_of_type(model.model_type, model.config_file)

@@ -38,11 +38,11 @@ def encode(tokenizer: Tokenizer, instruction: str, output: str) -> Sequence:
 
 
 def within(
-    lengths: list[int], max_seq_len: int, strict: bool, what: str
+    lengths: list[int], max_seq_len: int, must_fit: bool, what: str
 ) -> tuple[list[bool], str | None]:
     """Which lengths fit into max_seq_len, and a warning that counts the others.
 
-    Raises UserError when `strict` and one does not, or when none fits.
+    Raises UserError when all `must_fit` and one does not, or when none fits.
     """
     fits = [length <= max_seq_len for length in lengths]
     if all(fits):
@@ -51,13 +51,13 @@ def within(
         f"{fits.count(False)} of {len(fits)} {what} are longer than --max_seq_len {max_seq_len} "
         f"(up to {max(lengths)})"
     )
-    if strict or not any(fits):
+    if must_fit or not any(fits):
         raise UserError(f"{message}; raise it to {max(lengths)} or shorten them")
     return fits, message
 
 
 def solver_sequences(
-    path: str, tokenizer: Tokenizer, max_seq_len: int, strict: bool
+    path: str, tokenizer: Tokenizer, max_seq_len: int, must_fit: bool = False
 ) -> tuple[list[Sequence], str | None]:
     """Training sequences of a solver file, one of each accepted output; and a warning, or None."""
     sequences = [
@@ -66,12 +66,12 @@ def solver_sequences(
         for output in row["outputs"]
     ]
     lengths = [len(s.tokens) for s in sequences]
-    fits, warning = within(lengths, max_seq_len, strict, f"rows of {path}")
+    fits, warning = within(lengths, max_seq_len, must_fit, f"rows of {path}")
     return [s for s, fit in zip(sequences, fits) if fit], warning
 
 
 def comparisons(
-    path: str, tokenizer: Tokenizer, max_seq_len: int, strict: bool
+    path: str, tokenizer: Tokenizer, max_seq_len: int, must_fit: bool = False
 ) -> tuple[list[Comparison], str | None]:
     """Training comparisons of a verifier file; and a warning, or None."""
     pairs = []
@@ -82,7 +82,7 @@ def comparisons(
         )
         pairs.append(Comparison(chosen, rejected))
     longest = [max(len(s.tokens) for s in c.chosen + c.rejected) for c in pairs]
-    fits, warning = within(longest, max_seq_len, strict, f"rows of {path}")
+    fits, warning = within(longest, max_seq_len, must_fit, f"rows of {path}")
     return [c for c, fit in zip(pairs, fits) if fit], warning
 
 

@@ -91,8 +91,8 @@ class VerifierEvaluationInputs:
         warning = None
         if rows.label_file is not None and rows.log_dir is not None:
             check_log_dir(rows.log_dir, settings.model.ckpt_dir)
-            tokenizer, strict = model.tokenizer, rows.strict_length
-            pairs, warning = comparisons(rows.label_file, tokenizer, max_seq_len, strict)
+            tokenizer, must_fit = model.tokenizer, rows.strict_length
+            pairs, warning = comparisons(rows.label_file, tokenizer, max_seq_len, must_fit)
         elif rows.input_file is not None and rows.output_file is not None:
             check_writable(rows.output_file, ".jsonl", rows.input_file)
             sequences = scored_sequences(rows.input_file, model.tokenizer, max_seq_len)

@@ -87,12 +87,12 @@ class VerifierEvaluation:
 
     @classmethod
     def read(
-        cls, settings: EvaluationSettings, tokenizer: Tokenizer, max_seq_len: int, strict: bool
+        cls, settings: EvaluationSettings, tokenizer: Tokenizer, max_seq_len: int, must_fit: bool
     ) -> "VerifierEvaluation":
         """Read the label file. Raises UserError for it, and for a metric that there is not."""
         pairs, warning = None, None
         if settings.label_file is not None:
-            pairs, warning = comparisons(settings.label_file, tokenizer, max_seq_len, strict)
+            pairs, warning = comparisons(settings.label_file, tokenizer, max_seq_len, must_fit)
         evaluation = cls(settings.task or "pairs", pairs, warning, settings.eval_batch_size)
         check_metric(settings.keep_best, evaluation.metrics)
         return evaluation

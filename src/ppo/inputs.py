@@ -71,7 +71,7 @@ class PPOInputs:
         warnings = [warning]
         mix: list[Sequence] = []
         if ptx_file is not None:
-            mix, warning = solver_sequences(ptx_file, tokenizer, max_seq_len, strict=False)
+            mix, warning = solver_sequences(ptx_file, tokenizer, max_seq_len)
             warnings.append(warning)
 
         # Where earlier runs left the models.

@@ -14,9 +14,14 @@ def epoch_batches(n_rows: int, batch_size: int, seed: int, epoch: int) -> list[l
     Batches are not sorted by length, which would sort them by content: packing makes that needless.
     Inside a batch, `share_of` puts rows alike in length into the same micro-batch.
     """
+    order = _shuffled(n_rows, seed, epoch)
+    return [order[i : i + batch_size] for i in range(0, n_rows, batch_size)]
+
+
+def _shuffled(n_rows: int, seed: int | str, epoch: int) -> list[int]:
     order = list(range(n_rows))
     random.Random(f"{seed}/epoch {epoch}").shuffle(order)
-    return [order[i : i + batch_size] for i in range(0, n_rows, batch_size)]
+    return order
 
 
 class EndlessBatches:
@@ -29,9 +34,7 @@ class EndlessBatches:
     def _endless(n_rows: int, batch_size: int, seed: str) -> Iterator[list[int]]:
         waiting: list[int] = []
         for epoch in itertools.count(1):
-            order = list(range(n_rows))
-            random.Random(f"{seed}/epoch {epoch}").shuffle(order)
-            waiting += order
+            waiting += _shuffled(n_rows, seed, epoch)
             while len(waiting) >= batch_size:
                 yield waiting[:batch_size]
                 waiting = waiting[batch_size:]

@@ -44,6 +44,10 @@ class SolverInputs:
     sequences: list[Sequence]
     warning: str | None
 
+    @property
+    def n_rows(self) -> int:
+        return len(self.sequences)
+
     @classmethod
     def read(cls, settings: SolverTrainSettings, parallel: Parallel) -> "SolverInputs":
         """Read everything. Raises UserError, before any work, for whatever is wrong."""
@@ -71,6 +75,10 @@ class VerifierInputs:
     evaluation: VerifierEvaluation
     pairs: list[Comparison]
     warning: str | None
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.pairs)
 
     @classmethod
     def read(cls, settings: VerifierTrainSettings, parallel: Parallel) -> "VerifierInputs":
