@@ -31,6 +31,9 @@ LAUNCHES = (
     "trainer/test_steps.py",
 )
 
+# The suite is about the CPU's paths, also on a machine with a GPU: its ranks outnumber the GPUs.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 if "PYTEST_XDIST_WORKER" in os.environ:  # each process takes its share of the cores
     os.environ["LOCAL_WORLD_SIZE"] = os.environ["PYTEST_XDIST_WORKER_COUNT"]
 

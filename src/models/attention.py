@@ -1,5 +1,6 @@
 """Sequences laid end to end, without padding, each attending to itself alone."""
 
+import functools
 import inspect
 from typing import Any
 
@@ -56,6 +57,11 @@ def band(queries: range, keys: int, window: int, device: torch.device) -> Tensor
     query = torch.arange(queries.start, queries.stop, device=device).unsqueeze(1)
     back = query - torch.arange(keys, device=device)
     return (back >= 0) & (back < window) if window else back >= 0
+
+
+def flash_takes(head_dim: int) -> bool:
+    """Whether FlashAttention has kernels for heads of this width."""
+    return head_dim % 8 == 0 and head_dim <= 256
 
 
 class Packed:
@@ -124,7 +130,7 @@ class Packed:
 
         q: [N, heads, head_dim]; k, v: [N, kv heads, head_dim]; → like q.
         """
-        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and flash_takes(q.size(-1)):
             return self._variable_length(q, k, v, window)
         return self._one_by_one(q, k, v, window)
 
@@ -156,10 +162,9 @@ class Packed:
 
         Queries stand at the end of their keys, prefix and all.
         """
-        queries = keys = self._bounds(self.lengths, q.device)
+        queries, keys = self.bounds
         if any(self.before):
             k, v = (torch.cat(self._with_prefixes(x.split(self.lengths))) for x in (k, v))
-            keys = self._bounds([a + b for a, b in zip(self.lengths, self.before)], q.device)
         # keys to the left and to the right that a query sees; -1: all
         options: dict[str, Any] = {"window_size": (window - 1 if window else -1, 0)}
         if q.size(1) != k.size(1):
@@ -171,7 +176,13 @@ class Packed:
         assert isinstance(out, Tensor)  # more comes only where it is asked for
         return out
 
-    @staticmethod
-    def _bounds(lengths: list[int], device: torch.device) -> Tensor:
-        """Where each sequence begins, and the last one ends, [sequences + 1]."""
-        return torch.tensor([0, *lengths], device=device).cumsum(0).int()
+    @functools.cached_property
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """Where each sequence's queries and keys begin, and the last one's end, [sequences + 1].
+
+        Made once for all layers: a copy from the host waits for the GPU.
+        """
+        queries = F.pad(self.size.cumsum(0), (1, 0)).int()
+        whole = self.size + torch.tensor(self.before, dtype=torch.long)
+        keys = F.pad(whole.cumsum(0), (1, 0)).int()
+        return queries.to(self.starts.device), keys.to(self.starts.device)

@@ -264,3 +264,8 @@ def test_the_kernel_that_is_installed_takes_what_it_is_given(monkeypatch):
     assert (arguments["max_q"], arguments["max_k"]) == (5, 9)
     assert arguments["cu_seq_q"].tolist() == [0, 4, 7, 8, 13]
     assert arguments["cu_seq_k"].tolist() == [0, 4, 11, 16, 25]
+
+
+@pytest.mark.parametrize("width, is_taken", ((64, True), (256, True), (12, False), (264, False)))
+def test_widths_of_heads_that_the_gpu_s_kernel_has(width, is_taken):
+    assert attention.flash_takes(width) == is_taken
