@@ -17,6 +17,7 @@ from fairscale.nn.model_parallel.initialize import (
 )
 from torch import Tensor
 
+from src.parallel.shared_memory import gathered
 from src.parallel.vocab import mp_all_reduce, vocab_range
 from src.settings.declaration import check
 from src.settings.generation import RepetitionPenalty, SamplingSettings
@@ -162,11 +163,9 @@ def logsumexp(z: Tensor) -> Tensor:
 
 def gather_ranks(x: Tensor) -> list[Tensor]:
     """Every rank's tensor of the same shape."""
-    parts = [torch.empty_like(x) for _ in range(get_model_parallel_world_size())]
-    if len(parts) == 1:
+    if get_model_parallel_world_size() == 1:
         return [x]
-    dist.all_gather(parts, x.contiguous(), group=get_model_parallel_group())
-    return parts
+    return list(gathered(x, get_model_parallel_group()))
 
 
 def _largest(z: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 
 class _Scatter(torch.autograd.Function):
@@ -162,6 +161,8 @@ class Packed:
 
         Queries stand at the end of their keys, prefix and all.
         """
+        from torch.nn.attention.varlen import varlen_attn  # a second, which the CPU need not spend
+
         queries, keys = self.bounds
         if any(self.before):
             k, v = (torch.cat(self._with_prefixes(x.split(self.lengths))) for x in (k, v))

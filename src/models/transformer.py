@@ -40,19 +40,19 @@ from src.parallel.layers import (
 )
 from src.parallel.vocab import IMPOSSIBLE
 
-_aten = torch.ops.aten
 KEPT = {  # what is dear to compute: products and attention
-    _aten.mm.default,
-    _aten.addmm.default,
-    _aten._scaled_dot_product_flash_attention_for_cpu.default,
-    _aten._scaled_dot_product_flash_attention.default,
-    _aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.torch_attn._varlen_attn.default,
+    "aten::mm",
+    "aten::addmm",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_efficient_attention",
+    "torch_attn::_varlen_attn",
 }
 
 
 def _keep_products(ctx, op, *args, **kwargs) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    is_kept = op.name() in KEPT
+    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 # Activation checkpointing: what of a block is computed again in backward. "full": everything, from

@@ -19,7 +19,11 @@ import torch.nn.functional as F
 from fairscale.nn.model_parallel import layers as fairscale_layers
 from torch import Tensor, nn
 
-from src.parallel.mappings import copy_to_model_parallel_region, reduce_from_model_parallel_region
+from src.parallel.mappings import (
+    copy_to_model_parallel_region,
+    gather_from_model_parallel_region,
+    reduce_from_model_parallel_region,
+)
 from src.parallel.shared_memory import summed
 
 __all__ = [
@@ -28,6 +32,7 @@ __all__ = [
     "ParallelEmbedding",
     "VocabParallelEmbedding",
     "copy_to_model_parallel_region",
+    "gather_from_model_parallel_region",
     "reduce_from_model_parallel_region",
 ]
 
@@ -269,36 +274,32 @@ def _packable(model: nn.Module) -> list:
 
 
 class ParallelEmbedding(fairscale_layers.ParallelEmbedding):
-    """Embedding split along the embedding axis, as in Meta's released shards.
-
-    FairScale's forward.
-    """
+    """Embedding split along the embedding axis, as in Meta's released shards."""
 
     def __init__(self, weight: nn.Parameter, embedding_dim: int) -> None:
         nn.Module.__init__(self)
-        self.embedding_dim = embedding_dim
-        self.padding_idx, self.max_norm, self.norm_type = None, None, 2.0
-        self.scale_grad_by_freq, self.sparse = False, False
-        self.weight = weight
+        self.weight, self.embedding_dim = weight, embedding_dim
 
     def forward(self, tokens: Tensor) -> Tensor:
-        # the last rank's padding, if any, is cut off
-        return super().forward(tokens)[..., : self.embedding_dim]
+        """Ids [N] → [N, embedding_dim]."""
+        whole = gather_from_model_parallel_region(F.embedding(tokens, self.weight))
+        return whole[..., : self.embedding_dim]  # without the last rank's padding, if any
 
 
 class VocabParallelEmbedding(fairscale_layers.VocabParallelEmbedding):
-    """Embedding split along the vocabulary, to share its weight with the output layer.
-
-    FairScale's forward.
-    """
+    """Embedding split along the vocabulary, to share its weight with the output layer."""
 
     def __init__(self, weight: nn.Parameter, rank: int) -> None:
         nn.Module.__init__(self)
-        self.padding_idx, self.max_norm, self.norm_type = None, None, 2.0
-        self.scale_grad_by_freq, self.sparse = False, False
-        self.weight = weight
-        self.vocab_start_index = rank * weight.size(0)
-        self.vocab_end_index = self.vocab_start_index + weight.size(0)
+        self.weight, self.start = weight, rank * weight.size(0)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Ids [N] → [N, dim]: this rank's entries, zeros for the others', summed over the ranks."""
+        local = tokens - self.start
+        is_other = (local < 0) | (local >= self.weight.size(0))
+        rows = F.embedding(local.masked_fill(is_other, 0), self.weight)
+        rows = rows.masked_fill(is_other.unsqueeze(-1), 0.0)
+        return reduce_from_model_parallel_region(rows)
 
 
 class ReplicatedLinear(nn.Linear):

@@ -7,11 +7,12 @@ Megatron's f and g (arXiv 1909.08053, section 3). FairScale has the same, bound 
 import torch
 from fairscale.nn.model_parallel.initialize import (
     get_model_parallel_group,
+    get_model_parallel_rank,
     get_model_parallel_world_size,
 )
 from torch import Tensor
 
-from src.parallel.shared_memory import summed
+from src.parallel.shared_memory import gathered, summed
 
 
 class _Copy(torch.autograd.Function):
@@ -34,6 +35,16 @@ class _Reduce(torch.autograd.Function):
         return grad
 
 
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return torch.cat(list(gathered(x, get_model_parallel_group())), -1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad.chunk(get_model_parallel_world_size(), -1)[get_model_parallel_rank()]
+
+
 def copy_to_model_parallel_region(x: Tensor) -> Tensor:
     """The identity, whose gradient is summed over the ranks of a model."""
     return x if get_model_parallel_world_size() == 1 else _Copy.apply(x)
@@ -42,3 +53,8 @@ def copy_to_model_parallel_region(x: Tensor) -> Tensor:
 def reduce_from_model_parallel_region(x: Tensor) -> Tensor:
     """The sum over the ranks of a model; its gradient is every rank's."""
     return x if get_model_parallel_world_size() == 1 else _Reduce.apply(x)
+
+
+def gather_from_model_parallel_region(x: Tensor) -> Tensor:
+    """The ranks' parts side by side, [..., n] → [..., n · ranks]; each gets its part's gradient."""
+    return x if get_model_parallel_world_size() == 1 else _Gather.apply(x)

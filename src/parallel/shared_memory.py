@@ -1,11 +1,12 @@
-"""All-reduce among ranks of one machine through memory that they share.
+"""All-reduce and all-gather among ranks of one machine through memory that they share.
 
 On the CPU it is far quicker than gloo over the loopback. Each rank writes its tensor into its own
-slot, says so, waits until the others have, and adds up all slots in the order of ranks, so that all
-get the same bits. Two slots in turn are enough: a rank that has seen the others' word for one
-tensor knows that they are done with the one before.
+slot, says so, waits until the others have, and reads all slots; sums go in the order of ranks, so
+that all get the same bits. Two slots in turn are enough: a rank that has seen the others' word for
+one tensor knows that they are done with the one before.
 """
 
+import ctypes
 import os
 import platform
 import tempfile
@@ -22,7 +23,10 @@ from src.parallel.clock import clock
 SLOT_BYTES = 2**22  # longer tensors go in pieces
 BITS = 24  # of a flag, for the number of bytes
 LINE = 8  # flags of 8 bytes each, a cache line apart
-PATIENCE = 200  # looks at a flag before the core is offered to others
+# Looks at a flag before the core is offered to others: where ranks have a core each, and not.
+PATIENCE, PATIENCE_SHARED = 200, 20
+FUTEX, FUTEX_WAIT, FUTEX_WAKE = 202, 0, 1  # Linux on x86-64: the call, and what is wanted of it
+NAP_S = 1  # a sleeping rank looks at the clock as often
 
 Operation = dist.ReduceOp.RedOpType
 _OPERATIONS: dict[Operation, Callable[..., Tensor]] = {
@@ -30,16 +34,34 @@ _OPERATIONS: dict[Operation, Callable[..., Tensor]] = {
     dist.ReduceOp.MAX: torch.maximum,
     dist.ReduceOp.MIN: torch.minimum,
 }
-_reducers: dict[dist.ProcessGroup, "SharedReducer"] = {}
+_groups: dict[dist.ProcessGroup, "SharedSlots"] = {}
 
 
-class SharedReducer:
+class _Duration(ctypes.Structure):
+    """C's timespec."""
+
+    _fields_ = [("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long)]
+
+
+class SharedSlots:
     """The shared memory of one group. Made by all its ranks together."""
 
-    def __init__(self, group: dist.ProcessGroup, timeout: float, path: str, total: int) -> None:
-        """path: a file of `total` bytes in the machine's memory, which all ranks open."""
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        timeout: float,
+        path: str,
+        total: int,
+        shares_cores: bool = False,
+    ) -> None:
+        """path: a file of `total` bytes in the machine's memory, which all ranks open.
+
+        shares_cores: there are more ranks than cores, so that who waits sleeps.
+        """
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self.timeout, self.turn = timeout, 0
+        self.timeout, self.turn, self.shares_cores = timeout, 0, shares_cores
+        self.patience = PATIENCE_SHARED if shares_cores else PATIENCE
+        self.syscall, self.nap = ctypes.CDLL(None).syscall, _Duration(NAP_S, 0)
         memory = torch.from_file(path, shared=True, size=total, dtype=torch.uint8)
         flag_bytes = self.size * LINE * 8
         # Each rank's word: the number of the tensor that it last wrote, and how many bytes that
@@ -49,51 +71,71 @@ class SharedReducer:
 
     def all_reduce(self, x: Tensor, out: Tensor, op: Operation) -> None:
         """`x` over all ranks into `out`, which may be `x`; both contiguous."""
-        length = SLOT_BYTES // x.element_size()
+        combine, length = _OPERATIONS[op], SLOT_BYTES // x.element_size()
         for piece, result in zip(x.view(-1).split(length), out.view(-1).split(length)):
-            self._reduce_piece(piece, result, _OPERATIONS[op])
+            first, *others = self._exchange(piece)
+            for i, slot in enumerate(others):
+                combine(result if i else first, slot, out=result)
 
-    def _reduce_piece(self, x: Tensor, out: Tensor, combine: Callable[..., Tensor]) -> None:
+    def all_gather(self, x: Tensor, out: Tensor) -> None:
+        """Every rank's `x` into `out`, [ranks, numbers of x]; x contiguous."""
+        length = SLOT_BYTES // x.element_size()
+        for piece, result in zip(x.view(-1).split(length), out.split(length, 1)):
+            result.copy_(self._exchange(piece))
+
+    def _exchange(self, x: Tensor) -> Tensor:
+        """Every rank's `x`, [ranks, numbers of x], until the exchange after the next."""
         self.turn += 1
         slots = self.slots[self.turn % 2, :, : x.nbytes].view(x.dtype)  # [ranks, numbers of x]
         slots[self.rank].copy_(x)
         # The word comes after the data: x86 keeps the order of stores.
         self.flags[self.rank, 0] = self.turn << BITS | x.nbytes
+        if self.shares_cores:
+            self._futex(self.rank, FUTEX_WAKE, self.size, None)
         for rank in range(self.size):
             if rank != self.rank:
                 self._wait_for(rank, x.nbytes)
-        combine(slots[0], slots[1], out=out)
-        for rank in range(2, self.size):
-            combine(out, slots[rank], out=out)
+        return slots
 
     def _wait_for(self, rank: int, size: int) -> None:
         flags, looks = self.flags, 0
         began: float | None = None
         while (word := int(flags[rank, 0])) >> BITS < self.turn:
             looks += 1
-            if looks % PATIENCE == 0:
-                os.sched_yield()
+            if looks % self.patience == 0:
+                if self.shares_cores:  # sleeps, unless the flag has changed meanwhile
+                    self._futex(rank, FUTEX_WAIT, word & 0xFFFFFFFF, ctypes.byref(self.nap))
+                else:
+                    os.sched_yield()
                 began = began or time.monotonic()
                 if time.monotonic() - began > self.timeout:
                     raise RuntimeError(
-                        f"rank {rank} of {self.size} that share a model did not come to all-reduce "
+                        f"rank {rank} of {self.size} that share a model did not come to exchange "
                         f"{self.turn} within {self.timeout:g} s (--timeout): it hangs, or is gone"
                     )
         # A word of a later turn is fine: that rank has gone on, which takes our word for this one.
         other_size = word & (1 << BITS) - 1
         if word >> BITS == self.turn and other_size != size:
             raise RuntimeError(
-                f"rank {rank} all-reduces {other_size} bytes, rank {self.rank} {size}: "
+                f"rank {rank} exchanges {other_size} bytes, rank {self.rank} {size}: "
                 "they went apart"
             )
 
+    def _futex(self, rank: int, what: int, value: int, nap) -> None:
+        """Wait for a rank's flag, or wake who waits for it: futex(2), on the flag's lower half.
+
+        That half has the size and the last eight bits of the turn, so that neighbouring turns
+        differ.
+        """
+        flag = ctypes.c_void_p(self.flags.ctypes.data + rank * self.flags.strides[0])
+        self.syscall(FUTEX, flag, what, ctypes.c_uint32(value), nap, None, 0)
+
 
 def share_memory(group: dist.ProcessGroup, device: torch.device, timeout: float) -> None:
-    """Let the group's all-reduces go through shared memory where that works.
+    """Let the group's exchanges go through shared memory where that works.
 
-    That is Linux on x86, the CPU, ranks of one machine. And where each rank has a core: who waits
-    looks all the time, and would keep the others from theirs. All ranks of the group come here and
-    decide alike; where there is no memory for it, gloo's way stays.
+    That is Linux on x86, the CPU, ranks of one machine. All ranks of the group come here and decide
+    alike; where there is no memory for it, gloo's way stays.
     """
     size = dist.get_world_size(group)
     if size == 1 or device.type != "cpu":
@@ -104,19 +146,21 @@ def share_memory(group: dist.ProcessGroup, device: torch.device, timeout: float)
         and platform.machine() in ("x86_64", "AMD64")
         and os.access("/dev/shm", os.W_OK)
     )
+    # More ranks than cores, on any rank's word: they sleep and wake each other alike.
     local = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
-    works = works and local <= len(os.sched_getaffinity(0))
+    shares_cores = works and local > len(os.sched_getaffinity(0))
     answers: list = [None] * size
-    dist.all_gather_object(answers, (platform.node(), works), group=group)
-    if any(node != answers[0][0] or not able for node, able in answers):
+    dist.all_gather_object(answers, (platform.node(), works, shares_cores), group=group)
+    if any(node != answers[0][0] or not able for node, able, _ in answers):
         return
+    shares_cores = any(shares for _, _, shares in answers)
     # The first rank makes the file, all open it.
     total = size * LINE * 8 + 2 * size * SLOT_BYTES
     paths = [_file(total) if dist.get_rank(group) == 0 else None]
     dist.broadcast_object_list(paths, dist.get_global_rank(group, 0), group=group)
     if paths[0] is None:
         return
-    _reducers[group] = SharedReducer(group, timeout, paths[0], total)
+    _groups[group] = SharedSlots(group, timeout, paths[0], total, shares_cores)
     dist.barrier(group)
     if dist.get_rank(group) == 0:
         Path(paths[0]).unlink()  # the memory lives as long as someone has it mapped
@@ -140,17 +184,17 @@ def _file(total: int) -> str | None:
 
 def forget() -> None:
     """Before the groups end."""
-    _reducers.clear()
+    _groups.clear()
 
 
 def all_reduce(x: Tensor, group: dist.ProcessGroup, op: Operation = dist.ReduceOp.SUM) -> None:
     """In place over the group, by the quickest way that there is."""
-    reducer = _reducers.get(group)
+    slots = _groups.get(group)
     with clock.communication():
-        if reducer is None or not x.is_contiguous():
+        if slots is None or not x.is_contiguous():
             dist.all_reduce(x, op=op, group=group)
         elif x.numel():
-            reducer.all_reduce(x, x, op)
+            slots.all_reduce(x, x, op)
 
 
 def all_reduce_start(x: Tensor, group: dist.ProcessGroup) -> Callable[[], object]:
@@ -158,7 +202,7 @@ def all_reduce_start(x: Tensor, group: dist.ProcessGroup) -> Callable[[], object
 
     The result is there when the returned function has been called.
     """
-    if group in _reducers:
+    if group in _groups:
         all_reduce(x, group)
         return lambda: None
     work = dist.all_reduce(x, group=group, async_op=True)
@@ -172,13 +216,25 @@ def all_reduce_start(x: Tensor, group: dist.ProcessGroup) -> Callable[[], object
 
 def summed(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum over the group, in a new tensor."""
-    x, reducer = x.contiguous(), _reducers.get(group)
+    x, slots = x.contiguous(), _groups.get(group)
     with clock.communication():
-        if reducer is None:
+        if slots is None:
             out = x.clone()
             dist.all_reduce(out, group=group)
         else:
             out = torch.empty_like(x)
             if x.numel():
-                reducer.all_reduce(x, out, dist.ReduceOp.SUM)
+                slots.all_reduce(x, out, dist.ReduceOp.SUM)
+    return out
+
+
+def gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Every rank's tensor, of one shape, in a new one: [ranks, …]."""
+    x, slots = x.contiguous(), _groups.get(group)
+    with clock.communication():
+        out = x.new_empty(dist.get_world_size(group), *x.shape)
+        if slots is None:
+            dist.all_gather(list(out.unbind()), x, group=group)
+        elif x.numel():
+            slots.all_gather(x, out.view(len(out), -1))
     return out

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from src.logs import RunLog
@@ -14,6 +13,7 @@ from src.models.lora import freeze_layers
 from src.models.transformer import Transformer
 from src.parallel.clock import clock
 from src.parallel.setup import Parallel, reuse_memory
+from src.parallel.shared_memory import all_reduce
 from src.settings.model import PackedBatchSettings, TrainingBatchSettings
 from src.settings.run import TrainingRunSettings
 from src.settings.scripts import TrainSettings
@@ -182,5 +182,5 @@ def summed(sums: dict[str, Tensor], names: tuple[str, ...], parallel: Parallel) 
     """The named sums, 0 where this rank has none, added over the data-parallel ranks."""
     zero = torch.zeros((), dtype=torch.float64, device=parallel.device)
     values = torch.stack([sums[name].double() if name in sums else zero for name in names])
-    dist.all_reduce(values, group=parallel.dp_group)
+    all_reduce(values, parallel.dp_group)
     return dict(zip(names, values.tolist()))

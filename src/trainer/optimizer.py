@@ -4,15 +4,14 @@ import math
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from src.errors import UserError
 from src.models.transformer import Transformer
 from src.parallel.gradients import GradientBuckets
 from src.parallel.layers import copies_of
 from src.parallel.setup import Parallel
+from src.parallel.shared_memory import all_reduce
 from src.settings.training import OptimizerSettings
 
 GOOD_STEPS_TO_DOUBLE = 1000  # of the fp16 loss scale
@@ -103,6 +102,9 @@ class Optimizer:
         self.adam: torch.optim.Optimizer
         self.local: MasterAdamW  # of the parameters whose state this rank keeps
         if zero and parallel.dp_size > 1:
+            # it takes a while to import
+            from torch.distributed.optim import ZeroRedundancyOptimizer
+
             self.adam = ZeroRedundancyOptimizer(
                 groups, MasterAdamW, process_group=parallel.dp_group, betas=betas, eps=eps, lr=0.0
             )
@@ -218,7 +220,7 @@ class Optimizer:
         rows = [g if g.dim() == 1 else torch.linalg.vector_norm(g, dim=-1) for g in gradients]
         squares = torch.stack([row.double().square().sum() for row in rows])
         total = (squares / torch.tensor(self.copies, device=squares.device)).sum()
-        dist.all_reduce(total, group=self.parallel.mp_group)
+        all_reduce(total, self.parallel.mp_group)
         return total.sqrt()
 
     def _rescale(self, skipped: bool) -> None:

@@ -9,6 +9,7 @@ import math
 
 import pytest
 import torch
+from torch.nn.attention import varlen
 
 from src.models import attention
 from src.models.attention import Packed
@@ -239,7 +240,7 @@ def older(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, wi
 def test_the_gpu_s_kernel_is_asked_for_the_same(
     monkeypatch, lengths, prefixes, window, heads, kv_heads, signature
 ):
-    monkeypatch.setattr(attention, "varlen_attn", signature)
+    monkeypatch.setattr(varlen, "varlen_attn", signature)
     layout = Packed(lengths, prefixes=prefixes)
     q, k, v, up = drawn(sum(lengths), heads, kv_heads)
     ours = with_gradients(lambda *x: layout._variable_length(*x, window), q, k, v, up)
@@ -248,14 +249,14 @@ def test_the_gpu_s_kernel_is_asked_for_the_same(
 
 def test_the_kernel_that_is_installed_takes_what_it_is_given(monkeypatch):
     """Its real signature, called with what `_variable_length` gives it."""
-    signature, calls = inspect.signature(attention.varlen_attn), []
+    signature, calls = inspect.signature(varlen.varlen_attn), []
 
     def record(*args, **kwargs):
         calls.append(signature.bind(*args, **kwargs).arguments)
         return args[0]
 
     record.__signature__ = signature
-    monkeypatch.setattr(attention, "varlen_attn", record)
+    monkeypatch.setattr(varlen, "varlen_attn", record)
     lengths, prefixes = TREES["one group"]
     q, k, v, _ = drawn(sum(lengths), 4, 2)
     Packed(lengths, prefixes=prefixes)._variable_length(q, k, v, 3)

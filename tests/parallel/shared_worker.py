@@ -18,7 +18,7 @@ OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.Re
 
 def main(out: str) -> None:
     parallel = start(timeout=60)
-    results = {"used": parallel.mp_group in shared_memory._reducers}
+    results = {"used": parallel.mp_group in shared_memory._groups}
     shared_memory.SLOT_BYTES = 4096  # so that tensors go in pieces
     generator = torch.Generator().manual_seed(parallel.rank)
     for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.int64):
