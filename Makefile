@@ -9,10 +9,9 @@ VENV := .venv
 quickstart: $(VENV)/installed
 	$(VENV)/bin/python quickstart.py --seed $(SEED)
 
-# What starts ranks takes all cores and runs first; the rest runs in two processes.
+# In two processes (tests/conftest.py says what goes where); at most four ranks run at a time.
 test: $(VENV)/installed
-	$(VENV)/bin/python -m pytest -q -m launches
-	$(VENV)/bin/python -m pytest -q -m "not launches" -n 2 --dist loadgroup
+	$(VENV)/bin/python -m pytest -q -n 2 --no-loadscope-reorder
 
 # Form, types, spelling.
 lint: $(VENV)/installed

@@ -2,7 +2,7 @@
 
     python benchmarks/kernels.py
 
-They are products plain and packed, attention of one query, an all-reduce of two ranks.
+They are products plain and packed, attention of one query, an all-reduce of two and four ranks.
 """
 
 import os
@@ -77,7 +77,7 @@ def attention() -> None:
 
 
 def all_reduces() -> None:
-    """What rank 0 of two sees, in this process."""
+    """What rank 0 sees, in this process."""
     import torch.distributed as dist
 
     from src.parallel.setup import start, stop
@@ -90,7 +90,8 @@ def all_reduces() -> None:
     ):
         took = timed(work, 501)
         if parallel.is_main:
-            print(f"all-reduce of {x.nbytes // 1024} KB between two ranks, {name}: {took:.3f} ms")
+            size, ranks = x.nbytes // 1024, parallel.world_size
+            print(f"all-reduce of {size} KB between {ranks} ranks, {name}: {took:.3f} ms")
     stop()
 
 
@@ -101,5 +102,6 @@ if __name__ == "__main__":
         print(machine())
         products()
         attention()
-        command = [*torchrun(2), __file__, "all-reduce"]
-        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        for n in (2, 4):
+            command = [*torchrun(n), __file__, "all-reduce"]
+            subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})

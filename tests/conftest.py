@@ -4,31 +4,29 @@ import os
 
 import pytest
 import torch
+from xdist.scheduler import LoadScopeScheduling
 
 from src.parallel.setup import start, stop
 
-# Files whose tests start ranks under torchrun, which take all cores: they run one after the other
-# (`-m launches`). All others run in two processes (`-m "not launches"`), a file in one of them.
-LAUNCHES = (
-    "checkpoint/test_checkpoint.py",
-    "checkpoint/test_formats.py",
-    "checkpoint/test_memory.py",
-    "checkpoint/test_refusals.py",
-    "checkpoint/test_round_trips.py",
-    "faults/test_damage.py",
-    "faults/test_faults.py",
-    "generation/test_generation.py",
-    "generation/test_journal.py",
-    "models/test_parity.py",
-    "parallel/test_shared_memory.py",
-    "parallel/test_vocab.py",
+# Files that take long, longest first, so that both processes end at about the same time.
+LONG = (
     "ppo/test_iteration.py",
     "ppo/test_shared_trunk.py",
-    "test_cli.py",
-    "test_families.py",
+    "faults/test_faults.py",
+    "generation/test_generation.py",
+    "trainer/test_steps.py",
+    "models/test_parity.py",
     "test_scripts.py",
     "trainer/test_saving.py",
-    "trainer/test_steps.py",
+    "test_cli.py",
+    "test_families.py",
+    "checkpoint/test_memory.py",
+    "checkpoint/test_checkpoint.py",
+    "checkpoint/test_round_trips.py",
+    "checkpoint/test_formats.py",
+    "parallel/test_vocab.py",
+    "parallel/test_shared_memory.py",
+    "generation/test_journal.py",
 )
 
 # The suite is about the CPU's paths, also on a machine with a GPU: its ranks outnumber the GPUs.
@@ -46,18 +44,22 @@ def pytest_addoption(parser):
     )
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "launches: in a file that starts ranks under torchrun")
+class Together(LoadScopeScheduling):
+    """What shares launches runs in one process: a file's tests, and all of `tests/ppo`."""
+
+    def _split_scope(self, nodeid):
+        file = nodeid.partition("::")[0]
+        return "tests/ppo" if file.startswith("tests/ppo/") else file
 
 
-@pytest.hookimpl(tryfirst=True)  # before what reads the marks
+def pytest_xdist_make_scheduler(config, log):
+    return Together(config, log)
+
+
 def pytest_collection_modifyitems(items):
-    """A file's tests stay in one process, which has what they share."""
-    for item in items:
-        file = item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(file))
-        if file.removeprefix("tests/") in LAUNCHES:
-            item.add_marker(pytest.mark.launches)
+    """Long files first."""
+    turn = {f"tests/{file}": i for i, file in enumerate(LONG)}
+    items.sort(key=lambda item: turn.get(item.nodeid.partition("::")[0], len(LONG)))
 
 
 @pytest.fixture

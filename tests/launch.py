@@ -5,17 +5,43 @@ The end of its log is shown when it fails.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
+PLACES = 4  # for ranks that run at a time, over all processes of the suite
+
+
+@contextmanager
+def places(n: int) -> Iterator[None]:
+    """Waits until n more ranks may run: four at once are slow enough on two cores.
+
+    Places are locked files, which become free with their process.
+    """
+    folder = Path(tempfile.gettempdir()) / f"places-for-ranks-{os.getuid()}"
+    folder.mkdir(exist_ok=True)
+    with ExitStack() as held:
+        files = [held.enter_context(open(folder / f"{i}", "w")) for i in range(PLACES)]
+        with open(folder / "queue", "w") as queue:  # one waits at a time, so that all get theirs
+            fcntl.flock(queue, fcntl.LOCK_EX)
+            taken: list = []
+            for waits in (False, True):  # first what is free, then what gets free
+                for file in files:
+                    if len(taken) < n and file not in taken:
+                        with suppress(BlockingIOError):
+                            fcntl.flock(file, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
+                            taken.append(file)
+        yield
 
 
 def _free_port() -> int:
@@ -47,23 +73,24 @@ def start(
         command += ["-m", "torch.distributed.run", "--nnodes", "1", "--nproc_per_node", str(n)]
         command += ["--master_addr", "127.0.0.1", "--master_port", str(_free_port())]
     command += [str(ROOT / script), *map(str, args)]
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=env,
-        text=True,
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    try:
-        stdout, stderr = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        stdout, stderr = process.communicate()
-        raise AssertionError(
-            f"{script} on {n} ranks ran past {timeout} s\n{_tail(stdout)}\n{_tail(stderr)}"
-        ) from None
+    with places(n):
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=env,
+            text=True,
+            start_new_session=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        try:
+            stdout, stderr = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            stdout, stderr = process.communicate()
+            raise AssertionError(
+                f"{script} on {n} ranks ran past {timeout} s\n{_tail(stdout)}\n{_tail(stderr)}"
+            ) from None
     return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
 
 

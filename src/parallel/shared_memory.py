@@ -23,8 +23,8 @@ from src.parallel.clock import clock
 SLOT_BYTES = 2**22  # longer tensors go in pieces
 BITS = 24  # of a flag, for the number of bytes
 LINE = 8  # flags of 8 bytes each, a cache line apart
-# Looks at a flag before the core is offered to others: where ranks have a core each, and not.
-PATIENCE, PATIENCE_SHARED = 200, 20
+# Looks at a flag before a rank sleeps: where ranks have a core each, and where they share cores.
+PATIENCE, PATIENCE_SHARED = 2000, 20
 FUTEX, FUTEX_WAIT, FUTEX_WAKE = 202, 0, 1  # Linux on x86-64: the call, and what is wanted of it
 NAP_S = 1  # a sleeping rank looks at the clock as often
 
@@ -56,10 +56,10 @@ class SharedSlots:
     ) -> None:
         """path: a file of `total` bytes in the machine's memory, which all ranks open.
 
-        shares_cores: there are more ranks than cores, so that who waits sleeps.
+        shares_cores: there are more ranks than cores, so that who waits soon sleeps.
         """
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self.timeout, self.turn, self.shares_cores = timeout, 0, shares_cores
+        self.timeout, self.turn = timeout, 0
         self.patience = PATIENCE_SHARED if shares_cores else PATIENCE
         self.syscall, self.nap = ctypes.CDLL(None).syscall, _Duration(NAP_S, 0)
         memory = torch.from_file(path, shared=True, size=total, dtype=torch.uint8)
@@ -68,6 +68,8 @@ class SharedSlots:
         # had, written in one go.
         self.flags = memory[:flag_bytes].view(torch.int64).view(self.size, LINE).numpy()
         self.slots = memory[flag_bytes:].view(2, self.size, SLOT_BYTES)
+        first, stride = self.flags.ctypes.data, self.flags.strides[0]
+        self.places = [ctypes.c_void_p(first + rank * stride) for rank in range(self.size)]
 
     def all_reduce(self, x: Tensor, out: Tensor, op: Operation) -> None:
         """`x` over all ranks into `out`, which may be `x`; both contiguous."""
@@ -90,8 +92,7 @@ class SharedSlots:
         slots[self.rank].copy_(x)
         # The word comes after the data: x86 keeps the order of stores.
         self.flags[self.rank, 0] = self.turn << BITS | x.nbytes
-        if self.shares_cores:
-            self._futex(self.rank, FUTEX_WAKE, self.size, None)
+        self._futex(self.rank, FUTEX_WAKE, self.size, None)
         for rank in range(self.size):
             if rank != self.rank:
                 self._wait_for(rank, x.nbytes)
@@ -103,10 +104,8 @@ class SharedSlots:
         while (word := int(flags[rank, 0])) >> BITS < self.turn:
             looks += 1
             if looks % self.patience == 0:
-                if self.shares_cores:  # sleeps, unless the flag has changed meanwhile
-                    self._futex(rank, FUTEX_WAIT, word & 0xFFFFFFFF, ctypes.byref(self.nap))
-                else:
-                    os.sched_yield()
+                # sleeps, unless the flag has changed meanwhile
+                self._futex(rank, FUTEX_WAIT, word & 0xFFFFFFFF, ctypes.byref(self.nap))
                 began = began or time.monotonic()
                 if time.monotonic() - began > self.timeout:
                     raise RuntimeError(
@@ -127,8 +126,7 @@ class SharedSlots:
         That half has the size and the last eight bits of the turn, so that neighbouring turns
         differ.
         """
-        flag = ctypes.c_void_p(self.flags.ctypes.data + rank * self.flags.strides[0])
-        self.syscall(FUTEX, flag, what, ctypes.c_uint32(value), nap, None, 0)
+        self.syscall(FUTEX, self.places[rank], what, ctypes.c_uint32(value), nap, None, 0)
 
 
 def share_memory(group: dist.ProcessGroup, device: torch.device, timeout: float) -> None:

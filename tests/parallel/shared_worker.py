@@ -1,4 +1,4 @@
-"""All-reduces through shared memory on the ranks that started it, against gloo's.
+"""Exchanges through shared memory on the ranks that started it, against gloo's.
 
 Started as: shared_worker.py OUT.json
 """
@@ -23,6 +23,12 @@ def main(out: str) -> None:
     generator = torch.Generator().manual_seed(parallel.rank)
     for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.int64):
         for size in (1, 7, 1024, 5000):
+            x = (torch.randn(size, 2, generator=generator) * 50).to(dtype)
+            parts = [torch.empty_like(x) for _ in range(parallel.world_size)]
+            dist.all_gather(parts, x, group=parallel.mp_group)
+            whole = shared_memory.gathered(x.t(), parallel.mp_group)  # not contiguous
+            alike = torch.equal(whole, torch.stack(parts).mT)
+            results[f"{dtype} {size} gathered"] = [0.0, alike]
             for name, op in OPERATIONS.items():
                 x = (torch.randn(size, generator=generator) * 50).to(dtype)
                 wanted, before = x.clone(), x.clone()
@@ -36,7 +42,12 @@ def main(out: str) -> None:
                 error = (x.double() - wanted.double()).abs().max() / wanted.double().abs().max()
                 alike = all(torch.equal(x, other) for other in of_ranks)
                 results[f"{dtype} {size} {name}"] = [float(error), alike]
-    for turn in range(3000):  # one after the other, at uneven speed
+    # Whether a rank that waits soon sleeps, then many exchanges, one after the other.
+    results["shares cores"] = (
+        results["used"]
+        and shared_memory._groups[parallel.mp_group].patience == shared_memory.PATIENCE_SHARED
+    )
+    for turn in range(3000):
         x = torch.full((16,), float(turn * (parallel.rank + 1)))
         shared_memory.all_reduce(x, parallel.mp_group)
         assert float(x[0]) == float(x[15]) == turn * sum(range(1, parallel.world_size + 1)), turn
