@@ -9,7 +9,7 @@ VENV := .venv
 quickstart: $(VENV)/installed
 	$(VENV)/bin/python quickstart.py --seed $(SEED)
 
-# In two processes (tests/conftest.py says what goes where); at most four ranks run at a time.
+# In two processes (tests/conftest.py says what goes where); shared launches wait their turn.
 test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -q -n 2 --no-loadscope-reorder
 

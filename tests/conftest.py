@@ -4,7 +4,6 @@ import os
 
 import pytest
 import torch
-from xdist.scheduler import LoadScopeScheduling
 
 from src.parallel.setup import start, stop
 
@@ -44,15 +43,16 @@ def pytest_addoption(parser):
     )
 
 
-class Together(LoadScopeScheduling):
-    """What shares launches runs in one process: a file's tests, and all of `tests/ppo`."""
-
-    def _split_scope(self, nodeid):
-        file = nodeid.partition("::")[0]
-        return "tests/ppo" if file.startswith("tests/ppo/") else file
-
-
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
+    """What shares launches runs in one process: a file's tests, and all of `tests/ppo`."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Together(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return "tests/ppo" if file.startswith("tests/ppo/") else file
+
     return Together(config, log)
 
 

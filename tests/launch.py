@@ -19,7 +19,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
-PLACES = 4  # for ranks that run at a time, over all processes of the suite
+PLACES = 4  # for ranks that are launched from here and run at a time, over the suite's processes
 
 
 @contextmanager

@@ -59,6 +59,7 @@ class SharedSlots:
         shares_cores: there are more ranks than cores, so that who waits soon sleeps.
         """
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.ranks = dist.get_process_group_ranks(group)  # their numbers in the run, for messages
         self.timeout, self.turn = timeout, 0
         self.patience = PATIENCE_SHARED if shares_cores else PATIENCE
         self.syscall, self.nap = ctypes.CDLL(None).syscall, _Duration(NAP_S, 0)
@@ -86,7 +87,7 @@ class SharedSlots:
             result.copy_(self._exchange(piece))
 
     def _exchange(self, x: Tensor) -> Tensor:
-        """Every rank's `x`, [ranks, numbers of x], until the exchange after the next."""
+        """Every rank's `x`, [ranks, numbers of x], until this rank's next exchange."""
         self.turn += 1
         slots = self.slots[self.turn % 2, :, : x.nbytes].view(x.dtype)  # [ranks, numbers of x]
         slots[self.rank].copy_(x)
@@ -109,15 +110,16 @@ class SharedSlots:
                 began = began or time.monotonic()
                 if time.monotonic() - began > self.timeout:
                     raise RuntimeError(
-                        f"rank {rank} of {self.size} that share a model did not come to exchange "
-                        f"{self.turn} within {self.timeout:g} s (--timeout): it hangs, or is gone"
+                        f"rank {self.ranks[rank]} of {dist.get_world_size()} did not come to "
+                        f"exchange {self.turn} within {self.timeout:g} s (--timeout): it hangs, "
+                        "or is gone"
                     )
         # A word of a later turn is fine: that rank has gone on, which takes our word for this one.
         other_size = word & (1 << BITS) - 1
         if word >> BITS == self.turn and other_size != size:
             raise RuntimeError(
-                f"rank {rank} exchanges {other_size} bytes, rank {self.rank} {size}: "
-                "they went apart"
+                f"rank {self.ranks[rank]} exchanges {other_size} bytes, rank "
+                f"{self.ranks[self.rank]} {size}: they went apart"
             )
 
     def _futex(self, rank: int, what: int, value: int, nap) -> None:
