@@ -135,11 +135,11 @@ def test_real_gold_answers_are_right_by_every_rule(part, n):
 )
 def test_hostile_responses_take_no_time(text):
     def seconds():
-        start = time.perf_counter()
+        start = time.process_time()
         grade(text, "18")
-        return time.perf_counter() - start
+        return time.process_time() - start
 
-    # the fastest of five: other processes are not the grader's fault
+    # this process's time, the fastest of five: other processes are not the grader's fault
     assert min(seconds() for _ in range(5)) < 0.05
 
 

@@ -180,9 +180,9 @@ def test_hostile_responses_take_no_time(piece):
     for text in texts:
         fastest = float("inf")
         for _ in range(5):  # the fastest of five: other processes are not the grader's fault
-            start = time.perf_counter()
+            start = time.process_time()
             grade(text, "5")
-            fastest = min(fastest, time.perf_counter() - start)
+            fastest = min(fastest, time.process_time() - start)
             if fastest < 0.05:
                 break
         assert fastest < 0.05, (text[:20], len(text))
@@ -190,10 +190,10 @@ def test_hostile_responses_take_no_time(piece):
 
 def test_hostile_golds_take_no_time():
     for piece in PIECES:
-        start = time.perf_counter()
+        start = time.process_time()
         with pytest.raises(UserError, match="gold answer"):
             grade(r"\boxed{5}", rf"\boxed{{{piece * (MEGABYTE // len(piece))}")
-        assert time.perf_counter() - start < 0.5
+        assert time.process_time() - start < 0.5
 
 
 def test_the_answer_at_either_end_of_a_very_long_response_is_found():
