@@ -85,8 +85,13 @@ def median(values: list[float]) -> float:
 
 
 def seconds(work: Callable[[], object]) -> float:
+    """Of `work`, to the end of what it started on a GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     began = time.perf_counter()
     work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - began
 
 

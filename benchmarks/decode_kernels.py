@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from gpu import config_of, copy_rate, free_memory, random_model, seconds
+from common import seconds
+from gpu import config_of, copy_rate, free_memory, random_model
 from torch import Tensor
 
 from src.cli import run

@@ -12,16 +12,11 @@ docs/performance.md, with the device's name. A row that does not fit the memory 
 """
 
 import gc
-import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Literal
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import seconds  # which finds `src`, too
 
 from src.checkpoint.load import put
 from src.cli import run
@@ -57,6 +52,7 @@ def main(
     train_batch: int = 8,
     rounds: int = 3,
     only: Literal["generation", "training"] | None = None,
+    cudnn: bool = False,
 ):
     """Measure and print.
 
@@ -73,8 +69,10 @@ def main(
         train_batch: sequences of a training step.
         rounds: of each; the median counts.
         only: one of the two parts.
+        cudnn: with cuDNN's attention, which `start` turns off.
     """
     parallel, head_dim = start(), dim // n_heads
+    torch.backends.cuda.enable_cudnn_sdp(cudnn)
     shape = config_of(dim, n_layers, head_dim, hidden_dim)
     full = config_of(full_dim, full_layers, head_dim, full_hidden_dim)
     on_gpu = parallel.device.type == "cuda"
@@ -143,17 +141,6 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def seconds(work: Callable[[], object]) -> float:
-    """Of `work`, to the end of what it started on the device."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
 
 
 def copy_rate(device: torch.device) -> float:

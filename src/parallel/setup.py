@@ -102,7 +102,7 @@ def start(model_parallel_size: int | None = None, timeout: float = 1800) -> Para
     device = pick_device()
     if device.type == "cuda":
         # cuDNN's attention makes a plan for each shape that it has not seen, and decoding never
-        # stops bringing new ones: ragged rollouts took 2.7 times as long (docs/performance.md).
+        # stops bringing new ones (docs/performance.md).
         torch.backends.cuda.enable_cudnn_sdp(False)
     if not dist.is_initialized():
         # With its device a rank need not guess it from its number, which differs across nodes.
@@ -221,7 +221,7 @@ def settle_vector_math() -> None:
 def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
     """FLOP/s of the best of a few square matrix products: what a model's could reach at most."""
     n, rounds = (8192, 4) if device.type == "cuda" else (2048, 2)
-    # A GPU multiplies constants faster than numbers (877 against 785 TFLOP/s on an H100).
+    # A GPU multiplies constants faster than numbers.
     generator = torch.Generator(device).manual_seed(0)
     a = torch.randn(n, n, device=device, generator=generator).to(dtype)
     best = math.inf

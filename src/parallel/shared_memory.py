@@ -46,21 +46,13 @@ class _Duration(ctypes.Structure):
 class SharedSlots:
     """The shared memory of one group. Made by all its ranks together."""
 
-    def __init__(
-        self,
-        group: dist.ProcessGroup,
-        timeout: float,
-        path: str,
-        total: int,
-        shares_cores: bool = False,
-    ) -> None:
-        """path: a file of `total` bytes in the machine's memory, which all ranks open.
-
-        shares_cores: there are more ranks than cores, so that who waits soon sleeps.
-        """
+    def __init__(self, group: dist.ProcessGroup, timeout: float, path: str, total: int) -> None:
+        """path: a file of `total` bytes in the machine's memory, which all ranks open."""
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.ranks = dist.get_process_group_ranks(group)  # their numbers in the run, for messages
         self.timeout, self.turn = timeout, 0
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+        shares_cores = ranks_here > len(os.sched_getaffinity(0))
         self.patience = PATIENCE_SHARED if shares_cores else PATIENCE
         self.syscall, self.nap = ctypes.CDLL(None).syscall, _Duration(NAP_S, 0)
         memory = torch.from_file(path, shared=True, size=total, dtype=torch.uint8)
@@ -146,21 +138,17 @@ def share_memory(group: dist.ProcessGroup, device: torch.device, timeout: float)
         and platform.machine() in ("x86_64", "AMD64")
         and os.access("/dev/shm", os.W_OK)
     )
-    # More ranks than cores, on any rank's word: they sleep and wake each other alike.
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
-    shares_cores = works and local > len(os.sched_getaffinity(0))
     answers: list = [None] * size
-    dist.all_gather_object(answers, (platform.node(), works, shares_cores), group=group)
-    if any(node != answers[0][0] or not able for node, able, _ in answers):
+    dist.all_gather_object(answers, (platform.node(), works), group=group)
+    if any(node != answers[0][0] or not able for node, able in answers):
         return
-    shares_cores = any(shares for _, _, shares in answers)
     # The first rank makes the file, all open it.
     total = size * LINE * 8 + 2 * size * SLOT_BYTES
     paths = [_file(total) if dist.get_rank(group) == 0 else None]
     dist.broadcast_object_list(paths, dist.get_global_rank(group, 0), group=group)
     if paths[0] is None:
         return
-    _groups[group] = SharedSlots(group, timeout, paths[0], total, shares_cores)
+    _groups[group] = SharedSlots(group, timeout, paths[0], total)
     dist.barrier(group)
     if dist.get_rank(group) == 0:
         Path(paths[0]).unlink()  # the memory lives as long as someone has it mapped
