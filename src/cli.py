@@ -54,16 +54,13 @@ def run(target: Target | dict[str, Target]) -> None:
     # allocates.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
-        _run(target, os.path.basename(sys.argv[0]), sys.argv[1:])
+        return _run(target, os.path.basename(sys.argv[0]), sys.argv[1:])
     except UserError as error:
-        _fail(str(error))
+        code, message = 2, str(error)
     except Stopped as stopped:
-        if _rank() == 0:
-            _say(str(stopped))
-        sys.exit(STOPPED)
+        code, message = STOPPED, str(stopped)
     except Finished as finished:
-        if _rank() == 0:
-            _say(str(finished))
+        code, message = 0, str(finished)
     except KeyboardInterrupt:
         if _rank() == 0:
             _say("interrupted")
@@ -72,6 +69,14 @@ def run(target: Target | dict[str, Target]) -> None:
         if LOST.search(str(error)) and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             _name_the_lost()
         raise
+    # Here the exception is gone, and with it the frames that held on to process groups.
+    if code == 2:
+        _report(message)
+    elif _rank() == 0:
+        _say(message)
+    _leave_groups()
+    if code:
+        sys.exit(code)
 
 
 def _run(target: Target | dict[str, Target], name: str, arguments: list[str]) -> None:
@@ -219,14 +224,22 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _fail(message: str) -> NoReturn:
-    """Exit with 2. Rank 0 speaks for all; a rank that failed without it speaks for itself."""
+def _report(message: str) -> None:
+    """Name an error. Rank 0 speaks for all; a rank that failed without it speaks for itself."""
     rank, world_size = _rank(), int(os.environ.get("WORLD_SIZE", 1))
     if rank == 0:
         _say(f"error: {message}")
     if world_size > 1 and not _rank_zero_spoke(rank, world_size) and rank != 0:
         _say(f"error: rank {rank}: {message}")
-    sys.exit(2)
+
+
+def _leave_groups() -> None:
+    """End the threads of the process groups, if there are any, while Python still runs.
+
+    One that lets go of a tensor while Python shuts down ends the process with SIGABRT.
+    """
+    if setup := sys.modules.get("src.parallel.setup"):
+        setup.leave()
 
 
 def _name_the_lost() -> None:

@@ -19,6 +19,9 @@ from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
+
+# Before there is a group: a group would become its functions' default, and never end.
+import torch.distributed.nn.functional
 from fairscale.nn.model_parallel import initialize as fairscale_groups
 
 from src.errors import UserError
@@ -165,6 +168,12 @@ def stop() -> None:
     """Leave the process group, after all ranks have come here."""
     if dist.is_initialized():
         dist.barrier()
+        leave()
+
+
+def leave() -> None:
+    """Let go of the process group, whatever other ranks do; gloo's threads end with it."""
+    if dist.is_initialized():
         forget()
         fairscale_groups.destroy_model_parallel()
         dist.destroy_process_group()

@@ -39,6 +39,27 @@ SECOND_SIGNAL_S = 3.0
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
+class StopSignal:
+    """Whether SIGTERM has come to this rank. A second one ends what hangs.
+
+    It knows nothing of the run: a handler outlives what a refused run lets go of.
+    """
+
+    def __init__(self) -> None:
+        self.came, self.came_at = False, 0.0
+        self.before = signal.signal(signal.SIGTERM, self)
+
+    def __call__(self, *_: object) -> None:
+        if not self.came:
+            self.came, self.came_at = True, time.monotonic()
+        elif time.monotonic() - self.came_at > SECOND_SIGNAL_S:  # a launcher's end may send two
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def unhook(self) -> None:
+        signal.signal(signal.SIGTERM, self.before)
+
+
 class Saving:
     """Where a run's steps are, when the next is due, and whether the run is to stop."""
 
@@ -63,19 +84,11 @@ class Saving:
         self.models, self.parallel, self.at_work = models, parallel, at_work
         self.parts, self.tensors = parts or {}, tensors or {}
         self.steps = Steps(earlier.folder, settings.keep, parallel)
-        self.told_to_stop, self.step = False, 0  # on this rank; the last step that was taken
-        self.before = signal.signal(signal.SIGTERM, self._on_signal)
+        self.step = 0  # the last that was taken
+        self.stop_signal = StopSignal()
         # A launcher that dies takes its workers along.
         if platform.system() == "Linux" and "RANK" in os.environ:
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-    def _on_signal(self, *_: object) -> None:
-        if not self.told_to_stop:
-            self.told_to_stop, self.told_at = True, time.monotonic()
-        elif time.monotonic() - self.told_at > SECOND_SIGNAL_S:
-            # A second one ends what hangs; but a launcher's end may send two at once.
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGTERM)
 
     # --- going on ---------------------------------------------------------------------------
 
@@ -133,14 +146,14 @@ class Saving:
         When any rank was told to stop, saves and raises Stopped.
         """
         self.step = step
-        flag = torch.tensor(float(self.told_to_stop), device=self.parallel.device)
+        flag = torch.tensor(float(self.stop_signal.came), device=self.parallel.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         must_stop = bool(flag)
         if must_stop or (self.every is not None and step % self.every == 0):
             self._save(step)
         if must_stop:
             self.steps.wait()
-            signal.signal(signal.SIGTERM, self.before)
+            self.stop_signal.unhook()
             raise Stopped(
                 f"stopped by a signal after step {step}, which is saved; the same command goes on "
                 "from there"
@@ -210,7 +223,7 @@ class Saving:
     def finish(self) -> None:
         """The run is over and its models are saved."""
         self.steps.wait()
-        signal.signal(signal.SIGTERM, self.before)
+        self.stop_signal.unhook()
         folder = self.earlier.folder
         if self.parallel.is_main and folder.is_dir():
             write_json(folder / FINISHED, {"step": self.step, "settings": self.earlier.record})

@@ -5,10 +5,12 @@ Times to detection are printed (-s).
 
 import os
 import random
+import re
 import signal
 import subprocess
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -226,6 +228,20 @@ def test_a_full_disk_is_named_and_older_steps_stay(command, full, tmp_path):
         whole_steps(place / "model-state")
     finally:
         subprocess.run(["umount", place], check=True)
+
+
+@pytest.mark.parametrize("trainer", ["SFT", "verifier", "PPO"])
+def test_no_thread_of_a_process_group_outlives_a_refusal(command, tmp_path, trainer):
+    """One that lets go of a tensor while Python shuts down ends in SIGABRT, not in code 2."""
+    if not Path("/proc/self/task").exists():
+        pytest.skip("threads are read from /proc")
+    run = Run(["tests/faults/leaving.py", *command(trainer, tmp_path)], 1, tmp_path / "log")
+    assert run.wait() == 2, run.said()
+    before, after = (
+        int(re.search(rf"gloo's threads {when}: (\d+)", run.said())[1])
+        for when in ("before", "after")
+    )
+    assert before > 0 and after == 0, run.said()
 
 
 def test_the_same_run_is_known_and_another_refused_before_any_work(
