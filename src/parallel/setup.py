@@ -20,7 +20,7 @@ from typing import TypeVar, cast
 import torch
 import torch.distributed as dist
 
-# Before there is a group: a group would become its functions' default, and never end.
+# Imported before there is a group, which would become the default of its functions and never end.
 import torch.distributed.nn.functional
 from fairscale.nn.model_parallel import initialize as fairscale_groups
 
