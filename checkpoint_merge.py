@@ -22,8 +22,8 @@ def main(settings: CheckpointMergeSettings) -> None:
     from src.checkpoint.manifest import check_whole
     from src.checkpoint.source import Checkpoint, check_model_type
     from src.checkpoint.write import merge
-    from src.data.export import pad_id_of, special_ids_of, write_tokenizer
-    from src.data.tokenizer import Tokenizer
+    from src.data.export import special_ids_of, write_tokenizer
+    from src.inputs import open_tokenizer
     from src.parallel.setup import DTYPES
 
     if int(os.environ.get("RANK", 0)) != 0:
@@ -38,19 +38,17 @@ def main(settings: CheckpointMergeSettings) -> None:
     check_whole(source)
     check_model_type(config, model.model_type)
     tokenizer = None
-    chat = model.use_chat_template
-    if model.tokenizer_file or chat or find_tokenizer(source):
-        family = model.model_type or config.family
-        tokenizer = Tokenizer.find(source, model.tokenizer_file, chat, family)
+    if model.tokenizer_file or model.use_chat_template or find_tokenizer(source):
+        tokenizer = open_tokenizer(model, checkpoint)
 
     # Write.
+    about = source, config.vocab_size, config.head == "score"
     merge(
         checkpoint,
         check_replaceable(save_dir),
-        special_ids_of(tokenizer),
+        special_ids_of(tokenizer, *about),
         DTYPES[dtype] if dtype else None,
-        pad_id_of(tokenizer, config.vocab_size),
-        partial(write_tokenizer, tokenizer),
+        lambda folder: write_tokenizer(tokenizer, folder, *about),
     )
     print(f"wrote {save_dir}")
 

@@ -42,6 +42,8 @@ def main(settings: SolverEvaluateSettings) -> None:
         model = load_model(source, parallel, dtype, "lm", run.seed, quantize)
 
     with RunLog(log_dir, "solver_evaluate", settings, parallel.rank) as log:
+        if inputs.model is not None:
+            inputs.model.announce(log)
         if inputs.warning:
             log.warning(f"{inputs.warning}: they count as wrong")
 

@@ -35,6 +35,7 @@ def main(settings: SolverGenerateSettings) -> None:
     tokenizer = inputs.model.tokenizer
 
     with RunLog(None, "solver_generate", settings, parallel.rank) as log:
+        inputs.model.announce(log)
         if inputs.warning:
             log.warning(f"{inputs.warning}: their outputs are empty")
 

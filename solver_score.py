@@ -38,6 +38,8 @@ def main(settings: SolverScoreSettings) -> None:
     )
 
     with RunLog(None, "solver_score", settings, parallel.rank) as log, torch.no_grad():
+        source.announce(log)
+
         # Load this rank's part of the model.
         dtype, quantize = pick_dtype(run.dtype, parallel.device), settings.weights.quantize
         model = load_model(source.checkpoint, parallel, dtype, "lm", run.seed, quantize).eval()

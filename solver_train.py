@@ -49,6 +49,7 @@ def main(settings: SolverTrainSettings) -> None:
     model = load_model(start_from, parallel, dtype, "lm", run.seed, quantize, inputs.lora)
 
     with RunLog(places.logs, "solver_train", settings, parallel.rank) as log:
+        inputs.model.announce(log)
         if inputs.warning:
             log.warning(f"{inputs.warning} and are left out")
         log.info(f"{inputs.n_rows} rows; {parallel.described}")

@@ -39,6 +39,7 @@ def main(settings: VerifierEvaluateSettings) -> None:
     model = load_model(inputs.model.checkpoint, parallel, dtype, "score", run.seed, quantize)
 
     with RunLog(rows.log_dir, "verifier_evaluate", settings, parallel.rank) as log:
+        inputs.model.announce(log)
         if inputs.warning:
             log.warning(f"{inputs.warning} and are left out")
 

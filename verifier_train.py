@@ -47,6 +47,7 @@ def main(settings: VerifierTrainSettings) -> None:
     model = load_model(start_from, parallel, dtype, "score", run.seed, quantize, inputs.lora)
 
     with RunLog(places.logs, "verifier_train", settings, parallel.rank) as log:
+        inputs.model.announce(log)
         for message in filter(None, (inputs.warning, inputs.evaluation.warning)):
             log.warning(f"{message} and are left out")
         log.info(f"{inputs.n_rows} rows; {parallel.described}")

@@ -11,13 +11,15 @@ from typing import Any
 from src.checkpoint.manifest import check_whole
 from src.checkpoint.save import save_model
 from src.checkpoint.source import Checkpoint, check_model_type
-from src.data.tokenizer import Tokenizer, check_vocabulary
+from src.data.export import write_tokenizer
+from src.data.tokenizer import Tokenizer
 from src.errors import UserError
+from src.logs import RunLog
 from src.models.config import ModelConfig
 from src.models.lora import LoRAConfig, default_targets
 from src.models.transformer import Transformer
 from src.parallel.setup import Parallel
-from src.settings.model import ModelSettings
+from src.settings.model import AdaptedModelSettings, ModelSettings
 from src.settings.training import LoRASettings, OptimizerSettings
 
 
@@ -27,6 +29,18 @@ class OpenedModel:
 
     checkpoint: Checkpoint
     tokenizer: Tokenizer
+
+    def announce(self, log: RunLog) -> None:
+        """Say in the log what a user should know of how texts are read."""
+        for note in self.tokenizer.notes():
+            log.warning(note)
+        unused = self.checkpoint.config.ids_without_text
+        if unused:
+            count = sum(stop - start for start, stop in unused)
+            log.info(
+                f"{count} of the model's {self.checkpoint.config.vocab_size} ids have no token in "
+                f"{self.tokenizer.path} (from {unused[0][0]} on): their probability is 0"
+            )
 
     def save(
         self,
@@ -39,9 +53,13 @@ class OpenedModel:
 
         notes: more files, by their names, written as JSON.
         """
-        tokenizer = self.tokenizer
-        template = tokenizer.borrowed_template
-        save_model(model, parallel, save_dir, self.checkpoint, tokenizer.path, template, notes)
+        config, source = model.config, self.checkpoint.folder
+
+        def side_files(folder: Path) -> None:
+            scores = config.head == "score"
+            write_tokenizer(self.tokenizer, folder, source, config.vocab_size, scores)
+
+        save_model(model, parallel, save_dir, self.checkpoint, side_files, notes)
 
 
 def open_model(
@@ -68,14 +86,30 @@ def open_model(
             "a solver"
         )
     check_model_type(checkpoint.config, model.model_type)
+    tokenizer = open_tokenizer(model, checkpoint, chat_family)
+    if checkpoint.config.head == "lm":
+        unused = tuple(tokenizer.without_text(checkpoint.config.vocab_size))
+        checkpoint.config = replace(checkpoint.config, ids_without_text=unused)
+    return OpenedModel(checkpoint, tokenizer)
+
+
+def open_tokenizer(
+    model: AdaptedModelSettings, checkpoint: Checkpoint, chat_family: str | None = None
+) -> Tokenizer:
+    """The tokenizer that the settings name, or that lies with the checkpoint, which it must fit.
+
+    chat_family: see `open_model`.
+    """
     tokenizer = Tokenizer.find(
         checkpoint.folder,
         model.tokenizer_file,
         model.use_chat_template,
         chat_family or model.model_type or checkpoint.config.family,
+        model.special_tokens,
+        model.chat_date,
     )
-    check_vocabulary(tokenizer, checkpoint.config.vocab_size)
-    return OpenedModel(checkpoint, tokenizer)
+    tokenizer.fit(checkpoint.config.vocab_size)
+    return tokenizer
 
 
 def lora_of(lora: LoRASettings, checkpoint: Checkpoint) -> LoRAConfig | None:
@@ -157,10 +191,7 @@ def check_writable(path: str, suffix: str, *read: str) -> None:
 
 def same_tokenizer(a: Tokenizer, b: Tokenizer) -> bool:
     """Whether two models read the same ids as the same texts, and write prompts alike."""
-    chats = a.chat and a.chat.source, b.chat and b.chat.source
-    return (
-        a.path.read_bytes() == b.path.read_bytes() and a.bos_id == b.bos_id and chats[0] == chats[1]
-    )
+    return a.identity == b.identity
 
 
 def check_same_tokenizer(actor: OpenedModel, other: OpenedModel) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 from src.checkpoint.manifest import MANIFEST, described_all, sync, write_manifest
 from src.errors import UserError
 
-# In the order in which they are looked for.
-TOKENIZERS = ("tokenizer.model", "tokenizer.json", "qwen.tiktoken")
+# In the order in which they are looked for; what they are, their content tells.
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json", "qwen.tiktoken")
+TOKENIZER_PATTERNS = ("*.tiktoken", "*tokenizer*.model", "*tokenizer*.model.v*", "tekken*.json")
 TOKENIZER_FILES = (
     *TOKENIZERS,
     "tokenizer_config.json",
@@ -38,6 +39,7 @@ _OURS = (
     "consolidated*",
     "model*.safetensors*",
     "adapter",
+    *TOKENIZER_PATTERNS,
     MANIFEST,
     *(name for name in NOTES if name != "adapter_config.json"),
 )
@@ -121,8 +123,12 @@ def check_space(folder: Path, needed: int, what: str = "") -> None:
 
 def find_tokenizer(folder: Path) -> Path | None:
     """The tokenizer's file in a checkpoint's folder, or beside that, as in Meta's downloads."""
-    places = [place / name for place in (folder, folder.resolve().parent) for name in TOKENIZERS]
-    return next((path for path in places if path.is_file()), None)
+    for place in (folder, folder.resolve().parent):
+        others = [path for pattern in TOKENIZER_PATTERNS for path in sorted(place.glob(pattern))]
+        for path in (*(place / name for name in TOKENIZERS), *others):
+            if path.is_file():
+                return path
+    return None
 
 
 def temporary_of(folder: Path) -> Path:
@@ -170,20 +176,18 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def copy_side_files(source: Path, target: Path, tokenizer: Path | None = None) -> None:
-    """Copy the tokenizer's, generation's and scores' files that lie with the weights.
+def copy_side_files(source: Path, target: Path) -> None:
+    """Copy the tokenizer's, generation's and scores' files that lie with the weights, as they are.
 
-    tokenizer: the file in use, where it is another. It goes alone: beside the weights' own, it
-    would not be the one that is found again.
+    The tokenizer's own file and what describes it go together, wherever they lie.
     """
-    tokenizer = tokenizer or find_tokenizer(source)
-    foreign = tokenizer is not None and tokenizer.resolve().parent != source.resolve()
-    for name in (*(("generation_config.json",) if foreign else TOKENIZER_FILES), SCORES_FILE):
+    tokenizer = find_tokenizer(source)
+    place = source if tokenizer is None else tokenizer.parent
+    for name in TOKENIZER_FILES:
+        if (place / name).is_file():
+            shutil.copyfile(place / name, target / name)
+    for name in ("generation_config.json", SCORES_FILE):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-    if tokenizer is not None and foreign:
-        # under a name that `find_tokenizer` looks for
-        name = (
-            "qwen.tiktoken" if tokenizer.suffix == ".tiktoken" else f"tokenizer{tokenizer.suffix}"
-        )
-        shutil.copyfile(tokenizer, target / name)
+    if tokenizer is not None:
+        shutil.copyfile(tokenizer, target / tokenizer.name)

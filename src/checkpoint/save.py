@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -79,16 +80,15 @@ def save_model(
     parallel: Parallel,
     save_dir: str,
     base: Checkpoint,
-    tokenizer: Path | None = None,
-    chat_template: str | None = None,
+    side_files: Callable[[Path], None] | None = None,
     notes: dict[str, dict] | None = None,
 ) -> None:
     """Write the model to `save_dir` from all its ranks.
 
-    base: what it came from, whose folder's side files go along; tokenizer: the file in use, where
-    it does not lie there; chat_template: the one in use, where none lies there; notes: JSON files
-    to lie beside the weights, by name. The folder appears whole or not at all, and replaces an
-    older one only then. Raises UserError on every rank when any cannot write.
+    base: what it came from; side_files(folder) writes the tokenizer's files, which are copied from
+    there by default; notes: JSON files to lie beside the weights, by name. The folder appears whole
+    or not at all, and replaces an older one only then. Raises UserError on every rank when any
+    cannot write.
     """
     folder = Path(save_dir).resolve()
     target = temporary_of(folder)
@@ -104,13 +104,14 @@ def save_model(
                 written[shard] = described(target / shard)
             if parallel.is_main:
                 write_params(model.config, target)
-                copy_side_files(base.folder, target, tokenizer)
+                if side_files is None:
+                    copy_side_files(base.folder, target)
+                else:
+                    side_files(target)
                 # the moments of the base's scores: this model's are others
                 (target / SCORES_FILE).unlink(missing_ok=True)
                 for name, note in (notes or {}).items():
                     (target / name).write_text(json.dumps(note) + "\n")
-                if chat_template:
-                    (target / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
                 if adapter:
                     write_adapter(
                         model.config,

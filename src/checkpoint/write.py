@@ -57,14 +57,13 @@ def merge(
     save_dir: Path,
     special_ids: dict[str, int | list[int] | None],
     dtype: torch.dtype | None = None,
-    pad_id: int = 0,
-    side_files: Callable[[Path, Path], None] = copy_side_files,
+    side_files: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a Hugging Face folder that `transformers` loads, every tensor bit for bit.
 
-    special_ids: "bos_token_id" and "eos_token_id"; dtype: to write in, each tensor's own by
-    default; pad_id: for a classifier, an id that ends no text; side_files(source, folder) writes
-    the tokenizer's files. Peak memory: one output file.
+    special_ids: "bos_token_id", "eos_token_id" and "pad_token_id"; dtype: to write in, each
+    tensor's own by default; side_files(folder) writes the tokenizer's files, which are copied by
+    default. Peak memory: one output file.
     """
     files = list(_by_file(checkpoint, dtype))
     total = sum(checkpoint.bytes_of(name, dtype) for name in checkpoint.table)
@@ -91,14 +90,16 @@ def merge(
         if len(files) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
-        side_files(checkpoint.folder, folder)
-        config = hf_config(
-            checkpoint.config, DTYPE_NAMES[dtype or checkpoint.dtype], special_ids, pad_id
-        )
+        if side_files is None:
+            copy_side_files(checkpoint.folder, folder)
+        else:
+            side_files(folder)
+        config = hf_config(checkpoint.config, DTYPE_NAMES[dtype or checkpoint.dtype], special_ids)
         (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         generation_config = folder / "generation_config.json"
         if not generation_config.exists() and checkpoint.config.head == "lm":
-            generation_config.write_text(json.dumps(special_ids, indent=1) + "\n")
+            known = {key: value for key, value in special_ids.items() if value is not None}
+            generation_config.write_text(json.dumps(known, indent=1) + "\n")
 
 
 def _by_file(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Iterator[list[str]]:

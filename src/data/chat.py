@@ -4,8 +4,10 @@ This is text only: `src.data.tokenizer` makes ids of it.
 """
 
 import json
+import os
+import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,10 @@ _MISTRAL = (  # its tokenizer puts a space before each text, which is the one be
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
     "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
 )
+# The brackets are control tokens from its second tokenizer on: no space ends the question.
+_MISTRAL_CONTROL = _MISTRAL.replace(" [/INST]", "[/INST]")
+# Nor does one begin a text where spaces are bytes like others.
+_MISTRAL_BYTES = _MISTRAL_CONTROL.replace("[INST] ", "[INST]").replace(" {{ m.", "{{ m.")
 
 # For folders without a template, by the beginning of the family's name. Llama 1 has none.
 TEMPLATES = {
@@ -44,13 +50,17 @@ TEMPLATES = {
     "{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
     "mistral": _MISTRAL,
+    "mistral [INST]": _MISTRAL_CONTROL,
+    "mistral [INST] tekken": _MISTRAL_BYTES,
     "mixtral": _MISTRAL,
     "qwen": _SYSTEM + _CHATML,
     "qwen2": _SYSTEM + _CHATML,
     "qwen3": _CHATML,
 }
 
+DEFAULT_DATE = "2024-07-26"  # the day that Llama 3's template writes where it is told none
 _QUESTION, _ANSWER = "What is it", "ThisIsTheAnswer"  # words that no template changes
+_OPENED = re.compile(r"<(\w+)>\s*$")  # a prompt's end such as <think>
 
 
 class Chat:
@@ -58,64 +68,122 @@ class Chat:
 
     `prompt(question) + response(answer) + ending` is the template's text of the two messages.
     `name`: where the template is from, for messages. `own`: whether it lies with the model.
-    `sample`: such a text, with all that the template writes.
+    `sample`: such a text, with all that the template writes. `as_they_stand`: how many answers were
+    written without the template, which would have left out or changed a part of them, such as
+    `first_changed`.
     """
 
-    def __init__(self, source: str, name: str, tokens: dict[str, str], own: bool = True) -> None:
+    def __init__(
+        self,
+        source: str,
+        name: str,
+        tokens: dict[str, str],
+        own: bool = True,
+        date: str = DEFAULT_DATE,
+    ) -> None:
         """tokens: the special tokens' texts, by the names in templates (`bos_token`, `eos_token`).
 
-        Raises UserError when the template fails, or writes answers in a way that cannot be told
-        from the prompt.
+        date: the day that a template is told, YYYY-MM-DD. Raises UserError when the template cannot
+        write a prompt.
         """
         self.source, self.name, self.own, self._tokens = source, name, own, tokens
-        self._template = self._bounded(lambda: _environment().from_string(source))
+        self.as_they_stand, self.first_changed = 0, ""
+        self._template = self._bounded(lambda: _environment(date).from_string(source))
         # Two renderings of a sample tell where the template puts the answer, and what follows it.
-        prompt = self._render(_QUESTION, generate=True)
-        self.sample = self._render(_QUESTION, _ANSWER)
+        prompt = self._render([_user(_QUESTION)], generate=True)
         if _QUESTION not in prompt:
             raise UserError(
                 f"{name}: writes {prompt!r} for a user's {_QUESTION!r}, without the text; "
                 "correct the template"
             )
-        if not self.sample.startswith(prompt):
-            raise UserError(
-                f"{name}: the whole conversation {self.sample!r} does not begin with the prompt "
+        self._prompt, self._header, self._opened = prompt, "", ""
+        self.sample, self.ending, self._before = prompt, "", ""
+        self._no_answers = self._look_at_answers(prompt)
+
+    def _look_at_answers(self, prompt: str) -> str | None:
+        """Find out how answers are written; why none can be, if so: to generate needs none."""
+        try:
+            sample = self._render([_user(_QUESTION), _assistant(_ANSWER)])
+        except UserError as error:
+            return str(error)
+        # A prompt may open what the answer goes on with, such as <think>, where the conversation
+        # has it only with the answer.
+        common = len(os.path.commonprefix((prompt, sample)))
+        self._opened = prompt[common:]
+        self.sample, rest = sample, sample[common:]
+        if self._opened and (not _OPENED.search(self._opened) or _QUESTION in rest):
+            return (
+                f"{self.name}: the whole conversation {sample!r} does not begin with the prompt "
                 f"{prompt!r} for generation; trained answers would follow another prompt than "
                 "generated ones: correct the template"
             )
-        rest = self.sample[len(prompt) :]
         if rest.count(_ANSWER) != 1:
             count = rest.count(_ANSWER)
-            raise UserError(
-                f"{name}: writes the answer {count} times after the prompt {prompt!r}; "
+            return (
+                f"{self.name}: writes the answer {count} times after the prompt {prompt!r}; "
                 "it must be there once"
             )
-        before, self.ending = rest.split(_ANSWER)
+        self._before, self.ending = rest.split(_ANSWER)
         # A template that knows no generation prompt writes the answer's header with the answer: it
         # belongs to the prompt. Not the space at its end, which tokenizers make one with the
         # answer's first word.
-        self._header = before.rstrip(" ") if prompt == self._render(_QUESTION) else ""
-        self._prompt = prompt + self._header
+        if prompt == self._render([_user(_QUESTION)]):
+            self._header = self._before.rstrip(" ")
+            self._before = self._before[len(self._header) :]
+        self._prompt = prompt[:common] + self._header
+        return None
 
-    def prompt(self, question: str) -> str:
-        """The user's turn, up to where the answer is to begin."""
-        return self._render(question, generate=True) + self._header
+    @property
+    def around_question(self) -> str:
+        """What the template writes of a question up to its answer, but for what opens that."""
+        return _OPENED.sub("", self._prompt)
+
+    def prompt(self, question: str | list[dict[str, str]]) -> str:
+        """The user's turn, up to where the answer is to begin.
+
+        question: the turn's text, or a conversation up to it, as {"role", "content"}.
+        """
+        messages = [_user(question)] if isinstance(question, str) else question
+        return self._render(messages, generate=True) + self._header
 
     def response(self, answer: str) -> str:
-        """What follows the prompt, but for `ending`: the answer, and what stands before it."""
-        text = self._render(_QUESTION, answer)
-        middle = text[len(self._prompt) : len(text) - len(self.ending)]
-        if text != self._prompt + middle + self.ending:
-            raise UserError(
-                f"{self.name}: writes the answer {answer[:80]!r} not between {self._prompt!r} and "
-                f"{self.ending!r}, as it writes others; leave that row out or correct the template"
-            )
-        return middle
+        """What follows the prompt, but for `ending`: the answer, and what stands before it.
 
-    def _render(self, question: str, answer: str | None = None, generate: bool = False) -> str:
-        messages = [{"role": "user", "content": question}]
-        if answer is not None:
-            messages.append({"role": "assistant", "content": answer})
+        Nothing of an answer is lost: where the template leaves a part out, or writes another, the
+        answer stands as it is between what surrounds others. Raises UserError for one that does not
+        go on from the prompt.
+        """
+        if self._no_answers is not None:
+            raise UserError(self._no_answers)
+        text = self._render([_user(_QUESTION), _assistant(answer)])
+        middle = text[len(self._prompt) : len(text) - len(self.ending)]
+        is_whole = text == self._prompt + middle + self.ending
+        # white space at its ends and between parts is the template's own affair
+        if not is_whole or _dense(answer) not in _dense(middle):
+            self.as_they_stand += 1
+            self.first_changed = self.first_changed or answer
+            middle = self._before + answer
+        return self._after_opening(middle, answer) if self._opened else middle
+
+    def _after_opening(self, middle: str, answer: str) -> str:
+        """The answer's text after what the prompt has opened already."""
+        opening = self._opened.strip()
+        if middle.lstrip().startswith(opening):
+            rest = middle.lstrip()[len(opening) :]
+            return rest.lstrip("\n") if self._opened.endswith("\n") else rest
+        match = _OPENED.search(self._opened)
+        closing = f"</{match[1]}>" if match else ""
+        if closing and closing in middle:
+            return middle
+        raise UserError(
+            f"{self.name}: its prompt ends with {self._opened!r}, and the answer {answer[:80]!r} "
+            f"neither begins so nor holds {closing}: what would be trained follows no such "
+            "beginning; put the reasoning into the outputs, or take a template whose prompt opens "
+            "none"
+        )
+
+    def _render(self, messages: list[dict[str, str]], generate: bool = False) -> str:
+        size = sum(len(message["content"]) for message in messages)
 
         def write() -> str:
             # part by part, so that a template without end is stopped before memory is full
@@ -129,7 +197,7 @@ class Chat:
             ):
                 parts.append(part)
                 length += len(part)
-                if length > LONGEST + len(question) + len(answer or ""):
+                if length > LONGEST + size:
                     raise SecurityError(f"writes more than {LONGEST:,} characters")
             return "".join(parts)
 
@@ -163,29 +231,63 @@ class Chat:
         raise UserError(f"{self.name}: the chat template fails{line}: {error_type}{reason}")
 
 
-def find_chat(folders: list[Path], family: str, tokens: dict[str, str]) -> Chat:
+def _user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def _assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def _dense(text: str) -> str:
+    return "".join(text.split())
+
+
+def has_template(folders: list[Path]) -> bool:
+    """Whether a chat template of its own lies in one of the folders."""
+    return any(
+        (folder / "chat_template.jinja").is_file()
+        or (folder / "tokenizer_config.json").is_file()
+        and read_json(folder / "tokenizer_config.json").get("chat_template") is not None
+        for folder in folders
+    )
+
+
+def find_chat(
+    folders: list[Path],
+    family: str,
+    tokens: dict[str, str],
+    control: Container[str] = (),
+    has_prefix: bool = True,
+    date: str = DEFAULT_DATE,
+) -> Chat:
     """The template that lies in the first of the folders that has one, else the family's.
 
-    family: a name that begins as one in TEMPLATES, such as "qwen2" or "llama-2-7b". Raises
-    UserError when there is none.
+    family: a name that begins as one in TEMPLATES, such as "qwen2" or "llama-2-7b"; control: the
+    tokenizer's special tokens, which tell generations of a family apart; has_prefix: whether it
+    puts a space before a text. Raises UserError when there is none.
     """
     for folder in folders:
         path, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
         if path.is_file():
             try:
-                return Chat(path.read_text(encoding="utf-8"), str(path), tokens)
+                return Chat(path.read_text(encoding="utf-8"), str(path), tokens, date=date)
             except (OSError, UnicodeDecodeError) as error:
                 raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
         template = read_json(config).get("chat_template") if config.is_file() else None
         if template is not None:
-            return Chat(_default(template, config), str(config), tokens)
+            return Chat(_default(template, config), str(config), tokens, date=date)
+    if family == "llama" and "<|start_header_id|>" in control:
+        family = "llama-3"
+    if family.startswith(("mistral", "mixtral")) and "[INST]" in control:
+        family = "mistral [INST]" + " tekken" * (not has_prefix)
     known = max((name for name in TEMPLATES if family.startswith(name)), key=len, default=None)
     if known is None:
         raise UserError(
             f"{folders[0]}: has no chat template, and {family} models share none; "
             "put one there as chat_template.jinja, or go without --use_chat_template"
         )
-    return Chat(TEMPLATES[known], f"the chat template of {known}", tokens, own=False)
+    return Chat(TEMPLATES[known], f"the chat template of {known}", tokens, False, date)
 
 
 def _default(template: Any, config: Path) -> str:
@@ -205,17 +307,18 @@ def _default(template: Any, config: Path) -> str:
     return template
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    """Jinja as `transformers` sets it up for templates.
+def _environment(date: str) -> ImmutableSandboxedEnvironment:
+    """Jinja as `transformers` sets it up for templates, on the given day.
 
     It is sandboxed, so that a template can compute text and nothing else.
     """
+    day = datetime.fromisoformat(date)
     environment = _Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    environment.globals["strftime_now"] = day.strftime
     return environment
 
 

@@ -1,57 +1,145 @@
-"""What a Hugging Face folder says of its tokenizer: its files, special ids and chat template."""
+"""What a checkpoint's folder says of its tokenizer: files, special ids, chat template.
 
+Decisions are written, not files copied: whoever opens the folder, here or in transformers, reads
+the same ids as the run that wrote it, and stops where it stopped.
+"""
+
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 from src.checkpoint.files import read_json
-from src.checkpoint.folder import copy_side_files
+from src.checkpoint.folder import SCORES_FILE
 from src.data.tokenizer import Tokenizer
 
+SpecialIds = dict[str, int | list[int] | None]
 
-def special_ids_of(tokenizer: Tokenizer | None) -> dict[str, int | list[int] | None]:
-    """`bos_token_id` and `eos_token_id` for config.json and generation_config.json.
+# Keys of tokenizer_config.json that decide ids or ends, and are decided here.
+_DECIDED = frozenset([
+    "tokenizer_class", "auto_map", "added_tokens_decoder", "legacy", "add_prefix_space",
+    "sp_model_kwargs", "use_fast", "vocab_file", "merges_file", "tokenizer_file", "name_or_path",
+    "special_tokens_map_file", "add_bos_token", "add_eos_token", "bos_token", "eos_token",
+    "unk_token", "pad_token", "chat_template", "clean_up_tokenization_spaces", "backend",
+    "is_local", "local_files_only", "from_slow", "tokenizer_type", "use_default_system_prompt",
+])  # fmt: skip
+_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
-    The latter is a list where several end a text.
+
+def special_ids_of(
+    tokenizer: Tokenizer | None, source: Path, vocab_size: int, scores: bool
+) -> SpecialIds:
+    """`bos_token_id`, `eos_token_id` (a list where several end a text) and `pad_token_id`.
+
+    For config.json and generation_config.json. Without a tokenizer, what the source's say;
+    vocab_size: the model's; scores: whether it is a verifier.
     """
     if tokenizer is None:
-        return {"bos_token_id": None, "eos_token_id": None}
+        config = source / "config.json"
+        raw = read_json(config) if config.is_file() else {}
+        return {key: raw.get(key) for key in _KEYS}
     stops = [tokenizer.eos_id, *sorted(tokenizer.stop_ids - {tokenizer.eos_id})]
     return {
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": stops[0] if len(stops) == 1 else stops,
+        "pad_token_id": pad_of(tokenizer, vocab_size, scores)[1],
     }
 
 
-def pad_id_of(tokenizer: Tokenizer | None, vocab_size: int) -> int:
-    """An id that ends no text, for a classifier that scores the last token that is not padding.
+def pad_of(tokenizer: Tokenizer, vocab_size: int, scores: bool) -> tuple[str | None, int | None]:
+    """The token that fills up batches, and its id.
 
-    It is one of the padded vocabulary, else SentencePiece's unknown (0), else BOS.
+    transformers scores the last token that is not padding, so that a verifier's must not end texts.
+    It is the tokenizer's own, else a special one that no text holds, else a new one where the model
+    has a row to spare, else BOS. A verifier whose tokenizer has none of these gets an id alone.
     """
-    if tokenizer is None:
-        return 0
-    if tokenizer.vocab_size < vocab_size:
-        return tokenizer.vocab_size
-    is_sentencepiece = tokenizer.path.suffix == ".model" and not tokenizer.ranked
-    return 0 if is_sentencepiece or tokenizer.bos_id is None else tokenizer.bos_id
+    known = {text: i for text, i in tokenizer.control.items() if i < vocab_size}
+    own = tokenizer.config.tokens.get("pad_token")
+    ends = tokenizer.stop_ids
+    if own is not None:
+        i = tokenizer.id_of(own)
+        if i is not None and i < vocab_size and not (scores and i in ends):
+            return own, i
+    unknown = tokenizer.config.tokens.get("unk_token", "<unk>")
+    sample = tokenizer.chat.sample if tokenizer.chat else ""
+    free = [
+        ("pad" not in text.lower(), text != unknown, i, text)
+        for text, i in known.items()
+        if i not in ends and i != tokenizer.bos_id and text not in sample
+    ]
+    if free:
+        *_, i, text = min(free)
+        return text, i
+    if tokenizer.vocab_size < vocab_size and tokenizer.id_of("[PAD]") is None:
+        return "[PAD]", tokenizer.vocab_size
+    if tokenizer.bos_id is not None and tokenizer.bos_id not in ends:
+        return tokenizer.text_of(tokenizer.bos_id), tokenizer.bos_id
+    return None, next(i for i in range(vocab_size) if i not in ends) if scores else None
 
 
-def write_tokenizer(tokenizer: Tokenizer | None, source: Path, folder: Path) -> None:
-    """Write the tokenizer's files into `folder`, in a form that transformers reads.
+def write_tokenizer(
+    tokenizer: Tokenizer | None, folder: Path, source: Path, vocab_size: int, scores: bool
+) -> None:
+    """Write the tokenizer's files into `folder`, in a form that transformers 4 and 5 read alike.
 
-    source: the checkpoint's folder.
+    source: the checkpoint's folder; vocab_size, scores: see `special_ids_of`.
     """
-    copy_side_files(source, folder, tokenizer.path if tokenizer else None)
+    generation = source / "generation_config.json"
+    if not scores:
+        ids = special_ids_of(tokenizer, source, vocab_size, scores)
+        kept = read_json(generation) if generation.is_file() else {}
+        _write_json(
+            folder / generation.name, kept | {k: v for k, v in ids.items() if v is not None}
+        )
+    if (source / SCORES_FILE).is_file():
+        shutil.copyfile(source / SCORES_FILE, folder / SCORES_FILE)
     if tokenizer is None:
         return
-    template = tokenizer.chat.source if tokenizer.chat and not tokenizer.chat.own else None
-    config = folder / "tokenizer_config.json"
-    # transformers reads tiktoken's ranks only by code from the model's folder: they are converted,
-    # and the template is taken out of the config before that is written anew.
-    if tokenizer.ranked:
-        if config.is_file() and not (folder / "chat_template.jinja").exists():
-            configured = read_json(config).get("chat_template")
-            template = configured if isinstance(configured, str) else template
-        for name in ("qwen.tiktoken", "tokenizer.model", "tokenizer_config.json"):
-            (folder / name).unlink(missing_ok=True)
-        tokenizer.save_json(folder)
-    if template:
-        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    raw, tokens = tokenizer.config.raw, tokenizer.config.tokens
+    pad, pad_id = pad_of(tokenizer, vocab_size, scores)
+    is_new = pad is not None and tokenizer.id_of(pad) is None
+    config: dict[str, Any] = {k: v for k, v in raw.items() if k not in _DECIDED}
+    config |= {
+        # reads tokenizer.json as it stands; others put their own rules in place of the file's
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_bos_token": tokenizer.bos_id is not None,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": tokenizer.text_of(tokenizer.eos_id),
+    }
+    bos = tokens.get("bos_token")
+    if tokenizer.bos_id is not None:
+        bos = tokenizer.text_of(tokenizer.bos_id)
+    unknown = tokens.get("unk_token", "<unk>")
+    for key, text in (("bos_token", bos), ("pad_token", pad), ("unk_token", unknown)):
+        if text is not None and (text == pad or tokenizer.id_of(text) is not None):
+            config[key] = text
+    config |= _write_template(tokenizer, folder, source)
+    _write_json(folder / "tokenizer_config.json", config)
+    (folder / "tokenizer.json").write_text(tokenizer.to_json(pad if is_new else None), "utf-8")
+    if tokenizer.kind == "sentencepiece":  # which other tools read
+        shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
+
+
+def _write_template(tokenizer: Tokenizer, folder: Path, source: Path) -> dict[str, Any]:
+    """The template in use, else the one that lies there: as a file, or what the config gets."""
+    target, chat = folder / "chat_template.jinja", tokenizer.chat
+    if chat is not None and not chat.own:
+        target.write_text(chat.source, "utf-8")
+        return {}
+    for place in dict.fromkeys((tokenizer.path.parent, source)):
+        if (place / target.name).is_file():
+            shutil.copyfile(place / target.name, target)
+            return {}
+        config = place / "tokenizer_config.json"
+        template = read_json(config).get("chat_template") if config.is_file() else None
+        if isinstance(template, str):
+            target.write_text(template, "utf-8")
+            return {}
+        if template is not None:  # several, by name
+            return {"chat_template": template}
+    return {}
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", "utf-8")

@@ -148,8 +148,10 @@ def response_loss(
     Its log-probabilities are those of `response_logprobs`, bit for bit.
     """
     hidden = copy_to_model_parallel_region(model(batch.tokens, batch.layout, batch.rows))
-    weight, real = model.vocabulary_weight, model.vocabulary
-    return target_loss(hidden, weight, real, batch.targets, loss_of, temperature, entropy, kept)
+    weight, real, holes = model.vocabulary_weight, model.vocabulary, model.holes
+    return target_loss(
+        hidden, weight, real, batch.targets, loss_of, temperature, entropy, kept, holes
+    )
 
 
 def response_values(model: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 For `config.json` see hf_config.py.
 """
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import Field, asdict, dataclass, fields, replace
 
 from src.errors import UserError
 
@@ -56,9 +56,17 @@ class ModelConfig:
     router_aux_loss_coef: float = 0.0
     use_logn_attn: bool = False  # Qwen v1, past max_seq_len and outside training: rotary.py
     use_dynamic_ntk: bool = False
+    # Of the vocabulary, the ranges [start, stop) that the tokenizer in use has no tokens for: their
+    # probability is 0. No part of the model's description.
+    ids_without_text: tuple[tuple[int, int], ...] = ()
 
     def with_head(self, head: str) -> "ModelConfig":
         return replace(self, head=head)
+
+
+def described() -> list[Field]:
+    """The fields that are in a checkpoint's files."""
+    return [field for field in fields(ModelConfig) if field.name != "ids_without_text"]
 
 
 SIZES = (
@@ -109,7 +117,7 @@ def config_from_params(raw: dict, where: str) -> ModelConfig:
     moe = raw.get("moe") or {}
     if not isinstance(moe, dict):
         raise UserError(f"{where}: moe is {moe!r}, a JSON object is expected")
-    known = {field.name: raw[field.name] for field in fields(ModelConfig) if field.name in raw}
+    known = {field.name: raw[field.name] for field in described() if field.name in raw}
     scaling = known.pop("rope_scaling", None)
     values = {
         "head_dim": dim // n_heads,
@@ -150,7 +158,8 @@ def params_of(config: ModelConfig) -> dict:
 
     Every field is spelt out, in Meta's and Mistral's names.
     """
-    return asdict(config)
+    values = asdict(config)
+    return {field.name: values[field.name] for field in described()}
 
 
 def checked_scaling(where: str, **values) -> RopeScaling:
@@ -173,7 +182,7 @@ def checked_scaling(where: str, **values) -> RopeScaling:
 
 def checked(where: str, **values) -> ModelConfig:
     """Refuse what is no size at all, naming it: files come from anywhere."""
-    for field in fields(ModelConfig):
+    for field in described():
         if field.name == "rope_scaling":
             continue
         value, kind = values.get(field.name, field.default), field.type

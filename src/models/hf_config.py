@@ -4,6 +4,7 @@ And the families, by its `model_type`.
 """
 
 import math
+from collections.abc import Mapping
 
 from src.errors import UserError
 from src.models.config import ModelConfig, RopeScaling, checked, checked_scaling, number
@@ -238,12 +239,12 @@ def layer_types(window: int, first: int, n_layers: int) -> list[str]:
 
 
 def hf_config(
-    config: ModelConfig, dtype: str, special_ids: dict[str, int | list[int] | None], pad_id: int = 0
+    config: ModelConfig, dtype: str, special_ids: Mapping[str, int | list[int] | None]
 ) -> dict:
     """`config.json` with the keys of transformers 4 and 5 both, so that either reads it.
 
-    special_ids: "bos_token_id" and "eos_token_id"; pad_id: for a classifier, an id that no text
-    holds.
+    special_ids: "bos_token_id", "eos_token_id" and "pad_token_id", which for a classifier is an id
+    that ends no text: transformers scores the last token that is not padding.
     """
     c, (name, family) = config, family_written(config)
     scored = c.head == "score"
@@ -306,12 +307,5 @@ def hf_config(
             "max_window_layers": c.first_window_layer if c.sliding_window else c.n_layers,
         }
     if scored:
-        # transformers scores the last token that is not padding: the pad id must be one that no
-        # text holds.
-        written |= {
-            "num_labels": 1,
-            "id2label": {"0": "score"},
-            "label2id": {"score": 0},
-            "pad_token_id": pad_id,
-        }
+        written |= {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}}
     return written

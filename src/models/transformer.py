@@ -214,6 +214,15 @@ class Transformer(nn.Module):
             # This rank's entries without padding, and with it: so many columns the logits have.
             self.vocabulary = shard.real_size(vocabulary)
             self.vocabulary_part = shard.spec(vocabulary).local_shape(n)[0]
+            # Ids that no text has are padding, too: the last of them, and holes [start, stop).
+            self.holes: list[tuple[int, int]] = []
+            first = rank * self.vocabulary_part
+            for start, stop in reversed(config.ids_without_text):
+                start, stop = max(start - first, 0), min(stop - first, self.vocabulary)
+                if start < stop == self.vocabulary:
+                    self.vocabulary = start
+                elif start < stop:
+                    self.holes.append((start, stop))
             if not config.tie_word_embeddings:
                 self.output = ColumnParallelLinear(shard["output.weight"])
         wk = shard.spec("layers.0.attention.wk.weight")
@@ -271,7 +280,12 @@ class Transformer(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """This rank's columns of the vocabulary's logits: [M, dim] → [M, vocabulary / n]."""
         logits = F.linear(copy_to_model_parallel_region(hidden), self.vocabulary_weight)
-        return fill_padding(logits, self.vocabulary, dim=-1, value=IMPOSSIBLE)
+        logits = fill_padding(logits, self.vocabulary, dim=-1, value=IMPOSSIBLE)
+        for start, stop in self.holes:
+            logits = logits.index_fill(
+                -1, torch.arange(start, stop, device=logits.device), IMPOSSIBLE
+            )
+        return logits
 
     def scores(self, hidden: Tensor) -> Tensor:
         """The scalar head in fp32, the same on every rank: [M, dim] → [M]."""

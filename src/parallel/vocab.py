@@ -1,6 +1,6 @@
 """Log-probabilities over a vocabulary that is split across ranks: the logits are never gathered."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -166,7 +166,7 @@ class _TargetLoss(torch.autograd.Function):
         loss_of: LossOf,
         options: tuple,
     ):
-        temperature, entropy, kept = options
+        temperature, entropy, kept, holes = options
         # fp16 would lose what is smaller than 6e-8
         ctx.scale = 1024.0 if weight.dtype == torch.float16 else 1.0
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
@@ -178,6 +178,8 @@ class _TargetLoss(torch.autograd.Function):
             # The chunk's logits: [rows, vocabulary / n], without padding, fp32.
             z = F.linear(hidden[rows], weight)
             z[:, real:] = IMPOSSIBLE
+            for first, last in holes:
+                z[:, first:last] = IMPOSSIBLE
             z = z.float()
             if temperature != 1:
                 z /= temperature
@@ -225,6 +227,7 @@ def target_loss(
     temperature: float = 1.0,
     entropy: bool = False,
     kept: Tensor | None = None,
+    holes: Sequence[tuple[int, int]] = (),
 ) -> Tensor:
     """A loss that each row has for itself, summed.
 
@@ -235,6 +238,8 @@ def target_loss(
     when they are about 1.
 
     hidden: [N, dim]; weight: this rank's rows of the output layer, [vocabulary / n, dim], `real` of
-    them without padding; targets: global token ids, [N]; kept: see `token_logprobs`.
+    them without padding, and of these none in the ranges [start, stop) of `holes`; targets: global
+    token ids, [N]; kept: see `token_logprobs`.
     """
-    return _TargetLoss.apply(hidden, weight, real, targets, loss_of, (temperature, entropy, kept))
+    options = (temperature, entropy, kept, holes)
+    return _TargetLoss.apply(hidden, weight, real, targets, loss_of, options)

@@ -97,6 +97,7 @@ class PPOInputs:
 
     def announce(self, settings: PPOTrainSettings, parallel: Parallel, log: RunLog) -> None:
         """Say in the log what a user should know before training."""
+        self.roles.actor.announce(log)
         for text in self.warnings:
             log.warning(f"{text} and are left out")
         changes = changed_rewards(self.policy_state, settings.rewards)

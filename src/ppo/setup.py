@@ -72,6 +72,8 @@ def open_roles(settings: PPOTrainSettings, parallel: Parallel, dtype: torch.dtyp
             config_file=roles.config_file,
             tokenizer_file=roles.tokenizer_file,
             use_chat_template=roles.use_chat_template,
+            special_tokens=roles.special_tokens,
+            chat_date=roles.chat_date,
         ),
         parallel,
         head="lm",
@@ -110,8 +112,13 @@ def _beside_actor(
     settings: PPOTrainSettings, ckpt_dir: str, tokenizer_file: str | None
 ) -> ModelSettings:
     """Another role's model, which reads instructions as the actor does."""
-    chat = settings.roles.use_chat_template
-    return ModelSettings(ckpt_dir=ckpt_dir, tokenizer_file=tokenizer_file, use_chat_template=chat)
+    return ModelSettings(
+        ckpt_dir=ckpt_dir,
+        tokenizer_file=tokenizer_file,
+        use_chat_template=settings.roles.use_chat_template,
+        special_tokens=settings.roles.special_tokens,
+        chat_date=settings.roles.chat_date,
+    )
 
 
 def _check_trainable(settings: PPOTrainSettings, model: OpenedModel) -> None:

@@ -1,12 +1,24 @@
 """Which model, tokenizer and data files, and how long rows may be."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated
+from datetime import date
+from typing import Annotated, Literal
 
 from src.settings.declaration import CONTENT, MAY_CHANGE, AtLeast, Settings, Unit
 
 StrictLength = Annotated[
     bool, "refuse rows that are longer than --max_seq_len, in place of leaving them out"
+]
+SpecialTokens = Annotated[
+    Literal["control", "text"],
+    "what a special token such as <|im_end|> is where a row's text spells it out: the token, as in "
+    "transformers (control), or ordinary text (text)",
+]
+ChatDate = Annotated[
+    str,
+    "the day, YYYY-MM-DD, that a chat template is told which writes one (Llama 3's do): fixed, so "
+    "that a run is the same run tomorrow",
 ]
 
 
@@ -34,6 +46,15 @@ class TextModelSettings(ArchitectureSettings):
         "write each instruction as a user's turn, by the checkpoint's chat template or the "
         "family's",
     ] = False
+    special_tokens: SpecialTokens = "control"
+    chat_date: ChatDate = "2024-07-26"
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        try:
+            date.fromisoformat(self.chat_date)
+        except ValueError:
+            yield f"--chat_date {self.chat_date}: is no day; write YYYY-MM-DD"
 
 
 @dataclass(frozen=True, kw_only=True)

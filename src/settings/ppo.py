@@ -108,6 +108,7 @@ class RoleSettings(TextModelSettings):
     ] = None
 
     def problems(self) -> Iterator[str]:
+        yield from super().problems()
         if self.reward_model_ckpt_dir is None:
             names = ("reward_model_parallel_size", "reward_tokenizer_file")
             yield from idle_flags(self, names, "without --reward_model_ckpt_dir")

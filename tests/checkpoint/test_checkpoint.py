@@ -1,5 +1,6 @@
 """The two scripts, started as a user does; and which folders they may replace."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def test_scripts(tmp_path, hf, ranks):
     if dtype:
         wanted = {key: tensor.bfloat16() for key, tensor in wanted.items()}
     assert_same(read_hf(back), wanted)
-    assert (back / "generation_config.json").read_text() == '{"eos_token_id": 2}'
+    assert json.loads((back / "generation_config.json").read_text()) == {"eos_token_id": 2}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "hf", "shards", "wanted"]
 
 

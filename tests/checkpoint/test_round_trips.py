@@ -240,7 +240,9 @@ def test_a_verifiers_scores_survive_the_way_to_transformers(tmp_path, verifiers,
     The padding id is one not in use.
     """
     out = verifiers(2)
-    merge(Checkpoint.open(str(out / f"{name}-saved")), tmp_path / "back", IDS, pad_id=90)
+    merge(
+        Checkpoint.open(str(out / f"{name}-saved")), tmp_path / "back", IDS | {"pad_token_id": 90}
+    )
     original = tiny(name, verifier=True)
     model = transformed(tmp_path / "back", name, AutoModelForSequenceClassification)
     assert type(model) is type(original) and model.config.pad_token_id == 90

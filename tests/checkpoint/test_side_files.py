@@ -1,4 +1,4 @@
-"""Which tokenizer goes along with a saved checkpoint."""
+"""Which files go along when a checkpoint is split, just as they are."""
 
 import pytest
 
@@ -7,26 +7,31 @@ from src.checkpoint.folder import copy_side_files, find_tokenizer
 
 @pytest.fixture
 def folders(tmp_path):
-    source, target = tmp_path / "source", tmp_path / "target"
-    source.mkdir(), target.mkdir()
-    tokenizer = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
-    for name in (*tokenizer, "generation_config.json"):
-        (source / name).write_text(f"own {name}")
+    source, target = tmp_path / "download" / "weights", tmp_path / "target"
+    source.mkdir(parents=True), target.mkdir()
+    (source / "generation_config.json").write_text("own generation_config.json")
     return source, target
+
+
+def write(folder, *names):
+    for name in names:
+        (folder / name).write_text(f"{folder.name} {name}")
 
 
 def test_the_weights_own_files_all_go_along(folders):
     source, target = folders
-    copy_side_files(source, target, source / "tokenizer.model")
+    write(source, "tokenizer.model", "tokenizer.json", "tokenizer_config.json")
+    copy_side_files(source, target)
     assert sorted(f.name for f in target.iterdir()) == sorted(f.name for f in source.iterdir())
+    assert find_tokenizer(target).read_text() == find_tokenizer(source).read_text()
 
 
-def test_another_tokenizer_in_use_is_the_one_found_again(folders, tmp_path):
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.model.v3", "tekken.json"])
+def test_a_tokenizer_beside_the_folder_goes_along_with_what_describes_it(folders, name):
     source, target = folders
-    tokenizer = tmp_path / "elsewhere" / "mine.json"
-    tokenizer.parent.mkdir()
-    tokenizer.write_text("mine")
-    copy_side_files(source, target, tokenizer)
-    assert find_tokenizer(target).read_text() == "mine"
+    write(source.parent, name, "tokenizer_config.json")
+    write(source, "tokenizer_config.json")
+    copy_side_files(source, target)
+    assert find_tokenizer(target).read_text() == f"download {name}"
+    assert (target / "tokenizer_config.json").read_text() == "download tokenizer_config.json"
     assert (target / "generation_config.json").is_file()
-    assert not (target / "tokenizer.model").exists()

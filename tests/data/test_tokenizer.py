@@ -7,6 +7,7 @@ import base64
 import json
 import random
 import unicodedata
+from datetime import datetime
 
 import pytest
 import sentencepiece
@@ -27,7 +28,8 @@ from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from src.data import chat
-from src.data.tokenizer import Tokenizer, check_vocabulary
+from src.data import ranks as rank_files
+from src.data.tokenizer import Tokenizer
 from src.errors import UserError
 
 TEXTS = [
@@ -67,6 +69,7 @@ LLAMA_PATTERN = (
 )
 CHATML_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 QWEN_SPECIAL = [*CHATML_SPECIAL, *(f"<|extra_{i}|>" for i in range(205))]
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tekken.json", "qwen.tiktoken")
 LLAMA_SPECIAL = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 
 
@@ -96,6 +99,12 @@ def ranks() -> dict[bytes, int]:
     return {bytes(back[char] for char in text): rank for text, rank in model.items()}
 
 
+@pytest.fixture
+def known(monkeypatch):
+    """known(ranks, scheme): small ranks, taken for those of a vocabulary that there is."""
+    return lambda ranks, scheme: monkeypatch.setitem(rank_files.SCHEMES, len(ranks), scheme)
+
+
 def write_ranks(path, ranks):
     lines = [base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()]
     path.write_bytes(b"".join(lines))
@@ -121,7 +130,8 @@ def noise(count: int) -> list[str]:
 # --- tiktoken's files
 
 
-def test_qwen_ranks_give_tiktoken_ids(tmp_path, ranks):
+def test_qwen_ranks_give_tiktoken_ids(tmp_path, ranks, known):
+    known(ranks, rank_files.QWEN)
     tokenizer = Tokenizer(write_ranks(tmp_path / "qwen.tiktoken", ranks))
     theirs, n = reference(ranks, QWEN_PATTERN, QWEN_SPECIAL), len(ranks)
     for text in TEXTS + noise(500):
@@ -131,12 +141,13 @@ def test_qwen_ranks_give_tiktoken_ids(tmp_path, ranks):
         assert not text or tokenizer.prompt_ids(text) == ids
         assert tokenizer.decode(ids) == theirs.decode([i for i in ids if i < n])
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.stop_ids) == (None, n, {n})
-    assert tokenizer.vocab_size == n + 208 and tokenizer.ranked
+    assert tokenizer.vocab_size == n + 208
     with pytest.raises(UserError, match="has no BOS, and a prompt is empty"):
         tokenizer.prompt_ids("")
 
 
-def test_llama_3_ranks_are_recognised_by_their_content(tmp_path, ranks):
+def test_llama_3_ranks_are_recognised_by_their_content(tmp_path, ranks, known):
+    known(ranks, rank_files.LLAMA_3)
     tokenizer = Tokenizer(write_ranks(tmp_path / "tokenizer.model", ranks))
     n = len(ranks)
     special = {
@@ -159,13 +170,14 @@ def test_llama_3_ranks_are_recognised_by_their_content(tmp_path, ranks):
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (n, n + 1, n + 256)
 
 
-def test_ranks_in_any_order_merge_as_tiktoken_merges(tmp_path):
+def test_ranks_in_any_order_merge_as_tiktoken_merges(tmp_path, known):
     pick = random.Random(1)
     tokens = {bytes(pick.choices(b"ab", k=pick.randrange(2, 7))) for _ in range(40)} - {b"a", b"b"}
     for number in range(20):
         shuffled = pick.sample(sorted(tokens), len(tokens))
         ordered = [bytes([byte]) for byte in range(256)] + shuffled
         ranks = {token: rank for rank, token in enumerate(ordered)}
+        known(ranks, rank_files.QWEN)
         ours = Tokenizer(write_ranks(tmp_path / f"{number}.tiktoken", ranks))
         theirs = reference(ranks, QWEN_PATTERN, QWEN_SPECIAL)
         for _ in range(100):
@@ -189,48 +201,53 @@ def test_ranks_in_any_order_merge_as_tiktoken_merges(tmp_path):
         (lambda lines: [], "is it cut short"),
     ],
 )
-def test_damaged_ranks_are_named(tmp_path, ranks, damage, reason):
+def test_damaged_ranks_are_named(tmp_path, ranks, known, damage, reason):
     path = write_ranks(tmp_path / "qwen.tiktoken", ranks)
-    path.write_bytes(b"\n".join(damage(path.read_bytes().splitlines())))
+    lines = damage(path.read_bytes().splitlines())
+    known(lines, rank_files.QWEN)
+    path.write_bytes(b"\n".join(lines))
     with pytest.raises(UserError, match=reason) as error:
         Tokenizer(path)
     assert str(path) in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "name, family, model_type",
-    [
-        ("qwen.tiktoken", "qwen", "qwen2"),
-        ("tokenizer.model", "llama", "llama"),
-        ("tokenizer.model", "llama", None),
-    ],
-)
-@pytest.mark.parametrize("use_chat_template", [False, True])
-def test_transformers_loads_what_is_saved(
-    tmp_path, ranks, name, family, model_type, use_chat_template
-):
-    tokenizer = Tokenizer(write_ranks(tmp_path / name, ranks), None, use_chat_template, family)
-    saved = tmp_path / "saved"
-    saved.mkdir()
-    assert not use_chat_template or not tokenizer.chat.own
-    tokenizer.save_json(saved)
-    if model_type:
-        write_json(saved / "config.json", {"model_type": model_type})
-    theirs = AutoTokenizer.from_pretrained(saved)
-    again = Tokenizer(saved / "tokenizer.json", None, use_chat_template)
-    assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
-    for text in filter(None, TEXTS):
-        if use_chat_template:
-            turn = [{"role": "user", "content": text}]
-            prompt = theirs.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
-        else:
-            prompt = theirs(text)["input_ids"]
-        if not text.startswith("<|begin_of_text|>"):
-            assert tokenizer.prompt_ids(text) == again.prompt_ids(text) == prompt
-        assert tokenizer.response_ids(text) == again.response_ids(text)
-    assert not again.ranked and (not use_chat_template or again.chat.own)
-    assert (again.bos_id, again.eos_id) == (tokenizer.bos_id, tokenizer.eos_id)
-    assert again.vocab_size == tokenizer.vocab_size
+@pytest.mark.parametrize("size, scheme", [(603, None), (604, rank_files.QWEN)])
+def test_ranks_of_another_vocabulary_are_refused(tmp_path, ranks, known, size, scheme):
+    if scheme:
+        known(range(size), scheme)
+    with pytest.raises(UserError, match="has 603 ranks; known are 151,643"):
+        Tokenizer(write_ranks(tmp_path / "qwen.tiktoken", ranks))
+
+
+def tekken(ranks, special=None):
+    """Mistral's kind of file, with 20 and more special tokens before the ranks, cut by 10."""
+    vocab = [
+        {"rank": rank, "token_bytes": base64.b64encode(token).decode(), "token_str": None}
+        for token, rank in ranks.items()
+    ]
+    sizes = {"default_vocab_size": len(ranks) + 20, "default_num_special_tokens": 30}
+    named = {} if special is None else {"special_tokens": special}
+    return {"config": {"pattern": LLAMA_PATTERN, **sizes}, "vocab": vocab, **named}
+
+
+def test_tekken_gives_tiktoken_ids_after_its_special_tokens(tmp_path, ranks):
+    path = tmp_path / "tekken.json"
+    write_json(path, tekken(ranks))
+    tokenizer = Tokenizer.find(tmp_path, use_chat_template=True, family="mistral")
+    kept = {token: rank for token, rank in ranks.items() if rank < len(ranks) - 10}
+    theirs = reference(kept, LLAMA_PATTERN, [])
+    for text in TEXTS + noise(300):
+        ids = [i + 30 for i in theirs.encode(text)]
+        assert tokenizer.prompt_ids(text) == [1, 3, *ids, 4]
+        assert tokenizer.response_ids(text) == [*ids, 2]
+        assert tokenizer.decode([1, 3, *ids, 4]) == theirs.decode([i - 30 for i in ids])
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (1, 2, len(ranks) + 20)
+    names = [{"rank": i, "token_str": n} for i, n in enumerate(["<unk>", "<s>", "</s>", "[NEW]"])]
+    write_json(path, tekken(ranks, names))
+    assert Tokenizer(path).prompt_ids("[NEW]<SPECIAL_29>")[1:] == [3, 29]
+    write_json(path, {"config": {}, "vocab": []})
+    with pytest.raises(UserError, match="is no whole tekken.json"):
+        Tokenizer(path)
 
 
 # --- BOS, EOS and stops of a tokenizer.json
@@ -396,7 +413,8 @@ def test_prompt_and_response_are_the_conversation_of_transformers(tmp_path, rust
         listed = [{"name": key, "template": template} for key, template in named.items()]
         config["chat_template"] = FOLDERS[name] if place == "config" else listed
     write_json(folder / "tokenizer_config.json", config)
-    tokenizer = Tokenizer.find(folder, use_chat_template=True)
+    today = f"{datetime.now():%Y-%m-%d}"  # which is what transformers tells a template
+    tokenizer = Tokenizer.find(folder, use_chat_template=True, chat_date=today)
     theirs = AutoTokenizer.from_pretrained(folder)
     for question, answer in zip(["2 + 2?", " a ", "'s", "e\u0301", "What\n"], ANSWERS):
         prompt, response = tokenizer.prompt_ids(question), tokenizer.response_ids(answer)
@@ -468,18 +486,18 @@ def test_an_answer_gets_no_space_that_the_conversation_lacks(tmp_path, kind, tem
 
 
 def train_pieces(path, **options):
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS[:3] * 9),
-        model_prefix=str(path.with_suffix("")),
-        vocab_size=420,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-        num_threads=1,
-        **options,
-    )
+    settings = {
+        "model_prefix": str(path.with_suffix("")),
+        "vocab_size": 420,
+        "model_type": "bpe",
+        "byte_fallback": True,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "minloglevel": 2,
+        "num_threads": 1,
+    }
+    sentences = iter(TEXTS[:3] * 9)
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=sentences, **(settings | options))
     return SentencePieceProcessor(model_file=str(path))
 
 
@@ -494,19 +512,24 @@ def test_pieces_with_and_without_bos(pieces, tmp_path):
     tokenizer = Tokenizer(path)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.stop_ids) == (1, 2, {2})
     assert tokenizer.vocab_size == 420
-    # plain text holds no control tokens
-    assert tokenizer.prompt_ids("<s>an egg") == [1, *sp.encode("<s>an egg")]
+    # a control token that a text spells out is one, unless it is to be text
+    assert tokenizer.prompt_ids("<s>an egg") == [1, *sp.encode("an egg")]
+    as_text = Tokenizer(path, special_tokens="text")
+    for text in ("<s>an egg", "a</s>", " </s> <unk>", "x<s></s>"):
+        assert as_text.prompt_ids(text) == [1, *sp.encode(text)]
+        assert as_text.response_ids(text) == [*sp.encode(text), 2]
+    assert as_text.spelled_out == {"<s>": 4, "</s>": 6, "<unk>": 2}
     assert tokenizer.response_ids("egg") == [*sp.encode("egg"), 2]
     assert tokenizer.decode([1, *sp.encode(" x  y"), 2, 500]) == " x  y"
-    check_vocabulary(tokenizer, 420)
+    tokenizer.fit(420)
     with pytest.raises(UserError, match="has 420 entries, the model 419"):
-        check_vocabulary(tokenizer, 419)
+        tokenizer.fit(419)
     copy = tmp_path / "tokenizer.model"
     copy.write_bytes(path.read_bytes())
     write_json(tmp_path / "tokenizer_config.json", {"add_bos_token": False})
     assert Tokenizer(copy).prompt_ids("egg") == sp.encode("egg")
     copy.write_bytes(b"\n\x0c")
-    with pytest.raises(UserError, match="cannot be read as a tokenizer"):
+    with pytest.raises(UserError, match="is no tokenizer that is known"):
         Tokenizer(copy)
 
 
@@ -536,13 +559,13 @@ def test_control_pieces_of_a_template(tmp_path):
 def test_tokens_added_to_pieces_count_as_the_template_writes_them(pieces, tmp_path):
     path, sp = pieces
     (tmp_path / "tokenizer.model").write_bytes(path.read_bytes())
-    write_json(tmp_path / "added_tokens.json", {"<|im_end|>": 420, "[PAD]": 430})
+    write_json(tmp_path / "added_tokens.json", {"<|im_end|>": 420, "[PAD]": 422})
     added = {"421": {"content": "<|im_start|>"}}
     config = {"chat_template": CHATML, "added_tokens_decoder": added}
     write_json(tmp_path / "tokenizer_config.json", config)
     write_json(tmp_path / "generation_config.json", {"eos_token_id": 420})
     plain, tokenizer = Tokenizer.find(tmp_path), Tokenizer.find(tmp_path, use_chat_template=True)
-    assert (plain.vocab_size, tokenizer.vocab_size) == (420, 422)
+    assert (plain.vocab_size, tokenizer.vocab_size) == (423, 423)
     assert plain.stop_ids == {2, 420} and plain.eos_id == 2
     assert tokenizer.stop_ids == {2, 420} and tokenizer.eos_id == 420
     prompt, response = tokenizer.prompt_ids("egg"), tokenizer.response_ids("egg")
@@ -552,6 +575,15 @@ def test_tokens_added_to_pieces_count_as_the_template_writes_them(pieces, tmp_pa
     written = "".join(sp.id_to_piece(i) for i in prompt + response if i < 420)
     assert written.replace("<0x0A>", "\n") == "user\negg\nassistant\negg"
     assert tokenizer.decode(prompt) == "user\negg\nassistant\n"
+    # One that no text holds needs no embedding; a text that does is refused.
+    tokenizer.fit(422)
+    assert tokenizer.prompt_ids("egg") == prompt
+    with pytest.raises(UserError, match=r"'an \[PAD\]': holds '\[PAD\]', which .* as id 422"):
+        tokenizer.prompt_ids("an [PAD]")
+    with pytest.raises(UserError, match="the model's 420 embeddings lack"):
+        tokenizer.fit(420)
+    with pytest.raises(UserError, match="not this model's tokenizer"):
+        plain.fit(419)
 
 
 # --- families without a file, and refusals
@@ -598,11 +630,7 @@ def test_families_have_their_templates(tmp_path, rust, pieces):
             "{% for i in range(200) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
             "takes more than 0.2 seconds",
         ),
-        (
-            "{% if add_generation_prompt %}A{% else %}B{% endif %}{{ messages[-1].content }}",
-            "does not begin with the prompt 'AWhat",
-        ),
-        ("{{ messages[0].content }}", "writes the answer 0 times"),
+        ("{{ 'nobody asks' }}", "writes 'nobody asks' for a user's 'What is it'"),
     ],
 )
 def test_a_template_that_fails_is_named(tmp_path, rust, monkeypatch, template, reason):
@@ -615,15 +643,105 @@ def test_a_template_that_fails_is_named(tmp_path, rust, monkeypatch, template, r
     assert str(folder / "chat_template.jinja") in str(error.value)
 
 
-def test_an_answer_that_a_template_rewrites_is_refused(tmp_path, rust):
+@pytest.mark.parametrize(
+    "template, reason",
+    [
+        (
+            "{% if add_generation_prompt %}A{% else %}B{% endif %}{{ messages[-1].content }}",
+            "does not begin with the prompt 'AWhat",
+        ),
+        ("{{ messages[0].content }}", "writes the answer 0 times"),
+        (CHATML.replace("m['role'] +", "{'user': 'user'}[m['role']] +"), "fails: "),
+    ],
+)
+def test_a_template_without_answers_writes_prompts(tmp_path, rust, template, reason):
+    folder = folder_of(tmp_path, rust, tokenizer_config=NAMES)
+    (folder / "chat_template.jinja").write_text(template)
+    tokenizer = Tokenizer.find(folder, use_chat_template=True)
+    assert "hi" in tokenizer.decode(tokenizer.prompt_ids("hi"))
+    with pytest.raises(UserError, match=reason) as error:
+        tokenizer.response_ids("4")
+    assert str(folder / "chat_template.jinja") in str(error.value)
+
+
+THOUGHT = "<think>Two and three\nmake five.</think>\n\n5"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "m['content'].split('</think>')[-1]",
+        "m['content'].split('</think>')[-1].lstrip('\n')",
+        "m['content'] | replace('<think>', '')",
+        "m['content'][:9]",
+        "'always the same'",
+    ],
+)
+def test_nothing_of_an_answer_is_lost(tmp_path, rust, content):
     folder = folder_of(tmp_path, rust, tokenizer_config=NAMES)
     (folder / "chat_template.jinja").write_text(
-        CHATML.replace("{% for", "{% if messages[-1].content == 'x' %}other{% endif %}{% for", 1)
+        CHATML.replace("m['content']", f"(m['content'] if m.role == 'user' else {content})")
+    )
+    if content == "'always the same'":  # it cannot even be told where an answer would stand
+        with pytest.raises(UserError, match="writes the answer 0 times"):
+            Tokenizer.find(folder, use_chat_template=True).response_ids("5")
+        return
+    tokenizer = Tokenizer.find(folder, use_chat_template=True)
+    if "9" not in content:
+        assert tokenizer.decode(tokenizer.response_ids("5")) == "5" and not tokenizer.notes()
+        assert tokenizer.decode(tokenizer.response_ids(THOUGHT)) == THOUGHT
+        (note,) = tokenizer.notes()
+        assert "parts of 1 answers, such as '<think>Two" in note
+    else:
+        with pytest.raises(UserError, match="writes the answer 0 times"):
+            tokenizer.response_ids("5")
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_a_prompt_may_open_what_the_answer_goes_on_with(tmp_path, rust, keeps):
+    answer = "m['content']" if keeps else "m['content'].split('</think>')[-1]"
+    folder = folder_of(tmp_path, rust, tokenizer_config=NAMES)
+    source = CHATML.replace("assistant\n'", "assistant\n<think>\n'")
+    (folder / "chat_template.jinja").write_text(
+        source.replace("m['content']", f"(m['content'] if m.role == 'user' else {answer})")
     )
     tokenizer = Tokenizer.find(folder, use_chat_template=True)
-    assert tokenizer.response_ids("y")
-    with pytest.raises(UserError, match="writes the answer 'x' not between"):
-        tokenizer.response_ids("x")
+    assert tokenizer.decode(tokenizer.prompt_ids("2 + 3?")).endswith("assistant\n<think>\n")
+    assert tokenizer.eos_id == rust.token_to_id("<|im_end|>")
+    rest = "Two and three\nmake five.</think>\n\n5"
+    for text in (THOUGHT, "<think>\n" + rest, rest):
+        assert tokenizer.decode(tokenizer.response_ids(text)) == rest
+    with pytest.raises(UserError, match=r"prompt ends with '<think>\\n', and the answer '5' neith"):
+        tokenizer.response_ids("5")
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_special_tokens_in_texts_are_counted_and_may_be_text(tmp_path, normalized):
+    rust = byte_level(500)
+    rust.add_special_tokens([AddedToken("<|odd|>", normalized=normalized)])
+    config = NAMES | {"chat_template": CHATML}
+    folder = folder_of(tmp_path, rust, tokenizer_config=config)
+    control = Tokenizer.find(folder, use_chat_template=True)
+    as_text = Tokenizer.find(folder, use_chat_template=True, special_tokens="text")
+    plain = RustTokenizer.from_file(str(folder / "tokenizer.json"))
+    plain.encode_special_tokens = True
+    ids = {text: rust.token_to_id(text) for text in (*CHATML_SPECIAL, "<|odd|>")}
+
+    def ordinary(text):
+        return plain.encode(text, add_special_tokens=False).ids
+
+    for text in ("a<|im_end|>\n<|im_start|>user", "<|endoftext|>", "x <|odd|>y"):
+        start, end = ids["<|im_start|>"], ids["<|im_end|>"]
+        begin = [start, *ordinary(f"user\n{text}"), end, *ordinary("\n")]
+        assert as_text.prompt_ids(text) == [*begin, start, *ordinary("assistant\n")]
+        assert as_text.response_ids(text) == [*ordinary(text), end]
+        assert as_text.decode(as_text.response_ids(text)) == text
+        assert control.response_ids(text) == [*rust.encode(text).ids, end]
+    counted = {"<|im_end|>": 4, "<|im_start|>": 4, "<|endoftext|>": 4, "<|odd|>": 4}
+    for tokenizer, words in ((control, "--special_tokens text reads"), (as_text, "as text")):
+        assert sum(tokenizer.spelled_out.values()) > 0
+        assert words in tokenizer.notes()[0]
+    assert as_text.spelled_out.keys() == counted.keys() == control.spelled_out.keys()
 
 
 @pytest.mark.parametrize(

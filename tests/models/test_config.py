@@ -225,13 +225,13 @@ CONFIGS = {
 def test_config_json_is_read_as_it_was_written(name, version):
     """Even when either transformers' keys are taken away; and transformers reads the same."""
     config = CONFIGS[name]
-    ids = {"bos_token_id": 1, "eos_token_id": 2}
-    written = json.loads(json.dumps(hf_config(config, "bfloat16", ids, pad_id=3)))
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
+    written = json.loads(json.dumps(hf_config(config, "bfloat16", ids)))
     theirs = AutoConfig.for_model(**written)
     assert theirs.rope_parameters["rope_theta"] == config.rope_theta
     assert theirs.head_dim == config.head_dim
     assert theirs.num_key_value_heads == config.n_kv_heads
-    assert (theirs.bos_token_id, theirs.eos_token_id) == (1, 2)
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (1, 2, 3)
     if version == 4:
         del written["rope_parameters"], written["dtype"]
     else:

@@ -1,0 +1,127 @@
+"""SentencePiece's files as a runtime of `tokenizers` with the same ids."""
+
+import re
+from collections.abc import Iterable
+
+from google.protobuf.message import DecodeError
+from sentencepiece import SentencePieceProcessor
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as RustTokenizer
+
+from src.errors import UserError
+
+_SPACE = "▁"
+# sentencepiece_model.proto: kinds of pieces, and of models
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5
+_UNIGRAM, _BPE = 1, 2
+
+
+def from_pieces(
+    data: bytes, where: str, more: Iterable[tuple[int, AddedToken]] = (), has_prefix: bool = True
+) -> tuple[RustTokenizer, str | None, str | None]:
+    """The runtime, and the texts of BOS and EOS, where the file has them.
+
+    data: the file's content; where: its name, for messages; more: (id, token) of those that were
+    added to the vocabulary later; has_prefix: False leaves out the space that SentencePiece puts
+    before every text. Raises UserError for what is not SentencePiece's or is not supported.
+    """
+    # protobuf makes its classes at run time
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
+
+    try:
+        proto = ModelProto.FromString(data)
+        SentencePieceProcessor(model_proto=data)  # which refuses more of what is damaged
+    except (DecodeError, RuntimeError):
+        raise UserError(
+            f"{where}: is no tokenizer that is known: neither tokenizer.json, tekken.json, "
+            "tiktoken's ranks nor SentencePiece's"
+        ) from None
+    trainer, form = proto.trainer_spec, proto.normalizer_spec
+    # A token that was added later may have a piece's id: it takes its place.
+    added = sorted(more, key=lambda item: item[0])
+    names = [piece.piece for piece in proto.pieces]
+    for i, token in added:
+        if i < len(names):
+            names[i] = token.content
+    types = [piece.type for piece in proto.pieces]
+    kinds = {kind: [n for n, of in zip(names, types) if of == kind] for kind in range(1, 7)}
+    if trainer.model_type not in (_UNIGRAM, _BPE) or trainer.treat_whitespace_as_suffix:
+        raise UserError(f"{where}: is neither BPE nor unigram with spaces before words")
+    if kinds[_UNUSED]:
+        raise UserError(f"{where}: has unused pieces such as {kinds[_UNUSED][0]!r}: not supported")
+
+    # The model.
+    unknown, user_defined = kinds[_UNKNOWN][0], kinds[_USER_DEFINED]
+    if trainer.model_type == _BPE:
+        vocabulary = {name: i for i, name in enumerate(names)} | {t.content: i for i, t in added}
+        normal = {
+            names[i]: (-piece.score, i)
+            for i, piece in enumerate(proto.pieces)
+            if piece.type == _NORMAL
+        }
+        model: models.Model = models.BPE(
+            vocabulary,
+            _merges(normal),
+            unk_token=unknown,
+            fuse_unk=True,
+            byte_fallback=trainer.byte_fallback,
+            ignore_merges=bool(user_defined),  # these stay whole
+        )
+    else:
+        scores = [(name, piece.score) for name, piece in zip(names, proto.pieces)]
+        model = models.Unigram(scores, names.index(unknown), trainer.byte_fallback)
+    rust = RustTokenizer(model)
+
+    # What is done to a text before, in SentencePiece's order.
+    steps: list[normalizers.Normalizer] = []
+    if form.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(form.precompiled_charsmap))
+    if form.remove_extra_whitespaces:
+        steps += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" +"), " ")]
+    if form.add_dummy_prefix and has_prefix:
+        steps.append(normalizers.Prepend(_SPACE))
+    if form.escape_whitespaces:
+        steps.append(normalizers.Replace(" ", _SPACE))
+    rust.normalizer = normalizers.Sequence(steps)
+    if user_defined:
+        longest_first = sorted(user_defined, key=len, reverse=True)
+        pattern = Regex("|".join(map(re.escape, longest_first)))
+        rust.pre_tokenizer = pre_tokenizers.Split(pattern, "isolated")
+
+    # And to its pieces afterwards.
+    last = [decoders.Strip(" ", 1, 0)] if form.add_dummy_prefix and has_prefix else []
+    to_text = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    rust.decoder = decoders.Sequence([*to_text, *last])
+    special = [AddedToken(n, normalized=False) for n in (unknown, *kinds[_CONTROL])]
+    rust.add_special_tokens(special)
+    for _, token in added:
+        rust.add_special_tokens([token]) if token.special else rust.add_tokens([token])
+
+    # Its own names of BOS and EOS; −1 for none.
+    bos, eos = (i if 0 <= i < len(names) else None for i in (trainer.bos_id, trainer.eos_id))
+    return rust, None if bos is None else names[bos], None if eos is None else names[eos]
+
+
+def begin_text_once(rust: RustTokenizer) -> None:
+    """From now on no space is put before a text that follows a control token.
+
+    As transformers does where `legacy` is false: only where everything begins.
+    """
+    if _SPACE not in repr(rust.normalizer):
+        return
+    rust.normalizer = normalizers.Replace(" ", _SPACE)
+    rust.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, prepend_scheme="first", split=False)
+
+
+def _merges(normal: dict[str, tuple[float, int]]) -> list[tuple[str, str]]:
+    """All ways to join two pieces to one, the best piece first.
+
+    normal: piece → (minus its score, its id), which SentencePiece joins in this order.
+    """
+    ways = []
+    for piece, order in normal.items():
+        for cut in range(1, len(piece)):
+            left, right = piece[:cut], piece[cut:]
+            if left in normal and right in normal:
+                ways.append((*order, left, right))
+    return [(left, right) for *_, left, right in sorted(ways)]

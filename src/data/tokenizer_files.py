@@ -1,0 +1,172 @@
+"""What the files beside a tokenizer say of it, and its own file, told by what it holds."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as RustTokenizer
+
+from src.checkpoint.files import read_json
+from src.data.pieces import from_pieces
+from src.data.ranks import from_ranks, from_tekken
+from src.errors import UserError
+
+NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """`tokenizer_config.json`, with what `special_tokens_map.json` and `added_tokens.json` add.
+
+    path: of the first, there or not; tokens: texts by their names (`bos_token` …); added: id →
+    token of those added to the vocabulary; raw: all that the first file holds, {} without it.
+    """
+
+    path: Path
+    raw: dict[str, Any] = field(default_factory=dict)
+    tokens: dict[str, str] = field(default_factory=dict)
+    added: dict[int, AddedToken] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: Path) -> "TokenizerConfig":
+        """Raises UserError for what gives a key another type than it has."""
+        path, special = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
+        raw = read_json(path) if path.is_file() else {}
+        tokens: dict[str, str] = {}
+        for file, values in ((special, _if_there(special)), (path, raw)):
+            for key in NAMED:
+                token = values.get(key)
+                text = token.get("content") if isinstance(token, dict) else token
+                if not isinstance(text, str | None):
+                    raise UserError(f"{file}: {key} is {token!r}, a token's text is expected")
+                if key in values:
+                    tokens.pop(key, None)
+                if text is not None:
+                    tokens[key] = text
+        for key in ("add_bos_token", "legacy", "add_prefix_space", "split_special_tokens"):
+            if not isinstance(raw.get(key), bool | None):
+                raise UserError(f"{path}: {key} is {raw[key]!r}, true or false is expected")
+        if (raw.get("sp_model_kwargs") or {}).get("enable_sampling"):
+            raise UserError(
+                f"{path}: sp_model_kwargs asks for sampled pieces (enable_sampling): a text would "
+                "have other ids each time; take it out"
+            )
+        key = "additional_special_tokens"
+        listed = raw.get(key) or _if_there(special).get(key) or []
+        more = [str(t.get("content") if isinstance(t, dict) else t) for t in listed]
+        named = {*tokens.values(), *more}
+        return cls(path, raw, tokens, dict(_added(folder, raw, named)))
+
+    @property
+    def add_bos(self) -> bool | None:
+        """Whether a text begins with BOS, if the file says so."""
+        return self.raw.get("add_bos_token")
+
+
+def _if_there(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def _added(
+    folder: Path, config: dict[str, Any], special: set[str]
+) -> Iterator[tuple[int, AddedToken]]:
+    """The tokens that were added to a vocabulary, as older versions of transformers wrote them.
+
+    special: those that are special where the files do not say.
+    """
+    plain, listed = _if_there(folder / "added_tokens.json"), config.get("added_tokens_decoder")
+    known = ("lstrip", "rstrip", "single_word", "normalized", "special")
+    try:
+        described = {int(i): dict(token) for i, token in (listed or {}).items()}
+        for text, i in plain.items():
+            described.setdefault(int(i), {"content": text, "special": text in special})
+        for i, token in sorted(described.items()):
+            text = token["content"]
+            if not isinstance(text, str) or not text or not 0 <= i < 2**31:
+                raise ValueError
+            # A token counts as it is spelled: what is done to texts is not done to it.
+            flags = {key: bool(token[key]) for key in known if key in token}
+            yield i, AddedToken(text, **({"normalized": False, "special": True} | flags))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(
+            f"{folder}: added_tokens.json or added_tokens_decoder of tokenizer_config.json "
+            "lacks a token's text or id"
+        ) from None
+
+
+def stop_ids_in(folders: list[Path]) -> list[int]:
+    """The `eos_token_id` of each generation_config.json and config.json, a number or several."""
+    stop_ids: list[int] = []
+    names = ("generation_config.json", "config.json")
+    for path in (folder / name for folder in folders for name in names):
+        value = read_json(path).get("eos_token_id") if path.is_file() else None
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
+            raise UserError(
+                f"{path}: eos_token_id is {value!r}, an id or a list of ids is expected"
+            )
+        stop_ids += ids
+    return stop_ids
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A tokenizer's file as a runtime.
+
+    kind: "json", "sentencepiece", "ranks" or "tekken"; bos, eos: the texts that the file itself, or
+    the usual names, give them.
+    """
+
+    kind: str
+    rust: RustTokenizer
+    bos: str | None
+    eos: str | None
+
+    @classmethod
+    def read(cls, path: Path, config: TokenizerConfig) -> "Vocabulary":
+        """The file's content tells what it is. Raises UserError when it is none of these."""
+        with path.open("rb") as file:
+            first = file.read(4096)
+        added = config.added.items()
+        if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", first) or path.suffix == ".tiktoken":
+            vocabulary = cls("ranks", *from_ranks(path))
+        elif first.lstrip()[:1] == b"{":
+            vocabulary = _of_json(path)
+        else:
+            has_prefix = config.raw.get("add_prefix_space") is not False
+            pieces = from_pieces(path.read_bytes(), str(path), added, has_prefix)
+            vocabulary = cls("sentencepiece", *pieces)
+        # What was added later, where the file lacks it.
+        rust = vocabulary.rust
+        for i, token in added:
+            if rust.token_to_id(token.content) is None:
+                (rust.add_special_tokens if token.special else rust.add_tokens)([token])
+            found = rust.token_to_id(token.content)
+            if found != i:
+                raise UserError(
+                    f"{config.path.parent}: the added token {token.content!r} has id {i} there, "
+                    f"and {found} in {path.name}: they belong to different tokenizers"
+                )
+        return vocabulary
+
+
+def _of_json(path: Path) -> Vocabulary:
+    try:
+        rust = RustTokenizer.from_file(str(path))
+    # the library raises bare Exception for whatever it cannot read
+    except Exception as error:
+        raw = read_json(path)
+        if "config" not in raw or "vocab" not in raw:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{path}: cannot be read as a tokenizer ({reason})") from None
+        return Vocabulary("tekken", *from_tekken(path, raw))
+    # A text is read whole, whatever the file was saved with.
+    rust.no_truncation()
+    rust.no_padding()
+    # A special token before the text: the file's own post-processor puts it there.
+    encoded = rust.encode("a")
+    begins = encoded.special_tokens_mask[:-1][:1] == [1]
+    return Vocabulary("json", rust, encoded.tokens[0] if begins else None, None)

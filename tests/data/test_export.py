@@ -1,0 +1,306 @@
+"""A tokenizer in use, the folder that is written of it, and transformers on that folder: the same.
+
+Begin, end, stops, ids of plain texts and of conversations.
+"""
+
+import json
+
+import pytest
+import torch
+from sentencepiece import SentencePieceProcessor
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers import processors
+from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+
+from src.data import ranks as rank_files
+from src.data.export import pad_of, special_ids_of, write_tokenizer
+from src.data.tokenizer import Tokenizer
+from tests.data import test_tokenizer as other
+
+CHATML, NAMES, TEXTS = other.CHATML, other.NAMES, [t for t in other.TEXTS if t]
+ranks, rust, pieces = other.ranks, other.rust, other.pieces
+MODEL = 1000  # entries of the model's vocabulary
+PLAIN = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+CONTROL = ["[INST]", "[/INST]", "[TOOL]"]
+
+
+def json_folder(folder, rust, config=None, bos=False, **files):
+    rust = RustTokenizer.from_str(rust.to_str())
+    if bos:
+        special = [("<s>", rust.token_to_id("<s>"))]
+        rust.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=special)
+    rust.enable_truncation(7)
+    rust.enable_padding(length=9, pad_token="!", pad_id=0)
+    rust.save(str(folder / "tokenizer.json"))
+    files["tokenizer_config"] = config
+    for name, value in files.items():
+        if value is not None:
+            other.write_json(folder / f"{name}.json", value)
+
+
+def pieces_folder(folder, config=None, options=None, **files):
+    other.train_pieces(folder / "tokenizer.model", **(options or {}))
+    files["tokenizer_config"] = config
+    for name, value in files.items():
+        if value is not None:
+            other.write_json(folder / f"{name}.json", value)
+
+
+def ranks_folder(folder, ranks, name):
+    other.write_ranks(folder / name, ranks)
+
+
+def tekken_folder(folder, ranks):
+    other.write_json(folder / "tekken.json", other.tekken(ranks))
+
+
+ENDED = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+ADDED = {"<|im_start|>": 420, "<|im_end|>": 421, "<call>": 422}
+# name → (how to fill a folder, the model's family, whether a chat template is used)
+KINDS = {
+    "pieces alone": (lambda d, f: pieces_folder(d), "llama", False),
+    "pieces, llama 2's chat": (lambda d, f: pieces_folder(d), "llama-2", True),
+    "pieces, mistral's chat": (lambda d, f: pieces_folder(d), "mistral", True),
+    "pieces with control brackets": (
+        lambda d, f: pieces_folder(d, options={"control_symbols": CONTROL}),
+        "mistral",
+        True,
+    ),
+    "pieces without BOS": (
+        lambda d, f: pieces_folder(d, PLAIN | {"add_bos_token": False}),
+        "llama",
+        False,
+    ),
+    "pieces without a space before": (
+        lambda d, f: pieces_folder(d, PLAIN | {"add_prefix_space": False}),
+        "llama",
+        False,
+    ),
+    "pieces and added tokens": (
+        lambda d, f: pieces_folder(d, PLAIN | {"chat_template": CHATML}, added_tokens=ADDED),
+        "llama",
+        True,
+    ),
+    "pieces and added tokens, plain": (
+        lambda d, f: pieces_folder(d, PLAIN, added_tokens=ADDED),
+        "llama",
+        False,
+    ),
+    "pieces with another EOS": (
+        lambda d, f: pieces_folder(d, PLAIN | {"eos_token": "<call>"}, added_tokens=ADDED),
+        "llama",
+        False,
+    ),
+    "pieces, legacy said": (
+        lambda d, f: pieces_folder(
+            d, PLAIN | {"legacy": True, "chat_template": CHATML}, added_tokens=ADDED
+        ),
+        "llama",
+        True,
+    ),
+    "user-defined pieces": (
+        lambda d, f: pieces_folder(d, options={"user_defined_symbols": ["<go>", "  "]}),
+        "llama",
+        False,
+    ),
+    "unigram": (
+        lambda d, f: pieces_folder(
+            d,
+            options={
+                "model_type": "unigram",
+                "normalization_rule_name": "nmt_nfkc",
+                "vocab_size": 310,
+            },
+        ),
+        "llama",
+        False,
+    ),
+    "json": (lambda d, f: json_folder(d, f("rust"), NAMES), "llama", False),
+    "json with BOS": (lambda d, f: json_folder(d, f("rust"), NAMES, bos=True), "llama", False),
+    "json, BOS by its config": (
+        lambda d, f: json_folder(d, f("rust"), NAMES | {"add_bos_token": True}),
+        "llama",
+        False,
+    ),
+    "json, no BOS by its config": (
+        lambda d, f: json_folder(d, f("rust"), NAMES | {"add_bos_token": False}, bos=True),
+        "llama",
+        False,
+    ),
+    "json without a config": (
+        lambda d, f: json_folder(d, f("rust"), generation_config={"eos_token_id": 501}),
+        "llama",
+        False,
+    ),
+    "json, a map of tokens": (
+        lambda d, f: json_folder(d, f("rust"), {}, special_tokens_map=NAMES),
+        "llama",
+        False,
+    ),
+    "a base model's ChatML": (
+        lambda d, f: json_folder(
+            d,
+            f("rust"),
+            ENDED | {"chat_template": CHATML},
+            generation_config={"eos_token_id": 501, "max_new_tokens": 9, "temperature": 0.6},
+        ),
+        "qwen2",
+        True,
+    ),
+    "the family's ChatML": (lambda d, f: json_folder(d, f("rust"), ENDED), "qwen2", True),
+    "qwen's ranks": (lambda d, f: ranks_folder(d, f("ranks"), "qwen.tiktoken"), "qwen", True),
+    "llama 3's ranks": (lambda d, f: ranks_folder(d, f("ranks"), "tokenizer.model"), "llama", True),
+    "llama 3's ranks, plain": (
+        lambda d, f: ranks_folder(d, f("ranks"), "tokenizer.model"),
+        "llama",
+        False,
+    ),
+    "tekken": (lambda d, f: tekken_folder(d, f("ranks")), "mistral", True),
+}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request, tmp_path, ranks, monkeypatch):
+    """(the tokenizer in use, a folder written of it, whether it writes chats)."""
+    fill, family, is_chat = KINDS[request.param]
+    scheme = rank_files.LLAMA_3 if family == "llama" else rank_files.QWEN
+    monkeypatch.setitem(rank_files.SCHEMES, len(ranks), scheme)
+    # The weights lie elsewhere: what describes the tokenizer is beside it.
+    source, weights, target = (tmp_path / name for name in ("tokenizer", "weights", "target"))
+    for folder in (source, weights, target):
+        folder.mkdir()
+    fill(source, request.getfixturevalue)
+    path = str(next(p for p in source.iterdir() if p.name in other.TOKENIZER_FILES))
+    tokenizer = Tokenizer.find(weights, path, is_chat, family)
+    tokenizer.fit(MODEL)
+    write_tokenizer(tokenizer, target, source, MODEL, scores=False)
+    ids = special_ids_of(tokenizer, source, MODEL, scores=False)
+    # (Whatever a qwen2 folder says, transformers 5 builds Qwen's own normaliser and splitting.)
+    model_type = {"mistral": "mistral", "qwen2": "qwen3"}.get(family, "llama")
+    other.write_json(target / "config.json", {"model_type": model_type, **ids})
+    return tokenizer, target, is_chat
+
+
+def test_the_folder_written_reads_and_ends_as_the_tokenizer_in_use(kind):
+    tokenizer, folder, is_chat = kind
+    again = Tokenizer.find(folder, use_chat_template=is_chat)
+    assert (again.bos_id, again.eos_id) == (tokenizer.bos_id, tokenizer.eos_id)
+    assert again.stop_ids == tokenizer.stop_ids
+    if is_chat:
+        assert again.chat.source == tokenizer.chat.source and again.chat.own
+    for text in TEXTS:
+        assert again.prompt_ids(text) == tokenizer.prompt_ids(text), text
+        assert again.response_ids(text) == tokenizer.response_ids(text), text
+        ids = tokenizer.response_ids(text)
+        assert again.decode(ids) == tokenizer.decode(ids)
+    assert again.identity == tokenizer.identity
+    # Another flag does not change the end that was trained.
+    assert Tokenizer.find(folder).eos_id == tokenizer.eos_id
+
+
+def test_transformers_reads_and_ends_as_the_tokenizer_in_use(kind):
+    tokenizer, folder, is_chat = kind
+    theirs = AutoTokenizer.from_pretrained(folder)
+    assert theirs.eos_token_id == tokenizer.eos_id
+    if tokenizer.bos_id is not None:
+        assert theirs.bos_token_id == tokenizer.bos_id
+    for text in TEXTS:
+        ids = tokenizer.response_ids(text)[:-1]
+        assert theirs(text, add_special_tokens=False)["input_ids"] == ids or is_chat, text
+        if not is_chat:
+            spelled = text.startswith("<|begin_of_text|>")  # transformers puts another before it
+            assert spelled or theirs(text)["input_ids"] == tokenizer.prompt_ids(text), text
+            continue
+        turn = {"role": "user", "content": text}
+        prompt = theirs.apply_chat_template([turn], add_generation_prompt=True, return_dict=False)
+        assert prompt == tokenizer.prompt_ids(text), text
+        turns = [turn, {"role": "assistant", "content": "So it is."}, turn]
+        prompt = theirs.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        assert prompt == tokenizer.conversation_ids(turns), text
+    generation = json.loads((folder / "generation_config.json").read_text())
+    ends = generation["eos_token_id"]
+    assert {ends} if isinstance(ends, int) else set(ends) == tokenizer.stop_ids
+    if theirs.pad_token_id is not None:
+        assert theirs.pad_token_id == generation["pad_token_id"] < MODEL
+
+
+def test_what_a_base_model_said_of_generation_stays_but_for_its_end(tmp_path, rust):
+    json_folder(
+        tmp_path,
+        rust,
+        ENDED | {"chat_template": CHATML},
+        generation_config={"eos_token_id": 501, "max_new_tokens": 9, "temperature": 0.6},
+    )
+    target = tmp_path / "target"
+    target.mkdir()
+    tokenizer = Tokenizer.find(tmp_path, use_chat_template=True)
+    write_tokenizer(tokenizer, target, tmp_path, MODEL, scores=False)
+    written = json.loads((target / "generation_config.json").read_text())
+    end = rust.token_to_id("<|im_end|>")
+    assert written["eos_token_id"] == [end, 501]
+    assert (written["max_new_tokens"], written["temperature"]) == (9, 0.6)
+    assert json.loads((target / "tokenizer_config.json").read_text())["eos_token"] == "<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    "name", ["pieces alone", "json with BOS", "a base model's ChatML", "tekken"]
+)
+def test_a_verifier_scores_alike_however_its_batch_is_filled_up(name, tmp_path, request, ranks):
+    fill, family, is_chat = KINDS[name]
+    fill(tmp_path, request.getfixturevalue)
+    path = str(next(p for p in tmp_path.iterdir() if p.name in other.TOKENIZER_FILES))
+    tokenizer = Tokenizer.find(tmp_path, path, is_chat, family)
+    target = tmp_path / "target"
+    target.mkdir()
+    write_tokenizer(tokenizer, target, tmp_path, MODEL, scores=True)
+    pad = special_ids_of(tokenizer, tmp_path, MODEL, scores=True)["pad_token_id"]
+    theirs = AutoTokenizer.from_pretrained(target)
+    assert theirs.pad_token_id == pad and pad not in tokenizer.stop_ids
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+    config = LlamaConfig(vocab_size=MODEL, num_labels=1, pad_token_id=pad, **sizes)
+    model = LlamaForSequenceClassification(config).eval()
+    rows = [tokenizer.prompt_ids(t) + tokenizer.response_ids(t) for t in ("a", "some more text")]
+    for side in ("left", "right"):
+        batch = theirs.pad({"input_ids": rows}, padding_side=side, return_tensors="pt")
+        with torch.no_grad():
+            scores = model(**batch).logits[:, 0]
+            alone = [model(torch.tensor([row])).logits[0, 0] for row in rows]
+        assert torch.allclose(scores, torch.stack(alone), atol=1e-6), side
+
+
+def test_a_pad_is_found_for_every_tokenizer(tmp_path, rust, pieces):
+    def pad(config, scores, vocab_size=MODEL):
+        json_folder(tmp_path, rust, config)
+        return pad_of(Tokenizer.find(tmp_path), vocab_size, scores)
+
+    assert pad(NAMES | {"pad_token": "<s>"}, True) == ("<s>", 500)
+    assert pad(NAMES | {"pad_token": "<|endoftext|>"}, False) == ("<|endoftext|>", 501)
+    assert pad(NAMES | {"pad_token": "<|endoftext|>"}, True)[1] in (500, 502, 503)
+    assert pad_of(Tokenizer(pieces[0]), 420, True) == ("<unk>", 0)
+    # one special token, which ends texts: a row to spare, or only an id
+    lonely = RustTokenizer.from_str(rust.to_str())
+    whole = json.loads(lonely.to_str())
+    whole["added_tokens"] = [t for t in whole["added_tokens"] if t["content"] == "<|endoftext|>"]
+    whole["added_tokens"][0]["id"] = 500
+    (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
+    other.write_json(tmp_path / "tokenizer_config.json", ENDED)
+    tokenizer = Tokenizer.find(tmp_path)
+    assert pad_of(tokenizer, 501, True) == (None, 0)
+    assert pad_of(tokenizer, 502, True) == ("[PAD]", 501)
+    target = tmp_path / "target"
+    target.mkdir()
+    write_tokenizer(tokenizer, target, tmp_path, 502, scores=True)
+    assert AutoTokenizer.from_pretrained(target).pad_token_id == 501
+
+
+def test_sentencepiece_alone_is_exact(tmp_path):
+    """Runs of one character, where several ways to join pieces compete."""
+    options = {"control_symbols": CONTROL, "user_defined_symbols": ["<go>"]}
+    sp = other.train_pieces(tmp_path / "tokenizer.model", **options)
+    tokenizer = Tokenizer(tmp_path / "tokenizer.model", special_tokens="text")
+    texts = [c * n for c in "aA 1\n.▁" for n in range(1, 40)] + TEXTS + other.noise(300)
+    for text in [*texts, "<go>go<go>", " <go> ", "[INST]"]:
+        assert tokenizer.prompt_ids(text) == [1, *sp.encode(text)], text
+        assert tokenizer.decode(sp.encode(text)) == sp.decode(sp.encode(text))
+    assert isinstance(sp, SentencePieceProcessor)
