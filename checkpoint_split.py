@@ -41,15 +41,16 @@ def main(settings: CheckpointSplitSettings) -> None:
     if shards.save_path is not None:
         read = {"ckpt_file": shards.ckpt_file, "adapter_dir": shards.adapter_dir}
         check_apart({"save_path": shards.save_path}, read)
-    checkpoint = Checkpoint.open(shards.ckpt_file, model.config_file, shards.adapter_dir)
+    checkpoint = Checkpoint.open(shards.ckpt_file, model.config_file, shards.adapter_dir, gguf=True)
     check_whole(checkpoint.folder)
     check_model_type(checkpoint.config, model.model_type)
 
     # Write.
+    dtype = DTYPES[shards.dtype] if shards.dtype else None
     if shards.dry_run or shards.save_path is None:
-        print("\n".join(lay_out(checkpoint.config, shards.n, checkpoint.dtype).lines()))
+        print("\n".join(lay_out(checkpoint.config, shards.n, dtype or checkpoint.dtype).lines()))
         return
-    split(checkpoint, check_replaceable(shards.save_path), shards.n)
+    split(checkpoint, check_replaceable(shards.save_path), shards.n, dtype)
     print(f"wrote {shards.n} shards to {shards.save_path}")
 
 

@@ -59,6 +59,8 @@ SCALING_KEYS = {
     "beta_fast": "beta_fast",
     "beta_slow": "beta_slow",
 }
+# how transformers' classes end, by our head
+_ENDINGS = {"lm": "ForCausalLM", "score": "ForSequenceClassification", "none": "Model"}
 
 
 def family_written(config: ModelConfig) -> tuple[str, Family]:
@@ -264,9 +266,7 @@ def hf_config(
                 "attention_factor": s.attention_factor,
             }
     written = {
-        "architectures": [
-            family.architecture + ("ForSequenceClassification" if scored else "ForCausalLM")
-        ],
+        "architectures": [family.architecture + _ENDINGS[c.head]],
         "model_type": name,
         "hidden_act": "silu",
         "rope_parameters": rope,
