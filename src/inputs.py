@@ -63,9 +63,10 @@ def open_model(
             "verifier of it"
         )
     if head == "lm" and checkpoint.config.head != "lm":
+        what = "is a verifier" if checkpoint.config.head == "score" else "is a trunk alone"
         raise UserError(
-            f"{model.ckpt_dir}: is a verifier, without an output layer, and cannot generate; give "
-            "a solver"
+            f"{model.ckpt_dir}: {what}, without an output layer ({checkpoint.naming.output}), and "
+            "cannot generate; give a solver"
         )
     check_model_type(checkpoint.config, model.model_type)
     tokenizer = Tokenizer.find(

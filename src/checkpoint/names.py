@@ -129,11 +129,12 @@ GGUF = Naming(
 
 def naming_of(keys: Iterable[str]) -> Naming:
     """The convention that a file's keys follow, once what wrappers add is taken off."""
-    keys = set(keys)
-    if "token_embd.weight" in keys:
-        return GGUF
-    is_hf = any(key.startswith(("model.", "transformer.")) or key == HF.output for key in keys)
-    return HF if is_hf else META
+    for key in keys:
+        if key.startswith(("token_embd.", "blk.")):
+            return GGUF
+        if "tok_embeddings." in key or "attention.w" in key:
+            return META
+    return HF
 
 
 # --- what is no weight of ours
@@ -204,8 +205,9 @@ class Spelling:
     @property
     def described(self) -> str | None:
         """An example of a key that is read by another name; None where all are plain."""
-        example = next(((name, key) for name, key in self.keys.items() if name != key), None)
-        return example and f"{example[1]} is read as {example[0]}"
+        renamed = [(name, key) for name, key in self.keys.items() if name != key]
+        name, key = min(renamed, key=lambda pair: "embed" not in pair[0], default=(None, None))
+        return name and f"{key} is read as {name}"
 
 
 def unwrapped(key: str) -> str:

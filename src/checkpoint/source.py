@@ -77,10 +77,10 @@ class Checkpoint:
         """parts: one for each shard; Hugging Face's have one, however many files it lies in."""
         self.folder, self.parts, self.spelling = folder, parts, spelling
         self.naming = naming_of(parts[0])
+        self.adapter: Adapter | None = None
         self.config = config
         self.config = self._settle()
         self.table = tensor_table(self.config)
-        self.adapter: Adapter | None = None
         file = next(iter(parts[0].values())).file if parts[0] else None
         self.gguf = file if isinstance(file, GGUFFile) else None
         self._check()
@@ -293,7 +293,9 @@ class Checkpoint:
             raise UserError(
                 f"{self.folder}: vocab_size is -1 and there is no output.weight to take it from"
             )
-        if config.head == "lm" and not any(outputs):
+        if config.head == "none" and any(outputs):
+            return config.with_head("lm")
+        if config.head == "lm" and self.spelling.dropped and not any(outputs):
             lacking = [n for n in tensor_table(config) if self._places(n)[0] not in self.parts[0]]
             if lacking == ["output.weight"]:
                 return config.with_head("none")
