@@ -91,6 +91,12 @@ def lora_of(lora: LoRASettings, checkpoint: Checkpoint) -> LoRAConfig | None:
     if adapter is None:
         return adapter_config(lora, checkpoint.config)
     trained = adapter.lora
+    if adapter.fixed:
+        raise UserError(
+            f"--lora_rank {lora.lora_rank}: {adapter.folder} cannot be trained on: "
+            f"{adapter.fixed}; leave --lora_rank out to train all weights with the adapter added "
+            "in, or merge it (checkpoint_merge.py) and start a new one"
+        )
     other_targets = lora.lora_targets and set(lora.lora_targets) != set(trained.targets)
     other_alpha = lora.lora_alpha not in (None, trained.alpha)
     if lora.lora_rank != trained.rank or other_targets or other_alpha:

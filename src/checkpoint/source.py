@@ -589,10 +589,10 @@ def adapter_on(base: Checkpoint, path: str) -> Adapter:
                 f"{path}: holds no adapter; --shared_trunk needs one that was trained "
                 "(--lora_rank) on the actor's weights"
             )
-        return Adapter.open(path, base.config)
+        return _of_factors_alone(Adapter.open(path, base.config))
     # The merged weights beside the adapter tell the trunk: base + adapter must come to them, but
     # for their being rounded once more when they were saved. Two tensors are enough.
-    adapter = Adapter.open(str(inner), base.config)
+    adapter = _of_factors_alone(Adapter.open(str(inner), base.config))
     trained = Checkpoint.open(path)
     stem = next(name for name in adapter.tensors).removesuffix(".lora_a")
     for name in ("norm.weight", f"{stem}.weight"):
@@ -609,4 +609,14 @@ def adapter_on(base: Checkpoint, path: str) -> Adapter:
                 f"{path}: its adapter was trained on other weights than {base.folder}'s "
                 f"({name} differs); train it on these"
             )
+    return adapter
+
+
+def _of_factors_alone(adapter: Adapter) -> Adapter:
+    """Raise UserError for one that cannot be trained on beside others on the same weights."""
+    if adapter.fixed:
+        raise UserError(
+            f"{adapter.folder}: {adapter.fixed}, which --shared_trunk does not support; "
+            "give the model merged (checkpoint_merge.py), without --shared_trunk"
+        )
     return adapter
