@@ -23,10 +23,14 @@ from src.settings.training import LoRASettings, OptimizerSettings
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A checkpoint whose files were looked through, and its tokenizer."""
+    """A checkpoint whose files were looked through, and its tokenizer.
+
+    own_dtype: whether what is trained of it is saved in its own dtype (no other was asked for).
+    """
 
     checkpoint: Checkpoint
     tokenizer: Tokenizer
+    own_dtype: bool = True
 
     def save(
         self,
@@ -41,7 +45,16 @@ class OpenedModel:
         """
         tokenizer = self.tokenizer
         template = tokenizer.borrowed_template
-        save_model(model, parallel, save_dir, self.checkpoint, tokenizer.path, template, notes)
+        save_model(
+            model,
+            parallel,
+            save_dir,
+            self.checkpoint,
+            tokenizer.path,
+            template,
+            notes,
+            self.own_dtype,
+        )
 
 
 def open_model(
@@ -49,11 +62,12 @@ def open_model(
     parallel: Parallel,
     head: str | None = None,
     chat_family: str | None = None,
+    own_dtype: bool = True,
 ) -> OpenedModel:
     """Open a checkpoint and find its tokenizer. Raises UserError when they do not fit each other.
 
     head: "lm" or "score" when the checkpoint must have it; chat_family: whose chat template is used
-    where the checkpoint has none, its own family's by default.
+    where the checkpoint has none, its own family's by default; own_dtype: see `OpenedModel`.
     """
     checkpoint = Checkpoint.open(model.ckpt_dir, model.config_file, model.adapter_dir)
     check_whole(checkpoint.folder, parallel.rank, parallel.world_size)
@@ -76,7 +90,7 @@ def open_model(
         chat_family or model.model_type or checkpoint.config.family,
     )
     check_vocabulary(tokenizer, checkpoint.config.vocab_size)
-    return OpenedModel(checkpoint, tokenizer)
+    return OpenedModel(checkpoint, tokenizer, own_dtype)
 
 
 def lora_of(lora: LoRASettings, checkpoint: Checkpoint) -> LoRAConfig | None:
