@@ -6,9 +6,10 @@
 Under torchrun (one rank does the work): torchrun -- checkpoint_split.py …; without the --,
 torchrun's own parser refuses --n as an ambiguous abbreviation of its flags.
 
-CKPT is a Hugging Face folder, one .bin / .pth / .safetensors file with its config beside it, or a
-folder of consolidated.*.pth for any degree. DIR gets consolidated.00.pth … and params.json, and the
-tokenizer's files. Splitting is for speed of loading: every script also reads CKPT as it is.
+CKPT is a Hugging Face folder, one .bin / .pth / .safetensors file with its config beside it, a
+folder of consolidated.*.pth for any degree, or a .gguf file, which is unpacked with its tokenizer
+and chat template. DIR gets consolidated.00.pth … and params.json, and the tokenizer's files.
+Splitting is for speed of loading: every script also reads CKPT as it is, but for GGUF.
 """
 
 import os

@@ -68,10 +68,10 @@ class Adapter:
 
     def applied_to(self, config: ModelConfig) -> ModelConfig:
         """The config of the base with the adapter: its head, its added tokens."""
-        if self.score is not None:
-            config = replace(config, head="score", tie_word_embeddings=False)
         if self.tied is not None:
             config = replace(config, tie_word_embeddings=self.tied)
+        if self.score is not None:
+            config = replace(config, head="score", tie_word_embeddings=False)
         embedding = self.replaced.get("tok_embeddings.weight")
         return config if embedding is None else replace(config, vocab_size=len(embedding))
 
@@ -100,15 +100,7 @@ class Adapter:
         )
         if file is None:
             raise UserError(f"{folder}: no adapter_model.safetensors in it")
-        dropout = raw.get("lora_dropout") or 0.0
-        if type(dropout) not in (int, float) or not 0 <= dropout < 1:
-            raise UserError(
-                f"{config_file}: lora_dropout is {dropout!r}; "
-                "a number from 0 and below 1 is expected"
-            )
-        opened = TensorFile(file)
-        keys = {_plain(key): key for key in opened.keys}  # name in the base model → in the file
-        tensors = _Unread(opened, keys)
+        tensors = _Tensors(TensorFile(file))
         replaced, rows = _weights(tensors, raw, config, config_file)
         layers: dict[str, list[_Layer]] = {}  # a layer for each expert, where there are any
         for stem in _stems(config):
@@ -116,7 +108,7 @@ class Adapter:
             families = (family_written(config)[1], FAMILIES[config.family])
             places = [family.names[generalised(f"{stem}.weight")][0] for family in families]
             place = next(
-                (p for p in places if _module(p, stem, 0) + ".lora_A.weight" in keys), places[0]
+                (p for p in places if f"{_module(p, stem, 0)}.lora_A.weight" in tensors), places[0]
             )
             modules = _modules(place, stem, config)
             if any(f"{module}.lora_{x}.weight" in tensors for module in modules for x in "AB"):
@@ -134,14 +126,12 @@ class Adapter:
             )
         if not layers:
             raise UserError(f"{file}: holds no adapter for this model")
-        lora, factors, fixed = _even(layers, config, float(dropout))
+        lora, factors, fixed = _even(layers, config, float(raw.get("lora_dropout") or 0))
         others = [name for name in (*replaced, *rows) if name != "score.weight"]
         if others:
             fixed = f"it holds more than its factors ({others[0]})"
         tied = None
-        if config.tie_word_embeddings and {"tok_embeddings.weight", "output.weight"} & set(
-            replaced
-        ):
+        if config.tie_word_embeddings and replaced.keys() & _VOCABULARY:
             tied = "output.weight" not in replaced and bool(raw.get("ensure_weight_tying"))
         return cls(folder, lora, factors, replaced, rows, tied, fixed)
 
@@ -227,6 +217,11 @@ def _check(raw: dict, path: Path) -> None:
         )
     if raw.get("bias", "none") != "none":
         raise UserError(f"{path}: bias is {raw['bias']!r}; only 'none' is supported")
+    dropout = raw.get("lora_dropout") or 0.0
+    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
+        raise UserError(
+            f"{path}: lora_dropout is {dropout!r}; a number from 0 and below 1 is expected"
+        )
     for key in ("rank_pattern", "alpha_pattern"):
         pattern = raw.get(key) or {}
         if not isinstance(pattern, dict) or not all(
@@ -267,18 +262,25 @@ def _plain(key: str) -> str:
     return f"model.{key}" if key.startswith("layers.") else key  # of a trunk alone
 
 
-class _Unread:
-    """An adapter's tensors by their plain names; those that nobody asked for are left over."""
+class _Tensors:
+    """An adapter's tensors by their names in the base model, and which nobody asked for."""
 
-    def __init__(self, file: TensorFile, keys: dict[str, str]) -> None:
-        self.file, self.keys = file, dict(keys)
+    def __init__(self, file: TensorFile) -> None:
+        self.file, self.keys = file, {_plain(key): key for key in file.keys}
+        self._read: set[str] = set()
+        if len(self.keys) < len(file.keys):
+            other = next(key for key in file.keys if key not in self.keys.values())
+            raise UserError(
+                f"{file.path}: {other} and {self.keys[_plain(other)]} are one tensor's names: two "
+                "adapters in one file"
+            )
 
     def __contains__(self, name: str) -> bool:
         return name in self.keys
 
     @property
     def unread(self) -> list[str]:
-        return sorted(self.keys.values())
+        return sorted(key for name, key in self.keys.items() if name not in self._read)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.file.shape(self.keys[name])
@@ -287,7 +289,8 @@ class _Unread:
         """A tensor, if it has the shape, a dtype that weights have, and finite numbers."""
         if name not in self.keys:
             raise UserError(f"{self.file.path}: {_PREFIX}{name} is missing")
-        key = self.keys.pop(name)
+        self._read.add(name)  # more than once, where layers are fused
+        key = self.keys[name]
         if self.file.shape(key) != shape or self.file.dtype(key) is None:
             dtype = self.file.dtype(key) or f"{self.file.dtype_name(key)}, no fp32, bf16 or fp16"
             raise UserError(
@@ -311,7 +314,7 @@ class _Layer:
 
 
 def _layer(
-    tensors: _Unread,
+    tensors: _Tensors,
     module: str,
     place: Stored,
     stem: str,
@@ -358,6 +361,8 @@ def _is_targeted(raw: dict[str, Any], module: str, where: Path) -> bool:
     targets, excluded = raw.get("target_modules"), raw.get("exclude_modules") or []
     if not targets or _named(excluded, module, where, "exclude_modules"):
         return False
+    if any(f".{saved}." in f".{module}." for saved in raw.get("modules_to_save") or []):
+        return False  # saved whole
     if targets == "all-linear":
         return ".experts." not in module  # which are one tensor in newer versions
     if not _named(targets, module, where, "target_modules"):
@@ -378,7 +383,7 @@ def _named(names: Any, module: str, where: Path, key: str) -> bool:
 
 
 def _weights(
-    tensors: _Unread, raw: dict[str, Any], config: ModelConfig, where: Path
+    tensors: _Tensors, raw: dict[str, Any], config: ModelConfig, where: Path
 ) -> tuple[dict[str, Tensor], dict[str, tuple[list[int], Tensor]]]:
     """The whole weights that were trained beside the factors, and the rows of trained tokens."""
     replaced: dict[str, Tensor] = {}

@@ -237,7 +237,9 @@ class VerifierEvaluateSettings(Settings):
 class ShardSettings(Settings):
     """The shards."""
 
-    ckpt_file: Annotated[str | None, CONTENT, "the checkpoint: a folder or a single file"] = None
+    ckpt_file: Annotated[
+        str | None, CONTENT, "the checkpoint: a folder or a single file, .gguf among them"
+    ] = None
     adapter_dir: Annotated[
         str | None, CONTENT, "a LoRA adapter in PEFT's format to add to the weights"
     ] = None

@@ -41,7 +41,7 @@ ADAPTERS = {
         target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"]
     ),
     "norms": dict(target_modules=["q_proj"], modules_to_save=["norm", "input_layernorm"]),
-    "a whole layer": dict(target_modules=["v_proj"], modules_to_save=["k_proj"]),
+    "a whole layer": dict(target_modules=["v_proj", "k_proj"], modules_to_save=["k_proj"]),
     "tokens": dict(target_modules=["q_proj"], trainable_token_indices=[3, 96]),
     "tokens of both": dict(
         target_modules=["q_proj"],
@@ -210,6 +210,18 @@ def test_what_does_not_fit_is_said(tmp_path, settings, keys, message):
     config = tmp_path / "adapter" / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | settings))
     with pytest.raises(UserError, match=message):
+        Checkpoint.open(str(tmp_path / "base"), adapter_dir=str(tmp_path / "adapter"))
+
+
+def test_two_adapters_in_one_file(tmp_path):
+    write_hf(tmp_path / "base", "llama")
+    trained(tmp_path / "adapter", "llama", ADAPTERS["plain"])
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    other = tensors[key].clone()
+    save_file(tensors | {key.replace("lora_A.", "lora_A.default."): other}, file)
+    with pytest.raises(UserError, match="lora_A.*weight are one tensor's names: two adapters"):
         Checkpoint.open(str(tmp_path / "base"), adapter_dir=str(tmp_path / "adapter"))
 
 
