@@ -6,9 +6,10 @@
 Under torchrun (one rank does the work): torchrun -- checkpoint_split.py …; without the --,
 torchrun's own parser refuses --n as an ambiguous abbreviation of its flags.
 
-CKPT is a Hugging Face folder, one .bin / .pth / .safetensors file with its config beside it, or a
-folder of consolidated.*.pth for any degree. DIR gets consolidated.00.pth … and params.json, and the
-tokenizer's files. Splitting is for speed of loading: every script also reads CKPT as it is.
+CKPT is a Hugging Face folder, one .bin / .pth / .safetensors file with its config beside it, a
+folder of consolidated.*.pth for any degree, or a .gguf file, which is unpacked with its tokenizer
+and chat template. DIR gets consolidated.00.pth … and params.json, and the tokenizer's files.
+Splitting is for speed of loading: every script also reads CKPT as it is, but for GGUF.
 """
 
 import os
@@ -41,15 +42,16 @@ def main(settings: CheckpointSplitSettings) -> None:
     if shards.save_path is not None:
         read = {"ckpt_file": shards.ckpt_file, "adapter_dir": shards.adapter_dir}
         check_apart({"save_path": shards.save_path}, read)
-    checkpoint = Checkpoint.open(shards.ckpt_file, model.config_file, shards.adapter_dir)
+    checkpoint = Checkpoint.open(shards.ckpt_file, model.config_file, shards.adapter_dir, gguf=True)
     check_whole(checkpoint.folder)
     check_model_type(checkpoint.config, model.model_type)
 
     # Write.
+    dtype = DTYPES[shards.dtype] if shards.dtype else None
     if shards.dry_run or shards.save_path is None:
-        print("\n".join(lay_out(checkpoint.config, shards.n, checkpoint.dtype).lines()))
+        print("\n".join(lay_out(checkpoint.config, shards.n, dtype or checkpoint.dtype).lines()))
         return
-    split(checkpoint, check_replaceable(shards.save_path), shards.n)
+    split(checkpoint, check_replaceable(shards.save_path), shards.n, dtype)
     print(f"wrote {shards.n} shards to {shards.save_path}")
 
 

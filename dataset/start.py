@@ -48,9 +48,9 @@ def main(
 ) -> None:
     """Train the tokenizer, draw the weights, write the folder."""
     import sentencepiece
-    from safetensors.torch import save_file
     from torch import Tensor
 
+    from src.checkpoint.files import save_tensors
     from src.checkpoint.folder import check_replaceable, whole_folder
     from src.checkpoint.names import hf_tensors
     from src.data.rows import read_solver_rows
@@ -105,7 +105,7 @@ def main(
                 f"--vocab_size {vocab_size}: no tokenizer of that size from {train_file}: {error}"
             ) from None
         (new / "tokenizer.vocab").unlink()
-        save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
+        save_tensors(tensors, new / "model.safetensors")
         ids: dict[str, int | list[int] | None] = {"bos_token_id": 1, "eos_token_id": 2}
         text = json.dumps(hf_config(config, "float32", ids), indent=1)
         (new / "config.json").write_text(text + "\n")

@@ -25,10 +25,14 @@ from src.settings.training import LoRASettings, OptimizerSettings
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A checkpoint whose files were looked through, and its tokenizer."""
+    """A checkpoint whose files were looked through, and its tokenizer.
+
+    own_dtype: whether what is trained of it is saved in its own dtype (no other was asked for).
+    """
 
     checkpoint: Checkpoint
     tokenizer: Tokenizer
+    own_dtype: bool = True
 
     def announce(self, log: RunLog) -> None:
         """Say in the log what a user should know of how texts are read."""
@@ -59,7 +63,7 @@ class OpenedModel:
             scores = config.head == "score"
             write_tokenizer(self.tokenizer, folder, source, config.vocab_size, scores)
 
-        save_model(model, parallel, save_dir, self.checkpoint, side_files, notes)
+        save_model(model, parallel, save_dir, self.checkpoint, side_files, notes, self.own_dtype)
 
 
 def open_model(
@@ -67,11 +71,12 @@ def open_model(
     parallel: Parallel,
     head: str | None = None,
     chat_family: str | None = None,
+    own_dtype: bool = True,
 ) -> OpenedModel:
     """Open a checkpoint and find its tokenizer. Raises UserError when they do not fit each other.
 
     head: "lm" or "score" when the checkpoint must have it; chat_family: whose chat template is used
-    where the checkpoint has none, its own family's by default.
+    where the checkpoint has none, its own family's by default; own_dtype: see `OpenedModel`.
     """
     checkpoint = Checkpoint.open(model.ckpt_dir, model.config_file, model.adapter_dir)
     check_whole(checkpoint.folder, parallel.rank, parallel.world_size)
@@ -81,16 +86,17 @@ def open_model(
             "verifier of it"
         )
     if head == "lm" and checkpoint.config.head != "lm":
+        what = "is a verifier" if checkpoint.config.head == "score" else "is a trunk alone"
         raise UserError(
-            f"{model.ckpt_dir}: is a verifier, without an output layer, and cannot generate; give "
-            "a solver"
+            f"{model.ckpt_dir}: {what}, without an output layer ({checkpoint.naming.output}), and "
+            "cannot generate; give a solver"
         )
     check_model_type(checkpoint.config, model.model_type)
     tokenizer = open_tokenizer(model, checkpoint, chat_family)
     if checkpoint.config.head == "lm":
         unused = tuple(tokenizer.without_text(checkpoint.config.vocab_size))
         checkpoint.config = replace(checkpoint.config, ids_without_text=unused)
-    return OpenedModel(checkpoint, tokenizer)
+    return OpenedModel(checkpoint, tokenizer, own_dtype)
 
 
 def open_tokenizer(
@@ -124,6 +130,12 @@ def lora_of(lora: LoRASettings, checkpoint: Checkpoint) -> LoRAConfig | None:
     if adapter is None:
         return adapter_config(lora, checkpoint.config)
     trained = adapter.lora
+    if adapter.fixed:
+        raise UserError(
+            f"--lora_rank {lora.lora_rank}: {adapter.folder} cannot be trained on: "
+            f"{adapter.fixed}; leave --lora_rank out to train all weights with the adapter added "
+            "in, or merge it (checkpoint_merge.py) and start a new one"
+        )
     other_targets = lora.lora_targets and set(lora.lora_targets) != set(trained.targets)
     other_alpha = lora.lora_alpha not in (None, trained.alpha)
     if lora.lora_rank != trained.rank or other_targets or other_alpha:

@@ -4,14 +4,24 @@ A folder holds `adapter_config.json` and `adapter_model.safetensors` (or `.bin`)
 """
 
 import json
+import re
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
+import torch.nn.functional as F
 from torch import Tensor
 
-from src.checkpoint.files import TensorFile, read_json
-from src.checkpoint.names import generalised, is_rotary, layer_of, to_halves, to_interleaved
+from src.checkpoint.files import TensorFile, read_json, save_tensors
+from src.checkpoint.names import (
+    generalised,
+    is_rotary,
+    layer_of,
+    to_halves,
+    to_interleaved,
+    unwrapped,
+)
 from src.errors import UserError
 from src.models.config import ModelConfig, number
 from src.models.family import Stored
@@ -24,30 +34,46 @@ _PREFIX = "base_model.model."
 _REFUSED = (
     "use_dora",
     "fan_in_fan_out",
-    "rank_pattern",
-    "alpha_pattern",
-    "layers_to_transform",
     "target_parameters",
     "lora_bias",
     "alora_invocation_tokens",
     "layer_replication",
     "megatron_config",
     "use_qalora",
-    "trainable_token_indices",
+    "use_bdlora",
 )
+_VOCABULARY = {"tok_embeddings.weight", "output.weight"}
 
 
+@dataclass
 class Adapter:
-    """An adapter's factors, whole, in our names and row order.
+    """An adapter's factors, whole, in our names and row order, and the weights that go with them.
 
-    `layers.0.attention.wq.lora_a` is [rank, in], `…lora_b` [out, rank]; experts' are stacked.
+    `layers.0.attention.wq.lora_a` is [rank, in], `…lora_b` [out, rank]; experts' are stacked. Where
+    ranks or scales differ, factors are as wide as the widest, with zeros, and B holds the scale.
     """
 
-    def __init__(
-        self, folder: Path, lora: LoRAConfig, tensors: dict[str, Tensor], score: Tensor | None
-    ) -> None:
-        """score: the scalar head trained with a verifier's adapter."""
-        self.folder, self.lora, self.tensors, self.score = folder, lora, tensors, score
+    folder: Path
+    lora: LoRAConfig
+    tensors: dict[str, Tensor]
+    replaced: dict[str, Tensor] = field(default_factory=dict)  # whole weights in the base's place
+    rows: dict[str, tuple[list[int], Tensor]] = field(default_factory=dict)  # trained tokens'
+    tied: bool | None = None  # whether the output layer is still the embedding; None: as before
+    fixed: str | None = None  # why it cannot be trained on
+
+    @property
+    def score(self) -> Tensor | None:
+        """The scalar head trained with a verifier's adapter."""
+        return self.replaced.get("score.weight")
+
+    def applied_to(self, config: ModelConfig) -> ModelConfig:
+        """The config of the base with the adapter: its head, its added tokens."""
+        if self.tied is not None:
+            config = replace(config, tie_word_embeddings=self.tied)
+        if self.score is not None:
+            config = replace(config, head="score", tie_word_embeddings=False)
+        embedding = self.replaced.get("tok_embeddings.weight")
+        return config if embedding is None else replace(config, vocab_size=len(embedding))
 
     @classmethod
     def open(cls, path: str, config: ModelConfig) -> "Adapter":
@@ -74,52 +100,52 @@ class Adapter:
         )
         if file is None:
             raise UserError(f"{folder}: no adapter_model.safetensors in it")
-        rank = number(raw, "r", str(config_file))
-        alpha = number(raw, "lora_alpha", str(config_file), 8, float)
-        dropout = raw.get("lora_dropout") or 0.0
-        if type(dropout) not in (int, float) or not 0 <= dropout < 1:
-            raise UserError(
-                f"{config_file}: lora_dropout is {dropout!r}; "
-                "a number from 0 and below 1 is expected"
-            )
-        if raw.get("use_rslora"):
-            alpha *= rank**0.5  # its scale is alpha / √rank
-        opened = TensorFile(file)
-        present = set(opened.keys)
-        unread = set(present)
-        tensors: dict[str, Tensor] = {}
-        targets: list[str] = []
+        tensors = _Tensors(TensorFile(file))
+        replaced, rows = _weights(tensors, raw, config, config_file)
+        layers: dict[str, list[_Layer]] = {}  # a layer for each expert, where there are any
         for stem in _stems(config):
             # Qwen v1 leaves here as a Qwen2 folder: its adapter may have either family's names.
-            for family in (family_written(config)[1], FAMILIES[config.family]):
-                place = family.names[generalised(f"{stem}.weight")][0]
-                keys = [_keys(place, stem, config, factor) for factor in ("lora_A", "lora_B")]
-                if all(key in present for pair in keys for key in pair):
-                    tensors |= _factors(opened, keys, place, stem, config, rank)
-                    targets.append(stem.rsplit(".", 1)[-1])
-                    unread -= {key for pair in keys for key in pair}
-                    break
-        head_key = f"{_PREFIX}score.weight"
-        score = _read(opened, head_key, (1, config.dim)) if head_key in unread else None
-        unread.discard(head_key)
+            families = (family_written(config)[1], FAMILIES[config.family])
+            places = [family.names[generalised(f"{stem}.weight")][0] for family in families]
+            place = next(
+                (p for p in places if f"{_module(p, stem, 0)}.lora_A.weight" in tensors), places[0]
+            )
+            modules = _modules(place, stem, config)
+            if any(f"{module}.lora_{x}.weight" in tensors for module in modules for x in "AB"):
+                layers[stem] = [
+                    _layer(tensors, module, place, stem, config, raw, config_file)
+                    for module in modules
+                ]
+            elif _is_targeted(raw, modules[0], config_file):
+                raise UserError(f"{file}: has nothing for {modules[0]}, which target_modules names")
         # Nothing may be left over or lacking: an adapter read in part would be another adapter.
-        if unread:
+        if tensors.unread:
             raise UserError(
-                f"{file}: {sorted(unread)[0]} fits no layer of this model "
-                f"({len(unread)} such tensors)"
+                f"{file}: {tensors.unread[0]} fits no layer of this model that can have an "
+                f"adapter ({len(tensors.unread)} such tensors)"
             )
-        if not tensors:
+        if not layers:
             raise UserError(f"{file}: holds no adapter for this model")
-        lora = LoRAConfig(
-            rank, float(alpha), float(dropout), tuple(t for t in TARGETS if t in targets)
-        )
-        lacking = [name for name in lora_table(config, lora) if name not in tensors]
-        if lacking:
-            raise UserError(
-                f"{file}: has nothing for {lacking[0]}, though for other layers' "
-                f"({len(lacking)} are lacking)"
-            )
-        return cls(folder, lora, tensors, score)
+        lora, factors, fixed = _even(layers, config, float(raw.get("lora_dropout") or 0))
+        others = [name for name in (*replaced, *rows) if name != "score.weight"]
+        if others:
+            fixed = f"it holds more than its factors ({others[0]})"
+        tied = None
+        if config.tie_word_embeddings and replaced.keys() & _VOCABULARY:
+            tied = "output.weight" not in replaced and bool(raw.get("ensure_weight_tying"))
+        return cls(folder, lora, factors, replaced, rows, tied, fixed)
+
+    def in_place(self, tensor: Tensor, name: str, dim: int | None, start: int, stop: int) -> Tensor:
+        """A base weight, or its [start, stop) along `dim`, with the rows of trained tokens."""
+        if name not in self.rows:
+            return tensor
+        tensor = tensor.clone()  # it may be a view of a mapped file
+        for row, values in zip(*self.rows[name]):
+            if dim == 1:
+                tensor[row] = values[start:stop].to(tensor.dtype)
+            elif dim is None or start <= row < stop:
+                tensor[row - (start if dim == 0 else 0)] = values.to(tensor.dtype)
+        return tensor
 
     def added_to(self, tensor: Tensor, name: str, dim: int | None, start: int, stop: int) -> Tensor:
         """A base weight, or its [start, stop) along `dim`, with its adapter added in fp32."""
@@ -152,7 +178,8 @@ def write_adapter(
             continue
         stem, factor = name.rsplit(".", 1)
         place = family.names[generalised(f"{stem}.weight")][0]
-        keys = _keys(place, stem, config, {"lora_a": "lora_A", "lora_b": "lora_B"}[factor])
+        kind = {"lora_a": "lora_A", "lora_b": "lora_B"}[factor]
+        keys = [f"{_PREFIX}{m}.{kind}.weight" for m in _modules(place, stem, config)]
         rows = to_halves(tensor, config.head_dim) if is_rotary(name) else tensor
         matrices = [rows] if len(keys) == 1 else rows.unbind()  # one per expert
         written |= {key: matrix.contiguous() for key, matrix in zip(keys, matrices)}
@@ -171,7 +198,7 @@ def write_adapter(
         "inference_mode": True,
     }
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=1) + "\n")
-    save_file(written, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_tensors(written, folder / "adapter_model.safetensors")
 
 
 def _check(raw: dict, path: Path) -> None:
@@ -190,12 +217,18 @@ def _check(raw: dict, path: Path) -> None:
         )
     if raw.get("bias", "none") != "none":
         raise UserError(f"{path}: bias is {raw['bias']!r}; only 'none' is supported")
-    saved_modules = raw.get("modules_to_save") or []
-    if saved_modules not in ([], ["score"], ["classifier", "score"]):
+    dropout = raw.get("lora_dropout") or 0.0
+    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
         raise UserError(
-            f"{path}: modules_to_save is {saved_modules!r}; "
-            "only a classifier's 'score' is supported"
+            f"{path}: lora_dropout is {dropout!r}; a number from 0 and below 1 is expected"
         )
+    for key in ("rank_pattern", "alpha_pattern"):
+        pattern = raw.get(key) or {}
+        if not isinstance(pattern, dict) or not all(
+            type(value) in ((int,) if key == "rank_pattern" else (int, float)) and value > 0
+            for value in pattern.values()
+        ):
+            raise UserError(f"{path}: {key} is {pattern!r}, names with positive numbers expected")
 
 
 def _stems(config: ModelConfig) -> list[str]:
@@ -207,48 +240,224 @@ def _stems(config: ModelConfig) -> list[str]:
     ]
 
 
-def _keys(place: Stored, stem: str, config: ModelConfig, factor: str) -> list[str]:
-    """PEFT's key of a factor, or one for each expert."""
+def _modules(place: Stored, stem: str, config: ModelConfig) -> list[str]:
+    """The base model's module that has an adapter, or one for each expert."""
     experts = range(config.n_experts) if "{expert}" in place.key else [0]
-    stems = [
-        place.key.removesuffix(".weight").format(layer_of(stem), expert=expert)
-        for expert in experts
-    ]
-    return [f"{_PREFIX}{key}.{factor}.weight" for key in stems]
+    return [_module(place, stem, expert) for expert in experts]
 
 
-def _read(file: TensorFile, key: str, shape: tuple[int, ...]) -> Tensor:
-    """A factor, if it has the shape, a dtype that weights have, and finite numbers."""
-    if file.shape(key) != shape or file.dtype(key) is None:
-        dtype = file.dtype(key) or "no fp32, bf16 or fp16"
-        raise UserError(
-            f"{file.path}: {key} has shape {list(file.shape(key))} ({dtype}), "
-            f"expected {list(shape)}"
-        )
-    tensor = file.read(key)
-    if not tensor.isfinite().all():
-        raise UserError(f"{file.path}: NaN or infinity in {key}; the adapter is damaged")
-    return tensor
+def _module(place: Stored, stem: str, expert: int) -> str:
+    return place.key.removesuffix(".weight").format(layer_of(stem), expert=expert)
 
 
-def _factors(
-    file: TensorFile,
-    keys: list[list[str]],
+def _plain(key: str) -> str:
+    """A key of the file as PEFT would write it, without its first words.
+
+    Without what wrappers add, and the adapter's name, which is there when the weights were saved in
+    another way than PEFT's.
+    """
+    key = unwrapped(key).removeprefix(_PREFIX)
+    key = re.sub(r"\.(lora_[AB]|trainable_tokens_delta)\.default(?=\.|$)", r".\1", key)
+    key = key.replace(".modules_to_save.default.", ".")
+    return f"model.{key}" if key.startswith("layers.") else key  # of a trunk alone
+
+
+class _Tensors:
+    """An adapter's tensors by their names in the base model, and which nobody asked for."""
+
+    def __init__(self, file: TensorFile) -> None:
+        self.file, self.keys = file, {_plain(key): key for key in file.keys}
+        self._read: set[str] = set()
+        if len(self.keys) < len(file.keys):
+            other = next(key for key in file.keys if key not in self.keys.values())
+            raise UserError(
+                f"{file.path}: {other} and {self.keys[_plain(other)]} are one tensor's names: two "
+                "adapters in one file"
+            )
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.keys
+
+    @property
+    def unread(self) -> list[str]:
+        return sorted(key for name, key in self.keys.items() if name not in self._read)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.file.shape(self.keys[name])
+
+    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A tensor, if it has the shape, a dtype that weights have, and finite numbers."""
+        if name not in self.keys:
+            raise UserError(f"{self.file.path}: {_PREFIX}{name} is missing")
+        self._read.add(name)  # more than once, where layers are fused
+        key = self.keys[name]
+        if self.file.shape(key) != shape or self.file.dtype(key) is None:
+            dtype = self.file.dtype(key) or f"{self.file.dtype_name(key)}, no fp32, bf16 or fp16"
+            raise UserError(
+                f"{self.file.path}: {key} has shape {list(self.file.shape(key))} ({dtype}), "
+                f"expected {list(shape)}"
+            )
+        tensor = self.file.read(key)
+        if not tensor.isfinite().all():
+            raise UserError(f"{self.file.path}: NaN or infinity in {key}; the adapter is damaged")
+        return tensor
+
+
+@dataclass
+class _Layer:
+    """One matrix's A [rank, in] and B [out, rank], in our row order, and what B · A is times."""
+
+    a: Tensor
+    b: Tensor
+    alpha: float
+    scale: float
+
+
+def _layer(
+    tensors: _Tensors,
+    module: str,
     place: Stored,
     stem: str,
     config: ModelConfig,
-    rank: int,
-) -> dict[str, Tensor]:
-    """A layer's A and B by our names; `keys`: A's in the file, and B's, one for each expert."""
+    raw: dict[str, Any],
+    where: Path,
+) -> _Layer:
     *_, rows, columns = tensor_table(config)[f"{stem}.weight"].shape
-    matrices_a = [_read(file, key, (rank, columns)) for key in keys[0]]
-    matrices_b = [_read(file, key, (rows * place.parts, rank)) for key in keys[1]]
+    rank = number({"r": _by_pattern(raw, "rank_pattern", module, where)}, "r", str(where))
+    alpha = float(_by_pattern(raw, "alpha_pattern", module, where))
+    a = tensors.take(f"{module}.lora_A.weight", (rank, columns))
+    b = tensors.take(f"{module}.lora_B.weight", (rows * place.parts, rank))
     if place.parts > 1:  # a fused layer's adapter: A serves all its parts, B is cut
-        matrices_b = [matrix.chunk(place.parts, place.dim)[place.index] for matrix in matrices_b]
-    if "{expert}" in place.key:
-        lora_a, lora_b = torch.stack(matrices_a), torch.stack(matrices_b)
-    else:
-        lora_a, lora_b = matrices_a[0], matrices_b[0]
+        b = b.chunk(place.parts, place.dim)[place.index]
     if is_rotary(f"{stem}.lora_b"):
-        lora_b = to_interleaved(lora_b, config.head_dim)
-    return {f"{stem}.lora_a": lora_a, f"{stem}.lora_b": lora_b}
+        b = to_interleaved(b, config.head_dim)
+    if raw.get("use_rslora"):
+        alpha *= rank**0.5  # its scale is alpha / √rank
+    return _Layer(a, b, alpha, alpha / rank)
+
+
+def _by_pattern(raw: dict[str, Any], patterns: str, module: str, where: Path) -> Any:
+    """A layer's rank or alpha: that of the first pattern whose end its name is, as PEFT matches."""
+    default = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}[patterns]
+    for pattern, value in (raw.get(patterns) or {}).items():
+        if _matches(rf"(.*\.)?({pattern})$", module, where, patterns):
+            return value
+    kind = int if default == "r" else float
+    return number(raw, default, str(where), 8, kind)
+
+
+def _matches(pattern: str, module: str, where: Path, key: str) -> bool:
+    try:
+        return re.match(pattern, module) is not None
+    except (re.error, RecursionError) as error:
+        raise UserError(f"{where}: {key} has {pattern!r}, no pattern ({error})") from None
+
+
+def _is_targeted(raw: dict[str, Any], module: str, where: Path) -> bool:
+    """Whether the config says that a layer has an adapter, as PEFT reads it.
+
+    None for `target_modules` is PEFT's choice by the kind of model: then the file alone tells.
+    """
+    targets, excluded = raw.get("target_modules"), raw.get("exclude_modules") or []
+    if not targets or _named(excluded, module, where, "exclude_modules"):
+        return False
+    if any(f".{saved}." in f".{module}." for saved in raw.get("modules_to_save") or []):
+        return False  # saved whole
+    if targets == "all-linear":
+        return ".experts." not in module  # which are one tensor in newer versions
+    if not _named(targets, module, where, "target_modules"):
+        return False
+    layers, number_of = raw.get("layers_to_transform"), layer_of(module)
+    if isinstance(targets, str) or layers in (None, []):
+        return True
+    return number_of in (layers if isinstance(layers, list) else [layers])
+
+
+def _named(names: Any, module: str, where: Path, key: str) -> bool:
+    """Whether names, by their ends, or one pattern mean a module."""
+    if isinstance(names, str):
+        return _matches(f"(?:{names})\\Z", module, where, key)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{where}: {key} is {names!r}; names or one pattern are expected")
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _weights(
+    tensors: _Tensors, raw: dict[str, Any], config: ModelConfig, where: Path
+) -> tuple[dict[str, Tensor], dict[str, tuple[list[int], Tensor]]]:
+    """The whole weights that were trained beside the factors, and the rows of trained tokens."""
+    replaced: dict[str, Tensor] = {}
+    rows: dict[str, tuple[list[int], Tensor]] = {}
+    names = family_written(config)[1].names
+    embedding, base_size = names["tok_embeddings.weight"][0].key, config.vocab_size
+    if embedding in tensors:  # it may have more tokens than the base
+        config = replace(config, vocab_size=tensors.shape(embedding)[0])
+    wanted = dict(tensor_table(config))
+    for head in ("score", "lm"):
+        wanted |= tensor_table(replace(config, head=head, tie_word_embeddings=False))
+    for name, spec in wanted.items():
+        places = names[generalised(name)]
+        key = places[0].key.format(layer_of(name), expert=0)
+        if places[0].parts == 1 and "{expert}" not in places[0].key and key in tensors:
+            tensor = tensors.take(key, spec.shape)
+            replaced[name] = to_interleaved(tensor, config.head_dim) if is_rotary(name) else tensor
+        delta = key.removesuffix("weight") + "token_adapter.trainable_tokens_delta"
+        if delta in tensors:
+            ids = _token_ids(raw, key.split(".")[-2], where, config.vocab_size)
+            rows[name] = ids, tensors.take(delta, (len(ids), config.dim))
+    more = config.vocab_size != base_size
+    alone = more and "output.weight" not in replaced and not raw.get("ensure_weight_tying")
+    if alone and config.head == "lm" and "score.weight" not in replaced:
+        raise UserError(
+            f"{where.parent}: its {embedding} has {config.vocab_size} rows, the base {base_size}, "
+            f"and there is no {names['output.weight'][0].key} to go with it"
+        )
+    return replaced, rows
+
+
+def _token_ids(raw: dict[str, Any], module: str, where: Path, vocab_size: int) -> list[int]:
+    """The ids whose rows were trained: of one list for the embedding, or by the module's name."""
+    indices = raw.get("trainable_token_indices")
+    ids = indices.get(module) if isinstance(indices, dict) else indices
+    if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < vocab_size for i in ids):
+        raise UserError(
+            f"{where}: trainable_token_indices is {indices!r}; ids below {vocab_size} are expected"
+        )
+    return ids
+
+
+def _even(
+    layers: dict[str, list[_Layer]], config: ModelConfig, dropout: float
+) -> tuple[LoRAConfig, dict[str, Tensor], str | None]:
+    """One rank and scale for all layers, and why the adapter cannot be trained on, if so.
+
+    The factors of a smaller rank get zeros, and where scales differ B takes them over: the same
+    product. A layer without an adapter gets zeros alone.
+    """
+    all_layers = [layer for of_experts in layers.values() for layer in of_experts]
+    rank = max(len(layer.a) for layer in all_layers)
+    scales = {layer.scale for layer in all_layers}
+    alpha, fixed = scales.pop() * rank, None
+    if scales:
+        alpha = float(rank)
+        fixed = "its layers' scales differ (alpha / rank)"
+    elif len({layer.alpha for layer in all_layers}) == 1 and len(all_layers[0].a) == rank:
+        alpha = all_layers[0].alpha  # as it stands, without a rounding
+    factors: dict[str, Tensor] = {}
+    targets = {stem.rsplit(".", 1)[-1] for stem in layers}
+    lora = LoRAConfig(rank, alpha, dropout, tuple(t for t in TARGETS if t in targets))
+    for name, spec in lora_table(config, lora).items():
+        stem, factor = name.rsplit(".", 1)
+        if stem not in layers:
+            factors[name] = torch.zeros(spec.shape)
+            continue
+        matrices = []
+        for layer in layers[stem]:
+            lacking = rank - len(layer.a)
+            if factor == "lora_a":
+                matrices.append(F.pad(layer.a, (0, 0, 0, lacking)))
+            else:
+                b = layer.b.float() * layer.scale if fixed else layer.b
+                matrices.append(F.pad(b, (0, lacking)))
+        factors[name] = torch.stack(matrices) if len(spec.shape) == 3 else matrices[0]
+    return lora, factors, fixed

@@ -1,4 +1,7 @@
-"""Tensors in files, read a slice at a time: `.safetensors`, and torch's `.pth` / `.bin`, mapped."""
+"""Tensors in files, read a slice at a time: `.safetensors`, and torch's `.pth` / `.bin`, mapped.
+
+For `.gguf` see gguf.py.
+"""
 
 import json
 import os
@@ -6,6 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from src.errors import UserError
@@ -13,6 +17,8 @@ from src.errors import UserError
 # By their names in safetensors' headers.
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+# Under what Lightning, DeepSpeed and others keep the weights in a dictionary of more.
+NESTED = ("state_dict", "model_state_dict", "model", "module")
 
 
 class TensorFile:
@@ -68,6 +74,12 @@ class TensorFile:
         dtype = self._tensors[key].dtype
         return dtype if dtype in DTYPES.values() else None
 
+    def dtype_name(self, key: str) -> str:
+        """Whatever it is, for messages."""
+        if self.lazy:
+            return self._handle.get_slice(key).get_dtype()
+        return str(self._tensors[key].dtype).removeprefix("torch.")
+
     def read(self, key: str, cuts: dict[int, tuple[int, int]] | None = None) -> Tensor:
         """The tensor, or its [start, stop) along each dim of `cuts`.
 
@@ -93,13 +105,42 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
             raise
         # torch's format before 1.6, which cannot be mapped
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(loaded, dict) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in loaded.items()
-    ):
+    if not isinstance(loaded, dict):
         raise UserError(
-            f"{path}: holds no plain dictionary of tensors; export the model's state_dict alone"
+            f"{path}: holds a {type(loaded).__name__}, no dictionary of tensors; "
+            "export the model's state_dict alone"
         )
-    return loaded
+    if _are_tensors(loaded):
+        return loaded
+    # A trainer's file has the weights under one key, its optimizer and counters under others.
+    nested = [key for key in NESTED if _are_tensors(loaded.get(key))]
+    if len(nested) == 1:
+        return loaded[nested[0]]
+    other = next(key for key, x in loaded.items() if not isinstance(x, Tensor))
+    found = f"weights under each of {', '.join(nested)}" if nested else f"{other!r}, no tensor,"
+    raise UserError(
+        f"{path}: holds no plain dictionary of tensors, but {found} among its "
+        f"{len(loaded)} keys; export the model's state_dict alone"
+    )
+
+
+def _are_tensors(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and bool(value)
+        and all(isinstance(key, str) and isinstance(x, Tensor) for key, x in value.items())
+    )
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a `.safetensors` file with the permissions that any new file has.
+
+    The library leaves its files to the owner alone.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def read_json(path: Path) -> dict:
@@ -114,14 +155,13 @@ def read_json(path: Path) -> dict:
 
 
 def indexed_files(folder: Path, index: Path) -> dict[str, Path]:
-    """Which file holds each tensor, by an index's `weight_map`.
+    """Which file an index's `weight_map` names for each tensor.
 
-    Names may not lead out of the folder.
+    Names may not lead out of the folder; the files need not be there.
     """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: no weight_map in it")
-    root = folder.resolve()
     for key, name in weight_map.items():
         # Only the name is checked: in a hub's cache the files are links to blobs outside.
         if (
@@ -131,6 +171,4 @@ def indexed_files(folder: Path, index: Path) -> dict[str, Path]:
             or Path(name).name != name
         ):
             raise UserError(f"{index}: {key} lies in {name!r}, which is outside the folder")
-        if not (root / name).is_file():
-            raise UserError(f"{index}: {key} lies in {name}, which is missing from {folder}")
     return {key: folder / name for key, name in weight_map.items()}

@@ -35,8 +35,8 @@ def load_model(
     UserError, on every rank, when a weight is not finite.
     """
     config = checkpoint.config.with_head(head or checkpoint.config.head)
-    if config.head == "lm" and checkpoint.config.head == "score":
-        raise ValueError(f"{checkpoint.folder} has a score head and no output layer")
+    if config.head == "lm" and checkpoint.config.head != "lm":
+        raise ValueError(f"{checkpoint.folder} has no output layer")
     table, rank, n = tensor_table(config), parallel.mp_rank, parallel.mp_size
     # With more ranks than kv heads, neighbours hold the same head and sum its gradients.
     replicas = parallel.replicas(table["layers.0.attention.wk.weight"].copies(n))
@@ -46,7 +46,7 @@ def load_model(
 
     def fill() -> None:
         for name in table:
-            if name == "score.weight" and checkpoint.config.head == "lm":
+            if name == "score.weight" and checkpoint.config.head != "score":
                 local = random_tensor(
                     name, TensorSpec((1, config.dim)), (config.dim + 1) ** -0.5, seed
                 )

@@ -32,13 +32,24 @@ from src.models.transformer import Transformer
 from src.parallel.setup import Parallel, agreed
 
 
+def saved_dtype(base: Checkpoint, name: str, dtype: torch.dtype, own: bool) -> torch.dtype:
+    """What a weight that was computed in `dtype` is saved in.
+
+    own: the checkpoint's own, where that is narrower: a bf16 model that was trained on the CPU, in
+    fp32, is a bf16 model again.
+    """
+    of_base = base.dtype_of(name)
+    return of_base if own and of_base.itemsize < dtype.itemsize else dtype
+
+
 @torch.no_grad()
 def merged_weights(
-    model: Transformer, parallel: Parallel, base: Checkpoint | None = None
+    model: Transformer, parallel: Parallel, base: Checkpoint | None = None, own: bool = False
 ) -> dict[str, Tensor]:
     """This rank's plain weights on the host, adapters added in: a checkpoint without LoRA.
 
-    Under a quantised weight lies the base's own, unquantised, which is read again from `base`.
+    own: in `base`'s own dtypes, see `saved_dtype`. Under a quantised weight lies the base's own,
+    unquantised, which is read again from `base`. Raises UserError for what fp16 cannot hold.
     """
 
     def plain(name: str, weight: Tensor) -> Tensor:
@@ -48,7 +59,16 @@ def merged_weights(
         unquantised = base.local(name, parallel.mp_rank, parallel.mp_size, merged=False)
         return unquantised.to(parallel.device)
 
-    return {name: weight.to(device="cpu", copy=True) for name, weight in merged_parts(model, plain)}
+    weights: dict[str, Tensor] = {}
+    for name, weight in merged_parts(model, plain):
+        dtype = weight.dtype if base is None else saved_dtype(base, name, weight.dtype, own)
+        weights[name] = weight.to(device="cpu", dtype=dtype, copy=True)
+        if dtype == torch.float16 != weight.dtype and weights[name].isinf().any():
+            raise UserError(
+                f"{name} holds {weight.abs().max():g}, above what fp16 can; give --dtype fp32, to "
+                "compute and to save in"
+            )
+    return weights
 
 
 @torch.no_grad()
@@ -82,13 +102,14 @@ def save_model(
     base: Checkpoint,
     side_files: Callable[[Path], None] | None = None,
     notes: dict[str, dict] | None = None,
+    own_dtype: bool = True,
 ) -> None:
     """Write the model to `save_dir` from all its ranks.
 
     base: what it came from; side_files(folder) writes the tokenizer's files, which are copied from
-    there by default; notes: JSON files to lie beside the weights, by name. The folder appears whole
-    or not at all, and replaces an older one only then. Raises UserError on every rank when any
-    cannot write.
+    there by default; notes: JSON files to lie beside the weights, by name; own_dtype: in the base's
+    own, see `saved_dtype`. The folder appears whole or not at all, and replaces an older one only
+    then. Raises UserError on every rank when any cannot write.
     """
     folder = Path(save_dir).resolve()
     target = temporary_of(folder)
@@ -100,7 +121,7 @@ def save_model(
         try:
             if parallel.dp_rank == 0:  # the other data-parallel ranks hold the same
                 shard = shard_name(parallel.mp_rank)
-                torch.save(merged_weights(model, parallel, base), target / shard)
+                torch.save(merged_weights(model, parallel, base, own_dtype), target / shard)
                 written[shard] = described(target / shard)
             if parallel.is_main:
                 write_params(model.config, target)
@@ -161,11 +182,21 @@ def read_score_moments(folder: Path) -> tuple[float, float] | None:
     return float(mean), float(std)
 
 
-def check_save(save_dir: str, checkpoint: Checkpoint, dtype: torch.dtype, folders: int = 1) -> None:
+def check_save(
+    save_dir: str,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    own_dtype: bool = True,
+    folders: int = 1,
+) -> None:
     """Raise UserError when a model like the checkpoint's could not be saved to `save_dir`.
 
-    folders: how many such the run will save, side by side.
+    dtype: that it is computed in; own_dtype: see `saved_dtype`; folders: how many such the run will
+    save, side by side.
     """
     folder = check_replaceable(save_dir)
-    count = sum(torch.Size(spec.shape).numel() for spec in checkpoint.table.values())
-    check_space(folder, folders * count * dtype.itemsize)
+    size = sum(
+        checkpoint.bytes_of(name, saved_dtype(checkpoint, name, dtype, own_dtype))
+        for name in checkpoint.table
+    )
+    check_space(folder, folders * size)

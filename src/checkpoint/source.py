@@ -6,7 +6,9 @@ and nothing holds more than one shard.
 """
 
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -14,61 +16,101 @@ from torch import Tensor
 
 from src.checkpoint.adapter import Adapter
 from src.checkpoint.files import SUFFIXES, TensorFile, indexed_files, read_json
-from src.checkpoint.names import generalised, is_rotary, layer_of, to_interleaved
+from src.checkpoint.gguf import GGUFFile
+from src.checkpoint.names import (
+    Spelling,
+    generalised,
+    is_computed,
+    is_rotary,
+    layer_of,
+    naming_of,
+    quantised_by,
+    spelled,
+    to_interleaved,
+)
 from src.errors import UserError
 from src.models.config import SIZES, ModelConfig, config_from_params
 from src.models.family import Stored
 from src.models.hf_config import FAMILIES, PRESETS, config_from_hf
 from src.models.layout import TensorSpec, layer_table, tensor_table
 
-# Written into some released files, and computed here: not weights.
-COMPUTED = (
-    "rope.freqs",
-    "layers.{}.attention.inner_attention.rope.freqs",
-    "model.layers.{}.self_attn.rotary_emb.inv_freq",
-    "transformer.rotary_emb.inv_freq",
-    "transformer.h.{}.attn.rotary_emb.inv_freq",
-    "transformer.h.{}.attn.bias",
-    "transformer.h.{}.attn.masked_bias",
-)
+
+@dataclass(frozen=True)
+class Located:
+    """A tensor of a file, under the file's own key."""
+
+    file: TensorFile | GGUFFile
+    key: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.file.shape(self.key)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        return self.file.dtype(self.key)
+
+    @property
+    def dtype_name(self) -> str:
+        return self.file.dtype_name(self.key)
+
+    def read(self, cuts: dict[int, tuple[int, int]] | None = None) -> Tensor:
+        return self.file.read(self.key, cuts)
+
+    def __str__(self) -> str:
+        return f"{self.file.path.name}: {self.key}"
+
+
+Part = dict[str, Located]  # where each tensor of a shard lies, by the name in a whole, plain model
 
 
 class Checkpoint:
     """Open with `Checkpoint.open`.
 
-    `config`: the sizes; `table`: name → TensorSpec of every weight in it.
+    `config`: the sizes; `table`: name → TensorSpec of every weight in it; `spelling`: how its files
+    call the tensors; `gguf`: the file, where it is one.
     """
 
     def __init__(
-        self, folder: Path, config: ModelConfig, parts: list[dict[str, TensorFile]], hf: bool
+        self, folder: Path, config: ModelConfig, parts: list[Part], spelling: Spelling
     ) -> None:
-        """parts: for each shard, which file holds each tensor (by the file's own names).
-
-        Hugging Face's checkpoints have one part, however many files it lies in.
-        """
-        self.folder, self.parts, self.hf = folder, parts, hf
-        self.config = self._settle(config)
-        self.table = tensor_table(self.config)
+        """parts: one for each shard; Hugging Face's have one, however many files it lies in."""
+        self.folder, self.parts, self.spelling = folder, parts, spelling
+        self.naming = naming_of(parts[0])
         self.adapter: Adapter | None = None
+        self.config = config
+        self.config = self._settle()
+        self.table = tensor_table(self.config)
+        file = next(iter(parts[0].values())).file if parts[0] else None
+        self.gguf = file if isinstance(file, GGUFFile) else None
         self._check()
 
     @classmethod
     def open(
-        cls, path: str, config_file: str | None = None, adapter_dir: str | None = None
+        cls,
+        path: str,
+        config_file: str | None = None,
+        adapter_dir: str | None = None,
+        gguf: bool = False,
     ) -> "Checkpoint":
         """path: a Hugging Face folder, a folder of consolidated shards, or one tensor file.
 
-        adapter_dir: a folder in PEFT's format, whose adapter is added to every weight that is read.
-        Raises UserError for what is not there or does not fit.
+        adapter_dir: a folder in PEFT's format, whose adapter is added to every weight that is read;
+        gguf: whether the one file may be GGUF, which has its tokenizer inside. Raises UserError for
+        what is not there or does not fit.
         """
+        if Path(path).suffix == ".gguf" and not gguf:
+            raise UserError(
+                f"{path}: a GGUF file is unpacked first, with its tokenizer: "
+                f"python checkpoint_split.py --ckpt_file {path} --save_path DIR --n 1"
+            )
         try:
             checkpoint = cls._open(Path(path), config_file)
             if adapter_dir is not None:
                 checkpoint.adapter = Adapter.open(adapter_dir, checkpoint.config)
-                # a verifier's adapter makes a verifier of its base
-                if checkpoint.adapter.score is not None:
-                    checkpoint.config = checkpoint.config.with_head("score")
-                    checkpoint.table = tensor_table(checkpoint.config)
+                # its added tokens and its score head are the model's
+                checkpoint.config = checkpoint.adapter.applied_to(checkpoint.config)
+                checkpoint.table = tensor_table(checkpoint.config)
             return checkpoint
         except OSError as error:
             raise UserError(
@@ -79,26 +121,34 @@ class Checkpoint:
     def _open(cls, path: Path, config_file: str | None) -> "Checkpoint":
         if not path.exists():
             raise UserError(f"{path}: no such file or folder")
+        if path.suffix == ".gguf" and not path.is_dir():
+            file = GGUFFile(path)
+            spelling = spelled(file.keys)
+            config = read_config(config_file) if config_file else config_of(file.hf_config, path)
+            return cls(path, config, [_located(file)], spelling)
         folder = path if path.is_dir() else path.parent
         files = _consolidated(folder) if path.is_dir() else [path]
         if path.is_dir() and not files:
-            parts = [_hf_files(folder)]
+            found = [_hf_files(folder)]
         elif not path.is_dir() and path.suffix not in SUFFIXES:
             raise UserError(
-                f"{path}: unknown kind of file; expected a folder or one of {', '.join(SUFFIXES)}"
+                f"{path}: unknown kind of file; expected a folder or one of "
+                f"{', '.join((*SUFFIXES, '.gguf'))}"
             )
         else:
             opened = [TensorFile(file) for file in files]
-            parts = [dict.fromkeys(file.keys, file) for file in opened]
-        hf = any(
-            key.startswith(("model.", "transformer.")) or key == "lm_head.weight"
-            for key in parts[0]
-        )
-        return cls(folder, _config(folder, config_file), parts, hf)
+            found = [_located(file) for file in opened]
+        spellings = [spelled(part) for part in found]
+        parts = [
+            {name: part[key] for name, key in spelling.keys.items()}
+            for part, spelling in zip(found, spellings)
+        ]
+        return cls(folder, _config(folder, config_file), parts, spellings[0])
 
     def release(self) -> None:
         """Let go of the files' pages; what is read later opens them again."""
-        for file in {id(file): file for part in self.parts for file in part.values()}.values():
+        files = {id(x.file): x.file for part in self.parts for x in part.values()}
+        for file in files.values():
             file.release()
 
     def check_finite(self, name: str, tensor: Tensor) -> Tensor:
@@ -113,21 +163,21 @@ class Checkpoint:
     @property
     def dtype(self) -> torch.dtype:
         """The last norm's, where tensors differ."""
-        return self._dtype_of("norm.weight")
+        return self.dtype_of("norm.weight")
 
-    def _dtype_of(self, name: str) -> torch.dtype:
+    def dtype_of(self, name: str) -> torch.dtype:
+        """A tensor's own; the last norm's for one that is in none of the files."""
         key = self._places(name)[0]
-        dtype = self.parts[0][key].dtype(key)
+        if key not in self.parts[0]:  # an adapter's score head, or one that is new
+            return self.dtype
+        dtype = self.parts[0][key].dtype
         assert dtype is not None, f"{key}: `_check` lets no other dtype in"
         return dtype
 
     def bytes_of(self, name: str, dtype: torch.dtype | None = None) -> int:
         """Bytes of a whole tensor, in its own dtype or another."""
-        if dtype is None:
-            # an adapter's score head is in none of the files
-            in_file = self._places(name)[0] in self.parts[0]
-            dtype = self._dtype_of(name) if in_file else self.dtype
-        return torch.Size(self.table[name].shape).numel() * dtype.itemsize
+        itemsize = (dtype or self.dtype_of(name)).itemsize
+        return torch.Size(self.table[name].shape).numel() * itemsize
 
     def read(
         self, name: str, dim: int | None = None, start: int = 0, stop: int = 0, merged: bool = True
@@ -136,18 +186,21 @@ class Checkpoint:
 
         merged: with the adapter's part, where there is an adapter.
         """
-        if name == "score.weight" and self.adapter and self.adapter.score is not None:
-            return self.adapter.score.to(self.dtype)
+        if self.adapter and name in self.adapter.replaced:
+            whole = self.adapter.replaced[name].to(self.dtype_of(name))
+            return whole if dim is None else whole.narrow(dim, start, stop - start)
         cuts = {} if dim is None else {dim: (start, stop)}
         if len(self.parts) > 1 and self._shard_spec(name).dim is not None:
             tensor = self._read_shards(name, cuts)
         else:
             tensor = self._read_part(self.parts[0], name, cuts, self.table[name].shape)
-        if self.hf and is_rotary(name):
+        if is_rotary(name) and self.naming.halves(self.config):
             # Rows move within a head only, and cuts fall between heads: a slice can do it alone.
             if dim == 1:
                 raise ValueError(f"{name} is cut along its heads, not along dim 1")
             tensor = to_interleaved(tensor, self.config.head_dim)
+        if self.adapter:
+            tensor = self.adapter.in_place(tensor, name, dim, start, stop)
         if self.adapter and merged:
             tensor = self.adapter.added_to(tensor, name, dim, start, stop)
         return tensor
@@ -180,7 +233,7 @@ class Checkpoint:
 
     def _read_part(
         self,
-        part: dict[str, TensorFile],
+        part: Part,
         name: str,
         cuts: dict[int, tuple[int, int]],
         shape: tuple[int, ...],
@@ -192,18 +245,17 @@ class Checkpoint:
             offset = stored.index * shape[stored.dim]
             cuts = {**cuts, stored.dim: (offset + start, offset + stop)}
         if "{expert}" not in stored.key:
-            return part[keys[0]].read(keys[0], cuts)
+            return part[keys[0]].read(cuts)
         # A matrix per expert, [out, in], is an axis short of ours, [experts, out, in].
         matrix_cuts = {dim - 1: cut for dim, cut in cuts.items()}
-        return torch.stack([part[key].read(key, matrix_cuts) for key in keys])
+        return torch.stack([part[key].read(matrix_cuts) for key in keys])
 
     def _stored(self, name: str) -> Stored:
-        """Where the tensor lies: the first of the family's places in these files, else of all."""
-        general = generalised(name)
-        if self.hf:
-            places = FAMILIES[self.config.family].names[general]
-        else:  # under our own name, or a matrix per expert, as Mistral writes them
-            places = (Stored(general), Stored(general.replace("experts.", "experts.{expert}.")))
+        """Where the tensor lies: the first of its places in these files, else of all."""
+        if name == "output.weight" and self.naming.output not in self.parts[0]:
+            # an adapter has its own embedding or output layer: a tie in the base is undone
+            name = "tok_embeddings.weight" if self.adapter else name
+        places = self.naming.places(generalised(name), self.config)
         return next(
             (place for place in places if self._keys(place, name)[0] in self.parts[0]), places[0]
         )
@@ -212,7 +264,7 @@ class Checkpoint:
         return self._keys(self._stored(name), name)
 
     def _keys(self, stored: Stored, name: str) -> list[str]:
-        """The file's key of a tensor, or one for each expert."""
+        """The key of a tensor, by a plain model's names, or one for each expert."""
         experts = range(self.config.n_experts) if "{expert}" in stored.key else [0]
         return [stored.key.format(layer_of(name), expert=expert) for expert in experts]
 
@@ -223,84 +275,119 @@ class Checkpoint:
         """
         spec, n = self.table[name], len(self.parts)
         if name == "tok_embeddings.weight" and name in self.parts[0]:
-            shape = self.parts[0][name].shape(name)
+            shape = self.parts[0][name].shape
             choices = (spec, TensorSpec(spec.shape, 0), TensorSpec(spec.shape, 1))
             return next((choice for choice in choices if choice.local_shape(n) == shape), spec)
         return spec
 
-    def _settle(self, config: ModelConfig) -> ModelConfig:
-        """Let the tensors decide the vocabulary, which a `params.json` leaves open by saying −1."""
-        output = self.parts[0].get("output.weight")
-        if config.vocab_size == -1 and output is not None:
-            config = replace(config, vocab_size=output.shape("output.weight")[0] * len(self.parts))
+    def _settle(self) -> ModelConfig:
+        """What a config leaves open, and the tensors decide.
+
+        The vocabulary, where a `params.json` says −1; and that there is no output layer, in what
+        was saved of a trunk alone.
+        """
+        config, outputs = self.config, [part.get(self.naming.output) for part in self.parts]
+        if config.vocab_size == -1 and outputs[0] is not None:
+            config = replace(config, vocab_size=outputs[0].shape[0] * len(self.parts))
         if config.vocab_size == -1:
             raise UserError(
                 f"{self.folder}: vocab_size is -1 and there is no output.weight to take it from"
             )
+        if config.head == "none" and any(outputs):
+            return config.with_head("lm")
+        if config.head == "lm" and self.spelling.dropped and not any(outputs):
+            lacking = [n for n in tensor_table(config) if self._places(n)[0] not in self.parts[0]]
+            if lacking == ["output.weight"]:
+                return config.with_head("none")
         return config
 
     def _check(self) -> None:
         """Raise UserError unless every shard holds every tensor, in its shape, and no other.
 
-        All problems are in one message.
+        All problems are in one message, by the files' own keys.
         """
-        n = len(self.parts)
-        problems: list[str] = []
-        computed = set(COMPUTED)
+        self._check_kind()
+        n, key_of = len(self.parts), self.spelling.of
+        wrong: list[str] = []
+        missing: list[tuple[str, str]] = []  # what to say before it, and the key
+        unknown: list[tuple[str, Located]] = []
         wanted = {key: shape for name in self.table for key, shape in self._expected(name)}
-        if self.config.tie_word_embeddings:  # the embedding again, in files that spell the tie out
-            computed.add("lm_head.weight" if self.hf else "output.weight")
         for number, part in enumerate(self.parts):
             shard = f"shard {number} of {n}: " if n > 1 else ""
             for key, expected in wanted.items():
                 if key not in part:
-                    problems.append(f"{shard}{key} is missing")
+                    missing.append((shard, key_of(key)))
                     continue
-                shape, dtype = part[key].shape(key), part[key].dtype(key)
-                first_dtype = self.parts[0].get(key, part[key]).dtype(key)
-                if dtype is None or dtype != first_dtype:
-                    problems.append(
-                        f"{shard}{part[key].path.name}: {key} is "
-                        f"{dtype or 'no fp32, bf16 or fp16'}, "
-                        f"expected {first_dtype or 'one of them'}"
+                found, first = part[key], self.parts[0].get(key, part[key])
+                if found.dtype is None or found.dtype != first.dtype:
+                    kind = found.dtype or f"{found.dtype_name}, no fp32, bf16 or fp16"
+                    wrong.append(
+                        f"{shard}{found} is {kind}, expected {first.dtype or 'one of them'}"
                     )
-                if shape != expected:
-                    problems.append(
-                        f"{shard}{part[key].path.name}: {key} has shape {list(shape)}, "
-                        f"expected {list(expected)}"
+                if found.shape != expected:
+                    wrong.append(
+                        f"{shard}{found} has shape {list(found.shape)}, expected {list(expected)}"
                     )
-            if not problems:  # the embedding is there, and can be read
-                problems += [f"{shard}{problem}" for problem in self._untied(number, part)]
-            for key in part.keys() - wanted.keys():
-                if generalised(key) not in computed:
-                    problems.append(f"{shard}{part[key].path.name}: unknown tensor {key}")
-        if problems:
-            more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
-            raise UserError(
-                f"{self.folder} does not hold the model its config describes: "
-                f"{'; '.join(problems[:5])}{more}"
-            )
+            if not wrong and not missing:  # the embedding is there, and can be read
+                wrong += [f"{shard}{problem}" for problem in self._untied(number, part)]
+            tied = {self.naming.output} if self.config.tie_word_embeddings else set()
+            for key in sorted(part.keys() - wanted.keys() - tied):
+                if not is_computed(key):
+                    unknown.append((shard, part[key]))
+        count = len(wrong) + len(missing) + len(unknown)
+        if not count:
+            return
+        strangers = [found.key for _, found in unknown]
+        lines = [
+            wrong[:5],
+            [f"{shard}{key} is missing{_nearest(key, strangers)}" for shard, key in missing[:5]],
+            [
+                f"{shard}{found.file.path.name}: unknown tensor {found.key}"
+                for shard, found in unknown[:5]
+            ],
+        ]
+        # some of each kind: what is missing and what is unknown explain each other
+        shown = [line for group in zip_longest(*lines) for line in group if line][:5]
+        more = f" (and {count - len(shown)} more)" if count > len(shown) else ""
+        read = f" ({self.spelling.described})" if self.spelling.described else ""
+        raise UserError(
+            f"{self.folder} does not hold the model its config describes{read}: "
+            f"{'; '.join(shown)}{more}"
+        )
 
-    def _untied(self, number: int, part: dict[str, TensorFile]) -> list[str]:
+    def _check_kind(self) -> None:
+        """Raise UserError for files of another kind, in a line that says what they are."""
+        for found in self.parts[0].values():
+            who = quantised_by(found.key)
+            if who:
+                raise UserError(
+                    f"{found}: these weights are quantised ({who}), which is not supported: load "
+                    "the original ones, with --quantize if need be"
+                )
+            if ".lora_" in found.key or ".base_layer." in found.key:
+                raise UserError(
+                    f"{found}: an adapter lies among the weights; save the model with it added in "
+                    "(merge_and_unload), or the adapter alone, for --adapter_dir"
+                )
+
+    def _untied(self, number: int, part: Part) -> list[str]:
         """What is wrong with an output layer in the file that is said to be the embedding."""
-        key, n = "lm_head.weight" if self.hf else "output.weight", len(self.parts)
+        key, n = self.naming.output, len(self.parts)
         if not self.config.tie_word_embeddings or key not in part or self.config.head != "lm":
             return []
         spec = TensorSpec((self.config.vocab_size, self.config.dim), 0)
-        shape, expected = part[key].shape(key), spec.local_shape(n)
-        if shape != expected:
-            return [
-                f"{part[key].path.name}: {key} has shape {list(shape)}, expected {list(expected)}"
-            ]
+        found, expected = part[key], spec.local_shape(n)
+        if found.shape != expected:
+            return [f"{found} has shape {list(found.shape)}, expected {list(expected)}"]
         # A few rows of the shard's part tell, without reading all of it.
         start, stop = spec.local_range(number, n)
         rows = {start + i * (stop - start) // 16 for i in range(16)} if stop > start else set()
         for row in sorted(rows):
-            output_row = part[key].read(key, {0: (row - start, row - start + 1)})  # [1, dim]
+            output_row = found.read({0: (row - start, row - start + 1)})  # [1, dim]
             if not torch.equal(output_row, self.read("tok_embeddings.weight", 0, row, row + 1)):
                 return [
-                    f"{part[key].path.name}: {key} is not the embedding, "
-                    "as tie_word_embeddings says it is; set that to false"
+                    f"{found} is not the embedding, as tie_word_embeddings says it is; set that to "
+                    "false"
                 ]
         return []
 
@@ -337,30 +424,79 @@ def _consolidated(folder: Path) -> list[Path]:
     return [shards[number] for number in sorted(shards)]
 
 
-def _hf_files(folder: Path) -> dict[str, TensorFile]:
-    for index in (folder / "model.safetensors.index.json", folder / "pytorch_model.bin.index.json"):
-        if index.is_file():
-            located = indexed_files(folder, index)
-            opened = {path: TensorFile(path) for path in sorted(set(located.values()))}
-            for key, path in located.items():
-                if key not in opened[path].keys:
-                    raise UserError(
-                        f"{index}: {key} is said to lie in {path.name}, which does not hold it"
-                    )
-            return {key: opened[path] for key, path in located.items()}
-    for path in (folder / "model.safetensors", folder / "pytorch_model.bin"):
-        if path.is_file():
-            file = TensorFile(path)
-            return dict.fromkeys(file.keys, file)
-    raise UserError(
-        f"{folder}: no checkpoint in it; expected consolidated.00.pth …, model.safetensors, "
-        "pytorch_model.bin or their index"
-    )
+def _nearest(key: str, others: list[str]) -> str:
+    """In words, the key that one that is missing may be meant by."""
+    near = get_close_matches(key, others, 1, 0.8)
+    return f" (nearest there: {near[0]})" if near else ""
+
+
+def _located(file: TensorFile | GGUFFile) -> Part:
+    return {key: Located(file, key) for key in file.keys}
+
+
+def _hf_files(folder: Path) -> Part:
+    """Where the tensors of a Hugging Face folder lie.
+
+    As transformers does it: a whole file before an index, safetensors before torch's. An index
+    whose files are all gone is left over from another save.
+    """
+    gone: list[str] = []
+    for stem in ("model.safetensors", "pytorch_model.bin"):
+        whole, index = folder / stem, folder / f"{stem}.index.json"
+        single = _located(TensorFile(whole)) if whole.is_file() else None
+        sharded = _indexed(folder, index) if index.is_file() else None
+        if single and sharded:
+            _check_alike(single, sharded, whole, index)
+        if single or sharded:
+            return single or sharded or {}
+        gone += [f"the files of {index.name} are missing from it"] if index.is_file() else []
+    expected = "expected consolidated.00.pth …, model.safetensors, pytorch_model.bin or their index"
+    raise UserError(f"{folder}: no checkpoint in it; {'; '.join(gone) or expected}")
+
+
+def _indexed(folder: Path, index: Path) -> Part | None:
+    """The tensors of an index's files, all that these hold; None when none of them is there.
+
+    Of two files with the same tensor the index names the one that counts.
+    """
+    named = indexed_files(folder, index)
+    files = sorted(set(named.values()))
+    missing = [path.name for path in files if not path.is_file()]
+    if len(missing) == len(files):
+        return None
+    if missing:
+        key = next(key for key, path in named.items() if path.name == missing[0])
+        raise UserError(f"{index}: {key} lies in {missing[0]}, which is missing from {folder}")
+    opened = {path: _located(TensorFile(path)) for path in files}
+    found = {key: located for part in opened.values() for key, located in part.items()}
+    return found | {key: opened[path][key] for key, path in named.items() if key in opened[path]}
+
+
+def _check_alike(single: Part, sharded: Part, whole: Path, index: Path) -> None:
+    """Raise UserError when a whole file and an index's files beside it hold different weights.
+
+    transformers reads the former, whichever was saved last. A row of each tensor tells.
+    """
+    for key in sorted(single.keys() | sharded.keys()):
+        a, b = single.get(key), sharded.get(key)
+        alike = a is not None and b is not None and a.shape == b.shape and a.dtype == b.dtype
+        if a is not None and b is not None and alike and a.shape:
+            cuts = {0: (a.shape[0] // 2, a.shape[0] // 2 + 1)}
+            alike = a.file.path == b.file.path or torch.equal(a.read(cuts), b.read(cuts))
+        if not alike:
+            raise UserError(
+                f"{whole.parent}: {whole.name} and the files of {index.name} hold different "
+                f"weights ({key}); remove what is not meant"
+            )
 
 
 def read_config(path: str | Path) -> ModelConfig:
     """The sizes in a `params.json` or `config.json`, by whichever it is. Raises UserError."""
-    raw = read_json(Path(path))
+    return config_of(read_json(Path(path)), path)
+
+
+def config_of(raw: dict, path: str | Path) -> ModelConfig:
+    """The sizes that a `params.json` or `config.json` holds; path: what it was read from."""
     config = (config_from_params if "dim" in raw else config_from_hf)(raw, str(path))
     family = FAMILIES.get(config.family)
     if family is None:
@@ -453,10 +589,10 @@ def adapter_on(base: Checkpoint, path: str) -> Adapter:
                 f"{path}: holds no adapter; --shared_trunk needs one that was trained "
                 "(--lora_rank) on the actor's weights"
             )
-        return Adapter.open(path, base.config)
+        return _of_factors_alone(Adapter.open(path, base.config))
     # The merged weights beside the adapter tell the trunk: base + adapter must come to them, but
     # for their being rounded once more when they were saved. Two tensors are enough.
-    adapter = Adapter.open(str(inner), base.config)
+    adapter = _of_factors_alone(Adapter.open(str(inner), base.config))
     trained = Checkpoint.open(path)
     stem = next(name for name in adapter.tensors).removesuffix(".lora_a")
     for name in ("norm.weight", f"{stem}.weight"):
@@ -473,4 +609,14 @@ def adapter_on(base: Checkpoint, path: str) -> Adapter:
                 f"{path}: its adapter was trained on other weights than {base.folder}'s "
                 f"({name} differs); train it on these"
             )
+    return adapter
+
+
+def _of_factors_alone(adapter: Adapter) -> Adapter:
+    """Raise UserError for one that cannot be trained on beside others on the same weights."""
+    if adapter.fixed:
+        raise UserError(
+            f"{adapter.folder}: {adapter.fixed}, which --shared_trunk does not support; "
+            "give the model merged (checkpoint_merge.py), without --shared_trunk"
+        )
     return adapter

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor
 
+from src.checkpoint.files import save_tensors
 from src.checkpoint.manifest import (
     MANIFEST,
     described,
@@ -148,7 +148,7 @@ class Steps:
         """Write this rank's files, down to the disk; the manifest's entries of them."""
         entries = {}
         for name, tensors in files.items():
-            save_file(tensors, temporary / name)
+            save_tensors(tensors, temporary / name)
             sync(temporary / name)
             entries[name] = described(temporary / name)
         return entries

@@ -37,7 +37,7 @@ def model_report(folder: Path, config_file: str | None = None) -> Report:
     """A model's weights: opened (which checks names and shapes), every number looked at."""
     compared, lines = _hashes(folder)
     try:
-        checkpoint = Checkpoint.open(str(folder), config_file)
+        checkpoint = Checkpoint.open(str(folder), config_file, gguf=True)
     except UserError as error:
         return Report("", [*lines, str(error)])
     count = 0
@@ -49,13 +49,14 @@ def model_report(folder: Path, config_file: str | None = None) -> Report:
     inner = folder / "adapter"
     if inner.is_dir():
         lines += adapter_report(inner, None, checkpoint).problems
-    tokenizer = find_tokenizer(checkpoint.folder)
+    tokenizer = None if checkpoint.gguf else find_tokenizer(checkpoint.folder)
     parts = [
         f"{len(checkpoint.table)} tensors, {count:,} numbers, all finite",
         f"{checkpoint.config.family}, {checkpoint.config.n_layers} layers, "
         f"head {checkpoint.config.head}",
         compared,
-        f"tokenizer {tokenizer.name}" if tokenizer else "no tokenizer",
+        f"tokenizer {tokenizer.name}" if tokenizer else "no tokenizer beside it",
+        *([checkpoint.spelling.described] if checkpoint.spelling.described else []),
     ]
     return Report(f"{folder}: {'; '.join(parts)}", lines)
 

@@ -8,13 +8,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from src.checkpoint.files import save_tensors
 from src.checkpoint.folder import check_space, copy_side_files, whole_folder
+from src.checkpoint.gguf_tokenizer import write_tokenizer
 from src.checkpoint.names import hf_tensors
 from src.checkpoint.source import Checkpoint
+from src.errors import UserError
 from src.models.config import ModelConfig, params_of
 from src.models.hf_config import hf_config
 
@@ -30,18 +32,37 @@ def write_params(config: ModelConfig, folder: Path) -> None:
     (folder / "params.json").write_text(json.dumps(params_of(config), indent=1) + "\n")
 
 
-def split(checkpoint: Checkpoint, save_path: Path, n: int) -> None:
+def cast(checkpoint: Checkpoint, name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A tensor of the checkpoint in another dtype; UserError when it isn't finite, there or here.
+
+    dtype: its own where None.
+    """
+    checkpoint.check_finite(name, tensor)
+    if dtype is None or tensor.dtype == dtype:
+        return tensor
+    out = tensor.to(dtype)
+    if dtype == torch.float16 and not torch.stack(torch.aminmax(out)).isfinite().all():
+        raise UserError(
+            f"{checkpoint.folder}: {name} holds {tensor.abs().max():g}, above what fp16 can; "
+            "write bf16 or fp32"
+        )
+    return out
+
+
+def split(
+    checkpoint: Checkpoint, save_path: Path, n: int, dtype: torch.dtype | None = None
+) -> None:
     """Write `n` consolidated shards with `params.json` and the tokenizer's files.
 
-    Peak memory: one shard.
+    dtype: to write in, each tensor's own by default. Peak memory: one shard.
     """
-    check_space(save_path, sum(checkpoint.bytes_of(name) for name in checkpoint.table))
+    check_space(save_path, sum(checkpoint.bytes_of(name, dtype) for name in checkpoint.table))
     with whole_folder(save_path) as folder:
         for rank in range(n):
             names = tqdm(checkpoint.table, desc=f"shard {rank + 1} of {n}", unit="tensor")
             # Cloned: a slice of a mapped file would drag its whole storage into torch.save.
             shard = {
-                name: checkpoint.check_finite(name, checkpoint.local(name, rank, n)).clone(
+                name: cast(checkpoint, name, checkpoint.local(name, rank, n), dtype).clone(
                     memory_format=torch.contiguous_format
                 )
                 for name in names
@@ -49,7 +70,10 @@ def split(checkpoint: Checkpoint, save_path: Path, n: int) -> None:
             torch.save(shard, folder / shard_name(rank))
             del shard  # before the next one is made
         write_params(checkpoint.config, folder)
-        copy_side_files(checkpoint.folder, folder)
+        if checkpoint.gguf is not None:  # all in one file, nothing of it lies beside
+            write_tokenizer(checkpoint.gguf, folder)
+        else:
+            copy_side_files(checkpoint.folder, folder)
 
 
 def merge(
@@ -79,12 +103,10 @@ def merge(
             )
             tensors: dict[str, Tensor] = {}
             for name in names:
-                tensor = checkpoint.check_finite(name, checkpoint.read(name))
-                tensors |= hf_tensors(
-                    name, tensor if dtype is None else tensor.to(dtype), checkpoint.config
-                )
+                tensor = cast(checkpoint, name, checkpoint.read(name), dtype)
+                tensors |= hf_tensors(name, tensor, checkpoint.config)
                 progress.update()
-            save_file(tensors, folder / file_name, metadata={"format": "pt"})
+            save_tensors(tensors, folder / file_name)
             weight_map |= dict.fromkeys(tensors, file_name)
         progress.close()
         if len(files) > 1:

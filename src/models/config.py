@@ -29,7 +29,7 @@ class RopeScaling:
 class ModelConfig:
     """Everything the network's code needs to know.
 
-    head: "lm" (vocabulary logits) or "score" (one scalar).
+    head: "lm" (vocabulary logits), "score" (one scalar) or "none" (a trunk, to be given one).
     """
 
     dim: int
@@ -207,8 +207,8 @@ def checked(where: str, **values) -> ModelConfig:
                 wanted += f" {'from' if least == 0 else 'above'} 0"
             raise UserError(f"{where}: {field.name} is {value!r}; {wanted} is expected")
     config = ModelConfig(**values)
-    if config.head not in ("lm", "score"):
-        raise UserError(f"{where}: unknown head {config.head!r}; lm or score is expected")
+    if config.head not in ("lm", "score", "none"):
+        raise UserError(f"{where}: unknown head {config.head!r}; lm, score or none is expected")
     if config.n_heads % config.n_kv_heads:
         raise UserError(
             f"{where}: {config.n_heads} heads cannot share {config.n_kv_heads} kv heads evenly"

@@ -60,6 +60,8 @@ SCALING_KEYS = {
     "beta_fast": "beta_fast",
     "beta_slow": "beta_slow",
 }
+# how transformers' classes end, by our head
+_ENDINGS = {"lm": "ForCausalLM", "score": "ForSequenceClassification", "none": "Model"}
 
 
 def family_written(config: ModelConfig) -> tuple[str, Family]:
@@ -196,9 +198,12 @@ def _head(raw: dict, where: str) -> dict:
         raise UserError(f"{where}: tie_word_embeddings is {tied!r}, true or false is expected")
     if scored and labels != 1:
         raise UserError(
-            f"{where}: a verifier has one score per sequence, this classifier has {labels} labels"
+            f"{where}: a verifier has one score per sequence (num_labels 1), this classifier has "
+            f"{labels} labels"
         )
-    return {"head": "score" if scored else "lm", "tie_word_embeddings": tied and not scored}
+    is_trunk = not tied and any(name.endswith(_ENDINGS["none"]) for name in architectures)
+    head = "score" if scored else "none" if is_trunk else "lm"
+    return {"head": head, "tie_word_embeddings": tied and not scored}
 
 
 def _window(raw: dict, family: Family, n_layers: int, where: str) -> dict:
@@ -265,9 +270,7 @@ def hf_config(
                 "attention_factor": s.attention_factor,
             }
     written = {
-        "architectures": [
-            family.architecture + ("ForSequenceClassification" if scored else "ForCausalLM")
-        ],
+        "architectures": [family.architecture + _ENDINGS[c.head]],
         "model_type": name,
         "hidden_act": "silu",
         "rope_parameters": rope,

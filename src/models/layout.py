@@ -168,6 +168,6 @@ def tensor_table(config: ModelConfig) -> dict[str, TensorSpec]:
     table["norm.weight"] = TensorSpec((c.dim,))
     if c.head == "score":
         table["score.weight"] = TensorSpec((1, c.dim))
-    elif not c.tie_word_embeddings:
+    elif c.head == "lm" and not c.tie_word_embeddings:
         table["output.weight"] = vocabulary
     return table

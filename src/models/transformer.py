@@ -209,7 +209,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(shard["norm.weight"], config.norm_eps)
         if config.head == "score":
             self.score = ReplicatedLinear(shard["score.weight"])
-        else:
+        elif config.head == "lm":
             vocabulary = "tok_embeddings.weight" if config.tie_word_embeddings else "output.weight"
             # This rank's entries without padding, and with it: so many columns the logits have.
             self.vocabulary = shard.real_size(vocabulary)

@@ -54,7 +54,7 @@ class PPOInputs:
         tokenizer = opened.actor.tokenizer
         places = Places.of(settings.saving.log_dir, roles.actor_save_dir)
         if roles.actor_save_dir and settings.evaluation.keep_best:
-            check_save(places.best, opened.actor.checkpoint, dtype)
+            check_save(places.best, opened.actor.checkpoint, dtype, opened.actor.own_dtype)
 
         # What is measured, and what is rewarded.
         max_new_tokens = settings.generation.max_new_tokens

@@ -63,6 +63,7 @@ def open_roles(settings: PPOTrainSettings, parallel: Parallel, dtype: torch.dtyp
     Raises UserError for what does not fit together, before anything is loaded.
     """
     roles, lora = settings.roles, settings.lora
+    own_dtype = settings.run.dtype is None
 
     # The actor, whose family's chat template is everybody's.
     actor = open_model(
@@ -77,10 +78,11 @@ def open_roles(settings: PPOTrainSettings, parallel: Parallel, dtype: torch.dtyp
         ),
         parallel,
         head="lm",
+        own_dtype=own_dtype,
     )
     _check_trainable(settings, actor)
     if roles.actor_save_dir:
-        check_save(roles.actor_save_dir, actor.checkpoint, dtype)
+        check_save(roles.actor_save_dir, actor.checkpoint, dtype, own_dtype)
 
     critic = verifier = moments = None
     adapters: dict[str, Adapter | None] = {}
@@ -92,7 +94,7 @@ def open_roles(settings: PPOTrainSettings, parallel: Parallel, dtype: torch.dtyp
     else:
         if roles.critic_ckpt_dir is not None:
             source = _beside_actor(settings, roles.critic_ckpt_dir, roles.tokenizer_file)
-            critic = open_model(source, parallel, chat_family=roles.model_type)
+            critic = open_model(source, parallel, chat_family=roles.model_type, own_dtype=own_dtype)
             _check_trainable(settings, critic)
             check_same_tokenizer(actor, critic)
         if roles.reward_model_ckpt_dir is not None:
@@ -100,7 +102,7 @@ def open_roles(settings: PPOTrainSettings, parallel: Parallel, dtype: torch.dtyp
             source = _beside_actor(settings, roles.reward_model_ckpt_dir, tokenizer_file)
             verifier = open_model(source, parallel, head="score", chat_family=roles.model_type)
     if critic and roles.critic_save_dir:
-        check_save(roles.critic_save_dir, critic.checkpoint, dtype)
+        check_save(roles.critic_save_dir, critic.checkpoint, dtype, own_dtype)
     if verifier and roles.reward_model_ckpt_dir is not None:
         moments = read_score_moments(Path(roles.reward_model_ckpt_dir))
     critic_lora = lora_of(lora, critic.checkpoint) if critic else None

@@ -8,7 +8,8 @@ from src.settings.declaration import MAY_CHANGE, Above, AtLeast, Between, Settin
 
 Dtype = Annotated[
     Literal["bf16", "fp16", "fp32"] | None,
-    "of weights and activations; bf16 on a GPU and fp32 on the CPU when not given",
+    "of weights and activations; bf16 on a GPU and fp32 on the CPU when not given. What is trained "
+    "is saved in it when given, else in the checkpoint's own where that is narrower",
 ]
 Seed = Annotated[int, Between(0, 2**63 - 1), "of everything random"]
 DegreeOfRole = Annotated[int | None, AtLeast(1), MAY_CHANGE]

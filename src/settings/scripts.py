@@ -237,7 +237,9 @@ class VerifierEvaluateSettings(Settings):
 class ShardSettings(Settings):
     """The shards."""
 
-    ckpt_file: Annotated[str | None, CONTENT, "the checkpoint: a folder or a single file"] = None
+    ckpt_file: Annotated[
+        str | None, CONTENT, "the checkpoint: a folder or a single file, .gguf among them"
+    ] = None
     adapter_dir: Annotated[
         str | None, CONTENT, "a LoRA adapter in PEFT's format to add to the weights"
     ] = None
@@ -258,15 +260,11 @@ class ShardSettings(Settings):
     ] = False
     dtype: Annotated[
         Literal["bf16", "fp16", "fp32"] | None,
-        "what a dry run without a checkpoint counts bytes in; bf16 when not given",
+        "to write in; each tensor's own when not given, fp32 for quantised ones of a GGUF file. "
+        "What a dry run counts bytes in; bf16 without a checkpoint",
     ] = None
 
     def problems(self) -> Iterator[str]:
-        if self.dtype is not None and self.ckpt_file is not None:
-            yield (
-                f"--dtype {self.dtype}: shards have the checkpoint's own; the flag is for a "
-                "--dry_run without --ckpt_file"
-            )
         if self.adapter_dir is not None and self.ckpt_file is None:
             yield "--adapter_dir: has no effect without --ckpt_file"
         if not self.dry_run and (self.ckpt_file is None or self.save_path is None):

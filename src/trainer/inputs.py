@@ -128,7 +128,8 @@ def open_start(settings: TrainSettings, parallel: Parallel, head: str | None) ->
             "train_file": settings.data.train_file or None,
         }
         check_apart(written, {**read, "log_dir": places.logs})
-    opened = open_model(model, parallel, head)
+    own_dtype = settings.run.dtype is None
+    opened = open_model(model, parallel, head, own_dtype=own_dtype)
     check_trainable(
         settings.optimizer,
         settings.lora,
@@ -138,5 +139,5 @@ def open_start(settings: TrainSettings, parallel: Parallel, head: str | None) ->
     if save_dir:
         dtype = pick_dtype(settings.run.dtype, parallel.device)
         for folder in written.values():
-            check_save(folder, opened.checkpoint, dtype, len(written))
+            check_save(folder, opened.checkpoint, dtype, own_dtype, len(written))
     return opened

@@ -154,7 +154,8 @@ def test_tensors_of_another_kind(hf, dtype):
     key = "model.layers.0.mlp.up_proj.weight"
     tensors = load_file(hf / "model.safetensors")
     save_file(tensors | {key: tensors[key].to(dtype)}, hf / "model.safetensors")
-    assert f"{key} is no fp32, bf16 or fp16" in refusal(hf)
+    name = {torch.int8: "I8", torch.float64: "F64", torch.float8_e4m3fn: "F8_E4M3"}[dtype]
+    assert f"{key} is {name}, no fp32, bf16 or fp16" in refusal(hf)
 
 
 def test_shards_of_different_kinds(tmp_path, made):
@@ -251,10 +252,25 @@ def test_malicious_pickle_is_refused(tmp_path, hf, how):
     assert not target.exists()
 
 
-def test_a_pickle_of_something_else(hf):
-    torch.save({"model": load_file(hf / "model.safetensors"), "step": 3}, hf / "pytorch_model.bin")
+@pytest.mark.parametrize(
+    "more, message",
+    (
+        ({"ema": {}}, "holds no plain dictionary of tensors, but 'step', no tensor, among its 2"),
+        ({"model": 1, "module": 1}, "weights under each of model, module among its 3 keys"),
+    ),
+)
+def test_a_pickle_of_something_else(hf, more, message):
+    weights = load_file(hf / "model.safetensors")
+    more = {key: weights if value == 1 else value for key, value in more.items()}
+    torch.save({"step": 3, **more}, hf / "pytorch_model.bin")
     (hf / "model.safetensors").unlink()
-    assert "pytorch_model.bin: holds no plain dictionary of tensors" in refusal(hf)
+    assert f"pytorch_model.bin: {message}" in refusal(hf) or message in refusal(hf)
+
+
+def test_a_pickle_of_a_list(hf):
+    torch.save(list(load_file(hf / "model.safetensors").values()), hf / "pytorch_model.bin")
+    (hf / "model.safetensors").unlink()
+    assert "pytorch_model.bin: holds a list, no dictionary of tensors" in refusal(hf)
 
 
 @pytest.mark.parametrize(
@@ -262,6 +278,7 @@ def test_a_pickle_of_something_else(hf):
 )
 def test_index_that_points_outside(hf, name):
     index = {"weight_map": {"model.norm.weight": name}}
+    (hf / "model.safetensors").rename(hf / "other.safetensors")
     (hf / "model.safetensors.index.json").write_text(json.dumps(index))
     text = "index.json: model.norm.weight lies in .* which is outside the folder"
     assert re.search(text, refusal(hf))
@@ -272,15 +289,11 @@ def test_index_that_points_outside(hf, name):
     (
         (
             '{"weight_map": {"model.norm.weight": "gone.safetensors"}}',
-            "model.norm.weight lies in gone.safetensors, which is missing",
+            "no checkpoint in it; the files of model.safetensors.index.json are missing from it",
         ),
         (
-            '{"weight_map": {"no.such": "model.safetensors"}}',
-            "no.such is said to lie in model.safetensors, which does not hold it",
-        ),
-        (
-            '{"weight_map": {"model.norm.weight": "model.safetensors"}}',
-            "model.embed_tokens.weight is missing",
+            '{"weight_map": {"lm_head.weight": "other.safetensors", "a": "gone.safetensors"}}',
+            "index.json: a lies in gone.safetensors, which is missing",
         ),
         ('{"weight_map": {}}', "no weight_map"),
         ("[1]", "holds a list"),
@@ -288,6 +301,7 @@ def test_index_that_points_outside(hf, name):
     ),
 )
 def test_index_that_is_wrong(hf, index, message):
+    (hf / "model.safetensors").rename(hf / "other.safetensors")
     (hf / "model.safetensors.index.json").write_text(index)
     assert message in refusal(hf)
 
@@ -308,6 +322,8 @@ def test_nothing_to_open(tmp_path):
     assert "no checkpoint in it; expected consolidated.00.pth" in refusal(tmp_path)
     unknown = tmp_path / "weights.gguf"
     unknown.write_text("")
+    assert "a GGUF file is unpacked first" in refusal(unknown)
+    unknown = unknown.rename(tmp_path / "weights.ckpt")
     assert "unknown kind of file; expected a folder or one of .safetensors" in refusal(unknown)
 
 
@@ -429,7 +445,7 @@ def fail_at(step: str, monkeypatch) -> None:
     """Let the disk run full at the named step of writing."""
     saves = {
         "last shard": (torch, "save", "consolidated.03.pth"),
-        "last file": (write, "save_file", "model-00004-of-"),
+        "last file": (write, "save_tensors", "model-00004-of-"),
     }
     if step not in saves:
         return monkeypatch.setattr(write, step, full_disk)
