@@ -42,8 +42,8 @@ def main(settings: SolverEvaluateSettings) -> None:
         model = load_model(source, parallel, dtype, "lm", run.seed, quantize)
 
     with RunLog(log_dir, "solver_evaluate", settings, parallel.rank) as log:
-        if inputs.warning:
-            log.warning(f"{inputs.warning}: they count as wrong")
+        for note in inputs.notes:
+            log.warning(note)
 
         # Grade texts that are there, or answers as the model gives them.
         rows = data.task, data.instructions, data.golds

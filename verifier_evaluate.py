@@ -39,8 +39,8 @@ def main(settings: VerifierEvaluateSettings) -> None:
     model = load_model(inputs.model.checkpoint, parallel, dtype, "score", run.seed, quantize)
 
     with RunLog(rows.log_dir, "verifier_evaluate", settings, parallel.rank) as log:
-        if inputs.warning:
-            log.warning(f"{inputs.warning} and are left out")
+        for note in inputs.notes:
+            log.warning(note)
 
         # Measure on pairs.
         if rows.log_dir is not None:

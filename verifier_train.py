@@ -47,8 +47,8 @@ def main(settings: VerifierTrainSettings) -> None:
     model = load_model(start_from, parallel, dtype, "score", run.seed, quantize, inputs.lora)
 
     with RunLog(places.logs, "verifier_train", settings, parallel.rank) as log:
-        for message in filter(None, (inputs.warning, inputs.evaluation.warning)):
-            log.warning(f"{message} and are left out")
+        for note in inputs.notes:
+            log.warning(note)
         log.info(f"{inputs.n_rows} rows; {parallel.described}")
 
         # What is trained, how, and what is looked at on the way.
