@@ -383,16 +383,19 @@ def _other_name_problems(row: dict) -> Iterator[str]:
 
 def _left_out(row: dict, required: dict[str, Kind], fields: dict[str, Kind]) -> Iterator[str]:
     """What belongs to the prompt, or to an answer that is learned, and is not read."""
-    for name in row:
-        belongs = "the prompt" if name.lower() in OF_THE_PROMPT else ""
-        if name.lower() in OF_THE_ANSWER and "output" in required:
-            belongs = "the answer"
-        if belongs and name not in fields and not _is_empty(row[name]):
-            ours = INSTRUCTION if belongs == "the prompt" else "output"
+    for name, value in row.items():
+        if name.lower() in OF_THE_PROMPT:
+            part, ours = "the prompt", INSTRUCTION
+        elif name.lower() in OF_THE_ANSWER and "output" in required:
+            part, ours = "the answer", "output"
+        else:
+            continue
+        says_the_same = isinstance(value, str) and value == row.get(ours)
+        if name not in fields and not _is_empty(value) and not says_the_same:
             yield (
-                f'field "{_shown(name)}": belongs to {belongs} and is not read here, where it '
-                f'holds {_describe(row[name])}; join it with "{ours}" (or, if it is something '
-                "else, give it another name)"
+                f'field "{_shown(name)}": belongs to {part} and is not read here, where it holds '
+                f'{_describe(value)}; join it with "{ours}" (or, if it is something else, give it '
+                "another name)"
             )
 
 

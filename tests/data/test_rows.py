@@ -251,6 +251,11 @@ def test_an_empty_field_says_nothing_and_is_not_named(file, kind, empty):
     assert len(rows) == 1 and rows.notes == []
 
 
+def test_a_field_that_says_the_same_is_read(file):
+    row = GOOD | {"prompt": GOOD["instruction"], "completion": GOOD["output"]}
+    assert len(read_solver_rows(written(file, row))) == 1
+
+
 def test_a_second_answer_is_refused_where_answers_are_learned(file):
     row = GOOD | {"response": "two"}
     message = refusal(path := written(file, row))
