@@ -44,8 +44,8 @@ def main(settings: SolverEvaluateSettings) -> None:
     with RunLog(log_dir, "solver_evaluate", settings, parallel.rank) as log:
         if inputs.model is not None:
             inputs.model.announce(log)
-        if inputs.warning:
-            log.warning(f"{inputs.warning}: they count as wrong")
+        for note in inputs.notes:
+            log.warning(note)
 
         # Grade texts that are there, or answers as the model gives them.
         rows = data.task, data.instructions, data.golds

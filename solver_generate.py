@@ -3,9 +3,8 @@ r"""Generate outputs for a file of instructions.
     torchrun --nproc_per_node 8 solver_generate.py --ckpt_dir CKPT --input_file rows.jsonl \
         --output_file out.jsonl
 
-Rows in: {"instruction": "..."}; anything else in a row is ignored. Rows out, in the input's order,
---num_samples for each: {"index", "instruction", "output", "tokens", "logprobs", "stop_reason"};
-index counts the input's rows from 0.
+Rows in: {"instruction": "..."}. Rows out, in the input's order, --num_samples for each: {"index",
+"instruction", "output", "tokens", "logprobs", "stop_reason"}; index counts the input's rows from 0.
 """
 
 from functools import partial
@@ -36,8 +35,8 @@ def main(settings: SolverGenerateSettings) -> None:
 
     with RunLog(None, "solver_generate", settings, parallel.rank) as log:
         inputs.model.announce(log)
-        if inputs.warning:
-            log.warning(f"{inputs.warning}: their outputs are empty")
+        for note in inputs.notes:
+            log.warning(note)
 
         # Load this rank's part of the model.
         dtype, quantize = pick_dtype(run.dtype, parallel.device), settings.weights.quantize

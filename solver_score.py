@@ -33,12 +33,14 @@ def main(settings: SolverScoreSettings) -> None:
     # Read and check everything, before any work.
     agreed(lambda: check_writable(rows.output_file, ".jsonl", rows.input_file))
     source = agreed(lambda: open_model(settings.model, parallel, "lm"))
-    sequences = agreed(
+    sequences, notes = agreed(
         lambda: scored_sequences(rows.input_file, source.tokenizer, batches.max_seq_len)
     )
 
     with RunLog(None, "solver_score", settings, parallel.rank) as log, torch.no_grad():
         source.announce(log)
+        for note in notes:
+            log.warning(note)
 
         # Load this rank's part of the model.
         dtype, quantize = pick_dtype(run.dtype, parallel.device), settings.weights.quantize

@@ -50,8 +50,8 @@ def main(settings: SolverTrainSettings) -> None:
 
     with RunLog(places.logs, "solver_train", settings, parallel.rank) as log:
         inputs.model.announce(log)
-        if inputs.warning:
-            log.warning(f"{inputs.warning} and are left out")
+        for note in inputs.notes:
+            log.warning(note)
         log.info(f"{inputs.n_rows} rows; {parallel.described}")
 
         # What is trained, how, and what is looked at on the way.

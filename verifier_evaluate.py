@@ -40,8 +40,8 @@ def main(settings: VerifierEvaluateSettings) -> None:
 
     with RunLog(rows.log_dir, "verifier_evaluate", settings, parallel.rank) as log:
         inputs.model.announce(log)
-        if inputs.warning:
-            log.warning(f"{inputs.warning} and are left out")
+        for note in inputs.notes:
+            log.warning(note)
 
         # Measure on pairs.
         if rows.log_dir is not None:

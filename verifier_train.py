@@ -48,8 +48,8 @@ def main(settings: VerifierTrainSettings) -> None:
 
     with RunLog(places.logs, "verifier_train", settings, parallel.rank) as log:
         inputs.model.announce(log)
-        for message in filter(None, (inputs.warning, inputs.evaluation.warning)):
-            log.warning(f"{message} and are left out")
+        for note in inputs.notes:
+            log.warning(note)
         log.info(f"{inputs.n_rows} rows; {parallel.described}")
 
         # What is trained, how, and what is looked at on the way.

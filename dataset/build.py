@@ -158,7 +158,9 @@ def pairs_of(
 def _gsm8k_rows(source: str, part: str, hub_config: str) -> list[dict]:
     folder = Path(source)
     if folder.exists():
-        official = read_rows(folder / f"{part}.jsonl", {"question": TEXT, "answer": TEXT})
+        official: list[dict] = read_rows(
+            folder / f"{part}.jsonl", {"question": TEXT, "answer": TEXT}
+        )
     else:
         official = _hub_rows(source, part, hub_config)
     rows = []

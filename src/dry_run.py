@@ -98,7 +98,7 @@ def _plan(
     if inputs is None:
         lines += [NOT_READ]
     else:
-        lines += _step_lines(settings, inputs.n_rows, inputs.warning, ranks) + example(inputs)
+        lines += _step_lines(settings, inputs.n_rows, inputs.notes, ranks) + example(inputs)
     _print(lines, parallel)
 
 
@@ -126,7 +126,7 @@ def ppo_plan(settings: PPOTrainSettings) -> None:
         prompts = inputs.prompts
         _, iterations = iterations_of(len(prompts), per_iteration, settings.optimizer)
         lines += [f"prompts: {len(prompts):,}"]
-        lines += [f"  {warning} and are left out" for warning in inputs.warnings]
+        lines += [f"  {note}" for note in inputs.notes]
         lines += [
             f"iterations: {iterations:,} of {rollouts.max_buffer_size} rollouts; each up to "
             f"{updates.ppo_epochs} x {updates.mini_batches} optimizer steps"
@@ -257,14 +257,12 @@ def _bytes_lines(
     ]
 
 
-def _step_lines(
-    settings: TrainSettings, n_rows: int, warning: str | None, ranks: Ranks
-) -> list[str]:
+def _step_lines(settings: TrainSettings, n_rows: int, notes: list[str], ranks: Ranks) -> list[str]:
     size, epochs = rows_per_step(settings.batches, ranks.dp_size), settings.optimizer.epochs
     per_epoch = -(-n_rows // size)
     return [
         f"rows: {n_rows:,} of {Path(settings.data.train_file).name}",
-        *([f"  {warning} and are left out"] if warning else []),
+        *(f"  {note}" for note in notes),
         f"steps: {epochs} x {per_epoch:,} = {epochs * per_epoch:,}, of {size:,} rows",
     ]
 

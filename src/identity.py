@@ -5,6 +5,7 @@ That is the settings that matter, and what the files that they name hold.
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,33 @@ def _of_file(file: Path) -> str:
     return digest(file)
 
 
-def differences(before: object, now: dict[str, Any], defaults: dict[str, Any]) -> list[str]:
-    """In words, what of `identity` has become another; [] when nothing.
+@dataclass(frozen=True)
+class Change:
+    """What of `identity` has become another, as the two records have it; in words by `str`."""
+
+    name: str
+    before: Any
+    now: Any
+
+    @property
+    def is_of_content(self) -> bool:
+        """Whether it is the same path, which holds something else."""
+        old, new = self._shown
+        return old == new and new is not None
+
+    @property
+    def _shown(self) -> list[Any]:
+        return [v.get("path", v) if isinstance(v, dict) else v for v in (self.before, self.now)]
+
+    def __str__(self) -> str:
+        old, new = self._shown
+        if self.is_of_content:
+            return f"--{self.name} {new} holds something else now"
+        return f"--{self.name} {old} → {new}"
+
+
+def differences(before: object, now: dict[str, Any], defaults: dict[str, Any]) -> list[Change]:
+    """What of `identity` has become another; [] when nothing.
 
     defaults: of settings, for those that the earlier record, of an older version, does not know.
     """
@@ -92,11 +118,6 @@ def differences(before: object, now: dict[str, Any], defaults: dict[str, Any]) -
     for name in sorted(before.keys() | now.keys()):
         values = [record.get(name, defaults.get(name)) for record in (before, now)]
         holds = [value.get("holds") if isinstance(value, dict) else None for value in values]
-        if values[0] == values[1] or (holds[0] == holds[1] and holds[0] is not None):
-            continue
-        old, new = (v.get("path", v) if isinstance(v, dict) else v for v in values)
-        if old == new and new is not None:
-            changes.append(f"--{name} {new} holds something else now")
-        else:
-            changes.append(f"--{name} {old} → {new}")
+        if values[0] != values[1] and (holds[0] != holds[1] or holds[0] is None):
+            changes.append(Change(name, *values))
     return changes

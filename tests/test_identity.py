@@ -6,7 +6,15 @@ import pytest
 
 from src.checkpoint.manifest import described, write_manifest
 from src.identity import differences, held, identity
-from src.settings.declaration import CONTENT, MAY_CHANGE, build, declared, defaults
+from src.settings.declaration import (
+    CONTENT,
+    FIXED,
+    MAY_CHANGE,
+    build,
+    declared,
+    defaults,
+    find_problems,
+)
 from src.settings.ppo import PPOTrainSettings
 from src.settings.scripts import (
     SolverEvaluateSettings,
@@ -82,7 +90,7 @@ def test_a_file_is_its_content(tmp_path, monkeypatch):
         return identity(build(SolverTrainSettings, {"log_dir": path, **flags}))
 
     def changes(now, before):
-        return differences(before, now, defaults(SolverTrainSettings))
+        return [str(c) for c in differences(before, now, defaults(SolverTrainSettings))]
 
     task = {"task": "GSM8K", "label_file": "c.json"}
     before = of("a.json")
@@ -97,15 +105,16 @@ def test_a_file_is_its_content(tmp_path, monkeypatch):
     ]
     (tmp_path / "a.json").write_text("3")
     assert changes(of("a.json"), before) == ["--train_file a.json holds something else now"]
-    assert differences(None, {"lr": 1}, {}) == ["--lr None → 1"]
+    assert [str(c) for c in differences(None, {"lr": 1}, {})] == ["--lr None → 1"]
 
 
 def test_a_setting_that_an_older_record_does_not_know_had_its_default():
     flags = {"ckpt_dir": "-", "save_dir": "-", "train_file": "-"}
     now = identity(build(SolverTrainSettings, flags))
     older = {name: value for name, value in now.items() if name not in ("beta2", "train_file")}
-    assert differences(older, now, defaults(SolverTrainSettings)) == ["--train_file None → -"]
-    assert differences(older, now | {"beta2": 0.9}, defaults(SolverTrainSettings)) == [
+    known = defaults(SolverTrainSettings)
+    assert [c.name for c in differences(older, now, known)] == ["train_file"]
+    assert [str(c) for c in differences(older, now | {"beta2": 0.9}, known)] == [
         "--beta2 0.999 → 0.9",
         "--train_file None → -",
     ]
@@ -114,12 +123,15 @@ def test_a_setting_that_an_older_record_does_not_know_had_its_default():
 # What may be another when a run goes on: where, how fast and how visibly it trains.
 FREE = {
     *("save_dir", "actor_save_dir", "critic_save_dir", "log_dir", "dump_rollouts", "log_samples"),
-    *("profile", "save_every", "keep", "resume", "timeout", "zero", "offload", "update"),
+    *("profile", "save_every", "keep", "resume", "resume_changed", "timeout", "zero", "offload"),
+    "update",
     *("kv_cache_gb", "checkpoint_activations", "compile", "model_parallel_size"),
     *("rollout_model_parallel_size", "critic_model_parallel_size", "reward_model_parallel_size"),
     *("rollout_batch_size", "eval_batch_size", "max_batch_size", "accumulation_steps"),
     *("max_tokens_per_batch", "output_file", "dry_run", "world_size"),
 }
+# What a saved step holds depends on them: they can never be others.
+FIXED_NAMES = {"lora_rank", "lora_targets", "freeze_layers", "shared_trunk", "ref_ema"}
 SCRIPTS = (
     SolverTrainSettings,
     VerifierTrainSettings,
@@ -135,3 +147,21 @@ def test_what_may_change_and_whose_content_counts(script):
         assert (MAY_CHANGE in setting.marks) == (name in FREE), name
         is_path = name.endswith(("_dir", "_file")) and name not in FREE
         assert (CONTENT in setting.marks) == is_path, name
+        assert (FIXED in setting.marks) == (name in FIXED_NAMES), name
+
+
+@pytest.mark.parametrize("script", SCRIPTS[:3])
+def test_the_names_of_what_may_be_changed_are_settings_that_can_be(script):
+    required = [name for name, setting in declared(script).items() if setting.is_required]
+
+    def said(**given) -> list[str]:
+        problems = find_problems(script, dict.fromkeys(required, "-") | given)
+        return [problem for problem in problems if "resume_changed" in problem]
+
+    assert said(resume_changed=["lr", "seed", "train_file", "keep"]) == []
+    (unknown,) = said(resume_changed=["lr", "warmupp"])
+    assert unknown == ("--resume_changed warmupp: there is no such setting; did you mean warmup?")
+    (fixed,) = said(resume_changed=["lora_rank"])
+    assert fixed.startswith("--resume_changed lora_rank: it decides what a saved step holds")
+    (idle,) = said(resume_changed=["lr"], resume="none")
+    assert idle == "--resume_changed lr: has no effect with --resume none, which begins anew"

@@ -2,7 +2,8 @@
 
 A `.json` is a list of objects, a `.jsonl` has one object per line. Rows stay plain dicts and keep
 their extra keys. Everything wrong with a file is one `UserError` that names file:line, the field,
-what it holds, what it must hold and how a row looks; no row is dropped or repaired in silence.
+what it holds, what it must hold and how a row looks; no row is dropped or repaired in silence, and
+a field that nobody reads is named: refused where it would change what is asked.
 """
 
 import difflib
@@ -10,14 +11,25 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from src.errors import UserError
 
-_SHOWN_PROBLEMS = 5
+_SHOWN_PROBLEMS, _SHOWN_FIELDS = 5, 8
+INSTRUCTION = "instruction"
+OTHER_NAMES = ("question", "problem")  # of the instruction: GSM8K's own files, and MATH's
+# Of well-known formats: what a row asks is another thing without them.
+OF_THE_PROMPT = {
+    *("input", "inputs", "prompt", "query", "system", "system_prompt"),
+    *("history", "messages", "conversation", "conversations"),
+    *("context", "contexts", "passage", "document", "documents", "choices", "options"),
+    *("tools", "functions", "image", "images", "video", "videos", "audio", "audios"),
+}
+OF_THE_ANSWER = {"completion", "response"}
 _UNUSABLE = re.compile("[\0\ud800-\udfff]")  # what no tokenizer and no UTF-8 file can hold
 
 
@@ -55,22 +67,35 @@ LABEL = Kind(
 INDEX = Kind("a whole number from 0", "0", lambda v: type(v) is int and v >= 0)
 
 
-def read_solver_rows(path: str | Path) -> list[dict]:
+class Rows(list[dict]):
+    """A file's rows. notes: what its user should know of them, a sentence each."""
+
+    def __init__(self, rows: list[dict], notes: list[str]) -> None:
+        super().__init__(rows)
+        self.notes = notes
+
+
+def read_solver_rows(path: str | Path) -> Rows:
     """Rows `{"instruction", "output", "label"?}`; adds `outputs`, the accepted ones as a list."""
-    rows = read_rows(path, {"instruction": TEXT, "output": TEXTS}, {"label": LABEL})
+    rows = read_rows(path, {INSTRUCTION: TEXT, "output": TEXTS}, {"label": LABEL})
     for row in rows:
         row["outputs"] = as_list(row["output"])
     return rows
 
 
-def read_prompt_rows(path: str | Path) -> list[dict]:
-    """Rows `{"instruction", "output"?, "label"?}`: a prompt, and perhaps what it should lead to."""
-    return read_rows(path, {"instruction": TEXT}, {"output": TEXTS, "label": LABEL})
+def read_prompt_rows(
+    path: str | Path, unread: Collection[str] | None = ("answer", "solution")
+) -> Rows:
+    """Rows `{"instruction", "output"?, "label"?}`: a prompt, and perhaps what it should lead to.
+
+    unread: as `read_rows` has it.
+    """
+    return read_rows(path, {INSTRUCTION: TEXT}, {"output": TEXTS, "label": LABEL}, unread)
 
 
-def read_verifier_rows(path: str | Path) -> list[dict]:
+def read_verifier_rows(path: str | Path) -> Rows:
     """Rows `{"instruction", "chosen", "rejected"}`; both sides come back as non-empty lists."""
-    rows = read_rows(path, {"instruction": TEXT, "chosen": TEXTS, "rejected": TEXTS})
+    rows = read_rows(path, {INSTRUCTION: TEXT, "chosen": TEXTS, "rejected": TEXTS})
     for row in rows:
         row["chosen"], row["rejected"] = as_list(row["chosen"]), as_list(row["rejected"])
     return rows
@@ -82,12 +107,16 @@ def as_list(value: str | list[str]) -> list[str]:
 
 
 def read_rows(
-    path: str | Path, required: dict[str, Kind], optional: dict[str, Kind] | None = None
-) -> list[dict]:
+    path: str | Path,
+    required: dict[str, Kind],
+    optional: dict[str, Kind] | None = None,
+    unread: Collection[str] | None = (),
+) -> Rows:
     """All rows of `path`, each with every `required` field, and each field of its kind.
 
-    An `optional` field may be missing, not null. Raises `UserError`, with the first few problems
-    and their count.
+    An `optional` field may be missing, not null. unread: others that a row may well have; None: all
+    may be read by somebody. A row's instruction may also be called as in `OTHER_NAMES`, and gets
+    our name. Raises `UserError`, with the first few problems and their count.
     """
     text, optional = _read_text(path), optional or {}
     elements = {".json": _array_elements, ".jsonl": _line_elements}[Path(path).suffix]
@@ -109,7 +138,27 @@ def read_rows(
         raise UserError(
             f"{path}: holds no rows; it needs at least one like {_example(required, optional)}"
         )
-    return rows
+    known = None if unread is None else {*required, *optional, *unread}
+    return Rows(rows, _unused(path, rows, known))
+
+
+def _unused(path: str | Path, rows: list[dict], known: set[str] | None) -> list[str]:
+    """A sentence that names the fields that are not known, [] when there are none."""
+    if known is None:
+        return []
+    if INSTRUCTION in known:
+        known |= {*OTHER_NAMES}
+    unused = [
+        [name for name in row if name not in known and not _is_empty(row[name])] for row in rows
+    ]
+    counts = Counter(name for names in unused for name in names)
+    if not counts:
+        return []
+    names = [_shown(name) for name, _ in counts.most_common(_SHOWN_FIELDS)]
+    names += ["..."] * (len(counts) > len(names))
+    number = f"{len(counts)} fields are" if len(counts) > 1 else "1 field is"
+    share = f"{sum(map(bool, unused))} of {len(rows)} rows"
+    return [f"{path}: {number} not used: {', '.join(names)} (in {share})"]
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -218,6 +267,10 @@ def _after_space(text: str, position: int = 0) -> int:
 
 def _line_elements(text: str) -> Iterator[tuple[int, Any]]:
     """(line, value) of each line that is not blank."""
+    if _is_one_list(text):
+        line = text.count("\n", 0, _after_space(text)) + 1
+        yield line, _Broken(line, "the file is one list [...] of objects; name it .json")
+        return
     # splitlines() would also cut at U+2028 inside strings
     for line, row in enumerate(text.split("\n"), start=1):
         if row.strip():
@@ -230,6 +283,15 @@ def _line_elements(text: str) -> Iterator[tuple[int, Any]]:
                 yield line, value
             except _Broken as broken:
                 yield line, broken
+
+
+def _is_one_list(text: str) -> bool:
+    """Whether it begins with a list of objects, or one that goes on in the next line."""
+    start = _after_space(text)
+    if not text.startswith("[", start):
+        return False
+    line = text[start:].partition("\n")[0].rstrip()
+    return line == "[" or text.startswith("{", _after_space(text, start + 1))
 
 
 def _array_elements(text: str) -> Iterator[tuple[int, Any]]:
@@ -292,13 +354,67 @@ def _row_problems(
     elif not isinstance(value, dict):
         yield f"expected an object {{...}}, found {_describe(value)}"
     else:
-        for field, kind in {**required, **optional}.items():
+        fields = {**required, **optional}
+        if INSTRUCTION in fields:
+            yield from _other_name_problems(value)
+            yield from _left_out(value, required, fields)
+        for field, kind in fields.items():
             if field in value:
                 if not kind.accepts(value[field]):
                     yield f'field "{field}": expected {kind.words}, found {_describe(value[field])}'
             elif field in required:
                 names = ", ".join(json.dumps(name[:40]) for name in list(value)[:8]) or "no fields"
                 yield f'field "{field}" is missing: expected {kind.words}; the row has {names}'
+
+
+def _other_name_problems(row: dict) -> Iterator[str]:
+    """Give a row its instruction under our name; and what is wrong with another name beside it."""
+    for name in OTHER_NAMES:
+        value = row.get(name)
+        if _is_empty(value):
+            continue
+        ours = row.setdefault(INSTRUCTION, value)
+        if ours is not value and not (isinstance(value, str) and value == ours):
+            yield (
+                f'field "{name}": is not the text of "{INSTRUCTION}" (or of another name of it), '
+                "and only one is read; join them in one, or leave one out"
+            )
+
+
+def _left_out(row: dict, required: dict[str, Kind], fields: dict[str, Kind]) -> Iterator[str]:
+    """What belongs to the prompt, or to an answer that is learned, and is not read."""
+    for name, value in row.items():
+        if name.lower() in OF_THE_PROMPT:
+            part, ours = "the prompt", INSTRUCTION
+        elif name.lower() in OF_THE_ANSWER and "output" in required:
+            part, ours = "the answer", "output"
+        else:
+            continue
+        says_the_same = isinstance(value, str) and value == row.get(ours)
+        if name not in fields and not _is_empty(value) and not says_the_same:
+            yield (
+                f'field "{_shown(name)}": belongs to {part} and is not read here, where it holds '
+                f'{_describe(value)}; join it with "{ours}" (or, if it is something else, give it '
+                "another name)"
+            )
+
+
+def _is_empty(value: Any, depth: int = 5) -> bool:
+    """Whether a field says nothing: null, blank, or made up of such, not too deep."""
+    match value:
+        case None:
+            return True
+        case str():
+            return not value.strip()
+        case list() | dict():
+            items = value.values() if isinstance(value, dict) else value
+            return depth > 0 and all(_is_empty(item, depth - 1) for item in items)
+    return False
+
+
+def _shown(name: str) -> str:
+    """A field's name, with no more of it than a line holds."""
+    return json.dumps(name[:40])[1:-1]
 
 
 def _describe(value: Any) -> str:

@@ -22,14 +22,14 @@ from src.settings.scripts import (
 
 @dataclass(frozen=True)
 class SolverEvaluationInputs:
-    """The task's rows, and a model to answer them or texts that do. warning: of prompts too long.
+    """The task's rows, and a model to answer them or texts that do.
 
-    journal: what an earlier run finished.
+    notes: what a user should know of the rows; journal: what an earlier run finished.
     """
 
     data: LabelledRows
+    notes: list[str]
     model: OpenedModel | None = None
-    warning: str | None = None
     journal: Journal | None = None
     texts: list[str] = field(default_factory=list)
 
@@ -40,11 +40,12 @@ class SolverEvaluationInputs:
         check_log_dir(rows.log_dir, settings.model.ckpt_dir)
         data = read_labels(rows.task, rows.label_file)
         if source is None:
-            return cls(data, texts=_texts(settings, len(data.rows)))
+            return cls(data, data.rows.notes, texts=_texts(settings, len(data.rows)))
         model, max_seq_len = open_model(source, parallel, "lm"), settings.batches.max_seq_len
-        _, warning = prompts_of(data.instructions, model.tokenizer, max_seq_len, rows.label_file)
+        asked = data.instructions, model.tokenizer, max_seq_len, rows.label_file
+        _, too_long = prompts_of(*asked, fate=": they count as wrong")
         journal = Journal(Path(rows.log_dir) / "predictions.jsonl", settings, parallel)
-        return cls(data, model, warning, journal)
+        return cls(data, data.rows.notes + too_long, model, journal)
 
 
 def _model_settings(model: EvaluatedModelSettings) -> ModelSettings | None:
@@ -68,15 +69,16 @@ def _texts(settings: SolverEvaluateSettings, n_rows: int) -> list[str]:
 
 @dataclass(frozen=True)
 class VerifierEvaluationInputs:
-    """The verifier, and pairs to measure it on or sequences to score. warning: of those too long.
+    """The verifier, and pairs to measure it on or sequences to score.
 
-    moments: what scores are centred and scaled by, if that is stored with the verifier.
+    notes: what a user should know of their rows; moments: what scores are centred and scaled by, if
+    that is stored with the verifier.
     """
 
     model: OpenedModel
     pairs: list[Comparison]
     sequences: list[Sequence]
-    warning: str | None
+    notes: list[str]
     moments: tuple[float, float] | None
 
     @classmethod
@@ -88,13 +90,13 @@ class VerifierEvaluationInputs:
         model = open_model(settings.model, parallel, "score")
         pairs: list[Comparison] = []
         sequences: list[Sequence] = []
-        warning = None
+        notes: list[str] = []
         if rows.label_file is not None and rows.log_dir is not None:
             check_log_dir(rows.log_dir, settings.model.ckpt_dir)
             tokenizer, must_fit = model.tokenizer, rows.strict_length
-            pairs, warning = comparisons(rows.label_file, tokenizer, max_seq_len, must_fit)
+            pairs, notes = comparisons(rows.label_file, tokenizer, max_seq_len, must_fit)
         elif rows.input_file is not None and rows.output_file is not None:
             check_writable(rows.output_file, ".jsonl", rows.input_file)
-            sequences = scored_sequences(rows.input_file, model.tokenizer, max_seq_len)
+            sequences, notes = scored_sequences(rows.input_file, model.tokenizer, max_seq_len)
         moments = read_score_moments(model.checkpoint.folder)
-        return cls(model, pairs, sequences, warning, moments)
+        return cls(model, pairs, sequences, notes, moments)

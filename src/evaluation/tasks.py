@@ -3,7 +3,7 @@
 import difflib
 from dataclasses import dataclass
 
-from src.data.rows import LABEL, TEXT, TEXTS, read_rows
+from src.data.rows import LABEL, TEXT, TEXTS, Rows, read_rows
 from src.errors import UserError
 from src.evaluation import gsm8k, math
 from src.evaluation.task import Task
@@ -24,7 +24,7 @@ class LabelledRows:
     """A task and its rows; `golds` are the right answers."""
 
     task: Task
-    rows: list[dict]
+    rows: Rows
     instructions: list[str]
     golds: list[str]
 

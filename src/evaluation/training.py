@@ -43,6 +43,11 @@ class SolverEvaluation:
         return evaluation
 
     @property
+    def notes(self) -> list[str]:
+        """What a user should know of the label file's rows."""
+        return [] if self.data is None else self.data.rows.notes
+
+    @property
     def metrics(self) -> tuple[str, ...]:
         """What `run` returns."""
         return () if self.data is None else ("accuracy", *self.data.task.grade("", "0"))
@@ -78,11 +83,14 @@ class SolverEvaluation:
 
 @dataclass(frozen=True)
 class VerifierEvaluation:
-    """Accuracy on held-out pairs; does nothing when no label file was given."""
+    """Accuracy on held-out pairs; does nothing when no label file was given.
+
+    notes: what a user should know of the label file's rows.
+    """
 
     name: str
     pairs: list[Comparison] | None
-    warning: str | None
+    notes: list[str]
     batch_size: int
 
     @classmethod
@@ -90,10 +98,11 @@ class VerifierEvaluation:
         cls, settings: EvaluationSettings, tokenizer: Tokenizer, max_seq_len: int, must_fit: bool
     ) -> "VerifierEvaluation":
         """Read the label file. Raises UserError for it, and for a metric that there is not."""
-        pairs, warning = None, None
+        pairs: list[Comparison] | None = None
+        notes: list[str] = []
         if settings.label_file is not None:
-            pairs, warning = comparisons(settings.label_file, tokenizer, max_seq_len, must_fit)
-        evaluation = cls(settings.task or "pairs", pairs, warning, settings.eval_batch_size)
+            pairs, notes = comparisons(settings.label_file, tokenizer, max_seq_len, must_fit)
+        evaluation = cls(settings.task or "pairs", pairs, notes, settings.eval_batch_size)
         check_metric(settings.keep_best, evaluation.metrics)
         return evaluation
 

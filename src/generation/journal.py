@@ -55,9 +55,10 @@ class Journal:
     def _check(self, begun: dict, path: Path) -> None:
         changes = differences(begun, self.header, self.defaults)
         if changes:
+            told = ", ".join(map(str, changes))
             raise UserError(
-                f"{path}: was begun with other settings ({', '.join(changes)}); give the same to "
-                "go on, or remove it to begin again"
+                f"{path}: was begun with other settings ({told}); give the same to go on, or "
+                "remove it to begin again"
             )
 
     def open(self) -> None:

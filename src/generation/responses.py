@@ -21,15 +21,16 @@ def cut_at(text: str, stops: tuple[str, ...]) -> str:
 
 @dataclass(frozen=True)
 class GenerationInputs:
-    """The model, and a prompt for each sample that is wanted. warning: of prompts without room.
+    """The model, and a prompt for each sample that is wanted.
 
-    rows: (number, instruction) of each prompt; journal: what an earlier run finished.
+    rows: (number, instruction) of each prompt; notes: what a user should know of the rows; journal:
+    what an earlier run finished.
     """
 
     model: OpenedModel
     rows: list[tuple[int, str]]
     prompts: list[list[int]]
-    warning: str | None
+    notes: list[str]
     journal: Journal
 
     @classmethod
@@ -38,15 +39,15 @@ class GenerationInputs:
         files, samples = settings.rows, settings.generation.num_samples
         check_writable(files.output_file, ".jsonl", files.input_file)
         model = open_model(settings.model, parallel, "lm")
-        rows = read_prompt_rows(files.input_file)[: files.max_rows]
-        instructions = [row["instruction"] for row in rows]
-        max_seq_len = settings.batches.max_seq_len
-        prompts, warning = prompts_of(instructions, model.tokenizer, max_seq_len, files.input_file)
+        rows = read_prompt_rows(files.input_file)
+        instructions = [row["instruction"] for row in rows[: files.max_rows]]
+        asked = instructions, model.tokenizer, settings.batches.max_seq_len, files.input_file
+        prompts, too_long = prompts_of(*asked, fate=": their outputs are empty")
         return cls(
             model,
             [(i, text) for i, text in enumerate(instructions) for _ in range(samples)],
             [prompt for prompt in prompts for _ in range(samples)],
-            warning,
+            rows.notes + too_long,
             Journal(Path(files.output_file), settings, parallel),
         )
 

@@ -41,23 +41,29 @@ def gae(
     return advantages, torch.where(mask, advantages + values, 0.0)
 
 
-def group_advantages(rewards: Tensor, samples: int, kind: str) -> Tensor:
+def group_advantages(
+    rewards: Tensor, samples: int, kind: str, present: Tensor | None = None
+) -> Tensor:
     """One advantage per response, out of the rewards of its prompt's samples, [B] → [B].
 
-    Samples of one prompt stand one after the other. "grpo": (r − mean) / std (arXiv 2402.03300,
+    Samples of one prompt stand one after the other; those that are not `present`, [B], count for
+    nothing and get 0, as does one that is alone. "grpo": (r − mean) / std (arXiv 2402.03300,
     section 4.1.2; std over the samples, with 1e-6 added); "dr_grpo": r − mean (arXiv 2503.20783);
     "rloo": r − mean of the other samples (arXiv 2402.14740, equation 10).
     """
     groups = rewards.view(-1, samples)  # [prompts, samples]
-    centred = groups - groups.mean(1, keepdim=True)
-    return GROUPED[kind](groups, centred).flatten()
+    here = torch.ones_like(groups, dtype=torch.bool) if present is None else present.view_as(groups)
+    n = here.sum(1, keepdim=True).clamp(min=1)
+    mean = torch.where(here, groups, 0.0).sum(1, keepdim=True) / n
+    centred = torch.where(here, groups - mean, 0.0)
+    return GROUPED[kind](centred, n).flatten()
 
 
-# kind → (rewards, rewards less their prompt's mean), [prompts, samples] each → advantages
+# kind → (rewards less their prompt's mean, [prompts, samples]; how many, [prompts, 1]) → advantages
 GROUPED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "grpo": lambda r, centred: centred / (r.std(1, correction=0, keepdim=True) + 1e-6),
-    "dr_grpo": lambda r, centred: centred,
-    "rloo": lambda r, centred: centred * (r.size(1) / (r.size(1) - 1)),
+    "grpo": lambda x, n: x / ((x.square().sum(1, keepdim=True) / n).sqrt() + 1e-6),
+    "dr_grpo": lambda x, n: x,
+    "rloo": lambda x, n: x * n / (n - 1).clamp(min=1),
 }
 
 

@@ -28,12 +28,14 @@ class RolloutBuffer:
     """B sequences, N tokens in all, R of them response tokens. What is known grows phase by phase.
 
     prompts: of each sequence; places: its number among the sequences of all ranks; lengths_of_all:
-    response tokens of all ranks' sequences, by their places; tokens: [N]; lengths: of each
-    sequence; truncated: [B], by the stop reason; rollout_logprobs: [R], of sampling; kept: [R,
+    response tokens of all ranks' sequences, by their places; slots: the number that each of these
+    had before others were left out, so that slots // samples is its group; tokens: [N]; lengths: of
+    each sequence; truncated: [B], by the stop reason; rollout_logprobs: [R], of sampling; kept: [R,
     bytes], which of this rank's vocabulary each token was chosen among; components: of the reward,
-    [B] each; scores: their sum, [B]; shaped: what is learned from, [B]; logprobs, ref_logprobs,
-    entropy, values, rewards, advantages, returns: [R]; last_values: [B], the value after the last
-    token; old_values, value_targets: [R], the values and returns in the value model's own units.
+    [B] each, NaN where there is no opinion; rewarded: [B], whether any of them has one; scores:
+    their sum, [B]; shaped: what is learned from, [B]; logprobs, ref_logprobs, entropy, values,
+    rewards, advantages, returns: [R]; last_values: [B], the value after the last token; old_values,
+    value_targets: [R], the values and returns in the value model's own units.
     """
 
     prompts: list[Prompt]
@@ -44,6 +46,7 @@ class RolloutBuffer:
     rollout_logprobs: Tensor = field(metadata=PER_TOKEN)
     kept: Tensor | None = _later(PER_TOKEN)
     components: dict[str, Tensor] = field(default_factory=dict)
+    rewarded: Tensor = _later(PER_SEQUENCE)
     scores: Tensor = _later(PER_SEQUENCE)
     shaped: Tensor = _later(PER_SEQUENCE)
     logprobs: Tensor = _later(PER_TOKEN)
@@ -57,6 +60,7 @@ class RolloutBuffer:
     old_values: Tensor = _later(PER_TOKEN)
     value_targets: Tensor = _later(PER_TOKEN)
     lengths_of_all: list[int] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         sizes = torch.tensor(self.lengths).long()  # [B]

@@ -1,5 +1,6 @@
 """Rollouts on disk, one Parquet file per iteration, and as texts in the log."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,11 @@ class SampleTexts:
     def __call__(self, number: int, buffer: RolloutBuffer) -> None:
         for i in range(min(self.count, len(buffer))):
             prompt, ids = buffer.prompts[i], buffer.responses()[i]
-            parts = ", ".join(f"{name} {float(x[i]):.4g}" for name, x in buffer.components.items())
+            numbers = {name: float(x[i]) for name, x in buffer.components.items()}
+            parts = ", ".join(
+                f"{name} {'no opinion' if math.isnan(x) else f'{x:.4g}'}"
+                for name, x in numbers.items()
+            )
             cut = ", cut at the limit" if bool(buffer.truncated[i]) else ""
             query = prompt.row.get("instruction", self.tokenizer.decode(prompt.tokens))
             reward = f"reward {float(buffer.scores[i]):.4g} ({parts}){cut}"

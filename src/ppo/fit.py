@@ -9,6 +9,7 @@ from src.checkpoint.files import read_json
 from src.data.encoding import Prompt
 from src.errors import UserError
 from src.logs import RunLog
+from src.ppo.rewards import RewardFailed
 from src.ppo.trainer import PPO
 from src.settings.ppo import SHAPING, PolicyOptimizerSettings, RewardSettings
 from src.trainer.batches import EndlessBatches
@@ -64,12 +65,18 @@ def fit(
 
     with log.progress(total, "PPO", unit="iteration", initial=start) as bar:
         for number in range(start, total):
-            batch = draw()
+            taken, batch = batches.taken, draw()
             lr, critic_lr = (
                 lr_at(number, total, rate, plan.warmup, plan.schedule)
                 for rate in (plan.lr, plan.critic_lr)
             )
-            stats = ppo.iteration(number, batch, lr, critic_lr, more=draw)
+            try:
+                stats = ppo.iteration(number, batch, lr, critic_lr, more=draw)
+            except RewardFailed as error:
+                batches.taken = taken  # these prompts are still to come
+                if saving:
+                    saving.failed("reward_file", error)
+                raise
 
             # What went wrong, and what it brought.
             _warn(number, stats, log)
@@ -94,11 +101,19 @@ def _warn(number: int, stats: dict[str, float], log: RunLog) -> None:
         log.warning(
             f"iteration {number + 1}: steps with a gradient norm that is not finite were skipped"
         )
-    if "response_length" not in stats:
+    silent = stats.get("no_opinion", 0.0)
+    if silent:
         log.warning(
-            f"iteration {number + 1}: the rewards of each prompt's samples were all equal: nothing "
-            "was learned"
+            f"iteration {number + 1}: {100 * silent:.1f} % of the responses got no reward (no "
+            "opinion) and were left out"
         )
+    if "response_length" not in stats:
+        why = (
+            "no response got a reward"
+            if silent == 1
+            else ("the rewards of each prompt's samples were all equal")
+        )
+        log.warning(f"iteration {number + 1}: {why}: nothing was learned")
 
 
 def _check_skipped(ppo: PPO, number: int, limit: int) -> None:

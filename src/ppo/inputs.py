@@ -17,7 +17,7 @@ from src.models.batch import Sequence
 from src.parallel.setup import Parallel
 from src.ppo.fit import DEFAULT_KL_COEF, changed_rewards, read_state
 from src.ppo.kl import KLController
-from src.ppo.rewards.file import load_score
+from src.ppo.rewards.file import UserScore, load_score
 from src.ppo.setup import OpenedRoles, open_roles
 from src.settings.ppo import PPOTrainSettings
 from src.trainer.inputs import Places
@@ -28,7 +28,7 @@ class PPOInputs:
     """Models, prompts, and where earlier runs left the policy and the value model.
 
     rule: whose rule is applied in the reward; mix: supervised rows; policy_state, value_state: what
-    lies beside their weights; warnings: of rows that are left out.
+    lies beside their weights; notes: what a user should know of the rows, a sentence each.
     """
 
     roles: OpenedRoles
@@ -38,7 +38,7 @@ class PPOInputs:
     mix: list[Sequence]
     policy_state: dict[str, Any]
     value_state: dict[str, Any]
-    warnings: list[str]
+    notes: list[str]
 
     @classmethod
     def read(
@@ -62,23 +62,24 @@ class PPOInputs:
         rule = None
         if "rule" in settings.rewards.names:
             rule = find_task(settings.evaluation.task or "GSM8K")
-        if settings.rewards.reward_file is not None:
-            load_score(settings.rewards.reward_file)
-
         # Rows.
         train_file, ptx_file = settings.prompts.train_file, settings.pretraining.ptx_file
-        prompts, warning = ppo_prompts(train_file, tokenizer, rule, max_seq_len)
-        warnings = [warning]
+        reward_file = settings.rewards.reward_file
+        rows_are_read = reward_file is not None
+        prompts, notes = ppo_prompts(train_file, tokenizer, rule, max_seq_len, rows_are_read)
         mix: list[Sequence] = []
         if ptx_file is not None:
-            mix, warning = solver_sequences(ptx_file, tokenizer, max_seq_len)
-            warnings.append(warning)
+            mix, more = solver_sequences(ptx_file, tokenizer, max_seq_len)
+            notes += more
+        if reward_file is not None:
+            score = UserScore(reward_file, load_score(reward_file))
+            if parallel.is_main:
+                score.try_out(prompts[0].row)
 
         # Where earlier runs left the models.
         states = read_state(roles.actor_ckpt_dir), read_state(roles.critic_ckpt_dir)
-        inputs = cls(
-            opened, evaluation, rule, prompts, mix, *states, [text for text in warnings if text]
-        )
+        notes += evaluation.notes
+        inputs = cls(opened, evaluation, rule, prompts, mix, *states, notes)
         if not inputs.has_reference(settings):
             _check_no_reference(settings)
         return inputs
@@ -98,8 +99,8 @@ class PPOInputs:
     def announce(self, settings: PPOTrainSettings, parallel: Parallel, log: RunLog) -> None:
         """Say in the log what a user should know before training."""
         self.roles.actor.announce(log)
-        for text in self.warnings:
-            log.warning(f"{text} and are left out")
+        for note in self.notes:
+            log.warning(note)
         changes = changed_rewards(self.policy_state, settings.rewards)
         if changes:
             folder = settings.roles.actor_ckpt_dir

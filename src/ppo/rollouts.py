@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from src.data.encoding import Prompt
 from src.generation.engine import Engine
@@ -55,20 +56,20 @@ class Rollouts:
         self.sums = {}
         size, rounds = len(prompts), max(1, self.settings.filter_rounds)
         parts: list[RolloutBuffer] = []
-        count = 0  # rollouts of all ranks that are kept
+        slots: list[int] = []  # of all ranks' rollouts that are kept
         for turn in range(rounds):
             first_sample = (number * rounds + turn) * size  # no sample is drawn twice
             buffer = self._generate(prompts, first_sample, on_tokens)
             self._reward(buffer)
-            kept = self._worth_learning(buffer, size)[: size - count]
-            parts.append(buffer if len(kept) == size else self._only(buffer, kept, count))
-            count += len(kept)
-            if count == size or turn + 1 == rounds:
+            kept = self._worth_learning(buffer, size)[: size - len(slots)]
+            parts.append(buffer if len(kept) == size else self._only(buffer, kept, len(slots)))
+            slots += [turn * size + place for place in kept]
+            if len(slots) == size or turn + 1 == rounds:
                 break
             prompts = more() if more else prompts
         buffer = parts[0] if len(parts) == 1 else RolloutBuffer.joined(parts)
-        lengths = by_place(buffer.response_lengths, buffer.places, count, self.parallel)
-        buffer.lengths_of_all = [int(n) for n in lengths]
+        lengths = by_place(buffer.response_lengths, buffer.places, len(slots), self.parallel)
+        buffer.lengths_of_all, buffer.slots = [int(n) for n in lengths], slots
         return buffer
 
     def _generate(
@@ -115,27 +116,45 @@ class Rollouts:
 
     @torch.no_grad()
     def _reward(self, buffer: RolloutBuffer) -> None:
-        """The components of the reward, and their weighted sum, [B] each."""
+        """The components of the reward, and their weighted sum, [B] each.
+
+        A component without an opinion adds nothing to the sum.
+        """
         with self.stage.at_work("reward"), self.timer("reward"):
             buffer.components = {reward.name: reward(buffer) for _, reward in self.rewards}
-            terms = [weight * buffer.components[reward.name] for weight, reward in self.rewards]
+            known = {name: ~x.isnan() for name, x in buffer.components.items()}
+            terms = [
+                weight * torch.where(known[reward.name], buffer.components[reward.name], 0.0)
+                for weight, reward in self.rewards
+            ]
             buffer.scores = sum(terms, start=torch.zeros(()))
-        columns = {f"reward/{name}": x for name, x in buffer.components.items()}
-        columns |= {"reward": buffer.scores, "rollouts": torch.ones_like(buffer.scores)}
-        for name, x in columns.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(x.sum())
+            buffer.rewarded = torch.stack([*known.values()]).any(0)
+        self._add("reward", buffer.scores, buffer.rewarded)
+        for name, x in buffer.components.items():
+            self._add(f"reward/{name}", x, known[name])
+        self.sums["rollouts"] = self.sums.get("rollouts", 0.0) + len(buffer)
+
+    def _add(self, name: str, x: Tensor, known: Tensor) -> None:
+        """Add the known numbers of a column to its sum, and count them."""
+        for key, part in ((name, x[known]), (f"known/{name}", known)):
+            self.sums[key] = self.sums.get(key, 0.0) + float(part.sum())
 
     def _worth_learning(self, buffer: RolloutBuffer, size: int) -> list[int]:
-        """The places of the rollouts that are kept: all, or those in groups whose rewards differ.
+        """The places of the rollouts that are kept: all that have a reward.
 
-        size: rollouts of all ranks.
+        With --filter_rounds only those in groups whose rewards differ. size: rollouts of all ranks.
         """
-        if not self.settings.filter_rounds:
-            return list(range(size))
         samples = self.settings.samples_per_prompt
-        groups = by_place(buffer.scores, buffer.places, size, self.parallel).view(-1, samples)
-        differ = groups.amax(1) > groups.amin(1)  # [prompts]
-        return [place for place in range(size) if differ[place // samples]]
+        scores = torch.where(buffer.rewarded, buffer.scores, torch.nan)
+        scores = by_place(scores, buffer.places, size, self.parallel)
+        worth = ~scores.isnan()  # [size]
+        if samples > 1:
+            groups = scores.view(-1, samples)  # [prompts, samples]
+            differ = groups.nan_to_num(-torch.inf).amax(1) > groups.nan_to_num(torch.inf).amin(1)
+            self._add("equal_groups", (~differ).double(), torch.ones_like(differ))
+            if self.settings.filter_rounds:
+                worth &= differ.repeat_interleave(samples)
+        return worth.nonzero().flatten().tolist()
 
     def _only(self, buffer: RolloutBuffer, kept: list[int], count: int) -> RolloutBuffer:
         """The rollouts at the kept places, which become count, count + 1, …"""

@@ -45,18 +45,23 @@ def reward_statistics(
 ) -> dict[str, float]:
     """Means over all that was generated, what was left out included.
 
-    sums: this rank's, "rollouts" among them; kept: rollouts of all ranks that were kept, None when
-    nothing is ever left out.
+    sums: this rank's, and under known/NAME how many numbers are in the sum NAME; "rollouts" among
+    them; kept: rollouts of all ranks that were kept, None when no group is ever left out.
     """
     names = sorted(sums)
     totals = torch.tensor(
         [sums[name] for name in names], dtype=torch.float64, device=parallel.device
     )
     dist.all_reduce(totals, group=parallel.dp_group)
-    means = dict(zip(names, totals.tolist()))
-    count = means.pop("rollouts")
-    share = {} if kept is None else {"kept": kept / count}
-    return {**{name: x / count for name, x in means.items()}, **share}
+    total = dict(zip(names, totals.tolist()))
+    count = total["rollouts"]
+    known = {n.removeprefix("known/"): x for n, x in total.items() if n.startswith("known/")}
+    silent = {name: 1 - x / count for name, x in known.items() if name.startswith("reward")}
+    return {
+        **{name: total[name] / max(x, 1) for name, x in known.items()},
+        **{name.replace("reward", "no_opinion"): share for name, share in silent.items() if share},
+        **({} if kept is None else {"kept": kept / count}),
+    }
 
 
 def rollout_statistics(

@@ -227,10 +227,7 @@ class PPO:
 
         if s.is_grouped:
             # One number per response, beside the other samples of its prompt, on whatever rank.
-            total = len(buffer.lengths_of_all)
-            sums = by_place(rewards.sum(1), buffer.places, total, self.parallel)
-            samples = self.settings.rollouts.samples_per_prompt
-            by_response = group_advantages(sums, samples, s.advantage)[buffer.places].to(rewards)
+            by_response = self._grouped(buffer, rewards.sum(1)).to(rewards)
             advantages = by_response.unsqueeze(1) * mask  # [B] → [B, T]
         elif s.has_value:
             advantages = self._estimated(buffer, rewards, mask)
@@ -241,6 +238,18 @@ class PPO:
         # Flat again, [B, T] → [R], and on one scale over the whole batch.
         buffer.rewards, flat = layout.unpad(rewards), layout.unpad(advantages)
         buffer.advantages = whiten(flat, group) if s.whitens else flat
+
+    def _grouped(self, buffer: RolloutBuffer, sums: Tensor) -> Tensor:
+        """Advantages beside the prompt's other samples that were kept. sums: of rewards; [B]."""
+        samples = self.settings.rollouts.samples_per_prompt
+        kind = self.settings.advantages.advantage
+        slots = buffer.slots or list(range(len(buffer.lengths_of_all)))
+        local_slots = [slots[place] for place in buffer.places]
+        groups = max(slots) // samples + 1
+        rewards = by_place(sums, local_slots, groups * samples, self.parallel)
+        present = torch.zeros_like(rewards, dtype=torch.bool)
+        present[slots] = True
+        return group_advantages(rewards, samples, kind, present)[local_slots]
 
     def _estimated(self, buffer: RolloutBuffer, rewards: Tensor, mask: Tensor) -> Tensor:
         """Advantages by the value model, [B, T]; and the returns that it is to learn."""

@@ -31,9 +31,10 @@ class Mark(Enum):
 
     MAY_CHANGE = "changes where, how fast or how visibly a run goes, not what comes out"
     CONTENT = "names a file or folder: what it holds counts, not where it lies"
+    FIXED = "decides what a saved step holds, so that no run can go on from it with another"
 
 
-MAY_CHANGE, CONTENT = Mark.MAY_CHANGE, Mark.CONTENT
+MAY_CHANGE, CONTENT, FIXED = Mark.MAY_CHANGE, Mark.CONTENT, Mark.FIXED
 
 
 @dataclass(frozen=True)

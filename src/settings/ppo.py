@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from src.settings.declaration import (
     CONTENT,
+    FIXED,
     MAY_CHANGE,
     Above,
     AtLeast,
@@ -86,6 +87,7 @@ class RoleSettings(TextModelSettings):
     ] = None
     shared_trunk: Annotated[
         bool,
+        FIXED,
         "one frozen trunk, the actor's, for all roles: value and reward are adapters and heads on "
         "it. Their folders hold such adapters (verifier_train.py --lora_rank, from the actor's "
         "weights); a critic_ckpt_dir that is the actor's starts anew",
@@ -157,7 +159,8 @@ class RewardSettings(Settings):
         str | None,
         CONTENT,
         "FILE.py:FUNCTION, called as function(prompts, responses, rows), lists of the same length, "
-        "for a list of numbers",
+        "for a list of numbers (None: no opinion); may be async. Called once before training, with "
+        "two made-up answers",
     ] = None
     format_pattern: Annotated[str | None, "a regular expression to be found in the response"] = None
     overlong_margin: Annotated[
@@ -402,6 +405,7 @@ class PenaltySettings(Settings):
     ref_ema: Annotated[
         float | None,
         Between(0, 0.9999999),
+        FIXED,
         "after each iteration reference = this × reference + the rest × policy; without it the "
         "reference stays",
     ] = None
@@ -514,6 +518,7 @@ class PPOTrainSettings(PPOSettings):
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
+        yield from self.saving.unchangeable(type(self))
         roles, names = self.roles, self.rewards.names
         is_plan = self.dry_run.dry_run  # which may lack files
         if "verifier" in names and roles.reward_model_ckpt_dir is None and not is_plan:

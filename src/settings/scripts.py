@@ -51,6 +51,9 @@ class TrainSettings(Settings):
     def may_lack_required(cls, values: Mapping[str, Any]) -> bool:
         return values.get("dry_run") is True
 
+    def problems(self) -> Iterator[str]:
+        yield from self.saving.unchangeable(type(self))
+
 
 @dataclass(frozen=True, kw_only=True)
 class SolverEvaluationSettings(TaskEvaluationSettings):

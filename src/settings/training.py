@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from src.settings.declaration import (
     CONTENT,
+    FIXED,
     MAY_CHANGE,
     Above,
     AtLeast,
@@ -13,7 +14,9 @@ from src.settings.declaration import (
     Bounds,
     Settings,
     Unit,
+    declared,
 )
+from src.settings.parsing import nearest
 
 Quantize = Annotated[
     Literal["nf4", "int8"] | None,
@@ -51,7 +54,10 @@ class OptimizerSettings(Settings):
         "and counted",
     ] = 30
     freeze_layers: Annotated[
-        int, AtLeast(0, 10**4), "train neither the embedding nor this many layers from the bottom"
+        int,
+        AtLeast(0, 10**4),
+        FIXED,
+        "train neither the embedding nor this many layers from the bottom",
     ] = 0
     router_aux_loss_coef: Annotated[
         float | None,
@@ -67,6 +73,7 @@ class LoRASettings(Settings):
     lora_rank: Annotated[
         int,
         Bounds(1, 10**5, also=(-1,), because=" (or -1, to train all weights)"),
+        FIXED,
         "rank of the adapter; -1 trains all weights",
     ] = -1
     lora_alpha: Annotated[
@@ -76,6 +83,7 @@ class LoRASettings(Settings):
     ] = None
     lora_targets: Annotated[
         list[str] | None,
+        FIXED,
         "layers to adapt, of wq,wk,wv,wo,w1,w2,w3; all when not given (with experts: attention's)",
     ] = None
     quantize: Quantize = None
@@ -189,12 +197,34 @@ class SavingSettings(Settings):
         "auto goes on from the newest there, if the run is the same (a finished one says so); none "
         "begins anew; or the path of one of them",
     ] = "auto"
+    resume_changed: Annotated[
+        list[str] | None,
+        MAY_CHANGE,
+        "settings, such as lr,reward_file, that may differ from those of the run that is gone on "
+        "from: the new ones hold from there on, and the log says so. All others must be as they "
+        "were",
+    ] = None
     log_dir: Annotated[
         str | None,
         MAY_CHANGE,
         "for the log, TensorBoard events and evaluation results; SAVE_DIR-logs (PPO: "
         "ACTOR_SAVE_DIR-logs) when not given",
     ] = None
+
+    def problems(self) -> Iterator[str]:
+        if self.resume_changed is not None and self.resume == "none":
+            names = ",".join(self.resume_changed)
+            yield f"--resume_changed {names}: has no effect with --resume none, which begins anew"
+
+    def unchangeable(self, script: type[Settings]) -> Iterator[str]:
+        """What is wrong with the names in resume_changed. script: whose settings they are."""
+        settings = declared(script)
+        for name in self.resume_changed or []:
+            if name not in settings:
+                near = nearest(name, settings)
+                yield f"--resume_changed {name}: there is no such setting{near}"
+            elif FIXED in settings[name].marks:
+                yield f"--resume_changed {name}: it {FIXED.value}; give --resume none"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,17 +36,25 @@ class Places:
 
 @dataclass(frozen=True)
 class SolverInputs:
-    """A solver's training data and where it starts from. warning: of rows that are left out."""
+    """A solver's training data and where it starts from.
+
+    row_notes: what a user should know of the train file's rows.
+    """
 
     model: OpenedModel
     lora: LoRAConfig | None
     evaluation: SolverEvaluation
     sequences: list[Sequence]
-    warning: str | None
+    row_notes: list[str]
 
     @property
     def n_rows(self) -> int:
         return len(self.sequences)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of the rows that are read, a sentence each."""
+        return self.row_notes + self.evaluation.notes
 
     @classmethod
     def read(cls, settings: SolverTrainSettings, parallel: Parallel) -> "SolverInputs":
@@ -68,17 +76,25 @@ class SolverInputs:
 
 @dataclass(frozen=True)
 class VerifierInputs:
-    """A verifier's training data and where it starts from. warning: of rows that are left out."""
+    """A verifier's training data and where it starts from.
+
+    row_notes: what a user should know of the train file's rows.
+    """
 
     model: OpenedModel
     lora: LoRAConfig | None
     evaluation: VerifierEvaluation
     pairs: list[Comparison]
-    warning: str | None
+    row_notes: list[str]
 
     @property
     def n_rows(self) -> int:
         return len(self.pairs)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of the rows that are read, a sentence each."""
+        return self.row_notes + self.evaluation.notes
 
     @classmethod
     def read(cls, settings: VerifierTrainSettings, parallel: Parallel) -> "VerifierInputs":

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -30,13 +30,19 @@ from src.models.layout import TensorSpec
 from src.models.transformer import Transformer
 from src.parallel.setup import Parallel, agreed
 from src.settings.training import SavingSettings
-from src.trainer.earlier import Earlier
+from src.trainer.earlier import FAILED, Earlier
 from src.trainer.optimizer import Optimizer
 from src.trainer.state import SavedModel, bytes_of, counters_of, restore, tensors_of
 
 Part = tuple[Callable[[], Any], Callable[[Any], None]]
 SECOND_SIGNAL_S = 3.0
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# Parts that begin anew, as the settings say, when one of these is another than before.
+ANEW = {
+    "kl_coef": ("kl_coef",),
+    "ptx": ("ptx_file",),
+    "best": ("keep_best", "task", "label_file"),
+}
 
 
 class StopSignal:
@@ -85,6 +91,7 @@ class Saving:
         self.parts, self.tensors = parts or {}, tensors or {}
         self.steps = Steps(earlier.folder, settings.keep, parallel)
         self.step = 0  # the last that was taken
+        self.saved = 0  # the last that was saved
         self.stop_signal = StopSignal()
         # A launcher that dies takes its workers along.
         if platform.system() == "Linux" and "RANK" in os.environ:
@@ -98,22 +105,45 @@ class Saving:
         total: the run's steps.
         """
         path, manifest = self.earlier.step, self.earlier.manifest
+        last = manifest.get("step", 0)
+        if self.earlier.changes and last >= total:
+            new = ", ".join(map(str, self.earlier.changes))
+            raise UserError(
+                f"{path}: was the last of {total} steps, and nothing is left to do with what is "
+                f"new ({new}); go on from an earlier one (--resume PATH), or for longer (--epochs, "
+                "--iterations)"
+            )
         agreed(lambda: self.steps.remove_unfinished() if self.parallel.is_main else None)
-        self._check_space(total - manifest.get("step", 0))
+        self._check_space(total - last)
         if path is not None:
             agreed(lambda: self._bring_back(path, manifest))
-            self.step = manifest["step"]
+            self.step, self.saved = last, last if self.steps.until(path) else 0
+        elif self.parallel.is_main:
+            (self.earlier.folder / FAILED).unlink(missing_ok=True)  # another run's
         for other in self.steps.go_back_to(path):
             self.log.info(
                 f"{other.name} of {other.parent} is set aside: it is not of this run, or later"
             )
         if path is not None:
             self.log.info(f"goes on after step {self.step}, from {path}")
+        self._tell_changes()
         return self.step
+
+    def _tell_changes(self) -> None:
+        earlier = self.earlier
+        for change in earlier.changes:
+            allowed = "--resume_changed" if change.name in earlier.named else "it had failed before"
+            self.log.warning(f"goes on with another setting ({allowed}): {change}")
+            self.log.text(self.step, "resume_changed", str(change))
+        for name in earlier.named:
+            if not earlier.has_changed(name):
+                self.log.info(f"--resume_changed {name}: there is nothing that it has changed from")
 
     def _bring_back(self, path: Path, manifest: dict) -> None:
         try:
             for name, (model, optimizer) in self.models.items():
+                if name not in manifest["layouts"]:
+                    raise UserError(f"{path}: holds no {name}: the run that saved it trained none")
                 with self.at_work(name):
                     saved = SavedModel(path, name, manifest["layouts"][name])
                     restore(model, optimizer, saved, manifest["counters"][name])
@@ -124,7 +154,8 @@ class Saving:
                     for key, tensor in tensors.items():
                         tensor.copy_(saved.local(key, specs[key], rank, n))
             for name, (_, set_part) in self.parts.items():
-                set_part(manifest["parts"][name])
+                if not self.earlier.has_changed(*ANEW.get(name, ())):
+                    set_part(manifest["parts"][name])
             self._restore_random(path)
         except (
             LookupError,
@@ -159,6 +190,24 @@ class Saving:
                 "from there"
             )
 
+    def failed(self, setting: str, error: UserError) -> NoReturn:
+        """To be called by all ranks when a setting's file has failed, before a step was taken.
+
+        The step before is saved, and the same command goes on from it with another file: one that
+        was repaired. Raises the error, which says so.
+        """
+        if self.step == 0:
+            raise error
+        if self.saved != self.step:
+            self._save(self.step)
+        self.steps.wait()
+        if self.parallel.is_main:
+            write_json(self.earlier.folder / FAILED, {"setting": setting, "after_step": self.step})
+        raise UserError(
+            f"{error}\nstep {self.step} is saved: the same command goes on from there, also with a "
+            f"repaired file (--{setting})"
+        ) from error
+
     def _save(self, step: int) -> None:
         p = self.parallel
         files: dict[str, dict[str, Tensor]] = {}
@@ -181,12 +230,13 @@ class Saving:
         if p.mp_rank == 0:
             files[random_file(p.dp_rank)] = self._random()
         about = {
-            "settings": self.earlier.record,
+            **self.earlier.facts,
             "layouts": layouts,
             "counters": counters,
             "parts": {name: get() for name, (get, _) in self.parts.items()},
         }
         self.steps.save(step, files, about)
+        self.saved = step
 
     def _random(self) -> dict[str, Tensor]:
         states = {"cpu": torch.get_rng_state()}
@@ -226,5 +276,5 @@ class Saving:
         self.stop_signal.unhook()
         folder = self.earlier.folder
         if self.parallel.is_main and folder.is_dir():
-            write_json(folder / FINISHED, {"step": self.step, "settings": self.earlier.record})
+            write_json(folder / FINISHED, {"step": self.step, **self.earlier.facts})
             sync(folder)

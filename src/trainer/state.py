@@ -71,6 +71,7 @@ def counters_of(optimizer: Optimizer) -> dict:
     steps = [int(state["step"]) for state in optimizer.local.state.values() if "step" in state]
     return {
         "adam_step": max(steps, default=0),
+        "fp16": int(optimizer.fp16),
         "loss_scale": optimizer.loss_scale,
         "good_steps": optimizer.good_steps,
         "skipped_in_a_row": optimizer.skipped_in_a_row,
@@ -127,31 +128,43 @@ class SavedModel:
 
 @torch.no_grad()
 def restore(model: Transformer, optimizer: Optimizer, saved: SavedModel, counters: dict) -> None:
-    """Put weights and the optimizer's state back.
+    """Put weights and the optimizer's state back, also in another dtype.
 
     Raises UserError when the step is of another model.
     """
     parallel, specs = optimizer.parallel, specs_of(model)
-    rank, n = parallel.mp_rank, parallel.mp_size
     parameters = dict(model.named_parameters())
-    for name, spec in specs.items():
-        parameters[name].copy_(saved.local(f"{WEIGHT}/{name}", spec, rank, n))
+
+    def fill(tensor: Tensor, name: str, *kinds: str) -> None:
+        """Copy the first of the kinds that there is: what was read is the file's memory."""
+        key = next((f"{k}/{name}" for k in kinds if f"{k}/{name}" in saved), f"{kinds[0]}/{name}")
+        part = saved.local(key, specs[name], parallel.mp_rank, parallel.mp_size)
+        if part.shape != tensor.shape:
+            raise UserError(
+                f"{saved.folder}: {key} has shape {list(part.shape)} on this rank, and the model's "
+                f"{list(tensor.shape)}: it was saved by a run of another model"
+            )
+        tensor.copy_(part)
+
+    for name in specs:
+        weight = parameters[name]
+        # In fp32 a weight is its own master, whatever it was before.
+        fill(weight, name, *((MASTER, WEIGHT) if weight.dtype == torch.float32 else (WEIGHT,)))
     names: dict[Tensor, str] = {p: name for name, p in parameters.items()}
     for parameter, kept in optimizer.kept():
         name = names[parameter]
         if kept is not parameter:
-            # A run in fp32 has no masters: its weights are them.
-            key = f"{MASTER}/{name}" if f"{MASTER}/{name}" in saved else f"{WEIGHT}/{name}"
-            kept.copy_(saved.local(key, specs[name], rank, n))
+            fill(kept, name, MASTER, WEIGHT)  # a run in fp32 has no masters: its weights are them
         if counters["adam_step"]:
             averages = {
                 kind: torch.empty_like(kept, dtype=torch.float32) for kind in (MEAN, SQUARE)
             }
-            for kind, average in averages.items():  # a copy: what was read is the file's memory
-                average.copy_(saved.local(f"{kind}/{name}", specs[name], rank, n))
+            for kind, average in averages.items():
+                fill(average, name, kind)
             step = torch.tensor(
                 float(counters["adam_step"]), dtype=torch.float32, device=kept.device
             )
             optimizer.local.state[kept] = {"step": step, **averages}
-    optimizer.loss_scale, optimizer.good_steps = counters["loss_scale"], counters["good_steps"]
+    if counters.get("fp16", optimizer.fp16) == optimizer.fp16:  # else the scale is of another dtype
+        optimizer.loss_scale, optimizer.good_steps = counters["loss_scale"], counters["good_steps"]
     optimizer.skipped_in_a_row = counters["skipped_in_a_row"]

@@ -66,12 +66,15 @@ class Reference:
         minibatches: list[list[int]],
         mix=(),
         worth=None,
+        groups=None,
         **change,
     ):
         """worth: the scores, where they are written beside the prompts.
 
-        Mix: rows of the pretraining mix for each step.
+        Groups: which rollouts are of one prompt, where some were left out; mix: rows of the
+        pretraining mix for each step.
         """
+        self.groups = groups
         self.knobs = SimpleNamespace(
             **KNOBS | {k: v for k, v in (run.settings | change).items() if k in KNOBS}
         )
@@ -223,15 +226,19 @@ class Reference:
 
     def compared(self) -> list[list[float]]:
         """One advantage per response, from all samples of its prompt."""
-        k, kind, found = self.knobs.samples_per_prompt, self.knobs.advantage, []
+        kind, found = self.knobs.advantage, []
         totals = [sum(reward) for reward in self.rewards]
-        for i, total in enumerate(totals):
-            group = totals[i // k * k : i // k * k + k]
+        groups = self.groups or [i // self.knobs.samples_per_prompt for i in range(len(totals))]
+        for total, mine in zip(totals, groups):
+            group = [other for other, theirs in zip(totals, groups) if theirs == mine]
+            if len(group) == 1:  # there is nothing to compare it with
+                group, total = [0.0, 0.0], 0.0
+            k = len(group)
             mean = sum(group) / k
             a = total - (sum(group) - total) / (k - 1) if kind == "rloo" else total - mean
             if kind == "grpo":
                 a /= math.sqrt(sum((x - mean) ** 2 for x in group) / k) + 1e-6
-            found.append([a] * len(self.rewards[i]))
+            found.append([a] * len(self.rewards[len(found)]))
         return found
 
     def generalised(self) -> list[list[float]]:

@@ -3,6 +3,8 @@
 It is equal to transformers' models with the formulas
 written out. Numbers in names: lines of docs/ppo.md."""
 
+import math
+
 import pytest
 import torch
 from pyarrow import parquet
@@ -21,7 +23,25 @@ FILTERED = {
     "filter": ([1, 3, 0, 2], (0, 1, 0.5, 0, 1, 0, 0, 1), 8 / 16),
     "filter, one group": ([2], (1, 0), 2 / 8),
 }
+# run: (the places of the rollouts that have a reward and are kept, round by round; their groups)
+SILENT = {
+    "no opinion": ([[0, 2, 3, 6, 7]], [0, 1, 1, 3, 3]),
+    "no opinion, no groups": ([[0, 2, 3, 6, 7]], None),
+    "no opinion, filter": ([[2, 3], [0, 1, 6, 7]], [1, 1, 4, 4, 7, 7]),
+}
 CHECKED = [name for name in RUNS if name not in TWICE and name != "filter, nothing"]
+
+
+def scored(run: str) -> tuple[list[float] | None, list[int] | None]:
+    """The scores of a run's kept rollouts, where they are given, and their groups."""
+    if run in FILTERED:
+        return list(map(float, FILTERED[run][1])), None
+    if run in SILENT:
+        kept, groups = SILENT[run]
+        return [
+            float(worth[place]) for worth, places in zip(RUNS[run].worth, kept) for place in places
+        ], groups
+    return None, None
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +52,8 @@ def expected(folder, results):
     def of(name: str) -> Reference:
         if name not in known:
             got = results["one rank"][name]
-            worth = FILTERED[name][1] if name in FILTERED else None
             known[name] = Reference(
-                folder, RUNS[name], got["rollouts"], got["minibatches"], got["ptx"], worth
+                folder, RUNS[name], got["rollouts"], got["minibatches"], got["ptx"], *scored(name)
             )
         return known[name]
 
@@ -120,11 +139,10 @@ def test_every_knob_changes_its_run(folder, results, expected, name, knob):
     got, want, plain = results["one rank"][name], expected(name), {knob: DEFAULTS[knob]}
     if knob == "advantage":
         plain |= {"advantage": "reinforce++" if want.knobs.advantage == "gae" else "gae"}
-    worth = FILTERED[name][1] if name in FILTERED else None
     if knob == "critic_warmup" and name != "critic_warmup":
         plain = {knob: NUMBER + 1}
     other = Reference(
-        folder, RUNS[name], got["rollouts"], got["minibatches"], got["ptx"], worth, **plain
+        folder, RUNS[name], got["rollouts"], got["minibatches"], got["ptx"], *scored(name), **plain
     )
     pairs = [
         [getattr(each, role).state_dict() for each in (want, other)]
@@ -208,18 +226,28 @@ def test_line_26_what_is_logged(results, expected, layout, run):
         want |= {"policy_skipped": 0.0, "policy_steps": ref.policy_steps}
     if ref.kl == "k1":
         want.pop("kl_loss", None)
-    if run in FILTERED:
-        every = [x for worth in RUNS[run].worth[: {"filter": 2}.get(run, 1)] for x in worth]
-        want |= {
-            "reward": sum(every) / len(every),
-            "reward/worth": sum(every) / len(every),
-            "kept": FILTERED[run][2],
-        }
+    every = ref.scores
+    if run in FILTERED or run in SILENT:
+        rounds = 1 if run == "filter, one group" else 2
+        every = [x for worth in RUNS[run].worth[:rounds] for x in worth]
+        opinions = [x for x in every if not math.isnan(x)]
+        mean = sum(opinions) / len(opinions)
+        want |= {"reward": mean, "reward/worth": mean}
+        if run in FILTERED:
+            want["kept"] = FILTERED[run][2]
+        if "filter" in run and run in SILENT:
+            want["kept"] = n / len(every)
+        if run in SILENT:
+            silent = 1 - len(opinions) / len(every)
+            want |= {"no_opinion": silent, "no_opinion/worth": silent}
     else:
         want |= {
             "reward": sum(ref.scores) / n,
             **{f"reward/{name}": sum(x) / n for name, x in ref.components.items()},
         }
+    if RUNS[run].settings.get("samples_per_prompt") == 2:
+        pairs = [{x for x in pair if not math.isnan(x)} for pair in zip(every[::2], every[1::2])]
+        want["equal_groups"] = sum(len(pair) < 2 for pair in pairs) / len(pairs)
     timed = {f"seconds/{phase}" for phase in ("generate", "reward", "logprobs", "ref_logprobs")} | {
         "seconds",
         "memory_gb",
@@ -364,6 +392,18 @@ def test_groups_with_equal_rewards_are_replaced_by_others(results, layout, run):
     assert [r["score"] for r in got["rollouts"]] == list(map(float, worth))
     assert [r["place"] for r in got["rollouts"]] == list(range(2 * len(kept)))
     assert got["rounds left"] == len(RUNS[run].worth) - {"filter": 2, "filter, one group": 1}[run]
+
+
+@everywhere(list(SILENT))
+def test_rollouts_without_a_reward_are_left_out(results, layout, run):
+    rows, each = results[layout][run]["rollouts"], [p.tokens for p in worker.prompts()]
+    kept, groups = SILENT[run]
+    assert [r["prompt"] for r in rows] == [each[place] for places in kept for place in places]
+    assert [r["score"] for r in rows] == scored(run)[0]
+    assert [r["place"] for r in rows] == list(range(len(rows)))
+    alone = [i for i, group in enumerate(groups or []) if groups.count(group) == 1]
+    assert all(set(rows[i]["advantages"]) == {0.0} for i in alone)
+    assert len(alone) == {"no opinion": 1}.get(run, 0)
 
 
 def test_samples_of_a_prompt_stay_on_one_rank_and_a_rank_may_have_none(results):

@@ -1,13 +1,16 @@
 """What a response earns, by each of the rewards."""
 
+import asyncio
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from src.errors import UserError
 from src.evaluation.tasks import find_task
-from src.ppo.rewards.file import ROWS_AT_ONCE, FileReward, load_score
+from src.ppo.rewards import RewardFailed
+from src.ppo.rewards.file import ROWS_AT_ONCE, FileReward, UserScore, load_score
 from src.ppo.rewards.format import FormatReward
 from src.ppo.rewards.length import LengthReward
 from src.ppo.rewards.overlong import OverlongReward
@@ -156,8 +159,18 @@ def test_a_user_s_function_gets_prompts_responses_and_rows_in_batches(parallel):
         ([1.0] * 4, "returned 4 numbers for 3 responses"),
         ([1.0, float("nan"), 2.0], "returned nan"),
         ([float("inf")] * 3, "returned inf"),
-        (None, "TypeError"),
-        (["one", "two", "three"], "ValueError"),
+        ([1.0, 1e39, 2.0], "returned 1e+39 for responses[1], 'text 9'"),
+        ([1.0, 10**400, 2.0], "for responses[1]"),
+        ([1.0, 2.0, "1.0"], "returned '1.0' (str) for responses[2], 'text 2'"),
+        ([[1.0], [2.0], [3.0]], "returned [1.0] (list) for responses[0], 'text 7'"),
+        (torch.ones(3, 1), "returned [1.0] (list) for responses[0]"),
+        ([1.0, 2.0, {"score": 1}], "returned {'score': 1} (dict) for responses[2]"),
+        (None, "returned None; a list is expected, with a finite number, or None (no opinion)"),
+        (1.0, "returned 1.0; a list is expected"),
+        (torch.tensor(1.0), "(Tensor); a list is expected"),
+        ("123", "returned '123' (str); a list"),
+        ({"a": 1, "b": 2, "c": 3}, "(dict); a list"),
+        ({1.0, 2.0, 3.0}, "(set); a list"),
     ],
 )
 def test_what_is_no_number_for_each_response_is_refused(parallel, answer, said):
@@ -170,18 +183,73 @@ def test_what_is_no_number_for_each_response_is_refused(parallel, answer, said):
 
 def test_what_a_user_s_function_returns_may_be_a_tensor_or_booleans(parallel):
     buffer = buffer_of(RESPONSES, rows=[{"instruction": "q"}] * 3)
-    for answer in (torch.tensor([1.0, 0.0, 2.0]), (True, False, 2)):
+    for answer in (
+        torch.tensor([1.0, 0.0, 2.0]),
+        torch.tensor([1, 0, 2]),
+        torch.tensor([1, 0, 2], dtype=torch.bfloat16),
+        np.array([1.0, 0.0, 2.0], dtype=np.float32),
+        [np.float32(1), np.int64(0), torch.tensor(2.0)],
+        (True, False, 2),
+        [np.bool_(True), 0, 2],
+    ):
         assert file_reward(parallel, lambda *_, answer=answer: answer)(buffer).tolist() == [
             1.0,
             0.0,
             2.0,
         ]
+    lazily = file_reward(parallel, lambda prompts, *_: (float(i) for i in range(len(prompts))))
+    assert lazily(buffer).tolist() == [0.0, 1.0, 2.0]
+
+
+def test_a_user_s_function_may_have_to_be_awaited(parallel):
+    """Also one that returns a coroutine; what it keeps between calls stays in one loop."""
+    n, loops = ROWS_AT_ONCE + 2, []
+
+    async def judge(text):
+        await asyncio.sleep(0)
+        return float(text.split()[1])
+
+    async def score(prompts, responses, rows):
+        loops.append(asyncio.get_running_loop())
+        return await asyncio.gather(*map(judge, responses))
+
+    buffer = buffer_of([[i] for i in range(n)], rows=[{"instruction": "q"}] * n)
+    want = [float(i) for i in range(n)]
+    assert file_reward(parallel, score)(buffer).tolist() == want
+    assert file_reward(parallel, lambda *given: score(*given))(buffer).tolist() == want
+    assert len(loops) == 4 and loops[0] is loops[1] is not loops[2]
+
+    async def fails(prompts, responses, rows):
+        return rows[0]["labels"]
+
+    with pytest.raises(UserError, match="KeyError: 'labels'"):
+        file_reward(parallel, fails)(buffer)
+
+
+def test_none_is_no_opinion(parallel):
+    buffer = buffer_of(RESPONSES, rows=[{"instruction": "q"}] * 3)
+    got = file_reward(parallel, lambda *_: [None, 2, None])(buffer)
+    assert got.isnan().tolist() == [True, False, True] and float(got[1]) == 2.0
+
+
+@pytest.mark.parametrize("leaves", [SystemExit(), SystemExit(3), asyncio.CancelledError()])
+def test_leaving_is_a_failure_and_ctrl_c_is_none(parallel, leaves):
+    buffer = buffer_of(RESPONSES, rows=[{"instruction": "q"}] * 3)
+
+    def score(*_):
+        raise leaves
+
+    with pytest.raises(RewardFailed, match=f"{type(leaves).__name__}: {leaves}"):
+        file_reward(parallel, score)(buffer)
+    leaves = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        file_reward(parallel, score)(buffer)
 
 
 def test_the_line_where_a_user_s_function_fails_is_named(parallel, tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(
-        "def helper(row):\n    return row['lable']\n\ndef score(p, r, rows):\n    return "
+        "def helper(row):\n    return row['labels']\n\ndef score(p, r, rows):\n    return "
         "[*map(helper, rows)]\n"
     )
     reward = FileReward(
@@ -192,7 +260,110 @@ def test_the_line_where_a_user_s_function_fails_is_named(parallel, tmp_path):
     )
     with pytest.raises(UserError) as refusal:
         reward(buffer_of(RESPONSES, rows=[{"instruction": "q"}] * 3))
-    assert f"KeyError: 'lable' ({path}:2)" in str(refusal.value)
+    assert (
+        f"KeyError: 'labels' ({path}:2); rows[0] has no field 'labels': it has instruction"
+        in str(refusal.value)
+    )
+
+
+def test_the_line_is_the_user_s_own_and_a_key_of_something_else_is_no_field(parallel, tmp_path):
+    (path := tmp_path / "mine.py").write_text(
+        "import json\n\ndef score(p, r, rows):\n    {row['label']: 1 for row in rows}['x']\n"
+        "def parse(p, r, rows):\n    return [json.loads(text) for text in r]\n"
+    )
+    buffer = buffer_of(RESPONSES, rows=[{"instruction": "q", "label": "1", "x": ""}] * 3)
+    for name, said in (
+        ("score", f"mine.py:score: KeyError: 'x' ({path}:4)"),
+        ("parse", f"({path}:6)"),
+    ):
+        where = f"{path}:{name}"
+        reward = FileReward(
+            where, load_score(where), SimpleNamespace(decode=lambda ids: "{"), parallel
+        )
+        with pytest.raises(RewardFailed) as refusal:
+            reward(buffer)
+        assert str(refusal.value).endswith(said)
+
+
+# --- a user's function, before any work -----------------------------------------------------------
+
+ROW = {"instruction": "1 + 1?", "label": "2"}
+
+
+def test_a_function_is_tried_once_on_the_first_row():
+    calls = []
+
+    def score(prompts, responses, rows):
+        calls.append((prompts, responses, [dict(row) for row in rows]))
+        rows[0].clear()
+        return [1.0, None]
+
+    UserScore("mine.py:score", score).try_out(row := dict(ROW))
+    ((prompts, responses, rows),) = calls
+    assert prompts == ["1 + 1?"] * 2 and rows == [ROW] * 2 and row == ROW
+    assert len(set(responses)) == 2 and all(map(str.strip, responses))
+
+
+@pytest.mark.parametrize(
+    "body, said",
+    [
+        ("return [row['answer'] for row in rows]", "rows[0] has no field 'answer': it has instr"),
+        ("return [1.0]", "returned 1 numbers for 2 responses"),
+        ("return 1.0", "returned 1.0"),
+        ("pass", "returned None"),
+        ("import sys; sys.exit()", "SystemExit"),
+        ("return [float(text) for text in responses]", "ValueError: could not convert"),
+    ],
+)
+def test_what_fails_when_it_is_tried_is_told_as_such(tmp_path, body, said):
+    path = tmp_path / "mine.py"
+    path.write_text(f"def score(prompts, responses, rows):\n    {body}\n")
+    where = f"{path}:score"
+    with pytest.raises(UserError) as refusal:
+        UserScore(where, load_score(where)).try_out(ROW)
+    head = f"--reward_file {where}: called with two made-up answers before training: "
+    assert str(refusal.value).startswith(head) and said in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "signature, is_trl",
+    [
+        ("completions, **kwargs", True),
+        ("prompts, completions, **kwargs", True),
+        ("prompts, completions, answer, **kwargs", True),
+        ("response", False),
+        ("prompts, responses", False),
+        ("prompts, responses, rows, model", False),
+        ("prompts, responses, rows, *, model", False),
+        ("*, prompts, responses, rows", False),
+    ],
+)
+def test_a_function_of_another_signature_is_refused(tmp_path, signature, is_trl):
+    (path := tmp_path / "mine.py").write_text(f"def score({signature}):\n    return [1.0]\n")
+    with pytest.raises(UserError) as refusal:
+        load_score(f"{path}:score")
+    assert f": is score({signature}), and is called as score(prompts, responses, rows)" in str(
+        refusal.value
+    )
+    assert ("That is how TRL calls its own" in str(refusal.value)) == is_trl
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "def score(a, b, c): ...",
+        "def score(*given): ...",
+        "def score(prompts, completions, rows): ...",
+        "def score(prompts, responses, rows, weight=1.0): ...",
+        "async def score(prompts, responses, rows): ...",
+        "from functools import partial\ndef f(x, a, b, c): ...\nscore = partial(f, 1)",
+        "class Score:\n    def __call__(self, a, b, c): ...\nscore = Score()",
+        "score = max",  # its signature is nowhere to be read
+    ],
+)
+def test_whatever_takes_three_lists_is_taken(tmp_path, text):
+    (tmp_path / "mine.py").write_text(text)
+    load_score(f"{tmp_path}/mine.py:score")
 
 
 @pytest.mark.parametrize(
@@ -210,6 +381,7 @@ def test_the_line_where_a_user_s_function_fails_is_named(parallel, tmp_path):
         ("mine.py:score", "x = 1\n", "has no function score; it has none"),
         ("mine.py:score", "def score(:\n", "cannot be run: SyntaxError"),
         ("mine.py:score", "import nowhere\n", "cannot be run: ModuleNotFound"),
+        ("mine.py:score", "exit()\n", "cannot be run: SystemExit"),
     ],
 )
 def test_a_file_without_the_function_is_refused(tmp_path, where, text, said):

@@ -83,6 +83,8 @@ def _sampling(**change) -> Sampling:
     return Sampling(max_new_tokens=MAX_NEW_TOKENS, temperature=TEMPERATURE, seed=4, **change)
 
 
+NONE = float("nan")  # no opinion
+SILENT = (1, NONE, 0, 0.5, NONE, NONE, 0.25, 2)
 ONCE = dict(ppo_epochs=1)
 PAIRS = dict(ppo_epochs=1, samples_per_prompt=2)
 RUNS = {
@@ -134,6 +136,12 @@ RUNS = {
         PAIRS | dict(filter_rounds=1, whiten=False), worth=((1, 1, 0, 0, 1, 0, 1, 1),)
     ),
     "filter, nothing": Run(PAIRS | dict(filter_rounds=2), worth=((1, 1, 0, 0, 1, 1, 0, 0),) * 2),
+    "no opinion": Run(PAIRS | dict(advantage="grpo"), worth=(SILENT,)),
+    "no opinion, no groups": Run(ONCE | dict(reward_norm=True), worth=(SILENT,)),
+    "no opinion, filter": Run(
+        PAIRS | dict(advantage="rloo", filter_rounds=2),
+        worth=((1, NONE, 0, 0.5, NONE, NONE, 2, 2), (1, 0, 3, NONE, NONE, NONE, 0.25, 2)),
+    ),
     "twice": Run(ONCE, iterations=2),
     "twice, in turn, offloaded": Run(ONCE | dict(update="in_turn"), iterations=2, offload=True),
 }

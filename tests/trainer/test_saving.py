@@ -11,9 +11,11 @@ from safetensors.torch import save_file
 from src.checkpoint.manifest import described_all, problems, read_manifest, write_manifest
 from src.checkpoint.steps import Steps, list_steps, open_step
 from src.errors import UserError
+from src.trainer.optimizer import Optimizer
+from src.trainer.state import SavedModel, counters_of, restore, tensors_of
 from tests.launch import launch
-from tests.trainer.saving_worker import DEGREES, KINDS
-from tests.trainer.tiny import save_llama
+from tests.trainer.saving_worker import DEGREES, KINDS, made
+from tests.trainer.tiny import ours, save_llama
 
 STAGES = ("made", "written", "manifest", "renamed", "published", "pruned")
 
@@ -38,6 +40,53 @@ def test_weights_and_optimizer_state_come_back_at_any_degree_bit_for_bit(
 def test_what_is_compared_holds_weights_and_averages(reloaded):
     kinds = {name.split("/")[0] for name in reloaded["tensors"]}
     assert kinds == {"weight", "exp_avg", "exp_avg_sq"} and len(reloaded["tensors"]) > 20
+
+
+@pytest.fixture
+def saved(tmp_path, parallel):
+    """A model in training of a kind, saved: (its tensors, the saved model, its counters)."""
+    save_llama(tmp_path / "lm", "lm", 0)
+
+    def save(kind: str):
+        model, optimizer = made(tmp_path, parallel, kind, seed=1)
+        tensors = tensors_of(model, optimizer)
+        save_file(tensors, tmp_path / "model.mp-00.dp-00.safetensors")
+        return tensors, SavedModel(tmp_path, "model", {"mp": 1, "dp": 1}), counters_of(optimizer)
+
+    return save
+
+
+def test_a_run_that_goes_on_in_fp32_takes_up_the_masters(saved, parallel, tmp_path):
+    """Not the weights that half precision had made of them."""
+    tensors, step, counters = saved("full bf16")
+    model = ours(tmp_path / "lm", parallel)
+    restore(model, Optimizer(model, parallel), step, counters)
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, tensors[f"master/{name}"]), name
+        assert not torch.equal(weight, tensors[f"weight/{name}"].float()) or weight.dim() == 1, name
+
+
+@pytest.mark.parametrize(
+    "kind, dtype, scale",
+    [("full fp32", torch.float16, 2.0**16), ("full fp32", torch.float32, 8.0)],
+)
+def test_a_loss_scale_is_one_of_its_dtype(saved, parallel, tmp_path, kind, dtype, scale):
+    _, step, counters = saved(kind)
+    model = ours(tmp_path / "lm", parallel, dtype)
+    restore(model, optimizer := Optimizer(model, parallel), step, counters | {"loss_scale": 8.0})
+    assert optimizer.loss_scale == scale
+
+
+def test_a_step_of_a_model_of_other_sizes_is_refused(saved, parallel, tmp_path):
+    tensors, _, counters = saved("full fp32")
+    name = "weight/norm.weight"  # one that a larger one would take up without a word
+    save_file(
+        tensors | {name: tensors[name][:1].clone()}, tmp_path / "model.mp-00.dp-00.safetensors"
+    )
+    step = SavedModel(tmp_path, "model", {"mp": 1, "dp": 1})
+    model = ours(tmp_path / "lm", parallel)
+    with pytest.raises(UserError, match=r"weight/norm.weight has shape \[1\] on this rank"):
+        restore(model, Optimizer(model, parallel), step, counters)
 
 
 class Crash(BaseException):

@@ -11,6 +11,7 @@ from typing import Protocol
 from torch import Tensor
 
 from src.data.tokenizer import Tokenizer
+from src.errors import UserError
 from src.evaluation.task import Task
 from src.parallel.setup import Parallel
 from src.ppo.buffer import RolloutBuffer
@@ -24,8 +25,12 @@ class Reward(Protocol):
     name: str
 
     def __call__(self, buffer: RolloutBuffer) -> Tensor:
-        """→ [B], fp32. All ranks of a model get the same."""
+        """→ [B], fp32; NaN: no opinion. All ranks of a model get the same."""
         ...
+
+
+class RewardFailed(UserError):
+    """What gives the reward failed, on all ranks, before anything was learned from it."""
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,15 @@
 """A user's own function as a reward (--reward_file FILE.py:FUNCTION)."""
 
+import asyncio
+import contextlib
 import importlib.util
+import inspect
 import math
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,71 +19,160 @@ from src.data.tokenizer import Tokenizer
 from src.errors import UserError
 from src.parallel.setup import Parallel, agreed
 from src.ppo.buffer import RolloutBuffer
-from src.ppo.rewards import RewardInputs
+from src.ppo.rewards import RewardFailed, RewardInputs
 
 ROWS_AT_ONCE = 64  # of a user's function
-Score = Callable[[list[str], list[str], list[dict]], list[float]]
+LARGEST = torch.finfo(torch.float32).max
+MADE_UP = ["This answer is made up, to try the reward: 1 + 1 = 2", "And so is this one."]
+Score = Callable[[list[str], list[str], list[dict]], Any]
 
 
 class FileReward:
-    """What a user's function says: score(prompts, responses, rows), a number for each.
-
-    It is called with lists of texts and of data rows.
-    """
+    """What a user's function says of each response; NaN where it has no opinion."""
 
     name = "file"
 
     def __init__(self, where: str, score: Score, tokenizer: Tokenizer, parallel: Parallel) -> None:
-        self.where, self.score, self.tokenizer, self.parallel = where, score, tokenizer, parallel
+        self.score, self.tokenizer, self.parallel = UserScore(where, score), tokenizer, parallel
 
     def __call__(self, buffer: RolloutBuffer) -> Tensor:
         scores = torch.zeros(len(buffer), device=buffer.tokens.device)  # [B]
         # One rank of each model asks, and tells the others: a function need not say the same twice.
-        numbers = agreed(lambda: self._numbers(buffer) if self.parallel.mp_rank == 0 else None)
-        if numbers is not None:
+        try:
+            answers = agreed(lambda: self._ask(buffer) if self.parallel.mp_rank == 0 else None)
+        except UserError as error:
+            raise RewardFailed(str(error)) from error
+        if answers is not None:
+            numbers = [math.nan if answer is None else answer for answer in answers]
             scores += torch.tensor(numbers, dtype=torch.float32, device=scores.device)
         dist.all_reduce(scores, group=self.parallel.mp_group)
         return scores
 
-    def _numbers(self, buffer: RolloutBuffer) -> list[float]:
+    def _ask(self, buffer: RolloutBuffer) -> list[float | None]:
         texts = [self.tokenizer.decode(ids) for ids in buffer.responses()]
         prompts = [prompt.row["instruction"] for prompt in buffer.prompts]
         rows = [prompt.row for prompt in buffer.prompts]
-        numbers: list[float] = []
+        answers: list[float | None] = []
         for start in range(0, len(texts), ROWS_AT_ONCE):
             part = slice(start, start + ROWS_AT_ONCE)
-            numbers += self._answer(prompts[part], texts[part], rows[part])
-        return numbers
+            answers += self.score(prompts[part], texts[part], rows[part])
+        return answers
 
-    def _answer(self, prompts: list[str], texts: list[str], rows: list[dict]) -> list[float]:
+
+class UserScore:
+    """A user's function: score(prompts, responses, rows), lists of texts and of data rows.
+
+    It returns, or when awaited gives, a finite number for each response, or None: no opinion.
+    """
+
+    def __init__(self, where: str, score: Score) -> None:
+        """where: FILE.py:FUNCTION, for messages."""
+        self.where, self.score = where, score
+        # One loop for all calls: what a function keeps open between them belongs to it.
+        self.runner: asyncio.Runner | None = None
+
+    def __call__(
+        self, prompts: list[str], responses: list[str], rows: list[dict]
+    ) -> list[float | None]:
+        """Raises UserError for what it raises, or when it returns something else."""
         try:
-            answer = self.score(prompts, texts, [dict(row) for row in rows])
-            numbers = [float(x) for x in answer]
-        except Exception as error:  # whatever a user's code raises is the user's to see
+            answer = self.score(list(prompts), list(responses), [dict(row) for row in rows])
+            if inspect.isawaitable(answer):
+                self.runner = self.runner or asyncio.Runner()
+                answer = self.runner.run(_awaited(answer))
+            answers = _listed(answer)
+        # Whatever a user's code raises is the user's to see; Ctrl-C is nobody's failure.
+        except (Exception, SystemExit, asyncio.CancelledError) as error:
+            raise UserError(self._head + self._told(error, rows)) from error
+        wrong = _wrong(answer, answers, responses)
+        if wrong or answers is None:
             raise UserError(
-                f"--reward_file {self.where}: {type(error).__name__}: {error}{_line_of(error)}"
-            ) from error
-        wrong = [x for x in numbers if not math.isfinite(x)]
-        if len(numbers) != len(texts) or wrong:
-            returned = wrong[0] if wrong else f"{len(numbers)} numbers for {len(texts)} responses"
-            raise UserError(
-                f"--reward_file {self.where}: returned {returned}; a finite number for each "
-                "response is expected"
+                f"{self._head}returned {wrong}; a list is expected, with a finite number, or None "
+                "(no opinion), for each response"
             )
-        return numbers
+        return [None if x is None else float(x) for x in answers]
+
+    @property
+    def _head(self) -> str:
+        return f"--reward_file {self.where}: "
+
+    def _told(self, error: BaseException, rows: list[dict]) -> str:
+        """What the function raised, where, and for a field that a row has not, what it has."""
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
+        file = Path(self.where.rpartition(":")[0]).resolve()
+        own = [frame for frame in frames if Path(frame.filename).resolve() == file]
+        place = "".join(f" ({frame.filename}:{frame.lineno})" for frame in (own or frames)[-1:])
+        told = f"{type(error).__name__}: {error}{place}"
+        field = error.args[0] if isinstance(error, KeyError) and error.args else None
+        lacking = [i for i, row in enumerate(rows) if field not in row]
+        if isinstance(field, str) and lacking:
+            names = ", ".join(rows[lacking[0]])
+            told += f"; rows[{lacking[0]}] has no field {field!r}: it has {names}"
+        return told
+
+    def try_out(self, row: dict) -> None:
+        """Call it once, before any work, with two made-up answers to a data row's prompt.
+
+        Raises UserError when that fails.
+        """
+        try:
+            self([row["instruction"]] * 2, MADE_UP, [row] * 2)
+        except UserError as error:
+            why = str(error).removeprefix(self._head)
+            raise UserError(
+                f"{self._head}called with two made-up answers before training: {why}"
+            ) from error
 
 
-def _line_of(error: Exception) -> str:
-    """Where in the user's own code it was raised."""
-    frames = traceback.extract_tb(error.__traceback__)
-    users = [frame for frame in frames if frame.filename != __file__]
-    return (
-        f" ({users[-1].filename}:{users[-1].lineno})" if users else ", which is no list of numbers"
-    )
+async def _awaited(answer: Awaitable[Any]) -> Any:
+    return await answer
+
+
+def _listed(answer: object) -> list[Any] | None:
+    """The items of what a function returned, as Python's; None when that is no list of them."""
+    if hasattr(answer, "tolist"):  # an array or a tensor
+        answer = answer.tolist()
+    if not isinstance(answer, list | tuple | Iterator):
+        return None
+    return [_plain(x) for x in answer]
+
+
+def _plain(x: Any) -> Any:
+    """A number of numpy's or torch's as Python's."""
+    with contextlib.suppress(AttributeError, TypeError, ValueError, RuntimeError):
+        return x.item()
+    return x
+
+
+def _is_number(x: object) -> bool:
+    """Whether it is a number that fp32 holds."""
+    return isinstance(x, int | float) and abs(x) <= LARGEST  # NaN is not
+
+
+def _wrong(answer: object, answers: list[Any] | None, responses: list[str]) -> str:
+    """What is wrong with what came back, and for which response; "" when nothing."""
+    if answers is None:
+        return _described(answer)
+    if len(answers) != len(responses):
+        return f"{len(answers)} numbers for {len(responses)} responses"
+    for i, (x, text) in enumerate(zip(answers, responses)):
+        if not (x is None or _is_number(x)):
+            return f"{_described(x)} for responses[{i}], {text[:60]!r}"
+    return ""
+
+
+def _described(x: object) -> str:
+    """A value with its type, and no more of it than a line holds."""
+    if x is None or isinstance(x, int | float):
+        return str(x)[:60]
+    return f"{repr(x)[:60]} ({type(x).__name__})"
 
 
 def load_score(where: str) -> Score:
-    """The function of "FILE.py:NAME". Raises UserError when there is none."""
+    """The function of "FILE.py:NAME".
+
+    Raises UserError when there is none, or it cannot be called as `UserScore` calls it.
+    """
     path, colon, name = where.rpartition(":")
     if not colon or not path.endswith(".py") or not name.isidentifier():
         raise UserError(
@@ -93,11 +186,12 @@ def load_score(where: str) -> Score:
     sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(
             f"--reward_file {where}: {path} cannot be run: {type(error).__name__}: {error}"
         ) from error
-    if not callable(getattr(module, name, None)):
+    score = getattr(module, name, None)
+    if not callable(score):
         known = [
             n
             for n, x in vars(module).items()
@@ -107,7 +201,35 @@ def load_score(where: str) -> Score:
             f"--reward_file {where}: {path} has no function {name}; it has "
             f"{', '.join(known) or 'none'}"
         )
-    return getattr(module, name)
+    _check_signature(where, name, score)
+    return score
+
+
+def _check_signature(where: str, name: str, score: Callable) -> None:
+    """Raise UserError when a function does not take three lists by their places."""
+    try:
+        signature = inspect.signature(score)
+    except (TypeError, ValueError):  # of some that are written in C: the first call will tell
+        return
+    of_trl = "completions" in signature.parameters
+    kinds = {parameter.kind for parameter in signature.parameters.values()}
+    try:
+        signature.bind([], [], [])
+        fits = not (of_trl and inspect.Parameter.VAR_KEYWORD in kinds)
+    except TypeError:
+        fits = False
+    if fits:
+        return
+    advice = ""
+    if of_trl:
+        advice = (
+            f". That is how TRL calls its own; for this one write: def score(prompts, responses, "
+            f"rows): return {name}(completions=responses, ...)"
+        )
+    raise UserError(
+        f"--reward_file {where}: is {name}{signature}, and is called as {name}(prompts, responses, "
+        f"rows): three lists of one length, for a list of numbers{advice}"
+    )
 
 
 def make(inputs: RewardInputs) -> FileReward:
