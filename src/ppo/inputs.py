@@ -61,7 +61,7 @@ class PPOInputs:
         evaluation = SolverEvaluation.read(settings.evaluation, max_new_tokens, max_seq_len)
         rule = None
         if "rule" in settings.rewards.names:
-            rule = find_task(settings.evaluation.task or "GSM8K")
+            rule = find_task(settings.evaluation.task or "GSM8K", settings.evaluation.rule)
         if settings.rewards.reward_file is not None:
             load_score(settings.rewards.reward_file)
 
