@@ -18,7 +18,7 @@ from functools import partial
 
 from src.errors import UserError
 from src.evaluation.math import boxed, boxed_answer, value_of
-from src.evaluation.scoring import GOLD_FIELDS, first_gold, tally
+from src.evaluation.scoring import GOLD_FIELDS, first_gold
 from src.evaluation.task import Task
 
 RULES = ("official", "strict_match", "flexible_extract")
@@ -34,7 +34,7 @@ _NUMBER = re.compile(r"-?(?:[0-9]{1,18}(?:\.[0-9]{0,9})?|\.[0-9]{1,9})")
 
 # How people write a number, for `numeric` alone: in the last so many characters of a text
 _WRITTEN_IN = 8192
-_TIDY = str.maketrans({"−": "-", "－": "-", "\u00a0": " ", "\u2009": " ", "\u202f": " ", "’": ","})
+_TIDY = str.maketrans({"−": "-", "–": "-", "－": "-", "\u00a0": " ", "\u2009": " ", "\u202f": " ", "’": ","})
 # 1{,}800, 1\,800, 1,\!800 and 1~800 are 1,800
 _SEPARATOR = re.compile(r"(?<=[0-9])(?:\{,\}|,?\\[,!; ]|~)(?=[0-9]{3}(?![0-9]))")
 _FRACTION = re.compile(r"\\[dtc]?frac\s?\{(-?[0-9.,]{1,30})\}\s?\{([0-9.,]{1,30})\}")
@@ -87,26 +87,15 @@ def numeric_answer(response: str) -> Fraction | None:
         number = _WRITTEN.match(line)
         if number is not None:
             return _written(number)
-    value = value_of(boxed_answer(response))
+    end = response[-_SCANNED:]
+    value = value_of(boxed_answer(end))
     if value is not None:
         return value
-    for text in (boxed(response), response[-_WRITTEN_IN:]):
+    for text in (boxed(end), end[-_WRITTEN_IN:]):
         numbers = list(_WRITTEN.finditer(_tidy(text or "")))
         if numbers:
             return _written(numbers[-1])
     return None
-
-
-def score(
-    responses: list[str], golds: list[str], truncated: list[bool] | None = None
-) -> tuple[dict, list[dict]]:
-    """(summary, per_row): `n`, the accuracy in [0, 1] by each rule and `numeric`, and counts.
-
-    `unparsed` counts responses without an official `#### N`, `truncated` those cut by the token
-    limit: both stay in the denominator. A row holds what `grade` returns and `answer`, the official
-    one or None.
-    """
-    return tally(grade, partial(extract, "official"), responses, golds, truncated)
 
 
 def gold_of(row: dict) -> str:
@@ -158,7 +147,7 @@ def _number(text: str | None) -> Fraction | None:
 
 def _tidy(text: str) -> str:
     """A text with each number written in one of the ways that `_WRITTEN` knows."""
-    text = _SEPARATOR.sub(",", text.translate(_TIDY))
+    text = _SEPARATOR.sub(",", text.translate(_TIDY).replace(r"\$", "$"))
     return _SCRIPT.sub(" ", _FRACTION.sub(r"\1/\2", text))
 
 

@@ -19,7 +19,7 @@ from fractions import Fraction
 
 from src.errors import UserError
 from src.evaluation import symbolic
-from src.evaluation.scoring import field_text, first_gold, tally
+from src.evaluation.scoring import field_text, first_gold
 from src.evaluation.task import Task
 
 _LONGEST = 1024  # characters of an answer; a longer one is no answer
@@ -134,18 +134,6 @@ def is_right_symbolically(response: str, gold: str) -> bool | None:
         # Without a box, what the library finds at the end: the last formula or number.
         response[-_LONGEST:] if answer is None else rf"\boxed{{{answer}}}",
     )
-
-
-def score(
-    responses: list[str], golds: list[str], truncated: list[bool] | None = None
-) -> tuple[dict, list[dict]]:
-    """(summary, per_row): `n`, the accuracy in [0, 1] by each rule, and counts.
-
-    `unparsed` counts responses without a boxed answer, `truncated` those cut by the token limit:
-    both stay in the denominator. A row holds what `grade` returns and `answer`, the boxed one in
-    normal form or None.
-    """
-    return tally(grade, boxed_answer, responses, golds, truncated)
 
 
 def gold_of(row: dict) -> str:

@@ -1,6 +1,6 @@
 """What every task shares: the counting, and reading a gold from a row's fields."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from src.errors import UserError
@@ -8,36 +8,23 @@ from src.errors import UserError
 GOLD_FIELDS = ("label", "answer", "final_answer", "Answer")  # of data sets, in this order
 
 
-def tally(
-    grade: Callable[[str, str], dict[str, bool]],
-    answer_of: Callable[[str], str | None],
-    responses: list[str],
-    golds: list[str],
-    truncated: list[bool] | None = None,
-) -> tuple[dict, list[dict]]:
-    """(summary, per_row): the accuracy in [0, 1] by each of `grade`'s rules, and counts.
-
-    The counts are `n`, `unparsed` and `truncated`. A row holds what `grade` returns, and as
-    `answer` what `answer_of` finds: without one it counts as unparsed.
-    """
-    if len(responses) != len(golds):
-        raise ValueError(f"{len(responses)} responses, {len(golds)} golds")
-    verdicts = [grade(response, gold) for response, gold in zip(responses, golds)]
-    return summarize(verdicts, list(map(answer_of, responses)), truncated)
-
-
 def summarize(
-    verdicts: Sequence[dict[str, bool] | dict[str, bool | None]],
+    verdicts: Sequence[dict[str, bool | None]],
     answers: list[str | None],
     truncated: list[bool] | None = None,
 ) -> tuple[dict, list[dict]]:
-    """`tally` of verdicts that are there already, in the answers' order.
+    """(summary, per_row): the accuracy in [0, 1] by each rule, and counts.
 
-    With a symbolic rule its comparisons that were cut off are counted too, as `cut_off`: they are
-    not right.
+    verdicts: by each rule, of each response; None where a limit cut the comparison off, which
+    counts as not right. answers: what was found in the response, or None. truncated: whether the
+    token limit cut it. The counts are `n`, `unparsed`, `truncated`, and with a symbolic rule
+    `cut_off`; nothing leaves the denominator. A row holds what each rule says, and `answer`.
     """
-    if truncated is not None and len(truncated) != len(verdicts):
-        raise ValueError(f"{len(verdicts)} responses, {len(truncated)} truncation flags")
+    if len(answers) != len(verdicts) or truncated is not None and len(truncated) != len(verdicts):
+        raise ValueError(
+            f"{len(verdicts)} verdicts, {len(answers)} answers, "
+            f"{'no' if truncated is None else len(truncated)} truncation flags"
+        )
     if not verdicts:
         raise UserError("there is nothing to score: 0 responses")
     n, rules = len(verdicts), list(verdicts[0])
