@@ -32,8 +32,8 @@ _END_OF_BARE_BOX = re.compile(r"\$|\n|\\[)\]]")
 _SAYS = re.compile(r"(?i:answer is|final answer:)|#### ")
 # What stands between the answers where there are several: in one box, and between boxes.
 _AND = re.compile(
-    r"[\s,]*(?:\\(?:text|textrm|mathrm|mbox)\s*\{\s*,?\s*(?:and|or)\s*\}"
-    r"|(?<![^\s,$}])(?:and|or)(?![^\s$\\-])|;|\\q?quad(?![A-Za-z]))[\s,]*"
+    r"\\(?:text|textrm|mathrm|mbox)\s*\{\s*,?\s*(?:and|or)\s*\}"
+    r"|(?<![^\s,$}])(?:and|or)(?![^\s$\\-])|;|\\q?quad(?![A-Za-z])"
 )
 _BETWEEN_BOXES = re.compile(
     r"(?:[\s,;.$]|\\[()\[\],;: ]|\\q?quad(?![A-Za-z])|\\text\s*\{[^{}]*\}|and|or)*"
@@ -230,7 +230,7 @@ def _items(text: str) -> list[str]:
     items = _between_commas(normal)
     if len(items) == 1 and normal.startswith(r"\{") and normal.endswith(r"\}"):
         items = _between_commas(normal[2:-2])
-    return items if all(items) else []
+    return [item for item in items if item]  # 1, 2, and 3 has nothing between , and "and"
 
 
 def _between_commas(normal: str) -> list[str]:

@@ -139,7 +139,7 @@ def headline(summary: dict) -> str:
         f"{name} {100 * value:.1f} %" for name, value in summary.items() if isinstance(value, float)
     )
     counts = ", ".join(
-        f"{summary[name]} {name}"
+        f"{summary[name]} {name.replace('_', ' ')}"
         for name in ("unparsed", "truncated", "cut_off")
         if name in summary
     )
