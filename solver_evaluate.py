@@ -1,4 +1,4 @@
-r"""Measure a solver on a task: one greedy answer per question, graded by all of its public rules.
+r"""Measure a solver on a task: one greedy answer per question, graded by all of the task's rules.
 
     torchrun --nproc_per_node 8 solver_evaluate.py --task GSM8K --ckpt_dir CKPT --log_dir LOGS \
         --label_file test.json --model_type llama-1-7b --max_batch_size 384
@@ -6,8 +6,9 @@ r"""Measure a solver on a task: one greedy answer per question, graded by all of
         --log_dir LOGS
 
 The second form grades texts that are there already ({"output": "..."} per row, in the label file's
-order), without a model. LOGS gets results.json (each accuracy, truncated, unparsed, settings) and
-predictions.jsonl. An answer that cannot be parsed counts as wrong.
+order), without a model; both read and grade them the same way (docs/evaluation.md). LOGS gets
+results.json (each accuracy, truncated, unparsed, settings) and predictions.jsonl. An answer that
+cannot be parsed counts as wrong. Tasks: GSM8K, MATH.
 """
 
 from functools import partial
@@ -29,6 +30,7 @@ def main(settings: SolverEvaluateSettings) -> None:
     # Join the other ranks.
     run, log_dir = settings.run, settings.rows.log_dir
     decoding, sampling = settings.generation, sampling_of(settings.generation, run.seed)
+    stop_strings = tuple(decoding.stop_strings or ())
     parallel = start(run.model_parallel_size, run.timeout)
 
     # Read and check everything, and what an earlier run of this command left, before any work.
@@ -50,7 +52,14 @@ def main(settings: SolverEvaluateSettings) -> None:
         # Grade texts that are there, or answers as the model gives them.
         rows = data.task, data.instructions, data.golds
         if inputs.model is None:
-            summary, predictions = graded(*rows, inputs.texts, None, decoding.num_samples)
+            summary, predictions = graded(
+                *rows,
+                inputs.texts,
+                inputs.truncated,
+                decoding.num_samples,
+                stop_strings,
+                parallel,
+            )
         else:
             engine = engine_of(model, parallel, settings.batches, decoding)
             summary, predictions = evaluate_solver(
@@ -61,6 +70,7 @@ def main(settings: SolverEvaluateSettings) -> None:
                 log,
                 decoding.num_samples,
                 inputs.journal,
+                stop_strings,
             )
 
         # Write the results.

@@ -25,7 +25,9 @@ from dataset.corrupt import corrupt
 from src.cli import run
 from src.data.rows import INDEX, STRING, TEXT, read_rows, read_solver_rows, write_json
 from src.errors import UserError
-from src.evaluation.gsm8k import extract, gold_of, grade
+from src.evaluation.gsm8k import extract
+from src.evaluation.task import Task
+from src.evaluation.tasks import TASKS, find_task
 from src.settings.declaration import AtLeast, Between
 
 Seed = Annotated[int, "of everything random"]
@@ -93,8 +95,12 @@ def pairs(
     save_file: Annotated[str, "the .json file to write"],
     max_per_side: MaxPerSide = 2,
     gold_when_none_right: GoldWhenNoneRight = True,
+    task: Annotated[str, "whose rule says what is right: GSM8K or MATH"] = "GSM8K",
+    rule: Annotated[
+        str | None, "which of its rules, such as numeric; the task's first when not given"
+    ] = None,
 ) -> None:
-    """Verifier rows from a solver's samples: right ones against wrong ones, by GSM8K's rule."""
+    """Verifier rows from a solver's samples: right ones against wrong ones, by a task's rule."""
     if Path(save_file).resolve() in (Path(train_file).resolve(), Path(predictions).resolve()):
         raise UserError(
             f"--save_file {save_file}: is read and would be overwritten; write to another file"
@@ -102,18 +108,26 @@ def pairs(
     if Path(save_file).suffix != ".json":
         raise UserError(f"--save_file {save_file}: a .json file is written; name it so")
     rows, counts = pairs_of(
-        read_solver_rows(train_file), predictions, max_per_side, gold_when_none_right
+        read_solver_rows(train_file),
+        predictions,
+        max_per_side,
+        gold_when_none_right,
+        find_task(task, rule),
     )
     write_json(save_file, rows)
     print(f"{save_file}: {len(rows)} rows; {counts}")
 
 
 def pairs_of(
-    rows: list[dict], predictions: str, max_per_side: int, gold_when_none_right: bool
+    rows: list[dict],
+    predictions: str,
+    max_per_side: int,
+    gold_when_none_right: bool,
+    task: Task = TASKS["GSM8K"],
 ) -> tuple[list[dict], str]:
     """(verifier rows, what became of the samples).
 
-    A prompt needs a wrong sample, and a right one or its gold.
+    A prompt needs a wrong sample, and a right one or its gold. task: by whose metric.
     """
     samples: dict[int, list[str]] = {}
     for sample in read_rows(predictions, {"index": INDEX, "output": STRING}):
@@ -127,9 +141,14 @@ def pairs_of(
     built, none_wrong, none_right = [], 0, 0
     for index, texts in sorted(samples.items()):
         row = rows[index]
+        try:
+            gold = task.gold_of(row)
+            task.grade("", gold)
+        except UserError as error:
+            raise UserError(f"row {index} (from 0) of the train file: {error}") from None
         sides: dict[bool, list[str]] = {True: [], False: []}
         for text in dict.fromkeys(texts):
-            sides[grade(text, gold_of(row))["official"]].append(text)
+            sides[task.is_right(task.read(text), gold)].append(text)
         none_wrong += not sides[False]
         none_right += not sides[True]
         if not sides[True] and gold_when_none_right:

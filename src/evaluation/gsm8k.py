@@ -1,22 +1,24 @@
-"""Grading GSM8K responses by the three public rules, and a numeric comparison beside them.
+r"""Grading GSM8K responses by the three public rules, and a numeric comparison beside them.
 
 official          OpenAI grade-school-math, `dataset.py`: first `#### N`, commas removed, equal
                   as strings
 strict_match      lm-evaluation-harness `gsm8k` version 3: first `#### N`, both sides normalised
 flexible_extract  the same task: last number anywhere, both sides normalised
-numeric           ours, beside the rules and never instead of them: `#### N`, else the last number,
-                  equal in value
+numeric           ours, beside the rules and never instead of them: the number after `####`, else
+                  that in the last `\boxed`, else the last number, equal in value however people
+                  write it: `$18.00`, `\(18\)`, `1{,}800`, `\frac{36}{2}`, `18\%`, `−5`
 
 All take the same text. Responses are written by models, so nothing here executes, nests or converts
 more than a bounded piece of them.
 """
 
 import re
-from decimal import Decimal
+from fractions import Fraction
 from functools import partial
 
 from src.errors import UserError
-from src.evaluation.scoring import field_text, tally
+from src.evaluation.math import boxed, boxed_answer, value_of
+from src.evaluation.scoring import GOLD_FIELDS, first_gold
 from src.evaluation.task import Task
 
 RULES = ("official", "strict_match", "flexible_extract")
@@ -29,6 +31,26 @@ _LOOSE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
 _BARE = re.compile(r"-?[0-9.,]*[0-9][0-9.,]*")
 # No exponent: 1e3000000 must stay text.
 _NUMBER = re.compile(r"-?(?:[0-9]{1,18}(?:\.[0-9]{0,9})?|\.[0-9]{1,9})")
+
+# How people write a number, for `numeric` alone: in the last so many characters of a text
+_WRITTEN_IN = 8192
+_TIDY = str.maketrans("−–－\u00a0\u2009\u202f’", "---   ,")  # minus, spaces, Swiss thousands
+# 1{,}800, 1\,800, 1,\!800 and 1~800 are 1,800
+_SEPARATOR = re.compile(r"(?<=[0-9])(?:\{,\}|,?\\[,!; ]|~)(?=[0-9]{3}(?![0-9]))")
+_FRACTION = re.compile(r"\\[dtc]?frac\s?\{(-?[0-9.,]{1,30})\}\s?\{([0-9.,]{1,30})\}")
+# The 2 of cm^2 and of x_2 is no answer.
+_SCRIPT = re.compile(r"(?<=[0-9A-Za-z}\])])[\^_](?:\{[^{}]{0,20}\}|-?[0-9]+)")
+_DIGITS = (
+    r"(?:(?<![0-9.,])[0-9]{1,3}(?: [0-9]{3})+(?![0-9])"
+    r"|[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
+)
+_WRITTEN = re.compile(
+    r"(?P<minus>(?<![\w)\]}%.])-(?=[$]?[0-9.]))?[$]?(?P<minus_after>(?<=[$])-(?=[0-9.]))?"
+    rf"(?:(?P<whole>[0-9]{{1,6}}) (?=[0-9]+/[0-9]))?(?P<number>{_DIGITS})"
+    r"(?: ?/ ?(?P<below>[0-9]{1,18})(?![0-9,./]))?"
+)
+# `####` and what may stand before its number: signs of money, of formulas and of bold type.
+_MARKER = re.compile(r"####[ :]{0,4}(?:[*$=~ ]|\\[(\[$]|\\(?:boxed|fbox|text|mathbf)\{){0,8}")
 
 
 def extract(rule: str, text: str) -> str | None:
@@ -49,34 +71,42 @@ def grade(response: str, gold: str) -> dict[str, bool]:
     """
     gold = _gold_text(gold)
     right = {rule: extract(rule, response) == _reference(rule, gold) for rule in RULES}
-    answer = extract("official", response) or extract("flexible_extract", response)
-    value = _number(answer)
+    value = numeric_answer(response)
     right["numeric"] = value is not None and value == _number(_reference("official", gold))
     return right
 
 
-def score(
-    responses: list[str], golds: list[str], truncated: list[bool] | None = None
-) -> tuple[dict, list[dict]]:
-    """(summary, per_row): `n`, the accuracy in [0, 1] by each rule and `numeric`, and counts.
-
-    `unparsed` counts responses without an official `#### N`, `truncated` those cut by the token
-    limit: both stay in the denominator. A row holds what `grade` returns and `answer`, the official
-    one or None.
-    """
-    return tally(grade, partial(extract, "official"), responses, golds, truncated)
+def numeric_answer(response: str) -> Fraction | None:
+    """The number that `numeric` takes from a response: the marked, the boxed, or the last one."""
+    marked = _number(extract("official", response))
+    if marked is not None:
+        return marked
+    marker = _MARKER.search(response[:_SCANNED])
+    if marker is not None:
+        line = _tidy(response[marker.end() : marker.end() + _WRITTEN_IN].partition("\n")[0])
+        number = _WRITTEN.match(line)
+        if number is not None:
+            return _written(number)
+    end = response[-_SCANNED:]
+    value = value_of(boxed_answer(end))
+    if value is not None:
+        return value
+    for text in (boxed(end), end[-_WRITTEN_IN:]):
+        numbers = list(_WRITTEN.finditer(_tidy(text or "")))
+        if numbers:
+            return _written(numbers[-1])
+    return None
 
 
 def gold_of(row: dict) -> str:
     """The gold of a row: its `label`, else its `answer` (official files), else its first output."""
-    for field in ("label", "answer", "output"):
-        gold = field_text(row.get(field))
-        if gold is not None:
-            return gold
-    raise UserError(
-        'a row without a gold answer: it needs "label", "answer" or "output", '
-        f"and has {sorted(row)}"
-    )
+    gold = first_gold(row, (*GOLD_FIELDS, "output"))
+    if gold is None:
+        raise UserError(
+            'a row without a gold answer: it needs "label", "answer" or "output", '
+            f"and has {sorted(row)}"
+        )
+    return gold
 
 
 def _gold_text(gold: str) -> str:
@@ -111,15 +141,30 @@ def _harness_form(answer: str) -> str:
     return answer.rpartition("#### ")[2].removesuffix(".").lower()
 
 
-def _number(text: str | None) -> Decimal | None:
-    return Decimal(text) if text and _NUMBER.fullmatch(text) else None
+def _number(text: str | None) -> Fraction | None:
+    return Fraction(text) if text and _NUMBER.fullmatch(text) else None
+
+
+def _tidy(text: str) -> str:
+    """A text with each number written in one of the ways that `_WRITTEN` knows."""
+    text = _SEPARATOR.sub(",", text.translate(_TIDY).replace(r"\$", "$"))
+    return _SCRIPT.sub(" ", _FRACTION.sub(r"\1/\2", text))
+
+
+def _written(number: re.Match[str]) -> Fraction | None:
+    """The value of a match of `_WRITTEN`; None for one that is too long, or divided by 0."""
+    digits = re.sub("[ ,]", "", number["number"])
+    below = int(number["below"] or 1)
+    if len(digits) > 30 or below == 0:
+        return None
+    value = int(number["whole"] or 0) + Fraction(digits) / below
+    return -value if number["minus"] or number["minus_after"] else value
 
 
 TASK = Task(
     name="GSM8K",
     grade=grade,
-    score=score,
+    answer_of=partial(extract, "official"),
     gold_of=gold_of,
-    stop=("Question:", "</s>", "<|im_end|>"),
     metric="official",
 )

@@ -24,7 +24,8 @@ from src.settings.scripts import (
 class SolverEvaluationInputs:
     """The task's rows, and a model to answer them or texts that do.
 
-    notes: what a user should know of the rows; journal: what an earlier run finished.
+    notes: what a user should know of the rows; journal: what an earlier run finished; truncated:
+    which of the texts the token limit cut, where their file says so.
     """
 
     data: LabelledRows
@@ -32,15 +33,17 @@ class SolverEvaluationInputs:
     model: OpenedModel | None = None
     journal: Journal | None = None
     texts: list[str] = field(default_factory=list)
+    truncated: list[bool] | None = None
 
     @classmethod
     def read(cls, settings: SolverEvaluateSettings, parallel: Parallel) -> "SolverEvaluationInputs":
         """Read everything. Raises UserError, before any work, for whatever is wrong."""
         rows, source = settings.rows, _model_settings(settings.model)
         check_log_dir(rows.log_dir, settings.model.ckpt_dir)
-        data = read_labels(rows.task, rows.label_file)
+        data = read_labels(rows.task, rows.label_file, rows.rule)
         if source is None:
-            return cls(data, data.rows.notes, texts=_texts(settings, len(data.rows)))
+            texts, truncated = _texts(settings, len(data.rows))
+            return cls(data, data.rows.notes, texts=texts, truncated=truncated)
         model, max_seq_len = open_model(source, parallel, "lm"), settings.batches.max_seq_len
         asked = data.instructions, model.tokenizer, max_seq_len, rows.label_file
         _, too_long = prompts_of(*asked, fate=": they count as wrong")
@@ -54,17 +57,25 @@ def _model_settings(model: EvaluatedModelSettings) -> ModelSettings | None:
     return ModelSettings(**vars(model))
 
 
-def _texts(settings: SolverEvaluateSettings, n_rows: int) -> list[str]:
-    """The answers to grade. Raises UserError when they are not as many as the task's rows need."""
+def _texts(settings: SolverEvaluateSettings, n_rows: int) -> tuple[list[str], list[bool] | None]:
+    """The answers to grade, and which were cut, as solver_generate.py or we wrote it; or None.
+
+    Raises UserError when they are not as many as the task's rows need.
+    """
     rows, samples = settings.rows, settings.generation.num_samples
     assert rows.prediction_file is not None
-    texts = [row["output"] for row in read_rows(rows.prediction_file, {"output": STRING})]
+    given = read_rows(rows.prediction_file, {"output": STRING})
+    texts = [row["output"] for row in given]
     if len(texts) != n_rows * samples:
         raise UserError(
             f"{rows.prediction_file} has {len(texts)} rows and {rows.label_file} {n_rows}: "
             f"{samples} for each (--num_samples) are needed"
         )
-    return texts
+    if not all("truncated" in row or "stop_reason" in row for row in given):
+        return texts, None
+    return texts, [
+        row.get("truncated") is True or row.get("stop_reason") == "length" for row in given
+    ]
 
 
 @dataclass(frozen=True)

@@ -1,32 +1,48 @@
-r"""Grading answers to MATH (arXiv 2103.03874): the boxed answer, and two comparisons beside it.
+r"""Grading answers to MATH (arXiv 2103.03874): the boxed answer, and three comparisons beside it.
 
-boxed    the last `\boxed` or `\fbox`, equal as a string in normal form: what the paper counts, in
-         its spirit and not its code
-numeric  the same answer where it and the gold are both a number or a fraction: equal in value;
-         false of all others, so that its share cannot pass that of the golds that are numbers
-         (81 % of the paper's test set)
-loose    the boxed answer, or without one what follows the last "answer is", "Final Answer:" or
-         `#### ` in its line
+boxed     the last `\boxed` or `\fbox`, equal as a string in normal form: what the paper counts, in
+          its spirit and not its code
+numeric   the same answer where it and the gold are both a number or a fraction: equal in value;
+          false of all others, so that its share cannot pass that of the golds that are numbers
+          (81 % of the paper's test set)
+loose     the boxed answer, or without one what follows the last "answer is", "Final Answer:" or
+          `#### ` in its line; several answers, and sets, in any order; a number's base or none
+symbolic  what is right by `loose` or equal by math-verify, both ways round: the same value written
+          otherwise. It takes time, and has a process of its own (`symbolic.py`)
 
-Responses are written by models, so nothing here executes, nests or converts more than a bounded
-piece of them.
+What stands in round or square brackets keeps its order by every rule. Responses are written by
+models, so nothing here executes, nests or converts more than a bounded piece of them.
 """
 
 import re
 from fractions import Fraction
 
 from src.errors import UserError
-from src.evaluation.scoring import field_text, tally
+from src.evaluation import symbolic
+from src.evaluation.scoring import field_text, first_gold
 from src.evaluation.task import Task
 
 _LONGEST = 1024  # characters of an answer; a longer one is no answer
 _SCANNED = 65_536  # characters at the end of a text in which the loose rule looks
 # Greedy from the start, so that it finds the last one in linear time: for `match` only, never for
 # `search`.
-_LAST_BOX = re.compile(r"(?s).*\\(?:boxed|fbox)(?![A-Za-z])")
+_LAST_BOX = re.compile(r"(?s).*(\\(?:boxed|fbox))(?![A-Za-z])")
 _BRACE = re.compile(r"(?s)\\.|[{}]")
 _END_OF_BARE_BOX = re.compile(r"\$|\n|\\[)\]]")
 _SAYS = re.compile(r"(?i:answer is|final answer:)|#### ")
+# What stands between the answers where there are several: in one box, and between boxes.
+_AND = re.compile(
+    r"\\(?:text|textrm|mathrm|mbox)\s*\{\s*,?\s*(?:and|or)\s*\}"
+    r"|(?<![^\s,$}])(?:and|or)(?![^\s$\\-])|;|\\q?quad(?![A-Za-z])"
+)
+_BETWEEN_BOXES = re.compile(
+    r"(?:[\s,;.$]|\\[()\[\],;: ]|\\q?quad(?![A-Za-z])|\\text\s*\{[^{}]*\}|and|or)*"
+)
+_MOST_BOXES = 32
+_NEAR = 1024  # characters between two boxes of one answer, and their own
+_OPENING = frozenset(["(", "[", "{", r"\{", r"\begin"])
+_CLOSING = frozenset([")", "]", "}", r"\}", r"\end"])
+_WITH_BASE = re.compile(r"(?<![\\A-Za-z0-9.])([0-9][0-9A-Z]*)_\{([0-9]+)\}")
 
 _TOKEN = re.compile(r"(?s)\\[A-Za-z]+|\\.|\S")
 _DEGREES = re.compile(r"\^\s*(?:\{\s*\\(?:circ|degree)\s*\}|\\(?:circ|degree)(?![A-Za-z]))")
@@ -76,8 +92,8 @@ _FRACTION = re.compile(rf"([+-]?)([0-9]{{0,64}})\\frac\{{([+-]?{_PLAIN})\}}\{{([
 
 def boxed_answer(text: str) -> str | None:
     """The answer in the last box of `text`, in normal form; None if there is none."""
-    boxed = _boxed(text)
-    return None if boxed is None else _normal(boxed)
+    answer = boxed(text)
+    return None if answer is None else _normal(answer)
 
 
 def loose_answer(text: str) -> str | None:
@@ -92,34 +108,41 @@ def grade(response: str, gold: str) -> dict[str, bool]:
     """
     reference = _reference(gold)
     answer = boxed_answer(response)
-    value = _value(answer)
+    value = value_of(answer)
     return {
         "boxed": answer == reference,
-        "numeric": value is not None and value == _value(reference),
-        "loose": (answer or _said_answer(response)) == reference,
+        "numeric": value is not None and value == value_of(reference),
+        "loose": (answer or _said_answer(response)) == reference
+        or _is_same_list(_boxes(response) or _said(response), _boxes(gold) or gold),
     }
 
 
-def score(
-    responses: list[str], golds: list[str], truncated: list[bool] | None = None
-) -> tuple[dict, list[dict]]:
-    """(summary, per_row): `n`, the accuracy in [0, 1] by each rule, and counts.
+def is_right_symbolically(response: str, gold: str) -> bool | None:
+    """Whether `response` is right by `symbolic`; None where a limit cut the comparison off.
 
-    `unparsed` counts responses without a boxed answer, `truncated` those cut by the token limit:
-    both stay in the denominator. A row holds what `grade` returns and `answer`, the boxed one in
-    normal form or None.
+    Raises `UserError` as `grade` does, and where math-verify cannot be had.
     """
-    return tally(grade, boxed_answer, responses, golds, truncated)
+    if grade(response, gold)["loose"]:
+        return True
+    answer, reference = _boxes(response), _boxes(gold) or gold
+    bases = [_bases(text) for text in (answer, reference)]
+    if not response.strip() or all(bases) and bases[0] != bases[1]:
+        return False  # the library takes 12_3 for 12_4
+    is_formula = _boxes(gold) is None and any(mark in gold for mark in ("$", r"\(", r"\["))
+    return symbolic.same(
+        gold if is_formula else rf"\boxed{{{reference}}}",
+        # Without a box, what the library finds at the end: the last formula or number.
+        response[-_LONGEST:] if answer is None else rf"\boxed{{{answer}}}",
+    )
 
 
 def gold_of(row: dict) -> str:
     r"""The gold of a row: its `label` or `answer`, else what `solution` or first `output` boxes."""
-    for field in ("label", "answer"):
-        gold = field_text(row.get(field))
-        if gold is not None:
-            return gold
-    for field in ("solution", "output"):
-        gold = _boxed(field_text(row.get(field)) or "")
+    gold = first_gold(row)
+    if gold is not None:
+        return gold
+    for field in ("solution", "Solution", "output"):
+        gold = boxed(field_text(row.get(field)) or "")
         if gold is not None:
             return gold
     raise UserError(
@@ -128,31 +151,115 @@ def gold_of(row: dict) -> str:
     )
 
 
-def _boxed(text: str) -> str | None:
+def boxed(text: str) -> str | None:
     r"""What the last box holds, if it is whole; of `\boxed 5` what follows in its formula."""
-    box = _LAST_BOX.match(text)
+    box = _last_box(text)
+    return None if box is None else box[0]
+
+
+def _last_box(text: str, start: int = 0, end: int | None = None) -> tuple[str, int, int] | None:
+    """(what it holds, where it begins, where it ends) of the last box in text[start:end]."""
+    end = len(text) if end is None else end
+    box = _LAST_BOX.match(text, start, end)
     if box is None:
         return None
-    rest = text[box.end() : box.end() + _LONGEST + 2].lstrip()
+    rest = text[box.end() : min(box.end() + _LONGEST + 2, end)]
+    spaces = len(rest) - len(rest := rest.lstrip())
     if not rest.startswith("{"):
-        return _END_OF_BARE_BOX.split(rest, maxsplit=1)[0]
+        content = _END_OF_BARE_BOX.split(rest, maxsplit=1)[0]
+        return content, box.start(1), box.end() + spaces + len(content)
     # to the brace that closes it; an escaped one, \{, is a sign like others
     depth = 0
     for brace in _BRACE.finditer(rest):
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
         if depth == 0 and brace[0] == "}":
-            return rest[1 : brace.start()]
+            return rest[1 : brace.start()], box.start(1), box.end() + spaces + brace.end()
     return None
 
 
+def _boxes(text: str) -> str | None:
+    """What the last box holds, after what boxes just before it do, with commas between them."""
+    box = _last_box(text)
+    if box is None:
+        return None
+    contents, begin = [box[0]], box[1]
+    while len(contents) < _MOST_BOXES:
+        earlier = _last_box(text, max(0, begin - 2 * _NEAR), begin)
+        if earlier is None or not _BETWEEN_BOXES.fullmatch(text, earlier[2], begin):
+            break
+        contents.append(earlier[0])
+        begin = earlier[1]
+    return ", ".join(reversed(contents))
+
+
 def _said_answer(text: str) -> str | None:
-    """What follows the last marker, to the end of its sentence or line, in normal form; or None."""
+    """What is said to be the answer, in normal form; or None."""
+    said = _said(text)
+    return None if said is None else _normal(said)
+
+
+def _said(text: str) -> str | None:
+    """What follows the last marker, to the end of its sentence or line; or None."""
     text = text[-_SCANNED:]
     markers = list(_SAYS.finditer(text))
     if not markers:
         return None
     answer = text[markers[-1].end() :].partition("\n")[0].partition(". ")[0]
-    return _normal(answer.lstrip(" \t:*").rstrip(" \t\r.*"))
+    return answer.lstrip(" \t:*").rstrip(" \t\r.*")
+
+
+def _is_same_list(answer: str | None, gold: str) -> bool:
+    """Whether both hold the same answers, in any order; one of them may write a number's base."""
+    answers, golds = _items(answer or ""), _items(gold)
+    if not answers or len(answers) != len(golds):
+        return False
+    left = [_item(gold) for gold in golds]
+    for item in map(_item, answers):
+        found = next((other for other in left if _is_same_item(item, other)), None)
+        if found is None:
+            return False
+        left.remove(found)
+    return True
+
+
+def _items(text: str) -> list[str]:
+    r"""The answers in a text: between commas and words outside brackets, and inside `\{...\}`."""
+    if len(text) > _LONGEST:
+        return []
+    normal = _normal(_AND.sub(",", text)) or ""
+    items = _between_commas(normal)
+    if len(items) == 1 and normal.startswith(r"\{") and normal.endswith(r"\}"):
+        items = _between_commas(normal[2:-2])
+    return [item for item in items if item]  # 1, 2, and 3 has nothing between , and "and"
+
+
+def _between_commas(normal: str) -> list[str]:
+    """A normal form, cut at its commas outside brackets."""
+    items, depth = [""], 0
+    for token in re.findall(r"(?s)\\[A-Za-z]+ ?|\\.|.", normal):
+        depth += (token in _OPENING) - (token in _CLOSING)
+        if token == "," and depth == 0:
+            items.append("")
+        else:
+            items[-1] += token
+    return items
+
+
+def _item(text: str) -> str:
+    """One of several answers in normal form, with its name if it has one: x=1 is not y=1."""
+    return text if "=" in text else _normal(text) or text
+
+
+def _is_same_item(one: str, other: str) -> bool:
+    if one == other:
+        return True
+    bases = [_WITH_BASE.fullmatch(item) for item in (one, other)]
+    return any(base and base[1] == item for base, item in zip(bases, (other, one)))
+
+
+def _bases(text: str | None) -> list[str]:
+    """The bases of the numbers in an answer that have one."""
+    return sorted(base for _, base in _WITH_BASE.findall(_normal(text or "") or ""))
 
 
 def _reference(gold: str) -> str:
@@ -331,7 +438,7 @@ def _joined(tokens: list[str]) -> str:
     return "".join(parts)
 
 
-def _value(answer: str | None) -> Fraction | None:
+def value_of(answer: str | None) -> Fraction | None:
     """The value of a number, a fraction or a mixed number, in normal form; None of all else."""
     answer = answer or ""
     if number := _NUMBER.fullmatch(answer):
@@ -350,8 +457,8 @@ def _value(answer: str | None) -> Fraction | None:
 TASK = Task(
     name="MATH",
     grade=grade,
-    score=score,
+    answer_of=boxed_answer,
     gold_of=gold_of,
-    stop=("Problem:", "Question:", "</s>", "<|im_end|>"),
     metric="boxed",
+    symbolic=is_right_symbolically,
 )

@@ -1,37 +1,49 @@
-"""What every task's `score` and `gold_of` share: the counting, and reading a gold from a field."""
+"""What every task shares: the counting, and reading a gold from a row's fields."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 from src.errors import UserError
 
+GOLD_FIELDS = ("label", "answer", "final_answer", "Answer")  # of data sets, in this order
 
-def tally(
-    grade: Callable[[str, str], dict[str, bool]],
-    answer_of: Callable[[str], str | None],
-    responses: list[str],
-    golds: list[str],
+
+def summarize(
+    verdicts: Sequence[dict[str, bool | None]],
+    answers: list[str | None],
     truncated: list[bool] | None = None,
 ) -> tuple[dict, list[dict]]:
-    """(summary, per_row): the accuracy in [0, 1] by each of `grade`'s rules, and counts.
+    """(summary, per_row): the accuracy in [0, 1] by each rule, and counts.
 
-    The counts are `n`, `unparsed` and `truncated`. A row holds what `grade` returns, and as
-    `answer` what `answer_of` finds: without one it counts as unparsed.
+    verdicts: by each rule, of each response; None where a limit cut the comparison off, which
+    counts as not right. answers: what was found in the response, or None. truncated: whether the
+    token limit cut it. The counts are `n`, `unparsed`, `truncated`, and with a symbolic rule
+    `cut_off`; nothing leaves the denominator. A row holds what each rule says, and `answer`.
     """
-    if len(responses) != len(golds) or truncated is not None and len(truncated) != len(responses):
+    if len(answers) != len(verdicts) or truncated is not None and len(truncated) != len(verdicts):
         raise ValueError(
-            f"{len(responses)} responses, {len(golds)} golds, "
+            f"{len(verdicts)} verdicts, {len(answers)} answers, "
             f"{'no' if truncated is None else len(truncated)} truncation flags"
         )
-    if not responses:
+    if not verdicts:
         raise UserError("there is nothing to score: 0 responses")
-    graded = [grade(response, gold) for response, gold in zip(responses, golds)]
-    rows = [{**right, "answer": answer_of(response)} for right, response in zip(graded, responses)]
-    n = len(rows)
-    summary = {"n": n} | {rule: sum(right[rule] for right in graded) / n for rule in graded[0]}
-    summary["unparsed"] = sum(row["answer"] is None for row in rows)
+    n, rules = len(verdicts), list(verdicts[0])
+    rows: list[dict[str, Any]] = [
+        {**{rule: bool(right[rule]) for rule in rules}, "answer": answer}
+        for right, answer in zip(verdicts, answers)
+    ]
+    summary: dict[str, Any] = {"n": n}
+    summary |= {rule: sum(row[rule] for row in rows) / n for rule in rules}
+    summary["unparsed"] = sum(answer is None for answer in answers)
     summary["truncated"] = sum(truncated or [])
+    if "symbolic" in rules:
+        summary["cut_off"] = sum(right["symbolic"] is None for right in verdicts)
     return summary, rows
+
+
+def first_gold(row: dict, fields: tuple[str, ...] = GOLD_FIELDS) -> str | None:
+    """The text or number of the first of the fields that has one, as text; None if none has."""
+    return next((gold for field in fields if (gold := field_text(row.get(field)))), None)
 
 
 def field_text(value: Any) -> str | None:

@@ -2,16 +2,20 @@
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+
+import torch.distributed as dist
 
 from src.data.rows import write_json, write_jsonl
 from src.data.tokenizer import Tokenizer
+from src.evaluation.scoring import summarize
 from src.evaluation.tasks import Task
 from src.generation.engine import Engine, Stop
 from src.generation.journal import Journal, generate_all
-from src.generation.responses import cut_at
 from src.generation.sampling import Sampling
 from src.logs import RunLog
+from src.parallel.setup import Parallel, agreed
 
 
 def evaluate_solver(
@@ -24,20 +28,23 @@ def evaluate_solver(
     log: RunLog,
     num_samples: int = 1,
     journal: Journal | None = None,
+    stop_strings: tuple[str, ...] = (),
 ) -> tuple[dict, list[dict]]:
     """(summary, predictions): accuracies by each rule on one set of generations, a row per answer.
 
     With several samples of each question the accuracy is that of all of them, and pass@k and maj@n
-    stand beside it.
+    stand beside it. stop_strings: what ends a response beside the task's own.
     """
     prompts = [
         prompt for prompt in map(tokenizer.prompt_ids, instructions) for _ in range(num_samples)
     ]
-    stop = Stop(tokenizer.stop_ids, task.stop, tokenizer.decode)
+    stop = Stop(tokenizer.stop_ids, (*task.stop, *stop_strings), tokenizer.decode)
     completions = generate_all(engine, prompts, sampling, stop, log, task.name, journal)
-    texts = [cut_at(tokenizer.decode(completion.tokens), task.stop) for completion in completions]
+    texts = [tokenizer.decode(completion.tokens) for completion in completions]
     truncated = [completion.stop_reason == "length" for completion in completions]
-    return graded(task, instructions, golds, texts, truncated, num_samples)
+    return graded(
+        task, instructions, golds, texts, truncated, num_samples, stop_strings, engine.parallel
+    )
 
 
 def graded(
@@ -47,19 +54,47 @@ def graded(
     texts: list[str],
     truncated: list[bool] | None = None,
     num_samples: int = 1,
+    stop_strings: tuple[str, ...] = (),
+    parallel: Parallel | None = None,
 ) -> tuple[dict, list[dict]]:
-    """`evaluate_solver` for texts that are there already, the samples of a question in a row."""
+    """`evaluate_solver` for texts that are there already, the samples of a question in a row.
+
+    truncated: which of them the token limit cut, if that is known; what goes on with another
+    question was not, since it is read to its own end. parallel: ranks that share the work.
+    """
     golds, instructions = (
         [value for value in values for _ in range(num_samples)] for values in (golds, instructions)
     )
-    summary, rows = task.score(texts, golds, truncated)
+    answers = [task.read(text, stop_strings) for text in texts]
+    if truncated is not None:
+        truncated = [cut and len(text) == len(t) for cut, text, t in zip(truncated, texts, answers)]
+    verdicts = _shared_out(lambda i: task.verdicts(answers[i], golds[i]), len(answers), parallel)
+    summary, rows = summarize(verdicts, [task.answer_of(text) for text in answers], truncated)
     predictions = [
         {"index": i // num_samples, "instruction": instruction, "output": text, "gold": gold, **row}
-        for i, (instruction, text, gold, row) in enumerate(zip(instructions, texts, golds, rows))
+        for i, (instruction, text, gold, row) in enumerate(zip(instructions, answers, golds, rows))
     ]
+    for prediction, is_cut in zip(predictions, truncated or []):
+        prediction["truncated"] = is_cut
     if num_samples > 1:
         summary |= of_samples([(row["answer"], row[task.metric]) for row in rows], num_samples)
     return {"task": task.name, "accuracy": summary[task.metric], **summary}, predictions
+
+
+def _shared_out(
+    verdicts_of: Callable[[int], dict[str, bool | None]], n: int, parallel: Parallel | None
+) -> list[dict[str, bool | None]]:
+    """The verdicts 0 … n − 1, of which each rank finds its share and gets all.
+
+    So no two ranks can differ over a comparison that a limit cut off.
+    """
+    if parallel is None:
+        return [verdicts_of(i) for i in range(n)]
+    rank, size = parallel.rank, parallel.world_size
+    own = agreed(lambda: [verdicts_of(i) for i in range(rank, n, size)])
+    shares: list[list[dict[str, bool | None]]] = [[] for _ in range(size)]
+    dist.all_gather_object(shares, own)
+    return [shares[i % size][i // size] for i in range(n)]
 
 
 def of_samples(answers: list[tuple[str | None, bool]], n: int) -> dict[str, float]:
@@ -104,6 +139,8 @@ def headline(summary: dict) -> str:
         f"{name} {100 * value:.1f} %" for name, value in summary.items() if isinstance(value, float)
     )
     counts = ", ".join(
-        f"{summary[name]} {name}" for name in ("unparsed", "truncated") if name in summary
+        f"{summary[name]} {name.replace('_', ' ')}"
+        for name in ("unparsed", "truncated", "cut_off")
+        if name in summary
     )
     return f"{summary['task']}, {summary['n']} problems: {shares}; {counts}"

@@ -1,22 +1,37 @@
 """The tasks that a model can be evaluated on or trained for: another task is another entry."""
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from src.data.rows import LABEL, TEXT, TEXTS, Rows, read_rows
 from src.errors import UserError
-from src.evaluation import gsm8k, math
+from src.evaluation import gsm8k, math, symbolic
+from src.evaluation.scoring import GOLD_FIELDS
 from src.evaluation.task import Task
 
 TASKS = {task.name: task for task in (gsm8k.TASK, math.TASK)}
+# What the question is called in data sets' own files: ours, GSM8K's, MATH's, AIME's.
+QUESTION_FIELDS = ("instruction", "question", "problem", "Problem")
 
 
-def find_task(name: str) -> Task:
-    """The task called `name`; `UserError` with the nearest name otherwise."""
-    if name in TASKS:
-        return TASKS[name]
-    near = difflib.get_close_matches(str(name).upper(), TASKS, n=1, cutoff=0.0)
-    raise UserError(f"unknown task {name!r}; did you mean {near[0]!r}? Known: {', '.join(TASKS)}")
+def find_task(name: str, rule: str | None = None) -> Task:
+    """The task called `name`, by its own metric or by `rule`.
+
+    Raises `UserError` where there is no such task, with the nearest name, or no such rule.
+    """
+    if name not in TASKS:
+        near = difflib.get_close_matches(str(name).upper(), TASKS, n=1, cutoff=0.0)
+        raise UserError(
+            f"unknown task {name!r}; did you mean {near[0]!r}? Known: {', '.join(TASKS)}"
+        )
+    task = TASKS[name]
+    if task.symbolic is not None:
+        symbolic.check_installed()
+    if rule is None:
+        return task
+    if rule not in task.rules:
+        raise UserError(f"--rule {rule}: {name} has {', '.join(task.rules)}")
+    return replace(task, metric=rule)
 
 
 @dataclass(frozen=True)
@@ -29,25 +44,30 @@ class LabelledRows:
     golds: list[str]
 
 
-def read_labels(task_name: str, label_file: str) -> LabelledRows:
-    """A task's label file.
+def read_labels(task_name: str, label_file: str, rule: str | None = None) -> LabelledRows:
+    """A task's label file; rule: what counts as its accuracy, the task's own metric if not given.
 
-    Rows are `{"instruction", "label"}` as `dataset/build.py` writes them, or the official files'.
+    Rows are `{"instruction", "label"}` as `dataset/build.py` writes them, or the official files':
+    GSM8K's `question` and `answer`, MATH's `problem` and `solution`, MATH-500's with `answer`.
     """
-    task = find_task(task_name)
+    task = find_task(task_name, rule)
     fields = {
-        "instruction": TEXT,
-        "question": TEXT,
-        "label": LABEL,
-        "output": TEXTS,
-        "answer": TEXT,
+        **dict.fromkeys(QUESTION_FIELDS, TEXT),
+        **dict.fromkeys(GOLD_FIELDS, LABEL),
+        **dict.fromkeys(("output", "solution", "Solution"), TEXTS),
     }
     rows = read_rows(label_file, {}, fields)
-    instructions = [row.get("instruction") or row.get("question") for row in rows]
-    if None in instructions:
-        number = instructions.index(None)
-        raise UserError(f'{label_file}: row {number} (from 0) has no "instruction" (or "question")')
-    golds = [task.gold_of(row) for row in rows]
-    for gold in golds:  # one that the rules cannot read is refused here, not after an epoch
-        task.grade("", gold)
-    return LabelledRows(task, rows, [text for text in instructions if text is not None], golds)
+    instructions, golds = [], []
+    for number, row in enumerate(rows):
+        question = next((row[field] for field in QUESTION_FIELDS if field in row), None)
+        try:
+            if question is None:
+                names = ", ".join(f'"{field}"' for field in QUESTION_FIELDS)
+                raise UserError(f"has none of {names}; it has {sorted(row)}")
+            gold = task.gold_of(row)
+            task.grade("", gold)  # one that the rules cannot read is refused here
+        except UserError as error:
+            raise UserError(f"{label_file}: row {number} (from 0): {error}") from None
+        instructions.append(question)
+        golds.append(gold)
+    return LabelledRows(task, rows, instructions, golds)

@@ -18,7 +18,7 @@ from src.logs import RunLog
 from src.models.transformer import Transformer
 from src.parallel.setup import Parallel
 from src.settings.declaration import Settings, flat
-from src.settings.training import EvaluationSettings
+from src.settings.training import EvaluationSettings, RuledEvaluationSettings
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class SolverEvaluation:
 
     @classmethod
     def read(
-        cls, settings: EvaluationSettings, max_new_tokens: int, max_seq_len: int
+        cls, settings: RuledEvaluationSettings, max_new_tokens: int, max_seq_len: int
     ) -> "SolverEvaluation":
         """Read the label file. Raises UserError for it, and for a metric that there is not."""
         data = None
         if settings.task is not None and settings.label_file is not None:
-            data = read_labels(settings.task, settings.label_file)
+            data = read_labels(settings.task, settings.label_file, settings.rule)
         evaluation = cls(data, settings.eval_batch_size, max_new_tokens, max_seq_len)
         check_metric(settings.keep_best, evaluation.metrics)
         return evaluation
@@ -50,7 +50,7 @@ class SolverEvaluation:
     @property
     def metrics(self) -> tuple[str, ...]:
         """What `run` returns."""
-        return () if self.data is None else ("accuracy", *self.data.task.grade("", "0"))
+        return () if self.data is None else ("accuracy", *self.data.task.rules)
 
     def run(
         self,

@@ -61,7 +61,8 @@ class PPOInputs:
         evaluation = SolverEvaluation.read(settings.evaluation, max_new_tokens, max_seq_len)
         rule = None
         if "rule" in settings.rewards.names:
-            rule = find_task(settings.evaluation.task or "GSM8K")
+            rule = find_task(settings.evaluation.task or "GSM8K", settings.evaluation.rule)
+
         # Rows.
         train_file, ptx_file = settings.prompts.train_file, settings.pretraining.ptx_file
         reward_file = settings.rewards.reward_file

@@ -23,9 +23,9 @@ from src.settings.generation import GenerationSettings
 from src.settings.model import PackedBatchSettings, TextModelSettings
 from src.settings.run import DegreeOfRole, DryRunSettings, TrainingRunSettings
 from src.settings.training import (
-    EvaluationSettings,
     LoRASettings,
     OptimizerSettings,
+    RuledEvaluationSettings,
     SavingSettings,
 )
 
@@ -124,7 +124,7 @@ def idle_flags(settings: Settings, names: tuple[str, ...], why: str) -> Iterator
 
 
 @dataclass(frozen=True, kw_only=True)
-class PolicyEvaluationSettings(EvaluationSettings):
+class PolicyEvaluationSettings(RuledEvaluationSettings):
     """Evaluation before the first step, and after each epoch or as --eval_every says."""
 
     def problems(self) -> Iterator[str]:

@@ -6,7 +6,6 @@ from typing import Annotated, Any, Literal
 
 from src.settings.declaration import CONTENT, MAY_CHANGE, AtLeast, Bounds, Settings
 from src.settings.generation import (
-    DecodingSettings,
     MaxNewTokens,
     SoftmaxSettings,
     StoppedDecodingSettings,
@@ -27,6 +26,7 @@ from src.settings.training import (
     ModelSavingSettings,
     OptimizerSettings,
     Quantize,
+    Rule,
     TaskEvaluationSettings,
 )
 
@@ -169,11 +169,13 @@ class TaskRowSettings(Settings):
     """The task and the results."""
 
     task: Annotated[str, "what to evaluate on: GSM8K or MATH"]
+    rule: Rule = None
     label_file: Annotated[
         str,
         CONTENT,
         'the task\'s rows: "instruction" and "label", as dataset/build.py writes them, or the '
-        "official files'",
+        'official files\': "question" and "answer" (GSM8K), "problem" and "solution" or "answer" '
+        "(MATH, MATH-500)",
     ]
     log_dir: Annotated[str, MAY_CHANGE, "for results.json and predictions.jsonl"]
     prediction_file: Annotated[
@@ -188,7 +190,7 @@ class SolverEvaluateSettings(Settings):
     rows: TaskRowSettings
     model: EvaluatedModelSettings = EvaluatedModelSettings()
     batches: BatchSettings = BatchSettings(max_batch_size=384)
-    generation: DecodingSettings = DecodingSettings(temperature=0.0)
+    generation: StoppedDecodingSettings = StoppedDecodingSettings(temperature=0.0)
     weights: WeightSettings = WeightSettings()
     run: RunSettings = RunSettings()
 

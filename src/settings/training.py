@@ -165,8 +165,28 @@ class EvaluationSettings(Settings):
             )
 
 
+Rule = Annotated[
+    str | None,
+    "which of the task's rules is the accuracy, and in PPO the reward: official, strict_match, "
+    "flexible_extract or numeric of GSM8K; boxed, numeric, loose or symbolic of MATH; each task's "
+    "first when not given",
+]
+
+
 @dataclass(frozen=True, kw_only=True)
-class TaskEvaluationSettings(EvaluationSettings):
+class RuledEvaluationSettings(EvaluationSettings):
+    """Evaluation before the first step, and after each epoch or as --eval_every says."""
+
+    rule: Rule = None
+
+    def problems(self) -> Iterator[str]:
+        if self.rule is not None and self.task is None:
+            yield f"--rule {self.rule}: has no effect without --task"
+        yield from super().problems()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskEvaluationSettings(RuledEvaluationSettings):
     """Evaluation before the first step, and after each epoch or as --eval_every says."""
 
     def problems(self) -> Iterator[str]:

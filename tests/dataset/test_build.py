@@ -384,6 +384,25 @@ def test_pairs_put_right_samples_against_wrong_ones(samples, tmp_path, capsys):
     ]
 
 
+def test_pairs_go_by_the_task_s_rule_or_another(tmp_path):
+    train = [{"instruction": "q", "output": r"\boxed{\frac12}", "label": r"\frac12"}]
+    texts = [r"\boxed{1/2}", r"\boxed{0.50}", r"\boxed{3}" + "\n\nProblem: \\boxed{1/2}"]
+    files = (
+        write_lines(tmp_path / "train.jsonl", train),
+        write_lines(tmp_path / "p.jsonl", [{"index": 0, "output": text} for text in texts]),
+        str(tmp_path / "pairs.json"),
+    )
+    for rule, n_right in ((None, 1), ("numeric", 2), ("symbolic", 2)):
+        build.pairs(*files, task="MATH", rule=rule, max_per_side=3)
+        assert read_verifier_rows(files[2]) == [
+            {"instruction": "q", "chosen": texts[:n_right], "rejected": texts[n_right:]}
+        ]
+    with pytest.raises(UserError, match="row 0 .*gold answer.*GSM8K needs one"):
+        build.pairs(*files)
+    with pytest.raises(UserError, match="--rule official: MATH has boxed, "):
+        build.pairs(*files, task="MATH", rule="official")
+
+
 def test_pairs_refuse_what_fits_nothing(samples, tmp_path):
     train, _ = samples
     out = str(tmp_path / "pairs.json")

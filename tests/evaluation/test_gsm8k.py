@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from src.errors import UserError
-from src.evaluation.gsm8k import RULES, extract, gold_of, grade, score
+from src.evaluation.gsm8k import RULES, extract, gold_of, grade
+from src.evaluation.scoring import summarize
 from src.evaluation.tasks import TASKS, find_task
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
@@ -42,7 +43,8 @@ real_data = pytest.mark.skipif(
         ("#### 18\n#### 20", "18", True, True, False, True),  # first match against last
         ("#### 18, all in all", "18", True, True, True, True),  # "18," loses its comma
         ("I paid 18 . . .", "18", False, False, True, True),  # a lone "." is no number
-        ("18 ...", "18", False, False, False, False),  # three of them: the harness' last "number"
+        # three of them are the harness' last "number"; by value they are none
+        ("18 ...", "18", False, False, False, True),
         ("7", "7", False, False, True, True),  # one digit: the second group of the pattern
         ("", "18", False, False, False, False),
         ("no idea", "18", False, False, False, False),
@@ -58,10 +60,56 @@ def test_rules(response, gold, official, strict, flexible, numeric):
     }
 
 
+WRITTEN = [
+    # in a formula, in bold, in a sentence, with signs of money and units
+    (r"Adding up gives $\boxed{18}$.", "18"), (r"it is $18$, i.e. \$18 ($$).", "18"),
+    (r"\(18\).", "18"), (r"\[ 18 \]", "18"), ("$$18$$", "18"), ("18, $.", "18"), ("**18**", "18"),
+    ("**$18**.", "18"), ("_18_", "18"), ("= 18", "18"), ("18%", "18"), (r"18\%", "18"),
+    (r"\text{18}", "18"), (r"\mathbf{18}", "18"), (r"\boxed{18\text{ dollars}}", "18"),
+    (r"\boxed{x = 18}", "18"), (r"\boxed{\$18.00}", "18"), ("She pays 18 dollars", "18"),
+    ("18 cm^2", "18"), ("18 m^{2}.", "18"), ("x_1 = 18", "18"), ("€18", "18"), ("18€", "18"),
+    ("US$18", "18"), ("Rs18", "18"), ("18/day", "18"), ("```\n18\n```", "18"), ("18", "18.0"),
+    ("<<9*2=18>>18", "18"), (r"\boxed{\text{eighteen}}, 18", "18"), (r"\boxed{18", "18"),
+    # the box before the last number, the mark before the box
+    (r"\boxed{18}, for 3 days", "18"), ("#### 18\n\\boxed{3}", "18"), ("#### **18** of 20", "18"),
+    ("#### $18\nI used 3 steps", "18"), (r"#### \boxed{18} of 20", "18"), ("####18 of 20", "18"),
+    ("#### Final Answer\n18 eggs", "18"),
+    # thousands, points, fractions
+    (r"\$1,800", "1800"), ("1{,}800", "1800"), (r"1\,800", "1800"), (r"1,\!800", "1800"),
+    ("1 800", "1800"), ("1\u202f800", "1800"), ("1’800", "1800"), ("1,800.00", "1800"),
+    ("10 000 000", "10000000"), (r"\boxed{1{,}800}", "1800"), (r"\frac{36}{2}", "18"),
+    (r"\boxed{\dfrac{36}{2}}", "18"), ("36/2", "18"), ("1/2", "0.5"), ("3 1/2", "3.5"),
+    # signs
+    ("−5", "-5"), ("it is −5 degrees", "-5"), ("–5", "-5"), ("-$5", "-5"), (r"-\$5", "-5"),
+    ("$-5$", "-5"), ("x=-5", "-5"), ("(−5)", "-5"), (r"\boxed{−5}", "-5"), ("#### −5", "-5"),
+    (r"-\frac{1}{2}", "-0.5"), ("10-5", "5"), ("2–5", "5"), ("5 - 3", "3"),
+]  # fmt: skip
+ANOTHER = [
+    ("1/2", "2"), ("1/2", "1"), ("10-5", "-5"), ("18 cm^2", "2"), ("x_18", "18"), ("1 800", "800"),
+    ("1,800", "800"), ("−5", "5"), ("-$5", "5"), (r"\boxed{19}, not 18", "18"), ("1/0", "1"),
+    ("#### 19, not 18", "18"), ("10^18", "18"), ("eighteen", "18"), ("1e18", "1000"), ("$", "0"),
+    ("9" * 40, "9" * 18), (r"\frac{18}{0}", "18"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "response, gold, right",
+    [(*pair, True) for pair in WRITTEN] + [(*pair, False) for pair in ANOTHER],
+)
+def test_numeric_takes_a_number_however_people_write_it(response, gold, right):
+    assert grade(response, gold)["numeric"] is right
+    assert grade(f"First 7 and 12.5.\nSo: {response}\n", gold)["numeric"] is right
+
+
 def test_extract_gives_the_compared_form_or_none():
     text = "9 + 9 = 18\n#### 1,018. or $7."
     assert [extract(rule, text) for rule in RULES] == ["1018.", "1018", "7"]
     assert [extract(rule, "none") for rule in RULES] == [None] * 3
+
+
+def score(responses, golds, truncated=None):
+    verdicts = [grade(response, gold) for response, gold in zip(responses, golds)]
+    return summarize(verdicts, [extract("official", text) for text in responses], truncated)
 
 
 def harness(response: str, gold: str, pattern: str, which: int) -> bool:
@@ -160,8 +208,8 @@ def test_scores_keep_every_response_in_the_denominator():
 def test_score_refuses_what_cannot_be_scored():
     with pytest.raises(UserError, match="0 responses"):
         score([], [])
-    with pytest.raises(ValueError, match="1 responses, 2 golds"):
-        score(["a"], ["1", "2"])
+    with pytest.raises(ValueError, match="1 verdicts, 2 answers"):
+        summarize([{"official": True}], ["1", "2"])
     with pytest.raises(ValueError, match="2 truncation flags"):
         score(["a"], ["1"], [True, False])
 
@@ -175,6 +223,9 @@ def test_score_refuses_what_cannot_be_scored():
         ({"label": 0.5}, "0.5"),
         ({"question": "q", "answer": "a\n#### 3"}, "a\n#### 3"),
         ({"output": ["#### 4"]}, "#### 4"),
+        ({"question": "q", "answer": 3}, "3"),
+        ({"problem": "q", "final_answer": "3"}, "3"),
+        ({"Problem": "q", "Answer": 3.0}, "3"),
     ],
 )
 def test_gold_of_a_row(row, gold):
@@ -196,7 +247,13 @@ def test_gold_label_may_be_written_with_a_dollar():
 def test_tasks_are_data_and_an_unknown_one_names_the_nearest():
     task = find_task("GSM8K")
     assert task is TASKS["GSM8K"] and task.metric in task.grade("#### 1", "1")
-    assert "Question:" in task.stop
-    assert task.metric in task.score(["#### 1"], ["1"])[0]
+    assert task.rules == (*RULES, "numeric") == tuple(task.verdicts("#### 1", "1"))
     with pytest.raises(UserError, match="did you mean 'GSM8K'"):
         find_task("gsm8")
+
+
+def test_another_rule_may_be_the_headline():
+    task = find_task("GSM8K", "numeric")
+    assert not find_task("GSM8K").is_right("it is $18$", "18") and task.is_right("it is $18$", "18")
+    with pytest.raises(UserError, match="--rule symbolic: GSM8K has official, .*numeric"):
+        find_task("GSM8K", "symbolic")

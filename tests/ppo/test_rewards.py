@@ -9,7 +9,7 @@ import torch
 
 from src.errors import UserError
 from src.evaluation.tasks import find_task
-from src.ppo.rewards import RewardFailed
+from src.ppo.rewards import RewardFailed, rule
 from src.ppo.rewards.file import ROWS_AT_ONCE, FileReward, UserScore, load_score
 from src.ppo.rewards.format import FormatReward
 from src.ppo.rewards.length import LengthReward
@@ -92,11 +92,33 @@ def test_the_rule_s_reward_is_the_grader_s():
         find_task("GSM8K"),
         {7: "so #### 12", 8: "it is 12", 9: "#### 13", 10: "Question: 6 + 6? #### 12"},
     )
-    got = RuleReward(task, telling(texts))(buffer_of([[7, EOS], [8], [9, EOS], [10]], gold="12"))
-    assert got.tolist() == [
-        float(task.grade(text.split("Question:")[0], "12")[task.metric]) for text in texts.values()
-    ]
-    assert got.tolist() == [1.0, 0.0, 0.0, 0.0] and got.dtype == torch.float32
+    buffer = buffer_of([[7, EOS], [8], [9, EOS], [10]], gold="12")
+    got = RuleReward(task, telling(texts))(buffer)
+    assert got.tolist() == [float(task.grade(t, "12")[task.metric]) for t in texts.values()]
+    assert got.tolist() == [1.0, 0.0, 0.0, 1.0] and got.dtype == torch.float32
+    numeric = RuleReward(find_task("GSM8K", "numeric"), telling(texts))(buffer)
+    assert numeric.tolist() == [1.0, 1.0, 0.0, 1.0]
+
+
+def test_what_follows_the_answer_earns_nothing():
+    texts = {7: "the answer is 12\n\nQuestion: 1 + 1?\n#### 2", 8: "Q: 1 + 1?\n#### 2"}
+    got = RuleReward(find_task("GSM8K"), telling(texts))(buffer_of([[7], [8]], gold="2"))
+    assert got.tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_the_ranks_of_a_model_share_the_grading(size, monkeypatch):
+    """Each grades its rows alone, and the sum is what one rank gives."""
+    texts = {7: "#### 12", 8: "it is 12", 9: "#### 13", 10: "#### 12"}
+    buffer = buffer_of([[i] for i in texts], gold="12")
+    monkeypatch.setattr(rule, "agreed", lambda find: find())
+    parts = []
+    monkeypatch.setattr(rule.dist, "all_reduce", lambda scores, group: parts.append(scores))
+    for rank in range(size):
+        ranks = SimpleNamespace(mp_rank=rank, mp_size=size, mp_group=None)
+        RuleReward(find_task("GSM8K"), telling(texts), ranks)(buffer)
+    assert torch.stack(parts).sum(0).tolist() == [1.0, 0.0, 0.0, 1.0]
+    assert all(part[i] == 0 for r, part in enumerate(parts) for i in range(4) if i % size != r)
 
 
 def test_the_format_s_reward_is_one_where_the_pattern_is_found():

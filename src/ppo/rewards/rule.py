@@ -1,34 +1,46 @@
 """A task's own grader as a reward."""
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from src.data.tokenizer import Tokenizer
 from src.evaluation.task import Task
-from src.generation.responses import cut_at
+from src.parallel.setup import Parallel, agreed
 from src.ppo.buffer import RolloutBuffer
 from src.ppo.rewards import RewardInputs
 
 
 class RuleReward:
-    """1 when the task's grader finds the answer right, else 0 (a reward of 0 is a reward)."""
+    """1 when the task's grader finds the answer right, else 0 (a reward of 0 is a reward).
+
+    The ranks of a model share the work, so that none can differ from another.
+    """
 
     name = "rule"
 
-    def __init__(self, task: Task, tokenizer: Tokenizer) -> None:
-        self.task, self.tokenizer = task, tokenizer
+    def __init__(self, task: Task, tokenizer: Tokenizer, parallel: Parallel | None = None) -> None:
+        self.task, self.tokenizer, self.parallel = task, tokenizer, parallel
 
     def __call__(self, buffer: RolloutBuffer) -> Tensor:
-        task = self.task
-        # As the evaluation reads them.
-        texts = [cut_at(self.tokenizer.decode(ids), task.stop) for ids in buffer.responses()]
-        right = [
-            task.grade(text, prompt.gold)[task.metric]
-            for text, prompt in zip(texts, buffer.prompts)
-        ]
-        return torch.tensor(right, dtype=torch.float32, device=buffer.tokens.device)
+        device, parallel = buffer.tokens.device, self.parallel
+        if parallel is None:
+            return torch.tensor(self._right(buffer, 0, 1), device=device)
+        share = parallel.mp_rank, parallel.mp_size
+        scores = torch.tensor(agreed(lambda: self._right(buffer, *share)), device=device)  # [B]
+        dist.all_reduce(scores, group=parallel.mp_group)
+        return scores
+
+    def _right(self, buffer: RolloutBuffer, first: int, step: int) -> list[float]:
+        """The rewards of every step-th rollout from `first`, and 0 for the others."""
+        rewards, responses = [0.0] * len(buffer), buffer.responses()
+        for i in range(first, len(buffer), step):
+            # As the evaluation reads it.
+            text = self.task.read(self.tokenizer.decode(responses[i]))
+            rewards[i] = float(self.task.is_right(text, buffer.prompts[i].gold))
+        return rewards
 
 
 def make(inputs: RewardInputs) -> RuleReward:
     assert inputs.rule is not None
-    return RuleReward(inputs.rule, inputs.tokenizer)
+    return RuleReward(inputs.rule, inputs.tokenizer, inputs.parallel)

@@ -1,0 +1,236 @@
+r"""MATH's symbolic rule: verdicts beside the other rules', and the limits of its process.
+
+`tests/data/math_verify_pairs.jsonl` holds the gold, the text and the published verdict of the pairs
+in math-verify 0.9.0's own tests (Apache 2.0; those with its default settings and of moderate
+length). `ours` stands where we differ, since we read what is boxed, a gold without `$` as a
+formula, `32, 349` as a number, and no box that is not closed.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from src.errors import UserError
+from src.evaluation import symbolic
+from src.evaluation.solver import graded, headline
+from src.evaluation.symbolic import SymbolicComparer
+from src.evaluation.tasks import find_task
+
+ROOT = Path(__file__).parents[2]
+TASK = find_task("MATH")
+PUBLISHED = [
+    json.loads(line)
+    for line in (ROOT / "tests/data/math_verify_pairs.jsonl").read_text("utf-8").splitlines()
+]
+# gold, answer, and by which rules it is right: b(oxed) n(umeric) l(oose) s(ymbolic)
+PAIRS = [
+    # the same value in another writing
+    ("5", "5.0", "ns"), ("5", "10/2", "ns"), (r"3\frac12", "7/2", "ns"), ("0.25", r"\frac14", "ns"),
+    (r"-\frac{1}{2}", r"\frac{-1}{2}", "ns"), ("5", "2+3", "s"), ("5", "2+3=5", "s"),
+    ("18", r"3\cdot 5+3=15+3=18", "s"), (r"\sqrt{8}", r"2\sqrt2", "s"), ("10!", "3628800", "s"),
+    (r"\frac{1}{\sqrt2}", r"\frac{\sqrt2}{2}", "s"), (r"\binom{5}{2}", "10", "s"),
+    ("2^{10}", "1024", "s"), ("1500", r"1.5\times10^3", "s"), (r"\log_2 8", "3", "s"),
+    (r"\sqrt[3]{8}", "2", "s"), (r"25\%", "0.25", "s"), ("1/3", "0.333333", "s"),
+    (r"\frac12+\frac13", "5/6", "s"), (r"-1-i", "-(1+i)", "s"), ("3+4i", "4i+3", "s"),
+    (r"\pi", "3.14159265", "s"), ("3:2", r"\frac32", "s"),
+    # the same expression, equation, interval
+    ("(x+1)^2", "x^2+2x+1", "s"), ("x^2-4", "(x-2)(x+2)", "s"), ("a+b", "b+a", "s"),
+    (r"\frac{x+1}{2}", "0.5x+0.5", "s"), ("y=2x+1", "y-2x=1", "s"), ("2x-y+1=0", "y=2x+1", "s"),
+    ("x<5", "5>x", "s"), ("(2,\\infty)", "x>2", "s"), ("[1,3]", r"1\le x\le3", "s"),
+    (r"x\in[1,3]", "[1,3]", "s"), (r"(-\infty,1)\cup(2,\infty)", r"(2,\infty)\cup(-\infty,1)", "s"),
+    (r"\begin{pmatrix}1/2&2\end{pmatrix}", r"\begin{bmatrix}0.5&2\end{bmatrix}", "s"),
+    # several answers
+    ("1,-2", "-2,1", "ls"), ("1,-2", r"1\text{ and }-2", "ls"), (r"\{1,3\}", "3,1", "ls"),
+    ("2516_8", "2516", "ls"), ("1,-2", "x=1,x=-2", "s"), (r"1\pm\sqrt2", r"1+\sqrt2,1-\sqrt2", "s"),
+    ("0.25,2", r"2,\frac14", "s"), (r"(1,2),(3,4)", "(3,4),(1,2)", "ls"),
+    ("(x,y)=(1,2)", "(1,2)", "s"), ("(1,2)", "1,2", "s"),
+    # what the strict rules take
+    ("5", "x=5", "bnls"), ("1{,}000", "1000", "bnls"), (r"\text{Evelyn}", "Evelyn", "bls"),
+    (r"5\text{ cm}", "5", "bnls"),
+    # other values
+    ("5", "6", ""), ("1/3", "0.33", ""), ("3.14", r"\pi", ""), ("x^2", "y^2", ""),
+    ("x<5", r"x\le5", ""),
+    ("[1,2)", "[1,2]", ""), ("3", "3x", ""), ("3i", "3", ""), (r"\infty", r"-\infty", ""),
+    (r"\frac{1}{2004!}", r"\frac{1}{2006!}", ""), ("0.0000001", "0.0000002", ""),
+    ("12_3", "12_4", ""), ("12_3", "5", ""), ("1,2", "1,2,3", ""), ("6", "2x=6", ""),
+    ("7=11a+c", "11a+c", ""), ("x=1,y=2", "x=2,y=1", ""), ("even", r"\text{odd}", ""),
+    ("5", "", ""),
+    # the order of what is in brackets
+    ("(1,2)", "(2,1)", ""), ("(2,1)", "(1,2)", ""), ("(2,1)", "(3,1)", ""), ("[2,1]", "[3,1]", ""),
+    ("(1,2,3)", "(3,2,1)", ""), ("1,2", "(2,1)", ""), (r"\{1,2\}", "(2,1)", ""),
+    ("(1,2)", "2,1", ""),
+    ("(2,1)", "1,2", ""), ("(a,b)", "(b,a)", ""), ("(1,2),(3,4)", "(2,1),(4,3)", ""),
+    ("(1,2)", "(x,y)=(2,1)", ""), ("(1,2)", "[1,2]", ""),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}2\\1\end{pmatrix}", ""),
+]  # fmt: skip
+
+
+def names(letters: str) -> dict[str, bool]:
+    return {rule: rule[0] in letters for rule in TASK.rules}
+
+
+@pytest.mark.parametrize("gold, answer, right", PAIRS)
+def test_each_rule_s_verdict(gold, answer, right):
+    assert TASK.verdicts(rf"so it is \boxed{{{answer}}}.", gold) == names(right)
+
+
+def test_the_library_s_own_pairs_have_the_published_verdicts():
+    wrong, n_others = [], 0
+    for pair in PUBLISHED:
+        want = pair.get("ours", pair["right"])
+        n_others += "ours" in pair
+        if want is None:
+            with pytest.raises(UserError, match="gold answer"):
+                TASK.verdicts(pair["text"], pair["gold"])
+        elif TASK.verdicts(pair["text"], pair["gold"])["symbolic"] is not want:
+            wrong.append(pair)
+    assert not wrong
+    assert len(PUBLISHED) > 200 and n_others == 8
+
+
+@pytest.mark.parametrize("text, gold, right", [
+    (r"Thus $x = \frac{10}{4}$.", "2.5", True),
+    ("**Final Answer:** $2\\sqrt3$", r"\sqrt{12}", True),
+    ("so there are 12 of them", "12", True), ("so there are 12 of them", "2", False),
+    (r"\boxed{3} is wrong; \boxed{4}", "4", True), (r"\boxed{3}, not $4$", "4", False),
+    ("", "4", False), ("no idea", "4", False),
+])  # fmt: skip
+def test_without_a_box_the_last_formula_or_number_counts(text, gold, right):
+    assert TASK.verdicts(text, gold)["symbolic"] is right
+
+
+HOSTILE = [
+    "(10^{10})!", "(x+y+z+w)^{200}", "(" * 500 + "5" + ")" * 500, "x^{" * 150 + "2" + "}" * 150,
+]  # fmt: skip
+QUICK = [
+    "{" * 400 + "5", "9" * 1000, "9" * 1_000_000, "1+" * 500_000 + "1", r"\frac{" * 170, "\0" * 900,
+    "\ud800", "__import__('os').abort()", "٣" * 900, r"\boxed{" * 140, "$" * 1000, "\n" * 1000,
+]  # fmt: skip
+
+
+@pytest.fixture
+def comparer():
+    comparer = SymbolicComparer()
+    yield comparer
+    comparer.close()
+
+
+def pid_of(comparer: SymbolicComparer) -> int:
+    assert comparer._process is not None
+    return comparer._process.pid
+
+
+@pytest.mark.parametrize("answer", HOSTILE, ids=lambda answer: answer[:12])
+def test_what_would_take_for_ever_is_cut_off_and_the_next_comparison_answered(answer):
+    start = time.monotonic()
+    assert not TASK.verdicts(rf"\boxed{{{answer}}}", "5")["symbolic"]
+    assert time.monotonic() - start < symbolic.WALL_SECONDS + 5
+    assert TASK.verdicts(r"\boxed{2+3}", "5")["symbolic"] is True
+
+
+@pytest.mark.parametrize("answer", QUICK, ids=lambda answer: ascii(answer[:12]))
+def test_long_and_broken_texts_are_wrong(answer):
+    for text in (answer, rf"\boxed{{{answer}}}"):
+        assert not TASK.verdicts(text, "7")["symbolic"]
+
+
+def test_a_comparison_that_is_cut_off_is_none_and_its_process_gone(comparer):
+    assert comparer.same("$5$", r"\boxed{2+3}") is True
+    first = pid_of(comparer)
+    assert comparer.same("$5$", r"\boxed{9^{9^{9^9}}}") is None
+    assert not Path(f"/proc/{first}").exists()
+    assert comparer.same("$5$", r"\boxed{2+4}") is False
+    assert pid_of(comparer) != first
+
+
+def test_the_clock_is_a_limit_too(comparer, monkeypatch):
+    assert comparer.same("$5$", r"\boxed{5}") is True
+    os.kill(pid_of(comparer), signal.SIGSTOP)
+    monkeypatch.setattr(symbolic, "WALL_SECONDS", 0.2)
+    assert comparer.same("$5$", r"\boxed{5}") is None
+
+
+def test_a_process_that_was_ended_from_outside_is_begun_again(comparer):
+    assert comparer.same("$5$", r"\boxed{5}") is True
+    process = comparer._process
+    process.kill()
+    process.wait()
+    assert comparer.same("$5$", r"\boxed{5}") is True
+
+
+def test_the_process_has_limits_and_nothing_of_ours(comparer):
+    assert comparer.same("$5$", r"\boxed{5}") is True
+    limits = Path(f"/proc/{pid_of(comparer)}/limits").read_text()
+    assert (
+        f"Max address space         {1 << 30}" in limits and "Max core file size        0" in limits
+    )
+    maps = Path(f"/proc/{pid_of(comparer)}/maps").read_text()
+    assert "libtorch" not in maps and "python" in maps
+    opened = [os.readlink(f"/proc/{pid_of(comparer)}/fd/{fd}") for fd in (0, 1)]
+    assert all(where.startswith("pipe:") for where in opened)
+
+
+def test_no_process_is_left_when_the_parent_is_killed():
+    """Not while it waits, nor in the middle of a comparison."""
+    for answer in ("5", "9^{9^{9^9}}"):
+        code = (
+            "from src.evaluation.symbolic import SymbolicComparer\n"
+            "c = SymbolicComparer(); c.same('$5$', '$5$'); print(c._process.pid, flush=True)\n"
+            rf"c.same('$5$', r'\boxed{{{answer}}}'); print('done', flush=True); input()"
+        )
+        parent = subprocess.Popen(
+            [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stdin=subprocess.PIPE
+        )
+        pid = int(parent.stdout.readline())
+        if answer == "5":
+            parent.stdout.readline()
+        parent.kill()
+        parent.communicate()
+        deadline = time.monotonic() + 60
+        while is_alive(pid):
+            assert time.monotonic() < deadline, "the process outlived its parent"
+            time.sleep(0.05)
+
+
+def is_alive(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_missing_library_is_said(monkeypatch, comparer):
+    monkeypatch.setattr(symbolic.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="math-verify, which is not installed; pip install"):
+        find_task("MATH")
+    monkeypatch.setattr(symbolic, "_WORKER", Path("/dev/null"))
+    with pytest.raises(UserError, match="needs math-verify: its process ended at once"):
+        comparer.same("$5$", "$5$")
+
+
+def test_comparisons_that_were_cut_off_are_counted_and_not_right(monkeypatch):
+    verdicts = {"5": True, "6": False, "7": None}
+    monkeypatch.setattr(symbolic, "same", lambda gold, text: verdicts[text[7]])
+    texts = [rf"\boxed{{{answer}}}" for answer in (5, 6, 7)]
+    summary, rows = graded(TASK, ["q"] * 3, ["8"] * 3, texts)
+    assert (summary["symbolic"], summary["cut_off"], summary["accuracy"]) == (1 / 3, 1, 0.0)
+    assert [row["symbolic"] for row in rows] == [True, False, False]
+    assert headline(summary).endswith("0 unparsed, 0 truncated, 1 cut off")
+    summary, _ = graded(find_task("MATH", "symbolic"), ["q"] * 3, ["8"] * 3, texts)
+    assert summary["accuracy"] == 1 / 3
+
+
+def test_only_the_rule_that_counts_is_asked(monkeypatch):
+    asked = []
+    monkeypatch.setattr(symbolic, "same", lambda gold, text: asked.append(text))
+    assert not TASK.is_right(r"\boxed{2+3}", "5") and not asked
+    symbolically = find_task("MATH", "symbolic")
+    assert symbolically.is_right(r"\boxed{5}", "5") and not asked  # right by a quicker rule
+    assert symbolically.is_right(r"\boxed{2+3}", "5") is False and len(asked) == 1
