@@ -13,6 +13,7 @@ LONG = (
     "ppo/test_shared_trunk.py",
     "faults/test_faults.py",
     "generation/test_generation.py",
+    "faults/test_changed.py",
     "trainer/test_steps.py",
     "models/test_parity.py",
     "test_scripts.py",

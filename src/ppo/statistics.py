@@ -56,10 +56,12 @@ def reward_statistics(
     total = dict(zip(names, totals.tolist()))
     count = total["rollouts"]
     known = {n.removeprefix("known/"): x for n, x in total.items() if n.startswith("known/")}
-    silent = {name: 1 - x / count for name, x in known.items() if name.startswith("reward")}
+    means = {name: total[name] / max(x, 1) for name, x in known.items()}
+    silent = {name: 1 - known[name] / count for name in means if name.startswith("reward")}
     return {
-        **{name: total[name] / max(x, 1) for name, x in known.items()},
+        **{name: means.pop(name) for name in silent},
         **{name.replace("reward", "no_opinion"): share for name, share in silent.items() if share},
+        **means,
         **({} if kept is None else {"kept": kept / count}),
     }
 

@@ -17,8 +17,8 @@ from src.ppo.rewards.overlong import OverlongReward
 from src.ppo.rewards.rule import RuleReward
 from src.ppo.rewards.verifier import VerifierReward, translator
 from src.ppo.roles import Role
-from src.settings.declaration import build
-from src.settings.ppo import RewardSettings
+from src.settings.declaration import build, find_problems
+from src.settings.ppo import PPOTrainSettings, RewardSettings
 from tests.ppo.test_rollouts import buffer_of
 from tests.trainer.tiny import EOS, ours, padded, theirs
 
@@ -419,3 +419,12 @@ def test_the_function_that_is_named_is_loaded(tmp_path):
     dataclass = "from dataclasses import dataclass\n@dataclass\nclass A:\n    x: int\n"
     (tmp_path / "mine.py").write_text(dataclass + "def score(p, r, rows):\n    return [A(1).x]\n")
     assert load_score(f"{tmp_path}/mine.py:score")([""], [""], [{}]) == [1]
+
+
+@pytest.mark.parametrize("task", [None, "GSM8K", "MATH"])
+def test_a_task_s_rule_rewards_without_an_evaluation(task):
+    given = dict(actor_ckpt_dir="-", actor_save_dir="-", train_file="-", task=task)
+    given |= dict(advantage="grpo", samples_per_prompt=2)
+    assert find_problems(PPOTrainSettings, given | {"reward": ["rule"]}) == []
+    idle = find_problems(PPOTrainSettings, given | {"reward": ["length"]})
+    assert any(f"--task {task}: has no effect" in problem for problem in idle) == (task is not None)
