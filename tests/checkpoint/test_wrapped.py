@@ -132,6 +132,7 @@ def test_a_trunk_alone_is_what_a_verifier_starts_from(tmp_path, name):
     again = AutoModel.from_pretrained(tmp_path / "back", dtype=torch.float32)
     assert type(again) is type(trunk)
     assert_same(again.state_dict(), trunk.state_dict())
+    assert_same(everything(Checkpoint.open(str(tmp_path / "back"))), wanted)
     # what it lacks is told by the names that it has
     tensors = read_hf(tmp_path / "hf")
     tensors.pop("layers.0.input_layernorm.weight")
