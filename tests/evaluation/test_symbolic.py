@@ -7,7 +7,9 @@ formula, `32, 349` as a number, and no box that is not closed.
 """
 
 import json
+import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -28,7 +30,7 @@ PUBLISHED = [
     json.loads(line)
     for line in (ROOT / "tests/data/math_verify_pairs.jsonl").read_text("utf-8").splitlines()
 ]
-# gold, answer, and by which rules it is right: b(oxed) n(umeric) l(oose) s(ymbolic)
+# gold, answer, and the first letters of the rules by which it is right
 PAIRS = [
     # the same value in another writing
     ("5", "5.0", "ns"), ("5", "10/2", "ns"), (r"3\frac12", "7/2", "ns"), ("0.25", r"\frac14", "ns"),
@@ -138,6 +140,41 @@ def test_what_would_take_for_ever_is_cut_off_and_the_next_comparison_answered(an
 def test_long_and_broken_texts_are_wrong(answer):
     for text in (answer, rf"\boxed{{{answer}}}"):
         assert not TASK.verdicts(text, "7")["symbolic"]
+
+
+@pytest.mark.filterwarnings("ignore")  # sympy's own, of old ways that the library uses
+def test_what_the_library_evaluates_are_numbers_and_their_signs(monkeypatch):
+    """sympy makes numbers of texts by Python's eval: nothing else of a text may reach it."""
+    import sympy.parsing.sympy_parser as sympy_parser
+    import sympy.physics.units  # noqa: F401 (its own tables are made by eval, when imported)
+
+    from src.evaluation import symbolic_worker
+
+    same = symbolic_worker._comparison()
+    logging.disable(logging.NOTSET)
+    evaluated, stringify = [], sympy_parser.stringify_expr
+
+    def spy(text, *others):
+        evaluated.append(text)
+        return stringify(text, *others)
+
+    monkeypatch.setattr(sympy_parser, "stringify_expr", spy)
+    texts = [pair["text"] for pair in PUBLISHED[:60]]
+    code = (
+        "__import__('os').abort()",
+        "exec('1')",
+        "().__class__",
+        "0x10",
+        "1j",
+        "1_0",
+        "lambda: 1",
+    )
+    shapes = ("{}", "1 + {} + 1", "answer: 2 * {}", r"\boxed{{{}}}", r"$\text{{{}}}$", "$1{}$")
+    texts += [shape.format(piece) for piece in code for shape in shapes]
+    for text in texts:
+        same("$5$", text)
+    assert len(evaluated) > 50
+    assert not [text for text in evaluated if not re.fullmatch(r"[-+*/().0-9×÷\s]+", text)]
 
 
 def test_a_comparison_that_is_cut_off_is_none_and_its_process_gone(comparer):

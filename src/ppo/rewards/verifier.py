@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from src.data.tokenizer import Tokenizer
+from src.errors import UserError
 from src.models.batch import Batch, Sequence, micro_batches, sequence_scores
-from src.parallel.setup import Parallel
+from src.parallel.setup import Parallel, agreed
 from src.ppo.buffer import RolloutBuffer
 from src.ppo.rewards import RewardInputs
 from src.ppo.roles import Role
@@ -50,7 +51,18 @@ class VerifierReward:
                 else:
                     batch = Batch.of([sequences[i] for i in rows], device)
                 scores[rows] = (sequence_scores(self.role.model, batch) - self.mean) / self.std
-        return self.role.collect(scores, self.whole)
+        scores = self.role.collect(scores, self.whole)
+        agreed(lambda: _check_finite(scores))
+        return scores
+
+
+def _check_finite(scores: Tensor) -> None:
+    broken = int((~scores.isfinite()).sum())
+    if broken:
+        raise UserError(
+            f"--reward verifier: {broken} of {len(scores)} scores are not finite numbers: the "
+            "verifier's weights are damaged, or its --dtype is too narrow for it"
+        )
 
 
 def translator(policy: Tokenizer, verifier: Tokenizer) -> Callable[[RolloutBuffer], list[Sequence]]:
