@@ -21,7 +21,9 @@ from src.errors import UserError
 
 _SHOWN_PROBLEMS, _SHOWN_FIELDS = 5, 8
 INSTRUCTION = "instruction"
-OTHER_NAMES = ("question", "problem")  # of the instruction: GSM8K's own files, and MATH's
+OTHER_NAMES = ("question", "problem", "Problem")  # of the instruction: GSM8K's, MATH's, AIME's
+# Where such files have the right answer, which a prompt may well come with.
+ANSWERS = ("answer", "final_answer", "Answer", "solution", "Solution")
 # Of well-known formats: what a row asks is another thing without them.
 OF_THE_PROMPT = {
     *("input", "inputs", "prompt", "query", "system", "system_prompt"),
@@ -83,9 +85,7 @@ def read_solver_rows(path: str | Path) -> Rows:
     return rows
 
 
-def read_prompt_rows(
-    path: str | Path, unread: Collection[str] | None = ("answer", "solution")
-) -> Rows:
+def read_prompt_rows(path: str | Path, unread: Collection[str] | None = ANSWERS) -> Rows:
     """Rows `{"instruction", "output"?, "label"?}`: a prompt, and perhaps what it should lead to.
 
     unread: as `read_rows` has it.

@@ -3,15 +3,14 @@
 import difflib
 from dataclasses import dataclass, replace
 
-from src.data.rows import LABEL, TEXT, TEXTS, Rows, read_rows
+from src.data.rows import INSTRUCTION, LABEL, OTHER_NAMES, TEXT, TEXTS, Rows, read_rows
 from src.errors import UserError
 from src.evaluation import gsm8k, math, symbolic
 from src.evaluation.scoring import GOLD_FIELDS
 from src.evaluation.task import Task
 
 TASKS = {task.name: task for task in (gsm8k.TASK, math.TASK)}
-# What the question is called in data sets' own files: ours, GSM8K's, MATH's, AIME's.
-QUESTION_FIELDS = ("instruction", "question", "problem", "Problem")
+QUESTION_FIELDS = (INSTRUCTION, *OTHER_NAMES)
 
 
 def find_task(name: str, rule: str | None = None) -> Task:

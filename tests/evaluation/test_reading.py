@@ -161,7 +161,7 @@ def test_ranks_share_the_verdicts_and_all_get_them_in_order(size, monkeypatch):
     ("MATH", {"problem": "q", "answer": 4}, "4"), ("MATH", {"question": "q", "answer": 4.0}, "4"),
     ("MATH", {"Problem": "q", "Answer": 204, "Solution": "s", "ID": "2024-I-1"}, "204"),
     ("MATH", {"question": "q", "final_answer": "4"}, "4"),
-    ("MATH", {"instruction": "q", "problem": "other", "label": "4", "answer": "5"}, "4"),
+    ("MATH", {"instruction": "q", "problem": "q", "label": "4", "answer": "5"}, "4"),
 ])  # fmt: skip
 def test_the_tasks_own_files_are_taken(task, row, gold, tmp_path):
     path = tmp_path / "rows.jsonl"
