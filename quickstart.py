@@ -49,10 +49,8 @@ class Stages:
         shown = ["torchrun", *launcher[3:]] if len(launcher) > 1 else ["python"]
         print(f"\n[{stage}] {shlex.join([*shown, *script, *arguments])}", flush=True)
         began = time.perf_counter()
-        # The same job everywhere, with or without a GPU; each rank gets its share of the cores.
-        ranks = self.ranks if len(launcher) > 1 else 1
-        threads = max(1, (os.cpu_count() or 1) // ranks)
-        on_cpu = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads)}
+        # The same job everywhere, with or without a GPU.
+        on_cpu = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
         code = subprocess.run([*launcher, *script, *arguments], cwd=ROOT, env=on_cpu).returncode
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
         if code:

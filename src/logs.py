@@ -8,7 +8,9 @@ import os
 import re
 import subprocess
 import sys
+import time
 import warnings
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,13 +19,14 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 from tqdm import tqdm
 
 from src.errors import UserError
+from src.progress import Progress
 from src.settings.config_file import to_yaml
 from src.settings.declaration import Settings, flat
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-PLAIN_INTERVAL_S = 10.0  # between progress lines where stderr is not a terminal
+PLAIN_INTERVAL_S = 60.0  # between progress lines where stderr is not a terminal
 # No other variable is logged.
 ENVIRONMENT = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 PACKAGES = ("torch", "transformers", "fairscale")
@@ -46,6 +49,8 @@ class RunLog:
         self.log_dir, self.name, self.settings, self.rank = log_dir, name, settings, rank
         self._lines: TextIO | None = None
         self._records: TextIO | None = None
+        self._bars: list[Progress] = []  # that are open, one inside another
+        self._last_line = -math.inf  # when there was a line of progress
 
     def __enter__(self) -> Self:
         if self.rank == 0 and self.log_dir is not None:
@@ -129,24 +134,46 @@ class RunLog:
             self._tensorboard.add_text(name, text, step)
 
     def progress(
-        self, total: int | None, description: str, unit: str = "it", initial: int = 0
-    ) -> "Progress":
+        self,
+        total: int | None,
+        description: str,
+        unit: str = "it",
+        initial: int = 0,
+        work: float | Callable[[], float] | None = None,
+    ) -> Progress:
         """A `Progress` over `total` units (None: unknown), `initial` of them done.
 
-        Plain lines, without carriage returns, where stderr is not a terminal.
+        work: what the time left goes by, see `Progress`. Where stderr is not a terminal there is a
+        plain line once a minute at most, whatever bars are open, and one when the outermost ends.
         """
         style: dict[str, Any] = dict(file=sys.stderr, dynamic_ncols=True)
-        if not sys.stderr.isatty():
-            lines = SimpleNamespace(write=lambda text: self._show(text.strip()))
-            style = dict(file=lines, mininterval=PLAIN_INTERVAL_S, miniters=1, position=0)
-        return Progress(
+        if not sys.stderr.isatty():  # the bar itself draws nothing
+            style = dict(file=SimpleNamespace(write=lambda text: None), mininterval=math.inf)
+        bar = Progress(
+            work,
+            self._show_progress,
             total=total,
             desc=description,
             unit=unit,
             initial=initial,
+            smoothing=0,
+            leave=not self._bars,
             disable=self.rank != 0,
             **style,
         )
+        if self.rank == 0:
+            self._bars.append(bar)
+            self._show_progress(bar, ended=False)
+        return bar
+
+    def _show_progress(self, bar: Progress, ended: bool) -> None:
+        """Where stderr is not a terminal, a line when it is time for one."""
+        is_time = time.monotonic() - self._last_line >= PLAIN_INTERVAL_S
+        if not sys.stderr.isatty() and (is_time or (ended and bar is self._bars[0])):
+            self._show(str(bar))
+            self._last_line = time.monotonic()
+        if ended:
+            self._bars.remove(bar)
 
     def _write(self, message: str) -> list[str]:
         lines = [
@@ -168,21 +195,6 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter  # seconds to import
 
         return SummaryWriter(self.log_dir)
-
-
-class Progress(tqdm):
-    """A tqdm bar (a context manager) that also shows tokens per second."""
-
-    tokens = 0
-
-    def update(self, n: float | None = 1, tokens: int = 0, **shown: object) -> None:
-        """Advance by `n` units and `tokens` tokens; `shown` (loss=...) stands beside the bar."""
-        if not self.disable:
-            self.tokens += tokens
-            if self.tokens:
-                shown["tokens/s"] = self.tokens / max(self.format_dict["elapsed"], 1e-9)
-            self.set_postfix(shown, refresh=False)
-            super().update(n)
 
 
 def plain(value: Any, name: str = "") -> Any:

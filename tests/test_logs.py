@@ -170,6 +170,40 @@ with RunLog(None, "run", {}, rank=0) as log, log.progress(5000, "train", unit="s
     assert float(re.search(r"tokens/s=([\d.e+]+)", end)[1]) > 100
 
 
+@pytest.fixture
+def clock(monkeypatch):
+    """The seconds that bars and the log see, [now]."""
+    now = [0.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    monkeypatch.setattr("src.logs.time.monotonic", lambda: now[0])
+    return now
+
+
+def test_progress_off_a_terminal_is_a_line_a_minute_whatever_bars_are_open(clock, capsys):
+    with RunLog(None, "run", {}, rank=0) as log:
+        with log.progress(100, "train", unit="step") as outer:
+            for step in range(100):
+                clock[0] += 7
+                outer.update(1)
+                if step % 5 == 4:  # short bars inside, longer than a minute once
+                    with log.progress(4, "evaluating") as inner:
+                        for _ in range(4):
+                            clock[0] += 30 if step == 49 else 1
+                            inner.update(1)
+        for name in ("first", "second"):  # one after the other
+            with log.progress(2, name) as bar:
+                clock[0] += 1
+                bar.update(2)
+    lines = [line.split("rank 0 ")[1] for line in capsys.readouterr().err.splitlines()]
+    *during, first, second = lines
+    minutes = (100 * 7 + 19 * 4 + 120) / 60
+    assert "train:   0%" in during[0] and "train: 100%|" in during[-1]
+    assert minutes - 3 < len(during) <= minutes + 2, "one a minute, none left out, and the last"
+    inside = sum(line.startswith("evaluating:") for line in during)
+    assert 1 <= inside <= 4, "20 of them began and ended"
+    assert first.startswith("first: 100%") and second.startswith("second: 100%")
+
+
 def test_progress_on_a_terminal_is_one_bar_that_messages_do_not_tear(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with RunLog(None, "run", {}, rank=0) as log, log.progress(2, "train") as progress:

@@ -23,8 +23,8 @@ def score_responses(
         logprobs, _ = response_logprobs(model, batch, temperature)  # [tokens of all responses]
         return [x.tolist() for x in logprobs.split(batch.responses)]
 
-    with log.progress(len(sequences), "scoring", unit="row") as bar:
-        lengths = [len(s.tokens) for s in sequences]
+    lengths = [len(s.tokens) for s in sequences]
+    with log.progress(len(sequences), "scoring", unit="row", work=sum(lengths)) as bar:
         return over_ranks(score, lengths, max_batch_size, parallel, bar)
 
 

@@ -24,7 +24,8 @@ def score_all(
         return sequence_scores(model, batch).tolist()
 
     lengths = [len(sequence.tokens) for sequence in sequences]
-    with evaluating(model), log.progress(len(sequences), "scoring", unit="text") as bar:
+    bar = log.progress(len(sequences), "scoring", unit="text", work=sum(lengths))
+    with evaluating(model), bar:
         return torch.tensor(over_ranks(score, lengths, max_batch_size, parallel, bar))
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from src.generation.cache import Cache, Decode, Prefill
-from src.generation.engine import CONTEXT_STEP, Completion, Engine, Stop
+from src.generation.engine import CONTEXT_STEP, Completion, Engine, OnTokens, Stop
 from src.generation.sampling import Sampling, gather_ranks, logsumexp
 from src.models.transformer import Transformer
 from src.parallel.layers import packed_weights
@@ -58,7 +58,7 @@ class BeamSearch(Engine):
         sampling: Sampling,
         stop: Stop | set[int],
         samples: list[int] | None = None,
-        on_tokens: Callable[[int, int, int], None] | None = None,
+        on_tokens: OnTokens | None = None,
         on_completion: Callable[[int, Completion], None] | None = None,
         keep_masks: bool = False,
     ) -> list[Completion]:
@@ -92,8 +92,6 @@ class BeamSearch(Engine):
                     done[i] = completion
                     if on_completion:
                         on_completion(i, completion)
-                if on_tokens:
-                    on_tokens(len(now), 0, 0)
         return [done[i] for i in range(len(prompts))]
 
     def _search(
@@ -101,7 +99,7 @@ class BeamSearch(Engine):
         prompts: list[list[int]],
         limits: list[int],
         stops: frozenset[int] | set[int],
-        on_tokens: Callable[[int, int, int], None] | None,
+        on_tokens: OnTokens | None,
     ) -> list[Completion]:
         """The best response to each prompt, all searched side by side.
 
@@ -128,6 +126,7 @@ class BeamSearch(Engine):
         open_prompts, step = set(range(count)), 0
         while open_prompts:
             step += 1
+            n_open = len(open_prompts)
             values, next_tokens = self._candidates(logits, n_candidates)
             parents = list(range(count * width))  # the slot that each beam goes on from
             for p in sorted(open_prompts):
@@ -159,7 +158,7 @@ class BeamSearch(Engine):
                 if not kept or running[p][0].score / step**self.length_penalty <= worst:
                     open_prompts.discard(p)
             if on_tokens:
-                on_tokens(0, len(open_prompts) * width, len(open_prompts) * width)
+                on_tokens([step] * (n_open - len(open_prompts)), [step] * len(open_prompts))
             if open_prompts:
                 # Each beam takes over its parent's cache, and its new token goes through the model.
                 cache.copy(

@@ -25,6 +25,7 @@ CONTEXT_STEP = 32  # attention reads the cache up to a multiple of this
 # slots that read the same length of the cache, on the CPU: no more than the longest of them needs
 NEIGHBOURS = 16
 PREFILL_TOKENS = 16384  # of one forward, at most
+OnTokens = Callable[[list[int], list[int]], None]
 
 
 @dataclass
@@ -131,7 +132,7 @@ class Engine:
         sampling: Sampling,
         stop: Stop | set[int],
         samples: list[int] | None = None,
-        on_tokens: Callable[[int, int, int], None] | None = None,
+        on_tokens: OnTokens | None = None,
         on_completion: Callable[[int, Completion], None] | None = None,
         keep_masks: bool = False,
     ) -> list[Completion]:
@@ -207,7 +208,13 @@ class Engine:
                         cache.copy(running, slot, slots.host_lengths[running])
                         slots.move(running, slot)
                 if on_tokens:
-                    on_tokens(len(ended), rows.stop - rows.start, running)
+                    on_tokens(
+                        [steps for _, _, steps in ended],
+                        [
+                            length - len(prompts[i]) + 1  # the newest is not in the cache
+                            for i, length in zip(slots.requests[:running], slots.host_lengths)
+                        ],
+                    )
         return [done[i] for i in range(len(prompts))]
 
     def _queue(self, prompts: list[list[int]], wanted: list[int]) -> deque[Request]:
@@ -389,7 +396,7 @@ def generate_sharded(
     sampling: Sampling,
     stop: Stop | set[int],
     samples: list[int] | None = None,
-    on_tokens: Callable[[int, int, int], None] | None = None,
+    on_tokens: OnTokens | None = None,
     on_completion: Callable[[int, Completion], None] | None = None,
 ) -> list[Completion]:
     """`Engine.generate` over the data-parallel ranks: each takes its share, all get everything.
@@ -413,13 +420,9 @@ def generate_sharded(
     local_samples = [samples[i] if samples else i for i in local]
 
     # The other ranks are about as far.
-    def report(finished: int, new_tokens: int, running: int) -> None:
+    def report(ended: list[int], running: list[int]) -> None:
         if on_tokens:
-            on_tokens(
-                finished * parallel.dp_size,
-                new_tokens * parallel.dp_size,
-                running * parallel.dp_size,
-            )
+            on_tokens(ended * parallel.dp_size, running * parallel.dp_size)
 
     def finish(place: int, completion: Completion) -> None:
         if on_completion:

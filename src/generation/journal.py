@@ -16,6 +16,7 @@ from src.identity import differences, identity
 from src.logs import RunLog
 from src.models.transformer import evaluating
 from src.parallel.setup import Parallel
+from src.progress import AnswerLengths
 from src.settings.declaration import Settings, defaults
 
 
@@ -113,17 +114,23 @@ def generate_all(
     if journal:
         journal.open()
     try:
-        with evaluating(engine.model), log.progress(len(prompts), what, unit="answer") as bar:
-            bar.update(len(known))
+        lengths = AnswerLengths(len(missing), sampling.max_new_tokens)
+        bar = log.progress(
+            len(prompts), what, unit="answer", initial=len(known), work=lengths.work_left
+        )
+        with evaluating(engine.model), bar:
+
+            def show(ended: list[int], running: list[int]) -> None:
+                tokens, work = lengths.step(ended, running)
+                bar.update(len(ended), tokens=tokens, work=work, running=len(running))
+
             done = generate_sharded(
                 engine,
                 [prompts[i] for i in missing],
                 sampling,
                 stop,
                 samples=missing,
-                on_tokens=lambda finished, new, running: bar.update(
-                    finished, tokens=new, running=running
-                ),
+                on_tokens=show,
                 on_completion=lambda place, completion: (
                     journal.add(missing[place], completion) if journal else None
                 ),

@@ -221,13 +221,14 @@ def over_ranks(
     """A result for every row, in the rows' order: every rank gets all results.
 
     compute: is given micro-batches of row numbers, shared among the data-parallel ranks;
-    lengths: tokens of each row; progress: a `Progress`.
+    lengths: tokens of each row; progress: a `Progress` whose work is tokens.
     """
     results: dict[int, T] = {}
     for number, rows in enumerate(micro_batches(lengths, max_batch_size)):
         if number % parallel.dp_size == parallel.dp_rank:
             results.update(zip(rows, compute(rows)))
-        progress.update(len(rows), tokens=sum(lengths[i] for i in rows))
+        tokens = sum(lengths[i] for i in rows)
+        progress.update(len(rows), tokens=tokens, work=tokens)
     if parallel.dp_size > 1:
         parts: list[dict[int, T]] = [{}] * parallel.dp_size
         dist.all_gather_object(parts, results, group=parallel.dp_group)

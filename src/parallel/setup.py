@@ -26,6 +26,7 @@ from fairscale.nn.model_parallel import initialize as fairscale_groups
 
 from src.errors import UserError
 from src.parallel.shared_memory import forget, share_memory
+from src.parallel.threads import settle_number, watch
 
 T = TypeVar("T")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
@@ -126,19 +127,12 @@ def start(model_parallel_size: int | None = None, timeout: float = 1800) -> Para
             f"or give a divisor of {world}"
         )
     if device.type == "cpu":
-        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(max(1, _cores() // local_world))
+        settle_number()
         settle_vector_math()
+        watch.start()
     parallel = _divide(rank, world, mp, device, limit)
     _hand_over(parallel.mp_group, parallel.dp_group)
     return parallel
-
-
-def _cores() -> int:
-    """Those that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _divide(rank: int, world: int, mp: int, device: torch.device, limit: timedelta) -> Parallel:
@@ -173,6 +167,7 @@ def stop() -> None:
 
 def leave() -> None:
     """Let go of the process group, whatever other ranks do; gloo's threads end with it."""
+    watch.stop()
     if dist.is_initialized():
         forget()
         fairscale_groups.destroy_model_parallel()

@@ -19,11 +19,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from src.parallel.clock import clock
+from src.parallel.threads import cores, watch
 
 SLOT_BYTES = 2**22  # longer tensors go in pieces
 BITS = 24  # of a flag, for the number of bytes
 LINE = 8  # flags of 8 bytes each, a cache line apart
-# Looks at a flag before a rank sleeps: where ranks have a core each, and where they share cores.
+# Looks at a flag before a rank sleeps: where ranks have a core each, and where cores are shared.
 PATIENCE, PATIENCE_SHARED = 2000, 20
 FUTEX, FUTEX_WAIT, FUTEX_WAKE = 202, 0, 1  # Linux on x86-64: the call, and what is wanted of it
 NAP_S = 1  # a sleeping rank looks at the clock as often
@@ -52,8 +53,7 @@ class SharedSlots:
         self.ranks = dist.get_process_group_ranks(group)  # their numbers in the run, for messages
         self.timeout, self.turn = timeout, 0
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
-        shares_cores = ranks_here > len(os.sched_getaffinity(0))
-        self.patience = PATIENCE_SHARED if shares_cores else PATIENCE
+        self.shares_cores = ranks_here > cores()
         self.syscall, self.nap = ctypes.CDLL(None).syscall, _Duration(NAP_S, 0)
         memory = torch.from_file(path, shared=True, size=total, dtype=torch.uint8)
         flag_bytes = self.size * LINE * 8
@@ -93,10 +93,11 @@ class SharedSlots:
 
     def _wait_for(self, rank: int, size: int) -> None:
         flags, looks = self.flags, 0
+        patience = PATIENCE_SHARED if self.shares_cores or watch.crowded else PATIENCE
         began: float | None = None
         while (word := int(flags[rank, 0])) >> BITS < self.turn:
             looks += 1
-            if looks % self.patience == 0:
+            if looks % patience == 0:
                 # sleeps, unless the flag has changed meanwhile
                 self._futex(rank, FUTEX_WAIT, word & 0xFFFFFFFF, ctypes.byref(self.nap))
                 began = began or time.monotonic()

@@ -11,6 +11,7 @@ from src.errors import UserError
 from src.logs import RunLog
 from src.ppo.rewards import RewardFailed
 from src.ppo.trainer import PPO
+from src.progress import Progress
 from src.settings.ppo import SHAPING, PolicyOptimizerSettings, RewardSettings
 from src.trainer.batches import EndlessBatches
 from src.trainer.optimizer import lr_at
@@ -60,10 +61,14 @@ def fit(
     if saving:
         saving.parts["prompts"] = batches.part
         start = saving.resume(total)
-    if start == 0:
-        evaluate(f"{unit} 0", 0)
+
+    def evaluate_aside(bar: Progress, name: str, number: int, done: int) -> None:
+        with bar.aside(left=-(-total // every) - -(-done // every)):
+            evaluate(name, number)
 
     with log.progress(total, "PPO", unit="iteration", initial=start) as bar:
+        if start == 0:
+            evaluate_aside(bar, f"{unit} 0", 0, done=0)
         for number in range(start, total):
             taken, batch = batches.taken, draw()
             lr, critic_lr = (
@@ -90,7 +95,7 @@ def fit(
             done = number + 1
             if done % every == 0 or done == total:
                 moment = done if unit == "iteration" else -(-done // per_epoch)
-                evaluate(f"{unit} {moment}", moment)
+                evaluate_aside(bar, f"{unit} {moment}", moment, done)
             if saving:
                 saving.after(done)
     return history

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from src.data.encoding import Prompt
-from src.generation.engine import Engine
+from src.generation.engine import Engine, OnTokens
 from src.generation.relayout import RelaidEngine
 from src.generation.sampling import Sampling
 from src.parallel.setup import Parallel
@@ -45,7 +45,7 @@ class Rollouts:
         number: int,
         prompts: list[Prompt],
         more: Draw | None = None,
-        on_tokens: Callable[[int, int, int], None] | None = None,
+        on_tokens: OnTokens | None = None,
     ) -> RolloutBuffer:
         """This rank's part of iteration `number`'s rollouts, with their scores.
 
@@ -76,7 +76,7 @@ class Rollouts:
         self,
         prompts: list[Prompt],
         first_sample: int,
-        on_tokens: Callable[[int, int, int], None] | None,
+        on_tokens: OnTokens | None,
     ) -> RolloutBuffer:
         # Samples of one prompt stay on one rank, where there are prompts for all ranks: the prompt
         # is prefilled once.

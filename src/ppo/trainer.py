@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from src.data.encoding import Prompt
-from src.generation.engine import Engine
+from src.generation.engine import Engine, OnTokens
 from src.generation.relayout import RelaidEngine
 from src.generation.sampling import Sampling
 from src.models.batch import (
@@ -107,7 +107,7 @@ class PPO:
         lr: float,
         value_lr: float,
         more: Draw | None = None,
-        on_tokens: Callable[[int, int, int], None] | None = None,
+        on_tokens: OnTokens | None = None,
     ) -> Stats:
         """One iteration over the whole batch of prompts; returns what is to be logged.
 

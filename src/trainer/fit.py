@@ -14,6 +14,7 @@ from src.models.transformer import Transformer
 from src.parallel.clock import clock
 from src.parallel.setup import Parallel, reuse_memory
 from src.parallel.shared_memory import all_reduce
+from src.progress import Progress
 from src.settings.model import PackedBatchSettings, TrainingBatchSettings
 from src.settings.run import TrainingRunSettings
 from src.settings.scripts import TrainSettings
@@ -101,48 +102,53 @@ def fit(
     unit, every = ("step", eval_every) if eval_every else ("epoch", steps_per_epoch)
     history: list[dict[str, float]] = []
 
-    # Go on where an earlier run stopped, or measure the untrained model.
+    # Go on where an earlier run stopped, or measure the untrained model first.
     step = saving.resume(total) if saving else 0
     meter = Meter(model, objective, parallel)
-    if step == 0:
-        evaluate(f"{unit} 0", 0)
+    tokens_left = sum(objective.lengths) * (total - step) / steps_per_epoch
 
-    with profiler(settings.saving.profile, log) as profile:
+    def evaluate_aside(bar: Progress, name: str, number: int) -> None:
+        with bar.aside(left=-(-total // every) - -(-step // every)):
+            evaluate(name, number)
+
+    with (
+        profiler(settings.saving.profile, log) as profile,
+        log.progress(total, "training", unit="step", initial=step, work=tokens_left) as bar,
+    ):
+        if step == 0:
+            evaluate_aside(bar, f"{unit} 0", 0)
         for epoch in range(step // steps_per_epoch + 1, plan.epochs + 1):
+            bar.set_description(f"epoch {epoch}/{plan.epochs}", refresh=False)
             done = step % steps_per_epoch
-            batches = epoch_batches(n_rows, batch_size, seed, epoch)[done:]
-            title = f"epoch {epoch}/{plan.epochs}"
-            with log.progress(steps_per_epoch, title, unit="step", initial=done) as bar:
-                for batch in batches:
-                    # One optimizer step on the whole batch, of which each rank computes its share.
-                    meter.start()
-                    lr = lr_at(step, total, plan.lr, plan.warmup, plan.schedule)
-                    scalars = train_step(
-                        model, optimizer, objective, batch, settings.batches, parallel, lr
-                    )
-                    step += 1
-                    if scalars["skipped"]:
-                        norm = scalars["grad_norm"]
-                        log.warning(
-                            f"step {step}: the gradient norm is {norm}, the step is skipped"
-                        )
-                        rows = f"rows {batch} of the train file (from 0)"
-                        optimizer.check_skipped(plan.max_skipped_steps, rows)
+            for batch in epoch_batches(n_rows, batch_size, seed, epoch)[done:]:
+                # One optimizer step on the whole batch, of which each rank computes its share.
+                meter.start()
+                lr = lr_at(step, total, plan.lr, plan.warmup, plan.schedule)
+                scalars = train_step(
+                    model, optimizer, objective, batch, settings.batches, parallel, lr
+                )
+                step += 1
+                if scalars["skipped"]:
+                    norm = scalars["grad_norm"]
+                    log.warning(f"step {step}: the gradient norm is {norm}, the step is skipped")
+                    rows = f"rows {batch} of the train file (from 0)"
+                    optimizer.check_skipped(plan.max_skipped_steps, rows)
 
-                    # What it brought and what it cost.
-                    scalars |= {"lr": lr, **meter.read(batch)}
-                    history.append(scalars)
-                    log.scalars(step, scalars)
-                    tokens = sum(objective.lengths[i] for i in batch)
-                    bar.update(1, tokens=tokens, loss=scalars["loss"], lr=lr, mfu=scalars["mfu"])
-                    profile.step()
+                # What it brought and what it cost.
+                scalars |= {"lr": lr, **meter.read(batch)}
+                history.append(scalars)
+                log.scalars(step, scalars)
+                tokens = sum(objective.lengths[i] for i in batch)
+                shown = {name: scalars[name] for name in ("loss", "lr", "mfu")}
+                bar.update(1, tokens=tokens, work=tokens, **shown)
+                profile.step()
 
-                    # Evaluate and save when it is time.
-                    if step % every == 0 or step == total:
-                        number = epoch if unit == "epoch" else step
-                        evaluate(f"{unit} {number}", number)
-                    if saving:
-                        saving.after(step)
+                # Evaluate and save when it is time.
+                if step % every == 0 or step == total:
+                    number = epoch if unit == "epoch" else step
+                    evaluate_aside(bar, f"{unit} {number}", number)
+                if saving:
+                    saving.after(step)
     return history
 
 

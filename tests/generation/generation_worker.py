@@ -26,6 +26,7 @@ from src.models.batch import Batch, Sequence, response_logprobs
 from src.models.lora import LoRAConfig, add_lora
 from src.parallel.setup import start, stop
 from src.parallel.vocab import unpack_bits, vocab_range
+from src.progress import AnswerLengths
 
 
 def run_recipe(models, parallel, prompts, recipe) -> dict:
@@ -34,14 +35,16 @@ def run_recipe(models, parallel, prompts, recipe) -> dict:
     max_seq_len, kv_cache_gb = recipe.get("max_seq_len", 200), recipe.get("kv_cache_gb")
     engine = Engine(model, parallel, recipe["slots"], max_seq_len, kv_cache_gb)
     ids, strings = set(recipe.get("stop_ids", ())), tuple(recipe.get("stop_strings", ()))
-    reports = []
+    reports, lengths = [], AnswerLengths(len(prompts), recipe["sampling"]["max_new_tokens"])
     completions = generate_sharded(
         engine,
         [prompts[i] for i in order],
         Sampling(**recipe["sampling"]),
         Stop(ids, strings, lambda ids: "".join(f"<{i}>" for i in ids)),
         recipe.get("samples"),
-        on_tokens=lambda finished, new, running: reports.append((finished, new)),
+        on_tokens=lambda ended, running: reports.append(
+            (len(ended), lengths.step(ended, running)[0])
+        ),
     )
     result = {
         "tokens": [c.tokens for c in completions],

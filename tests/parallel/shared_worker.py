@@ -44,8 +44,7 @@ def main(out: str) -> None:
                 results[f"{dtype} {size} {name}"] = [float(error), alike]
     # Whether a rank that waits soon sleeps, then many exchanges, one after the other.
     results["shares cores"] = (
-        results["used"]
-        and shared_memory._groups[parallel.mp_group].patience == shared_memory.PATIENCE_SHARED
+        results["used"] and shared_memory._groups[parallel.mp_group].shares_cores
     )
     for turn in range(3000):
         x = torch.full((16,), float(turn * (parallel.rank + 1)))

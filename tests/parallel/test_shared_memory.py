@@ -4,11 +4,11 @@ They notice ranks that went apart.
 """
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 
+from src.parallel.threads import cores
 from tests.launch import launch
 
 
@@ -20,7 +20,7 @@ def test_shared_memory_reduces_as_gloo_does(tmp_path, n):
     if not results.pop("used"):
         pytest.skip("no Linux on x86, or no shared memory: gloo's own exchanges are used")
     assert "they went apart" in results.pop("apart")
-    assert results.pop("shares cores") == (n > len(os.sched_getaffinity(0)))
+    assert results.pop("shares cores") == (n > cores())
     assert len(results) == 4 * 4 * (3 + 1)
     for name, (error, alike) in results.items():
         assert alike and error <= (1e-2 if "bfloat16" in name else 1e-6), name

@@ -1,0 +1,190 @@
+"""How far a run is, and how much time is left.
+
+The time left is the work left times the seconds that work has taken so far, on the whole: of all
+that has been tried a plain mean errs least. The first update, which warms everything up, is left
+out of it, and what runs aside, such as an evaluation, is counted by itself.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{left}, {rate_fmt}{postfix}]"
+ENDLESS_FORMAT = "{desc}: {n_fmt}{unit} [{elapsed}, {rate_fmt}{postfix}]"  # of an unknown total
+RISING = 0.5  # how much likelier a text ends the longer it is: by its length to this power
+FIXED = 0.5  # of a full decode step's time: what a step takes however few sequences run
+
+
+class Progress(tqdm):
+    """A tqdm bar (a context manager) that also shows tokens per second and sound time left."""
+
+    def __init__(
+        self,
+        work: float | Callable[[], float] | None,
+        show: Callable[["Progress", bool], None],
+        **style: Any,
+    ) -> None:
+        """work: what is left to do, in units that take the same time each.
+
+        A function of what is left now, a number at the start, or by default the bar's own units;
+        show(bar, ended): is called after each update and at the end.
+        """
+        self.tokens, self.show = 0, show
+        total = style["total"]
+        if work is None and total is not None:
+            work = total - style["initial"]
+        self.work, self.work_done = work, 0.0
+        # Of the updates but the first: how many, their seconds and work.
+        self.updates, self.seconds, self.counted = 0, 0.0, 0.0
+        # What ran aside: its seconds, how often it ran, and will run.
+        self.aside_seconds, self.aside_times, self.aside_left = 0.0, 0, 0
+        self.since = 0.0  # the elapsed seconds at which the running unit would have begun
+        super().__init__(**style, bar_format=ENDLESS_FORMAT if total is None else FORMAT)
+
+    def update(
+        self, n: float | None = 1, tokens: int = 0, work: float | None = None, **shown: object
+    ) -> None:
+        """Advance by `n` units and `tokens` tokens; `shown` (loss=...) stands beside the bar.
+
+        work: how much of the whole work that was, `n` by default.
+        """
+        if self.disable:
+            return
+        elapsed, work = self.elapsed, float(n or 0) if work is None else work
+        self.updates += 1
+        if self.updates == 2:  # now there is a better one than the first
+            self.seconds, self.counted = 0.0, 0.0
+        self.seconds += elapsed - self.since
+        self.counted += work
+        self.work_done += work
+        self.since = elapsed
+        self.tokens += tokens
+        if self.tokens:
+            shown["tokens/s"] = self.tokens / max(elapsed, 1e-9)
+        self.set_postfix(shown, refresh=False)
+        super().update(n)
+        self.show(self, False)
+
+    @contextmanager
+    def aside(self, left: int) -> Iterator[None]:
+        """Around what is not part of a unit; it will come `left` times more."""
+        began = 0.0 if self.disable else self.elapsed
+        try:
+            yield
+        finally:
+            if not self.disable:
+                took = self.elapsed - began
+                self.since += took
+                self.aside_seconds += took
+                self.aside_times += 1
+                self.aside_left = left
+
+    def close(self) -> None:
+        """End the bar; the second time nothing happens."""
+        if not self.disable:
+            self.show(self, True)
+        super().close()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the bar began."""
+        return self._time() - self.start_t
+
+    @property
+    def seconds_left(self) -> float | None:
+        """None as long as nothing can be said."""
+        if self.work is None or not self.counted:
+            return None
+        left = self.work() if callable(self.work) else self.work - self.work_done
+        aside = self.aside_left * self.aside_seconds / max(1, self.aside_times)
+        return max(0.0, left) * self.seconds / self.counted + aside
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        """What tqdm formats, with the time left."""
+        seconds = self.seconds_left
+        left = "?" if seconds is None else self.format_interval(seconds)
+        return {**super().format_dict, "left": left}
+
+
+class AnswerLengths:
+    """How much there is still to generate, of answers whose lengths nobody knows beforehand.
+
+    Lengths are taken to be distributed as those of the answers so far, by the estimator of Kaplan
+    and Meier (1958): of those that still run it is known that they are longer.
+    """
+
+    def __init__(self, n: int, limit: int) -> None:
+        """n: answers; limit: tokens of one, at most."""
+        self.waiting, self.limit, self.slots = n, limit, 0
+        self.ended: Counter[int] = Counter()  # answers of each length
+        self.running: Counter[int] = Counter()  # answers that have so many tokens so far
+        self.tokens = 0
+
+    def step(self, ended: list[int], running: list[int]) -> tuple[int, float]:
+        """After a forward: the lengths of what ended in it, and of what runs so far.
+
+        Returns its new tokens, and the work that it was, in tokens at full slots.
+        """
+        side_by_side = len(ended) + len(running)
+        answers = self.ended.total() + self.running.total()
+        self.ended.update(ended)
+        self.running = Counter(running)
+        self.slots = max(self.slots, side_by_side)
+        self.waiting -= self.ended.total() + self.running.total() - answers
+        before, self.tokens = self.tokens, _tokens(self.ended) + _tokens(self.running)
+        new = self.tokens - before
+        work = self._work(1, new) if new == side_by_side else new  # else it was a prefill
+        return new, work
+
+    def _work(self, steps: float, tokens: float) -> float:
+        return FIXED * self.slots * steps + (1 - FIXED) * tokens
+
+    def work_left(self) -> float:
+        """In tokens at full slots; what waits fills slots as they get free."""
+        longer = self.survival().clip(min=1e-9)
+        # beyond[m]: tokens that an answer has beyond its first m, on average over all answers.
+        beyond = np.append(longer[::-1].cumsum()[::-1], 0.0)[: self.limit]
+        counts = self._counts(self.running)[: self.limit]
+        ages = counts.nonzero()[0]
+        counts = counts[ages]
+        if self.waiting > 0:
+            # When the last that waits begins, the others are anywhere in theirs.
+            last = beyond / beyond[0]
+            tokens = self.waiting * beyond[0] + (counts * beyond[ages] / longer[ages]).sum()
+            full = max(0.0, tokens - self.slots * last.sum())
+            all_ended = (1 - last) ** self.slots
+        else:
+            # [ages, tokens from now on]: how likely each still runs then
+            padded = np.append(longer, np.zeros(self.limit))
+            still = np.array([padded[age : age + self.limit] / padded[age] for age in ages])
+            full, last = 0.0, counts @ still / self.slots
+            all_ended = ((1 - still) ** counts[:, None]).prod(0)
+        return full + self._work((1 - all_ended).sum(), self.slots * last.sum())
+
+    def survival(self) -> np.ndarray:
+        """How likely an answer is longer than 0, 1, … tokens, [limit]."""
+        ended, running = self._counts(self.ended), self._counts(self.running)
+        # How many were seen to come to each length, and what share of them ended there. One answer
+        # is added that ends the likelier the longer it is: it stands for lengths that none has
+        # come to.
+        came = (ended + running)[::-1].cumsum()[::-1]
+        likely = np.arange(self.limit + 1.0) ** RISING
+        likely *= ended.sum() / max(1.0, came @ likely)
+        share = (ended + likely.clip(max=1)) / (came + 1)
+        return (1 - share[: self.limit]).cumprod()
+
+    def _counts(self, lengths: Counter[int]) -> np.ndarray:
+        """How many there are of each length, [limit + 1]."""
+        counts = np.zeros(self.limit + 1, dtype=int)
+        for length, count in lengths.items():
+            counts[min(length, self.limit)] += count
+        return counts
+
+
+def _tokens(lengths: Counter[int]) -> int:
+    return sum(length * count for length, count in lengths.items())
