@@ -10,10 +10,11 @@ from src.checkpoint.manifest import MANIFEST, described_all, sync, write_manifes
 from src.errors import UserError
 
 # In the order in which they are looked for; what they are, their content tells.
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json", "qwen.tiktoken")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json", "qwen.tiktoken", "vocab.json")
 TOKENIZER_PATTERNS = ("*.tiktoken", "*tokenizer*.model", "*tokenizer*.model.v*", "tekken*.json")
 TOKENIZER_FILES = (
     *TOKENIZERS,
+    "merges.txt",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",

@@ -31,27 +31,55 @@ _SYSTEM = (
     "{% if messages[0].role != 'system' %}<|im_start|>system\n"
     "You are a helpful assistant.<|im_end|>\n{% endif %}"
 )
-_MISTRAL = (  # its tokenizer puts a space before each text, which is the one before the answer
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
-    "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+# The brackets of Llama 2 and Mistral. A system's text goes before a question.
+_BRACKETS = (
+    "{% set ns = namespace(system='') %}{% for m in messages %}{% if m.role == 'user' %}"
+    "QUESTION{% elif m.role == 'system' %}SYSTEM{% else %}ANSWER{% endif %}{% endfor %}"
 )
-# The brackets are control tokens from its second tokenizer on: no space ends the question.
-_MISTRAL_CONTROL = _MISTRAL.replace(" [/INST]", "[/INST]")
-# Nor does one begin a text where spaces are bytes like others.
-_MISTRAL_BYTES = _MISTRAL_CONTROL.replace("[INST] ", "[INST]").replace(" {{ m.", "{{ m.")
+
+
+def _brackets(question: str, answer: str, system: str) -> str:
+    parts = {"QUESTION": question, "ANSWER": answer, "SYSTEM": system}
+    return re.sub("|".join(parts), lambda name: parts[name[0]], _BRACKETS)
+
+
+_KEPT = "{% set ns.system = ns.system + m.content + '\n\n' %}"  # until a question comes
+_MISTRAL = "{{ bos_token }}" + _brackets(  # its tokenizer puts a space before each text
+    "[INST] {{ ns.system }}{{ m.content }} [/INST]{% set ns.system = '' %}",
+    " {{ m.content }}{{ eos_token }}",
+    _KEPT,
+)
+# The brackets are control tokens from its second tokenizer on: no space ends the question. The
+# system's text goes before the last one.
+_ANSWER_ALONE = " {{ m.content.rstrip(' ') }}{{ eos_token }}"
+_MISTRAL_CONTROL = "{{ bos_token }}" + _brackets(
+    "[INST] {% if 'user' not in messages[loop.index:] | map(attribute='role') %}{{ ns.system }}"
+    "{% endif %}{{ m.content }}[/INST]",
+    _ANSWER_ALONE,
+    _KEPT,
+)
+# Or has control tokens of its own.
+_MISTRAL_SYSTEM = "{{ bos_token }}" + _brackets(
+    "[INST] {{ m.content }}[/INST]",
+    _ANSWER_ALONE,
+    "[SYSTEM_PROMPT] {{ m.content }}[/SYSTEM_PROMPT]",
+)
 
 # For folders without a template, by the beginning of the family's name. Llama 1 has none.
 TEMPLATES = {
-    "llama-2": "{% for m in messages %}{% if m.role == 'user' %}"
-    "{{ bos_token }}[INST] {{ m.content | trim }} [/INST]"
-    "{% else %} {{ m.content | trim }} {{ eos_token }}{% endif %}{% endfor %}",
+    "llama-2": _brackets(
+        "{{ bos_token }}[INST] {{ (ns.system + m.content) | trim }} [/INST]"
+        "{% set ns.system = '' %}",
+        " {{ m.content | trim }} {{ eos_token }}",
+        "{% set ns.system = '<<SYS>>\n' + m.content + '\n<</SYS>>\n\n' %}",
+    ),
     "llama-3": "{{ bos_token }}{% for m in messages %}"
     "<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>"
     "{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
     "mistral": _MISTRAL,
     "mistral [INST]": _MISTRAL_CONTROL,
-    "mistral [INST] tekken": _MISTRAL_BYTES,
+    "mistral [SYSTEM_PROMPT]": _MISTRAL_SYSTEM,
     "mixtral": _MISTRAL,
     "qwen": _SYSTEM + _CHATML,
     "qwen2": _SYSTEM + _CHATML,
@@ -280,14 +308,17 @@ def find_chat(
     if family == "llama" and "<|start_header_id|>" in control:
         family = "llama-3"
     if family.startswith(("mistral", "mixtral")) and "[INST]" in control:
-        family = "mistral [INST]" + " tekken" * (not has_prefix)
+        family = "mistral " + ("[SYSTEM_PROMPT]" if "[SYSTEM_PROMPT]" in control else "[INST]")
     known = max((name for name in TEMPLATES if family.startswith(name)), key=len, default=None)
     if known is None:
         raise UserError(
             f"{folders[0]}: has no chat template, and {family} models share none; "
             "put one there as chat_template.jinja, or go without --use_chat_template"
         )
-    return Chat(TEMPLATES[known], f"the chat template of {known}", tokens, False, date)
+    template = TEMPLATES[known]
+    if known.endswith("]") and not has_prefix:  # where spaces are bytes like others
+        template = template.replace("] {", "]{").replace(" {{ m.", "{{ m.")
+    return Chat(template, f"the chat template of {known}", tokens, False, date)
 
 
 def _default(template: Any, config: Path) -> str:

@@ -15,14 +15,14 @@ from src.data.tokenizer import Tokenizer
 
 SpecialIds = dict[str, int | list[int] | None]
 
-# Keys of tokenizer_config.json that decide ids or ends, and are decided here.
-_DECIDED = frozenset([
-    "tokenizer_class", "auto_map", "added_tokens_decoder", "legacy", "add_prefix_space",
-    "sp_model_kwargs", "use_fast", "vocab_file", "merges_file", "tokenizer_file", "name_or_path",
-    "special_tokens_map_file", "add_bos_token", "add_eos_token", "bos_token", "eos_token",
-    "unk_token", "pad_token", "chat_template", "clean_up_tokenization_spaces", "backend",
-    "is_local", "local_files_only", "from_slow", "tokenizer_type", "use_default_system_prompt",
-])  # fmt: skip
+# Keys of tokenizer_config.json that stay as they are. What decides ids or ends is written anew.
+_KEPT = ("model_max_length", "padding_side", "truncation_side", "model_input_names")
+# Keys of generation_config.json that end texts elsewhere than where a trained model ends them.
+_FORCED = (
+    *("forced_bos_token_id", "forced_eos_token_id", "min_length", "min_new_tokens"),
+    *("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias"),
+    *("exponential_decay_length_penalty", "stop_strings", "decoder_start_token_id"),
+)
 _KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -56,10 +56,8 @@ def pad_of(tokenizer: Tokenizer, vocab_size: int, scores: bool) -> tuple[str | N
     known = {text: i for text, i in tokenizer.control.items() if i < vocab_size}
     own = tokenizer.config.tokens.get("pad_token")
     ends = tokenizer.stop_ids
-    if own is not None:
-        i = tokenizer.id_of(own)
-        if i is not None and i < vocab_size and not (scores and i in ends):
-            return own, i
+    if own in known and not (scores and known[own] in ends):
+        return own, known[own]
     unknown = tokenizer.config.tokens.get("unk_token", "<unk>")
     sample = tokenizer.chat.sample if tokenizer.chat else ""
     free = [
@@ -87,18 +85,20 @@ def write_tokenizer(
     generation = source / "generation_config.json"
     if not scores:
         ids = special_ids_of(tokenizer, source, vocab_size, scores)
-        kept = read_json(generation) if generation.is_file() else {}
-        _write_json(
-            folder / generation.name, kept | {k: v for k, v in ids.items() if v is not None}
-        )
+        said = read_json(generation) if generation.is_file() else {}
+        kept = {k: v for k, v in said.items() if tokenizer is None or k not in (*_FORCED, *_KEYS)}
+        known = {k: v for k, v in ids.items() if v is not None}
+        _write_json(folder / generation.name, kept | known)
     if (source / SCORES_FILE).is_file():
         shutil.copyfile(source / SCORES_FILE, folder / SCORES_FILE)
     if tokenizer is None:
         return
-    raw, tokens = tokenizer.config.raw, tokenizer.config.tokens
-    pad, pad_id = pad_of(tokenizer, vocab_size, scores)
+    raw, control = tokenizer.config.raw, tokenizer.control
+    tokens = {key: t for key, t in tokenizer.config.tokens.items() if t in control}
+    listed = [t for t in tokenizer.config.listed if t in control]
+    pad, _ = pad_of(tokenizer, vocab_size, scores)
     is_new = pad is not None and tokenizer.id_of(pad) is None
-    config: dict[str, Any] = {k: v for k, v in raw.items() if k not in _DECIDED}
+    config: dict[str, Any] = {key: raw[key] for key in _KEPT if key in raw} | tokens
     config |= {
         # reads tokenizer.json as it stands; others put their own rules in place of the file's
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -107,13 +107,15 @@ def write_tokenizer(
         "clean_up_tokenization_spaces": False,
         "eos_token": tokenizer.text_of(tokenizer.eos_id),
     }
-    bos = tokens.get("bos_token")
     if tokenizer.bos_id is not None:
-        bos = tokenizer.text_of(tokenizer.bos_id)
-    unknown = tokens.get("unk_token", "<unk>")
-    for key, text in (("bos_token", bos), ("pad_token", pad), ("unk_token", unknown)):
-        if text is not None and (text == pad or tokenizer.id_of(text) is not None):
-            config[key] = text
+        config["bos_token"] = tokenizer.text_of(tokenizer.bos_id)
+    if "<unk>" in control:
+        config.setdefault("unk_token", "<unk>")
+    config.pop("pad_token", None)
+    config |= {"pad_token": pad} if pad is not None else {}
+    config |= {"additional_special_tokens": listed} if listed else {}
+    # In transformers it would read the template's own control tokens as text, too.
+    config |= {"split_special_tokens": True} if tokenizer.as_text and not tokenizer.chat else {}
     config |= _write_template(tokenizer, folder, source)
     _write_json(folder / "tokenizer_config.json", config)
     (folder / "tokenizer.json").write_text(tokenizer.to_json(pad if is_new else None), "utf-8")

@@ -95,7 +95,8 @@ def from_pieces(
     special = [AddedToken(n, normalized=False) for n in (unknown, *kinds[_CONTROL])]
     rust.add_special_tokens(special)
     for _, token in added:
-        rust.add_special_tokens([token]) if token.special else rust.add_tokens([token])
+        spelled = AddedToken(**{**token.__getstate__(), "normalized": False})
+        rust.add_special_tokens([spelled]) if token.special else rust.add_tokens([spelled])
 
     # Its own names of BOS and EOS; −1 for none.
     bos, eos = (i if 0 <= i < len(names) else None for i in (trainer.bos_id, trainer.eos_id))

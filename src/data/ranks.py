@@ -81,8 +81,7 @@ SCHEMES = {151_643: QWEN, 128_000: LLAMA_3}
 _TEKKEN_SPECIAL = (
     *("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"),
     *("[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]"),
-    *("[IMG_END]", "[PREFIX]", "[MIDDLE]", "[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"),
-    "[TOOL_CONTENT]",
+    *("[IMG_END]", "[PREFIX]", "[MIDDLE]", "[SUFFIX]"),
 )
 
 
@@ -99,7 +98,7 @@ def from_ranks(path: Path) -> tuple[RustTokenizer, str | None, str]:
             f"{path}: has {len(ranks):,} ranks; known are {known}. Another vocabulary's special "
             "tokens and rule of splitting are not in such a file: give its tokenizer.json"
         )
-    rust = _byte_level(ranks, scheme.pattern)
+    rust = byte_level(_bpe(ranks), scheme.pattern)
     if scheme.nfc:
         rust.normalizer = normalizers.NFC()
     rust.add_special_tokens(
@@ -141,7 +140,7 @@ def from_tekken(path: Path, raw: dict[str, Any]) -> tuple[RustTokenizer, str, st
         ) from None
     _check_ranks(path, ranks)
     names = [special.get(i, f"<SPECIAL_{i}>") for i in range(count)]
-    rust = _byte_level(ranks, pattern, names)
+    rust = byte_level(_bpe(ranks, names), pattern)
     rust.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names])
     put_before(rust, "<s>")
     return rust, "<s>", "</s>"
@@ -156,15 +155,9 @@ def put_before(rust: RustTokenizer, bos: str | None) -> None:
     )
 
 
-def _byte_level(
-    ranks: dict[bytes, int], pattern: str, special: Sequence[str] = ()
-) -> RustTokenizer:
-    """The ranks as ids, after those of `special`; text is split by the pattern before merging."""
-    spelled = [token.decode("latin-1").translate(_SPELLING) for token in ranks]
-    vocabulary = {text: i for i, text in enumerate([*special, *spelled])}
-    merges = [(spelled[left], spelled[right]) for left, right in _merges(ranks)]
-    # a piece that is a token as a whole is that token
-    rust = RustTokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
+def byte_level(model: models.BPE, pattern: str) -> RustTokenizer:
+    """A vocabulary of bytes; text is split by the pattern before merging."""
+    rust = RustTokenizer(model)
     rust.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(pattern), "isolated"),
@@ -173,6 +166,15 @@ def _byte_level(
     )
     rust.decoder = decoders.ByteLevel()
     return rust
+
+
+def _bpe(ranks: dict[bytes, int], special: Sequence[str] = ()) -> models.BPE:
+    """The ranks as ids, after those of `special`."""
+    spelled = [token.decode("latin-1").translate(_SPELLING) for token in ranks]
+    vocabulary = {text: i for i, text in enumerate([*special, *spelled])}
+    merges = [(spelled[left], spelled[right]) for left, right in _merges(ranks)]
+    # a piece that is a token as a whole is that token
+    return models.BPE(vocabulary, merges, ignore_merges=True)
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:

@@ -22,9 +22,10 @@ from src.data.ranks import put_before
 from src.data.tokenizer_files import TokenizerConfig, Vocabulary, stop_ids_in
 from src.errors import UserError
 
-# Put inside a control token that a text spells out, so that it is text: a character that is none
-# (Unicode keeps it free for such use), taken out again before the text is encoded.
-_MARK = "\ufdd0"
+# Put inside a control token that a text spells out, so that it is text: two that are no characters
+# (Unicode keeps them free for such use), taken out again before the text is encoded.
+_MARK = "\ufdd0\ufdd1"
+_USUAL_BOS, _USUAL_EOS = ("<s>", "<|begin_of_text|>"), ("</s>", "<|end_of_text|>")
 
 
 class Tokenizer:
@@ -37,7 +38,8 @@ class Tokenizer:
 
     `bos_id`: None for a model without. `eos_id`: ends a trained response. `stop_ids`: each of them
     ends a generation. `chat`: None without a template. `control`: text → id of the special tokens.
-    `spelled_out`: how often a text that was encoded spelled out each of them.
+    `as_text`: whether one that a text spells out is text. `spelled_out`: how often texts that were
+    encoded spelled out each of them.
     """
 
     def __init__(
@@ -68,13 +70,17 @@ class Tokenizer:
             if token.special
         }
         self._texts = {i: text for text, i in self.control.items()}
-        # A config's ids may be another tokenizer's: an ordinary token never ends a text.
+        # What files call special is so. A word that fills up batches, though, stays a word.
         added = self._rust.get_added_tokens_decoder()
+        for key, text in sorted([*config.tokens.items(), *(("", text) for text in config.listed)]):
+            if self._ids.get(text) in added or (text in self._ids and key != "pad_token"):
+                self._counted(text, key)
+        # A config's ids may be another tokenizer's: an ordinary token never ends a text.
         stops = [i for i in stop_ids_in(folders) if i in added or i >= self.vocab_size]
         self.bos_id = self._begin(vocabulary.bos)
         self.eos_id = self._end(vocabulary.eos, [i for i in stops if i < self.vocab_size])
         self.stop_ids = {self.eos_id, *stops}
-        self._as_text = special_tokens == "text" or config.raw.get("split_special_tokens") is True
+        self.as_text = special_tokens == "text" or config.raw.get("split_special_tokens") is True
         self.spelled_out: Counter[str] = Counter()
         self._limit: int | None = None  # ids that the model has an embedding for
         self.chat: Chat | None = None
@@ -93,9 +99,9 @@ class Tokenizer:
         if config.add_bos or (bos is not None and config.add_bos is None):
             return self._counted(named if config.add_bos and named else bos, "bos_token")
         if config.add_bos is None and not config.raw and self.kind == "json":
-            # nobody says anything: the usual name
-            usual = self._ids.get("<s>")
-            return None if usual is None else self._counted("<s>", "bos_token")
+            # nobody says anything: the usual names
+            usual = next((text for text in _USUAL_BOS if text in self._ids), None)
+            return None if usual is None else self._counted(usual, "bos_token")
         return None
 
     def _end(self, eos: str | None, stops: list[int]) -> int:
@@ -105,8 +111,9 @@ class Tokenizer:
             return self._counted(named, "eos_token")
         if stops:
             return stops[0]
-        if "</s>" in self._ids:
-            return self._counted("</s>", "eos_token")
+        usual = next((text for text in _USUAL_EOS if text in self._ids), None)
+        if usual is not None:
+            return self._counted(usual, "eos_token")
         raise UserError(
             f"{self.path}: has no EOS that is known; name it as eos_token in {self.config.path}"
         )
@@ -129,11 +136,7 @@ class Tokenizer:
         tokens = {"eos_token": self._texts.get(self.eos_id, "")}
         if self.bos_id is not None:
             tokens["bos_token"] = self._texts.get(self.bos_id, "")
-        tokens |= {
-            key: value
-            for key, value in self.config.raw.items()
-            if key.endswith("_token") and isinstance(value, str)
-        } | self.config.tokens
+        tokens |= self.config.tokens
         has_prefix = self._rust.encode("a", add_special_tokens=False).tokens[0] != "a"
         chat = find_chat(folders, family, tokens, self.control, has_prefix, date)
         self.chat = chat
@@ -245,7 +248,7 @@ class Tokenizer:
             return text
         found = self._any_control.findall(text)
         self.spelled_out.update(found)
-        if not (found and self._as_text):
+        if not (found and self.as_text):
             return text
         return self._any_control.sub(lambda token: token[0][0] + _MARK + token[0][1:], text)
 
@@ -347,7 +350,7 @@ class Tokenizer:
             shown = ", ".join(f"{text} ({n})" for text, n in self.spelled_out.most_common(5))
             reading = (
                 "they are read as text"
-                if self._as_text
+                if self.as_text
                 else "they act as control tokens; --special_tokens text reads them as text"
             )
             lines.append(f"texts spell out special tokens: {shown}; {reading}")

@@ -6,28 +6,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken
+from tokenizers import AddedToken, models, normalizers
 from tokenizers import Tokenizer as RustTokenizer
 
 from src.checkpoint.files import read_json
 from src.data.pieces import from_pieces
-from src.data.ranks import from_ranks, from_tekken
+from src.data.ranks import QWEN, byte_level, from_ranks, from_tekken
 from src.errors import UserError
 
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
+_QWEN_CLASSES = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
+_LISTS = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens")
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
     """`tokenizer_config.json`, with what `special_tokens_map.json` and `added_tokens.json` add.
 
-    path: of the first, there or not; tokens: texts by their names (`bos_token` …); added: id →
-    token of those added to the vocabulary; raw: all that the first file holds, {} without it.
+    path: of the first, there or not; tokens: texts by their names (`bos_token` …); listed: special
+    tokens without a name; added: id → token of those added to the vocabulary; raw: all that the
+    first file holds, {} without it.
     """
 
     path: Path
     raw: dict[str, Any] = field(default_factory=dict)
     tokens: dict[str, str] = field(default_factory=dict)
+    listed: list[str] = field(default_factory=list)
     added: dict[int, AddedToken] = field(default_factory=dict)
 
     @classmethod
@@ -36,16 +40,17 @@ class TokenizerConfig:
         path, special = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
         raw = read_json(path) if path.is_file() else {}
         tokens: dict[str, str] = {}
-        for file, values in ((special, _if_there(special)), (path, raw)):
-            for key in NAMED:
-                token = values.get(key)
-                text = token.get("content") if isinstance(token, dict) else token
-                if not isinstance(text, str | None):
-                    raise UserError(f"{file}: {key} is {token!r}, a token's text is expected")
-                if key in values:
+        listed: list[str] = []
+        files = [(path, raw), (special, _if_there(special))]
+        # As in transformers: the map has the last word, unless added tokens are described.
+        for file, values in reversed(files) if "added_tokens_decoder" in raw else files:
+            for key, token in values.items():
+                if key in _LISTS:
+                    listed += _texts(token, f"{file}: {key}")
+                elif key in NAMED or (key.endswith("_token") and isinstance(token, str | dict)):
                     tokens.pop(key, None)
-                if text is not None:
-                    tokens[key] = text
+                    if token is not None:
+                        (tokens[key],) = _texts([token], f"{file}: {key}")
         for key in ("add_bos_token", "legacy", "add_prefix_space", "split_special_tokens"):
             if not isinstance(raw.get(key), bool | None):
                 raise UserError(f"{path}: {key} is {raw[key]!r}, true or false is expected")
@@ -54,11 +59,8 @@ class TokenizerConfig:
                 f"{path}: sp_model_kwargs asks for sampled pieces (enable_sampling): a text would "
                 "have other ids each time; take it out"
             )
-        key = "additional_special_tokens"
-        listed = raw.get(key) or _if_there(special).get(key) or []
-        more = [str(t.get("content") if isinstance(t, dict) else t) for t in listed]
-        named = {*tokens.values(), *more}
-        return cls(path, raw, tokens, dict(_added(folder, raw, named)))
+        added = dict(_added(folder, raw, {*tokens.values(), *listed}))
+        return cls(path, raw, tokens, listed, added)
 
     @property
     def add_bos(self) -> bool | None:
@@ -68,6 +70,15 @@ class TokenizerConfig:
 
 def _if_there(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
+
+
+def _texts(tokens: Any, where: str) -> list[str]:
+    """The texts of tokens in a list, or by names; each a text or an object with its content."""
+    values = list(tokens.values()) if isinstance(tokens, dict) else [] if tokens is None else tokens
+    texts = [t.get("content") if isinstance(t, dict) else t for t in values]
+    if not isinstance(values, list) or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{where} is {tokens!r}, the text of each token is expected")
+    return texts
 
 
 def _added(
@@ -134,15 +145,17 @@ class Vocabulary:
         if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", first) or path.suffix == ".tiktoken":
             vocabulary = cls("ranks", *from_ranks(path))
         elif first.lstrip()[:1] == b"{":
-            vocabulary = _of_json(path)
+            vocabulary = _of_json(path, config)
         else:
             has_prefix = config.raw.get("add_prefix_space") is not False
             pieces = from_pieces(path.read_bytes(), str(path), added, has_prefix)
             vocabulary = cls("sentencepiece", *pieces)
-        # What was added later, where the file lacks it.
-        rust = vocabulary.rust
+        # What was added later, where the file lacks it; and as the config describes it.
+        rust, described = vocabulary.rust, config.raw.get("added_tokens_decoder") or {}
         for i, token in added:
-            if rust.token_to_id(token.content) is None:
+            is_described = vocabulary.kind == "json" and str(i) in described
+            found = rust.token_to_id(token.content)
+            if found is None or (is_described and found == i):
                 (rust.add_special_tokens if token.special else rust.add_tokens)([token])
             found = rust.token_to_id(token.content)
             if found != i:
@@ -153,12 +166,14 @@ class Vocabulary:
         return vocabulary
 
 
-def _of_json(path: Path) -> Vocabulary:
+def _of_json(path: Path, config: TokenizerConfig) -> Vocabulary:
     try:
         rust = RustTokenizer.from_file(str(path))
     # the library raises bare Exception for whatever it cannot read
     except Exception as error:
         raw = read_json(path)
+        if path.name == "vocab.json":
+            return _of_merges(path, raw, config)
         if "config" not in raw or "vocab" not in raw:
             reason = str(error).splitlines()[0]
             raise UserError(f"{path}: cannot be read as a tokenizer ({reason})") from None
@@ -170,3 +185,23 @@ def _of_json(path: Path) -> Vocabulary:
     encoded = rust.encode("a")
     begins = encoded.special_tokens_mask[:-1][:1] == [1]
     return Vocabulary("json", rust, encoded.tokens[0] if begins else None, None)
+
+
+def _of_merges(path: Path, ids: dict[str, int], config: TokenizerConfig) -> Vocabulary:
+    """`vocab.json`, read as `ids`, and the `merges.txt` beside it."""
+    merges = path.with_name("merges.txt")
+    if not merges.is_file() or config.raw.get("tokenizer_class") not in _QWEN_CLASSES:
+        raise UserError(
+            f"{path}: with merges.txt it does not say how a text is split, unless "
+            f"tokenizer_config.json names {_QWEN_CLASSES[0]} as tokenizer_class; save its "
+            "tokenizer.json: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        )
+    lines = merges.read_text("utf-8").split("\n")
+    pairs = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
+    try:
+        rust = byte_level(models.BPE(ids, pairs), QWEN.pattern)
+    # the library raises bare Exception for what does not fit together
+    except Exception as error:
+        raise UserError(f"{path}: does not go with {merges.name} ({error})") from None
+    rust.normalizer = normalizers.NFC()
+    return Vocabulary("json", rust, None, QWEN.eos)

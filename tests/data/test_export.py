@@ -12,23 +12,26 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import processors
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
+from src.checkpoint.folder import find_tokenizer
 from src.data import ranks as rank_files
 from src.data.export import pad_of, special_ids_of, write_tokenizer
 from src.data.tokenizer import Tokenizer
 from tests.data import test_tokenizer as other
 
 CHATML, NAMES, TEXTS = other.CHATML, other.NAMES, [t for t in other.TEXTS if t]
+TEXTS += ["eggs, eggs a day !!", "so <|im_end|>  it\n <|im_start|>  is"]
 ranks, rust, pieces = other.ranks, other.rust, other.pieces
 MODEL = 1000  # entries of the model's vocabulary
 PLAIN = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 CONTROL = ["[INST]", "[/INST]", "[TOOL]"]
 
 
-def json_folder(folder, rust, config=None, bos=False, **files):
+def json_folder(folder, rust, config=None, bos=False, ends=False, **files):
     rust = RustTokenizer.from_str(rust.to_str())
-    if bos:
-        special = [("<s>", rust.token_to_id("<s>"))]
-        rust.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=special)
+    if bos or ends:
+        special = [(text, rust.token_to_id(text)) for text in ("<s>", "<|endoftext|>")]
+        form = "<s> $A" + " <|endoftext|>" * ends
+        rust.post_processor = processors.TemplateProcessing(form, special_tokens=special)
     rust.enable_truncation(7)
     rust.enable_padding(length=9, pad_token="!", pad_id=0)
     rust.save(str(folder / "tokenizer.json"))
@@ -46,6 +49,18 @@ def pieces_folder(folder, config=None, options=None, **files):
             other.write_json(folder / f"{name}.json", value)
 
 
+def merges_folder(folder, rust, config):
+    """As an older transformers left it: Qwen's class says how texts are split."""
+    whole = json.loads(rust.to_str())
+    special = {token["content"] for token in whole["added_tokens"]}
+    vocabulary = {text: i for text, i in whole["model"]["vocab"].items() if text not in special}
+    other.write_json(folder / "vocab.json", vocabulary)
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in whole["model"]["merges"])]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", "utf-8")
+    added = {str(token.pop("id")): token for token in whole["added_tokens"]}
+    other.write_json(folder / "tokenizer_config.json", config | {"added_tokens_decoder": added})
+
+
 def ranks_folder(folder, ranks, name):
     other.write_ranks(folder / name, ranks)
 
@@ -55,6 +70,23 @@ def tekken_folder(folder, ranks):
 
 
 ENDED = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+ROW = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
+SPACED = {  # as a config describes tokens that are in the file already
+    "502": ROW | {"content": "<|im_start|>", "rstrip": True, "special": True},
+    "503": ROW | {"content": "<|im_end|>", "lstrip": True, "special": True},
+}
+LISTED = {  # special tokens in all the ways that files name them
+    "bos_token": ROW | {"content": "<s>", "__type": "AddedToken"},
+    "eos_token": ROW | {"content": "<|endoftext|>", "__type": "AddedToken"},
+    "pad_token": "!",  # a word, which stays one
+    "cls_token": "<none>",  # not there
+    "additional_special_tokens": ["gs", ROW | {"content": "ay", "__type": "AddedToken"}],
+    "extra_special_tokens": {"image_token": "ay"},
+}
+SPECIAL_MAP = {
+    "eos_token": "<|im_end|>",
+    "additional_special_tokens": ["ay", "<none>"],
+}
 ADDED = {"<|im_start|>": 420, "<|im_end|>": 421, "<call>": 422}
 # name → (how to fill a folder, the model's family, whether a chat template is used)
 KINDS = {
@@ -137,6 +169,59 @@ KINDS = {
         "llama",
         False,
     ),
+    "json, tokens listed": (lambda d, f: json_folder(d, f("rust"), LISTED), "llama", False),
+    "json, a list of more tokens": (
+        lambda d, f: json_folder(d, f("rust"), NAMES | {"extra_special_tokens": ["ay"]}),
+        "llama",
+        False,
+    ),
+    "json, the map against the config": (
+        lambda d, f: json_folder(d, f("rust"), NAMES, special_tokens_map=SPECIAL_MAP),
+        "llama",
+        False,
+    ),
+    "json, tokens that take spaces": (
+        lambda d, f: json_folder(
+            d, f("rust"), NAMES | {"added_tokens_decoder": SPACED, "chat_template": CHATML}
+        ),
+        "llama",
+        True,
+    ),
+    "json that ends texts": (
+        lambda d, f: json_folder(d, f("rust"), NAMES | {"add_eos_token": True}, ends=True),
+        "llama",
+        False,
+    ),
+    "json, BOS is EOS": (
+        lambda d, f: json_folder(d, f("rust"), ENDED | {"bos_token": "<|endoftext|>"}),
+        "llama",
+        False,
+    ),
+    "json, control tokens as text": (
+        lambda d, f: json_folder(d, f("rust"), NAMES | {"split_special_tokens": True}),
+        "llama",
+        False,
+    ),
+    "merges": (
+        lambda d, f: merges_folder(d, f("rust"), ENDED | {"tokenizer_class": "Qwen2Tokenizer"}),
+        "llama",
+        False,
+    ),
+    "pieces, added tokens described": (
+        lambda d, f: pieces_folder(
+            d,
+            PLAIN
+            | {
+                "chat_template": CHATML,
+                "added_tokens_decoder": {
+                    str(i): ROW | {"content": text, "normalized": True, "special": False}
+                    for text, i in ADDED.items()
+                },
+            },
+        ),
+        "llama",
+        True,
+    ),
     "a base model's ChatML": (
         lambda d, f: json_folder(
             d,
@@ -170,7 +255,7 @@ def kind(request, tmp_path, ranks, monkeypatch):
     for folder in (source, weights, target):
         folder.mkdir()
     fill(source, request.getfixturevalue)
-    path = str(next(p for p in source.iterdir() if p.name in other.TOKENIZER_FILES))
+    path = str(find_tokenizer(source))
     tokenizer = Tokenizer.find(weights, path, is_chat, family)
     tokenizer.fit(MODEL)
     write_tokenizer(tokenizer, target, source, MODEL, scores=False)
@@ -224,12 +309,39 @@ def test_transformers_reads_and_ends_as_the_tokenizer_in_use(kind):
         assert theirs.pad_token_id == generation["pad_token_id"] < MODEL
 
 
+READ_ALIKE = ["json, tokens listed", "json, a list of more tokens", "json, BOS is EOS", "merges"]
+READ_ALIKE += ["json, the map against the config", "json, tokens that take spaces"]
+
+
+@pytest.mark.parametrize("name", READ_ALIKE)
+def test_files_name_their_tokens_as_transformers_reads_them(name, tmp_path, request):
+    fill, family, _ = KINDS[name]
+    fill(tmp_path, request.getfixturevalue)
+    path = tmp_path / "tokenizer_config.json"
+    config = {"tokenizer_class": "PreTrainedTokenizerFast"} | json.loads(path.read_text())
+    # A word that fills up batches stays a word here, where it ends words of its own there.
+    other.write_json(path, config | {"pad_token": "<|endoftext|>", "chat_template": None})
+    if not (tmp_path / "vocab.json").is_file():  # it is in tokenizer.json for all to see
+        whole = RustTokenizer.from_file(str(tmp_path / "tokenizer.json"))
+        whole.no_truncation()
+        whole.no_padding()
+        whole.save(str(tmp_path / "tokenizer.json"))
+    ours, theirs = Tokenizer.find(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.eos_id == theirs.eos_token_id
+    for text in TEXTS:
+        assert ours.prompt_ids(text) == theirs(text)["input_ids"], text
+
+
 def test_what_a_base_model_said_of_generation_stays_but_for_its_end(tmp_path, rust):
     json_folder(
         tmp_path,
         rust,
         ENDED | {"chat_template": CHATML},
-        generation_config={"eos_token_id": 501, "max_new_tokens": 9, "temperature": 0.6},
+        generation_config={
+            **{"eos_token_id": 501, "max_new_tokens": 9, "temperature": 0.6},
+            **{"forced_eos_token_id": 501, "stop_strings": ["a"], "suppress_tokens": [503]},
+            **{"pad_token_id": 1000, "min_new_tokens": 7},
+        },
     )
     target = tmp_path / "target"
     target.mkdir()
@@ -239,6 +351,9 @@ def test_what_a_base_model_said_of_generation_stays_but_for_its_end(tmp_path, ru
     end = rust.token_to_id("<|im_end|>")
     assert written["eos_token_id"] == [end, 501]
     assert (written["max_new_tokens"], written["temperature"]) == (9, 0.6)
+    # What would end it elsewhere is left out: here nothing of it was trained.
+    assert written.keys() == {"eos_token_id", "pad_token_id", "max_new_tokens", "temperature"}
+    assert written["pad_token_id"] == 501
     assert json.loads((target / "tokenizer_config.json").read_text())["eos_token"] == "<|im_end|>"
 
 
@@ -248,7 +363,7 @@ def test_what_a_base_model_said_of_generation_stays_but_for_its_end(tmp_path, ru
 def test_a_verifier_scores_alike_however_its_batch_is_filled_up(name, tmp_path, request, ranks):
     fill, family, is_chat = KINDS[name]
     fill(tmp_path, request.getfixturevalue)
-    path = str(next(p for p in tmp_path.iterdir() if p.name in other.TOKENIZER_FILES))
+    path = str(find_tokenizer(tmp_path))
     tokenizer = Tokenizer.find(tmp_path, path, is_chat, family)
     target = tmp_path / "target"
     target.mkdir()

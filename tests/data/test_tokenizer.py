@@ -69,7 +69,6 @@ LLAMA_PATTERN = (
 )
 CHATML_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 QWEN_SPECIAL = [*CHATML_SPECIAL, *(f"<|extra_{i}|>" for i in range(205))]
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tekken.json", "qwen.tiktoken")
 LLAMA_SPECIAL = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 
 
@@ -239,7 +238,9 @@ def test_tekken_gives_tiktoken_ids_after_its_special_tokens(tmp_path, ranks):
     for text in TEXTS + noise(300):
         ids = [i + 30 for i in theirs.encode(text)]
         assert tokenizer.prompt_ids(text) == [1, 3, *ids, 4]
-        assert tokenizer.response_ids(text) == [*ids, 2]
+        # the maker's chats take spaces off the end of an answer
+        answer = [i + 30 for i in theirs.encode(text.rstrip(" "))]
+        assert tokenizer.response_ids(text) == [*answer, 2]
         assert tokenizer.decode([1, 3, *ids, 4]) == theirs.decode([i - 30 for i in ids])
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (1, 2, len(ranks) + 20)
     names = [{"rank": i, "token_str": n} for i, n in enumerate(["<unk>", "<s>", "</s>", "[NEW]"])]
@@ -343,7 +344,7 @@ def test_all_that_end_a_text_are_found(tmp_path, rust):
         ),
         (
             {"tokenizer_config": NAMES | {"eos_token": 7}},
-            "eos_token is 7, a token's text is expected",
+            r"eos_token is \[7\], the text of each token is expected",
         ),
         (
             {"tokenizer_config": {"add_bos_token": True, "eos_token": "<s>"}},
@@ -352,6 +353,14 @@ def test_all_that_end_a_text_are_found(tmp_path, rust):
         (
             {"tokenizer_config": NAMES, "generation_config": {"eos_token_id": ["2"]}},
             r"eos_token_id is \['2'\], an id",
+        ),
+        (
+            {"tokenizer_config": NAMES | {"extra_special_tokens": "<s>"}},
+            "extra_special_tokens is '<s>', the text of each token",
+        ),
+        (
+            {"tokenizer_config": NAMES | {"additional_special_tokens": [3]}},
+            r"additional_special_tokens is \[3\], the text of each token",
         ),
         ({}, "has no EOS that is known"),
     ],
@@ -589,6 +598,49 @@ def test_tokens_added_to_pieces_count_as_the_template_writes_them(pieces, tmp_pa
 # --- families without a file, and refusals
 
 
+SYSTEM, ASKED = {"role": "system", "content": "Be kind."}, {"role": "user", "content": "a"}
+SAID, AGAIN = {"role": "assistant", "content": " b "}, {"role": "user", "content": "c"}
+
+
+@pytest.mark.parametrize(
+    "family, control, has_prefix, written",
+    [  # as Meta's chat_completion and mistral-common write them
+        (
+            "llama-2-7b",
+            [],
+            True,
+            "<s>[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\na [/INST] b </s><s>[INST] c [/INST]",
+        ),
+        ("mistral", [], True, "<s>[INST] Be kind.\n\na [/INST]  b </s>[INST] c [/INST]"),
+        (
+            "mistral",
+            ["[INST]"],
+            True,
+            "<s>[INST] a[/INST]  b</s>[INST] Be kind.\n\nc[/INST]",
+        ),
+        ("mixtral", ["[INST]"], False, "<s>[INST]a[/INST] b</s>[INST]Be kind.\n\nc[/INST]"),
+        (
+            "mistral",
+            ["[INST]", "[SYSTEM_PROMPT]"],
+            True,
+            "<s>[SYSTEM_PROMPT] Be kind.[/SYSTEM_PROMPT][INST] a[/INST]  b</s>[INST] c[/INST]",
+        ),
+        (
+            "mistral",
+            ["[INST]", "[SYSTEM_PROMPT]"],
+            False,
+            "<s>[SYSTEM_PROMPT]Be kind.[/SYSTEM_PROMPT][INST]a[/INST] b</s>[INST]c[/INST]",
+        ),
+    ],
+)
+def test_families_write_a_system_text_where_their_makers_do(
+    tmp_path, family, control, has_prefix, written
+):
+    tokens = {"bos_token": "<s>", "eos_token": "</s>"}
+    found = chat.find_chat([tmp_path], family, tokens, control, has_prefix)
+    assert found.prompt([SYSTEM, ASKED, SAID, AGAIN]) == written
+
+
 def test_families_have_their_templates(tmp_path, rust, pieces):
     folder = folder_of(tmp_path, rust, tokenizer_config=NAMES)
     assert "<|start_header_id|>" in rust.get_vocab()  # which tells Llama 3 from 1 and 2
@@ -755,6 +807,22 @@ def test_templates_of_another_kind_are_named(tmp_path, rust, value, reason):
     folder = folder_of(tmp_path, rust, tokenizer_config=NAMES | {"chat_template": value})
     with pytest.raises(UserError, match=reason):
         Tokenizer.find(folder, use_chat_template=True)
+
+
+def test_merges_alone_are_taken_where_it_is_known_how_texts_are_split(tmp_path, rust):
+    write_json(tmp_path / "vocab.json", {"a": 0})
+    config = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "a"}
+    write_json(tmp_path / "tokenizer_config.json", config)
+    with pytest.raises(UserError, match="save its tokenizer.json: AutoTokenizer"):
+        Tokenizer.find(tmp_path)
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nb c\n")
+    with pytest.raises(UserError, match="does not go with merges.txt"):
+        Tokenizer.find(tmp_path)
+    (tmp_path / "merges.txt").write_text("")
+    assert Tokenizer.find(tmp_path).vocab_size == 1
+    write_json(tmp_path / "tokenizer_config.json", config | {"tokenizer_class": "GPT2Tokenizer"})
+    with pytest.raises(UserError, match="names Qwen2Tokenizer as tokenizer_class"):
+        Tokenizer.find(tmp_path)
 
 
 def test_a_missing_tokenizer_is_named(tmp_path):
