@@ -14,6 +14,8 @@ import numpy as np
 from tqdm import tqdm
 
 FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{left}, {rate_fmt}{postfix}]"
+# of what takes seconds or minutes: seconds for each, not each second
+SLOW_FORMAT, SLOW = FORMAT.replace("rate", "rate_inv"), ("iteration",)
 ENDLESS_FORMAT = "{desc}: {n_fmt}{unit} [{elapsed}, {rate_fmt}{postfix}]"  # of an unknown total
 RISING = 0.5  # how much likelier a text ends the longer it is: by its length to this power
 FIXED = 0.5  # of a full decode step's time: what a step takes however few sequences run
@@ -43,7 +45,8 @@ class Progress(tqdm):
         # What ran aside: its seconds, how often it ran, and will run.
         self.aside_seconds, self.aside_times, self.aside_left = 0.0, 0, 0
         self.since = 0.0  # the elapsed seconds at which the running unit would have begun
-        super().__init__(**style, bar_format=ENDLESS_FORMAT if total is None else FORMAT)
+        form = SLOW_FORMAT if style.get("unit") in SLOW else FORMAT
+        super().__init__(**style, bar_format=ENDLESS_FORMAT if total is None else form)
 
     def update(
         self, n: float | None = 1, tokens: int = 0, work: float | None = None, **shown: object
