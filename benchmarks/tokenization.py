@@ -40,7 +40,7 @@ class File:
     """A released tokenizer.
 
     package: pip's or npm's; paths: its files in the package, by the names that they get; family:
-    whose template is used if no file has one; maker: the tool that is compared, one of MAKERS.
+    whose template is used if no file has one; maker: the tool that is compared, one of TOOLS.
     """
 
     name: str
@@ -110,6 +110,9 @@ FILES = [
         "qwen3",
     ),
 ]
+
+# Where a maker's tool is from, if not from the file's package.
+MAKERS = {"llama_3": "llama-models==0.3.0"}
 
 # --- texts ----------------------------------------------------------------------------------------
 
@@ -466,9 +469,10 @@ def measured(file: File, package: Path, scratch: Path, options: argparse.Namespa
         name: ask(python, [("transformers", exported[kind], package, jobs[kind]) for kind in jobs])
         for name, python in options.pythons.items()
     }
-    is_in_package = file.maker in ("mistral", "qwen", "llama_3")
-    original = package / next(iter(file.paths.values())) if is_in_package else path
-    job = (file.maker, original, package, plain_job | chat_job)
+    # mistral-common tells its files by their names
+    original = package / file.paths[path.name] if file.maker == "mistral" else path
+    maker_package = fetched(MAKERS.get(file.maker, file.package), options.packages)
+    job = (file.maker, original, maker_package, plain_job | chat_job)
     is_fast = file.maker == "transformers"
     python = next(iter(options.pythons.values())) if is_fast else options.makers_python
     maker = {"maker": ask(python, [job])}

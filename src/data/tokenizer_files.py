@@ -1,8 +1,9 @@
 """What the files beside a tokenizer say of it, and its own file, told by what it holds."""
 
+import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def _if_there(path: Path) -> dict[str, Any]:
 def _texts(tokens: Any, where: str) -> list[str]:
     """The texts of tokens in a list, or by names; each a text or an object with its content."""
     values = list(tokens.values()) if isinstance(tokens, dict) else [] if tokens is None else tokens
-    texts = [t.get("content") if isinstance(t, dict) else t for t in values]
+    texts: list[Any] = [t.get("content") if isinstance(t, dict) else t for t in values]
     if not isinstance(values, list) or not all(isinstance(text, str) for text in texts):
         raise UserError(f"{where} is {tokens!r}, the text of each token is expected")
     return texts
@@ -152,18 +153,18 @@ class Vocabulary:
             vocabulary = cls("sentencepiece", *pieces)
         # What was added later, where the file lacks it; and as the config describes it.
         rust, described = vocabulary.rust, config.raw.get("added_tokens_decoder") or {}
+        missing = {t.content: i for i, t in added if rust.token_to_id(t.content) is None}
         for i, token in added:
-            is_described = vocabulary.kind == "json" and str(i) in described
             found = rust.token_to_id(token.content)
-            if found is None or (is_described and found == i):
-                (rust.add_special_tokens if token.special else rust.add_tokens)([token])
-            found = rust.token_to_id(token.content)
-            if found != i:
+            if token.content not in missing and found != i:
                 raise UserError(
                     f"{config.path.parent}: the added token {token.content!r} has id {i} there, "
                     f"and {found} in {path.name}: they belong to different tokenizers"
                 )
-        return vocabulary
+            if token.content in missing or (vocabulary.kind == "json" and str(i) in described):
+                (rust.add_special_tokens if token.special else rust.add_tokens)([token])
+        rust = _numbered(rust, missing, str(config.path.parent))
+        return replace(vocabulary, rust=rust)
 
 
 def _of_json(path: Path, config: TokenizerConfig) -> Vocabulary:
@@ -178,6 +179,8 @@ def _of_json(path: Path, config: TokenizerConfig) -> Vocabulary:
             reason = str(error).splitlines()[0]
             raise UserError(f"{path}: cannot be read as a tokenizer ({reason})") from None
         return Vocabulary("tekken", *from_tekken(path, raw))
+    added = read_json(path)["added_tokens"]
+    rust = _numbered(rust, {token["content"]: token["id"] for token in added}, str(path))
     # A text is read whole, whatever the file was saved with.
     rust.no_truncation()
     rust.no_padding()
@@ -185,6 +188,27 @@ def _of_json(path: Path, config: TokenizerConfig) -> Vocabulary:
     encoded = rust.encode("a")
     begins = encoded.special_tokens_mask[:-1][:1] == [1]
     return Vocabulary("json", rust, encoded.tokens[0] if begins else None, None)
+
+
+def _numbered(rust: RustTokenizer, wanted: dict[str, int], where: str) -> RustTokenizer:
+    """The runtime where added tokens have their ids, with holes between them where there are.
+
+    wanted: text → id. The library numbers them one after the other, whatever a file says, unless
+    they are in the vocabulary. Raises UserError where another token has such an id.
+    """
+    if all(rust.token_to_id(text) == i for text, i in wanted.items()):
+        return rust
+    added = {t.content: i for i, t in rust.get_added_tokens_decoder().items()} | wanted
+    whole = json.loads(rust.to_str())
+    vocabulary = whole["model"]["vocab"]
+    is_list = isinstance(vocabulary, list)  # whose places are the ids
+    others = {} if is_list else {i: text for text, i in vocabulary.items()}
+    for text, i in added.items():
+        if is_list or others.setdefault(i, text) != text:
+            other = f"{others[i]!r} has" if i in others else "does not follow its pieces"
+            raise UserError(f"{where}: the added token {text!r} has id {i}, which {other}")
+    whole["model"]["vocab"] = vocabulary | added
+    return RustTokenizer.from_str(json.dumps(whole))
 
 
 def _of_merges(path: Path, ids: dict[str, int], config: TokenizerConfig) -> Vocabulary:
@@ -197,11 +221,12 @@ def _of_merges(path: Path, ids: dict[str, int], config: TokenizerConfig) -> Voca
             "tokenizer.json: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         )
     lines = merges.read_text("utf-8").split("\n")
-    pairs = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
+    pairs = [line.split() for line in lines if line and not line.startswith("#version")]
     try:
-        rust = byte_level(models.BPE(ids, pairs), QWEN.pattern)
+        model = models.BPE(ids, [(left, right) for left, right in pairs])
     # the library raises bare Exception for what does not fit together
     except Exception as error:
         raise UserError(f"{path}: does not go with {merges.name} ({error})") from None
+    rust = byte_level(model, QWEN.pattern)
     rust.normalizer = normalizers.NFC()
     return Vocabulary("json", rust, None, QWEN.eos)

@@ -595,6 +595,35 @@ def test_tokens_added_to_pieces_count_as_the_template_writes_them(pieces, tmp_pa
         plain.fit(419)
 
 
+def test_ids_without_a_token_are_known(tmp_path, rust, pieces):
+    assert Tokenizer(pieces[0]).without_text(420) == []
+    assert Tokenizer(pieces[0]).without_text(432) == [(420, 432)]
+    whole = json.loads(rust.to_str())  # 507 entries, the last 7 of them special
+    whole["added_tokens"] = [t for t in whole["added_tokens"] if t["id"] not in (502, 503, 505)]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
+    write_json(tmp_path / "tokenizer_config.json", NAMES)
+    assert Tokenizer.find(tmp_path).without_text(512) == [(502, 504), (505, 506), (507, 512)]
+    # what ends a generation has no text, but may be sampled
+    write_json(tmp_path / "generation_config.json", {"eos_token_id": [501, 509]})
+    holes = [(502, 504), (505, 506), (507, 509), (510, 512)]
+    tokenizer = Tokenizer.find(tmp_path)
+    assert tokenizer.without_text(512) == holes
+    ids = {t["content"]: t["id"] for t in whole["added_tokens"]}
+    assert tokenizer.prompt_ids("<|start_header_id|><|eot_id|>") == [
+        ids["<|start_header_id|>"],
+        ids["<|eot_id|>"],
+    ]
+    # as what another file adds, past the others or in a hole
+    added = {"<new>": 502, "<|im_end|>": 509}
+    write_json(tmp_path / "added_tokens.json", added)
+    tokenizer = Tokenizer.find(tmp_path)
+    assert tokenizer.prompt_ids("<new><|im_end|><|eot_id|>") == [502, 509, ids["<|eot_id|>"]]
+    assert tokenizer.without_text(512) == [(503, 504), (505, 506), (507, 509), (510, 512)]
+    write_json(tmp_path / "added_tokens.json", {"<new>": 506})
+    with pytest.raises(UserError, match="'<new>' has id 506, which '<|eot_id|>' has"):
+        Tokenizer.find(tmp_path)
+
+
 # --- families without a file, and refusals
 
 

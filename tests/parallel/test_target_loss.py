@@ -146,6 +146,26 @@ def test_padded_entries_have_probability_zero_and_no_gradient(parallel, monkeypa
     close((value, hidden, weight[:REAL]), [x.double() for x in bare], 2e-6)
 
 
+@pytest.mark.parametrize("size", (5, N))
+@EACH_LOSS
+def test_holes_have_probability_zero_and_no_gradient(parallel, monkeypatch, loss, size):
+    """Rows that would win if they counted, among the others: as if they were not there."""
+    monkeypatch.setattr(vocab, "LOGITS_AT_ONCE", size * len(WEIGHT))
+    holes, places = [(2, 4), (9, 10)], [i for i in range(REAL + 3) if i not in (2, 3, 9)]
+    weight = 100 + drawn(REAL + 3 + PADDING, DIM, seed=6)
+    weight[places] = WEIGHT[:REAL]
+    weight.requires_grad_()
+    hidden, (loss_of, entropy) = HIDDEN.clone().requires_grad_(), LOSSES[loss]
+    targets = torch.tensor(places)[TARGETS]
+    options = dict(temperature=0.7, entropy=entropy, holes=holes)
+    value = target_loss(hidden, weight, REAL + 3, targets, loss_of, **options)
+    value.backward()
+    bare = ours(loss, 0.7, weight=WEIGHT[:REAL])
+    results = value.detach(), hidden.grad, weight.grad[places]
+    close(results, [x.double() for x in bare], 2e-6)
+    assert not weight.grad[[2, 3, 9, *range(REAL + 3, len(weight))]].any()
+
+
 @EACH_LOSS
 def test_real_alone_says_what_is_padding(parallel, loss):
     """Rows of zeros count when they are real: their logits are 0, not nothing."""
