@@ -15,6 +15,7 @@ import inspect
 import json
 import os
 import re
+import select
 import sys
 import typing
 from collections.abc import Callable, Mapping
@@ -37,6 +38,7 @@ from src.settings.parsing import is_bool, nearest
 
 BARRIER_TIMEOUT_S = 60.0
 ROLL_CALL_S = 3.0
+UNREAD = 128 + 13  # as a shell names the end by SIGPIPE
 # What collectives say when a rank does not come.
 LOST = re.compile(r"timed out|connection (closed|reset)", re.IGNORECASE)
 
@@ -47,14 +49,16 @@ def run(target: Target | dict[str, Target]) -> None:
     """Run `target`, a function or a dict from subcommand to function, with the flags in `sys.argv`.
 
     Exits with 0 after `--help`, 2 on a `UserError` (a wrong command line is one), 75 when it was
-    told to stop and has saved, 130 on Ctrl-C. Any other exception is a bug and keeps its traceback.
-    Returns None; the function's result is dropped.
+    told to stop and has saved, 130 on Ctrl-C, 141 when nobody reads what it says any more
+    (`| head`). Any other exception is a bug and keeps its traceback. Returns None; the function's
+    result is dropped.
     """
     # Tensors in large pages, where the kernel gives them: PyTorch looks once, when it first
     # allocates.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
-        return _run(target, os.path.basename(sys.argv[0]), sys.argv[1:])
+        _run(target, os.path.basename(sys.argv[0]), sys.argv[1:])
+        return sys.stdout.flush()
     except UserError as error:
         code, message = 2, str(error)
     except Stopped as stopped:
@@ -65,6 +69,11 @@ def run(target: Target | dict[str, Target]) -> None:
         if _rank() == 0:
             _say("interrupted")
         sys.exit(130)
+    except BrokenPipeError:
+        if not _unread():
+            raise
+        _say_no_more()
+        sys.exit(UNREAD)
     except RuntimeError as error:
         if LOST.search(str(error)) and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             _name_the_lost()
@@ -209,7 +218,7 @@ def _about_commands(commands: dict[str, Target]) -> str:
 
 def _show_help(about: str, name: str, settings: Mapping[str, Setting]) -> NoReturn:
     if _rank() == 0:
-        print(help_text(name, about, settings))
+        print(help_text(name, about, settings), flush=True)
     sys.exit(0)
 
 
@@ -221,7 +230,25 @@ def _rank() -> int:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except BrokenPipeError:  # the exit code still tells
+        _say_no_more()
+
+
+def _unread() -> bool:
+    """Whether stdout or stderr is a pipe that nobody reads any more."""
+    outputs = select.poll()
+    for descriptor in (1, 2):
+        outputs.register(descriptor, 0)
+    return any(event & select.POLLERR for _, event in outputs.poll(0))
+
+
+def _say_no_more() -> None:
+    """Let what is still written vanish: Python would complain of it at its end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        os.dup2(nowhere, descriptor)
 
 
 def _report(message: str) -> None:

@@ -30,7 +30,7 @@ def train(data_file: Annotated[str, "Rows to train on."], lr: float = 1e-5, lora
     print(json.dumps(dict(locals(), ran="train")))
     return {"not": "printed"}
 
-def fail(kind: Literal["user", "bug", "interrupt"], only_rank: int | None = None,
+def fail(kind: Literal["user", "bug", "interrupt", "pipe"], only_rank: int | None = None,
          late_rank: int | None = None):
     """Fail in one of three ways."""
     if late_rank is not None:
@@ -39,7 +39,7 @@ def fail(kind: Literal["user", "bug", "interrupt"], only_rank: int | None = None
         time.sleep(1.5)  # the fault, not a synchronisation
     if only_rank is None or int(os.environ.get("RANK", 0)) == only_rank:
         raise {"user": UserError("the file\\nis bad"), "bug": ZeroDivisionError("a bug"),
-               "interrupt": KeyboardInterrupt()}[kind]
+               "interrupt": KeyboardInterrupt(), "pipe": BrokenPipeError("a bug")}[kind]
 
 if __name__ == "__main__":
     cli.BARRIER_TIMEOUT_S = float(os.environ.get("BARRIER_TIMEOUT_S", cli.BARRIER_TIMEOUT_S))
@@ -281,7 +281,7 @@ def test_help_of_subcommands(script):
         and "fail" in ran.stdout
     )
     ran = launch([script, "fail", "--help"], COMMANDS="1")
-    assert (ran.returncode, ran.stderr) == (0, "") and "user | bug | interrupt" in ran.stdout
+    assert (ran.returncode, ran.stderr) == (0, "") and "user | bug | interrupt | pipe" in ran.stdout
 
 
 def test_a_process_runs_checks_and_exits(script):
@@ -309,6 +309,29 @@ def test_the_three_ways_to_fail(script):
         and "Traceback" in ran.stderr
         and "ZeroDivisionError: a bug" in ran.stderr
     )
+
+
+@pytest.mark.parametrize(
+    "words, closed, code",
+    [
+        (["train", "--data_file", "d"], "stdout", 141),
+        (["--help"], "stdout", 141),
+        (["train", "--lrr=1"], "stderr", 2),
+    ],
+)
+def test_a_pipe_that_nobody_reads_ends_it_quietly(script, words, closed, code):
+    reader, writer = os.pipe()
+    os.close(reader)
+    outputs = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, closed: writer}
+    env = {**os.environ, "PYTHONPATH": str(REPO), "COMMANDS": "1"}
+    ran = subprocess.run([sys.executable, script, *words], env=env, text=True, **outputs)
+    os.close(writer)
+    assert (ran.returncode, ran.stdout or "", ran.stderr or "") == (code, "", "")
+
+
+def test_another_broken_pipe_is_a_bug(script):
+    ran = launch([script, "fail", "--kind=pipe"], COMMANDS="1")
+    assert ran.returncode == 1 and "BrokenPipeError: a bug" in ran.stderr
 
 
 def torchrun(script, *words, **env):
