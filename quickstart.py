@@ -7,57 +7,13 @@ before it runs: copy a line to run that step alone.
 """
 
 import json
-import os
-import shlex
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Annotated, Literal
 
 from src.cli import run
 from src.errors import UserError
-
-ROOT = Path(__file__).resolve().parent
-
-
-class Stages:
-    """Runs the commands, and keeps the minutes of each stage."""
-
-    def __init__(self, ranks: int) -> None:
-        self.ranks = ranks
-        self.seconds: dict[str, float] = {}
-
-    def run(self, stage: str, script: str, **flags) -> None:
-        """A script in this process's Python, alone."""
-        self._run(stage, [sys.executable], script.split(), flags)
-
-    def torchrun(self, stage: str, script: str, **flags) -> None:
-        """A script on all ranks."""
-        launcher = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            str(self.ranks),
-        ]
-        self._run(stage, launcher, [script], flags)
-
-    def _run(self, stage: str, launcher: list[str], script: list[str], flags: dict) -> None:
-        arguments = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-        shown = ["torchrun", *launcher[3:]] if len(launcher) > 1 else ["python"]
-        print(f"\n[{stage}] {shlex.join([*shown, *script, *arguments])}", flush=True)
-        began = time.perf_counter()
-        # The same job everywhere, with or without a GPU.
-        on_cpu = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-        code = subprocess.run([*launcher, *script, *arguments], cwd=ROOT, env=on_cpu).returncode
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
-        if code:
-            sys.exit(
-                f"quickstart stopped: {stage} ended with exit code {code}; the line above shows "
-                "the command"
-            )
+from src.stages import ROOT, Stages, accuracy_in
 
 
 def main(
@@ -78,7 +34,7 @@ def main(
     work = Path(work_dir or f"runs/quickstart-{seed}")
     data, base, shards, sft = work / "data", work / "base", work / "base-shards", work / "sft"
     verifier, policy, critic = work / "verifier", work / "ppo", work / "ppo-critic"
-    train, test, stages = data / "train.json", data / "test.json", Stages(ranks)
+    train, test, stages = data / "train.json", data / "test.json", Stages("quickstart", ranks)
     answers = {"max_new_tokens": 90, "max_seq_len": 256}
     began = time.perf_counter()
 
@@ -182,10 +138,10 @@ def main(
 
     minutes = (time.perf_counter() - began) / 60
     results = {
-        "solver before training": _accuracy(work / "sft-logs" / "results-epoch-0.json"),
-        "solver after SFT": _accuracy(work / "sft-evaluation" / "results.json"),
-        "solver after PPO": _accuracy(work / "ppo-evaluation" / "results.json"),
-        "verifier (pairs)": _accuracy(work / "verifier-logs" / "results-epoch-2.json"),
+        "solver before training": accuracy_in(work / "sft-logs" / "results-epoch-0.json"),
+        "solver after SFT": accuracy_in(work / "sft-evaluation" / "results.json"),
+        "solver after PPO": accuracy_in(work / "ppo-evaluation" / "results.json"),
+        "verifier (pairs)": accuracy_in(work / "verifier-logs" / "results-epoch-2.json"),
     }
     summary = {"seed": seed, "accuracy": results, "seconds": stages.seconds, "minutes": minutes}
     (ROOT / work / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
@@ -201,10 +157,6 @@ def main(
         "(shards), ppo-huggingface (for transformers), *-logs (TensorBoard), *-evaluation "
         "(predictions), summary.json"
     )
-
-
-def _accuracy(path: Path) -> float:
-    return json.loads((ROOT / path).read_text())["accuracy"]
 
 
 if __name__ == "__main__":

@@ -179,7 +179,7 @@ def _of_json(path: Path, config: TokenizerConfig) -> Vocabulary:
             reason = str(error).splitlines()[0]
             raise UserError(f"{path}: cannot be read as a tokenizer ({reason})") from None
         return Vocabulary("tekken", *from_tekken(path, raw))
-    added = read_json(path)["added_tokens"]
+    added = read_json(path).get("added_tokens") or []
     rust = _numbered(rust, {token["content"]: token["id"] for token in added}, str(path))
     # A text is read whole, whatever the file was saved with.
     rust.no_truncation()
