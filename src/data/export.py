@@ -114,6 +114,8 @@ def write_tokenizer(
     config.pop("pad_token", None)
     config |= {"pad_token": pad} if pad is not None else {}
     config |= {"additional_special_tokens": listed} if listed else {}
+    if tokenizer.puts_space_before is not None:  # by this key transformers 4 changes the file's
+        config["add_prefix_space"] = tokenizer.puts_space_before
     # In transformers it would read the template's own control tokens as text, too.
     config |= {"split_special_tokens": True} if tokenizer.as_text and not tokenizer.chat else {}
     config |= _write_template(tokenizer, folder, source)

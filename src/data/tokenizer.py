@@ -385,6 +385,11 @@ class Tokenizer:
             rust.add_special_tokens([pad])
         return rust.to_str(pretty=False)
 
+    @property
+    def puts_space_before(self) -> bool | None:
+        """What the file's splitting into words says of a space before a text, if it does."""
+        return getattr(self._rust.pre_tokenizer, "add_prefix_space", None)
+
     def id_of(self, token: str) -> int | None:
         """The id of a token as it is written in the files; None where there is none."""
         return self._ids.get(token)
