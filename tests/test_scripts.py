@@ -394,9 +394,12 @@ def test_solver_training_logs_every_step_and_evaluates_every_epoch(base):
     assert sorted(f.name for f in (base / "solver").iterdir()) == [
         "consolidated.00.pth",
         "consolidated.01.pth",
+        "generation_config.json",
         "manifest.json",
         "params.json",
+        "tokenizer.json",
         "tokenizer.model",
+        "tokenizer_config.json",
     ]
 
 
@@ -1032,6 +1035,7 @@ def wrong(base):
     )
     shutil.copytree(base / "verifier", folder / "verifier of another")
     shutil.copyfile(folder / "other" / "tokenizer.model", folder / "larger.model")
+    (folder / "verifier of another" / "tokenizer.json").unlink()
     (folder / "verifier of another" / "tokenizer.model").write_bytes(
         _smaller_tokenizer(base, folder)
     )

@@ -31,16 +31,18 @@ _SYSTEM = (
     "{% if messages[0].role != 'system' %}<|im_start|>system\n"
     "You are a helpful assistant.<|im_end|>\n{% endif %}"
 )
-# The brackets of Llama 2 and Mistral. A system's text goes before a question.
-_BRACKETS = (
-    "{% set ns = namespace(system='') %}{% for m in messages %}{% if m.role == 'user' %}"
-    "QUESTION{% elif m.role == 'system' %}SYSTEM{% else %}ANSWER{% endif %}{% endfor %}"
-)
 
 
 def _brackets(question: str, answer: str, system: str) -> str:
-    parts = {"QUESTION": question, "ANSWER": answer, "SYSTEM": system}
-    return re.sub("|".join(parts), lambda name: parts[name[0]], _BRACKETS)
+    """Llama 2's and Mistral's, of how each role's message `m` is written.
+
+    `ns.system` is a system's text, to be written before a question.
+    """
+    return (
+        "{% set ns = namespace(system='') %}{% for m in messages %}{% if m.role == 'user' %}"
+        f"{question}{{% elif m.role == 'system' %}}{system}{{% else %}}{answer}"
+        "{% endif %}{% endfor %}"
+    )
 
 
 _KEPT = "{% set ns.system = ns.system + m.content + '\n\n' %}"  # until a question comes
@@ -51,7 +53,7 @@ _MISTRAL = "{{ bos_token }}" + _brackets(  # its tokenizer puts a space before e
 )
 # The brackets are control tokens from its second tokenizer on: no space ends the question. The
 # system's text goes before the last one.
-_ANSWER_ALONE = " {{ m.content.rstrip(' ') }}{{ eos_token }}"
+_ANSWER_ALONE = "{{ (' ' + m.content).rstrip(' ') }}{{ eos_token }}"
 _MISTRAL_CONTROL = "{{ bos_token }}" + _brackets(
     "[INST] {% if 'user' not in messages[loop.index:] | map(attribute='role') %}{{ ns.system }}"
     "{% endif %}{{ m.content }}[/INST]",
@@ -317,7 +319,7 @@ def find_chat(
         )
     template = TEMPLATES[known]
     if known.endswith("]") and not has_prefix:  # where spaces are bytes like others
-        template = template.replace("] {", "]{").replace(" {{ m.", "{{ m.")
+        template = template.replace("] {", "]{").replace("(' ' + m.content)", "m.content")
     return Chat(template, f"the chat template of {known}", tokens, False, date)
 
 

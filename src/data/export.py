@@ -114,13 +114,17 @@ def write_tokenizer(
     config.pop("pad_token", None)
     config |= {"pad_token": pad} if pad is not None else {}
     config |= {"additional_special_tokens": listed} if listed else {}
+    if tokenizer.puts_space_before is not None:  # by this key transformers 4 changes the file's
+        config["add_prefix_space"] = tokenizer.puts_space_before
     # In transformers it would read the template's own control tokens as text, too.
     config |= {"split_special_tokens": True} if tokenizer.as_text and not tokenizer.chat else {}
     config |= _write_template(tokenizer, folder, source)
     _write_json(folder / "tokenizer_config.json", config)
     (folder / "tokenizer.json").write_text(tokenizer.to_json(pad if is_new else None), "utf-8")
-    if tokenizer.kind == "sentencepiece":  # which other tools read
-        shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
+    for pieces in (tokenizer.path, tokenizer.path.parent / "tokenizer.model"):
+        if tokenizer.is_of(pieces):  # which other tools read
+            shutil.copyfile(pieces, folder / "tokenizer.model")
+            break
 
 
 def _write_template(tokenizer: Tokenizer, folder: Path, source: Path) -> dict[str, Any]:

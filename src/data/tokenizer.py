@@ -4,14 +4,17 @@ Every kind of file becomes one runtime, Hugging Face's `tokenizers`: src/data/pi
 src/data/ranks.py read the others' files for it.
 """
 
+import codecs
 import hashlib
 import json
 import re
 from collections import Counter
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, normalizers
 from tokenizers import Tokenizer as RustTokenizer
 
@@ -26,6 +29,20 @@ from src.errors import UserError
 # (Unicode keeps them free for such use), taken out again before the text is encoded.
 _MARK = "\ufdd0\ufdd1"
 _USUAL_BOS, _USUAL_EOS = ("<s>", "<|begin_of_text|>"), ("</s>", "<|end_of_text|>")
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # a piece of SentencePiece's for one byte
+
+
+def _is_byte(token: str) -> bool:
+    return _BYTE.fullmatch(token) is not None
+
+
+def _mark_each(error: UnicodeError) -> tuple[str, int]:
+    """One replacement character for each byte that is no text, as SentencePiece writes them."""
+    assert isinstance(error, UnicodeDecodeError)
+    return "\ufffd" * (error.end - error.start), error.end
+
+
+codecs.register_error("a_mark_each", _mark_each)
 
 
 class Tokenizer:
@@ -227,7 +244,18 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         """Text of the ids, without special tokens and ids of the model's padded vocabulary."""
         plain = [i for i in ids if i not in self._texts and i < self.vocab_size]
-        return self._rust.decode(plain, skip_special_tokens=True)
+        text = self._rust.decode(plain, skip_special_tokens=True)
+        if "\ufffd" not in text or "<0x0A>" not in self._ids:
+            return text
+        # Of bytes in a row the runtime gives up all where one is wrong: here each that is none.
+        tokens: list[str] = []
+        for is_byte, group in groupby(map(self.text_of, plain), _is_byte):
+            run = list(group)
+            if is_byte:
+                bytes_ = bytes(int(token[3:5], 16) for token in run)
+                run = list(bytes_.decode("utf-8", "a_mark_each"))
+            tokens += run
+        return self._rust.decoder.decode(tokens)
 
     def spelled(self, ids: list[int]) -> str:
         """Text of the ids with special tokens written out, for people to read."""
@@ -384,6 +412,19 @@ class Tokenizer:
         if pad is not None:
             rust.add_special_tokens([pad])
         return rust.to_str(pretty=False)
+
+    @property
+    def puts_space_before(self) -> bool | None:
+        """What the file's splitting into words says of a space before a text, if it does."""
+        return getattr(self._rust.pre_tokenizer, "add_prefix_space", None)
+
+    def is_of(self, path: Path) -> bool:
+        """Whether a file is SentencePiece's, with the pieces that this tokenizer has."""
+        try:
+            pieces = SentencePieceProcessor(model_file=str(path))
+        except (OSError, RuntimeError):
+            return False
+        return all(self._ids.get(pieces.id_to_piece(i)) == i for i in range(len(pieces)))
 
     def id_of(self, token: str) -> int | None:
         """The id of a token as it is written in the files; None where there is none."""

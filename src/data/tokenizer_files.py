@@ -181,6 +181,11 @@ def _of_json(path: Path, config: TokenizerConfig) -> Vocabulary:
         return Vocabulary("tekken", *from_tekken(path, raw))
     added = read_json(path).get("added_tokens") or []
     rust = _numbered(rust, {token["content"]: token["id"] for token in added}, str(path))
+    if getattr(rust.model, "dropout", None):
+        raise UserError(
+            f"{path}: its model has dropout {rust.model.dropout:.3g}: a text would have other ids "
+            "each time; take it out"
+        )
     # A text is read whole, whatever the file was saved with.
     rust.no_truncation()
     rust.no_padding()

@@ -344,7 +344,7 @@ def test_byte_level_vocabularies(tmp_path, pre):
     for text in texts(400):
         ids = made.encode(text, add_special_tokens=False).ids
         assert theirs(text).input_ids == ids, text
-        assert ours._runtime.encode(text) == ids, text
+        assert ours._encode(text) == ids, text
         assert theirs.decode(ids) == made.decode(ids, skip_special_tokens=False)
 
 
@@ -441,11 +441,12 @@ def test_sentencepiece_vocabularies(tmp_path, prefix):
             writer.add_add_space_prefix(False)
 
     folder = written(tmp_path, more, size)
-    ours = OurTokenizer.find(folder)
+    ours = OurTokenizer.find(folder, special_tokens="text")
     assert (ours.bos_id, ours.eos_id) == (1, 2)
     for text in texts(400):
         ids = made.encode(text)
-        assert ours._runtime.encode(text) == ids, text
+        # (a text that is a control piece as a whole is that piece, where nothing goes before it)
+        assert ours.response_ids(text)[:-1] == ids or text in ours.control, text
         assert ours.decode(ids) == made.decode(ids)
     config = json.loads((folder / "tokenizer_config.json").read_text())
     assert config["add_bos_token"] is True and config["bos_token"] == "<s>"
@@ -482,7 +483,7 @@ def test_a_released_file(tmp_path, smollm):
     maker.pre_tokenizer = pre_tokenizers.Sequence(MAKERS["smollm"]())
     for text in texts(700):
         ids = maker.encode(text, add_special_tokens=False).ids
-        assert made(text).input_ids == ids == mine._runtime.encode(text), text
+        assert made(text).input_ids == ids == mine._encode(text), text
     chat = [{"role": "user", "content": "What is 2 + 2?"}]
     asked = dict(add_generation_prompt=True, tokenize=False)
     assert made.apply_chat_template(chat, **asked) == reader.apply_chat_template(chat, **asked)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer as RustTokenizer
-from tokenizers import processors
+from tokenizers import pre_tokenizers, processors
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from src.checkpoint.folder import find_tokenizer
@@ -302,6 +302,8 @@ def test_transformers_reads_and_ends_as_the_tokenizer_in_use(kind):
         turns = [turn, {"role": "assistant", "content": "So it is."}, turn]
         prompt = theirs.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
         assert prompt == tokenizer.conversation_ids(turns), text
+    # a list of these, as transformers 5 writes it, transformers 4 cannot read
+    assert "extra_special_tokens" not in (folder / "tokenizer_config.json").read_text()
     generation = json.loads((folder / "generation_config.json").read_text())
     ends = generation["eos_token_id"]
     assert {ends} if isinstance(ends, int) else set(ends) == tokenizer.stop_ids
@@ -389,6 +391,9 @@ def test_a_pad_is_found_for_every_tokenizer(tmp_path, rust, pieces):
         json_folder(tmp_path, rust, config)
         return pad_of(Tokenizer.find(tmp_path), vocab_size, scores)
 
+    # a word that a file names is no pad: where it is one, no answer holds it
+    assert pad(NAMES | {"pad_token": "!"}, False) == ("<s>", 500)
+    assert Tokenizer.find(tmp_path).decode(rust.encode("a!!").ids) == "a!!"
     assert pad(NAMES | {"pad_token": "<s>"}, True) == ("<s>", 500)
     assert pad(NAMES | {"pad_token": "<|endoftext|>"}, False) == ("<|endoftext|>", 501)
     assert pad(NAMES | {"pad_token": "<|endoftext|>"}, True)[1] in (500, 502, 503)
@@ -407,6 +412,33 @@ def test_a_pad_is_found_for_every_tokenizer(tmp_path, rust, pieces):
     target.mkdir()
     write_tokenizer(tokenizer, target, tmp_path, 502, scores=True)
     assert AutoTokenizer.from_pretrained(target).pad_token_id == 501
+
+
+@pytest.mark.parametrize("puts", [True, False])
+def test_a_space_before_a_text_is_said_where_transformers_4_asks(tmp_path, puts):
+    """It sets the file's own splitting by the config's key, which it takes for false."""
+    rust = other.byte_level(500)
+    rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=puts)
+    json_folder(tmp_path, rust, NAMES)
+    (target := tmp_path / "target").mkdir()
+    write_tokenizer(Tokenizer.find(tmp_path), target, tmp_path, MODEL, scores=False)
+    written = json.loads((target / "tokenizer_config.json").read_text())
+    assert written["add_prefix_space"] is puts
+    assert Tokenizer.find(target).prompt_ids("a") == Tokenizer.find(tmp_path).prompt_ids("a")
+
+
+def test_a_stale_file_beside_is_not_passed_on(tmp_path, rust):
+    json_folder(tmp_path, rust, NAMES)
+    other.train_pieces(tmp_path / "tokenizer.model")
+    tokenizer = Tokenizer.find(tmp_path)
+    assert tokenizer.prompt_ids("egg") == rust.encode("egg").ids
+    (target := tmp_path / "target").mkdir()
+    write_tokenizer(tokenizer, target, tmp_path, MODEL, scores=False)
+    assert {path.name for path in target.iterdir()} == {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+    }
 
 
 def test_sentencepiece_alone_is_exact(tmp_path):

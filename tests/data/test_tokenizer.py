@@ -116,14 +116,14 @@ def reference(ranks, pattern, special) -> tiktoken.Encoding:
 
 
 def noise(count: int) -> list[str]:
-    """Texts of characters from everywhere."""
+    """Texts of characters from everywhere, and of what marks spelled-out control tokens."""
     pick = random.Random(0)
     ranges = [(32, 127)] * 4 + [(9, 14), (32, 33), (0xA0, 0x250), (0x300, 0x370)]
     ranges += [(0x4E00, 0x4E80), (0x1F600, 0x1F640), (0xAC00, 0xAC40)]
     return [
         "".join(chr(pick.randrange(*pick.choice(ranges))) for _ in range(pick.randrange(40)))
         for _ in range(count)
-    ]
+    ] + ["\ufdd0 \ufdd1"]
 
 
 # --- tiktoken's files
@@ -311,6 +311,24 @@ def test_bos_is_what_transformers_would_add(tmp_path, rust, config, processor, h
         write_json(folder / "tokenizer_config.json", config | fast)
         theirs = AutoTokenizer.from_pretrained(folder)
         assert tokenizer.prompt_ids("hi") == theirs("hi")["input_ids"]
+
+
+def test_a_vocabulary_that_draws_pieces_is_refused(tmp_path, rust):
+    whole = json.loads(rust.to_str())
+    whole["model"]["dropout"] = 0.1
+    (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
+    write_json(tmp_path / "tokenizer_config.json", NAMES)
+    with pytest.raises(UserError, match="its model has dropout 0.1: a text would have other ids"):
+        Tokenizer.find(tmp_path)
+
+
+def test_a_file_alone_begins_and_ends_by_the_usual_names(tmp_path, rust):
+    rust = RustTokenizer.from_str(rust.to_str().replace("<s>", "<|begin_of_text|>"))
+    rust.add_special_tokens(["<|end_of_text|>"])
+    tokenizer = Tokenizer.find(folder_of(tmp_path, rust))
+    begin, end = map(rust.token_to_id, ("<|begin_of_text|>", "<|end_of_text|>"))
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (begin, end)
+    assert tokenizer.prompt_ids("a") == [begin, *rust.encode("a").ids]
 
 
 def test_all_that_end_a_text_are_found(tmp_path, rust):

@@ -612,7 +612,7 @@ def test_solver_generate_rows(small, tmp_path):
     for row in samples:
         tokens = row["tokens"]
         assert row["stop_reason"] == ("stop" if tokens[-1] == 2 else "length")
-        assert row["output"] == pieces.decode([token for token in tokens if token not in (1, 2)])
+        assert row["output"] == pieces.decode([token for token in tokens if token not in (0, 1, 2)])
         logits = next_logits(model, [1, *pieces.encode(row["instruction"])], tokens)
         logprobs = (logits.double() / 0.9).log_softmax(-1)  # [tokens, vocabulary]
         wanted = logprobs[torch.arange(len(tokens)), tokens]

@@ -15,7 +15,8 @@ CORES = threads.cores()
 
 def started(code: list[str], ranks: int = 1, **env: str) -> str:
     """What Python prints on so many ranks, with OMP_NUM_THREADS only where it is given."""
-    kept = {name: value for name, value in os.environ.items() if "OMP" not in name}
+    foreign = ("OMP", "LOCAL_WORLD_SIZE", "RANK", "WORLD_SIZE", "TORCHELASTIC")
+    kept = {k: v for k, v in os.environ.items() if not any(part in k for part in foreign)}
     kept |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **env}
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     command = [sys.executable, *(launcher if ranks > 1 else []), *code]
@@ -160,7 +161,10 @@ def spent() -> float:
 tasks = lambda: len(os.listdir("/proc/self/task"))
 alone = spent(); before = tasks()
 surplus = Surplus(); beside = spent()
-surplus.end(); print(alone, beside, tasks() - before)
+surplus.end()
+latest = time.monotonic() + 20  # its threads are told to end, and go in their own time
+while tasks() > before and time.monotonic() < latest: time.sleep(0.01)
+print(alone, beside, tasks() - before)
 """
 
 
