@@ -338,9 +338,14 @@ class Checkpoint:
         if not count:
             return
         strangers = [found.key for _, found in unknown]
+        output = key_of(self.naming.output)
+        advice = {output: "; if that is the embedding, set tie_word_embeddings to true"}
         lines = [
             wrong[:5],
-            [f"{shard}{key} is missing{_nearest(key, strangers)}" for shard, key in missing[:5]],
+            [
+                f"{shard}{key} is missing{_nearest(key, strangers) or advice.get(key, '')}"
+                for shard, key in missing[:5]
+            ],
             [
                 f"{shard}{found.file.path.name}: unknown tensor {found.key}"
                 for shard, found in unknown[:5]

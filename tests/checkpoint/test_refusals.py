@@ -118,6 +118,18 @@ def test_a_hugging_face_folder_is_wrong(hf):
         assert text in message
 
 
+def test_an_output_layer_that_is_not_there_may_be_the_embedding(hf):
+    """Some savers leave it out, and the config does not say so: it is not made up."""
+    tensors = load_file(hf / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, hf / "model.safetensors")
+    advice = "; if that is the embedding, set tie_word_embeddings to true"
+    assert refusal(hf).endswith(f"lm_head.weight is missing{advice}")
+    config = json.loads((hf / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (hf / "config.json").write_text(json.dumps(config))
+    assert Checkpoint.open(str(hf)).config.tie_word_embeddings
+
+
 @pytest.mark.parametrize(
     "name, key, shape",
     (

@@ -69,6 +69,17 @@ def test_pairs_that_cannot_teach_are_counted(file, tokenizer):
     assert comparisons(file(pair("a", "b"), pair("b", "a")), tokenizer, 8)[1] == []
 
 
+def test_a_pair_that_differs_past_the_limit_is_left_out_whole(file, tokenizer):
+    """Cut there, both sides would be one text."""
+    sides = ("a" * 9 + end for end in "bc")
+    long = dict(zip(("instruction", "chosen", "rejected"), ("say", *sides)))
+    short = {"instruction": "say", "chosen": "a", "rejected": "b"}
+    path = file(long, short)
+    pairs, notes = comparisons(path, tokenizer, 8)
+    assert [len(s.tokens) <= 8 for c in pairs for s in c.chosen + c.rejected] == [True, True]
+    assert len(notes) == 1 and notes[0].startswith(f"1 of 2 rows of {path} are longer than ")
+
+
 def test_prompts_are_alike_when_whole_rows_are(file, tokenizer):
     rows = [{"instruction": "say", "label": 1}, {"label": 1, "instruction": "say"}]
     path = file(*rows, {"instruction": "say", "label": 2, "level": 3})

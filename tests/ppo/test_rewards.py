@@ -1,6 +1,7 @@
 """What a response earns, by each of the rewards."""
 
 import asyncio
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -419,6 +420,26 @@ def test_the_function_that_is_named_is_loaded(tmp_path):
     dataclass = "from dataclasses import dataclass\n@dataclass\nclass A:\n    x: int\n"
     (tmp_path / "mine.py").write_text(dataclass + "def score(p, r, rows):\n    return [A(1).x]\n")
     assert load_score(f"{tmp_path}/mine.py:score")([""], [""], [{}]) == [1]
+
+
+def test_a_function_s_file_imports_its_neighbours(tmp_path, monkeypatch):
+    """At its head and when it is called, a package too; none hides a module that is installed."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    (tmp_path / "neighbour_1.py").write_text("def points(text):\n    return len(text)\n")
+    (tmp_path / "neighbour_2").mkdir()
+    (tmp_path / "neighbour_2" / "__init__.py").write_text("")
+    (tmp_path / "neighbour_2" / "part.py").write_text("EXTRA = 3\n")
+    (tmp_path / "colorsys.py").write_text("raise RuntimeError('not the library')\n")
+    (tmp_path / "mine.py").write_text(
+        "import colorsys\nfrom neighbour_1 import points\n"
+        "def score(prompts, responses, rows):\n"
+        "    from neighbour_2.part import EXTRA\n"
+        "    return [points(r) + EXTRA for r in responses]\n"
+    )
+    for _ in range(2):
+        assert load_score(f"{tmp_path}/mine.py:score")(["", ""], ["ab", ""], [{}, {}]) == [5, 3]
+    assert sys.path.count(str(tmp_path)) == 1
 
 
 @pytest.mark.parametrize("task", [None, "GSM8K", "MATH"])
