@@ -76,9 +76,10 @@ class Tokenizer:
             if self._ids.get(text) in added or (text in self._ids and key != "pad_token"):
                 self._counted(text, key)
         # A config's ids may be another tokenizer's: an ordinary token never ends a text.
-        stops = [i for i in stop_ids_in(folders) if i in added or i >= self.vocab_size]
+        words = set(self._ids.values()) - added.keys()
+        stops = [i for i in stop_ids_in(folders) if i not in words]
         self.bos_id = self._begin(vocabulary.bos)
-        self.eos_id = self._end(vocabulary.eos, [i for i in stops if i < self.vocab_size])
+        self.eos_id = self._end(vocabulary.eos, [i for i in stops if i in added])
         self.stop_ids = {self.eos_id, *stops}
         self.as_text = special_tokens == "text" or config.raw.get("split_special_tokens") is True
         self.spelled_out: Counter[str] = Counter()
