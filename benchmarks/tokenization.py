@@ -444,9 +444,11 @@ def measured(file: File, package: Path, scratch: Path, options: argparse.Namespa
     from src.data.tokenizer import Tokenizer
 
     path = source_folder(file, package, scratch / "source")
-    began = time.process_time()
-    plain = Tokenizer(path, family=file.family)
-    seconds = time.process_time() - began
+    seconds = []
+    for _ in range(3):
+        began = time.process_time()
+        plain = Tokenizer(path, family=file.family)
+        seconds.append(time.process_time() - began)
     chat = Tokenizer(path, None, True, file.family)
     plain_text, chat_text = (Tokenizer(path, None, c, file.family, "text") for c in (False, True))
     kinds = {"plain": plain, "chat": chat, "verifier": chat}
@@ -504,7 +506,7 @@ def measured(file: File, package: Path, scratch: Path, options: argparse.Namespa
         cell("ids", plain.decode, everyone),
         "yes" if ends == chat.stop_ids else f"{ends}, ours {chat.stop_ids}",
         " / ".join("–" if value is None else f"{value:.0e}" for value in far),
-        f"{seconds:.2f}",
+        f"{min(seconds):.2f}",
     ]
 
 

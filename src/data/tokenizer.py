@@ -76,8 +76,7 @@ class Tokenizer:
             if self._ids.get(text) in added or (text in self._ids and key != "pad_token"):
                 self._counted(text, key)
         # A config's ids may be another tokenizer's: an ordinary token never ends a text.
-        words = set(self._ids.values()) - added.keys()
-        stops = [i for i in stop_ids_in(folders) if i not in words]
+        stops = [i for i in stop_ids_in(folders) if i in added or self._rust.id_to_token(i) is None]
         self.bos_id = self._begin(vocabulary.bos)
         self.eos_id = self._end(vocabulary.eos, [i for i in stops if i in added])
         self.stop_ids = {self.eos_id, *stops}

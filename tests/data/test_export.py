@@ -19,7 +19,7 @@ from src.data.tokenizer import Tokenizer
 from tests.data import test_tokenizer as other
 
 CHATML, NAMES, TEXTS = other.CHATML, other.NAMES, [t for t in other.TEXTS if t]
-TEXTS += ["a user, some text <none> !!", "so <|im_end|>  it\n <|im_start|>  is"]
+TEXTS += ["a token, some text <none> !!", "so <|im_end|>  it\n <|im_start|>  is"]
 ranks, rust, pieces = other.ranks, other.rust, other.pieces
 MODEL = 1000  # entries of the model's vocabulary
 PLAIN = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -80,7 +80,7 @@ LISTED = {  # special tokens in all the ways that files name them
     "eos_token": ROW | {"content": "<|endoftext|>", "__type": "AddedToken"},
     "pad_token": "!",  # a word, which stays one
     "cls_token": "<none>",  # not there
-    "additional_special_tokens": ["ser", ROW | {"content": "ex", "__type": "AddedToken"}],
+    "additional_special_tokens": ["ken", ROW | {"content": "ex", "__type": "AddedToken"}],
     "extra_special_tokens": {"image_token": "ex"},
 }
 SPECIAL_MAP = {
