@@ -341,9 +341,12 @@ def test_all_that_end_a_text_are_found(tmp_path, rust):
         generation_config={"eos_token_id": [turn, word]},
     )
     tokenizer = Tokenizer.find(folder)
-    # an ordinary word ends nothing
+    # an ordinary word ends nothing, unless files call it special
     assert (tokenizer.eos_id, tokenizer.stop_ids) == (end, {end, turn})
     assert tokenizer.decode([word, turn, end, 10**6]) == "a"
+    config = NAMES | {"additional_special_tokens": ["a"]}
+    write_json(folder / "tokenizer_config.json", config)
+    assert Tokenizer.find(folder).stop_ids == {end, turn, word}
     write_json(folder / "tokenizer_config.json", {})
     assert Tokenizer.find(folder).eos_id == turn
     elsewhere = tmp_path / "checkpoint"
