@@ -5,8 +5,8 @@
 
 Difficult texts, plain and as conversations of one and of three turns; texts that spell out control
 tokens; the way back to text; where texts end; a verifier's scores in padded batches (where the
-interpreter has torch); seconds to load a file. What differs is counted in the table, and an example
-of it printed.
+interpreter has torch); CPU seconds to load a file. What differs is counted in the table, and an
+example of it printed.
 
 --pythons: interpreters with a version of transformers each, by the name of their column.
 --makers_python: one with mistral-common, llama-models' requirements, sentencepiece and tiktoken.
@@ -444,9 +444,12 @@ def measured(file: File, package: Path, scratch: Path, options: argparse.Namespa
     from src.data.tokenizer import Tokenizer
 
     path = source_folder(file, package, scratch / "source")
-    began = time.process_time()
-    plain = Tokenizer(path, family=file.family)
-    seconds = time.process_time() - began
+    seconds = []
+    for _ in range(3):
+        began = time.process_time()
+        plain = Tokenizer(path, family=file.family)
+        seconds.append(time.process_time() - began)
+    load = os.getloadavg()[0]
     chat = Tokenizer(path, None, True, file.family)
     plain_text, chat_text = (Tokenizer(path, None, c, file.family, "text") for c in (False, True))
     kinds = {"plain": plain, "chat": chat, "verifier": chat}
@@ -504,7 +507,7 @@ def measured(file: File, package: Path, scratch: Path, options: argparse.Namespa
         cell("ids", plain.decode, everyone),
         "yes" if ends == chat.stop_ids else f"{ends}, ours {chat.stop_ids}",
         " / ".join("–" if value is None else f"{value:.0e}" for value in far),
-        f"{seconds:.2f}",
+        f"{min(seconds):.2f} ({load:.1f})",
     ]
 
 
@@ -524,9 +527,9 @@ def main() -> None:
         f"How many of {options.texts:,} texts differ: from the maker's tool / transformers "
         f"{versions}. Of {options.texts // 4:,} that spell out control tokens: read as control "
         f"tokens, from transformers {versions}; as text, from the maker's tool; each plain and in "
-        f"three turns. Load {os.getloadavg()[0]:.1f}.\n",
+        "three turns.\n",
         f"| file | plain | {' | '.join(CHATS)} | control | in chats | text | in chats | decoded "
-        "| ends | scores | s |",
+        "| ends | scores | s (machine's load) |",
         "|---" * (len(CHATS) + 10) + "|",
     ]
     for file in (file for file in FILES if options.only in file.name):

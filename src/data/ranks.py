@@ -3,7 +3,6 @@
 Two kinds: base64 bytes and their rank, line by line (Qwen v1, Llama 3), and Mistral's tekken.json.
 """
 
-import base64
 import binascii
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -126,7 +125,8 @@ def from_tekken(path: Path, raw: dict[str, Any]) -> tuple[RustTokenizer, str, st
         count = config["default_num_special_tokens"]
         entries = sorted(raw["vocab"], key=lambda entry: entry["rank"])
         entries = entries[: config["default_vocab_size"] - count]
-        ranks = {base64.b64decode(entry["token_bytes"]): entry["rank"] for entry in entries}
+        decode = binascii.a2b_base64
+        ranks = {decode(entry["token_bytes"]): entry["rank"] for entry in entries}
         listed = raw.get("special_tokens")
         special = (
             dict(enumerate(_TEKKEN_SPECIAL))
@@ -170,7 +170,9 @@ def byte_level(model: models.BPE, pattern: str) -> RustTokenizer:
 
 def _bpe(ranks: dict[bytes, int], special: Sequence[str] = ()) -> models.BPE:
     """The ranks as ids, after those of `special`."""
-    spelled = [token.decode("latin-1").translate(_SPELLING) for token in ranks]
+    apart = "\uffff"  # no byte's spelling
+    text = apart.join(token.decode("latin-1") for token in ranks)
+    spelled = text.translate(_SPELLING).split(apart)
     vocabulary = {text: i for i, text in enumerate([*special, *spelled])}
     merges = [(spelled[left], spelled[right]) for left, right in _merges(ranks)]
     # a piece that is a token as a whole is that token
@@ -218,10 +220,11 @@ def _merges(ranks: dict[bytes, int]) -> Iterator[tuple[int, int]]:
     come to is only ever a whole piece.
     """
     tokens, rank_of = list(ranks), ranks.get
-    # What a token's two parts are: −1 for a byte, which has none, −2 where none are known.
-    lefts = [-1 if len(token) == 1 else -2 for token in tokens]
+    # What a token's two parts are: −1 for a byte, which has none, and where none are known.
+    lefts = [-1] * len(tokens)
     rights = list(lefts)
-    is_late = [False] * len(tokens)  # whether a part of it, however small, ranks after the whole
+    # Whether these are known, and no part of it, however small, ranks after the whole.
+    is_plain = [len(token) == 1 for token in tokens]
 
     def come_to(left: int, right: int, token: int) -> bool:
         """Whether bytes that are to be `left` and `right` become these before they are joined.
@@ -243,20 +246,24 @@ def _merges(ranks: dict[bytes, int]) -> Iterator[tuple[int, int]]:
                 return False
 
     for rank, token in enumerate(tokens):
-        if lefts[rank] == -1:
+        if is_plain[rank]:
             continue
+        is_late = False
         for cut in range(len(token) - 1, 0, -1):
-            left, right = rank_of(token[:cut]), rank_of(token[cut:])
-            if left is None or right is None or -2 in (lefts[left], lefts[right]):
-                is_late[rank] |= left is not None and right is not None
-            elif is_late[left] or is_late[right]:
-                is_late[rank] = True
+            left = rank_of(token[:cut])
+            if left is None:
+                continue
+            right = rank_of(token[cut:])
+            if right is None:
+                continue
+            if not (is_plain[left] and is_plain[right]):
+                is_late = True
             elif come_to(left, right, rank):
-                is_late[rank] = False
+                is_plain[rank] = True
                 break
         else:
             # Some vocabularies were put together from several: what ranks later comes first there.
-            parts = _last_two(token, ranks) if is_late[rank] else None
+            parts = _last_two(token, ranks) if is_late else None
             if parts is None:
                 continue
             left, right = parts

@@ -81,21 +81,18 @@ class Tokenizer:
         self.kind, self._rust = vocabulary.kind, vocabulary.rust
         self._ids = self._rust.get_vocab()
         self.vocab_size = max(self._ids.values()) + 1
-        self.control = {
-            token.content: i
-            for i, token in self._rust.get_added_tokens_decoder().items()
-            if token.special
-        }
+        added = self._rust.get_added_tokens_decoder()
+        self.control = {token.content: i for i, token in added.items() if token.special}
         self._texts = {i: text for text, i in self.control.items()}
         # What files call special is so. A word that fills up batches, though, stays a word.
-        added = self._rust.get_added_tokens_decoder()
         for key, text in sorted([*config.tokens.items(), *(("", text) for text in config.listed)]):
             if self._ids.get(text) in added or (text in self._ids and key != "pad_token"):
                 self._counted(text, key)
         # A config's ids may be another tokenizer's: an ordinary token never ends a text.
-        stops = [i for i in stop_ids_in(folders) if i in added or i >= self.vocab_size]
+        may_end = {*self.control, *(token.content for token in added.values()), None}  # no token
+        stops = [i for i in stop_ids_in(folders) if self._rust.id_to_token(i) in may_end]
         self.bos_id = self._begin(vocabulary.bos)
-        self.eos_id = self._end(vocabulary.eos, [i for i in stops if i < self.vocab_size])
+        self.eos_id = self._end(vocabulary.eos, [i for i in stops if self._rust.id_to_token(i)])
         self.stop_ids = {self.eos_id, *stops}
         self.as_text = special_tokens == "text" or config.raw.get("split_special_tokens") is True
         self.spelled_out: Counter[str] = Counter()

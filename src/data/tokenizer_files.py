@@ -168,19 +168,19 @@ class Vocabulary:
 
 
 def _of_json(path: Path, config: TokenizerConfig) -> Vocabulary:
+    raw = read_json(path)
+    if isinstance(raw.get("config"), dict) and "vocab" in raw:  # words of a vocab.json, perhaps
+        return Vocabulary("tekken", *from_tekken(path, raw))
+    if path.name == "vocab.json":
+        return _of_merges(path, raw, config)
     try:
         rust = RustTokenizer.from_file(str(path))
     # the library raises bare Exception for whatever it cannot read
     except Exception as error:
-        raw = read_json(path)
-        if path.name == "vocab.json":
-            return _of_merges(path, raw, config)
-        if "config" not in raw or "vocab" not in raw:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{path}: cannot be read as a tokenizer ({reason})") from None
-        return Vocabulary("tekken", *from_tekken(path, raw))
-    added = read_json(path).get("added_tokens") or []
-    rust = _numbered(rust, {token["content"]: token["id"] for token in added}, str(path))
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: cannot be read as a tokenizer ({reason})") from None
+    added = {token["content"]: token["id"] for token in raw.get("added_tokens") or []}
+    rust = _numbered(rust, added, str(path))
     if getattr(rust.model, "dropout", None):
         raise UserError(
             f"{path}: its model has dropout {rust.model.dropout:.3g}: a text would have other ids "

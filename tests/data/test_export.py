@@ -19,7 +19,7 @@ from src.data.tokenizer import Tokenizer
 from tests.data import test_tokenizer as other
 
 CHATML, NAMES, TEXTS = other.CHATML, other.NAMES, [t for t in other.TEXTS if t]
-TEXTS += ["eggs, eggs a day !!", "so <|im_end|>  it\n <|im_start|>  is"]
+TEXTS += ["a token, some text <none> !!", "so <|im_end|>  it\n <|im_start|>  is"]
 ranks, rust, pieces = other.ranks, other.rust, other.pieces
 MODEL = 1000  # entries of the model's vocabulary
 PLAIN = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -80,12 +80,12 @@ LISTED = {  # special tokens in all the ways that files name them
     "eos_token": ROW | {"content": "<|endoftext|>", "__type": "AddedToken"},
     "pad_token": "!",  # a word, which stays one
     "cls_token": "<none>",  # not there
-    "additional_special_tokens": ["gs", ROW | {"content": "ay", "__type": "AddedToken"}],
-    "extra_special_tokens": {"image_token": "ay"},
+    "additional_special_tokens": ["ken", ROW | {"content": "ex", "__type": "AddedToken"}],
+    "extra_special_tokens": {"image_token": "ex"},
 }
 SPECIAL_MAP = {
     "eos_token": "<|im_end|>",
-    "additional_special_tokens": ["ay", "<none>"],
+    "additional_special_tokens": ["ex", "<none>"],
 }
 ADDED = {"<|im_start|>": 420, "<|im_end|>": 421, "<call>": 422}
 # name → (how to fill a folder, the model's family, whether a chat template is used)
@@ -171,7 +171,7 @@ KINDS = {
     ),
     "json, tokens listed": (lambda d, f: json_folder(d, f("rust"), LISTED), "llama", False),
     "json, a list of more tokens": (
-        lambda d, f: json_folder(d, f("rust"), NAMES | {"extra_special_tokens": ["ay"]}),
+        lambda d, f: json_folder(d, f("rust"), NAMES | {"extra_special_tokens": ["ex"]}),
         "llama",
         False,
     ),
@@ -330,7 +330,8 @@ def test_files_name_their_tokens_as_transformers_reads_them(name, tmp_path, requ
         whole.save(str(tmp_path / "tokenizer.json"))
     ours, theirs = Tokenizer.find(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     assert ours.eos_id == theirs.eos_token_id
-    for text in TEXTS:
+    # nor does a name make a token, as it does there
+    for text in (text.replace("<none>", "") for text in TEXTS):
         assert ours.prompt_ids(text) == theirs(text)["input_ids"], text
 
 

@@ -341,9 +341,12 @@ def test_all_that_end_a_text_are_found(tmp_path, rust):
         generation_config={"eos_token_id": [turn, word]},
     )
     tokenizer = Tokenizer.find(folder)
-    # an ordinary word ends nothing
+    # an ordinary word ends nothing, unless files call it special
     assert (tokenizer.eos_id, tokenizer.stop_ids) == (end, {end, turn})
     assert tokenizer.decode([word, turn, end, 10**6]) == "a"
+    config = NAMES | {"additional_special_tokens": ["a"]}
+    write_json(folder / "tokenizer_config.json", config)
+    assert Tokenizer.find(folder).stop_ids == {end, turn, word}
     write_json(folder / "tokenizer_config.json", {})
     assert Tokenizer.find(folder).eos_id == turn
     elsewhere = tmp_path / "checkpoint"
@@ -637,9 +640,22 @@ def test_ids_without_a_token_are_known(tmp_path, rust, pieces):
     tokenizer = Tokenizer.find(tmp_path)
     assert tokenizer.prompt_ids("<new><|im_end|><|eot_id|>") == [502, 509, ids["<|eot_id|>"]]
     assert tokenizer.without_text(512) == [(503, 504), (505, 506), (507, 509), (510, 512)]
+    rust.save(str(tmp_path / "tokenizer.json"))
+    write_json(tmp_path / "added_tokens.json", {"<new>": 510})
+    tokenizer = Tokenizer.find(tmp_path)
+    assert tokenizer.prompt_ids("<s><new><|eot_id|>") == [500, 510, ids["<|eot_id|>"]]
+    assert tokenizer.without_text(512) == [(507, 509), (511, 512)]
     write_json(tmp_path / "added_tokens.json", {"<new>": 506})
     with pytest.raises(UserError, match="'<new>' has id 506, which '<|eot_id|>' has"):
         Tokenizer.find(tmp_path)
+
+
+def test_tokens_added_to_pieces_are_found_as_they_are_spelled(pieces, tmp_path):
+    path, sp = pieces
+    (tmp_path / "tokenizer.model").write_bytes(path.read_bytes())
+    added = {"420": {"content": "<call>", "normalized": True, "special": False}}
+    write_json(tmp_path / "tokenizer_config.json", {"added_tokens_decoder": added})
+    assert Tokenizer.find(tmp_path).prompt_ids("egg<call>")[1:] == [*sp.encode("egg"), 420]
 
 
 # --- families without a file, and refusals
