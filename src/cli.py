@@ -58,7 +58,8 @@ def run(target: Target | dict[str, Target]) -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         _run(target, os.path.basename(sys.argv[0]), sys.argv[1:])
-        return sys.stdout.flush()
+        sys.stdout.flush()
+        return
     except UserError as error:
         code, message = 2, str(error)
     except Stopped as stopped:
