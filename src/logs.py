@@ -75,16 +75,15 @@ class RunLog:
                 versions={"python": sys.version.split()[0]} | {p: _version(p) for p in PACKAGES},
                 environment={k: os.environ[k] for k in ENVIRONMENT if k in os.environ},
             )
-        if self.rank == 0:  # what libraries warn of is a warning too
-            self._showwarning = warnings.showwarning
-            warnings.showwarning = self._library_warns
+        # What libraries warn of is a warning too, and on all ranks the same.
+        self._showwarning = warnings.showwarning
+        warnings.showwarning = self._library_warns
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: object
     ) -> None:
-        if self.rank == 0:
-            warnings.showwarning = self._showwarning
+        warnings.showwarning = self._showwarning
         if self._records is not None and self._lines is not None:
             outcome = f"stopped by {kind.__name__}: {error}" if kind else "finished"
             self._write(outcome)  # to the file alone: an error reaches stderr by itself

@@ -5,6 +5,7 @@ that has been tried a plain mean errs least. The first update, which warms every
 out of it, and what runs aside, such as an evaluation, is counted by itself.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{left}, {rate_fmt}{postfi
 # of what takes seconds or minutes: seconds for each, not each second
 SLOW_FORMAT, SLOW = FORMAT.replace("rate", "rate_inv"), ("iteration",)
 ENDLESS_FORMAT = "{desc}: {n_fmt}{unit} [{elapsed}, {rate_fmt}{postfix}]"  # of an unknown total
+KNOWN = 0.1  # of the answers side by side must have ended, where no others follow
 RISING = 0.5  # how much likelier a text ends the longer it is: by its length to this power
 FIXED = 0.5  # of a full decode step's time: what a step takes however few sequences run
 
@@ -104,6 +106,8 @@ class Progress(tqdm):
             return None
         left = self.work() if callable(self.work) else self.work - self.work_done
         aside = self.aside_left * self.aside_seconds / max(1, self.aside_times)
+        if left == math.inf:
+            return None
         return max(0.0, left) * self.seconds / self.counted + aside
 
     @property
@@ -148,7 +152,12 @@ class AnswerLengths:
         return FIXED * self.slots * steps + (1 - FIXED) * tokens
 
     def work_left(self) -> float:
-        """In tokens at full slots; what waits fills slots as they get free."""
+        """In tokens at full slots; what waits fills slots as they get free.
+
+        Infinite while all run side by side and hardly any has ended: nobody knows then.
+        """
+        if self.waiting <= 0 and self.ended.total() < KNOWN * self.slots:
+            return math.inf
         longer = self.survival().clip(min=1e-9)
         # beyond[m]: tokens that an answer has beyond its first m, on average over all answers.
         beyond = np.append(longer[::-1].cumsum()[::-1], 0.0)[: self.limit]

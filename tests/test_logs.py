@@ -77,6 +77,14 @@ def test_what_libraries_warn_of_is_logged(tmp_path, capsys):
     assert warnings.showwarning is before
 
 
+def test_what_libraries_warn_of_on_other_ranks_is_not_said_again(capsys):
+    before = warnings.showwarning
+    with RunLog(None, "run", {}, rank=1), warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.warn("this goes away in 3.0", FutureWarning, stacklevel=1)
+    assert capsys.readouterr().err == "" and warnings.showwarning is before
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_other_ranks_do_nothing(tmp_path, capsys, monkeypatch, terminal):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)

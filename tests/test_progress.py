@@ -1,5 +1,6 @@
 """src/progress.py: the time left, on a clock set by hand, against what it then really is."""
 
+import math
 import random
 from collections.abc import Iterator
 
@@ -148,3 +149,11 @@ def test_before_any_answer_has_ended_all_are_taken_to_be_cut_off():
     known.step([], [2, 2])
     # Two have 8 tokens to go, four wait: 56 tokens two at a time.
     assert known.work_left() == pytest.approx(56, rel=0.05)
+
+
+def test_nothing_is_said_while_all_run_side_by_side_and_none_has_ended():
+    known = AnswerLengths(20, limit=10)
+    known.step([], [1] * 20)
+    assert known.work_left() == math.inf
+    known.step([2, 2], [2] * 18)
+    assert known.work_left() < math.inf

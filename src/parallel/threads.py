@@ -19,8 +19,10 @@ from pathlib import Path
 import torch
 
 INTERVAL_S = 0.5
-CROWDED = 0.05  # seconds that our threads stood in line for a core, of each second
-CALM_S = 10.0  # until the machine counts as free again
+# Of the time, how long one of our threads stood in line for a core: beside nobody under a tenth,
+# beside one busy process a third at least.
+CROWDED = 0.2
+CALM_S = 5.0  # until the machine counts as free again
 # Whoever sets one of these has decided how threads wait.
 DECIDED = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
@@ -124,7 +126,8 @@ class Watch:
                 yield
                 before, began = stood, at
                 stood, at = _lines_stood(), time.monotonic()
-                if sum(stood[t] - before.get(t, 0.0) for t in stood) > CROWDED * (at - began):
+                longest = max(stood[thread] - before.get(thread, 0.0) for thread in stood)
+                if longest > CROWDED * (at - began):
                     last = at
                 self._settle(at - last < CALM_S)
         finally:
