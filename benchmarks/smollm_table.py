@@ -1,6 +1,8 @@
 """What `make smollm` came to over seeds: the table, and the curves of its GRPO.
 
-python benchmarks/smollm_table.py --runs runs/smollm-0,runs/smollm-1,runs/smollm-2 --plot docs/smollm.svg
+    python benchmarks/smollm_table.py --runs runs/smollm-0,runs/smollm-1 --plot docs/smollm.svg
+
+Each run's folder has a summary.json when it has finished.
 """
 
 import json
