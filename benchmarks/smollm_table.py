@@ -12,7 +12,7 @@ from common import ROOT
 
 from src.cli import run
 
-CURVES = {"first": "problems of one step", "grpo": "all kinds of problems"}
+CURVES = {"first": "problems of one step", "grpo": "of one or two"}
 
 
 def main(

@@ -40,7 +40,7 @@ def test_every_step_leads_to_the_next(tmp_path):
         "ppo": smollm.SMALL.ppo_iterations,
     }
     # By steps and in all, it is the same problems.
-    test = json.loads((tmp_path / "work" / "data" / "test.json").read_text())
+    test = json.loads((tmp_path / "work" / "data-two-steps" / "test.json").read_text())
     steps = [row["output"].count("\n") for row in test]
     for i in range(3):
         right = sum(
