@@ -35,9 +35,12 @@ STEPS = {1: "one step", 2: "two steps", 3: "three steps"}
 
 @dataclass(frozen=True)
 class Size:
-    """How much is done. test: word problems; gsm8k: of its rows; the buffers: rollouts in each
-    iteration; sampled: prompts that the verifier learns from; compared: answers that transformers
-    must give, too."""
+    """How much is done.
+
+    test: word problems; gsm8k: of its rows; buffer, ppo_buffer: rollouts in each iteration;
+    sampled: prompts whose samples the verifier learns from; compared: answers that transformers
+    must give, too.
+    """
 
     test: int = 300
     gsm8k: int = 200
@@ -123,36 +126,25 @@ def main(
         "kl_coef": 0,
         "lr": 5e-5,
     }
-    stages.torchrun(
-        "GRPO, one step",
-        "ppo_train.py",
-        actor_ckpt_dir=base,
-        actor_save_dir=first,
-        train_file=one_step / "train.json",
-        max_buffer_size=size.buffer,
-        iterations=size.first_iterations,
-        max_new_tokens=64,
-        **by_rule,
-        **judged,
-        **chat,
-        **sampling,
-        **update,
-    )
-    stages.torchrun(
-        "GRPO",
-        "ppo_train.py",
-        actor_ckpt_dir=first,
-        actor_save_dir=grpo,
-        train_file=train,
-        max_buffer_size=size.buffer,
-        iterations=size.iterations,
-        max_new_tokens=96,
-        **by_rule,
-        **judged,
-        **chat,
-        **sampling,
-        **update,
-    )
+    for stage, start, saved, folder, iterations, longest in (
+        ("GRPO, one step", base, first, one_step, size.first_iterations, 64),
+        ("GRPO, one or two", first, grpo, two_steps, size.iterations, 96),
+    ):
+        stages.torchrun(
+            stage,
+            "ppo_train.py",
+            actor_ckpt_dir=start,
+            actor_save_dir=saved,
+            train_file=folder / "train.json",
+            max_buffer_size=size.buffer,
+            iterations=iterations,
+            max_new_tokens=longest,
+            **by_rule,
+            **judged,
+            **chat,
+            **sampling,
+            **update,
+        )
     evaluate(grpo)
 
     # A verifier of the model's own samples, right ones against wrong ones of the same prompt.
