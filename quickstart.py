@@ -7,7 +7,6 @@ before it runs: copy a line to run that step alone.
 """
 
 import json
-import time
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -36,7 +35,6 @@ def main(
     verifier, policy, critic = work / "verifier", work / "ppo", work / "ppo-critic"
     train, test, stages = data / "train.json", data / "test.json", Stages("quickstart", ranks)
     answers = {"max_new_tokens": 90, "max_seq_len": 256}
-    began = time.perf_counter()
 
     stages.run(
         "data", "dataset/build.py arithmetic", save_dir=data, n_train=20000, n_test=600, seed=seed
@@ -136,22 +134,23 @@ def main(
     )
     stages.run("merge", "checkpoint_merge.py", ckpt_dir=policy, save_dir=work / "ppo-huggingface")
 
-    minutes = (time.perf_counter() - began) / 60
     results = {
         "solver before training": accuracy_in(work / "sft-logs" / "results-epoch-0.json"),
         "solver after SFT": accuracy_in(work / "sft-evaluation" / "results.json"),
         "solver after PPO": accuracy_in(work / "ppo-evaluation" / "results.json"),
         "verifier (pairs)": accuracy_in(work / "verifier-logs" / "results-epoch-2.json"),
     }
-    summary = {"seed": seed, "accuracy": results, "seconds": stages.seconds, "minutes": minutes}
+    summary = {
+        "seed": seed,
+        "accuracy": results,
+        "seconds": stages.seconds,
+        "minutes": stages.minutes,
+    }
     (ROOT / work / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(f"\nSeed {seed}: accuracy on held-out problems (GSM8K's official rule)")
     for name, accuracy in results.items():
         print(f"  {name:24} {100 * accuracy:5.1f} %")
-    print("Minutes")
-    for stage, seconds in stages.seconds.items():
-        print(f"  {stage:24} {seconds / 60:5.1f}")
-    print(f"  {'all':24} {minutes:5.1f}")
+    stages.print_minutes()
     print(
         f"Everything lies in {work}: {sft.name}, {verifier.name}, {policy.name} and {critic.name} "
         "(shards), ppo-huggingface (for transformers), *-logs (TensorBoard), *-evaluation "

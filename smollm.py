@@ -16,7 +16,6 @@ import json
 import resource
 import subprocess
 import sys
-import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +82,7 @@ def main(
     one_step, two_steps = work / "data-one-step", work / "data-two-steps"
     train, pairs = two_steps / "train.json", two_steps / "pairs.json"
     test, gsm8k = two_steps / "test.json", work / "gsm8k.jsonl"
-    stages, began = Stages("smollm", ranks), time.perf_counter()
+    stages = Stages("smollm", ranks)
     chat = {"use_chat_template": True, "dtype": "bf16", "model_parallel_size": 1}
     judged = {"task": "GSM8K", "rule": "numeric"}
     evaluated: dict[str, Any] = {"max_new_tokens": 128, "max_seq_len": 256}
@@ -222,7 +221,6 @@ def main(
     )
     same = same_answers(ROOT / merged, ROOT / ours, evaluated["max_new_tokens"])
 
-    minutes = (time.perf_counter() - began) / 60
     models = (base, grpo, ppo)
     accuracy = {
         name: [accuracy_in(work / f"{model.name}-{name}" / "results.json") for model in models]
@@ -237,7 +235,7 @@ def main(
         "rewards": {path.name: rewards_of(ROOT / f"{path}-logs") for path in (first, grpo, ppo)},
         "same": same,
         "seconds": stages.seconds,
-        "minutes": minutes,
+        "minutes": stages.minutes,
         "gigabytes": peak_gigabytes(),
     }
     (ROOT / work / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
@@ -247,10 +245,7 @@ def main(
         print(f"  {name:24}" + "".join(f" {100 * value:8.1f}" for value in values))
     print(f"transformers gives the same answer to {same} of {size.compared} problems")
     print(f"at most {summary['gigabytes']:.1f} GB in one process")
-    print("Minutes")
-    for stage, seconds in stages.seconds.items():
-        print(f"  {stage:24} {seconds / 60:8.1f}")
-    print(f"  {'all':24} {minutes:8.1f}")
+    stages.print_minutes()
 
 
 def fetch(folder: Path) -> Path:

@@ -126,6 +126,15 @@ def torchrun(ranks: int) -> list[str]:
     return [sys.executable, *(launcher if ranks > 1 else [])]
 
 
+def draw_band(axes, steps, runs: list[list[float]], label: str, marker: str | None = None) -> None:
+    """The mean of several runs as a line, smallest to largest as a band; axes: matplotlib's."""
+    by_step = list(zip(*runs, strict=True))
+    means = [sum(values) / len(values) for values in by_step]
+    (line,) = axes.plot(steps, means, marker=marker, label=label)
+    low, high = list(map(min, by_step)), list(map(max, by_step))
+    axes.fill_between(steps, low, high, alpha=0.15, color=line.get_color())
+
+
 def report(tables: dict[str, Callable[[], list[str]]], only: str | None, out: str | None) -> None:
     """Make the tables, or `only` one of them, print them as Markdown, and write that to `out`."""
     lines = [f"Machine: {machine()}.", ""]

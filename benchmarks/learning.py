@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
 
-from common import ROOT
+from common import ROOT, draw_band
 
 from src.cli import run
 
@@ -170,10 +170,8 @@ def draw(results: dict[str, list[tuple[dict[int, float], int]]], path: str) -> N
     figure, axes = pyplot.subplots(figsize=(7, 4))
     for method, runs in results.items():
         steps = sorted(runs[0][0])
-        values = [[100 * curve[step] for curve, _ in runs] for step in steps]
-        (line,) = axes.plot(steps, [sum(v) / len(v) for v in values], label=method)
-        low, high = list(map(min, values)), list(map(max, values))
-        axes.fill_between(steps, low, high, alpha=0.15, color=line.get_color())
+        values = [[100 * curve[step] for step in steps] for curve, _ in runs]
+        draw_band(axes, steps, values, method)
     iterations = f"iterations of {COMMON['max_buffer_size']} rollouts"
     axes.set(xlabel=iterations, ylabel="greedy accuracy, %")
     axes.grid(alpha=0.3)

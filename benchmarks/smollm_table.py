@@ -8,7 +8,7 @@ Each run's folder has a summary.json when it has finished.
 import json
 from pathlib import Path
 
-from common import ROOT
+from common import ROOT, draw_band
 
 from src.cli import run
 
@@ -64,13 +64,9 @@ def draw(summaries: list[dict], path: str) -> None:
     done = 0
     for stage, label in CURVES.items():
         values = [[100 * x for x in s["rewards"][stage]] for s in summaries]
-        by_iteration = list(zip(*values, strict=True))
-        steps = range(done + 1, done + 1 + len(by_iteration))
-        means = [sum(v) / len(v) for v in by_iteration]
-        (line,) = axes.plot(steps, means, marker="o", label=label)
-        low, high = list(map(min, by_iteration)), list(map(max, by_iteration))
-        axes.fill_between(steps, low, high, alpha=0.15, color=line.get_color())
-        done += len(by_iteration)
+        steps = range(done + 1, done + 1 + len(values[0]))
+        draw_band(axes, steps, values, label, marker="o")
+        done += len(values[0])
     axes.set(xlabel="iterations of GRPO", ylabel="right rollouts, %", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()

