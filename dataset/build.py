@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataset.arithmetic import generate
 from dataset.corrupt import corrupt
 from src.cli import run
-from src.data.rows import INDEX, STRING, TEXT, read_rows, read_solver_rows, write_json
+from src.data.rows import INDEX, SAMPLE, TEXT, read_rows, read_solver_rows, write_json
 from src.errors import UserError
 from src.evaluation.gsm8k import extract
 from src.evaluation.task import Task
@@ -131,14 +131,17 @@ def pairs_of(
     A prompt needs a wrong sample, and a right one or its gold. task: by whose metric.
     """
     samples: dict[int, list[str]] = {}
-    for sample in read_rows(predictions, {"index": INDEX, "output": STRING}):
+    unusable = 0
+    for sample in read_rows(predictions, {"index": INDEX, "output": SAMPLE}):
         if sample["index"] >= len(rows):
             raise UserError(
                 f"{predictions}: index {sample['index']} in a train file of {len(rows)} rows "
                 "(counted from 0): these are predictions for another file"
             )
-        if sample["output"].strip():  # a blank one is wrong, but gives a verifier nothing to read
+        if TEXT.accepts(sample["output"]):
             samples.setdefault(sample["index"], []).append(sample["output"])
+        else:  # wrong, but nothing that a verifier could read
+            unusable += 1
     built, none_wrong, none_right = [], 0, 0
     for index, texts in sorted(samples.items()):
         row = rows[index]
@@ -167,6 +170,8 @@ def pairs_of(
         f"prompts without a wrong one (skipped), {none_right} without a right one "
         f"({'gold chosen' if gold_when_none_right else 'skipped'})"
     )
+    if unusable:
+        counts += f", {unusable} samples blank or with a NUL (left out)"
     if not built:
         raise UserError(
             f"{predictions}: no prompt gives a pair: {counts}; sample more often or at a higher "

@@ -9,7 +9,14 @@ from collections.abc import Collection, Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from src.data.rows import TEXT, read_prompt_rows, read_rows, read_solver_rows, read_verifier_rows
+from src.data.rows import (
+    SAMPLE,
+    TEXT,
+    read_prompt_rows,
+    read_rows,
+    read_solver_rows,
+    read_verifier_rows,
+)
 from src.data.tokenizer import Tokenizer
 from src.errors import UserError
 from src.models.batch import Sequence
@@ -108,7 +115,7 @@ def scored_sequences(
 
     Raises UserError for one too long.
     """
-    rows = read_rows(path, {"instruction": TEXT, "output": TEXT})
+    rows = read_rows(path, {"instruction": TEXT, "output": SAMPLE})
     sequences = [encode(tokenizer, row["instruction"], row["output"]) for row in rows]
     within([len(s.tokens) for s in sequences], max_seq_len, True, f"rows of {path}")
     return sequences, rows.notes

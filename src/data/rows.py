@@ -56,7 +56,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-STRING = Kind("a string", '"..."', _is_string)
+# What a model wrote: bytes are tokens, too, and NUL is one of them.
+SAMPLE = Kind("a string", '"..."', lambda v: isinstance(v, str) and _is_string(v.replace("\0", "")))
 TEXT = Kind("a non-blank string", '"..."', _is_text)
 TEXTS = Kind(
     "a non-blank string or a list of them",

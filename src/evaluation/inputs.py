@@ -5,7 +5,7 @@ from pathlib import Path
 
 from src.checkpoint.save import read_score_moments
 from src.data.encoding import Comparison, comparisons, prompts_of, scored_sequences
-from src.data.rows import STRING, read_rows
+from src.data.rows import SAMPLE, read_rows
 from src.errors import UserError
 from src.evaluation.tasks import LabelledRows, read_labels
 from src.generation.journal import Journal
@@ -64,7 +64,7 @@ def _texts(settings: SolverEvaluateSettings, n_rows: int) -> tuple[list[str], li
     """
     rows, samples = settings.rows, settings.generation.num_samples
     assert rows.prediction_file is not None
-    given = read_rows(rows.prediction_file, {"output": STRING})
+    given = read_rows(rows.prediction_file, {"output": SAMPLE})
     texts = [row["output"] for row in given]
     if len(texts) != n_rows * samples:
         raise UserError(

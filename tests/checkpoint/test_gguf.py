@@ -248,6 +248,7 @@ def texts(n: int) -> list[str]:
 
 
 CORPUS = ["Hello world, this is 123 tests of 4567 words.", "日本語 한국어 Привет мир", *PIECES] * 9
+TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}"
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -255,14 +256,14 @@ QWEN2 = (
 )
 
 
-def byte_level(split_by) -> Tokenizer:
+def byte_level(split_by, corpus: list[str] = CORPUS) -> Tokenizer:
     """A byte-level BPE, its texts cut by other pre-tokenizers, as a maker would train it."""
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.Sequence([*split_by])
     made.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     made.train_from_iterator(
-        CORPUS,
+        corpus,
         trainers.BpeTrainer(
             vocab_size=400, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
         ),
@@ -291,7 +292,7 @@ def _regex(pattern: str):
     return Regex(pattern)
 
 
-def gpt2_metadata(made: Tokenizer, pre: str, **more):
+def gpt2_metadata(made: Tokenizer, pre: str, chat_template: str = TEMPLATE, **more):
     """What llama.cpp's converter writes of a byte-level tokenizer."""
     saved = json.loads(made.to_str())
     size = made.get_vocab_size()
@@ -312,7 +313,7 @@ def gpt2_metadata(made: Tokenizer, pre: str, **more):
         writer.add_bos_token_id(1)
         writer.add_eos_token_id(2)
         writer.add_pad_token_id(0)
-        writer.add_chat_template("{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}")
+        writer.add_chat_template(chat_template)
         for key, value in more.items():
             getattr(writer, f"add_{key}")(value)
 
@@ -341,7 +342,7 @@ def test_byte_level_vocabularies(tmp_path, pre):
         "<|im_end|>",
         "<|endoftext|>",
     )
-    assert theirs.chat_template == "{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}"
+    assert theirs.chat_template == TEMPLATE
     for text in texts(400):
         ids = made.encode(text, add_special_tokens=False).ids
         assert theirs(text).input_ids == ids, text

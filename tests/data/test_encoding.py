@@ -96,3 +96,13 @@ def test_rows_to_score_bring_their_notes(file, tokenizer):
     path = file(row("a", id=1))
     sequences, notes = scored_sequences(path, tokenizer, 8)
     assert len(sequences) == 1 and notes == [f"{path}: 1 field is not used: id (in 1 of 1 rows)"]
+
+
+def test_what_a_model_wrote_is_scored_whatever_it_is(file, tokenizer):
+    path = file(row(""), row("a\0b"))
+    sequences, _ = scored_sequences(path, tokenizer, 8)
+    prompt = [BOS, *map(ord, "say")]
+    assert [list(s.tokens) for s in sequences] == [
+        [*prompt, EOS],
+        [*prompt, ord("a"), ord("b"), EOS],
+    ]

@@ -365,7 +365,7 @@ def samples(tmp_path):
     outputs = {
         0: ["#### 0", "a #### 0", "b #### 0", "#### 9", "#### 9", "it is 0", "#### 8"],
         1: ["#### 1", " "],  # no wrong one that could be read
-        2: ["#### 7"],  # no right one
+        2: ["#### 7", "\0#### 2"],  # no right one that could
     }
     predictions = [{"index": i, "output": text} for i, texts in outputs.items() for text in texts]
     return (
@@ -382,7 +382,7 @@ def test_pairs_put_right_samples_against_wrong_ones(samples, tmp_path, capsys):
     ]
     assert capsys.readouterr().out.endswith(
         "2 rows; 9 samples of 3 prompts, 1 prompts without a wrong one (skipped), "
-        "1 without a right one (gold chosen)\n"
+        "1 without a right one (gold chosen), 2 samples blank or with a NUL (left out)\n"
     )
     build.pairs(*samples, str(tmp_path / "pairs.json"), max_per_side=1, gold_when_none_right=False)
     assert read_verifier_rows(tmp_path / "pairs.json") == [
