@@ -23,7 +23,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataset.arithmetic import generate
 from dataset.corrupt import corrupt
 from src.cli import run
-from src.data.rows import INDEX, SAMPLE, TEXT, read_rows, read_solver_rows, write_json
+from src.data.rows import (
+    INDEX,
+    INSTRUCTION,
+    SAMPLE,
+    TEXT,
+    is_truncated,
+    read_rows,
+    read_solver_rows,
+    write_json,
+)
 from src.errors import UserError
 from src.evaluation.gsm8k import extract
 from src.evaluation.task import Task
@@ -108,8 +117,11 @@ def pairs(
         )
     if Path(save_file).suffix != ".json":
         raise UserError(f"--save_file {save_file}: a .json file is written; name it so")
+    train_rows = read_solver_rows(train_file)
+    for note in train_rows.notes:
+        print(note)
     rows, counts = pairs_of(
-        read_solver_rows(train_file),
+        train_rows,
         predictions,
         max_per_side,
         gold_when_none_right,
@@ -131,7 +143,7 @@ def pairs_of(
     A prompt needs a wrong sample, and a right one or its gold. task: by whose metric.
     """
     samples: dict[int, list[str]] = {}
-    unusable = 0
+    unusable = cut = 0
     for sample in read_rows(predictions, {"index": INDEX, "output": SAMPLE}):
         if sample["index"] >= len(rows):
             raise UserError(
@@ -140,6 +152,7 @@ def pairs_of(
             )
         if TEXT.accepts(sample["output"]):
             samples.setdefault(sample["index"], []).append(sample["output"])
+            cut += bool(is_truncated(sample))
         else:  # wrong, but nothing that a verifier could read
             unusable += 1
     built, none_wrong, none_right = [], 0, 0
@@ -172,6 +185,8 @@ def pairs_of(
     )
     if unusable:
         counts += f", {unusable} samples blank or with a NUL (left out)"
+    if cut:
+        counts += f", {cut} samples cut at their token limit (taken as they are)"
     if not built:
         raise UserError(
             f"{predictions}: no prompt gives a pair: {counts}; sample more often or at a higher "
@@ -183,9 +198,12 @@ def pairs_of(
 def _gsm8k_rows(source: str, part: str, hub_config: str) -> list[dict]:
     folder = Path(source)
     if folder.exists():
-        official: list[dict] = read_rows(
-            folder / f"{part}.jsonl", {"question": TEXT, "answer": TEXT}
+        read = read_rows(
+            folder / f"{part}.jsonl", {"question": TEXT, "answer": TEXT}, {INSTRUCTION: TEXT}
         )
+        for note in read.notes:
+            print(note)
+        official: list[dict] = read
     else:
         official = _hub_rows(source, part, hub_config)
     rows = []

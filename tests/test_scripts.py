@@ -985,6 +985,59 @@ def test_wrong_and_empty_predictions_count_as_wrong(base, tmp_path):
     ]
 
 
+def graded_file(base, folder, rows):
+    """solver_evaluate.py on given answers to the seven rows of the test file."""
+    (folder / "given.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = dict(task="GSM8K", label_file=base / "data" / "test.json", log_dir=folder / "logs")
+    return call("solver_evaluate.py", *flags(**given, prediction_file=folder / "given.jsonl"))
+
+
+def test_given_answers_are_graded_in_the_order_that_they_tell(base, tmp_path):
+    rows = [
+        {"index": i, "instruction": row["instruction"], "output": row["output"]}
+        for i, row in enumerate(rows_of(base / "data" / "test.json"))
+    ]
+    assert graded_file(base, tmp_path, rows[::-1]).code == 0
+    assert json.loads((tmp_path / "logs" / "results.json").read_text())["accuracy"] == 1
+    graded = rows_of(tmp_path / "logs" / "predictions.jsonl")
+    assert [row["instruction"] for row in graded] == [row["instruction"] for row in rows]
+
+
+@pytest.mark.parametrize("told", ["index", "instruction"])
+def test_answers_to_other_rows_are_refused(base, tmp_path, told):
+    rows = rows_of(base / "data" / "test.json")
+    answers = [{"index": i + (i > 3), "output": row["output"]} for i, row in enumerate(rows)]
+    said = "row 4 (from 0) would be graded as an answer to row 4"
+    if told == "instruction":
+        answers = [{key: row[key] for key in ("instruction", "output")} for row in rows[::-1]]
+        said = "row 0 (from 0) would be graded as an answer to row 0"
+    refused(graded_file(base, tmp_path, answers), said)
+
+
+def test_given_answers_say_row_by_row_whether_they_were_cut(base, tmp_path):
+    rows = [{"output": row["output"]} for row in rows_of(base / "data" / "test.json")]
+    rows[0] |= {"stop_reason": "length"}
+    rows[1] |= {"truncated": True}
+    rows[2] |= {"finish_reason": "length"}
+    rows[3] |= {"finish_reason": "stop"}
+    done = graded_file(base, tmp_path, rows)
+    assert f"3 of 7 rows of {tmp_path}/given.jsonl do not say whether they were cut" in done.err
+    assert json.loads((tmp_path / "logs" / "results.json").read_text())["truncated"] == 3
+
+
+def test_training_tells_of_the_rows_that_it_is_measured_on(base, tmp_path):
+    rows = rows_of(base / "data" / "test.json")
+    rows[0]["instruction"] += " 1" * 1200
+    rows[1]["instruction"] += " </s>"
+    (tmp_path / "label.json").write_text(json.dumps(rows))
+    more = dict(label_file=tmp_path / "label.json", task="GSM8K", epochs=1, max_new_tokens=2)
+    done = call("solver_train.py", *solver_flags(base, tmp_path / "out", **more))
+    assert done.code == 0, done.err
+    assert f"1 of 7 prompts of {tmp_path}/label.json, with one token more," in done.err
+    assert "they count as wrong" in done.err
+    assert "</s>" in done.err
+
+
 # --- wrong input ----------------------------------------------------------------------------------
 
 

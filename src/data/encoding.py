@@ -121,6 +121,9 @@ def scored_sequences(
     return sequences, rows.notes
 
 
+WRONG = ": they count as wrong"  # what becomes of a question without room for an answer
+
+
 def prompts_of(
     instructions: list[str], tokenizer: Tokenizer, max_seq_len: int, path: str, fate: str
 ) -> tuple[list[list[int]], list[str]]:

@@ -102,6 +102,18 @@ def read_verifier_rows(path: str | Path) -> Rows:
     return rows
 
 
+def is_truncated(sample: dict) -> bool | None:
+    """Whether a sample's row says that the token limit cut it; None where it says nothing.
+
+    `truncated`, or `stop_reason`, as solver_evaluate.py and solver_generate.py write them, or
+    `finish_reason`, as servers do.
+    """
+    if isinstance(sample.get("truncated"), bool):
+        return sample["truncated"]
+    reason = sample.get("stop_reason") or sample.get("finish_reason")
+    return None if reason is None else reason == "length"
+
+
 def as_list(value: str | list[str]) -> list[str]:
     """A string as a list of one; a list as it is."""
     return value if isinstance(value, list) else [value]
@@ -256,7 +268,16 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)  # NaN and infinities are no JSON
+def _refuse_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):  # else the last would count, in silence
+        twice = next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
+        raise ValueError(f'the field "{_shown(twice)}" comes twice in one object')
+    return found
+
+
+# NaN and infinities are no JSON.
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_refuse_repeated)
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 

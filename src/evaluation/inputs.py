@@ -1,11 +1,13 @@
 """What the evaluation scripts read, opened and checked before any work."""
 
+from collections import Counter
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 
 from src.checkpoint.save import read_score_moments
-from src.data.encoding import Comparison, comparisons, prompts_of, scored_sequences
-from src.data.rows import SAMPLE, read_rows
+from src.data.encoding import WRONG, Comparison, comparisons, prompts_of, scored_sequences
+from src.data.rows import INDEX, SAMPLE, is_truncated, read_rows
 from src.errors import UserError
 from src.evaluation.tasks import LabelledRows, read_labels
 from src.generation.journal import Journal
@@ -42,11 +44,11 @@ class SolverEvaluationInputs:
         check_log_dir(rows.log_dir, settings.model.ckpt_dir)
         data = read_labels(rows.task, rows.label_file, rows.rule)
         if source is None:
-            texts, truncated = _texts(settings, len(data.rows))
-            return cls(data, data.rows.notes, texts=texts, truncated=truncated)
+            texts, truncated, notes = _texts(settings, data)
+            return cls(data, data.rows.notes + notes, texts=texts, truncated=truncated)
         model, max_seq_len = open_model(source, parallel, "lm"), settings.batches.max_seq_len
         asked = data.instructions, model.tokenizer, max_seq_len, rows.label_file
-        _, too_long = prompts_of(*asked, fate=": they count as wrong")
+        _, too_long = prompts_of(*asked, fate=WRONG)
         journal = Journal(Path(rows.log_dir) / "predictions.jsonl", settings, parallel)
         return cls(data, data.rows.notes + too_long, model, journal)
 
@@ -57,25 +59,49 @@ def _model_settings(model: EvaluatedModelSettings) -> ModelSettings | None:
     return ModelSettings(**vars(model))
 
 
-def _texts(settings: SolverEvaluateSettings, n_rows: int) -> tuple[list[str], list[bool] | None]:
-    """The answers to grade, and which were cut, as solver_generate.py or we wrote it; or None.
+def _texts(
+    settings: SolverEvaluateSettings, data: LabelledRows
+) -> tuple[list[str], list[bool] | None, list[str]]:
+    """The answers to grade, which of them were cut (None where no row says), and notes.
 
-    Raises UserError when they are not as many as the task's rows need.
+    Raises UserError when they are not as many as the task's rows need, or answer other ones.
     """
-    rows, samples = settings.rows, settings.generation.num_samples
-    assert rows.prediction_file is not None
-    given = read_rows(rows.prediction_file, {"output": SAMPLE})
-    texts = [row["output"] for row in given]
-    if len(texts) != n_rows * samples:
+    file, samples = settings.rows.prediction_file, settings.generation.num_samples
+    assert file is not None
+    given = read_rows(file, {"output": SAMPLE}, unread=None)
+    if len(given) != len(data.rows) * samples:
         raise UserError(
-            f"{rows.prediction_file} has {len(texts)} rows and {rows.label_file} {n_rows}: "
+            f"{file} has {len(given)} rows and {settings.rows.label_file} {len(data.rows)}: "
             f"{samples} for each (--num_samples) are needed"
         )
-    if not all("truncated" in row or "stop_reason" in row for row in given):
-        return texts, None
-    return texts, [
-        row.get("truncated") is True or row.get("stop_reason") == "length" for row in given
-    ]
+
+    # In the order of the task's rows, where they tell their own.
+    told = Counter(row["index"] for row in given if INDEX.accepts(row.get("index")))
+    if told == dict.fromkeys(range(len(data.rows)), samples):
+        given.sort(key=itemgetter("index"))
+    for i, row in enumerate(given):
+        asked, index = data.instructions[i // samples], row.get("index")
+        elsewhere = INDEX.accepts(index) and index != i // samples
+        if row.get("instruction", asked) != asked or elsewhere:
+            raise UserError(
+                f"{file}: row {i} (from 0) would be graded as an answer to row {i // samples} of "
+                f"{settings.rows.label_file}, and says that it answers another "
+                f"({_other(row, asked, index)}); give the label file that the answers are for, "
+                "or leave that field out"
+            )
+
+    cut = [is_truncated(row) for row in given]
+    unsaid, notes = cut.count(None), []
+    if 0 < unsaid < len(cut):
+        notes = [f"{unsaid} of {len(cut)} rows of {file} do not say whether they were cut"]
+    texts = [row["output"] for row in given]
+    return texts, None if unsaid == len(cut) else [bool(x) for x in cut], notes
+
+
+def _other(row: dict, asked: str, index: object) -> str:
+    """What a prediction says of its question, for a message."""
+    said = row.get("instruction", asked)
+    return f'"instruction": {str(said)[:60]!r}' if said != asked else f'"index": {index!r}'
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ Results are written beside the log.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from src.data.encoding import Comparison, comparisons
+from src.data.encoding import WRONG, Comparison, comparisons, prompts_of
 from src.data.tokenizer import Tokenizer
 from src.errors import UserError
 from src.evaluation.solver import evaluate_solver, headline, write_results
@@ -23,29 +23,34 @@ from src.settings.training import EvaluationSettings, RuledEvaluationSettings
 
 @dataclass(frozen=True)
 class SolverEvaluation:
-    """Accuracy on a task by greedy generation; does nothing when no task was given."""
+    """Accuracy on a task by greedy generation; does nothing when no task was given.
+
+    notes: what a user should know of the label file's rows.
+    """
 
     data: LabelledRows | None
+    notes: list[str]
     batch_size: int
     max_new_tokens: int
     max_seq_len: int
 
     @classmethod
     def read(
-        cls, settings: RuledEvaluationSettings, max_new_tokens: int, max_seq_len: int
+        cls,
+        settings: RuledEvaluationSettings,
+        tokenizer: Tokenizer,
+        max_new_tokens: int,
+        max_seq_len: int,
     ) -> "SolverEvaluation":
         """Read the label file. Raises UserError for it, and for a metric that there is not."""
-        data = None
+        data, notes = None, []
         if settings.task is not None and settings.label_file is not None:
             data = read_labels(settings.task, settings.label_file, settings.rule)
-        evaluation = cls(data, settings.eval_batch_size, max_new_tokens, max_seq_len)
+            asked = data.instructions, tokenizer, max_seq_len, settings.label_file
+            notes = data.rows.notes + prompts_of(*asked, fate=WRONG)[1]
+        evaluation = cls(data, notes, settings.eval_batch_size, max_new_tokens, max_seq_len)
         check_metric(settings.keep_best, evaluation.metrics)
         return evaluation
-
-    @property
-    def notes(self) -> list[str]:
-        """What a user should know of the label file's rows."""
-        return [] if self.data is None else self.data.rows.notes
 
     @property
     def metrics(self) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 INTERVAL_S = 0.5
+MOST_THREADS = 4096  # OpenMP would start them; a larger number is a slip
 # Of the time, how long one of our threads stood in line for a core: beside nobody under a tenth,
 # beside one busy process a third at least.
 CROWDED = 0.2
@@ -30,7 +31,7 @@ DECIDED = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 def settle_number() -> None:
     """As many threads as OMP_NUM_THREADS says, or else this rank's share of the cores."""
     given = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # the outermost level's
-    if given.isdecimal() and int(given) and _user_decided():
+    if given.isdecimal() and 0 < int(given) <= MOST_THREADS and _user_decided():
         torch.set_num_threads(int(given))  # PyTorch by itself takes no more than MKL thinks fit
     else:
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))

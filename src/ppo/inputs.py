@@ -58,7 +58,9 @@ class PPOInputs:
 
         # What is measured, and what is rewarded.
         max_new_tokens = settings.generation.max_new_tokens
-        evaluation = SolverEvaluation.read(settings.evaluation, max_new_tokens, max_seq_len)
+        evaluation = SolverEvaluation.read(
+            settings.evaluation, tokenizer, max_new_tokens, max_seq_len
+        )
         rule = None
         if "rule" in settings.rewards.names:
             rule = find_task(settings.evaluation.task or "GSM8K", settings.evaluation.rule)

@@ -160,7 +160,7 @@ class RewardSettings(Settings):
         CONTENT,
         "FILE.py:FUNCTION, called as function(prompts, responses, rows), lists of the same length, "
         "for a list of numbers (None: no opinion); may be async. Called once before training, with "
-        "two made-up answers",
+        "three made-up answers",
     ] = None
     format_pattern: Annotated[str | None, "a regular expression to be found in the response"] = None
     overlong_margin: Annotated[

@@ -236,10 +236,15 @@ class SavingSettings(Settings):
             names = ",".join(self.resume_changed)
             yield f"--resume_changed {names}: has no effect with --resume none, which begins anew"
 
+    @property
+    def named(self) -> list[str]:
+        """The names in resume_changed, without the blanks of "lr, seed"."""
+        return [name.strip() for name in self.resume_changed or []]
+
     def unchangeable(self, script: type[Settings]) -> Iterator[str]:
         """What is wrong with the names in resume_changed. script: whose settings they are."""
         settings = declared(script)
-        for name in self.resume_changed or []:
+        for name in self.named:
             if name not in settings:
                 near = nearest(name, settings)
                 yield f"--resume_changed {name}: there is no such setting{near}"

@@ -53,7 +53,7 @@ class Earlier:
         others; Finished when this very run has been done and its model is there.
         """
         folder = Path(beside(save_dirs[0], "state"))
-        named = settings.saving.resume_changed or []
+        named = settings.saving.named
 
         def look() -> tuple[dict[str, Any], str | None, list[Change], str | None]:
             # Rank 0 looks for all: another rank may see the folder of a moment later.

@@ -64,7 +64,9 @@ class SolverInputs:
         return cls(
             model,
             lora_of(settings.lora, model.checkpoint),
-            SolverEvaluation.read(evaluation, evaluation.max_new_tokens, batches.max_seq_len),
+            SolverEvaluation.read(
+                evaluation, model.tokenizer, evaluation.max_new_tokens, batches.max_seq_len
+            ),
             *solver_sequences(
                 settings.data.train_file,
                 model.tokenizer,

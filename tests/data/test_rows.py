@@ -93,6 +93,14 @@ def test_text_survives_byte_order_mark_blank_lines_crlf_and_line_separators(file
             '{"instruction": "x", "output": "y", "deep": ' + "[" * 200_000 + "}",
             ["nested too deeply"],
         ),
+        (
+            '{"instruction": "x", "output": "y", "output": "z"}',
+            ['the field "output" comes twice in one object'],
+        ),
+        (
+            '{"instruction": "x", "output": "y", "input": "z", "input": ""}',
+            ['the field "input" comes twice in one object'],
+        ),
         ('"just a string"', ["expected an object {...}", '"just a string"']),
         ('["x"]', ["expected an object {...}, found a list"]),
     ],

@@ -390,6 +390,34 @@ def test_pairs_put_right_samples_against_wrong_ones(samples, tmp_path, capsys):
     ]
 
 
+def test_pairs_tell_of_unread_fields_and_of_samples_that_were_cut(tmp_path, capsys):
+    train = [{"instruction": "q", "output": "#### 1", "hint": "none"}]
+    texts = {"#### 1": {}, "#### 2": {"stop_reason": "length"}, "3": {"truncated": True}}
+    build.pairs(
+        write_lines(tmp_path / "train.jsonl", train),
+        write_lines(
+            tmp_path / "p.jsonl", [{"index": 0, "output": t} | x for t, x in texts.items()]
+        ),
+        str(tmp_path / "pairs.json"),
+    )
+    out = capsys.readouterr().out
+    assert "1 field is not used: hint (in 1 of 1 rows)" in out
+    assert "2 samples cut at their token limit (taken as they are)" in out
+
+
+@pytest.mark.parametrize("field, fate", [("hint", "told"), ("context", "refused")])
+def test_gsm8k_s_files_lose_no_field_in_silence(tmp_path, capsys, field, fate):
+    row = {"question": "q", "answer": "a\n#### 1", field: "more of it"}
+    for part in ("train", "test"):
+        write_lines(tmp_path / f"{part}.jsonl", [row])
+    if fate == "refused":
+        with pytest.raises(UserError, match='field "context": belongs to the prompt'):
+            build.gsm8k(str(tmp_path), str(tmp_path / "out"))
+    else:
+        build.gsm8k(str(tmp_path), str(tmp_path / "out"))
+        assert "1 field is not used: hint" in capsys.readouterr().out
+
+
 def test_pairs_go_by_the_task_s_rule_or_another(tmp_path):
     train = [{"instruction": "q", "output": r"\boxed{\frac12}", "label": r"\frac12"}]
     texts = [r"\boxed{1/2}", r"\boxed{0.50}", r"\boxed{3}" + "\n\nProblem: \\boxed{1/2}"]

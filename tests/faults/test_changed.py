@@ -54,7 +54,7 @@ def test_another_learning_rate_holds_from_there_on_and_is_recorded(asked, tmp_pa
     again = dict(resume=state / "step-00000008", lr=2e-3)
     refused(asked(**again), "--lr 0.01 → 0.002); give these, --resume none, or another folder")
     refused(asked(**again), "or, to go on with what is new, --resume_changed lr\n")
-    done = asked(**again, resume_changed="lr,seed")
+    done = asked(**again, resume_changed="lr, seed")
     assert done.code == 0
     assert "WARNING goes on with another setting (--resume_changed): --lr 0.01 → 0.002" in done.err
     assert "--resume_changed seed: there is nothing that it has changed from" in done.err

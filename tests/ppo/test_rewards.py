@@ -319,19 +319,20 @@ def test_a_function_is_tried_once_on_the_first_row():
     def score(prompts, responses, rows):
         calls.append((prompts, responses, [dict(row) for row in rows]))
         rows[0].clear()
-        return [1.0, None]
+        return [1.0, None, 0]
 
     UserScore("mine.py:score", score).try_out(row := dict(ROW))
     ((prompts, responses, rows),) = calls
-    assert prompts == ["1 + 1?"] * 2 and rows == [ROW] * 2 and row == ROW
-    assert len(set(responses)) == 2 and all(map(str.strip, responses))
+    assert prompts == ["1 + 1?"] * 3 and rows == [ROW] * 3 and row == ROW
+    assert len(set(responses)) == 3 and all(map(str.strip, responses))
 
 
 @pytest.mark.parametrize(
     "body, said",
     [
         ("return [row['answer'] for row in rows]", "rows[0] has no field 'answer': it has instr"),
-        ("return [1.0]", "returned 1 numbers for 2 responses"),
+        ("return [1.0]", "returned 1 numbers for 3 responses"),
+        ("return [1.0] * len(responses), 'why'", "returned 2 numbers for 3 responses"),
         ("return 1.0", "returned 1.0"),
         ("pass", "returned None"),
         ("import sys; sys.exit()", "SystemExit"),
@@ -344,7 +345,7 @@ def test_what_fails_when_it_is_tried_is_told_as_such(tmp_path, body, said):
     where = f"{path}:score"
     with pytest.raises(UserError) as refusal:
         UserScore(where, load_score(where)).try_out(ROW)
-    head = f"--reward_file {where}: called with two made-up answers before training: "
+    head = f"--reward_file {where}: called with three made-up answers before training: "
     assert str(refusal.value).startswith(head) and said in str(refusal.value)
 
 
@@ -372,9 +373,28 @@ def test_a_function_of_another_signature_is_refused(tmp_path, signature, is_trl)
 
 
 @pytest.mark.parametrize(
+    "signature, said",
+    [
+        ("responses, prompts, rows", "its 'responses' would get the prompts"),
+        ("completions, prompts, answer", "its 'completions' would get the prompts"),
+        ("queries, prompts, labels", "its 'prompts' would get the responses"),  # OpenRLHF
+        ("data_source, solution_str, ground_truth, extra_info=None", "'data_source'"),  # verl
+        ("prompts, rows, responses", "its 'rows' would get the responses"),
+        ("prompts, responses, extra_info", "its 'extra_info' would get the rows"),
+    ],
+)
+def test_a_function_whose_arguments_stand_elsewhere_is_refused(tmp_path, signature, said):
+    (path := tmp_path / "mine.py").write_text(f"def score({signature}):\n    return [1.0] * 3\n")
+    with pytest.raises(UserError, match="is called as score") as refusal:
+        load_score(f"{path}:score")
+    assert said in str(refusal.value)
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "def score(a, b, c): ...",
+        "def score(queries, completions, labels): ...",
         "def score(*given): ...",
         "def score(prompts, completions, rows): ...",
         "def score(prompts, responses, rows, weight=1.0): ...",

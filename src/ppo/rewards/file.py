@@ -23,7 +23,21 @@ from src.ppo.rewards import RewardFailed, RewardInputs
 
 ROWS_AT_ONCE = 64  # of a user's function
 LARGEST = torch.finfo(torch.float32).max
-MADE_UP = ["This answer is made up, to try the reward: 1 + 1 = 2", "And so is this one."]
+# Three, so that a pair for all of them is no list of a number for each.
+MADE_UP = [
+    "This answer is made up, to try the reward: 1 + 1 = 2",
+    "And so is this one.",
+    "It is 2. #### 2",
+]
+# What other suites call what they pass, and where it would stand here; None: nowhere.
+PLACES = {
+    **dict.fromkeys(("prompts", "prompt", "queries", "query", "questions", "instructions"), 0),
+    **dict.fromkeys(("responses", "response", "completions", "completion", "solution_str"), 1),
+    **dict.fromkeys(("rows", "labels", "label", "ground_truth", "ground_truths"), 2),
+    **dict.fromkeys(("data_source", "extra_info"), None),
+}
+CALLED = ("prompts", "responses", "rows")
+BY_PLACE = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 Score = Callable[[list[str], list[str], list[dict]], Any]
 
 
@@ -111,16 +125,16 @@ class UserScore:
         return told
 
     def try_out(self, row: dict) -> None:
-        """Call it once, before any work, with two made-up answers to a data row's prompt.
+        """Call it once, before any work, with three made-up answers to a data row's prompt.
 
         Raises UserError when that fails.
         """
         try:
-            self([row["instruction"]] * 2, MADE_UP, [row] * 2)
+            self([row["instruction"]] * 3, MADE_UP, [row] * 3)
         except UserError as error:
             why = str(error).removeprefix(self._head)
             raise UserError(
-                f"{self._head}called with two made-up answers before training: {why}"
+                f"{self._head}called with three made-up answers before training: {why}"
             ) from error
 
 
@@ -222,11 +236,13 @@ def _check_signature(where: str, name: str, score: Callable) -> None:
         fits = not (of_trl and inspect.Parameter.VAR_KEYWORD in kinds)
     except TypeError:
         fits = False
-    if fits:
+    names = [x.name for x in signature.parameters.values() if x.kind in BY_PLACE]
+    moved = [x for i, x in enumerate(names[:3]) if PLACES.get(x, i) != i]
+    if fits and not moved:
         return
-    advice = ""
+    advice = f"; its {moved[0]!r} would get the {CALLED[names.index(moved[0])]}" if moved else ""
     if of_trl:
-        advice = (
+        advice += (
             f". That is how TRL calls its own; for this one write: def score(prompts, responses, "
             f"rows): return {name}(completions=responses, ...)"
         )
