@@ -20,7 +20,7 @@ SLOW_FORMAT, SLOW = FORMAT.replace("rate", "rate_inv"), ("iteration",)
 ENDLESS_FORMAT = "{desc}: {n_fmt}{unit} [{elapsed}, {rate_fmt}{postfix}]"  # of an unknown total
 KNOWN = 0.1  # of the answers side by side must have ended, where no others follow
 RISING = 0.5  # how much likelier a text ends the longer it is: by its length to this power
-FIXED = 0.5  # of a full decode step's time: what a step takes however few sequences run
+FIXED = 64  # what a decode step takes however few sequences run: as if so many more did
 
 
 class Progress(tqdm):
@@ -55,15 +55,17 @@ class Progress(tqdm):
     ) -> None:
         """Advance by `n` units and `tokens` tokens; `shown` (loss=...) stands beside the bar.
 
-        work: how much of the whole work that was, `n` by default.
+        work: how much of the whole work that was, `n` by default; 0 is none, and takes no time that
+        counts.
         """
         if self.disable:
             return
         elapsed, work = self.elapsed, float(n or 0) if work is None else work
-        self.updates += 1
-        if self.updates == 2:  # now there is a better one than the first
-            self.seconds, self.counted = 0.0, 0.0
-        self.seconds += elapsed - self.since
+        if work:
+            self.updates += 1
+            if self.updates == 2:  # now there is a better one than the first
+                self.seconds, self.counted = 0.0, 0.0
+            self.seconds += elapsed - self.since
         self.counted += work
         self.work_done += work
         self.since = elapsed
@@ -84,9 +86,18 @@ class Progress(tqdm):
             if not self.disable:
                 took = self.elapsed - began
                 self.since += took
-                self.aside_seconds += took
-                self.aside_times += 1
-                self.aside_left = left
+                self._count_aside(took, 1, left)
+
+    def add_aside(self, times: int, left: int) -> None:
+        """What ran since the last update was aside, `times` at once; it will come `left` more."""
+        if not self.disable:
+            self._count_aside(self.elapsed - self.since, times, left)
+            self.since = self.elapsed
+
+    def _count_aside(self, seconds: float, times: int, left: int) -> None:
+        self.aside_seconds += seconds
+        self.aside_times += times
+        self.aside_left = left
 
     def close(self) -> None:
         """End the bar; the second time nothing happens."""
@@ -125,31 +136,33 @@ class AnswerLengths:
     and Meier (1958): of those that still run it is known that they are longer.
     """
 
-    def __init__(self, n: int, limit: int) -> None:
-        """n: answers; limit: tokens of one, at most."""
-        self.waiting, self.limit, self.slots = n, limit, 0
+    def __init__(self, n: int, limit: int, ranks: int = 1) -> None:
+        """n: answers; limit: tokens of one, at most; ranks: that share them."""
+        self.waiting, self.limit, self.slots, self.ranks = n, limit, 0, ranks
         self.ended: Counter[int] = Counter()  # answers of each length
         self.running: Counter[int] = Counter()  # answers that have so many tokens so far
         self.tokens = 0
 
-    def step(self, ended: list[int], running: list[int]) -> tuple[int, float]:
+    def step(self, ended: list[int], running: list[int]) -> tuple[int, int, float]:
         """After a forward: the lengths of what ended in it, and of what runs so far.
 
-        Returns its new tokens, and the work that it was, in tokens at full slots.
+        Returns its new tokens, how many prompts it took in, and the work that it was, in tokens at
+        full slots: 0 where it took in prompts, which is work of another kind.
         """
         side_by_side = len(ended) + len(running)
         answers = self.ended.total() + self.running.total()
         self.ended.update(ended)
         self.running = Counter(running)
         self.slots = max(self.slots, side_by_side)
-        self.waiting -= self.ended.total() + self.running.total() - answers
+        taken_in = self.ended.total() + self.running.total() - answers
+        self.waiting -= taken_in
         before, self.tokens = self.tokens, _tokens(self.ended) + _tokens(self.running)
         new = self.tokens - before
-        work = self._work(1, new) if new == side_by_side else new  # else it was a prefill
-        return new, work
+        return new, taken_in, 0.0 if taken_in else self._work(1, new)
 
     def _work(self, steps: float, tokens: float) -> float:
-        return FIXED * self.slots * steps + (1 - FIXED) * tokens
+        fixed = FIXED * self.ranks
+        return self.slots * (fixed * steps + tokens) / (fixed + self.slots)
 
     def work_left(self) -> float:
         """In tokens at full slots; what waits fills slots as they get free.

@@ -125,7 +125,9 @@ def test_time_left_of_answers_that_end_at_unlike_lengths(log, clock, kind):
         with log.progress(len(lengths), "generating", work=known.work_left) as bar:
             for seconds, ended, running in served(lengths, 16):
                 clock[0] += seconds
-                tokens, work = known.step(ended, running)
+                tokens, taken_in, work = known.step(ended, running)
+                if taken_in:
+                    bar.add_aside(taken_in, left=known.waiting)
                 bar.update(len(ended), tokens=tokens, work=work)
                 said.append((clock[0], bar.seconds_left))
             assert bar.tokens == sum(lengths) and bar.n == len(lengths) and known.waiting == 0
@@ -144,11 +146,21 @@ def test_how_likely_an_answer_is_longer():
 
 
 def test_before_any_answer_has_ended_all_are_taken_to_be_cut_off():
-    known = AnswerLengths(6, limit=10)
-    known.step([], [1, 1])
-    known.step([], [2, 2])
-    # Two have 8 tokens to go, four wait: 56 tokens two at a time.
-    assert known.work_left() == pytest.approx(56, rel=0.05)
+    known = AnswerLengths(40, limit=10)
+    assert known.step([], [1, 1]) == (2, 2, 0.0)
+    assert known.step([], [2, 2]) == (2, 0, 2.0)
+    # Two have 8 tokens to go, 38 wait: 396 tokens two at a time.
+    assert known.work_left() == pytest.approx(396, rel=0.02)
+
+
+@pytest.mark.parametrize("slots, ranks", [(64, 1), (640, 1), (640, 10)])
+def test_a_step_of_few_takes_a_share_of_a_full_one_s_time_that_the_slots_decide(slots, ranks):
+    known = AnswerLengths(slots, limit=1000, ranks=ranks)
+    known.step([], [1] * slots)
+    known.step([2] * slots, [])
+    full = 64 * ranks + slots
+    assert known._work(1, slots) == pytest.approx(slots)
+    assert known._work(1, 1) / slots == pytest.approx((64 * ranks + 1) / full)
 
 
 def test_nothing_is_said_while_all_run_side_by_side_and_none_has_ended():

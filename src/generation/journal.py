@@ -114,14 +114,17 @@ def generate_all(
     if journal:
         journal.open()
     try:
-        lengths = AnswerLengths(len(missing), sampling.max_new_tokens)
+        ranks = engine.parallel.dp_size
+        lengths = AnswerLengths(len(missing), sampling.max_new_tokens, ranks)
         bar = log.progress(
             len(prompts), what, unit="answer", initial=len(known), work=lengths.work_left
         )
         with evaluating(engine.model), bar:
 
             def show(ended: list[int], running: list[int]) -> None:
-                tokens, work = lengths.step(ended, running)
+                tokens, taken_in, work = lengths.step(ended, running)
+                if taken_in:
+                    bar.add_aside(taken_in, left=lengths.waiting)
                 bar.update(len(ended), tokens=tokens, work=work, running=len(running))
 
             done = generate_sharded(
