@@ -63,7 +63,7 @@ _SAME = {
 }  # fmt: skip
 # How many arguments follow.
 _ARGUMENTS = {r"\frac": 2, r"\binom": 2, r"\sqrt": 1, "^": 1, "_": 1}
-_UNITS = frozenset([
+UNITS = frozenset([
     "unit", "units", "in", "inch", "inches", "ft", "foot", "feet", "yd", "yard", "yards", "mile",
     "miles", "mm", "cm", "dm", "km", "millimeter", "millimeters", "centimeter", "centimeters",
     "meter", "meters", "metre", "metres", "kilometer", "kilometers", "mph", "degree", "degrees",
@@ -136,6 +136,25 @@ def is_right_symbolically(response: str, gold: str) -> bool | None:
     )
 
 
+def taken(rule: str, response: str) -> str | Fraction | tuple[str, ...] | None:
+    """The answer that a rule takes from a response, equal where the rule takes two for the same.
+
+    Of several answers the order does not count by `loose` and `symbolic`. What `symbolic` alone
+    takes for the same stays two answers, since it cannot be asked about every two.
+    """
+    if rule in ("boxed", "numeric"):
+        answer = boxed_answer(response)
+        return answer if rule == "boxed" else value_of(answer)
+    text = _boxes(response) or _said(response)
+    if text is None and rule == "symbolic":
+        text = _last_formula(response)
+    items = sorted(map(_item, _items(text or "")))
+    if rule == "symbolic":
+        values = [(value_of(item), item) for item in items]
+        items = sorted(item if value is None else str(value) for value, item in values)
+    return tuple(items) or None
+
+
 def gold_of(row: dict) -> str:
     r"""The gold of a row: its `label` or `answer`, else what `solution` or first `output` boxes."""
     gold = first_gold(row)
@@ -163,17 +182,23 @@ def _last_box(text: str, start: int = 0, end: int | None = None) -> tuple[str, i
     box = _LAST_BOX.match(text, start, end)
     if box is None:
         return None
-    rest = text[box.end() : min(box.end() + _LONGEST + 2, end)]
+    held = held_by_box(text, box.end(), end)
+    return None if held is None else (held[0], box.start(1), held[1])
+
+
+def held_by_box(text: str, start: int, end: int | None = None) -> tuple[str, int] | None:
+    r"""(what it holds, where it ends) of the box whose `\boxed` ends at `start`; None if broken."""
+    rest = text[start : min(start + _LONGEST + 2, len(text) if end is None else end)]
     spaces = len(rest) - len(rest := rest.lstrip())
     if not rest.startswith("{"):
         content = _END_OF_BARE_BOX.split(rest, maxsplit=1)[0]
-        return content, box.start(1), box.end() + spaces + len(content)
+        return content, start + spaces + len(content)
     # to the brace that closes it; an escaped one, \{, is a sign like others
     depth = 0
     for brace in _BRACE.finditer(rest):
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
         if depth == 0 and brace[0] == "}":
-            return rest[1 : brace.start()], box.start(1), box.end() + spaces + brace.end()
+            return rest[1 : brace.start()], start + spaces + brace.end()
     return None
 
 
@@ -206,6 +231,12 @@ def _said(text: str) -> str | None:
         return None
     answer = text[markers[-1].end() :].partition("\n")[0].partition(". ")[0]
     return answer.lstrip(" \t:*").rstrip(" \t\r.*")
+
+
+def _last_formula(text: str) -> str | None:
+    """What the last formula between dollar signs holds, else the last number; or None."""
+    found = re.findall(r"\$([^$]{1,200})\$|(-?[0-9][0-9.,/]*)", text[-_LONGEST:])
+    return (found[-1][0] or found[-1][1].rstrip(".,/")) if found else None
 
 
 def _is_same_list(answer: str | None, gold: str) -> bool:
@@ -260,6 +291,11 @@ def _is_same_item(one: str, other: str) -> bool:
 def _bases(text: str | None) -> list[str]:
     """The bases of the numbers in an answer that have one."""
     return sorted(base for _, base in _WITH_BASE.findall(_normal(text or "") or ""))
+
+
+def check_gold(rule: str, gold: str) -> None:
+    """Raise UserError for a gold that is no answer; one without a value `numeric` finds wrong."""
+    _reference(gold)
 
 
 def _reference(gold: str) -> str:
@@ -379,7 +415,7 @@ def _unit_start(tokens: list[str], partners: dict[int, int], end: int) -> int | 
     word = "".join(tokens[start:end]).lower()
     return (
         start
-        if word.removeprefix("square").removeprefix("cubic").removeprefix("sq") in _UNITS
+        if word.removeprefix("square").removeprefix("cubic").removeprefix("sq") in UNITS
         else None
     )
 
@@ -460,5 +496,7 @@ TASK = Task(
     answer_of=boxed_answer,
     gold_of=gold_of,
     metric="boxed",
+    taken=taken,
+    check_gold=check_gold,
     symbolic=is_right_symbolically,
 )
