@@ -74,7 +74,7 @@ _SPELLINGS = [
     (r"(?<=[A-Za-z])_(?:\{[^{}]{0,20}\}|[0-9]+)", ""),
 ]  # fmt: skip
 _WAYS = [(re.compile(pattern), written) for pattern, written in _SPELLINGS]
-_POWER_OF_UNIT = re.compile(r"(?<=[A-Za-z]) ?\^(?:\{-?[0-9]+\}|-?[0-9]+)")
+_POWER_OF_UNIT = re.compile(r"(?<=[A-Za-z]) ?(?:\^(?:\{-?[0-9]+\}|-?[0-9]+)|[²³])")
 
 _DIGITS = (
     r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,3}(?: [0-9]{3})+)(?![0-9])|[0-9]+)(?:\.[0-9]+)?"
@@ -117,16 +117,17 @@ _CHANGED = re.compile(
 _CHANGED_LATER = re.compile(
     r"[×÷·⋅±+=<>≤≥≠^]|\*{1,2}\s?[0-9(]|\s\*\s|\s-\s*[$]?[0-9]|[,;&]\s*[$€£]?[0-9]"
     r"|\b(?i:and|or|to|than|over|by|times|plus|minus|mod|less)\s+[$€£]?-?\.?[0-9]"
+    r"|\b(?:years?|weeks?|days?|hours?|minutes?|feet|pounds?|dollars?)\s+[0-9]"  # 7 feet 6 inches
 )
 _ASIDE = re.compile(r"[(;]|, (?![$€£]?[0-9])|[.?!]\s|\b(?:because|since|so|as)\b")
-_GLUED = {*UNITS, "st", "nd", "rd", "th", "am", "pm", "g", "mg"}
+_GLUED = {*UNITS, "st", "rd", "th", "am", "pm", "g", "mg"}
 # What may not stand before the last number of a text: it is only a part of something
 _PART = re.compile(
     r"(?:[\^×÷·⋅∙±≠≤≥√/]|[\w)}]_|\\[A-Za-z]+(?:\[[^\[\]]{0,20}\])?|[0-9A-Za-z)\]}]\s*\+"
     r"|[^\s*]\s*\*[ \t]+|[0-9A-Za-z)]\*{1,2}|[^\s-][ \t]+[<>]=?|!=)\s*[{($]*\s*\Z"
     r"|[0-9][.,:'][$]?\Z|(?<![Rr]s)(?<=[A-Za-z])\Z|[0-9)}]\{?\Z"
     r"|[0-9)] {1,2}(?:[xX] {1,2})?\Z|[0-9]\s+:\s*\Z"
-    r"|\bbetween\s+\S{1,20}\s+and\s+\Z"
+    r"|[A-Za-z]\(\Z|\bbetween\s+\S{1,20}\s+and\s+\Z"
     r"|(?i:\bnot(?: [a-z]+){0,2}|n't(?: [a-z]+){0,2}|minus|negative|plus|times|by|than"
     r"|sqrt|log|twice)[ \t]+[$€£({*]*\Z"
 )

@@ -105,7 +105,7 @@ _INSIDE = re.compile(r"\$([^$]{1,1024})\$|\\[(\[](.{1,1024}?)\\[)\]]")
 # … what the library drops or takes for something else, …
 _PRIME = re.compile(r"['′’]|\\prime(?![A-Za-z])")
 _MEANT_WORD = re.compile(
-    r"(?<![a-z\\])(?:hundred|thousand|million|billion|trillion)(?:ths?|s)?(?![a-z])"
+    r"(?<![a-z\\])(?:hundred|thousand|million|billion|trillion)(?:th)?s?(?![a-z])"
     r"|(?<![a-z\\])(?:dozens?|[ap]m)(?![a-z])|\\text\s?\{[^{}]*[a-z][^{}]*[0-9][^{}]*\}"
 )
 _LONG_RATIO = re.compile(r"[^:=,]:[^:=,]{1,64}:[^:=,]")
@@ -177,9 +177,10 @@ def is_right_symbolically(response: str, gold: str) -> bool | None:
 
 def _with_plain_spellings(text: str) -> str:
     """A text with what the library does not know written as it does: 0.\\overline{3} is 3/9."""
+    start, end = text[:-_SCANNED], text[-_SCANNED:]
     for pattern, written in _PLAIN_SPELLINGS:
-        text = pattern.sub(written, text)
-    return text
+        end = pattern.sub(written, end)
+    return start + end
 
 
 def _said_formula(response: str) -> str | None:
