@@ -5,8 +5,10 @@ official          OpenAI grade-school-math, `dataset.py`: first `#### N`, commas
 strict_match      lm-evaluation-harness `gsm8k` version 3: first `#### N`, both sides normalised
 flexible_extract  the same task: last number anywhere, both sides normalised
 numeric           ours, beside the rules and never instead of them: the number after `####`, else
-                  that in the last `\boxed`, else the last number, equal in value however people
-                  write it: `$18.00`, `\(18\)`, `1{,}800`, `\frac{36}{2}`, `18\%`, `−5`
+                  that in the last `\boxed`, else that after "the answer is", else the last number,
+                  equal in value however people write it: `$18.00`, `\(18\)`, `1{,}800`,
+                  `\frac{36}{2}`, `2 1/2`, `18\%`, `−5`, `1.8 thousand`. Units and words may stand
+                  beside it, no operation: `18!`, `2 \cdot 18`, `18x`, `17, 18` have no value
 
 All take the same text. Responses are written by models, so nothing here executes, nests or converts
 more than a bounded piece of them.
@@ -17,9 +19,9 @@ from fractions import Fraction
 from functools import partial
 
 from src.errors import UserError
-from src.evaluation.math import boxed, boxed_answer, value_of
+from src.evaluation.math import UNITS, held_by_box
 from src.evaluation.scoring import GOLD_FIELDS, first_gold
-from src.evaluation.task import Task
+from src.evaluation.task import EMPTY_BOX, HEADING, SAID, Task
 
 RULES = ("official", "strict_match", "flexible_extract")
 
@@ -29,28 +31,107 @@ _SCANNED = 65_536
 _MARKED = re.compile(r"#### (\-?[0-9\.\,]+)")
 _LOOSE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
 _BARE = re.compile(r"-?[0-9.,]*[0-9][0-9.,]*")
-# No exponent: 1e3000000 must stay text.
-_NUMBER = re.compile(r"-?(?:[0-9]{1,18}(?:\.[0-9]{0,9})?|\.[0-9]{1,9})")
 
-# How people write a number, for `numeric` alone: in the last so many characters of a text
-_WRITTEN_IN = 8192
-_TIDY = str.maketrans("−–－\u00a0\u2009\u202f’", "---   ,")  # minus, spaces, Swiss thousands
-# 1{,}800, 1\,800, 1,\!800 and 1~800 are 1,800
-_SEPARATOR = re.compile(r"(?<=[0-9])(?:\{,\}|,?\\[,!; ]|~)(?=[0-9]{3}(?![0-9]))")
-_FRACTION = re.compile(r"\\[dtc]?frac\s?\{(-?[0-9.,]{1,30})\}\s?\{([0-9.,]{1,30})\}")
-# The 2 of cm^2 and of x_2 is no answer.
-_SCRIPT = re.compile(r"(?<=[0-9A-Za-z}\])])[\^_](?:\{[^{}]{0,20}\}|-?[0-9]+)")
+# --- how people write a number, for `numeric` alone -----------------------------------------------
+_WRITTEN_IN = 8192  # characters of an answer, and those at the end in which a last number is seen
+_MOST_DIGITS = 1000
+# `####` that is no heading: neither "1. Understand" nor a word follows, nor nothing
+_MARK = re.compile(
+    rf"####(?!{HEADING})(?!#{{0,2}}[ :*_]{{0,9}}(?:[A-Za-z](?:[A-Za-z]|[.)])|\n|$))[^\n#]{{0,4000}}"
+)
+_BOX = re.compile(rf"\\(?:boxed|fbox)(?![A-Za-z])(?!{EMPTY_BOX})")
+_SAID = re.compile(SAID)
+# A number in words: with it in a box, the same one in digits may stand behind.
+_IN_WORDS = re.compile(
+    r"(?i)\b(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\w+teen|\w+ty)\b"
+)
+
+_CHARACTERS = str.maketrans(
+    "–－０１２３４５６７８９．，％＝≈\u00a0\u2009\u202f\u3000’",
+    "--0123456789.,%==    '",
+    "\u200b\u2060\ufeff",
+)
+_SPELLINGS = [
+    # a sign where it is not between two numbers: no bullet, as "- 5" may be
+    (r"(?<![\w)\]}%.])(?<![\w)\]}%.] )− ?", "-"), ("−", "-"),
+    # 1{,}800, 1\,800, 1,\!800, 1~800 and 1'800 are 1,800
+    (r"(?<=[0-9])(?:\{,\}|,?\\[,!;: ]|\\thinspace ?|~|')(?=[0-9]{3}(?![0-9]))", ","),
+    (r"<<[^<>\n]{0,100}>>", ""), (r"<([-+$0-9.,]{1,30})>", r"\1"),  # GSM8K's own calculations
+    (r"\\([$%&#_])", r"\1"),
+    (r"\\(?:[()\[\],;:!\\ ]|(?:left|right|displaystyle|q?quad|large|boxed|fbox)(?![A-Za-z]))", " "),
+    (r"\\(?:begin|end)\{[a-z]{1,12}\*?\}|</?[a-z]{2,12}>|<\|[a-z_]{1,30}\|>", " "),
+    (r"\\(?:text(?:bf|it|rm|normal)?|math(?:bf|rm)|mbox|boldsymbol|underline)\s?"
+     r"\{([^{}]{0,200})\}", r" \1 "),
+    (r"\^\s?(?:\{\s?\\circ\s?\}|\\circ(?![A-Za-z]))|\\degree(?![A-Za-z])|°", " degrees "),
+    (r"\\(?:approx|(?:long)?(?:right|Right)arrow|implies|to)(?![A-Za-z])", "="),
+    (r"\\(?:times|cdot|div|ast)(?![A-Za-z])", "×"),
+    # mixed numbers, which need a space, and fractions, \frac12 too
+    (r"(?<=[0-9])(?=[½¼¾]|\\[dtc]?frac)", " "),
+    ("½", "1/2"), ("¼", "1/4"), ("¾", "3/4"),
+    (r"\\[dtc]?frac\s?\{\s?(-?[0-9.,]{1,30})\s?\}\s?\{\s?([0-9.,]{1,30})\s?\}", r"\1/\2 "),
+    (r"\\[dtc]?frac\s?([0-9])\s?([0-9])", r"\1/\2 "),
+    # the 2 of x_2 and of cm^2
+    (r"(?<=[A-Za-z])_(?:\{[^{}]{0,20}\}|[0-9]+)", ""),
+]  # fmt: skip
+_WAYS = [(re.compile(pattern), written) for pattern, written in _SPELLINGS]
+_POWER_OF_UNIT = re.compile(r"(?<=[A-Za-z]) ?(?:\^(?:\{-?[0-9]+\}|-?[0-9]+)|[²³])")
+
 _DIGITS = (
-    r"(?:(?<![0-9.,])[0-9]{1,3}(?: [0-9]{3})+(?![0-9])"
-    r"|[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
+    r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,3}(?: [0-9]{3})+)(?![0-9])|[0-9]+)(?:\.[0-9]+)?"
+    r"|\.[0-9]+"
 )
-_WRITTEN = re.compile(
-    r"(?P<minus>(?<![\w)\]}%.])-(?=[$]?[0-9.]))?[$]?(?P<minus_after>(?<=[$])-(?=[0-9.]))?"
-    rf"(?:(?P<whole>[0-9]{{1,6}}) (?=[0-9]+/[0-9]))?(?P<number>{_DIGITS})"
-    r"(?: ?/ ?(?P<below>[0-9]{1,18})(?![0-9,./]))?"
+_NUMBER = re.compile(
+    rf"(?:(?P<whole>[0-9]{{1,9}}) {{1,2}}(?=[0-9]+/[0-9]))?(?P<above>{_DIGITS})"
+    rf"(?:[eE](?P<power>[+-]?[0-9]{{1,2}})(?![0-9A-Za-z]))?(?: ?/ ?(?P<below>{_DIGITS}))?"
+    r"(?:[ -]{0,2}(?P<times>(?i:hundred|thousand|million|billion|trillion))s?(?![A-Za-z]))?"
 )
-# `####` and what may stand before its number: signs of money, of formulas and of bold type.
-_MARKER = re.compile(r"####[ :]{0,4}(?:[*$=~ ]|\\[(\[$]|\\(?:boxed|fbox|text|mathbf)\{){0,8}")
+_TIMES = {
+    "": 1,
+    "hundred": 10**2,
+    "thousand": 10**3,
+    "million": 10**6,
+    "billion": 10**9,
+    "trillion": 10**12,
+}
+
+# What may stand before the number that an answer is, beside a name or a sum with its =
+_LEAD = re.compile(
+    r"^(?:[\s*_`$€£¥₹~({\[\"'+:]|(?i:the|final|answer|total|result|sum|is|of|an?|about|approximately"
+    r"|approx|around|roughly|exactly|only|just|rs|usd?)(?![A-Za-z])\.?)*"
+)
+_MINUS = re.compile(r"-[ $€£({]{0,3}(?=[0-9.])")
+_MINUS_IN_TEXT = re.compile(r"(?<![\w)\]}%.])-[$€£]?$|[$€£]-$")
+_NAME = re.compile(r"[A-Za-z\s$({*]*|[0-9\s.,+\-*/×÷·()$%^]*")
+# What stands after a number: the signs that close it, …
+_CLOSING = re.compile(r"^(?:[%$€£)}\]>\"'`]|[*_]{1,3}(?!\.?[\w($\\]))*")
+# … and what makes another value of it: an operation, a second number, a variable
+_CHANGED = re.compile(
+    r"\s*[\^²³½¼¾⁄×÷·⋅∙±<>≤≥≠=&{\\√π∞!+]|[*_(]|\s*\*{1,2}[\s0-9(]"
+    r"|\s*[-/:|%]\s*(?:[0-9.$({\\√+-]|[A-Za-z](?![A-Za-z]))"
+    r"|(?:\s*[,;]\s*|\s*)[$€£]?-?\.?[0-9]"
+    r"|\s+(?![mghslLaIp]\b)[A-Za-z](?![A-Za-z'])"
+    r"|[\s-]*(?i:or(?! so)|squared|cubed|factorial|hal(?:f|ves)|thirds?|fourths?|fifths?|tenths?"
+    r"|hundredths?|thousandths?|hundreds?|thousands?|millions?|billions?|trillions?|dozens?|point"
+    r"|and (?:an? )?(?:half|third|quarter))(?![A-Za-z])"
+)
+_CHANGED_LATER = re.compile(
+    r"[×÷·⋅±+=<>≤≥≠^]|\*{1,2}\s?[0-9(]|\s\*\s|\s-\s*[$]?[0-9]|[,;&]\s*[$€£]?[0-9]"
+    r"|\b(?i:and|or|to|than|over|by|times|plus|minus|mod|less)\s+[$€£]?-?\.?[0-9]"
+    r"|\b(?:years?|weeks?|days?|hours?|minutes?|feet|pounds?|dollars?)\s+[0-9]"  # 7 feet 6 inches
+)
+_ASIDE = re.compile(r"[(;]|, (?![$€£]?[0-9])|[.?!]\s|\b(?:because|since|so|as)\b")
+_GLUED = {*UNITS, "st", "rd", "th", "am", "pm", "g", "mg"}
+# What may not stand before the last number of a text: it is only a part of something
+_PART = re.compile(
+    r"(?:[\^×÷·⋅∙±≠≤≥√/]|[\w)}]_|\\[A-Za-z]+(?:\[[^\[\]]{0,20}\])?|[0-9A-Za-z)\]}]\s*\+"
+    r"|[^\s*]\s*\*[ \t]+|[0-9A-Za-z)]\*{1,2}|[^\s-][ \t]+[<>]=?|!=)\s*[{($]*\s*\Z"
+    r"|[0-9][.,:'][$]?\Z|(?<![Rr]s)(?<=[A-Za-z])\Z|[0-9)}]\{?\Z"
+    r"|[0-9)] {1,2}(?:[xX] {1,2})?\Z|[0-9]\s+:\s*\Z"
+    r"|[A-Za-z]\(\Z|\bbetween\s+\S{1,20}\s+and\s+\Z"
+    r"|(?i:\bnot(?: [a-z]+){0,2}|n't(?: [a-z]+){0,2}|minus|negative|plus|times|by|than"
+    r"|sqrt|log|twice)[ \t]+[$€£({*]*\Z"
+)
+_LEFT_OF_THREE = re.compile(r"(?<![0-9])[0-9]{1,3}, +\Z")  # 18, 000
 
 
 def extract(rule: str, text: str) -> str | None:
@@ -72,30 +153,119 @@ def grade(response: str, gold: str) -> dict[str, bool]:
     gold = _gold_text(gold)
     right = {rule: extract(rule, response) == _reference(rule, gold) for rule in RULES}
     value = numeric_answer(response)
-    right["numeric"] = value is not None and value == _number(_reference("official", gold))
+    right["numeric"] = value is not None and value == numeric_answer(gold)
     return right
 
 
+def taken(rule: str, response: str) -> str | Fraction | None:
+    """The answer that a rule takes from a response; equal values are equal."""
+    return numeric_answer(response) if rule == "numeric" else extract(rule, response)
+
+
+def check_gold(rule: str, gold: str) -> None:
+    """Raise UserError for a gold that `rule` cannot compare with."""
+    if rule == "numeric" and numeric_answer(_gold_text(gold)) is None:
+        raise UserError(f"gold answer {gold[-60:]!r} has no value; --rule numeric needs one")
+    _gold_text(gold)
+
+
 def numeric_answer(response: str) -> Fraction | None:
-    """The number that `numeric` takes from a response: the marked, the boxed, or the last one."""
-    marked = _number(extract("official", response))
-    if marked is not None:
-        return marked
-    marker = _MARKER.search(response[:_SCANNED])
-    if marker is not None:
-        line = _tidy(response[marker.end() : marker.end() + _WRITTEN_IN].partition("\n")[0])
-        number = _WRITTEN.match(line)
-        if number is not None:
-            return _written(number)
+    """The number that `numeric` takes from a response, or from a gold that has its `#### `.
+
+    It is the one that the text's answer is, if this is a number; where nothing says what the answer
+    is, the last one. What comes before a last `</think>` is not looked at.
+    """
+    response = response[response.rfind("</think>") + 1 :]
+    answer = _answer_text(response)
+    return _last_number(response[-_WRITTEN_IN:]) if answer is None else _value_of_text(answer)
+
+
+def _answer_text(response: str) -> str | None:
+    """What follows the first `####` that is no heading, else the last box, else "the answer is"."""
+    for mark in _MARK.finditer(response[:_SCANNED]):
+        if re.search("[0-9０-９]", mark[0]):
+            return mark[0].lstrip("#")
     end = response[-_SCANNED:]
-    value = value_of(boxed_answer(end))
-    if value is not None:
-        return value
-    for text in (boxed(end), end[-_WRITTEN_IN:]):
-        numbers = list(_WRITTEN.finditer(_tidy(text or "")))
-        if numbers:
-            return _written(numbers[-1])
+    *_, box = [None, *_BOX.finditer(end)]
+    if box is not None:
+        held, behind = held_by_box(end, box.end()) or (_line(end, box.end()), len(end))
+        is_in_words = _IN_WORDS.search(held) and not re.search("[0-9]", held)
+        return _line(end, behind).lstrip(" ,.;:($") if is_in_words else held
+    *_, said = [None, *_SAID.finditer(end)]
+    if said is not None:
+        line = _line(end, said.end())
+        is_final = said[0].endswith("s") or end[: said.start()].lower().endswith("final ")
+        # "Answer:" may also stand before a whole computation.
+        if is_final or len(re.findall("[0-9.,]+", line)) == 1:
+            return line
     return None
+
+
+def _line(text: str, start: int) -> str:
+    return text[start : start + _WRITTEN_IN].partition("\n")[0]
+
+
+def _value_of_text(answer: str) -> Fraction | None:
+    """The value of a text that is one number, beside a name, a unit or words; else None."""
+    text = _tidy(answer[:_WRITTEN_IN])
+    # `x = 18` and `9 * 2 = 18` are 18; `2x = 18` is not.
+    *left, right = text.split("=")
+    if left and all(_NAME.fullmatch(part) for part in left):
+        text = right
+    text = _LEAD.sub("", text, count=1)
+    minus = _MINUS.match(text)
+    number = _NUMBER.match(text, minus.end() if minus else 0)
+    if number is None or _is_changed(text[number.end() :]):
+        return None
+    return _value(number, minus is not None)
+
+
+def _last_number(text: str) -> Fraction | None:
+    """The last number of a text; None where it is a part of an operation, a list or a word."""
+    text = _POWER_OF_UNIT.sub("", _tidy(text))
+    *_, number = [None, *_NUMBER.finditer(text)]
+    if number is None:
+        return None
+    before, rest = text[max(0, number.start() - 80) : number.start()], text[number.end() :]
+    minus = _MINUS_IN_TEXT.search(before)
+    before = before[: minus.start()] if minus else before
+    if re.search(r"[A-Za-z]{2} [$€£*]*$", before):
+        rest = rest.lstrip("!")  # a word, the number, and joy
+    is_cut = len(number[0]) == 3 and _LEFT_OF_THREE.search(before)
+    if is_cut or _PART.search(before) or _is_changed(rest):
+        return None
+    return _value(number, minus is not None)
+
+
+def _is_changed(rest: str) -> bool:
+    """Whether what stands after a number makes another value of it."""
+    rest = _CLOSING.sub("", _POWER_OF_UNIT.sub("", rest[:500]), count=1)
+    glued = re.match("[A-Za-z]+", rest)
+    if _CHANGED.match(rest) or glued and glued[0].lower() not in _GLUED:
+        return True
+    return _CHANGED_LATER.search(_ASIDE.split(rest, maxsplit=1)[0]) is not None
+
+
+def _tidy(text: str) -> str:
+    """A text with each number written in one of the ways that `_NUMBER` knows."""
+    text = text.translate(_CHARACTERS)
+    for pattern, written in _WAYS:
+        text = pattern.sub(written, text)
+    return text
+
+
+def _value(number: re.Match[str], is_negative: bool) -> Fraction | None:
+    """The value of a match of `_NUMBER`; None where it has too many digits, or divides by 0."""
+    above, below = (re.sub("[ ,]", "", number[part] or "1") for part in ("above", "below"))
+    if max(len(above), len(below)) > _MOST_DIGITS or Fraction(below) == 0:
+        return None
+    value = Fraction(above) / Fraction(below)
+    if number["whole"]:
+        if not 0 < value < 1:
+            return None
+        value += int(number["whole"])
+    value *= Fraction(10) ** int(number["power"] or 0) * _TIMES[(number["times"] or "").lower()]
+    return -value if is_negative else value
 
 
 def gold_of(row: dict) -> str:
@@ -112,7 +282,9 @@ def gold_of(row: dict) -> str:
 def _gold_text(gold: str) -> str:
     """A gold with its `#### N`, which a bare number gets here. Raises UserError for neither."""
     text = gold.strip() if "####" in gold else "#### " + gold.strip().replace("$", "")
-    if _MARKED.search(text) is None or ("####" not in gold and not _BARE.fullmatch(text[5:])):
+    marked = _MARKED.search(text)
+    is_number = marked is not None and re.search("[0-9]", marked[1])
+    if not is_number or ("####" not in gold and not _BARE.fullmatch(text[5:])):
         raise UserError(
             f"gold answer {gold[-60:]!r} is neither a number nor a text with '#### N'; "
             "GSM8K needs one"
@@ -141,30 +313,12 @@ def _harness_form(answer: str) -> str:
     return answer.rpartition("#### ")[2].removesuffix(".").lower()
 
 
-def _number(text: str | None) -> Fraction | None:
-    return Fraction(text) if text and _NUMBER.fullmatch(text) else None
-
-
-def _tidy(text: str) -> str:
-    """A text with each number written in one of the ways that `_WRITTEN` knows."""
-    text = _SEPARATOR.sub(",", text.translate(_TIDY).replace(r"\$", "$"))
-    return _SCRIPT.sub(" ", _FRACTION.sub(r"\1/\2", text))
-
-
-def _written(number: re.Match[str]) -> Fraction | None:
-    """The value of a match of `_WRITTEN`; None for one that is too long, or divided by 0."""
-    digits = re.sub("[ ,]", "", number["number"])
-    below = int(number["below"] or 1)
-    if len(digits) > 30 or below == 0:
-        return None
-    value = int(number["whole"] or 0) + Fraction(digits) / below
-    return -value if number["minus"] or number["minus_after"] else value
-
-
 TASK = Task(
     name="GSM8K",
     grade=grade,
     answer_of=partial(extract, "official"),
     gold_of=gold_of,
     metric="official",
+    taken=taken,
+    check_gold=check_gold,
 )

@@ -16,6 +16,7 @@ models, so nothing here executes, nests or converts more than a bounded piece of
 
 import re
 from fractions import Fraction
+from typing import Any
 
 from src.errors import UserError
 from src.evaluation import symbolic
@@ -63,7 +64,7 @@ _SAME = {
 }  # fmt: skip
 # How many arguments follow.
 _ARGUMENTS = {r"\frac": 2, r"\binom": 2, r"\sqrt": 1, "^": 1, "_": 1}
-_UNITS = frozenset([
+UNITS = frozenset([
     "unit", "units", "in", "inch", "inches", "ft", "foot", "feet", "yd", "yard", "yards", "mile",
     "miles", "mm", "cm", "dm", "km", "millimeter", "millimeters", "centimeter", "centimeters",
     "meter", "meters", "metre", "metres", "kilometer", "kilometers", "mph", "degree", "degrees",
@@ -88,6 +89,41 @@ _SLASH = re.compile(
 _PLAIN = r"[0-9]{1,64}(?:\.[0-9]{0,64})?"  # no exponent: 1e3000000 must stay text
 _NUMBER = re.compile(rf"([+-]?)({_PLAIN})")
 _FRACTION = re.compile(rf"([+-]?)([0-9]{{0,64}})\\frac\{{([+-]?{_PLAIN})\}}\{{([+-]?{_PLAIN})\}}")
+
+
+def _repeating(number: re.Match[str]) -> str:
+    """A decimal whose last digits repeat, as a fraction."""
+    whole, once, again = number.groups()
+    above = int(whole + once + again) - int(whole + once or "0")
+    return rf"\frac{{{above}}}{{{'9' * len(again) + '0' * len(once)}}}"
+
+
+# For `symbolic` alone: formulas and numbers in a text, …
+_FORMULA = re.compile(r"\$[^$]{1,200}\$|-?[0-9][0-9.,/]*")
+_STATED = re.compile(r"(?:^|\bis )(\$[^$]{1,200}\$|-?[0-9][0-9.,/]*(?=[^0-9A-Za-z]*$))(?!.*[$0-9])")
+_INSIDE = re.compile(r"\$([^$]{1,1024})\$|\\[(\[](.{1,1024}?)\\[)\]]")
+# … what the library drops or takes for something else, …
+_PRIME = re.compile(r"['′’]|\\prime(?![A-Za-z])")
+_MEANT_WORD = re.compile(
+    r"(?<![a-z\\])(?:hundred|thousand|million|billion|trillion)(?:th)?s?(?![a-z])"
+    r"|(?<![a-z\\])(?:dozens?|[ap]m)(?![a-z])|\\text\s?\{[^{}]*[a-z][^{}]*[0-9][^{}]*\}"
+)
+_LONG_RATIO = re.compile(r"[^:=,]:[^:=,]{1,64}:[^:=,]")
+_TIME = re.compile(r"(?<![0-9:.])[0-9]{1,2}:[0-5][0-9](?![0-9:])")
+# … and what it does not know.
+_HELD = r"\s?\{([^{}]{0,200})\}"
+_PLAIN_SPELLINGS: list[tuple[re.Pattern[str], Any]] = [
+    (re.compile(r"(?<![0-9.])([0-9]{1,30})\.([0-9]{0,30})\\(?:overline|bar)\s?\{([0-9]{1,30})\}"),
+     _repeating),
+    (re.compile(r"\\(?:underline|boldsymbol|bm|(?:textcolor|color)\s?\{[a-z]{1,20}\})" + _HELD),
+     r"{\1}"),
+    (re.compile(r"\{\\(?:rm|bf|it)(?![A-Za-z])\s?"), "{"),
+    (re.compile(r"\\varnothing(?![A-Za-z])"), r"\\emptyset"),
+    (re.compile("√([0-9]+)"), r"\\sqrt{\1}"), (re.compile("√(?=[({])"), r"\\sqrt"),
+    (re.compile("½"), r"\\frac{1}{2}"), (re.compile("¼"), r"\\frac{1}{4}"),
+    (re.compile("¾"), r"\\frac{3}{4}"), (re.compile("[–－]"), "-"),
+    (re.compile(r"(?<![\w.])([0-9]\.[0-9]{1,20})e\+?([0-9]{1,3})(?![\w.])"), r"\1\\times10^{\2}"),
+]  # fmt: skip
 
 
 def boxed_answer(text: str) -> str | None:
@@ -122,18 +158,119 @@ def is_right_symbolically(response: str, gold: str) -> bool | None:
 
     Raises `UserError` as `grade` does, and where math-verify cannot be had.
     """
+    response, gold = (_with_plain_spellings(text) for text in (response, gold))
     if grade(response, gold)["loose"]:
         return True
     answer, reference = _boxes(response), _boxes(gold) or gold
-    bases = [_bases(text) for text in (answer, reference)]
-    if not response.strip() or all(bases) and bases[0] != bases[1]:
-        return False  # the library takes 12_3 for 12_4
+    if answer is None:
+        answer = _said_formula(response)
+    # Without any of it, what the library finds at the end: the last formula or number.
+    seen = _last_formula(response) or "" if answer is None else answer
+    if not response.strip() or _is_another(seen, reference):
+        return False
     is_formula = _boxes(gold) is None and any(mark in gold for mark in ("$", r"\(", r"\["))
     return symbolic.same(
         gold if is_formula else rf"\boxed{{{reference}}}",
-        # Without a box, what the library finds at the end: the last formula or number.
         response[-_LONGEST:] if answer is None else rf"\boxed{{{answer}}}",
     )
+
+
+def _with_plain_spellings(text: str) -> str:
+    """A text with what the library does not know written as it does: 0.\\overline{3} is 3/9."""
+    start, end = text[:-_SCANNED], text[-_SCANNED:]
+    for pattern, written in _PLAIN_SPELLINGS:
+        end = pattern.sub(written, end)
+    return start + end
+
+
+def _said_formula(response: str) -> str | None:
+    """What is said to be the answer, or the formula or number that a sentence about it ends in."""
+    said = (_said(response) or "")[:_LONGEST]
+    stated = _STATED.search(said)
+    is_denied = re.search(r"\b(?:not|no)\b|n't\b", said, re.IGNORECASE)
+    return (said if stated is None or is_denied else stated[1].strip("$")) or None
+
+
+def _is_another(answer: str, gold: str) -> bool:
+    """Whether two answers differ in what the library does not see, so that its verdict is void."""
+    sides = []
+    for text in (answer, gold):
+        inside = _INSIDE.findall(text[: 4 * _LONGEST])
+        sides.append(", ".join(map("".join, inside)) or text)
+    forms = [_normal(side) or "" for side in sides]
+    if forms[0] == forms[1]:
+        return False
+    lists = [_values(side) for side in sides]
+    return (
+        _has_other_bases(sides)
+        or _has_other_letters(forms)
+        or _has_other_marks(sides, forms)
+        or (_has_another_length(sides, lists))
+    )
+
+
+def _has_other_bases(sides: list[str]) -> bool:
+    """12_3 and 12_4, which are one to the library."""
+    bases = [_bases(side) for side in sides]
+    return all(bases) and bases[0] != bases[1]
+
+
+def _has_other_letters(forms: list[str]) -> bool:
+    r"""Other words, points or cases of letters: to the library, words are products.
+
+    It takes ABC for CBA, \angle ABC for \angle ACB, r^2 for R^2 and aA for a^2.
+    """
+    words = [form for form in forms if form.isalpha() and len(form) > 1]
+    if len(words) == 2 or any(not word.islower() for word in words):
+        # Even is even, but AB is not ab
+        are_english = len(words) == 2 and all(word[1:].islower() for word in words)
+        return not are_english or len(words[0]) < 3 or words[0].lower() != words[1].lower()
+    texts = [re.sub(r"\\[A-Za-z]+", " ", form) for form in forms]
+    points = [sorted(re.findall("[A-Z]{2,}", text)) for text in texts]
+    if all(points) and points[0] != points[1]:
+        return True
+    one, other = ({letter for letter in text if letter.isalpha()} for text in texts)
+    both = {letter.lower() for letter in one} & {letter.lower() for letter in other}
+    return any({x, x.upper()} & one != {x, x.upper()} & other for x in both)
+
+
+def _has_other_marks(sides: list[str], forms: list[str]) -> bool:
+    r"""Other primes, \text or colons, which the library drops or divides by.
+
+    It takes f' for f, 5 million for 5, 8 p.m. for 8 a.m., 1:2:3 for 1/2/3 and 3:30 for 1/10.
+    """
+    # those of a name on one side only, f'(x) = 2x for 2x, do not count
+    values = sides if ("=" in sides[0]) == ("=" in sides[1]) else [s.split("=")[-1] for s in sides]
+    primes = [len(_PRIME.findall(value)) for value in values]
+    words = [sorted(_MEANT_WORD.findall(side.lower().replace(".", ""))) for side in sides]
+    times = [_TIME.findall(form) for form in forms]
+    are_long = any(_LONG_RATIO.search(form) for form in forms)
+    return are_long or any(found[0] != found[1] for found in (primes, words, times))
+
+
+def _has_another_length(sides: list[str], lists: list[list[str]]) -> bool:
+    """More or fewer answers, some of them alike, since the library makes a set of a list."""
+    if not all(lists) or lists[0][0].startswith("(") != lists[1][0].startswith("("):
+        return False
+    if any(len({*items}) < len(items) for items in lists):
+        return lists[0] != lists[1]
+    are_open = any(mark in side for side in sides for mark in ("=", r"\pm", r"\mp", "±"))
+    return not are_open and min(map(len, lists)) > 1 and len(lists[0]) != len(lists[1])
+
+
+def taken(rule: str, response: str) -> str | Fraction | tuple[str, ...] | None:
+    """The answer that a rule takes from a response, equal where the rule takes two for the same.
+
+    Of several answers the order does not count by `loose` and `symbolic`. What `symbolic` alone
+    takes for the same stays two answers, since it cannot be asked about every two.
+    """
+    if rule in ("boxed", "numeric"):
+        answer = boxed_answer(response)
+        return answer if rule == "boxed" else value_of(answer)
+    text = _boxes(response) or _said(response)
+    if rule == "loose":
+        return tuple(sorted(map(_item, _items(text or "")))) or None
+    return tuple(_values(text or _last_formula(response) or "")) or None
 
 
 def gold_of(row: dict) -> str:
@@ -163,17 +300,23 @@ def _last_box(text: str, start: int = 0, end: int | None = None) -> tuple[str, i
     box = _LAST_BOX.match(text, start, end)
     if box is None:
         return None
-    rest = text[box.end() : min(box.end() + _LONGEST + 2, end)]
+    held = held_by_box(text, box.end(), end)
+    return None if held is None else (held[0], box.start(1), held[1])
+
+
+def held_by_box(text: str, start: int, end: int | None = None) -> tuple[str, int] | None:
+    r"""(what it holds, where it ends) of the box whose `\boxed` ends at `start`; None if broken."""
+    rest = text[start : min(start + _LONGEST + 2, len(text) if end is None else end)]
     spaces = len(rest) - len(rest := rest.lstrip())
     if not rest.startswith("{"):
         content = _END_OF_BARE_BOX.split(rest, maxsplit=1)[0]
-        return content, box.start(1), box.end() + spaces + len(content)
+        return content, start + spaces + len(content)
     # to the brace that closes it; an escaped one, \{, is a sign like others
     depth = 0
     for brace in _BRACE.finditer(rest):
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
         if depth == 0 and brace[0] == "}":
-            return rest[1 : brace.start()], box.start(1), box.end() + spaces + brace.end()
+            return rest[1 : brace.start()], start + spaces + brace.end()
     return None
 
 
@@ -206,6 +349,18 @@ def _said(text: str) -> str | None:
         return None
     answer = text[markers[-1].end() :].partition("\n")[0].partition(". ")[0]
     return answer.lstrip(" \t:*").rstrip(" \t\r.*")
+
+
+def _values(text: str) -> list[str]:
+    """The answers in a text, sorted, the numbers among them by their value: 0.5 and 1/2 alike."""
+    values = [(value_of(item), item) for item in map(_item, _items(text))]
+    return sorted(item if value is None else str(value) for value, item in values)
+
+
+def _last_formula(text: str) -> str | None:
+    """What the last formula between dollar signs holds, else the last number; or None."""
+    found = _FORMULA.findall(text[-_LONGEST:])
+    return found[-1].strip("$").rstrip(".,/") if found else None
 
 
 def _is_same_list(answer: str | None, gold: str) -> bool:
@@ -260,6 +415,11 @@ def _is_same_item(one: str, other: str) -> bool:
 def _bases(text: str | None) -> list[str]:
     """The bases of the numbers in an answer that have one."""
     return sorted(base for _, base in _WITH_BASE.findall(_normal(text or "") or ""))
+
+
+def check_gold(rule: str, gold: str) -> None:
+    """Raise UserError for a gold that is no answer; one without a value `numeric` finds wrong."""
+    _reference(gold)
 
 
 def _reference(gold: str) -> str:
@@ -379,7 +539,7 @@ def _unit_start(tokens: list[str], partners: dict[int, int], end: int) -> int | 
     word = "".join(tokens[start:end]).lower()
     return (
         start
-        if word.removeprefix("square").removeprefix("cubic").removeprefix("sq") in _UNITS
+        if word.removeprefix("square").removeprefix("cubic").removeprefix("sq") in UNITS
         else None
     )
 
@@ -460,5 +620,7 @@ TASK = Task(
     answer_of=boxed_answer,
     gold_of=gold_of,
     metric="boxed",
+    taken=taken,
+    check_gold=check_gold,
     symbolic=is_right_symbolically,
 )

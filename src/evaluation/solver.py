@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 
 import torch.distributed as dist
@@ -77,7 +77,8 @@ def graded(
     for prediction, is_cut in zip(predictions, truncated or []):
         prediction["truncated"] = is_cut
     if num_samples > 1:
-        summary |= of_samples([(row["answer"], row[task.metric]) for row in rows], num_samples)
+        votes = [task.taken(task.metric, text) for text in answers]
+        summary |= of_samples(list(zip(votes, (row[task.metric] for row in rows))), num_samples)
     return {"task": task.name, "accuracy": summary[task.metric], **summary}, predictions
 
 
@@ -97,13 +98,13 @@ def _shared_out(
     return [shares[i % size][i // size] for i in range(n)]
 
 
-def of_samples(answers: list[tuple[str | None, bool]], n: int) -> dict[str, float]:
+def of_samples(answers: list[tuple[Hashable | None, bool]], n: int) -> dict[str, float]:
     """pass@k for k = 1, 2, 4 … n, and maj@n.
 
-    answers: (parsed answer, right?) of n samples per question, in a row. pass@k is the unbiased
-    estimate 1 − C(n − c, k) / C(n, k) for c right ones of n (arXiv 2107.03374, equation 1). maj@n
-    is right when the answer that most samples give is (arXiv 2203.11171); the first given wins a
-    tie, what cannot be parsed has no vote.
+    answers: (the answer that the rule takes, right?) of n samples per question, in a row. pass@k
+    is the unbiased estimate 1 − C(n − c, k) / C(n, k) for c right ones of n (arXiv 2107.03374,
+    equation 1). maj@n is right when the answer that most samples give is (arXiv 2203.11171); the
+    first given wins a tie, a sample without an answer has no vote.
     """
     questions = [answers[i : i + n] for i in range(0, len(answers), n)]
     right_counts = [sum(right for _, right in samples) for samples in questions]

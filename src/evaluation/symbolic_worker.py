@@ -71,10 +71,16 @@ def _comparison():
 
 
 def _result(value, Eq, And):
-    """The right side of a computation that is written out, `2 + 3 = 5`; else the value."""
+    """The right side of a computation that is written out, `2 + 3 = 5`; else the value.
+
+    Raises ValueError where it does not come out: by the library `10 / 3 = 5` is 5.
+    """
     steps = getattr(value, "_unsorted_args", value.args) if isinstance(value, And) else [value]
-    computed = all(isinstance(step, Eq) and not step.free_symbols for step in steps)
-    return steps[-1].rhs if computed else value
+    if not all(isinstance(step, Eq) and not step.free_symbols for step in steps):
+        return value
+    if not all(_is_close(*(side.doit().evalf() for side in step.args)) for step in steps):
+        raise ValueError(f"{value} is false")
+    return steps[-1].rhs
 
 
 def _is_close(one, other) -> bool:

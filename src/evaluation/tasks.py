@@ -64,7 +64,7 @@ def read_labels(task_name: str, label_file: str, rule: str | None = None) -> Lab
                 names = ", ".join(f'"{field}"' for field in QUESTION_FIELDS)
                 raise UserError(f"has none of {names}; it has {sorted(row)}")
             gold = task.gold_of(row)
-            task.grade("", gold)  # one that the rules cannot read is refused here
+            task.check_gold(task.metric, gold)
         except UserError as error:
             raise UserError(f"{label_file}: row {number} (from 0): {error}") from None
         instructions.append(question)

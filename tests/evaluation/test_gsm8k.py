@@ -3,14 +3,15 @@
 import json
 import re
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 
 from src.errors import UserError
-from src.evaluation.gsm8k import RULES, extract, gold_of, grade
+from src.evaluation.gsm8k import RULES, extract, gold_of, grade, numeric_answer
 from src.evaluation.scoring import summarize
-from src.evaluation.tasks import TASKS, find_task
+from src.evaluation.tasks import TASKS, find_task, read_labels
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
 real_data = pytest.mark.skipif(
@@ -99,6 +100,117 @@ ANOTHER = [
 def test_numeric_takes_a_number_however_people_write_it(response, gold, right):
     assert grade(response, gold)["numeric"] is right
     assert grade(f"First 7 and 12.5.\nSo: {response}\n", gold)["numeric"] is right
+
+
+# text, and the number that it means or None
+MEANT = [
+    # the marked text is read as a whole: fractions, mixed numbers, thousands, signs, multipliers
+    ("#### 1/2", "0.5"), ("#### 36/2", "18"), ("#### 2 1/2", "2.5"), (r"#### 2\frac12", "2.5"),
+    ("#### 1½", "1.5"), ("#### 1 000", "1000"), ("#### 1e6", "1000000"), ("#### 1'800", "1800"),
+    ("#### 1.2 million", "1200000"), ("#### 5 thousand", "5000"), ("#### - 5", "-5"),
+    ("#### - $5", "-5"), ("#### −5", "-5"), ("#### １８", "18"), ("#### 18 dollars", "18"),
+    ("#### x = 18", "18"), ("#### 9 * 2 = 18", "18"), ("#### 18-hour", "18"), ("#### 18%", "18"),
+    ("#### 18 in 3 days", "18"), ("#### 18, since 9 times 2", "18"), ("#### 18 (2 * 9)", "18"),
+    ("#### **18 dollars**", "18"), ("#### 18 km/h", "18"), ("#### 18 m/s^2", "18"),
+    ("#### 18 m²", "18"),
+    *((f"#### {text}", None) for text in (
+        "18k", "18^2", "18!", "18x", "18 x", "18e5x", "18*2", "18 * 2", "18 + 2", "18 - 2", "18-2",
+        "18 or 20", "18, 20", "18,5", "18 20", "18:30", "18 : 2", "18.5.2", "(17, 18)", "18/x",
+        "x/18", "18(2)", "18_9", "0x18", "18²", "18π", r"18\pi", r"18\sqrt{2}", r"\sqrt{18}", "√18",
+        r"18\cdot 2", r"18\div 2", "18 ÷ 2", "18 times 2", "18 squared", "18 and a half", "18/0",
+        "2x = 18", "x + 2 = 18", "x^2 = 18", "x > 18", r"x \ne 18", "±18", "|-18|", "3 36/2",
+        "18 hundred thousand", "3 dozen", "18 eggs and 20 hens", "2 eggs * 9 = 18", "--18", "1e400",
+        "18 hours 30 minutes", "18 feet 6 inches",
+    )),
+    # the last box that holds something, or what a broken one still says
+    (r"\boxed{18 \text{ eggs in 3 days}}", "18"), (r"\boxed{18~\text{cm}^2}", "18"),
+    (r"\boxed{\text{Total cost} = \$18}", "18"), (r"\boxed{- 18}", "-18"), (r"\boxed{1e3}", "1000"),
+    (r"\boxed{\frac12}", "0.5"), (r"\boxed{18}, then \boxed{}", "18"), (r"it is \boxed{18", "18"),
+    (r"Put it in \boxed{}. 9 eggs at 2 are 18", "18"), (r"\boxed{\boxed{18}}", "18"),
+    *((rf"It is \boxed{{{text}}}.", None) for text in (
+        "36-18", r"2\cdot 18", r"2 \times 18", "x/18", r"\sqrt{18}", "18^2", "18!", "18k", "18x",
+        "17-18", "(17, 18)", r"x \ne 18", "x > 18", "2,18", r"17 \text{ or } 18", r"\log 18",
+        r"\text{not } 18", "18_{9}", "1{8}", r"\frac{1}{x} 18", r"18\frac{36}{2}", r"17 \quad 18",
+        r"\frac{36}{2}x", r"18\times10^3", r"x=17 \text{ or } x=18", "{2 \\over 18}", "2:18",
+        r"\text{cannot be determined}",
+    )),
+    (r"\boxed{}18", None), (r"\boxed{36-18", None), (r"\boxed{\text{unknown}}, 18", None),
+    # a heading is no mark, and what was only thought no answer
+    ("#### 1. Understand\n#### 2. Compute\n9*2\n\n\\boxed{18}", "18"),
+    ("#### 1) First\n9*2=18.\n#### 2) Then\nThe answer is 18.", "18"),
+    ("#### Step 1: 2 eggs\n2 * 9 = 18\n#### Answer\n18", "18"),
+    ("#### **1. Understand**\n#### 18", "18"), ("#### 1 - Understand\n#### 18", "18"),
+    ("<think>\nThe format is #### 12? No.\n</think>\n#### 18", "18"),
+    (r"<think>\boxed{12}</think>The answer is 18.", "18"),
+    # what is said to be the answer, before the last number
+    ("The answer is 18, since 9 times 2.", "18"), ("The answer is **18** (9*2).", "18"),
+    ("Final Answer: 18\n\nI hope it is correct for problem 3.", "18"),
+    ("The answer is 9*2=18. I used 2 steps.", "18"), ("The answer is found in 2 steps: 18", "18"),
+    ("Answer: 16 - 3 - 4 = 9 eggs. She makes 9 * 2 = $18.", "18"),
+    ("The answer is 17? No, 18", "18"), ("The answer is 18 - 2.", None),
+    ("The answer is not 18.", None), ("The answer is (17, 18).", None),
+    ("The answer is twice 18", None), ("The answer is 2x. She has 18", None),
+    # the last number of a sentence, unless it is a part of something else
+    ("18 eggs, which is $18", "18"), ("It costs 18!", "18"), ("**$18**.", "18"), ("10pm", "10"),
+    ("| total | 18 |", "18"), ("- 18", "18"), ("− 18", "-18"), ("18 degrees", "18"),
+    (r"\begin{align*} x &= 9*2 \\ &= 18 \end{align*}", "18"), ("１８", "18"),
+    ("18 million", "18000000"),
+    *((text, None) for text in (
+        "= 18!", "18k", "18x", "x/18", r"\sqrt{18}", "18^2", "18**2", "18e5x", "2 × 18", "18²",
+        "2 x 18", r"2\div 18", "18, 000", "$18, 000$", "1,00,018", "0,18", "18:30", "2 : 18",
+        "1·018", "minus 18", "It isn't 18", "f(18)", "1 18", "x > 18", "between 17 and 18",
+        "2 + 18",
+        "18_9", "CO18",
+    )),
+    # more digits than a float has
+    ("#### 0.3333333333333333", "0.3333333333333333"), (f"#### 1{'0' * 21}", f"1{'0' * 21}"),
+    ("so 3.14159265358979", "3.14159265358979"), ("9" * 1000, "9" * 1000), ("9" * 1001, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text, meant", MEANT, ids=lambda value: str(value)[:40])
+def test_numeric_reads_the_whole_of_an_answer_or_refuses_it(text, meant):
+    assert numeric_answer(text) == (None if meant is None else Fraction(meant))
+
+
+@pytest.mark.parametrize("gold, right, wrong", [
+    ("x\n#### 1/2", "#### 0.5", "#### 1"), ("x\n#### 1 000", "#### 1000", "#### 1"),
+    ("0.3333333333333333", "#### 0.3333333333333333", "#### 0.3333333333333334"),
+    (f"1{'0' * 21}", f"1{'0' * 21}", f"1{'0' * 20}"),
+    ("3.14159265358979", "3.14159265358979", "3.14159265359"),
+    ("so #### 3 #### 4", "#### 3", "#### 4"), ("-5", "#### - 5", "#### 5"),
+])  # fmt: skip
+def test_numeric_reads_golds_as_it_reads_answers(gold, right, wrong):
+    assert grade(right, gold)["numeric"] and not grade(wrong, gold)["numeric"]
+
+
+@pytest.mark.parametrize("gold", ["12.05.2020", "1,2", "x\n#### 18^2", "x\n#### 3, 4", "9" * 1001])
+def test_a_gold_without_a_value_is_refused_where_numeric_counts(gold, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"question": "q", "answer": answer} for answer in ("18", gold)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert len(read_labels("GSM8K", str(path)).golds) == 2
+    with pytest.raises(UserError, match=r"rows.jsonl: row 1 \(from 0\): gold .* has no value"):
+        read_labels("GSM8K", str(path), "numeric")
+
+
+@pytest.mark.parametrize("piece", [
+    "<", "<1", "<<", "#### (", "#### 1. ", "####\n1", r"\boxed{}", r"\boxed{.", r"\boxed{1}",
+    r"\text{", r"\frac{1}{", "1 000 ", "1/", "1e", "½", "１", "answer is 1 ", "Answer: 1",
+    "answer is ", "-", "− ", "x=", "*", "1*", "_1", "^1", "not ", "not a ", "1 and ", "1, ", "=",
+    "the ", "million",
+])  # fmt: skip
+def test_hostile_numbers_take_no_time(piece):
+    long = piece * (1_000_000 // len(piece))
+    for text in (long, f"#### {long}", rf"\boxed{{{long}", f"the answer is {long}", f"{long}18"):
+        fastest = float("inf")
+        for _ in range(5):
+            start = time.process_time()
+            numeric_answer(text)
+            fastest = min(fastest, time.process_time() - start)
+            if fastest < 0.05:
+                break
+        assert fastest < 0.05, text[:30]
 
 
 def test_extract_gives_the_compared_form_or_none():
@@ -235,7 +347,7 @@ def test_gold_of_a_row(row, gold):
 def test_a_row_or_gold_without_an_answer_is_refused():
     with pytest.raises(UserError, match="instruction"):
         gold_of({"instruction": "x"})
-    for gold in ("Paris", "18 apples", "", "####", "...", "the answer is #### "):
+    for gold in ("Paris", "18 apples", "", "####", "...", "the answer is #### ", "x\n#### .,"):
         with pytest.raises(UserError, match="gold answer"):
             grade("#### 18", gold)
 

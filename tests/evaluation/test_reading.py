@@ -27,6 +27,17 @@ GSM8K, MATH = TASKS["GSM8K"], TASKS["MATH"]
     "#### Reading\nProblem: 2 plus 2\n#### 4",
     "To find what the answer is, look at it again.\nQuestion: 2 plus 2\n4",
     "", "\n", "4",
+    # spoken of, and not given: an empty box, a heading with a number, a phrase, a question
+    "I must put my final answer in \\boxed{}.\n\n**Problem:** 9 eggs at $2.\n\n\\boxed{18}",
+    "It goes in \\boxed{...}.\nProblem: 9 eggs\n\\boxed{18}",
+    "It goes in \\boxed{ \\ldots }.\nProblem: 9 eggs\n\\boxed{18}",
+    "It goes in \\boxed{\\text{your answer}}.\nProblem: 9 eggs\n\\boxed{18}",
+    "#### 1. Restate\nQuestion: how many?\n9*2=18\n\\boxed{18}",
+    "#### 1) Restate\nQuestion: how many?\n#### 18",
+    "#### **2: Restate**\nQuestion: how many?\n#### 18",
+    "The answer is found in 2 steps.\n**Problem:** 9 eggs.\nSo \\boxed{18}.",
+    "The answer: it depends on 3 eggs.\nProblem: 9 eggs.\nSo 18.",
+    "The answer is 18?\n\nQuestion: is it reasonable? No.\n#### 20",
 ])  # fmt: skip
 def test_an_answer_is_read_to_its_end(text):
     assert GSM8K.read(text) == MATH.read(text) == text
@@ -42,6 +53,11 @@ def test_an_answer_is_read_to_its_end(text):
     ("#### 4\n**Question 2:** more", "#### 4"), ("#### 4\n### Problem 2: more", "#### 4"),
     ("Question: 2 plus 2?\n#### 4\nQuestion: 3 plus 3?", "Question: 2 plus 2?\n#### 4"),
     ("<think>so 4</think>#### 4\nQuestion: 5", "<think>so 4</think>#### 4"),
+    ("The answer is x = 4\nQ: more", "The answer is x = 4"),
+    ("The answer is **$4.50**.\nQ: more", "The answer is **$4.50**."),
+    ("The answer is $\\frac12$\nQ: more", "The answer is $\\frac12$"),
+    ("The answer is −4\nQ: more", "The answer is −4"), ("$\\boxed 4$\nQ: 5", "$\\boxed 4$"),
+    ("In \\boxed{}.\nQ: 2 plus 2\n\\boxed{4}\nQ: 5", "In \\boxed{}.\nQ: 2 plus 2\n\\boxed{4}"),
     ("#### 4</s>#### 5", "#### 4"), ("4<|im_end|>\n<|im_start|>user\n5", "4"),
 ])  # fmt: skip
 def test_what_comes_after_an_answer_is_not_read(text, answer):
@@ -55,7 +71,8 @@ def test_stop_strings_end_an_answer_anywhere():
 
 @pytest.mark.parametrize("piece", [
     "answer:", "answer is ", "#### 4", "Question:\n", "\nQ:", "</think>", "</s", "\n", "###### ",
-    "answer is 4\nQuestion", r"\boxed",
+    "answer is 4\nQuestion", r"\boxed", r"\boxed{}", r"\boxed{.", r"\boxed{your ", "#### 1. ",
+    "####1", "answer is 1.1", "answer: -$",
 ])  # fmt: skip
 def test_reading_takes_no_time(piece):
     def seconds():
