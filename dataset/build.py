@@ -160,7 +160,7 @@ def pairs_of(
         row = rows[index]
         try:
             gold = task.gold_of(row)
-            task.grade("", gold)
+            task.check_gold(task.metric, gold)
         except UserError as error:
             raise UserError(f"row {index} (from 0) of the train file: {error}") from None
         sides: dict[bool, list[str]] = {True: [], False: []}

@@ -155,7 +155,7 @@ def ppo_prompts(
         try:
             gold = rule.gold_of(row) if rule else ""
             if rule:
-                rule.grade("", gold)
+                rule.check_gold(rule.metric, gold)
         except UserError as error:
             raise UserError(f"{path}: row {number} (from 0): {error}") from None
         prompts.append(Prompt(tokenizer.prompt_ids(row["instruction"]), gold, row))

@@ -120,7 +120,7 @@ _CHANGED_LATER = re.compile(
     r"|\b(?:years?|weeks?|days?|hours?|minutes?|feet|pounds?|dollars?)\s+[0-9]"  # 7 feet 6 inches
 )
 _ASIDE = re.compile(r"[(;]|, (?![$€£]?[0-9])|[.?!]\s|\b(?:because|since|so|as)\b")
-_GLUED = {*UNITS, "st", "rd", "th", "am", "pm", "g", "mg"}
+_GLUED = {*UNITS, "st", "rd", "th", "am", "pm", "g", "m", "mg"}
 # What may not stand before the last number of a text: it is only a part of something
 _PART = re.compile(
     r"(?:[\^×÷·⋅∙±≠≤≥√/]|[\w)}]_|\\[A-Za-z]+(?:\[[^\[\]]{0,20}\])?|[0-9A-Za-z)\]}]\s*\+"

@@ -222,9 +222,10 @@ def _has_other_letters(forms: list[str]) -> bool:
     """
     words = [form for form in forms if form.isalpha() and len(form) > 1]
     if len(words) == 2 or any(not word.islower() for word in words):
-        # Even is even, but AB is not ab
+        # Even is even, but AB is not ab, nor Ab ab
         are_english = len(words) == 2 and all(word[1:].islower() for word in words)
-        return not are_english or len(words[0]) < 3 or words[0].lower() != words[1].lower()
+        are_long = are_english and (len(words[0]) > 2 or words[0].lower() == "no")
+        return not are_long or words[0].lower() != words[1].lower()
     texts = [re.sub(r"\\[A-Za-z]+", " ", form) for form in forms]
     points = [sorted(re.findall("[A-Z]{2,}", text)) for text in texts]
     if all(points) and points[0] != points[1]:

@@ -83,7 +83,8 @@ GUARDED = [
         "Ab|aB",
         "3AB|3BA", r"\overline{AB}|\overline{BA}", "A, BCD|A, BDC",
     )),
-    (r"\text{Even}|even", True), (r"yes|\text{Yes}", True), (r"2xy|2yx", True), ("x+y|y+x", True),
+    (r"\text{Even}|even", True), (r"yes|\text{Yes}", True), ("No|no", True),
+    (r"2xy|2yx", True), ("x+y|y+x", True),
     (r"AB=4,CD=5|4,5", True), (r"\angle ABC=30|30", True), (r"\frac{AB}{CD}=2|2", True),
     # a capital is not its small letter
     *((pair, False) for pair in (
