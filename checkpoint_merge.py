@@ -6,7 +6,8 @@ Bit for bit. DIR gets model.safetensors (in files of at most 5 GB), config.json,
 generation_config.json and the tokenizer's files; with --use_chat_template the family's chat
 template where the checkpoint has none of its own. A verifier's shards become a
 …ForSequenceClassification with the same scores. Qwen v1 becomes a Qwen2 model, which computes the
-same function (up to seq_length) and needs no code from outside transformers.
+same function (up to seq_length) and needs no code from outside transformers. With --adapter_dir
+the adapter's own tokenizer and chat template go along, where it has them.
 """
 
 import os
@@ -38,7 +39,8 @@ def main(settings: CheckpointMergeSettings) -> None:
     check_whole(source)
     check_model_type(config, model.model_type)
     tokenizer = None
-    if model.tokenizer_file or model.use_chat_template or find_tokenizer(source):
+    found = find_tokenizer(source, checkpoint.adapter_folder)
+    if model.tokenizer_file or model.use_chat_template or found:
         tokenizer = open_tokenizer(model, checkpoint)
 
     # Write.
@@ -50,7 +52,8 @@ def main(settings: CheckpointMergeSettings) -> None:
         DTYPES[dtype] if dtype else None,
         lambda folder: write_tokenizer(tokenizer, folder, *about),
     )
-    print(f"wrote {save_dir}")
+    own = tokenizer is not None and tokenizer.path.parent == checkpoint.adapter_folder
+    print(f"wrote {save_dir}" + (", with the adapter's own tokenizer" if own else ""))
 
 
 command = partial(run, main)

@@ -122,9 +122,14 @@ def check_space(folder: Path, needed: int, what: str = "") -> None:
         )
 
 
-def find_tokenizer(folder: Path) -> Path | None:
-    """The tokenizer's file in a checkpoint's folder, or beside that, as in Meta's downloads."""
-    for place in (folder, folder.resolve().parent):
+def find_tokenizer(folder: Path, adapter: Path | None = None) -> Path | None:
+    """The tokenizer's file in a checkpoint's folder, or beside that, as in Meta's downloads.
+
+    adapter: the folder of an adapter on it, whose own counts before that: it may hold tokens, an
+    end and a template that the adapter was trained with.
+    """
+    own = () if adapter is None else (adapter,)
+    for place in (*own, folder, folder.resolve().parent):
         others = [path for pattern in TOKENIZER_PATTERNS for path in sorted(place.glob(pattern))]
         for path in (*(place / name for name in TOKENIZERS), *others):
             if path.is_file():
@@ -177,12 +182,13 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def copy_side_files(source: Path, target: Path) -> None:
+def copy_side_files(source: Path, target: Path, adapter: Path | None = None) -> None:
     """Copy the tokenizer's, generation's and scores' files that lie with the weights, as they are.
 
-    The tokenizer's own file and what describes it go together, wherever they lie.
+    The tokenizer's own file and what describes it go together, wherever they lie. adapter: see
+    `find_tokenizer`.
     """
-    tokenizer = find_tokenizer(source)
+    tokenizer = find_tokenizer(source, adapter)
     place = source if tokenizer is None else tokenizer.parent
     for name in TOKENIZER_FILES:
         if (place / name).is_file():

@@ -126,7 +126,7 @@ def save_model(
             if parallel.is_main:
                 write_params(model.config, target)
                 if side_files is None:
-                    copy_side_files(base.folder, target)
+                    copy_side_files(base.folder, target, base.adapter_folder)
                 else:
                     side_files(target)
                 # the moments of the base's scores: this model's are others

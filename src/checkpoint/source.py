@@ -174,6 +174,11 @@ class Checkpoint:
         return tensor
 
     @property
+    def adapter_folder(self) -> Path | None:
+        """Where its adapter lies, if it has one."""
+        return None if self.adapter is None else self.adapter.folder
+
+    @property
     def dtype(self) -> torch.dtype:
         """The last norm's, where tensors differ."""
         return self.dtype_of("norm.weight")
