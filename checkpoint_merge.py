@@ -19,6 +19,7 @@ from src.settings.scripts import CheckpointMergeSettings
 
 def main(settings: CheckpointMergeSettings) -> None:
     """Write the folder."""
+    from src.checkpoint.files import read_json
     from src.checkpoint.folder import check_apart, check_replaceable, find_tokenizer
     from src.checkpoint.manifest import check_whole
     from src.checkpoint.source import Checkpoint, check_model_type
@@ -45,10 +46,15 @@ def main(settings: CheckpointMergeSettings) -> None:
 
     # Write.
     about = source, config.vocab_size, config.head == "score"
+    special_ids = special_ids_of(tokenizer, *about)
+    generation = source / "generation_config.json"
+    if tokenizer is None and generation.is_file():  # where shards keep a config.json's ids
+        said = read_json(generation)
+        special_ids = {key: said.get(key) if i is None else i for key, i in special_ids.items()}
     merge(
         checkpoint,
         check_replaceable(save_dir),
-        special_ids_of(tokenizer, *about),
+        special_ids,
         DTYPES[dtype] if dtype else None,
         lambda folder: write_tokenizer(tokenizer, folder, *about),
     )

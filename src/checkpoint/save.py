@@ -19,6 +19,7 @@ from src.checkpoint.folder import (
     check_space,
     copy_side_files,
     fresh_temporary,
+    keep_special_ids,
     publish,
     temporary_of,
 )
@@ -127,6 +128,7 @@ def save_model(
                 write_params(model.config, target)
                 if side_files is None:
                     copy_side_files(base.folder, target, base.adapter_folder)
+                    keep_special_ids(base.folder, target, base.adapter_folder)
                 else:
                     side_files(target)
                 # the moments of the base's scores: this model's are others

@@ -12,7 +12,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from src.checkpoint.files import save_tensors
-from src.checkpoint.folder import check_space, copy_side_files, find_tokenizer, whole_folder
+from src.checkpoint.folder import (
+    check_space,
+    copy_side_files,
+    find_tokenizer,
+    keep_special_ids,
+    whole_folder,
+)
 from src.checkpoint.gguf_tokenizer import write_tokenizer
 from src.checkpoint.names import hf_tensors
 from src.checkpoint.source import Checkpoint
@@ -76,6 +82,7 @@ def split(
             write_tokenizer(checkpoint.gguf, folder)
         else:
             copy_side_files(checkpoint.folder, folder, checkpoint.adapter_folder)
+            keep_special_ids(checkpoint.folder, folder, checkpoint.adapter_folder)
 
 
 def merge(
