@@ -30,6 +30,7 @@ from src.checkpoint.names import (
     to_interleaved,
     unwrapped,
 )
+from src.checkpoint.rope import one_rope
 from src.errors import UserError
 from src.models.config import SIZES, ModelConfig, config_from_params, described
 from src.models.family import Stored
@@ -602,7 +603,10 @@ def read_config(path: str | Path) -> ModelConfig:
 
 def config_of(raw: dict, path: str | Path) -> ModelConfig:
     """The sizes that a `params.json` or `config.json` holds; path: what it was read from."""
-    config = (config_from_params if "dim" in raw else config_from_hf)(raw, str(path))
+    if "dim" in raw:
+        config = config_from_params(raw, str(path))
+    else:
+        config = config_from_hf(one_rope(raw, str(path)), str(path))
     family = FAMILIES.get(config.family)
     if family is None:
         raise UserError(f"{path}: unknown family {config.family!r}; one of {', '.join(FAMILIES)}")
