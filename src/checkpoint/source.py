@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from src.checkpoint.adapter import Adapter
+from src.checkpoint.adapter import ADAPTER_CONFIG, Adapter
 from src.checkpoint.files import SUFFIXES, TensorFile, indexed_files, read_json
 from src.checkpoint.gguf import GGUFFile
 from src.checkpoint.names import (
@@ -95,12 +95,14 @@ class Checkpoint:
         config_file: str | None = None,
         adapter_dir: str | None = None,
         gguf: bool = False,
+        alone: bool = False,
     ) -> "Checkpoint":
         """path: a Hugging Face folder, a folder of consolidated shards, or one tensor file.
 
         adapter_dir: a folder in PEFT's format, whose adapter is added to every weight that is read;
-        gguf: whether the one file may be GGUF, which has its tokenizer inside. Raises UserError for
-        what is not there or does not fit.
+        gguf: whether the one file may be GGUF, which has its tokenizer inside; alone: whether an
+        adapter that lies in the folder is knowingly left out. Raises UserError for what is not
+        there or does not fit.
         """
         if Path(path).suffix == ".gguf" and not gguf:
             raise UserError(
@@ -109,6 +111,11 @@ class Checkpoint:
             )
         try:
             checkpoint = cls._open(Path(path), config_file)
+            if adapter_dir is None and not alone and (Path(path) / ADAPTER_CONFIG).is_file():
+                raise UserError(
+                    f"{path}: also holds an adapter ({ADAPTER_CONFIG}), which transformers would "
+                    f"add to the weights; give --adapter_dir {path} to do so, or remove it"
+                )
             if adapter_dir is not None:
                 checkpoint.adapter = Adapter.open(adapter_dir, checkpoint.config)
                 # its added tokens and its score head are the model's
@@ -534,6 +541,12 @@ def _file_names(part: Part) -> str:
 
 def _nothing_in(folder: Path) -> str:
     """What a folder lacks that has no tensors."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+        return (
+            f"{folder}: no checkpoint in it, but an adapter; give the model that it was trained on "
+            f"({base}) in its place, and --adapter_dir {folder}"
+        )
     indices = [f"{stem}.index.json" for stem in _HF_STEMS]
     gone = [f"the files of {i} are missing from it" for i in indices if (folder / i).is_file()]
     expected = "expected consolidated.00.pth …, model.safetensors, pytorch_model.bin or their index"
@@ -721,7 +734,7 @@ def adapter_on(base: Checkpoint, path: str) -> Adapter:
     folder = Path(path)
     inner = folder / "adapter"
     if not inner.is_dir():
-        if not (folder / "adapter_config.json").is_file():
+        if not (folder / ADAPTER_CONFIG).is_file():
             raise UserError(
                 f"{path}: holds no adapter; --shared_trunk needs one that was trained "
                 "(--lora_rank) on the actor's weights"

@@ -6,16 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from src.checkpoint import source
 from src.checkpoint.source import Checkpoint
+from src.checkpoint.verify import reports_of
+from src.checkpoint.write import split
 from src.errors import UserError
+from tests.checkpoint.test_adapter import ADAPTERS, merged_logits
+from tests.checkpoint.test_adapter import trained as trained_adapter
 from tests.checkpoint.test_formats import everything, mistral_params
 from tests.checkpoint.tiny import (
     LAYERS,
     assert_same,
+    logits_of,
     meta_tensors,
     tiny,
     write_hf,
@@ -255,3 +260,71 @@ def test_what_a_description_leaves_open_does_not_disagree(tmp_path, change):
     tensors = both(tmp_path)
     changed(tmp_path / "params.json", **change)
     assert_same(everything(Checkpoint.open(str(tmp_path))), meta_tensors(tensors))
+
+
+# --- a model's folder that also holds an adapter
+
+
+def with_an_adapter(folder: Path) -> Path:
+    """As PeftModel.save_pretrained into the base's own folder leaves it."""
+    write_hf(folder, "llama")
+    trained_adapter(folder, "llama", ADAPTERS["plain"])
+    assert {"adapter_config.json", "model.safetensors"} <= {p.name for p in folder.iterdir()}
+    return folder
+
+
+def test_an_adapter_in_the_models_folder_is_not_left_out_in_silence(tmp_path):
+    """transformers loads it with the weights; given as --adapter_dir, so do we."""
+    folder = with_an_adapter(tmp_path / "base")
+    message = f"{folder}: also holds an adapter (adapter_config.json), which transformers would add"
+    assert message in refusal(folder) and f"give --adapter_dir {folder} to" in refusal(folder)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert any("lora_A" in name for name, _ in theirs.named_parameters())
+    ours = merged_logits(folder, folder, tmp_path)
+    atol = 2e-5 * ours.abs().max().item()
+    torch.testing.assert_close(ours, logits_of(theirs.eval()), rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("form", ("sharded safetensors", "bin", "shards"))
+def test_whatever_the_weights_files_are(tmp_path, form):
+    folder = with_an_adapter(tmp_path / "base")
+    if form == "shards":
+        split(Checkpoint.open(str(folder), adapter_dir=str(folder)), tmp_path / "shards", 2)
+        for file in folder.glob("adapter_*"):
+            shutil.copy(file, tmp_path / "shards")
+        folder = tmp_path / "shards"
+    else:
+        trained(folder, load_file(folder / "model.safetensors"), form)
+    assert "also holds an adapter" in refusal(folder)
+
+
+def test_what_tells_the_weights_alone_apart_goes_on(tmp_path):
+    """A named file, another adapter, and an adapter/ folder as our trainers write it."""
+    folder = with_an_adapter(tmp_path / "base")
+    wanted = everything(Checkpoint.open(str(folder / "model.safetensors")))
+    trained_adapter(tmp_path / "other", "llama", ADAPTERS["one layer"])
+    opened = Checkpoint.open(str(folder), adapter_dir=str(tmp_path / "other"))
+    assert opened.adapter_folder == tmp_path / "other"
+    (folder / "adapter").mkdir()
+    for file in list(folder.glob("adapter_*")):
+        file.rename(folder / "adapter" / file.name)
+    assert_same(everything(Checkpoint.open(str(folder))), wanted)
+
+
+def test_an_adapter_alone_is_called_so(tmp_path):
+    trained_adapter(tmp_path, "llama", ADAPTERS["plain"])
+    changed(tmp_path / "adapter_config.json", base_model_name_or_path="meta/llama")
+    message = refusal(tmp_path)
+    assert "no checkpoint in it, but an adapter; give the model that it was trained on" in message
+    assert "(meta/llama)" in message and f"--adapter_dir {tmp_path}" in message
+
+
+def test_both_are_verified(tmp_path):
+    folder = with_an_adapter(tmp_path / "base")
+    reports = reports_of(folder, None, str(folder))
+    assert not any(report.problems for report in reports)
+    assert [report.summary.split(":")[1].split(",")[0] for report in reports] == [
+        " 21 tensors",
+        " an adapter of rank 3",
+    ]
+    assert "--base_dir" in reports_of(folder, None, None)[0].problems[0]
