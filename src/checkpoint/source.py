@@ -448,15 +448,17 @@ class Checkpoint:
         found, expected = part[key], spec.local_shape(n)
         if found.shape != expected:
             return [f"{found} has shape {list(found.shape)}, expected {list(expected)}"]
-        # A few rows of the shard's part tell, without reading all of it.
-        start, stop = spec.local_range(number, n)
-        rows = {start + i * (stop - start) // 16 for i in range(16)} if stop > start else set()
-        for row in sorted(rows):
-            output_row = found.read({0: (row - start, row - start + 1)})  # [1, dim]
-            if not torch.equal(output_row, self.read("tok_embeddings.weight", 0, row, row + 1)):
+        # All rows of the shard's part, since some tokens' alone may have been trained.
+        first, last = spec.local_range(number, n)
+        row_bytes = self.bytes_of("tok_embeddings.weight") // self.config.vocab_size
+        for start, stop in _compared("output.weight", last - first, row_bytes):
+            rows = found.read({0: (start, stop)}).float()
+            embedded = self.read("tok_embeddings.weight", 0, first + start, first + stop).float()
+            if not torch.equal(rows, embedded):
+                row = first + start + int((rows != embedded).any(1).nonzero()[0])
                 return [
-                    f"{found} is not the embedding, as tie_word_embeddings says it is; set that to "
-                    "false"
+                    f"{found} is not the embedding (row {row} differs), as tie_word_embeddings "
+                    "says it is; set that to false to keep both"
                 ]
         return []
 
@@ -518,7 +520,7 @@ def _compared(name: str, rows: int, row_bytes: int, unit: int = 1) -> Iterator[t
     nearly every row.
     """
     if _BY_TOKENS.search(unwrapped(name)) or rows * row_bytes <= _SMALL:
-        step = max(_AT_ONCE // row_bytes // unit, 1) * unit
+        step = max(_AT_ONCE // max(row_bytes, 1) // unit, 1) * unit
         yield from ((start, min(start + step, rows)) for start in range(0, rows, step))
         return
     last = rows // unit - 1
@@ -526,6 +528,18 @@ def _compared(name: str, rows: int, row_bytes: int, unit: int = 1) -> Iterator[t
     for i in range(samples):
         start = unit * (last * i // max(samples - 1, 1))
         yield start, start + unit
+
+
+def _cuts_of(key: str, located: Located) -> Iterator[dict[int, tuple[int, int]]]:
+    """What is compared of a tensor in a file, as cuts to read it by."""
+    if not located.shape:
+        yield {}
+        return
+    dim = max(len(located.shape) - 2, 0)  # of experts in one tensor, a row of each
+    itemsize = (located.dtype or torch.float32).itemsize
+    row_bytes = itemsize * torch.Size((*located.shape[:dim], *located.shape[dim + 1 :])).numel()
+    for rows in _compared(key, located.shape[dim], row_bytes):
+        yield {dim: rows}
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
@@ -594,14 +608,13 @@ def _indexed(folder: Path, index: Path) -> Part | None:
 def _check_alike(single: Part, sharded: Part, whole: Path, index: Path) -> None:
     """Raise UserError when a whole file and an index's files beside it hold different weights.
 
-    transformers reads the former, whichever was saved last. A row of each tensor tells.
+    transformers reads the former, whichever was saved last.
     """
     for key in sorted(single.keys() | sharded.keys()):
         a, b = single.get(key), sharded.get(key)
         alike = a is not None and b is not None and a.shape == b.shape and a.dtype == b.dtype
-        if a is not None and b is not None and alike and a.shape:
-            cuts = {0: (a.shape[0] // 2, a.shape[0] // 2 + 1)}
-            alike = a.file.path == b.file.path or torch.equal(a.read(cuts), b.read(cuts))
+        if a is not None and b is not None and alike and a.file.path != b.file.path:
+            alike = all(torch.equal(a.read(cuts), b.read(cuts)) for cuts in _cuts_of(key, a))
         if not alike:
             raise UserError(
                 f"{whole.parent}: {whole.name} and the files of {index.name} hold different "

@@ -212,6 +212,107 @@ def test_a_tie_is_the_same_in_both_layouts(tmp_path):
             assert "(output.weight, rows 0 to 96)" in refusal(tmp_path)
 
 
+# --- a whole file and an index's
+
+
+@pytest.mark.parametrize("small", (True, False))
+@pytest.mark.parametrize("form", ("safetensors", "bin"))
+def test_a_whole_file_and_an_index_are_compared_in_every_tensor(tmp_path, monkeypatch, form, small):
+    if not small:  # as little is read as of large tensors
+        monkeypatch.setattr(source, "_SMALL", 0)
+    tensors = write_hf(tmp_path, "llama", f"sharded {form}")
+    write_tensors(tmp_path, tensors, form)
+    assert_same(everything(Checkpoint.open(str(tmp_path))), meta_tensors(tensors))
+    for key in tensors:
+        if "layers.0" not in key:
+            for row in (0, -1):
+                other = tensors | {key: tensors[key].clone()}
+                other[key][row] += 1
+                write_tensors(tmp_path, other, form)
+                assert f"hold different weights ({key})" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("rows", ([90, 92], [95], [1], [33, 47]), ids=str)
+@pytest.mark.parametrize("key", ("model.embed_tokens.weight", "lm_head.weight"))
+def test_a_whole_file_and_an_index_that_differ_in_some_tokens(tmp_path, monkeypatch, key, rows):
+    monkeypatch.setattr(source, "_SMALL", 0)
+    monkeypatch.setattr(source, "_AT_ONCE", 4 * 66 * 4)
+    tensors = write_hf(tmp_path, "llama", "sharded safetensors")
+    tensors[key][rows] += 2
+    write_tensors(tmp_path, tensors, "safetensors")
+    assert f"hold different weights ({key})" in refusal(tmp_path)
+
+
+def test_experts_in_one_tensor_in_a_whole_file_and_an_index(tmp_path, monkeypatch):
+    monkeypatch.setattr(source, "_SMALL", 0)
+    write_hf(tmp_path, "mixtral")
+    tensors = dict(tiny("mixtral").state_dict())
+    write_tensors(tmp_path, tensors, "sharded safetensors")
+    write_tensors(tmp_path, tensors, "safetensors")
+    Checkpoint.open(str(tmp_path))
+    key = next(key for key, x in tensors.items() if x.dim() == 3)
+    tensors[key][2, -1] += 1
+    write_tensors(tmp_path, tensors, "safetensors")
+    assert f"hold different weights ({key})" in refusal(tmp_path)
+
+
+# --- a tie, and an output layer of its own
+
+
+@pytest.mark.parametrize("rows", ([91, 92, 95], [96], [0], [7], [50]), ids=str)
+@pytest.mark.parametrize("at_once", (2**24, 5 * 66 * 4))
+def test_an_output_layer_that_differs_in_some_rows_is_not_dropped(
+    tmp_path, monkeypatch, rows, at_once
+):
+    """transformers keeps it, whatever tie_word_embeddings says."""
+    monkeypatch.setattr(source, "_AT_ONCE", at_once)
+    tensors = write_hf(tmp_path, "qwen2-tied")
+    output = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors | {"lm_head.weight": output}, tmp_path / "model.safetensors")
+    Checkpoint.open(str(tmp_path))
+    output[rows, 3] += 0.01
+    meta = {"format": "pt"}
+    save_file(tensors | {"lm_head.weight": output}, tmp_path / "model.safetensors", meta)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert torch.equal(theirs.lm_head.weight, output)
+    message = refusal(tmp_path)
+    assert f"lm_head.weight is not the embedding (row {rows[0]} differs)" in message
+    changed(tmp_path / "config.json", tie_word_embeddings=False)
+    opened = Checkpoint.open(str(tmp_path))
+    assert torch.equal(opened.read("output.weight"), output)
+
+
+@pytest.mark.parametrize("n", (2, 3))
+@pytest.mark.parametrize("row", (0, 48, 49, 96))
+def test_an_output_layer_of_its_own_in_shards(tmp_path, n, row):
+    write_hf(tmp_path / "hf", "llama")
+    split(Checkpoint.open(str(tmp_path / "hf")), tmp_path / "shards", n)
+    files = sorted((tmp_path / "shards").glob("*.pth"))
+    shards = [torch.load(file) for file in files]
+    embedding = Checkpoint.open(str(tmp_path / "shards")).read("tok_embeddings.weight").clone()
+    height = shards[0]["output.weight"].shape[0]
+    changed(tmp_path / "shards" / "params.json", tie_word_embeddings=True)
+    for change in (0, 1):
+        embedding[row, 5] += change  # of the output layer alone
+        padded = torch.cat([embedding, torch.zeros(height * n - 97, 66)])
+        for file, shard, output in zip(files, shards, padded.chunk(n)):
+            torch.save(shard | {"output.weight": output.clone()}, file)
+        if change == 0:
+            Checkpoint.open(str(tmp_path / "shards"))
+        else:
+            assert f"output.weight is not the embedding (row {row}" in refusal(tmp_path / "shards")
+
+
+def test_an_output_layer_in_another_dtype_is_compared_as_it_is(tmp_path):
+    tensors = {key: x.bfloat16() for key, x in write_hf(tmp_path, "qwen2-tied").items()}
+    output = tensors["model.embed_tokens.weight"].float()
+    save_file(tensors | {"lm_head.weight": output}, tmp_path / "model.safetensors")
+    Checkpoint.open(str(tmp_path))
+    output[40] *= 1 + 2**-12  # less than bf16 sees
+    save_file(tensors | {"lm_head.weight": output}, tmp_path / "model.safetensors")
+    assert "is not the embedding (row 40 differs)" in refusal(tmp_path)
+
+
 # --- params.json and config.json
 
 
