@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import reduce
 from itertools import zip_longest
 from pathlib import Path
 
@@ -188,11 +189,17 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The last norm's, where tensors differ."""
-        return self.dtype_of("norm.weight")
+        """The matrices'; where they differ, the narrowest that holds the numbers of all of them.
+
+        Of norms and biases some savers keep other dtypes, wider or narrower.
+        """
+        matrices = [name for name, spec in self.table.items() if len(spec.shape) > 1]
+        keys = {key for name in matrices for key in self._places(name)} & self.parts[0].keys()
+        found = {dtype for key in keys if (dtype := self.parts[0][key].dtype) is not None}
+        return reduce(torch.promote_types, found)
 
     def dtype_of(self, name: str) -> torch.dtype:
-        """A tensor's own; the last norm's for one that is in none of the files."""
+        """A tensor's own; the model's for one that is in none of the files."""
         key = self._places(name)[0]
         if key not in self.parts[0]:  # an adapter's score head, or one that is new
             return self.dtype
