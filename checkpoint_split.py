@@ -8,7 +8,8 @@ torchrun's own parser refuses --n as an ambiguous abbreviation of its flags.
 
 CKPT is a Hugging Face folder, one .bin / .pth / .safetensors file with its config beside it, a
 folder of consolidated.*.pth for any degree, or a .gguf file, which is unpacked with its tokenizer
-and chat template. DIR gets consolidated.00.pth … and params.json, and the tokenizer's files.
+and chat template. DIR gets consolidated.00.pth … and params.json, and the tokenizer's files, with
+--adapter_dir the adapter's own where it has them.
 Splitting is for speed of loading: every script also reads CKPT as it is, but for GGUF.
 """
 
@@ -21,7 +22,7 @@ from src.settings.scripts import CheckpointSplitSettings
 
 def main(settings: CheckpointSplitSettings) -> None:
     """Write the shards, or with --dry_run say what each would hold."""
-    from src.checkpoint.folder import check_apart, check_replaceable
+    from src.checkpoint.folder import check_apart, check_replaceable, find_tokenizer
     from src.checkpoint.manifest import check_whole
     from src.checkpoint.plan import dry_run as lay_out
     from src.checkpoint.source import Checkpoint, check_model_type, config_of_type
@@ -52,7 +53,11 @@ def main(settings: CheckpointSplitSettings) -> None:
         print("\n".join(lay_out(checkpoint.config, shards.n, dtype or checkpoint.dtype).lines()))
         return
     split(checkpoint, check_replaceable(shards.save_path), shards.n, dtype)
-    print(f"wrote {shards.n} shards to {shards.save_path}")
+    adapter = checkpoint.adapter_folder
+    tokenizer = find_tokenizer(checkpoint.folder, adapter)
+    own = tokenizer is not None and tokenizer.parent == adapter
+    said = ", with the adapter's own tokenizer" if own else ""
+    print(f"wrote {shards.n} shards to {shards.save_path}{said}")
 
 
 command = partial(run, main)

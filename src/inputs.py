@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from src.checkpoint.folder import find_tokenizer
 from src.checkpoint.manifest import check_whole
 from src.checkpoint.save import save_model
 from src.checkpoint.source import Checkpoint, check_model_type
+from src.data.chat import has_template
 from src.data.export import write_tokenizer
 from src.data.tokenizer import Tokenizer
 from src.errors import UserError
@@ -36,6 +38,8 @@ class OpenedModel:
 
     def announce(self, log: RunLog) -> None:
         """Say in the log what a user should know of how texts are read."""
+        if self.tokenizer.path.parent == self.checkpoint.adapter_folder:
+            log.info(f"the tokenizer is the adapter's own, {self.tokenizer.path}")
         for note in self.tokenizer.notes():
             log.warning(note)
         unused = self.checkpoint.config.ids_without_text
@@ -104,11 +108,23 @@ def open_tokenizer(
 ) -> Tokenizer:
     """The tokenizer that the settings name, or that lies with the checkpoint, which it must fit.
 
-    chat_family: see `open_model`.
+    An adapter's own counts before its base's. chat_family: see `open_model`.
     """
+    file, adapter = model.tokenizer_file, checkpoint.adapter_folder
+    if file is None and adapter is not None:
+        found = find_tokenizer(checkpoint.folder, adapter)
+        file = None if found is None else str(found)
+        # A template is read with the tokenizer beside it: without one, it would be passed over.
+        has_own = found is not None and found.parent == adapter
+        if model.use_chat_template and not has_own and has_template([adapter]):
+            raise UserError(
+                f"{adapter}: has a chat template and no tokenizer to read it with; copy the "
+                f"tokenizer's files there, from {checkpoint.folder} if it is that one's, or take "
+                "the template out"
+            )
     tokenizer = Tokenizer.find(
         checkpoint.folder,
-        model.tokenizer_file,
+        file,
         model.use_chat_template,
         chat_family or model.model_type or checkpoint.config.family,
         model.special_tokens,

@@ -29,6 +29,7 @@ from src.models.hf_config import FAMILIES, family_written
 from src.models.layout import tensor_table
 from src.models.lora import TARGETS, LoRAConfig, lora_table
 
+ADAPTER_CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."
 # Settings of PEFT's that make another function of the same factors: refused when they are set.
 _REFUSED = (
@@ -82,7 +83,7 @@ class Adapter:
         Raises UserError for what does not fit the model, or is not supported.
         """
         folder = Path(path)
-        config_file = folder / "adapter_config.json"
+        config_file = folder / ADAPTER_CONFIG
         if not config_file.is_file():
             raise UserError(
                 f"{config_file}: not there; an adapter's folder holds it, "
@@ -197,7 +198,7 @@ def write_adapter(
         "modules_to_save": ["score"] if scored else None,
         "inference_mode": True,
     }
-    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=1) + "\n")
     save_tensors(written, folder / "adapter_model.safetensors")
 
 

@@ -1,11 +1,14 @@
 """Whole folders or nothing: a checkpoint is written beside its place and renamed into it."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from src.checkpoint.files import read_json
 from src.checkpoint.manifest import MANIFEST, described_all, sync, write_manifest
 from src.errors import UserError
 
@@ -122,9 +125,14 @@ def check_space(folder: Path, needed: int, what: str = "") -> None:
         )
 
 
-def find_tokenizer(folder: Path) -> Path | None:
-    """The tokenizer's file in a checkpoint's folder, or beside that, as in Meta's downloads."""
-    for place in (folder, folder.resolve().parent):
+def find_tokenizer(folder: Path, adapter: Path | None = None) -> Path | None:
+    """The tokenizer's file in a checkpoint's folder, or beside that, as in Meta's downloads.
+
+    adapter: the folder of an adapter on it, whose own counts before that: it may hold tokens, an
+    end and a template that the adapter was trained with.
+    """
+    own = () if adapter is None else (adapter,)
+    for place in (*own, folder, folder.resolve().parent):
         others = [path for pattern in TOKENIZER_PATTERNS for path in sorted(place.glob(pattern))]
         for path in (*(place / name for name in TOKENIZERS), *others):
             if path.is_file():
@@ -177,12 +185,13 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def copy_side_files(source: Path, target: Path) -> None:
+def copy_side_files(source: Path, target: Path, adapter: Path | None = None) -> None:
     """Copy the tokenizer's, generation's and scores' files that lie with the weights, as they are.
 
-    The tokenizer's own file and what describes it go together, wherever they lie.
+    The tokenizer's own file and what describes it go together, wherever they lie; so does the
+    source's chat template where there is none beside that. adapter: see `find_tokenizer`.
     """
-    tokenizer = find_tokenizer(source)
+    tokenizer = find_tokenizer(source, adapter)
     place = source if tokenizer is None else tokenizer.parent
     for name in TOKENIZER_FILES:
         if (place / name).is_file():
@@ -192,3 +201,55 @@ def copy_side_files(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
     if tokenizer is not None:
         shutil.copyfile(tokenizer, target / tokenizer.name)
+    if _template_in(place) is None and (template := _template_in(source)) is not None:
+        (target / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+
+def keep_special_ids(source: Path, target: Path, adapter: Path | None = None) -> None:
+    """Put into a folder of shards what the source's files say of special ids.
+
+    Shards have no config.json: its ids go into generation_config.json, which `copy_side_files` has
+    copied. The ids that end a text are those of all the files in which they are looked for.
+    """
+    tokenizer = find_tokenizer(source, adapter)
+    places = dict.fromkeys((source if tokenizer is None else tokenizer.parent, source))
+    names = ("generation_config.json", "config.json")
+    files = [place / name for place in places for name in names if (place / name).is_file()]
+    path = target / "generation_config.json"
+    if [file.name for file in files] in ([], [path.name]):
+        return  # it says all, and is copied as it is
+    copied = read_json(path) if path.is_file() else {}
+    written, ends = dict(copied), []
+    for file in files:
+        said = read_json(file)
+        ends += [i for i in _ids_in(said, file) if i not in ends]
+        for key in ("bos_token_id", "pad_token_id"):
+            if written.get(key) is None and said.get(key) is not None:
+                written[key] = said[key]
+    if ends != _ids_in(copied, path):
+        written["eos_token_id"] = ends[0] if len(ends) == 1 else ends
+    if written != copied:
+        path.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+
+
+def _ids_in(said: dict[str, Any], path: Path) -> list[int]:
+    """The `eos_token_id` of a config, a number or several."""
+    value = said.get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(i) is int for i in ids):
+        raise UserError(f"{path}: eos_token_id is {value!r}, an id or a list of ids is expected")
+    return ids
+
+
+def _template_in(folder: Path) -> str | None:
+    """The chat template of a folder's files: of several the default one."""
+    file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    if not config.is_file() or '"chat_template"' not in config.read_text(encoding="utf-8"):
+        return None
+    template = read_json(config).get("chat_template")
+    if isinstance(template, list) and all(isinstance(entry, dict) for entry in template):
+        named = {entry.get("name"): entry.get("template") for entry in template}
+        template = named.get("default")
+    return template if isinstance(template, str) else None

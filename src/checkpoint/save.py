@@ -19,6 +19,7 @@ from src.checkpoint.folder import (
     check_space,
     copy_side_files,
     fresh_temporary,
+    keep_special_ids,
     publish,
     temporary_of,
 )
@@ -126,7 +127,8 @@ def save_model(
             if parallel.is_main:
                 write_params(model.config, target)
                 if side_files is None:
-                    copy_side_files(base.folder, target)
+                    copy_side_files(base.folder, target, base.adapter_folder)
+                    keep_special_ids(base.folder, target, base.adapter_folder)
                 else:
                     side_files(target)
                 # the moments of the base's scores: this model's are others

@@ -6,15 +6,17 @@ and nothing holds more than one shard.
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import reduce
 from itertools import zip_longest
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from src.checkpoint.adapter import Adapter
+from src.checkpoint.adapter import ADAPTER_CONFIG, Adapter
 from src.checkpoint.files import SUFFIXES, TensorFile, indexed_files, read_json
 from src.checkpoint.gguf import GGUFFile
 from src.checkpoint.names import (
@@ -27,9 +29,11 @@ from src.checkpoint.names import (
     quantised_by,
     spelled,
     to_interleaved,
+    unwrapped,
 )
+from src.checkpoint.rope import one_rope
 from src.errors import UserError
-from src.models.config import SIZES, ModelConfig, config_from_params
+from src.models.config import SIZES, ModelConfig, config_from_params, described
 from src.models.family import Stored
 from src.models.hf_config import FAMILIES, PRESETS, config_from_hf
 from src.models.layout import TensorSpec, layer_table, tensor_table
@@ -92,12 +96,14 @@ class Checkpoint:
         config_file: str | None = None,
         adapter_dir: str | None = None,
         gguf: bool = False,
+        alone: bool = False,
     ) -> "Checkpoint":
         """path: a Hugging Face folder, a folder of consolidated shards, or one tensor file.
 
         adapter_dir: a folder in PEFT's format, whose adapter is added to every weight that is read;
-        gguf: whether the one file may be GGUF, which has its tokenizer inside. Raises UserError for
-        what is not there or does not fit.
+        gguf: whether the one file may be GGUF, which has its tokenizer inside; alone: whether an
+        adapter that lies in the folder is knowingly left out. Raises UserError for what is not
+        there or does not fit.
         """
         if Path(path).suffix == ".gguf" and not gguf:
             raise UserError(
@@ -106,6 +112,11 @@ class Checkpoint:
             )
         try:
             checkpoint = cls._open(Path(path), config_file)
+            if adapter_dir is None and not alone and (Path(path) / ADAPTER_CONFIG).is_file():
+                raise UserError(
+                    f"{path}: also holds an adapter ({ADAPTER_CONFIG}), which transformers would "
+                    f"add to the weights; give --adapter_dir {path} to do so, or remove it"
+                )
             if adapter_dir is not None:
                 checkpoint.adapter = Adapter.open(adapter_dir, checkpoint.config)
                 # its added tokens and its score head are the model's
@@ -128,8 +139,11 @@ class Checkpoint:
             return cls(path, config, [_located(file)], spelling)
         folder = path if path.is_dir() else path.parent
         files = _consolidated(folder) if path.is_dir() else [path]
+        beside = _hf_files(folder) if path.is_dir() else {}
         if path.is_dir() and not files:
-            found = [_hf_files(folder)]
+            if not beside:
+                raise UserError(_nothing_in(folder))
+            found, beside = [beside], {}
         elif not path.is_dir() and path.suffix not in SUFFIXES:
             raise UserError(
                 f"{path}: unknown kind of file; expected a folder or one of "
@@ -138,12 +152,20 @@ class Checkpoint:
         else:
             opened = [TensorFile(file) for file in files]
             found = [_located(file) for file in opened]
+        checkpoint = cls._of(folder, _config(folder, config_file), found)
+        if beside:
+            checkpoint._check_beside(beside, config_file)
+        return checkpoint
+
+    @classmethod
+    def _of(cls, folder: Path, config: ModelConfig, found: list[Part]) -> "Checkpoint":
+        """found: the tensors of each shard, by the files' own keys."""
         spellings = [spelled(part) for part in found]
         parts = [
             {name: part[key] for name, key in spelling.keys.items()}
             for part, spelling in zip(found, spellings)
         ]
-        return cls(folder, _config(folder, config_file), parts, spellings[0])
+        return cls(folder, config, parts, spellings[0])
 
     def release(self) -> None:
         """Let go of the files' pages; what is read later opens them again."""
@@ -161,12 +183,23 @@ class Checkpoint:
         return tensor
 
     @property
+    def adapter_folder(self) -> Path | None:
+        """Where its adapter lies, if it has one."""
+        return None if self.adapter is None else self.adapter.folder
+
+    @property
     def dtype(self) -> torch.dtype:
-        """The last norm's, where tensors differ."""
-        return self.dtype_of("norm.weight")
+        """The matrices'; where they differ, the narrowest that holds the numbers of all of them.
+
+        Of norms and biases some savers keep other dtypes, wider or narrower.
+        """
+        matrices = [name for name, spec in self.table.items() if len(spec.shape) > 1]
+        keys = {key for name in matrices for key in self._places(name)} & self.parts[0].keys()
+        found = {dtype for key in keys if (dtype := self.parts[0][key].dtype) is not None}
+        return reduce(torch.promote_types, found)
 
     def dtype_of(self, name: str) -> torch.dtype:
-        """A tensor's own; the last norm's for one that is in none of the files."""
+        """A tensor's own; the model's for one that is in none of the files."""
         key = self._places(name)[0]
         if key not in self.parts[0]:  # an adapter's score head, or one that is new
             return self.dtype
@@ -375,6 +408,44 @@ class Checkpoint:
                     "(merge_and_unload), or the adapter alone, for --adapter_dir"
                 )
 
+    def _check_beside(self, beside: Part, config_file: str | None) -> None:
+        """Raise UserError unless Hugging Face's files beside these shards hold the same weights.
+
+        So a folder that both were released in can be read by either, and one where a base's shards
+        were left beside what was trained since is told. beside: by the files' own keys.
+        """
+        first, second = (_file_names(part) for part in (self.parts[0], beside))
+        both = f"{self.folder}: {first} and {second} both lie there and hold different weights"
+        remove = "remove what is not meant"
+        config_json = self.folder / "config.json"
+        config = self.config
+        if config_file is None and config_json.is_file():
+            config = read_config(config_json)
+        try:
+            other = Checkpoint._of(self.folder, config, [beside])
+        except UserError as error:
+            raise UserError(f"{both} ({error}); {remove}") from None
+        # of a tie either may have the output layer, too
+        tied = {"output.weight"} if config.tie_word_embeddings else set()
+        strangers = sorted((self.table.keys() ^ other.table.keys()) - tied)
+        if strangers:
+            raise UserError(f"{both} (only one of them has {strangers[0]}); {remove}")
+        for name in self.table:
+            its_name = name if name in other.table else "tok_embeddings.weight"
+            spec, its_spec = self.table[name], other.table[its_name]
+            if spec.shape != its_spec.shape:
+                shapes = f"{list(spec.shape)} and {list(its_spec.shape)}"
+                raise UserError(f"{both} ({name}: {shapes}); {remove}")
+            # Experts' rows are the second dim's; what is rotated is reordered within its head.
+            dim = max(len(spec.shape) - 2, 0)
+            unit = self.config.head_dim if is_rotary(name) else 1
+            row_bytes = self.bytes_of(name) // spec.shape[dim]
+            for start, stop in _compared(name, spec.shape[dim], row_bytes, unit):
+                rows = self.read(name, dim, start, stop)
+                if not _alike(rows, other.read(its_name, dim, start, stop)):
+                    raise UserError(f"{both} ({name}, rows {start} to {stop - 1}); {remove}")
+        other.release()
+
     def _untied(self, number: int, part: Part) -> list[str]:
         """What is wrong with an output layer in the file that is said to be the embedding."""
         key, n = self.naming.output, len(self.parts)
@@ -384,15 +455,17 @@ class Checkpoint:
         found, expected = part[key], spec.local_shape(n)
         if found.shape != expected:
             return [f"{found} has shape {list(found.shape)}, expected {list(expected)}"]
-        # A few rows of the shard's part tell, without reading all of it.
-        start, stop = spec.local_range(number, n)
-        rows = {start + i * (stop - start) // 16 for i in range(16)} if stop > start else set()
-        for row in sorted(rows):
-            output_row = found.read({0: (row - start, row - start + 1)})  # [1, dim]
-            if not torch.equal(output_row, self.read("tok_embeddings.weight", 0, row, row + 1)):
+        # All rows of the shard's part, since some tokens' alone may have been trained.
+        first, last = spec.local_range(number, n)
+        row_bytes = self.bytes_of("tok_embeddings.weight") // self.config.vocab_size
+        for start, stop in _compared("output.weight", last - first, row_bytes):
+            rows = found.read({0: (start, stop)}).float()
+            embedded = self.read("tok_embeddings.weight", 0, first + start, first + stop).float()
+            if not torch.equal(rows, embedded):
+                row = first + start + int((rows != embedded).any(1).nonzero()[0])
                 return [
-                    f"{found} is not the embedding, as tie_word_embeddings says it is; set that to "
-                    "false"
+                    f"{found} is not the embedding (row {row} differs), as tie_word_embeddings "
+                    "says it is; set that to false to keep both"
                 ]
         return []
 
@@ -439,14 +512,78 @@ def _located(file: TensorFile | GGUFFile) -> Part:
     return {key: Located(file, key) for key in file.keys}
 
 
+# What training changes of these, it may change in single rows: a token's.
+_BY_TOKENS = re.compile(r"(^|\.)(embed_tokens|lm_head|wte|tok_embeddings|output)\.weight$")
+_SMALL = 2**20  # bytes of a tensor that is compared whole in any case
+_AT_ONCE = 2**24  # bytes of it that are read at a time
+_SAMPLES = 16  # so many rows of a larger one
+
+
+def _compared(name: str, rows: int, row_bytes: int, unit: int = 1) -> Iterator[tuple[int, int]]:
+    """Which rows [start, stop) of two copies of a tensor are compared, cut at multiples of `unit`.
+
+    All of the vocabulary's and of small ones. Two copies of a 70B are 280 GB: of others it is some
+    rows spread evenly, the first and the last among them, since what is trained of a matrix changes
+    nearly every row.
+    """
+    if _BY_TOKENS.search(unwrapped(name)) or rows * row_bytes <= _SMALL:
+        step = max(_AT_ONCE // max(row_bytes, 1) // unit, 1) * unit
+        yield from ((start, min(start + step, rows)) for start in range(0, rows, step))
+        return
+    last = rows // unit - 1
+    samples = min(_SAMPLES if unit == 1 else 3, last + 1)  # a few heads are as many bytes
+    for i in range(samples):
+        start = unit * (last * i // max(samples - 1, 1))
+        yield start, start + unit
+
+
+def _cuts_of(key: str, located: Located) -> Iterator[dict[int, tuple[int, int]]]:
+    """What is compared of a tensor in a file, as cuts to read it by."""
+    if not located.shape:
+        yield {}
+        return
+    dim = max(len(located.shape) - 2, 0)  # of experts in one tensor, a row of each
+    itemsize = (located.dtype or torch.float32).itemsize
+    row_bytes = itemsize * torch.Size((*located.shape[:dim], *located.shape[dim + 1 :])).numel()
+    for rows in _compared(key, located.shape[dim], row_bytes):
+        yield {dim: rows}
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """Whether two copies hold the same numbers, or one holds the other's, rounded to its dtype."""
+    return torch.equal(a.to(b.dtype), b) or torch.equal(a, b.to(a.dtype))
+
+
+def _file_names(part: Part) -> str:
+    """In words, the files that tensors lie in."""
+    names = sorted({located.file.path.name for located in part.values()})
+    return names[0] if len(names) == 1 else f"{names[0]} …"
+
+
+def _nothing_in(folder: Path) -> str:
+    """What a folder lacks that has no tensors."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+        return (
+            f"{folder}: no checkpoint in it, but an adapter; give the model that it was trained on "
+            f"({base}) in its place, and --adapter_dir {folder}"
+        )
+    indices = [f"{stem}.index.json" for stem in _HF_STEMS]
+    gone = [f"the files of {i} are missing from it" for i in indices if (folder / i).is_file()]
+    expected = "expected consolidated.00.pth …, model.safetensors, pytorch_model.bin or their index"
+    return f"{folder}: no checkpoint in it; {'; '.join(gone) or expected}"
+
+
+_HF_STEMS = ("model.safetensors", "pytorch_model.bin")
+
+
 def _hf_files(folder: Path) -> Part:
-    """Where the tensors of a Hugging Face folder lie.
+    """Where the tensors of a Hugging Face folder lie; {} where it has none.
 
     As transformers does it: a whole file before an index, safetensors before torch's. An index
     whose files are all gone is left over from another save.
     """
-    gone: list[str] = []
-    for stem in ("model.safetensors", "pytorch_model.bin"):
+    for stem in _HF_STEMS:
         whole, index = folder / stem, folder / f"{stem}.index.json"
         single = _located(TensorFile(whole)) if whole.is_file() else None
         sharded = _indexed(folder, index) if index.is_file() else None
@@ -454,9 +591,7 @@ def _hf_files(folder: Path) -> Part:
             _check_alike(single, sharded, whole, index)
         if single or sharded:
             return single or sharded or {}
-        gone += [f"the files of {index.name} are missing from it"] if index.is_file() else []
-    expected = "expected consolidated.00.pth …, model.safetensors, pytorch_model.bin or their index"
-    raise UserError(f"{folder}: no checkpoint in it; {'; '.join(gone) or expected}")
+    return {}
 
 
 def _indexed(folder: Path, index: Path) -> Part | None:
@@ -480,14 +615,13 @@ def _indexed(folder: Path, index: Path) -> Part | None:
 def _check_alike(single: Part, sharded: Part, whole: Path, index: Path) -> None:
     """Raise UserError when a whole file and an index's files beside it hold different weights.
 
-    transformers reads the former, whichever was saved last. A row of each tensor tells.
+    transformers reads the former, whichever was saved last.
     """
     for key in sorted(single.keys() | sharded.keys()):
         a, b = single.get(key), sharded.get(key)
         alike = a is not None and b is not None and a.shape == b.shape and a.dtype == b.dtype
-        if a is not None and b is not None and alike and a.shape:
-            cuts = {0: (a.shape[0] // 2, a.shape[0] // 2 + 1)}
-            alike = a.file.path == b.file.path or torch.equal(a.read(cuts), b.read(cuts))
+        if a is not None and b is not None and alike and a.file.path != b.file.path:
+            alike = all(torch.equal(a.read(cuts), b.read(cuts)) for cuts in _cuts_of(key, a))
         if not alike:
             raise UserError(
                 f"{whole.parent}: {whole.name} and the files of {index.name} hold different "
@@ -502,7 +636,10 @@ def read_config(path: str | Path) -> ModelConfig:
 
 def config_of(raw: dict, path: str | Path) -> ModelConfig:
     """The sizes that a `params.json` or `config.json` holds; path: what it was read from."""
-    config = (config_from_params if "dim" in raw else config_from_hf)(raw, str(path))
+    if "dim" in raw:
+        config = config_from_params(raw, str(path))
+    else:
+        config = config_from_hf(one_rope(raw, str(path)), str(path))
     family = FAMILIES.get(config.family)
     if family is None:
         raise UserError(f"{path}: unknown family {config.family!r}; one of {', '.join(FAMILIES)}")
@@ -527,17 +664,45 @@ def config_of(raw: dict, path: str | Path) -> ModelConfig:
 
 
 def _config(folder: Path, config_file: str | None) -> ModelConfig:
-    """From the named file, else from the folder's `params.json` or `config.json`."""
+    """From the named file, else from the folder's `params.json` or `config.json`.
+
+    Where both are there, they must describe the same model.
+    """
     candidates = (
         [Path(config_file)] if config_file else [folder / "params.json", folder / "config.json"]
     )
-    for path in candidates:
-        if path.is_file():
-            return read_config(path)
+    there = [path for path in candidates if path.is_file()]
+    if len(there) == 2:
+        _check_same_sizes(*there)
+    if there:
+        return read_config(there[0])
     raise UserError(
         f"{' and '.join(str(path) for path in candidates)}: not there; "
         "give the model's sizes by --config_file"
     )
+
+
+# What Meta's and Mistral's files do not say, nor need to: it is compared where they do.
+_LEFT_OUT = {"tie_word_embeddings", "head", "family", "router_aux_loss_coef"}
+
+
+def _check_same_sizes(params_file: Path, config_file: Path) -> None:
+    """Raise UserError unless two descriptions are of models that compute the same."""
+    said = read_json(params_file).keys()
+    params, config = read_config(params_file), read_config(config_file)
+    names = {field.name for field in described()} - (_LEFT_OUT - said)
+    if not params.use_logn_attn and not params.use_dynamic_ntk:
+        names.discard("max_seq_len")  # nothing is computed by it
+    if params.vocab_size == -1:  # the tensors tell
+        names.discard("vocab_size")
+    for name in sorted(names):
+        ours, theirs = getattr(params, name), getattr(config, name)
+        if ours != theirs:
+            raise UserError(
+                f"{params_file} and {config_file} describe different models: {name} is {ours} in "
+                f"the one and {theirs} in the other; remove what is not meant, or name the right "
+                "one by --config_file"
+            )
 
 
 def config_of_type(model_type: str | None, config_file: str | None) -> ModelConfig:
@@ -589,7 +754,7 @@ def adapter_on(base: Checkpoint, path: str) -> Adapter:
     folder = Path(path)
     inner = folder / "adapter"
     if not inner.is_dir():
-        if not (folder / "adapter_config.json").is_file():
+        if not (folder / ADAPTER_CONFIG).is_file():
             raise UserError(
                 f"{path}: holds no adapter; --shared_trunk needs one that was trained "
                 "(--lora_rank) on the actor's weights"

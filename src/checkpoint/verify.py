@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from src.checkpoint.adapter import Adapter
+from src.checkpoint.adapter import ADAPTER_CONFIG, Adapter
 from src.checkpoint.files import TensorFile
 from src.checkpoint.folder import find_tokenizer
 from src.checkpoint.manifest import has_manifest, problems, read_manifest
@@ -37,7 +37,7 @@ def model_report(folder: Path, config_file: str | None = None) -> Report:
     """A model's weights: opened (which checks names and shapes), every number looked at."""
     compared, lines = _hashes(folder)
     try:
-        checkpoint = Checkpoint.open(str(folder), config_file, gguf=True)
+        checkpoint = Checkpoint.open(str(folder), config_file, gguf=True, alone=True)
     except UserError as error:
         return Report("", [*lines, str(error)])
     count = 0
@@ -73,7 +73,7 @@ def adapter_report(folder: Path, base_dir: str | None, base: Checkpoint | None =
                 raise UserError(
                     f"{folder}: is an adapter; give the model that it belongs to as --base_dir"
                 )
-            base = Checkpoint.open(base_dir)
+            base = Checkpoint.open(base_dir, alone=True)
         adapter = Adapter.open(str(folder), base.config)  # which looks at the numbers
     except UserError as error:
         return Report("", [*lines, str(error)])
@@ -123,8 +123,10 @@ def reports_of(folder: Path, config_file: str | None, base_dir: str | None) -> l
     try:
         paths = sorted(folder.iterdir()) if folder.is_dir() else []
         steps = [path for path in paths if is_step(path) and path.is_dir()]
-        if (folder / "adapter_config.json").is_file():
-            return [adapter_report(folder, base_dir)]
+        if (folder / ADAPTER_CONFIG).is_file():
+            in_base = base_dir is not None and Path(base_dir).resolve() == folder.resolve()
+            weights = [model_report(folder, config_file)] if in_base else []
+            return [*weights, adapter_report(folder, base_dir)]
         if steps or (folder.is_dir() and is_step(folder.resolve())):
             return [step_report(step) for step in steps or [folder.resolve()]]
         return [model_report(folder, config_file)]

@@ -12,7 +12,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from src.checkpoint.files import save_tensors
-from src.checkpoint.folder import check_space, copy_side_files, whole_folder
+from src.checkpoint.folder import (
+    check_space,
+    copy_side_files,
+    find_tokenizer,
+    keep_special_ids,
+    whole_folder,
+)
 from src.checkpoint.gguf_tokenizer import write_tokenizer
 from src.checkpoint.names import hf_tensors
 from src.checkpoint.source import Checkpoint
@@ -70,10 +76,13 @@ def split(
             torch.save(shard, folder / shard_name(rank))
             del shard  # before the next one is made
         write_params(checkpoint.config, folder)
-        if checkpoint.gguf is not None:  # all in one file, nothing of it lies beside
+        tokenizer = find_tokenizer(checkpoint.folder, checkpoint.adapter_folder)
+        is_adapters = tokenizer is not None and tokenizer.parent == checkpoint.adapter_folder
+        if checkpoint.gguf is not None and not is_adapters:  # all in one file, nothing lies beside
             write_tokenizer(checkpoint.gguf, folder)
         else:
-            copy_side_files(checkpoint.folder, folder)
+            copy_side_files(checkpoint.folder, folder, checkpoint.adapter_folder)
+            keep_special_ids(checkpoint.folder, folder, checkpoint.adapter_folder)
 
 
 def merge(
@@ -113,7 +122,7 @@ def merge(
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
         if side_files is None:
-            copy_side_files(checkpoint.folder, folder)
+            copy_side_files(checkpoint.folder, folder, checkpoint.adapter_folder)
         else:
             side_files(folder)
         config = hf_config(checkpoint.config, DTYPE_NAMES[dtype or checkpoint.dtype], special_ids)

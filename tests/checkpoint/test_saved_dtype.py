@@ -1,13 +1,16 @@
 """In what dtype a trained model is saved: its checkpoint's own, unless another was asked for."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from src.checkpoint.load import load_model
 from src.checkpoint.save import check_save, save_model
 from src.checkpoint.source import Checkpoint
-from src.checkpoint.write import merge
+from src.checkpoint.write import merge, split
 from src.errors import UserError
 from src.models.lora import LoRAConfig
 from src.parallel.setup import start, stop
@@ -98,3 +101,50 @@ def test_the_room_that_is_needed_is_that_of_what_is_saved(tmp_path, monkeypatch)
     check_save(str(tmp_path / "new"), base, torch.float32)
     check_save(str(tmp_path / "new"), base, torch.float32, own_dtype=False, folders=2)
     assert needed == [size, 4 * size]
+
+
+# --- what an export's config.json says, in which transformers 5 loads it
+
+
+KEYS = {"norms": "norm", "last norm": "model.norm", "head": "lm_head", "one matrix": "1.mlp.up"}
+HELD = {  # (most tensors', some tensors', which) → what holds all matrices
+    ("fp32", "bf16", "norms"): "float32",
+    ("fp32", "fp16", "norms"): "float32",
+    ("fp32", "bf16", "last norm"): "float32",
+    ("bf16", "fp32", "norms"): "bfloat16",
+    ("bf16", "fp32", "last norm"): "bfloat16",
+    ("fp16", "fp32", "norms"): "float16",
+    ("bf16", "fp16", "norms"): "bfloat16",
+    ("bf16", "fp32", "head"): "float32",
+    ("fp32", "bf16", "head"): "float32",
+    ("bf16", "fp32", "one matrix"): "float32",
+    ("bf16", "fp16", "one matrix"): "float32",
+    ("bf16", "bf16", "norms"): "bfloat16",
+}
+
+
+@pytest.mark.parametrize("most, some, which", HELD)
+def test_the_config_names_what_holds_all_matrices(tmp_path, most, some, which):
+    wanted = write_hf(tmp_path / "hf", "llama")
+    wanted = {k: x.to(MIXED[some if KEYS[which] in k else most]) for k, x in wanted.items()}
+    write_tensors(tmp_path / "hf", wanted, "safetensors")
+    split(Checkpoint.open(str(tmp_path / "hf")), tmp_path / "shards", 2)
+    for name in ("hf", "shards"):
+        merge(Checkpoint.open(str(tmp_path / name)), tmp_path / "back", {})
+        config = json.loads((tmp_path / "back" / "config.json").read_text())
+        assert config["dtype"] == config["torch_dtype"] == HELD[most, some, which]
+        assert_same(read_hf(tmp_path / "back"), wanted)
+    # as transformers loads it, no matrix has lost anything
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "back").state_dict()
+    for key, x in wanted.items():
+        if x.dim() > 1:
+            assert torch.equal(loaded[key].float(), x.float()), key
+
+
+def test_a_new_head_is_of_the_matrices_dtype(tmp_path, parallel):
+    folder_in(tmp_path, torch.float32, torch.bfloat16)
+    base = Checkpoint.open(str(tmp_path / "hf"))
+    model = load_model(base, parallel, torch.float32, "score")
+    save_model(model, parallel, str(tmp_path / "saved"), base)
+    saved = Checkpoint.open(str(tmp_path / "saved"))
+    assert saved.dtype_of("score.weight") == saved.dtype == torch.float32
