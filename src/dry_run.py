@@ -144,7 +144,7 @@ def _config(model: TextModelSettings, ckpt_dir: str, opened: OpenedModel | None)
     if opened is not None:
         return opened.checkpoint.config
     if ckpt_dir:
-        return Checkpoint.open(ckpt_dir, model.config_file, None).config
+        return Checkpoint.open(ckpt_dir, model.config_file, None, alone=True).config
     return config_of_type(model.model_type, model.config_file)
 
 
