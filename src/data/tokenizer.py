@@ -385,6 +385,18 @@ class Tokenizer:
                 f"answers, such as {self.chat.first_changed[:80]!r}; these are trained on as they "
                 "stand, between what the template writes around an answer"
             )
+        if self.chat and self.chat.begun_otherwise:
+            lines.append(
+                f"{self.chat.name}: begins {self.chat.begun_otherwise} answers, such as "
+                f"{self.chat.first_begun[:80]!r}, otherwise than its prompt for generation ends; "
+                "these are trained on after that prompt"
+            )
+        if self.chat and self.chat.doubled:
+            lines.append(
+                f"{self.chat.name}: writes an empty thought before the reasoning of "
+                f"{self.chat.doubled} answers, such as {self.chat.first_doubled[:80]!r}, which it "
+                "does not tell from an answer; close the reasoning, or correct the template"
+            )
         return lines
 
     @cached_property
