@@ -92,6 +92,7 @@ DEFAULT_DATE = "2024-07-26"  # the day that Llama 3's template writes where it i
 _QUESTION, _ANSWER = "What is it", "ThisIsTheAnswer"  # words that no template changes
 # What may open a thought at a prompt's end: <think>, [THINK], ◁think▷, <|START_THINKING|>.
 _OPENING = re.compile(r"<[\w:]+>|[<\[◁]\|?\w*th(?:ink|ought)\w*\|?[>\]▷]", re.IGNORECASE)
+_MARK = re.compile(r"[<\[◁]\|?/?\w*th(?:ink|ought)\w*\|?[>\]▷]", re.IGNORECASE)  # and its end
 
 
 class _Thought(NamedTuple):
@@ -216,6 +217,24 @@ class Chat:
     def around_question(self) -> str:
         """What the template writes of a question up to its answer, but for what opens that."""
         return self._prompt[: self._thought.start] if self._thought else self._prompt
+
+    @property
+    def structure(self) -> str:
+        """What sets turns apart, in a line each: what begins all, and what surrounds questions.
+
+        Without a system's text, which may mention any token, and without marks of reasoning.
+        """
+        before, _, after = self.around_question.rpartition(_QUESTION)
+        begin = before.lstrip().split(maxsplit=1)[0] if before.strip() else ""
+        # The first answer's end and the next question's beginning: some templates write a system's
+        # text before the last question.
+        turns = [_user(_QUESTION), _assistant(_ANSWER)]
+        try:
+            text = self._render([*turns, *turns, _user("And")])
+        except UserError:  # it writes one question only
+            text = ""
+        between = text.partition(_ANSWER)[2].partition(_QUESTION)[0] if _ANSWER in text else before
+        return _MARK.sub("", "\n".join((begin, between, after)))
 
     def prompt(self, question: str | list[dict[str, str]]) -> str:
         """The user's turn, up to where the answer is to begin.
@@ -349,7 +368,7 @@ def _dense(text: str) -> str:
 def _has_empty_first(text: str) -> bool:
     """Whether a text begins with an empty thought and another thought after it."""
     mark = _OPENING.match(text.lstrip())
-    return bool(mark) and _dense(text).startswith(mark[0] + _closing(mark[0]) + mark[0])
+    return mark is not None and _dense(text).startswith(mark[0] + _closing(mark[0]) + mark[0])
 
 
 def has_template(folders: list[Path]) -> bool:

@@ -154,10 +154,10 @@ class Tokenizer:
         has_prefix = self._rust.encode("a", add_special_tokens=False).tokens[0] != "a"
         chat = find_chat(folders, family, tokens, self.control, has_prefix, date)
         self.chat = chat
-        # A token that the template writes around a question is a special one, whatever files say
-        # or leave unsaid; one that opens the answer need not be.
+        # A token by which the template sets turns apart is a special one, whatever files say or
+        # leave unsaid; one that a system's text mentions or that opens the answer need not be.
         added = {t.content: i for i, t in self._rust.get_added_tokens_decoder().items()}
-        for text in set(_any_of(added).findall(chat.around_question)) - self.control.keys():
+        for text in set(_any_of(added).findall(chat.structure)) - self.control.keys():
             self._counted(text, "chat_template")
         # Where control tokens stand between the texts, these go on as the template writes them.
         ends = {text for text, i in self.control.items() if i in (self.bos_id, self.eos_id)}

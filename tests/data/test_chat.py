@@ -3,14 +3,17 @@
 import json
 
 import pytest
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as RustTokenizer
 from transformers import AutoTokenizer
 
 from src.data.encoding import solver_sequences
+from src.data.export import write_tokenizer
 from src.data.tokenizer import Tokenizer
 from src.errors import UserError
 from tests.data import test_tokenizer as other
 
-rust = other.rust
+CHATML, CHATML_SPECIAL, rust = other.CHATML, other.CHATML_SPECIAL, other.rust
 
 
 def reasoning_template(opening, closing, thought, none, prompt, is_raw=False):
@@ -138,3 +141,43 @@ def test_an_empty_thought_before_reasoning_is_told(open_chat):
     assert tokenizer.spelled(trained) + "\n" == text
     (note,) = tokenizer.notes()
     assert "an empty thought before the reasoning of 1 answers, such as '<think>\\ntwo'" in note
+
+
+MARKS = ["<think>", "</think>", "<tool>", "[THINK]"]
+PROSE = "Reason between <think> and </think>, with a <tool>. Not [THINK]<tool></think>"
+SYSTEM = f"<|im_start|>system\n{PROSE}<|im_end|>\n"
+SYSTEMS = {  # where a template writes a system's text of its own
+    "unless there is one": f"{{% if messages[0].role == 'user' %}}{SYSTEM}{{% endif %}}{CHATML}",
+    "always": SYSTEM + CHATML,
+    "with a header of its own": f"<|eot_id|>system<|start_header_id|>{PROSE}\n{CHATML}",
+    "in the first question": CHATML.replace(
+        "+ m['content']", f"+ ('{PROSE}\n\n' if loop.first else '') + m['content']"
+    ),
+    "in the last question": CHATML.replace(
+        "+ m['content']",
+        f"+ ('{PROSE}\n\n' if m.role == 'user' and 'user' not in messages[loop.index:]"
+        " | map(attribute='role') else '') + m['content']",
+    ),
+}
+
+
+@pytest.mark.parametrize("where", SYSTEMS)
+def test_tokens_that_a_system_text_mentions_stay_as_they_are(tmp_path, rust, where):
+    rust = RustTokenizer.from_str(rust.to_str())
+    whole = json.loads(rust.to_str())
+    for token in whole["added_tokens"]:  # which the template's own tokens are, whatever is said
+        token["special"] = False
+    rust = RustTokenizer.from_str(json.dumps(whole))
+    rust.add_tokens([AddedToken(mark, normalized=False) for mark in MARKS])
+    config = other.NAMES | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    config["chat_template"] = SYSTEMS[where]
+    (tmp_path / "export").mkdir()
+    tokenizer = Tokenizer.find(other.folder_of(tmp_path, rust, tokenizer_config=config), None, True)
+    assert tokenizer.control.keys() & {*MARKS, *CHATML_SPECIAL} == {*CHATML_SPECIAL}
+    write_tokenizer(tokenizer, tmp_path / "export", tmp_path, 999, scores=False)
+    for folder in (tmp_path, tmp_path / "export"):
+        theirs = AutoTokenizer.from_pretrained(folder)
+        for answer in ("<think>two and two</think>It is 4", "<tool>x</tool> [THINK]"):
+            ids = tokenizer.response_ids(answer)[:-1]
+            assert tokenizer.decode(ids) == answer
+            assert theirs.decode(ids, skip_special_tokens=True) == answer
