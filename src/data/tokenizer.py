@@ -140,7 +140,12 @@ class Tokenizer:
                 "names it"
             )
         if text not in self.control:
-            self._rust.add_special_tokens([AddedToken(text, normalized=False)])
+            # An added token keeps its flags, such as to take the space after it; a word has those
+            # that it is named with.
+            added = self._rust.get_added_tokens_decoder().get(self._ids[text])
+            named = {"content": text, "normalized": False} | self.config.flags.get(text, {})
+            token = AddedToken(**(named if added is None else added.__getstate__()))
+            self._rust.add_special_tokens([token])
             self.control[text] = self._ids[text]
             self._texts[self._ids[text]] = text
         return self._ids[text]
@@ -168,9 +173,13 @@ class Tokenizer:
         # The first special token after an answer ends it, in training and in generation.
         end = _any_of(added | self.control).search(chat.ending)
         self._ending = chat.ending[: end.start()] if end else ""
+        self._end_takes_space = False
         if end:
             self.eos_id = self._counted(end[0], "chat_template")
             self.stop_ids.add(self.eos_id)
+            # It may take the space before it, which the answer then lacks.
+            end_token = self._rust.get_added_tokens_decoder()[self.eos_id]
+            self._end_takes_space = end_token.lstrip
         self._last_of_prompt = self.prompt_ids("?")[-1]
 
     @classmethod
@@ -233,6 +242,7 @@ class Tokenizer:
         text = self._spelling(text)
         if self.chat:
             written = self.chat.response(text) + self._ending
+            written = written.rstrip() if self._end_takes_space else written
             ids = self._encode_after(written, self._last_of_prompt)
         else:
             ids = self._encode(text)

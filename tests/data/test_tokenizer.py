@@ -29,6 +29,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from src.data import chat
 from src.data import ranks as rank_files
+from src.data.export import write_tokenizer
 from src.data.tokenizer import Tokenizer
 from src.errors import UserError
 
@@ -390,6 +391,94 @@ def test_defects_of_the_files_are_named(tmp_path, rust, files, reason):
     with pytest.raises(UserError, match=reason) as error:
         Tokenizer.find(folder_of(tmp_path, rust, **files))
     assert str(tmp_path) in str(error.value)
+
+
+FLAGS = [
+    {},
+    {"rstrip": True},
+    {"lstrip": True},
+    {"rstrip": True, "lstrip": True},
+    {"single_word": True},
+    {"normalized": True},
+]
+OBJECT = {"content": "<tool>", "rstrip": False, "lstrip": True, "single_word": False}
+OBJECT |= {"normalized": False, "__type": "AddedToken"}  # against which the file has the last word
+CALLED = {
+    "listed": {"additional_special_tokens": ["<tool>"]},
+    "listed with flags": {"additional_special_tokens": [OBJECT]},
+    "listed as more": {"extra_special_tokens": ["<tool>"]},
+    "by names": {"model_specific_special_tokens": {"tool_token": "<tool>"}},
+    "named": {"sep_token": "<tool>"},
+    "named with flags": {"sep_token": OBJECT},
+}
+AROUND = ["a <tool> b", "a<tool>b", " <tool>\n\nb", "<TOOL> <tool>", "<tool><tool>x", "x \t<tool>"]
+
+
+def with_tool(rust, flags, text="<tool>"):
+    rust = RustTokenizer.from_str(rust.to_str())
+    rust.normalizer = normalizers.Lowercase()
+    rust.add_tokens([AddedToken(text, **{"normalized": False} | flags)])
+    return rust
+
+
+def exported(tokenizer, folder):
+    (folder / "export").mkdir()
+    write_tokenizer(tokenizer, folder / "export", folder, 999, scores=False)
+    return folder / "export"
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=lambda flags: " ".join(flags) or "none")
+@pytest.mark.parametrize("called", CALLED)
+def test_a_token_that_is_called_special_keeps_its_flags(tmp_path, rust, flags, called):
+    config = NAMES | {"tokenizer_class": "PreTrainedTokenizerFast"} | CALLED[called]
+    folder = folder_of(tmp_path, with_tool(rust, flags), tokenizer_config=config)
+    tokenizer = Tokenizer.find(folder)
+    for place in (folder, exported(tokenizer, folder)):
+        theirs = AutoTokenizer.from_pretrained(place)
+        for text in AROUND:
+            assert tokenizer.prompt_ids(text) == theirs(text)["input_ids"], text
+    ids = tokenizer.prompt_ids("<tool>")
+    assert tokenizer.control["<tool>"] in ids and tokenizer.decode(ids) == ""
+
+
+@pytest.mark.parametrize("key", ["sep_token", "additional_special_tokens"])
+def test_a_word_that_is_called_special_has_the_flags_that_it_is_called_with(tmp_path, rust, key):
+    token = OBJECT | {"content": "ken"}
+    named = {key: token if key == "sep_token" else [token]}
+    config = NAMES | {"tokenizer_class": "PreTrainedTokenizerFast"} | named
+    folder = folder_of(tmp_path, rust, tokenizer_config=config)
+    tokenizer = Tokenizer.find(folder)
+    for place in (folder, exported(tokenizer, folder)):
+        theirs = AutoTokenizer.from_pretrained(place)
+        for text in ("x ken x", "token", "ken  ken"):
+            assert tokenizer.prompt_ids(text) == theirs(text)["input_ids"], text
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=lambda flags: " ".join(flags) or "none")
+def test_a_token_that_the_template_writes_keeps_its_flags(tmp_path, rust, flags):
+    tool = "<tool>" if "single_word" not in flags else "<tool> "
+    template = CHATML.replace("<|im_start|>' + m['role'] + '\n'", f"{tool}\n'")
+    template = template.replace("<|im_end|>", "<tool_end>").replace("<|im_start|>assistant", tool)
+    more = with_tool(with_tool(rust, flags), flags, "<tool_end>")
+    fast = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    config = NAMES | fast | {"chat_template": template}
+    folder = folder_of(tmp_path, more, tokenizer_config=config)
+    tokenizer = Tokenizer.find(folder, use_chat_template=True)
+    assert tokenizer.text_of(tokenizer.eos_id) == "<tool_end>"
+    for place in (folder, exported(tokenizer, folder)):
+        theirs = AutoTokenizer.from_pretrained(place)
+        for text in (*AROUND, "plain", " spaces  "):
+            turns = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
+            start = theirs.apply_chat_template(
+                turns[:1], add_generation_prompt=True, return_dict=False
+            )
+            assert tokenizer.prompt_ids(text) == start, text
+            # what an answer begins with may be one with what the prompt ends with
+            if "single_word" in flags or ("lstrip" in flags and text.lower().strip()[0] == "<"):
+                continue
+            whole = theirs.apply_chat_template(turns, return_dict=False)
+            trained = start + tokenizer.response_ids(text)
+            assert trained == whole[: len(trained)] and len(whole) - len(trained) <= 1, text
 
 
 # --- chat templates of a folder, against transformers
