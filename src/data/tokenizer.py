@@ -91,6 +91,7 @@ class Tokenizer:
         # A config's ids may be another tokenizer's: an ordinary token never ends a text.
         may_end = {*self.control, *(token.content for token in added.values()), None}  # no token
         stops = [i for i in stop_ids_in(folders) if self._rust.id_to_token(i) in may_end]
+        self._bos_of_file = vocabulary.bos
         self.bos_id = self._begin(vocabulary.bos)
         self.eos_id = self._end(vocabulary.eos, [i for i in stops if self._rust.id_to_token(i)])
         self.stop_ids = {self.eos_id, *stops}
@@ -106,13 +107,13 @@ class Tokenizer:
 
     def _begin(self, bos: str | None) -> int | None:
         """BOS, if texts begin with one. bos: what the file itself puts there."""
-        config = self.config
+        config, add = self.config, self.config.add_bos(self.kind)
         named = config.tokens.get("bos_token")
-        if config.add_bos and named is None and bos is None:
+        if add and named is None and bos is None:
             raise UserError(f"{config.path}: says add_bos_token, but names no bos_token")
-        if config.add_bos or (bos is not None and config.add_bos is None):
-            return self._counted(named if config.add_bos and named else bos, "bos_token")
-        if config.add_bos is None and not config.raw and self.kind == "json":
+        if add or (bos is not None and add is None):
+            return self._counted(named if add and named else bos, "bos_token")
+        if add is None and not config.raw and self.kind == "json":
             # nobody says anything: the usual names
             usual = next((text for text in _USUAL_BOS if text in self._ids), None)
             return None if usual is None else self._counted(usual, "bos_token")
@@ -374,13 +375,7 @@ class Tokenizer:
                 f"{self.path.parent}: has a chat template, which is not used: an instruct model "
                 "answers little without it; --use_chat_template writes prompts by it"
             )
-        named = self.config.tokens.get("bos_token")
-        if not self.chat and self.bos_id is None and named and named != self._texts[self.eos_id]:
-            lines.append(
-                f"{self.path}: names {named} as BOS, and no file says that texts begin with it: "
-                'they do not, as in transformers ("add_bos_token": true in '
-                "tokenizer_config.json puts it there)"
-            )
+        lines += [] if self.chat else self._notes_of_bos()
         if self.spelled_out:
             shown = ", ".join(f"{text} ({n})" for text, n in self.spelled_out.most_common(5))
             reading = (
@@ -408,6 +403,34 @@ class Tokenizer:
                 "does not tell from an answer; close the reasoning, or correct the template"
             )
         return lines
+
+    def _notes_of_bos(self) -> list[str]:
+        """Where files disagree on BOS, or none says whether texts begin with the one they name."""
+        config, of_file = self.config, self._bos_of_file
+        said, named = config.raw.get("add_bos_token"), config.tokens.get("bos_token")
+        is_heeded = config.heeds_add_bos(self.kind)
+        if self.kind == "json" and said is not None and said != (of_file is not None):
+            counts = (
+                "the former counts, as in transformers 4 (5 goes by the latter)"
+                if is_heeded
+                else f"the latter counts, as in transformers for {config.raw['tokenizer_class']}"
+            )
+            return [
+                f"{config.path}: says add_bos_token {str(said).lower()}, and {self.path.name} "
+                f"puts {of_file or 'nothing'} before a text: {counts}"
+            ]
+        if self.bos_id is None and said is None and named and named != self._texts[self.eos_id]:
+            puts, theirs = (
+                '"add_bos_token": true in tokenizer_config.json',
+                " 5 (4 puts it there for Llama's classes)",
+            )
+            if not is_heeded:
+                puts, theirs = f"a post-processor in {self.path.name}", ""
+            return [
+                f"{self.path}: names {named} as BOS, and no file says that texts begin with it: "
+                f"they do not, as in transformers{theirs}; {puts} lets them"
+            ]
+        return []
 
     @cached_property
     def identity(self) -> str:

@@ -17,6 +17,11 @@ from src.errors import UserError
 
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 _QWEN_CLASSES = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
+# no class: what the model's family has, Llama's for most
+_HEED_ADD_BOS = (
+    "",
+    *(f"{name}Tokenizer" for name in ["Llama", "CodeLlama", "Gemma", "Cohere", "GPTNeoX"]),
+)
 _LISTS = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens")
 
 
@@ -69,10 +74,17 @@ class TokenizerConfig:
         added = dict(_added(folder, raw, {*tokens.values(), *listed}))
         return cls(path, raw, tokens, listed, flags, added)
 
-    @property
-    def add_bos(self) -> bool | None:
-        """Whether a text begins with BOS, if the file says so."""
-        return self.raw.get("add_bos_token")
+    def heeds_add_bos(self, kind: str) -> bool:
+        """Whether `add_bos_token` counts for a vocabulary of this kind.
+
+        Beside a tokenizer.json it does for a few classes in transformers 4, and for none in 5.
+        """
+        name = str(self.raw.get("tokenizer_class") or "").removesuffix("Fast")
+        return kind != "json" or name in _HEED_ADD_BOS
+
+    def add_bos(self, kind: str) -> bool | None:
+        """Whether a text begins with BOS, if the file says so and is heeded."""
+        return self.raw.get("add_bos_token") if self.heeds_add_bos(kind) else None
 
 
 def _if_there(path: Path) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from src.data import chat
 from src.data import ranks as rank_files
 from src.data.export import write_tokenizer
+from src.data.ranks import put_before
 from src.data.tokenizer import Tokenizer
 from src.errors import UserError
 
@@ -312,6 +313,43 @@ def test_bos_is_what_transformers_would_add(tmp_path, rust, config, processor, h
         write_json(folder / "tokenizer_config.json", config | fast)
         theirs = AutoTokenizer.from_pretrained(folder)
         assert tokenizer.prompt_ids("hi") == theirs("hi")["input_ids"]
+
+
+@pytest.mark.parametrize("add", [True, False])
+@pytest.mark.parametrize("has_processor", [True, False])
+@pytest.mark.parametrize(
+    "name", ["PreTrainedTokenizerFast", "GPT2TokenizerFast", "TokenizersBackend", "LlamaTokenizer"]
+)
+def test_add_bos_token_against_the_file_counts_where_transformers_heeds_it(
+    tmp_path, rust, add, has_processor, name
+):
+    rust = RustTokenizer.from_str(rust.to_str())
+    put_before(rust, "<s>" if has_processor else None)
+    config = NAMES | {"tokenizer_class": name, "add_bos_token": add, "unk_token": "<|endoftext|>"}
+    folder = folder_of(tmp_path, rust, tokenizer_config=config, config={"model_type": "llama"})
+    tokenizer = Tokenizer.find(folder)
+    for place in (folder, exported(tokenizer, folder)):
+        if place == folder and name == "LlamaTokenizer":  # heeded in 4, and not in 5
+            assert (tokenizer.bos_id is not None) == add
+            continue
+        theirs = AutoTokenizer.from_pretrained(place)
+        assert tokenizer.prompt_ids("a token") == theirs("a token")["input_ids"]
+    counts = "the former counts" if name == "LlamaTokenizer" else "the latter counts"
+    notes = [note for note in tokenizer.notes() if "add_bos_token" in note]
+    assert len(notes) == (add != has_processor)
+    puts = "<s>" if has_processor else "nothing"
+    assert all(f"{str(add).lower()}, and tokenizer.json puts {puts}" in note for note in notes)
+    assert all(counts in note for note in notes)
+
+
+@pytest.mark.parametrize("name", ["LlamaTokenizer", "PreTrainedTokenizerFast", None])
+def test_a_bos_that_is_named_alone_is_told(tmp_path, rust, name):
+    folder = folder_of(tmp_path, rust, tokenizer_config=NAMES | {"tokenizer_class": name})
+    (note,) = Tokenizer.find(folder).notes()
+    assert "names <s> as BOS, and no file says" in note
+    is_generic = name == "PreTrainedTokenizerFast"
+    assert ("transformers 5 (4 puts it there for Llama's classes)" in note) != is_generic
+    assert ("a post-processor in tokenizer.json lets them" in note) == is_generic
 
 
 def test_a_vocabulary_that_draws_pieces_is_refused(tmp_path, rust):
