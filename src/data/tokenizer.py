@@ -79,6 +79,8 @@ class Tokenizer:
         self.config = config = TokenizerConfig.read(path.parent)
         vocabulary = Vocabulary.read(path, config)
         self.kind, self._rust = vocabulary.kind, vocabulary.rust
+        if self.kind == "sentencepiece" and config.raw.get("legacy") is False:
+            begin_text_once(self._rust)
         self._ids = self._rust.get_vocab()
         self.vocab_size = max(self._ids.values()) + 1
         added = self._rust.get_added_tokens_decoder()
@@ -165,11 +167,11 @@ class Tokenizer:
         added = {t.content: i for i, t in self._rust.get_added_tokens_decoder().items()}
         for text in set(_any_of(added).findall(chat.structure)) - self.control.keys():
             self._counted(text, "chat_template")
-        # Where control tokens stand between the texts, these go on as the template writes them.
+        # Where control tokens stand between the texts, these go on as the template writes them,
+        # unless files say otherwise.
         ends = {text for text, i in self.control.items() if i in (self.bos_id, self.eos_id)}
         written = set(_any_of(self.control).findall(chat.sample)) - ends
-        legacy = self.config.raw.get("legacy")
-        if self.kind == "sentencepiece" and (written if legacy is None else not legacy):
+        if self.kind == "sentencepiece" and written and self.config.raw.get("legacy") is None:
             begin_text_once(self._rust)
         # The first special token after an answer ends it, in training and in generation.
         end = _any_of(added | self.control).search(chat.ending)

@@ -743,6 +743,34 @@ def test_tokens_added_to_pieces_count_as_the_template_writes_them(pieces, tmp_pa
         plain.fit(419)
 
 
+@pytest.mark.parametrize("prefix", [None, True, False])
+@pytest.mark.parametrize("options", [{}, {"user_defined_symbols": ["<go>"]}], ids=["", "go"])
+@pytest.mark.parametrize("is_chat", [False, True])
+def test_no_space_follows_control_tokens_where_legacy_is_false(tmp_path, prefix, options, is_chat):
+    """In texts as in chats, as in both versions of transformers; at a text's beginning one does."""
+    train_pieces(tmp_path / "tokenizer.model", **options)
+    added = {str(420 + i): {"content": text} for i, text in enumerate(CHATML_SPECIAL)}
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    config = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "added_tokens_decoder": added}
+    config |= names | {"chat_template": CHATML}
+    config |= {} if prefix is None else {"add_prefix_space": prefix}
+    write_json(tmp_path / "tokenizer_config.json", config)
+    write_json(tmp_path / "config.json", {"model_type": "llama"})
+    tokenizer = Tokenizer.find(tmp_path, use_chat_template=is_chat)
+    texts = ["an egg", " two eggs", "the <|im_start|> egg", "<|im_end|>egg", "x  y\nz", "</s> egg"]
+    for place in (tmp_path, exported(tokenizer, tmp_path)):
+        theirs = AutoTokenizer.from_pretrained(place)
+        for text in [*texts, *["an <go>egg <go> <go>"] * len(options)]:
+            turns = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
+            if is_chat:
+                whole = theirs.apply_chat_template(turns, return_dict=False)
+                trained = tokenizer.prompt_ids(text) + tokenizer.response_ids(text)
+                assert trained == whole[: len(trained)], text
+            else:
+                ids = theirs(text, add_special_tokens=False)["input_ids"]
+                assert tokenizer.prompt_ids(text) == [1, *ids], text
+
+
 def test_ids_without_a_token_are_known(tmp_path, rust, pieces):
     assert Tokenizer(pieces[0]).without_text(420) == []
     assert Tokenizer(pieces[0]).without_text(432) == [(420, 432)]
