@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Container
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import TemplateError, nodes
 from jinja2.exceptions import SecurityError
@@ -90,7 +90,50 @@ TEMPLATES = {
 
 DEFAULT_DATE = "2024-07-26"  # the day that Llama 3's template writes where it is told none
 _QUESTION, _ANSWER = "What is it", "ThisIsTheAnswer"  # words that no template changes
-_OPENED = re.compile(r"<(\w+)>\s*$")  # a prompt's end such as <think>
+# What may open a thought at a prompt's end: <think>, [THINK], ◁think▷, <|START_THINKING|>.
+_OPENING = re.compile(r"<[\w:]+>|[<\[◁]\|?\w*th(?:ink|ought)\w*\|?[>\]▷]", re.IGNORECASE)
+_MARK = re.compile(r"[<\[◁]\|?/?\w*th(?:ink|ought)\w*\|?[>\]▷]", re.IGNORECASE)  # and its end
+
+
+class _Thought(NamedTuple):
+    """The marks around reasoning that a prompt ends in.
+
+    start: where in the prompt; is_open: whether reasoning goes on from there, or is over.
+    """
+
+    opening: str
+    closing: str
+    start: int
+    is_open: bool
+
+    @classmethod
+    def at_end(cls, prompt: str) -> "_Thought | None":
+        """The one that the prompt opens last, or has opened and closed."""
+        text = prompt.rstrip()
+        for mark in _OPENING.finditer(text):
+            closing = _closing(mark[0])
+            after = text[mark.end() :].strip()
+            if after in ("", closing):
+                return cls(mark[0], closing, mark.start(), not after)
+        if text.endswith("</think>"):
+            return cls("<think>", "</think>", len(text) - len("</think>"), False)
+        return None
+
+    def is_in(self, answer: str) -> bool:
+        """Whether an answer holds reasoning: begins with it, or ends it."""
+        return answer.lstrip().startswith(self.opening) or self.closing in answer
+
+    def not_again(self, answer: str) -> str:
+        """The answer without what the prompt has of it: the opening, or an empty thought."""
+        marks = [self.opening] if self.is_open else [self.opening, self.closing]
+        return re.sub("^" + "".join(rf"\s*{re.escape(mark)}" for mark in marks), "", answer)
+
+
+def _closing(opening: str) -> str:
+    for first, last in (("START", "END"), ("start", "end"), ("begin", "end")):
+        if opening.startswith("<|") and first in opening:
+            return opening.replace(first, last)
+    return f"{opening[0]}/{opening[1:]}"
 
 
 class Chat:
@@ -98,9 +141,10 @@ class Chat:
 
     `prompt(question) + response(answer) + ending` is the template's text of the two messages.
     `name`: where the template is from, for messages. `own`: whether it lies with the model.
-    `sample`: such a text, with all that the template writes. `as_they_stand`: how many answers were
-    written without the template, which would have left out or changed a part of them, such as
-    `first_changed`.
+    `sample`: such a text, with all that the template writes. How many answers, and the first,
+    `as_they_stand`, `first_changed`: were written without the template, which would have left out
+    or changed a part of them; `begun_otherwise`, `first_begun`: would not begin with the prompt in
+    the template's text; `doubled`, `first_doubled`: have an empty thought before their reasoning.
     """
 
     def __init__(
@@ -118,6 +162,8 @@ class Chat:
         """
         self.source, self.name, self.own, self._tokens = source, name, own, tokens
         self.as_they_stand, self.first_changed = 0, ""
+        self.begun_otherwise, self.first_begun = 0, ""
+        self.doubled, self.first_doubled = 0, ""
         self._template = self._bounded(lambda: _environment(date).from_string(source))
         # Two renderings of a sample tell where the template puts the answer, and what follows it.
         prompt = self._render([_user(_QUESTION)], generate=True)
@@ -126,22 +172,24 @@ class Chat:
                 f"{name}: writes {prompt!r} for a user's {_QUESTION!r}, without the text; "
                 "correct the template"
             )
-        self._prompt, self._header, self._opened = prompt, "", ""
+        self._prompt, self._stem, self._header = prompt, prompt, ""
+        self._thought = _Thought.at_end(prompt)
         self.sample, self.ending, self._before = prompt, "", ""
         self._no_answers = self._look_at_answers(prompt)
 
     def _look_at_answers(self, prompt: str) -> str | None:
         """Find out how answers are written; why none can be, if so: to generate needs none."""
         try:
-            sample = self._render([_user(_QUESTION), _assistant(_ANSWER)])
+            self.sample = sample = self._render([_user(_QUESTION), _assistant(_ANSWER)])
         except UserError as error:
             return str(error)
-        # A prompt may open what the answer goes on with, such as <think>, where the conversation
-        # has it only with the answer.
-        common = len(os.path.commonprefix((prompt, sample)))
-        self._opened = prompt[common:]
-        self.sample, rest = sample, sample[common:]
-        if self._opened and (not _OPENED.search(self._opened) or _QUESTION in rest):
+        # A prompt may open a thought, such as <think>, where an answer without one goes on
+        # otherwise: what both begin with is the stem.
+        if self._thought and self._thought.is_open and not sample.startswith(prompt):
+            common = len(os.path.commonprefix((prompt, sample)))
+            self._stem = prompt[: min(common, self._thought.start)]
+        rest = sample[len(self._stem) :]
+        if not sample.startswith(self._stem) or _QUESTION in rest:
             return (
                 f"{self.name}: the whole conversation {sample!r} does not begin with the prompt "
                 f"{prompt!r} for generation; trained answers would follow another prompt than "
@@ -156,17 +204,37 @@ class Chat:
         self._before, self.ending = rest.split(_ANSWER)
         # A template that knows no generation prompt writes the answer's header with the answer: it
         # belongs to the prompt. Not the space at its end, which tokenizers make one with the
-        # answer's first word.
+        # answer's first word, nor an empty thought.
         if prompt == self._render([_user(_QUESTION)]):
-            self._header = self._before.rstrip(" ")
+            header = self._before.rstrip(" ")
+            thought = _Thought.at_end(header)
+            self._header = header[: thought.start] if thought else header
             self._before = self._before[len(self._header) :]
-        self._prompt = prompt[:common] + self._header
+            self._prompt = self._stem = prompt + self._header
         return None
 
     @property
     def around_question(self) -> str:
         """What the template writes of a question up to its answer, but for what opens that."""
-        return _OPENED.sub("", self._prompt)
+        return self._prompt[: self._thought.start] if self._thought else self._prompt
+
+    @property
+    def structure(self) -> str:
+        """What sets turns apart, in a line each: what begins all, and what surrounds questions.
+
+        Without a system's text, which may mention any token, and without marks of reasoning.
+        """
+        before, _, after = self.around_question.rpartition(_QUESTION)
+        begin = before.lstrip().split(maxsplit=1)[0] if before.strip() else ""
+        # The first answer's end and the next question's beginning: some templates write a system's
+        # text before the last question.
+        turns = [_user(_QUESTION), _assistant(_ANSWER)]
+        try:
+            text = self._render([*turns, *turns, _user("And")])
+        except UserError:  # it writes one question only
+            text = ""
+        between = text.partition(_ANSWER)[2].partition(_QUESTION)[0] if _ANSWER in text else before
+        return _MARK.sub("", "\n".join((begin, between, after)))
 
     def prompt(self, question: str | list[dict[str, str]]) -> str:
         """The user's turn, up to where the answer is to begin.
@@ -179,38 +247,62 @@ class Chat:
     def response(self, answer: str) -> str:
         """What follows the prompt, but for `ending`: the answer, and what stands before it.
 
-        Nothing of an answer is lost: where the template leaves a part out, or writes another, the
-        answer stands as it is between what surrounds others. Raises UserError for one that does not
-        go on from the prompt.
+        That is the template's conversation wherever it begins with the prompt and holds the whole
+        answer. Nothing of an answer is lost: where the template leaves a part out, or writes
+        another, the answer stands as it is between what surrounds others. Raises UserError for one
+        that does not go on from the prompt.
         """
         if self._no_answers is not None:
             raise UserError(self._no_answers)
         text = self._render([_user(_QUESTION), _assistant(answer)])
-        middle = text[len(self._prompt) : len(text) - len(self.ending)]
-        is_whole = text == self._prompt + middle + self.ending
+        start = self._prompt if text.startswith(self._prompt) else self._stem
+        middle = text[len(start) : len(text) - len(self.ending)]
         # white space at its ends and between parts is the template's own affair
-        if not is_whole or _dense(answer) not in _dense(middle):
+        rest = self._thought.not_again(answer) if self._thought else answer
+        is_whole = text == start + middle + self.ending and (
+            _dense(answer) in _dense(middle) or _dense(rest) in _dense(middle)
+        )
+        if is_whole and start == self._prompt:
+            if _has_empty_first(self._prompt[len(self.around_question) :] + middle):
+                self.doubled += 1
+                self.first_doubled = self.first_doubled or answer
+            return middle
+        written = self._after_prompt(answer, middle if is_whole else answer)
+        if is_whole:
+            self.begun_otherwise += 1
+            self.first_begun = self.first_begun or answer
+        else:
             self.as_they_stand += 1
             self.first_changed = self.first_changed or answer
-            middle = self._before + answer
-        return self._after_opening(middle, answer) if self._opened else middle
+        return written
 
-    def _after_opening(self, middle: str, answer: str) -> str:
-        """The answer's text after what the prompt has opened already."""
-        opening = self._opened.strip()
-        if middle.lstrip().startswith(opening):
-            rest = middle.lstrip()[len(opening) :]
-            return rest.lstrip("\n") if self._opened.endswith("\n") else rest
-        match = _OPENED.search(self._opened)
-        closing = f"</{match[1]}>" if match else ""
-        if closing and closing in middle:
-            return middle
-        raise UserError(
-            f"{self.name}: its prompt ends with {self._opened!r}, and the answer {answer[:80]!r} "
-            f"neither begins so nor holds {closing}: what would be trained follows no such "
-            "beginning; put the reasoning into the outputs, or take a template whose prompt opens "
-            "none"
-        )
+    def _after_prompt(self, answer: str, text: str) -> str:
+        """`text`, which holds the answer, as it goes on after the prompt, whatever that opened."""
+        thought = self._thought
+        if thought is None:
+            empty = _Thought.at_end(self._before)  # which no reasoning goes on after
+            return self._before[: empty.start if empty and empty.is_in(text) else None] + text
+        rest = thought.not_again(text)
+        if self._prompt.endswith("\n") and rest != text:
+            rest = rest.lstrip("\n")
+        if not thought.is_in(rest if not thought.is_open else answer):
+            if self._stem == self._prompt:  # what stands before an answer without reasoning
+                return self._before + rest
+            if not answer.strip():
+                return ""
+            raise UserError(
+                f"{self.name}: its prompt ends with {self._prompt[thought.start :]!r}, and the "
+                f"answer {answer[:80]!r} neither begins so nor holds {thought.closing}: what would "
+                "be trained follows no such beginning; put the reasoning into the outputs, or take "
+                "a template whose prompt opens none"
+            )
+        if not thought.is_open:
+            raise UserError(
+                f"{self.name}: its prompt ends with {self._prompt[thought.start :]!r}, after which "
+                f"no reasoning comes, and the answer {answer[:80]!r} holds some; leave it out of "
+                "the outputs, or take a template whose prompt leaves room for it"
+            )
+        return rest
 
     def _render(self, messages: list[dict[str, str]], generate: bool = False) -> str:
         size = sum(len(message["content"]) for message in messages)
@@ -271,6 +363,12 @@ def _assistant(text: str) -> dict[str, str]:
 
 def _dense(text: str) -> str:
     return "".join(text.split())
+
+
+def _has_empty_first(text: str) -> bool:
+    """Whether a text begins with an empty thought and another thought after it."""
+    mark = _OPENING.match(text.lstrip())
+    return mark is not None and _dense(text).startswith(mark[0] + _closing(mark[0]) + mark[0])
 
 
 def has_template(folders: list[Path]) -> bool:

@@ -110,8 +110,14 @@ def begin_text_once(rust: RustTokenizer) -> None:
     """
     if _SPACE not in repr(rust.normalizer):
         return
-    rust.normalizer = normalizers.Replace(" ", _SPACE)
-    rust.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, prepend_scheme="first", split=False)
+    steps = list(rust.normalizer)
+    is_put = any(isinstance(step, normalizers.Prepend) for step in steps)
+    others = [step for step in steps if not isinstance(step, normalizers.Prepend)]
+    rust.normalizer = normalizers.Sequence(others)
+    scheme = "first" if is_put else "never"
+    words: list[pre_tokenizers.PreTokenizer] = [rust.pre_tokenizer] if rust.pre_tokenizer else []
+    first = pre_tokenizers.Metaspace(_SPACE, prepend_scheme=scheme, split=False)
+    rust.pre_tokenizer = pre_tokenizers.Sequence([first, *words]) if words else first
 
 
 def _merges(normal: dict[str, tuple[float, int]]) -> list[tuple[str, str]]:

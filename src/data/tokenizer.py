@@ -79,6 +79,8 @@ class Tokenizer:
         self.config = config = TokenizerConfig.read(path.parent)
         vocabulary = Vocabulary.read(path, config)
         self.kind, self._rust = vocabulary.kind, vocabulary.rust
+        if self.kind == "sentencepiece" and config.raw.get("legacy") is False:
+            begin_text_once(self._rust)
         self._ids = self._rust.get_vocab()
         self.vocab_size = max(self._ids.values()) + 1
         added = self._rust.get_added_tokens_decoder()
@@ -91,6 +93,7 @@ class Tokenizer:
         # A config's ids may be another tokenizer's: an ordinary token never ends a text.
         may_end = {*self.control, *(token.content for token in added.values()), None}  # no token
         stops = [i for i in stop_ids_in(folders) if self._rust.id_to_token(i) in may_end]
+        self._bos_of_file = vocabulary.bos
         self.bos_id = self._begin(vocabulary.bos)
         self.eos_id = self._end(vocabulary.eos, [i for i in stops if self._rust.id_to_token(i)])
         self.stop_ids = {self.eos_id, *stops}
@@ -106,13 +109,13 @@ class Tokenizer:
 
     def _begin(self, bos: str | None) -> int | None:
         """BOS, if texts begin with one. bos: what the file itself puts there."""
-        config = self.config
+        config, add = self.config, self.config.add_bos(self.kind)
         named = config.tokens.get("bos_token")
-        if config.add_bos and named is None and bos is None:
+        if add and named is None and bos is None:
             raise UserError(f"{config.path}: says add_bos_token, but names no bos_token")
-        if config.add_bos or (bos is not None and config.add_bos is None):
-            return self._counted(named if config.add_bos and named else bos, "bos_token")
-        if config.add_bos is None and not config.raw and self.kind == "json":
+        if add or (bos is not None and add is None):
+            return self._counted(named if add and named else bos, "bos_token")
+        if add is None and not config.raw and self.kind == "json":
             # nobody says anything: the usual names
             usual = next((text for text in _USUAL_BOS if text in self._ids), None)
             return None if usual is None else self._counted(usual, "bos_token")
@@ -140,7 +143,12 @@ class Tokenizer:
                 "names it"
             )
         if text not in self.control:
-            self._rust.add_special_tokens([AddedToken(text, normalized=False)])
+            # An added token keeps its flags, such as to take the space after it; a word has those
+            # that it is named with.
+            added = self._rust.get_added_tokens_decoder().get(self._ids[text])
+            named = {"content": text, "normalized": False} | self.config.flags.get(text, {})
+            token = AddedToken(**(named if added is None else added.__getstate__()))
+            self._rust.add_special_tokens([token])
             self.control[text] = self._ids[text]
             self._texts[self._ids[text]] = text
         return self._ids[text]
@@ -154,23 +162,27 @@ class Tokenizer:
         has_prefix = self._rust.encode("a", add_special_tokens=False).tokens[0] != "a"
         chat = find_chat(folders, family, tokens, self.control, has_prefix, date)
         self.chat = chat
-        # A token that the template writes around a question is a special one, whatever files say
-        # or leave unsaid; one that opens the answer need not be.
+        # A token by which the template sets turns apart is a special one, whatever files say or
+        # leave unsaid; one that a system's text mentions or that opens the answer need not be.
         added = {t.content: i for i, t in self._rust.get_added_tokens_decoder().items()}
-        for text in set(_any_of(added).findall(chat.around_question)) - self.control.keys():
+        for text in set(_any_of(added).findall(chat.structure)) - self.control.keys():
             self._counted(text, "chat_template")
-        # Where control tokens stand between the texts, these go on as the template writes them.
+        # Where control tokens stand between the texts, these go on as the template writes them,
+        # unless files say otherwise.
         ends = {text for text, i in self.control.items() if i in (self.bos_id, self.eos_id)}
         written = set(_any_of(self.control).findall(chat.sample)) - ends
-        legacy = self.config.raw.get("legacy")
-        if self.kind == "sentencepiece" and (written if legacy is None else not legacy):
+        if self.kind == "sentencepiece" and written and self.config.raw.get("legacy") is None:
             begin_text_once(self._rust)
         # The first special token after an answer ends it, in training and in generation.
         end = _any_of(added | self.control).search(chat.ending)
         self._ending = chat.ending[: end.start()] if end else ""
+        self._end_takes_space = False
         if end:
             self.eos_id = self._counted(end[0], "chat_template")
             self.stop_ids.add(self.eos_id)
+            # It may take the space before it, which the answer then lacks.
+            end_token = self._rust.get_added_tokens_decoder()[self.eos_id]
+            self._end_takes_space = end_token.lstrip
         self._last_of_prompt = self.prompt_ids("?")[-1]
 
     @classmethod
@@ -233,6 +245,7 @@ class Tokenizer:
         text = self._spelling(text)
         if self.chat:
             written = self.chat.response(text) + self._ending
+            written = written.rstrip() if self._end_takes_space else written
             ids = self._encode_after(written, self._last_of_prompt)
         else:
             ids = self._encode(text)
@@ -364,13 +377,7 @@ class Tokenizer:
                 f"{self.path.parent}: has a chat template, which is not used: an instruct model "
                 "answers little without it; --use_chat_template writes prompts by it"
             )
-        named = self.config.tokens.get("bos_token")
-        if not self.chat and self.bos_id is None and named and named != self._texts[self.eos_id]:
-            lines.append(
-                f"{self.path}: names {named} as BOS, and no file says that texts begin with it: "
-                'they do not, as in transformers ("add_bos_token": true in '
-                "tokenizer_config.json puts it there)"
-            )
+        lines += [] if self.chat else self._notes_of_bos()
         if self.spelled_out:
             shown = ", ".join(f"{text} ({n})" for text, n in self.spelled_out.most_common(5))
             reading = (
@@ -385,7 +392,47 @@ class Tokenizer:
                 f"answers, such as {self.chat.first_changed[:80]!r}; these are trained on as they "
                 "stand, between what the template writes around an answer"
             )
+        if self.chat and self.chat.begun_otherwise:
+            lines.append(
+                f"{self.chat.name}: begins {self.chat.begun_otherwise} answers, such as "
+                f"{self.chat.first_begun[:80]!r}, otherwise than its prompt for generation ends; "
+                "these are trained on after that prompt"
+            )
+        if self.chat and self.chat.doubled:
+            lines.append(
+                f"{self.chat.name}: writes an empty thought before the reasoning of "
+                f"{self.chat.doubled} answers, such as {self.chat.first_doubled[:80]!r}, which it "
+                "does not tell from an answer; close the reasoning, or correct the template"
+            )
         return lines
+
+    def _notes_of_bos(self) -> list[str]:
+        """Where files disagree on BOS, or none says whether texts begin with the one they name."""
+        config, of_file = self.config, self._bos_of_file
+        said, named = config.raw.get("add_bos_token"), config.tokens.get("bos_token")
+        is_heeded = config.heeds_add_bos(self.kind)
+        if self.kind == "json" and said is not None and said != (of_file is not None):
+            counts = (
+                "the former counts, as in transformers 4 (5 goes by the latter)"
+                if is_heeded
+                else f"the latter counts, as in transformers for {config.raw['tokenizer_class']}"
+            )
+            return [
+                f"{config.path}: says add_bos_token {str(said).lower()}, and {self.path.name} "
+                f"puts {of_file or 'nothing'} before a text: {counts}"
+            ]
+        if self.bos_id is None and said is None and named and named != self._texts[self.eos_id]:
+            puts, theirs = (
+                '"add_bos_token": true in tokenizer_config.json',
+                " 5 (4 puts it there for Llama's classes)",
+            )
+            if not is_heeded:
+                puts, theirs = f"a post-processor in {self.path.name}", ""
+            return [
+                f"{self.path}: names {named} as BOS, and no file says that texts begin with it: "
+                f"they do not, as in transformers{theirs}; {puts} lets them"
+            ]
+        return []
 
     @cached_property
     def identity(self) -> str:

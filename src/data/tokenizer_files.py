@@ -17,6 +17,11 @@ from src.errors import UserError
 
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 _QWEN_CLASSES = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
+# no class: what the model's family has, Llama's for most
+_HEED_ADD_BOS = (
+    "",
+    *(f"{name}Tokenizer" for name in ["Llama", "CodeLlama", "Gemma", "Cohere", "GPTNeoX"]),
+)
 _LISTS = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens")
 
 
@@ -25,14 +30,15 @@ class TokenizerConfig:
     """`tokenizer_config.json`, with what `special_tokens_map.json` and `added_tokens.json` add.
 
     path: of the first, there or not; tokens: texts by their names (`bos_token` …); listed: special
-    tokens without a name; added: id → token of those added to the vocabulary; raw: all that the
-    first file holds, {} without it.
+    tokens without a name; flags: text → what an object says of such a token (`lstrip` …); added:
+    id → token of those added to the vocabulary; raw: all that the first file holds, {} without it.
     """
 
     path: Path
     raw: dict[str, Any] = field(default_factory=dict)
     tokens: dict[str, str] = field(default_factory=dict)
     listed: list[str] = field(default_factory=list)
+    flags: dict[str, dict[str, bool]] = field(default_factory=dict)
     added: dict[int, AddedToken] = field(default_factory=dict)
 
     @classmethod
@@ -42,16 +48,21 @@ class TokenizerConfig:
         raw = read_json(path) if path.is_file() else {}
         tokens: dict[str, str] = {}
         listed: list[str] = []
+        flags: dict[str, dict[str, bool]] = {}
         files = [(path, raw), (special, _if_there(special))]
         # As in transformers: the map has the last word, unless added tokens are described.
         for file, values in reversed(files) if "added_tokens_decoder" in raw else files:
             for key, token in values.items():
                 if key in _LISTS:
                     listed += _texts(token, f"{file}: {key}")
+                    objects = token.values() if isinstance(token, dict) else token or []
+                    flags |= {t["content"]: _flags(t) for t in objects if isinstance(t, dict)}
                 elif key in NAMED or (key.endswith("_token") and isinstance(token, str | dict)):
                     tokens.pop(key, None)
                     if token is not None:
                         (tokens[key],) = _texts([token], f"{file}: {key}")
+                    if isinstance(token, dict):
+                        flags[tokens[key]] = _flags(token)
         for key in ("add_bos_token", "legacy", "add_prefix_space", "split_special_tokens"):
             if not isinstance(raw.get(key), bool | None):
                 raise UserError(f"{path}: {key} is {raw[key]!r}, true or false is expected")
@@ -61,12 +72,19 @@ class TokenizerConfig:
                 "have other ids each time; take it out"
             )
         added = dict(_added(folder, raw, {*tokens.values(), *listed}))
-        return cls(path, raw, tokens, listed, added)
+        return cls(path, raw, tokens, listed, flags, added)
 
-    @property
-    def add_bos(self) -> bool | None:
-        """Whether a text begins with BOS, if the file says so."""
-        return self.raw.get("add_bos_token")
+    def heeds_add_bos(self, kind: str) -> bool:
+        """Whether `add_bos_token` counts for a vocabulary of this kind.
+
+        Beside a tokenizer.json it does for a few classes in transformers 4, and for none in 5.
+        """
+        name = str(self.raw.get("tokenizer_class") or "").removesuffix("Fast")
+        return kind != "json" or name in _HEED_ADD_BOS
+
+    def add_bos(self, kind: str) -> bool | None:
+        """Whether a text begins with BOS, if the file says so and is heeded."""
+        return self.raw.get("add_bos_token") if self.heeds_add_bos(kind) else None
 
 
 def _if_there(path: Path) -> dict[str, Any]:
@@ -82,6 +100,11 @@ def _texts(tokens: Any, where: str) -> list[str]:
     return texts
 
 
+def _flags(token: dict[str, Any]) -> dict[str, bool]:
+    known = ("lstrip", "rstrip", "single_word", "normalized")
+    return {key: bool(token[key]) for key in known if key in token}
+
+
 def _added(
     folder: Path, config: dict[str, Any], special: set[str]
 ) -> Iterator[tuple[int, AddedToken]]:
@@ -90,7 +113,6 @@ def _added(
     special: those that are special where the files do not say.
     """
     plain, listed = _if_there(folder / "added_tokens.json"), config.get("added_tokens_decoder")
-    known = ("lstrip", "rstrip", "single_word", "normalized", "special")
     try:
         described = {int(i): dict(token) for i, token in (listed or {}).items()}
         for text, i in plain.items():
@@ -100,8 +122,8 @@ def _added(
             if not isinstance(text, str) or not text or not 0 <= i < 2**31:
                 raise ValueError
             # A token counts as it is spelled: what is done to texts is not done to it.
-            flags = {key: bool(token[key]) for key in known if key in token}
-            yield i, AddedToken(text, **({"normalized": False, "special": True} | flags))
+            is_special = bool(token.get("special", True))
+            yield i, AddedToken(text, special=is_special, **{"normalized": False} | _flags(token))
     except (AttributeError, KeyError, TypeError, ValueError):
         raise UserError(
             f"{folder}: added_tokens.json or added_tokens_decoder of tokenizer_config.json "

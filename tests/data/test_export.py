@@ -130,6 +130,24 @@ KINDS = {
         "llama",
         True,
     ),
+    "pieces, no legacy": (
+        lambda d, f: pieces_folder(d, PLAIN | {"legacy": False}, added_tokens=ADDED),
+        "llama",
+        False,
+    ),
+    "unigram, no legacy": (
+        lambda d, f: pieces_folder(
+            d,
+            PLAIN | {"legacy": False},
+            options={
+                "model_type": "unigram",
+                "normalization_rule_name": "nmt_nfkc",
+                "vocab_size": 310,
+            },
+        ),
+        "llama",
+        False,
+    ),
     "user-defined pieces": (
         lambda d, f: pieces_folder(d, options={"user_defined_symbols": ["<go>", "  "]}),
         "llama",

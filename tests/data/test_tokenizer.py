@@ -29,6 +29,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from src.data import chat
 from src.data import ranks as rank_files
+from src.data.export import write_tokenizer
+from src.data.ranks import put_before
 from src.data.tokenizer import Tokenizer
 from src.errors import UserError
 
@@ -313,6 +315,43 @@ def test_bos_is_what_transformers_would_add(tmp_path, rust, config, processor, h
         assert tokenizer.prompt_ids("hi") == theirs("hi")["input_ids"]
 
 
+@pytest.mark.parametrize("add", [True, False])
+@pytest.mark.parametrize("has_processor", [True, False])
+@pytest.mark.parametrize(
+    "name", ["PreTrainedTokenizerFast", "GPT2TokenizerFast", "TokenizersBackend", "LlamaTokenizer"]
+)
+def test_add_bos_token_against_the_file_counts_where_transformers_heeds_it(
+    tmp_path, rust, add, has_processor, name
+):
+    rust = RustTokenizer.from_str(rust.to_str())
+    put_before(rust, "<s>" if has_processor else None)
+    config = NAMES | {"tokenizer_class": name, "add_bos_token": add, "unk_token": "<|endoftext|>"}
+    folder = folder_of(tmp_path, rust, tokenizer_config=config, config={"model_type": "llama"})
+    tokenizer = Tokenizer.find(folder)
+    for place in (folder, exported(tokenizer, folder)):
+        if place == folder and name == "LlamaTokenizer":  # heeded in 4, and not in 5
+            assert (tokenizer.bos_id is not None) == add
+            continue
+        theirs = AutoTokenizer.from_pretrained(place)
+        assert tokenizer.prompt_ids("a token") == theirs("a token")["input_ids"]
+    counts = "the former counts" if name == "LlamaTokenizer" else "the latter counts"
+    notes = [note for note in tokenizer.notes() if "add_bos_token" in note]
+    assert len(notes) == (add != has_processor)
+    puts = "<s>" if has_processor else "nothing"
+    assert all(f"{str(add).lower()}, and tokenizer.json puts {puts}" in note for note in notes)
+    assert all(counts in note for note in notes)
+
+
+@pytest.mark.parametrize("name", ["LlamaTokenizer", "PreTrainedTokenizerFast", None])
+def test_a_bos_that_is_named_alone_is_told(tmp_path, rust, name):
+    folder = folder_of(tmp_path, rust, tokenizer_config=NAMES | {"tokenizer_class": name})
+    (note,) = Tokenizer.find(folder).notes()
+    assert "names <s> as BOS, and no file says" in note
+    is_generic = name == "PreTrainedTokenizerFast"
+    assert ("transformers 5 (4 puts it there for Llama's classes)" in note) != is_generic
+    assert ("a post-processor in tokenizer.json lets them" in note) == is_generic
+
+
 def test_a_vocabulary_that_draws_pieces_is_refused(tmp_path, rust):
     whole = json.loads(rust.to_str())
     whole["model"]["dropout"] = 0.1
@@ -390,6 +429,94 @@ def test_defects_of_the_files_are_named(tmp_path, rust, files, reason):
     with pytest.raises(UserError, match=reason) as error:
         Tokenizer.find(folder_of(tmp_path, rust, **files))
     assert str(tmp_path) in str(error.value)
+
+
+FLAGS = [
+    {},
+    {"rstrip": True},
+    {"lstrip": True},
+    {"rstrip": True, "lstrip": True},
+    {"single_word": True},
+    {"normalized": True},
+]
+OBJECT = {"content": "<tool>", "rstrip": False, "lstrip": True, "single_word": False}
+OBJECT |= {"normalized": False, "__type": "AddedToken"}  # against which the file has the last word
+CALLED = {
+    "listed": {"additional_special_tokens": ["<tool>"]},
+    "listed with flags": {"additional_special_tokens": [OBJECT]},
+    "listed as more": {"extra_special_tokens": ["<tool>"]},
+    "by names": {"model_specific_special_tokens": {"tool_token": "<tool>"}},
+    "named": {"sep_token": "<tool>"},
+    "named with flags": {"sep_token": OBJECT},
+}
+AROUND = ["a <tool> b", "a<tool>b", " <tool>\n\nb", "<TOOL> <tool>", "<tool><tool>x", "x \t<tool>"]
+
+
+def with_tool(rust, flags, text="<tool>"):
+    rust = RustTokenizer.from_str(rust.to_str())
+    rust.normalizer = normalizers.Lowercase()
+    rust.add_tokens([AddedToken(text, **{"normalized": False} | flags)])
+    return rust
+
+
+def exported(tokenizer, folder):
+    (folder / "export").mkdir()
+    write_tokenizer(tokenizer, folder / "export", folder, 999, scores=False)
+    return folder / "export"
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=lambda flags: " ".join(flags) or "none")
+@pytest.mark.parametrize("called", CALLED)
+def test_a_token_that_is_called_special_keeps_its_flags(tmp_path, rust, flags, called):
+    config = NAMES | {"tokenizer_class": "PreTrainedTokenizerFast"} | CALLED[called]
+    folder = folder_of(tmp_path, with_tool(rust, flags), tokenizer_config=config)
+    tokenizer = Tokenizer.find(folder)
+    for place in (folder, exported(tokenizer, folder)):
+        theirs = AutoTokenizer.from_pretrained(place)
+        for text in AROUND:
+            assert tokenizer.prompt_ids(text) == theirs(text)["input_ids"], text
+    ids = tokenizer.prompt_ids("<tool>")
+    assert tokenizer.control["<tool>"] in ids and tokenizer.decode(ids) == ""
+
+
+@pytest.mark.parametrize("key", ["sep_token", "additional_special_tokens"])
+def test_a_word_that_is_called_special_has_the_flags_that_it_is_called_with(tmp_path, rust, key):
+    token = OBJECT | {"content": "ken"}
+    named = {key: token if key == "sep_token" else [token]}
+    config = NAMES | {"tokenizer_class": "PreTrainedTokenizerFast"} | named
+    folder = folder_of(tmp_path, rust, tokenizer_config=config)
+    tokenizer = Tokenizer.find(folder)
+    for place in (folder, exported(tokenizer, folder)):
+        theirs = AutoTokenizer.from_pretrained(place)
+        for text in ("x ken x", "token", "ken  ken"):
+            assert tokenizer.prompt_ids(text) == theirs(text)["input_ids"], text
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=lambda flags: " ".join(flags) or "none")
+def test_a_token_that_the_template_writes_keeps_its_flags(tmp_path, rust, flags):
+    tool = "<tool>" if "single_word" not in flags else "<tool> "
+    template = CHATML.replace("<|im_start|>' + m['role'] + '\n'", f"{tool}\n'")
+    template = template.replace("<|im_end|>", "<tool_end>").replace("<|im_start|>assistant", tool)
+    more = with_tool(with_tool(rust, flags), flags, "<tool_end>")
+    fast = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    config = NAMES | fast | {"chat_template": template}
+    folder = folder_of(tmp_path, more, tokenizer_config=config)
+    tokenizer = Tokenizer.find(folder, use_chat_template=True)
+    assert tokenizer.text_of(tokenizer.eos_id) == "<tool_end>"
+    for place in (folder, exported(tokenizer, folder)):
+        theirs = AutoTokenizer.from_pretrained(place)
+        for text in (*AROUND, "plain", " spaces  "):
+            turns = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
+            start = theirs.apply_chat_template(
+                turns[:1], add_generation_prompt=True, return_dict=False
+            )
+            assert tokenizer.prompt_ids(text) == start, text
+            # what an answer begins with may be one with what the prompt ends with
+            if "single_word" in flags or ("lstrip" in flags and text.lower().strip()[0] == "<"):
+                continue
+            whole = theirs.apply_chat_template(turns, return_dict=False)
+            trained = start + tokenizer.response_ids(text)
+            assert trained == whole[: len(trained)] and len(whole) - len(trained) <= 1, text
 
 
 # --- chat templates of a folder, against transformers
@@ -614,6 +741,34 @@ def test_tokens_added_to_pieces_count_as_the_template_writes_them(pieces, tmp_pa
         tokenizer.fit(420)
     with pytest.raises(UserError, match="not this model's tokenizer"):
         plain.fit(419)
+
+
+@pytest.mark.parametrize("prefix", [None, True, False])
+@pytest.mark.parametrize("options", [{}, {"user_defined_symbols": ["<go>"]}], ids=["", "go"])
+@pytest.mark.parametrize("is_chat", [False, True])
+def test_no_space_follows_control_tokens_where_legacy_is_false(tmp_path, prefix, options, is_chat):
+    """In texts as in chats, as in both versions of transformers; at a text's beginning one does."""
+    train_pieces(tmp_path / "tokenizer.model", **options)
+    added = {str(420 + i): {"content": text} for i, text in enumerate(CHATML_SPECIAL)}
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    config = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "added_tokens_decoder": added}
+    config |= names | {"chat_template": CHATML}
+    config |= {} if prefix is None else {"add_prefix_space": prefix}
+    write_json(tmp_path / "tokenizer_config.json", config)
+    write_json(tmp_path / "config.json", {"model_type": "llama"})
+    tokenizer = Tokenizer.find(tmp_path, use_chat_template=is_chat)
+    texts = ["an egg", " two eggs", "the <|im_start|> egg", "<|im_end|>egg", "x  y\nz", "</s> egg"]
+    for place in (tmp_path, exported(tokenizer, tmp_path)):
+        theirs = AutoTokenizer.from_pretrained(place)
+        for text in [*texts, *["an <go>egg <go> <go>"] * len(options)]:
+            turns = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
+            if is_chat:
+                whole = theirs.apply_chat_template(turns, return_dict=False)
+                trained = tokenizer.prompt_ids(text) + tokenizer.response_ids(text)
+                assert trained == whole[: len(trained)], text
+            else:
+                ids = theirs(text, add_special_tokens=False)["input_ids"]
+                assert tokenizer.prompt_ids(text) == [1, *ids], text
 
 
 def test_ids_without_a_token_are_known(tmp_path, rust, pieces):
