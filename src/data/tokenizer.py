@@ -25,6 +25,7 @@ from src.data.ranks import put_before
 from src.data.tokenizer_files import (
     TokenizerConfig,
     Vocabulary,
+    is_foreign_verifier,
     stop_ids_in,
 )
 from src.errors import UserError
@@ -111,6 +112,7 @@ class Tokenizer:
         self.spelled_out: Counter[str] = Counter()
         self._limit: int | None = None  # ids that the model has an embedding for
         self.chat: Chat | None = None
+        self._is_foreign_verifier = is_foreign_verifier(folder or path.parent)
         self._unused_template = not use_chat_template and has_template(folders)
         if use_chat_template:
             self._start_chat(folders, family, chat_date)
@@ -403,6 +405,12 @@ class Tokenizer:
                 f"{self.chat.name}: writes {self._after_end!r} after an answer, and {self.path} "
                 f"has no token for it: answers end with {self._texts[self.eos_id]} in its place; "
                 "add the template's tokens to the tokenizer, or take its own template"
+            )
+        if self.chat and self._has_end and self._after_end and self._is_foreign_verifier:
+            lines.append(
+                f"{self.chat.name}: writes {self._after_end!r} after {self._texts[self.eos_id]}, "
+                "which is left off: an answer is scored at that token; transformers scores a whole "
+                "conversation at its last, as this classifier may have been trained"
             )
         if self.chat and self.chat.as_they_stand:
             lines.append(

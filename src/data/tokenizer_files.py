@@ -12,6 +12,7 @@ from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as RustTokenizer
 
 from src.checkpoint.files import read_json
+from src.checkpoint.manifest import has_manifest
 from src.data.pieces import from_pieces
 from src.data.ranks import QWEN, byte_level, from_ranks, from_tekken
 from src.errors import UserError
@@ -151,6 +152,15 @@ def stop_ids_in(folders: list[Path]) -> list[int]:
             )
         stop_ids += ids
     return stop_ids
+
+
+def is_foreign_verifier(folder: Path) -> bool:
+    """Whether a classifier lies there that was not written here, where a manifest would be."""
+    said = _if_there(folder / "config.json").get("architectures")
+    names = said if isinstance(said, list) else []
+    return not has_manifest(folder) and any(
+        str(name).endswith("ForSequenceClassification") for name in names
+    )
 
 
 @dataclass(frozen=True)

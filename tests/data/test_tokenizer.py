@@ -27,6 +27,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from src.checkpoint.manifest import write_manifest
 from src.data import chat
 from src.data import ranks as rank_files
 from src.data.export import write_tokenizer
@@ -392,6 +393,16 @@ def test_a_turn_that_ends_in_no_token_is_told(tmp_path, rust):
     assert "writes '<|turn_end|>\\n' after an answer" in note
     assert "answers end with <|endoftext|> in its place" in note
     write_json(folder / "tokenizer_config.json", NAMES | {"chat_template": CHATML})
+    assert not Tokenizer.find(folder, use_chat_template=True).notes()
+
+
+def test_a_classifier_from_elsewhere_is_told_where_it_is_scored(tmp_path, rust):
+    config = {"architectures": ["Qwen3ForSequenceClassification"]}
+    files = {"tokenizer_config": NAMES | {"chat_template": CHATML}, "config": config}
+    folder = folder_of(tmp_path, rust, **files)
+    (note,) = Tokenizer.find(folder, use_chat_template=True).notes()
+    assert "writes '\\n' after <|im_end|>, which is left off: an answer is scored" in note
+    write_manifest(folder, {})  # ours are trained as they are scored
     assert not Tokenizer.find(folder, use_chat_template=True).notes()
 
 
