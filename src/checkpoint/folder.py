@@ -24,6 +24,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+# Templates besides chat_template.jinja, a file each, by their names.
+MORE_TEMPLATES = "additional_chat_templates"
 
 # What a verifier's scores are centred and scaled by, where they are.
 SCORES_FILE = "score_normalization.json"
@@ -43,6 +45,7 @@ _OURS = (
     "consolidated*",
     "model*.safetensors*",
     "adapter",
+    MORE_TEMPLATES,
     *TOKENIZER_PATTERNS,
     MANIFEST,
     *(name for name in NOTES if name != "adapter_config.json"),
@@ -74,6 +77,11 @@ def check_replaceable(path: str) -> Path:
         if adapter.is_dir():
             foreign += sorted(
                 f"adapter/{f.name}" for f in adapter.iterdir() if f.name not in _ADAPTER
+            )
+        more = folder / MORE_TEMPLATES
+        if more.is_dir():
+            foreign += sorted(
+                f"{more.name}/{f.name}" for f in more.iterdir() if f.suffix != ".jinja"
             )
         if foreign:
             raise UserError(
@@ -196,6 +204,7 @@ def copy_side_files(source: Path, target: Path, adapter: Path | None = None) -> 
     for name in TOKENIZER_FILES:
         if (place / name).is_file():
             shutil.copyfile(place / name, target / name)
+    copy_more_templates(place, target)
     for name in ("generation_config.json", SCORES_FILE):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
@@ -253,3 +262,10 @@ def _template_in(folder: Path) -> str | None:
         named = {entry.get("name"): entry.get("template") for entry in template}
         template = named.get("default")
     return template if isinstance(template, str) else None
+
+
+def copy_more_templates(source: Path, target: Path) -> None:
+    """Copy the templates besides chat_template.jinja, where there are some."""
+    for path in sorted((source / MORE_TEMPLATES).glob("*.jinja")):
+        (target / MORE_TEMPLATES).mkdir(exist_ok=True)
+        shutil.copyfile(path, target / MORE_TEMPLATES / path.name)

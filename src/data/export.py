@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from src.checkpoint.files import read_json
-from src.checkpoint.folder import SCORES_FILE
+from src.checkpoint.folder import MORE_TEMPLATES, SCORES_FILE, copy_more_templates
 from src.data.tokenizer import Tokenizer
 
 SpecialIds = dict[str, int | list[int] | None]
@@ -130,10 +130,14 @@ def write_tokenizer(
 def _write_template(tokenizer: Tokenizer, folder: Path, source: Path) -> dict[str, Any]:
     """The template in use, else the one that lies there: as a file, or what the config gets."""
     target, chat = folder / "chat_template.jinja", tokenizer.chat
+    places = list(dict.fromkeys((tokenizer.path.parent, source)))
+    more = next((place for place in places if (place / MORE_TEMPLATES).is_dir()), None)
+    if more is not None:
+        copy_more_templates(more, folder)
     if chat is not None and not chat.own:
         target.write_text(chat.source, "utf-8")
         return {}
-    for place in dict.fromkeys((tokenizer.path.parent, source)):
+    for place in places:
         if (place / target.name).is_file():
             shutil.copyfile(place / target.name, target)
             return {}

@@ -22,7 +22,12 @@ from src.checkpoint.folder import find_tokenizer
 from src.data.chat import DEFAULT_DATE, Chat, find_chat, has_template
 from src.data.pieces import begin_text_once
 from src.data.ranks import put_before
-from src.data.tokenizer_files import TokenizerConfig, Vocabulary, stop_ids_in
+from src.data.tokenizer_files import (
+    TokenizerConfig,
+    Vocabulary,
+    is_foreign_verifier,
+    stop_ids_in,
+)
 from src.errors import UserError
 
 # Put inside a control token that a text spells out, so that it is text: two that are no characters
@@ -94,6 +99,12 @@ class Tokenizer:
         may_end = {*self.control, *(token.content for token in added.values()), None}  # no token
         stops = [i for i in stop_ids_in(folders) if self._rust.id_to_token(i) in may_end]
         self._bos_of_file = vocabulary.bos
+        if vocabulary.after_bos and not use_chat_template and config.add_bos(self.kind) is None:
+            before = " ".join((vocabulary.bos or "", *vocabulary.after_bos))
+            raise UserError(
+                f"{path}: its post-processor puts {before} before a text, and one token, BOS, is "
+                "supported; leave the others out of it, or go by a template: --use_chat_template"
+            )
         self.bos_id = self._begin(vocabulary.bos)
         self.eos_id = self._end(vocabulary.eos, [i for i in stops if self._rust.id_to_token(i)])
         self.stop_ids = {self.eos_id, *stops}
@@ -101,6 +112,7 @@ class Tokenizer:
         self.spelled_out: Counter[str] = Counter()
         self._limit: int | None = None  # ids that the model has an embedding for
         self.chat: Chat | None = None
+        self._is_foreign_verifier = is_foreign_verifier(folder or path.parent)
         self._unused_template = not use_chat_template and has_template(folders)
         if use_chat_template:
             self._start_chat(folders, family, chat_date)
@@ -176,6 +188,8 @@ class Tokenizer:
         # The first special token after an answer ends it, in training and in generation.
         end = _any_of(added | self.control).search(chat.ending)
         self._ending = chat.ending[: end.start()] if end else ""
+        self._after_end = chat.ending[end.end() :] if end else chat.ending
+        self._has_end = end is not None
         self._end_takes_space = False
         if end:
             self.eos_id = self._counted(end[0], "chat_template")
@@ -386,6 +400,18 @@ class Tokenizer:
                 else "they act as control tokens; --special_tokens text reads them as text"
             )
             lines.append(f"texts spell out special tokens: {shown}; {reading}")
+        if self.chat and not self._has_end and self._after_end.strip():
+            lines.append(
+                f"{self.chat.name}: writes {self._after_end!r} after an answer, and {self.path} "
+                f"has no token for it: answers end with {self._texts[self.eos_id]} in its place; "
+                "add the template's tokens to the tokenizer, or take its own template"
+            )
+        if self.chat and self._has_end and self._after_end and self._is_foreign_verifier:
+            lines.append(
+                f"{self.chat.name}: writes {self._after_end!r} after {self._texts[self.eos_id]}, "
+                "which is left off: an answer is scored at that token; transformers scores a whole "
+                "conversation at its last, as this classifier may have been trained"
+            )
         if self.chat and self.chat.as_they_stand:
             lines.append(
                 f"{self.chat.name}: leaves out or changes parts of {self.chat.as_they_stand} "

@@ -4,13 +4,15 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, models, normalizers
+from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as RustTokenizer
 
 from src.checkpoint.files import read_json
+from src.checkpoint.manifest import has_manifest
 from src.data.pieces import from_pieces
 from src.data.ranks import QWEN, byte_level, from_ranks, from_tekken
 from src.errors import UserError
@@ -22,6 +24,8 @@ _HEED_ADD_BOS = (
     "",
     *(f"{name}Tokenizer" for name in ["Llama", "CodeLlama", "Gemma", "Cohere", "GPTNeoX"]),
 )
+# which put a space before a text by add_prefix_space alone
+_SET_PREFIX = ("GPT2Tokenizer", "GPTNeoXTokenizer", "RobertaTokenizer", "Qwen2Tokenizer")
 _LISTS = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens")
 
 
@@ -79,8 +83,12 @@ class TokenizerConfig:
 
         Beside a tokenizer.json it does for a few classes in transformers 4, and for none in 5.
         """
-        name = str(self.raw.get("tokenizer_class") or "").removesuffix("Fast")
-        return kind != "json" or name in _HEED_ADD_BOS
+        return kind != "json" or self.class_name in _HEED_ADD_BOS
+
+    @property
+    def class_name(self) -> str:
+        """The tokenizer's class in transformers, the slow one's name, "" where it is not said."""
+        return str(self.raw.get("tokenizer_class") or "").removesuffix("Fast")
 
     def add_bos(self, kind: str) -> bool | None:
         """Whether a text begins with BOS, if the file says so and is heeded."""
@@ -146,18 +154,28 @@ def stop_ids_in(folders: list[Path]) -> list[int]:
     return stop_ids
 
 
+def is_foreign_verifier(folder: Path) -> bool:
+    """Whether a classifier lies there that was not written here, where a manifest would be."""
+    said = _if_there(folder / "config.json").get("architectures")
+    names = said if isinstance(said, list) else []
+    return not has_manifest(folder) and any(
+        str(name).endswith("ForSequenceClassification") for name in names
+    )
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     """A tokenizer's file as a runtime.
 
     kind: "json", "sentencepiece", "ranks" or "tekken"; bos, eos: the texts that the file itself, or
-    the usual names, give them.
+    the usual names, give them; after_bos: the special tokens that it puts between BOS and a text.
     """
 
     kind: str
     rust: RustTokenizer
     bos: str | None
     eos: str | None
+    after_bos: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, path: Path, config: TokenizerConfig) -> "Vocabulary":
@@ -211,10 +229,16 @@ def _of_json(path: Path, config: TokenizerConfig) -> Vocabulary:
     # A text is read whole, whatever the file was saved with.
     rust.no_truncation()
     rust.no_padding()
-    # A special token before the text: the file's own post-processor puts it there.
+    # Classes that split words anew put a space before a text by the config alone.
+    words = rust.pre_tokenizer
+    if config.class_name in _SET_PREFIX and isinstance(words, pre_tokenizers.ByteLevel):
+        words.add_prefix_space = bool(config.raw.get("add_prefix_space"))
+        rust.pre_tokenizer = words
+    # Special tokens before the text: the file's own post-processor puts them there.
     encoded = rust.encode("a")
-    begins = encoded.special_tokens_mask[:-1][:1] == [1]
-    return Vocabulary("json", rust, encoded.tokens[0] if begins else None, None)
+    marks = zip(encoded.tokens[:-1], encoded.special_tokens_mask)
+    before = [token for token, _ in takewhile(lambda mark: mark[1], marks)]
+    return Vocabulary("json", rust, before[0] if before else None, None, tuple(before[1:]))
 
 
 def _numbered(rust: RustTokenizer, wanted: dict[str, int], where: str) -> RustTokenizer:

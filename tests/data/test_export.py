@@ -12,10 +12,16 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import pre_tokenizers, processors
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
-from src.checkpoint.folder import find_tokenizer
+from src.checkpoint.folder import (
+    MORE_TEMPLATES,
+    check_replaceable,
+    copy_side_files,
+    find_tokenizer,
+)
 from src.data import ranks as rank_files
 from src.data.export import pad_of, special_ids_of, write_tokenizer
 from src.data.tokenizer import Tokenizer
+from src.errors import UserError
 from tests.data import test_tokenizer as other
 
 CHATML, NAMES, TEXTS = other.CHATML, other.NAMES, [t for t in other.TEXTS if t]
@@ -458,6 +464,30 @@ def test_a_stale_file_beside_is_not_passed_on(tmp_path, rust):
         "tokenizer_config.json",
         "generation_config.json",
     }
+
+
+@pytest.mark.parametrize("is_chat", [False, True])
+def test_templates_besides_the_first_are_passed_on(tmp_path, rust, is_chat):
+    source, folders = tmp_path / "source", [tmp_path / name for name in ("written", "split")]
+    for folder in (source, *folders):
+        folder.mkdir()
+    json_folder(source, rust, NAMES)
+    (source / "chat_template.jinja").write_text(CHATML)
+    (source / MORE_TEMPLATES).mkdir()
+    (source / MORE_TEMPLATES / "tool_use.jinja").write_text("tools " + CHATML)
+    tokenizer = Tokenizer.find(source, use_chat_template=is_chat)
+    write_tokenizer(tokenizer, folders[0], source, MODEL, scores=False)
+    copy_side_files(source, folders[1])
+    for folder in folders:
+        other.write_json(folder / "config.json", {"model_type": "llama"})
+        assert AutoTokenizer.from_pretrained(folder).chat_template == {
+            "default": CHATML,
+            "tool_use": "tools " + CHATML,
+        }
+        assert check_replaceable(str(folder)) == folder
+    (folders[0] / MORE_TEMPLATES / "notes.txt").touch()
+    with pytest.raises(UserError, match=f"{MORE_TEMPLATES}/notes.txt, which is no part"):
+        check_replaceable(str(folders[0]))
 
 
 def test_sentencepiece_alone_is_exact(tmp_path):

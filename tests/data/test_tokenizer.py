@@ -27,6 +27,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from src.checkpoint.manifest import write_manifest
 from src.data import chat
 from src.data import ranks as rank_files
 from src.data.export import write_tokenizer
@@ -350,6 +351,59 @@ def test_a_bos_that_is_named_alone_is_told(tmp_path, rust, name):
     is_generic = name == "PreTrainedTokenizerFast"
     assert ("transformers 5 (4 puts it there for Llama's classes)" in note) != is_generic
     assert ("a post-processor in tokenizer.json lets them" in note) == is_generic
+
+
+@pytest.mark.parametrize("before", ["<s> <|im_start|>", "<|im_start|> <s> <|im_end|>"])
+def test_more_tokens_than_bos_before_a_text_are_refused(tmp_path, rust, before):
+    rust = RustTokenizer.from_str(rust.to_str())
+    special = [(text, rust.token_to_id(text)) for text in before.split()]
+    rust.post_processor = processors.TemplateProcessing(f"{before} $A", special_tokens=special)
+    folder = folder_of(tmp_path, rust, tokenizer_config=NAMES | {"chat_template": CHATML})
+    with pytest.raises(UserError, match="puts .* before a text, and one token, BOS") as error:
+        Tokenizer.find(folder)
+    assert before in str(error.value)
+    assert Tokenizer.find(folder, use_chat_template=True).chat is not None
+    write_json(folder / "tokenizer_config.json", NAMES | {"add_bos_token": True})
+    assert (
+        Tokenizer.find(folder).prompt_ids("a") == rust.encode("<s>a", add_special_tokens=False).ids
+    )
+
+
+@pytest.mark.parametrize("name", ["GPT2Tokenizer", "GPT2TokenizerFast", "GPTNeoXTokenizerFast"])
+@pytest.mark.parametrize("puts", [False, True])
+@pytest.mark.parametrize("said", [None, False, True])
+def test_a_space_before_a_text_is_as_its_class_puts_it(tmp_path, name, puts, said):
+    rust = byte_level(500)
+    rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=puts)
+    config = NAMES | {"tokenizer_class": name, "unk_token": "<|endoftext|>"}
+    config |= {} if said is None else {"add_prefix_space": said}
+    folder = folder_of(tmp_path, rust, tokenizer_config=config)
+    tokenizer = Tokenizer.find(folder)
+    for place in (folder, exported(tokenizer, folder)):
+        theirs = AutoTokenizer.from_pretrained(place)
+        for text in ("a token", " a", "a<|im_start|>b"):
+            assert tokenizer.prompt_ids(text) == theirs(text)["input_ids"], text
+
+
+def test_a_turn_that_ends_in_no_token_is_told(tmp_path, rust):
+    template = CHATML.replace("<|im_", "<|turn_")
+    folder = folder_of(tmp_path, rust, tokenizer_config=NAMES | {"chat_template": template})
+    tokenizer = Tokenizer.find(folder, use_chat_template=True)
+    (note,) = tokenizer.notes()
+    assert "writes '<|turn_end|>\\n' after an answer" in note
+    assert "answers end with <|endoftext|> in its place" in note
+    write_json(folder / "tokenizer_config.json", NAMES | {"chat_template": CHATML})
+    assert not Tokenizer.find(folder, use_chat_template=True).notes()
+
+
+def test_a_classifier_from_elsewhere_is_told_where_it_is_scored(tmp_path, rust):
+    config = {"architectures": ["Qwen3ForSequenceClassification"]}
+    files = {"tokenizer_config": NAMES | {"chat_template": CHATML}, "config": config}
+    folder = folder_of(tmp_path, rust, **files)
+    (note,) = Tokenizer.find(folder, use_chat_template=True).notes()
+    assert "writes '\\n' after <|im_end|>, which is left off: an answer is scored" in note
+    write_manifest(folder, {})  # ours are trained as they are scored
+    assert not Tokenizer.find(folder, use_chat_template=True).notes()
 
 
 def test_a_vocabulary_that_draws_pieces_is_refused(tmp_path, rust):
