@@ -145,7 +145,7 @@ def _config(vocabulary: _Vocabulary) -> dict[str, Any]:
         "clean_up_tokenization_spaces": False,
     }
     if not is_byte_level:
-        config |= {"add_prefix_space": vocabulary.flag("add_space_prefix", True), "legacy": False}
+        config["add_prefix_space"] = vocabulary.flag("add_space_prefix", True)
     for name, key in _TOKENS.items():
         i = vocabulary.id_of(key)
         config[name] = None if i is None else vocabulary.tokens[i]

@@ -60,20 +60,14 @@ class SolverInputs:
     def read(cls, settings: SolverTrainSettings, parallel: Parallel) -> "SolverInputs":
         """Read everything. Raises UserError, before any work, for whatever is wrong."""
         model = open_start(settings, parallel, head="lm")
-        batches, evaluation = settings.batches, settings.evaluation
-        return cls(
-            model,
-            lora_of(settings.lora, model.checkpoint),
-            SolverEvaluation.read(
-                evaluation, model.tokenizer, evaluation.max_new_tokens, batches.max_seq_len
-            ),
-            *solver_sequences(
-                settings.data.train_file,
-                model.tokenizer,
-                batches.max_seq_len,
-                batches.strict_length,
-            ),
+        lora = lora_of(settings.lora, model.checkpoint)
+        tokenizer, max_seq_len = model.tokenizer, settings.batches.max_seq_len
+        sequences, row_notes = solver_sequences(
+            settings.data.train_file, tokenizer, max_seq_len, settings.batches.strict_length
         )
+        limits = settings.evaluation.max_new_tokens, max_seq_len
+        evaluation = SolverEvaluation.read(settings.evaluation, tokenizer, *limits)
+        return cls(model, lora, evaluation, sequences, row_notes)
 
 
 @dataclass(frozen=True)
