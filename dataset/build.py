@@ -198,12 +198,12 @@ def pairs_of(
 def _gsm8k_rows(source: str, part: str, hub_config: str) -> list[dict]:
     folder = Path(source)
     if folder.exists():
-        read = read_rows(
+        part_rows = read_rows(
             folder / f"{part}.jsonl", {"question": TEXT, "answer": TEXT}, {INSTRUCTION: TEXT}
         )
-        for note in read.notes:
+        for note in part_rows.notes:
             print(note)
-        official: list[dict] = read
+        official: list[dict] = part_rows
     else:
         official = _hub_rows(source, part, hub_config)
     rows = []

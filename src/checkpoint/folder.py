@@ -231,21 +231,21 @@ def keep_special_ids(source: Path, target: Path, adapter: Path | None = None) ->
     written, ends = dict(copied), []
     for file in files:
         said = read_json(file)
-        ends += [i for i in _ids_in(said, file) if i not in ends]
+        ends += [i for i in end_ids(said, file) if i not in ends]
         for key in ("bos_token_id", "pad_token_id"):
             if written.get(key) is None and said.get(key) is not None:
                 written[key] = said[key]
-    if ends != _ids_in(copied, path):
+    if ends != end_ids(copied, path):
         written["eos_token_id"] = ends[0] if len(ends) == 1 else ends
     if written != copied:
         path.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
 
 
-def _ids_in(said: dict[str, Any], path: Path) -> list[int]:
-    """The `eos_token_id` of a config, a number or several."""
+def end_ids(said: dict[str, Any], path: Path) -> list[int]:
+    """The `eos_token_id` of a config, a number or several. path: what it was read from."""
     value = said.get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(i) is int for i in ids):
+    if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
         raise UserError(f"{path}: eos_token_id is {value!r}, an id or a list of ids is expected")
     return ids
 

@@ -12,6 +12,7 @@ from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as RustTokenizer
 
 from src.checkpoint.files import read_json
+from src.checkpoint.folder import end_ids
 from src.checkpoint.manifest import has_manifest
 from src.data.pieces import from_pieces
 from src.data.ranks import QWEN, byte_level, from_ranks, from_tekken
@@ -144,13 +145,7 @@ def stop_ids_in(folders: list[Path]) -> list[int]:
     stop_ids: list[int] = []
     names = ("generation_config.json", "config.json")
     for path in (folder / name for folder in folders for name in names):
-        value = read_json(path).get("eos_token_id") if path.is_file() else None
-        ids = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
-            raise UserError(
-                f"{path}: eos_token_id is {value!r}, an id or a list of ids is expected"
-            )
-        stop_ids += ids
+        stop_ids += end_ids(_if_there(path), path)
     return stop_ids
 
 

@@ -164,9 +164,9 @@ def taken(rule: str, response: str) -> str | Fraction | None:
 
 def check_gold(rule: str, gold: str) -> None:
     """Raise UserError for a gold that `rule` cannot compare with."""
-    if rule == "numeric" and numeric_answer(_gold_text(gold)) is None:
+    text = _gold_text(gold)
+    if rule == "numeric" and numeric_answer(text) is None:
         raise UserError(f"gold answer {gold[-60:]!r} has no value; --rule numeric needs one")
-    _gold_text(gold)
 
 
 def numeric_answer(response: str) -> Fraction | None:

@@ -205,7 +205,7 @@ def _is_another(answer: str, gold: str) -> bool:
         _has_other_bases(sides)
         or _has_other_letters(forms)
         or _has_other_marks(sides, forms)
-        or (_has_another_length(sides, lists))
+        or _has_another_length(sides, lists)
     )
 
 
