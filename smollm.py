@@ -2,6 +2,7 @@
 
     make smollm                     (or: python smollm.py --seed 0 --work_dir runs/smollm-0)
     make smollm SMALL=1             every step in about five minutes, too short to learn much
+    python smollm.py --gpu --ranks 1            on one GPU
 
 The model comes from a package (Apache-2.0), checked by its hash. There is no supervised training:
 GRPO by GSM8K's numeric rule on word problems, first of one step, then of one or two; then PPO with
@@ -72,6 +73,7 @@ def main(
     ] = None,
     small: Annotated[bool, "every step in about five minutes, too short to learn much"] = False,
     ranks: Annotated[int, "data-parallel ranks"] = 2,
+    gpu: Annotated[bool, "on GPUs, one for each rank; without it, none is used"] = False,
 ) -> None:
     """Run everything and print the table."""
     size, work = SMALL if small else Size(), Path(work_dir or f"runs/smollm-{seed}")
@@ -82,7 +84,7 @@ def main(
     one_step, two_steps = work / "data-one-step", work / "data-two-steps"
     train, pairs = two_steps / "train.json", two_steps / "pairs.json"
     test, gsm8k = two_steps / "test.json", work / "gsm8k.jsonl"
-    stages = Stages("smollm", ranks)
+    stages = Stages("smollm", ranks, gpu)
     chat = {"use_chat_template": True, "dtype": "bf16", "model_parallel_size": 1}
     judged = {"task": "GSM8K", "rule": "numeric"}
     evaluated: dict[str, Any] = {"max_new_tokens": 128, "max_seq_len": 256}
@@ -114,7 +116,9 @@ def main(
     # Reinforcement by the rule alone: each prompt's samples are compared with each other, and the
     # prompts where all earn the same are left out. Answers that never end cost half a point.
     sampling = {"temperature": 0.7, "max_seq_len": 256}
-    update = {"max_batch_size": 32, "ppo_epochs": 1, "mini_batches": 4, "seed": seed}
+    # A GPU takes all rows of an iteration at once; the steps are the same.
+    at_once = size.buffer if gpu else 32
+    update = {"max_batch_size": at_once, "ppo_epochs": 1, "mini_batches": 4, "seed": seed}
     by_rule = {
         "advantage": "grpo",
         "samples_per_prompt": 8,
@@ -176,7 +180,7 @@ def main(
         ckpt_dir=grpo,
         save_dir=verifier,
         train_file=pairs,
-        max_batch_size=8,
+        max_batch_size=max(1, 16 // ranks),  # 16 on all ranks together
         lr=2e-5,
         epochs=1,
         max_seq_len=256,

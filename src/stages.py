@@ -14,9 +14,13 @@ ROOT = Path(__file__).resolve().parents[1]
 class Stages:
     """Runs the commands, and keeps the minutes of each stage."""
 
-    def __init__(self, job: str, ranks: int) -> None:
-        """job: what is told to have stopped when a stage fails; ranks: of `torchrun`."""
+    def __init__(self, job: str, ranks: int, gpu: bool = False) -> None:
+        """job: what is told to have stopped when a stage fails; ranks: of `torchrun`.
+
+        gpu: where there is one; GPUs are hidden otherwise, so that the job is the same everywhere.
+        """
         self.job, self.ranks = job, ranks
+        self._environment = os.environ | ({} if gpu else {"CUDA_VISIBLE_DEVICES": ""})
         self.seconds: dict[str, float] = {}
         self._began = time.perf_counter()
 
@@ -53,9 +57,8 @@ class Stages:
         shown = ["torchrun", *launcher[3:]] if len(launcher) > 1 else ["python"]
         print(f"\n[{stage}] {shlex.join([*shown, *script, *arguments])}", flush=True)
         began = time.perf_counter()
-        # The same job everywhere, with or without a GPU.
-        on_cpu = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-        code = subprocess.run([*launcher, *script, *arguments], cwd=ROOT, env=on_cpu).returncode
+        command = [*launcher, *script, *arguments]
+        code = subprocess.run(command, cwd=ROOT, env=self._environment).returncode
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
         if code:
             sys.exit(
