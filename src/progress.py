@@ -18,8 +18,11 @@ FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{left}, {rate_fmt}{postfi
 # of what takes seconds or minutes: seconds for each, not each second
 SLOW_FORMAT, SLOW = FORMAT.replace("rate", "rate_inv"), ("iteration",)
 ENDLESS_FORMAT = "{desc}: {n_fmt}{unit} [{elapsed}, {rate_fmt}{postfix}]"  # of an unknown total
-KNOWN = 0.1  # of the answers side by side must have ended, where no others follow
-RISING = 0.5  # how much likelier a text ends the longer it is: by its length to this power
+KNOWN = 0.1  # of the answers side by side must have ended before anything is said
+# A text is taken to be the likelier to end the longer it is, by its length to a power one less
+# than this shape of Weibull's law, which is known up to a factor before any has ended.
+SHAPE, FACTOR = 1.5, 1.25
+SHAPES = np.geomspace(0.5, 8, 41)
 FIXED = 64  # what a decode step takes however few sequences run: as if so many more did
 
 
@@ -133,7 +136,8 @@ class AnswerLengths:
     """How much there is still to generate, of answers whose lengths nobody knows beforehand.
 
     Lengths are taken to be distributed as those of the answers so far, by the estimator of Kaplan
-    and Meier (1958): of those that still run it is known that they are longer.
+    and Meier (1958): of those that still run it is known that they are longer. Lengths that none
+    has come to follow Weibull's law, of the likeliest shape.
     """
 
     def __init__(self, n: int, limit: int, ranks: int = 1) -> None:
@@ -167,9 +171,9 @@ class AnswerLengths:
     def work_left(self) -> float:
         """In tokens at full slots; what waits fills slots as they get free.
 
-        Infinite while all run side by side and hardly any has ended: nobody knows then.
+        Infinite while hardly any has ended: nobody knows then.
         """
-        if self.waiting <= 0 and self.ended.total() < KNOWN * self.slots:
+        if self.ended.total() < KNOWN * self.slots:
             return math.inf
         longer = self.survival().clip(min=1e-9)
         # beyond[m]: tokens that an answer has beyond its first m, on average over all answers.
@@ -195,12 +199,9 @@ class AnswerLengths:
         """How likely an answer is longer than 0, 1, … tokens, [limit]."""
         ended, running = self._counts(self.ended), self._counts(self.running)
         # How many were seen to come to each length, and what share of them ended there. One answer
-        # is added that ends the likelier the longer it is: it stands for lengths that none has
-        # come to.
+        # is added that ends as likely as the law says: it stands for lengths that none has come to.
         came = (ended + running)[::-1].cumsum()[::-1]
-        likely = np.arange(self.limit + 1.0) ** RISING
-        likely *= ended.sum() / max(1.0, came @ likely)
-        share = (ended + likely.clip(max=1)) / (came + 1)
+        share = (ended + _weibull(ended, ended + running)) / (came + 1)
         return (1 - share[: self.limit]).cumprod()
 
     def _counts(self, lengths: Counter[int]) -> np.ndarray:
@@ -209,6 +210,24 @@ class AnswerLengths:
         for length, count in lengths.items():
             counts[min(length, self.limit)] += count
         return counts
+
+
+def _weibull(ended: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """How likely what came to each length ends there, by the likeliest law of Weibull, [limit + 1].
+
+    seen: how many were last seen at each length; ended: how many of them by themselves, but for
+    those at the limit, which were cut off.
+    """
+    limit = len(seen) - 1
+    lengths = np.arange(limit + 1) / limit
+    n_ended = max(1e-9, float(ended[:-1].sum()))
+    # The rate that is the likeliest for each shape, and how likely the two are.
+    rates = n_ended / (seen * lengths ** SHAPES[:, None]).sum(1)
+    logs = (ended[1:-1] * np.log(lengths[1:-1])).sum()
+    likely = n_ended * np.log(SHAPES * rates) + (SHAPES - 1) * logs
+    likely -= (np.log(SHAPES / SHAPE) / np.log(FACTOR)) ** 2 / 2
+    best = likely.argmax()
+    return np.append(0.0, -np.expm1(-rates[best] * np.diff(lengths ** SHAPES[best])))
 
 
 def _tokens(lengths: Counter[int]) -> int:

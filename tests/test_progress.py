@@ -4,6 +4,7 @@ import math
 import random
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
 from src.logs import RunLog
@@ -145,12 +146,34 @@ def test_how_likely_an_answer_is_longer():
     assert longer.tolist() == pytest.approx([1, 3 / 4, 3 / 4 * 2 / 3, 3 / 4 * 2 / 3], rel=2e-3)
 
 
-def test_before_any_answer_has_ended_all_are_taken_to_be_cut_off():
+def test_when_all_so_far_were_cut_off_the_others_are_taken_to_be():
     known = AnswerLengths(40, limit=10)
     assert known.step([], [1, 1]) == (2, 2, 0.0)
     assert known.step([], [2, 2]) == (2, 0, 2.0)
-    # Two have 8 tokens to go, 38 wait: 396 tokens two at a time.
-    assert known.work_left() == pytest.approx(396, rel=0.02)
+    assert known.work_left() == math.inf  # nobody knows
+    for tokens in range(3, 10):
+        known.step([], [tokens] * 2)
+    known.step([10, 10], [])
+    # 38 wait: 380 tokens two at a time.
+    assert known.work_left() == pytest.approx(380, rel=0.02)
+
+
+@pytest.mark.parametrize("shape", [1.0, 2.5, 5.0])
+def test_what_none_has_come_to_goes_on_as_it_began(shape):
+    """Of 2000 answers by Weibull's law, seen when three tenths have ended."""
+    limit, rng = 400, np.random.default_rng(0)
+    lengths = np.ceil(100 * rng.weibull(shape, 2000)).astype(int).clip(1, limit)
+    now = int(np.quantile(lengths, 0.3))
+    known = AnswerLengths(len(lengths), limit)
+    known.step(lengths[lengths < now].tolist(), [now] * int((lengths >= now).sum()))
+    assert known.survival().sum() == pytest.approx(lengths.mean(), rel=0.15)
+
+
+def test_a_shape_is_not_taken_from_a_handful_of_answers():
+    """Three that end at nearly one length: half of the others are longer all the same."""
+    known = AnswerLengths(30, limit=100)
+    known.step([19, 20, 21], [21] * 27)
+    assert known.survival()[30] > 0.5
 
 
 @pytest.mark.parametrize("slots, ranks", [(64, 1), (640, 1), (640, 10)])
