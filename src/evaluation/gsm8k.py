@@ -15,6 +15,7 @@ more than a bounded piece of them.
 """
 
 import re
+import unicodedata
 from fractions import Fraction
 from functools import partial
 
@@ -66,8 +67,9 @@ _SPELLINGS = [
     (r"\\(?:approx|(?:long)?(?:right|Right)arrow|implies|to)(?![A-Za-z])", "="),
     (r"\\(?:times|cdot|div|ast)(?![A-Za-z])", "×"),
     # mixed numbers, which need a space, and fractions, \frac12 too
-    (r"(?<=[0-9])(?=[½¼¾]|\\[dtc]?frac)", " "),
-    ("½", "1/2"), ("¼", "1/4"), ("¾", "3/4"),
+    (r"(?<=[0-9])(?=[½¼¾⅐-⅞]|\\[dtc]?frac)", " "),
+    *((part, unicodedata.normalize("NFKC", part).replace("\u2044", "/"))
+      for part in "½¼¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"),
     (r"\\[dtc]?frac\s?\{\s?(-?[0-9.,]{1,30})\s?\}\s?\{\s?([0-9.,]{1,30})\s?\}", r"\1/\2 "),
     (r"\\[dtc]?frac\s?([0-9])\s?([0-9])", r"\1/\2 "),
     # the 2 of x_2 and of cm^2
@@ -106,12 +108,13 @@ _NAME = re.compile(r"[A-Za-z\s$({*]*|[0-9\s.,+\-*/×÷·()$%^]*")
 _CLOSING = re.compile(r"^(?:[%$€£)}\]>\"'`]|[*_]{1,3}(?!\.?[\w($\\]))*")
 # … and what makes another value of it: an operation, a second number, a variable
 _CHANGED = re.compile(
-    r"\s*[\^²³½¼¾⁄×÷·⋅∙±<>≤≥≠=&{\\√π∞!+]|[*_(]|\s*\*{1,2}[\s0-9(]"
+    r"\s*[\^²³¹⁰⁴-ⁿ₀-₉½¼¾⅐-⅞⁄×÷·⋅∙±<>≤≥≠=&{\\√π∞!+]|[*_(]|\s*\*{1,2}[\s0-9(]"
     r"|\s*[-/:|%]\s*(?:[0-9.$({\\√+-]|[A-Za-z](?![A-Za-z]))"
     r"|(?:\s*[,;]\s*|\s*)[$€£]?-?\.?[0-9]"
     r"|\s+(?![mghslLaIp]\b)[A-Za-z](?![A-Za-z'])"
     r"|[\s-]*(?i:or(?! so)|squared|cubed|factorial|hal(?:f|ves)|thirds?|fourths?|fifths?|tenths?"
-    r"|hundredths?|thousandths?|hundreds?|thousands?|millions?|billions?|trillions?|dozens?|point"
+    r"|hundredths?|thousandths?|hundreds?|thousands?|millions?|billions?|trillions?|dozens?|gross"
+    r"|lakhs?|crores?|mil|mn|bn|tn|point"
     r"|and (?:an? )?(?:half|third|quarter))(?![A-Za-z])"
 )
 _CHANGED_LATER = re.compile(
@@ -129,7 +132,10 @@ _PART = re.compile(
     r"|[0-9)] {1,2}(?:[xX] {1,2})?\Z|[0-9]\s+:\s*\Z"
     r"|[A-Za-z]\(\Z|\bbetween\s+\S{1,20}\s+and\s+\Z"
     r"|(?i:\bnot(?: [a-z]+){0,2}|n't(?: [a-z]+){0,2}|minus|negative|plus|times|by|than"
-    r"|sqrt|log|twice)[ \t]+[$€£({*]*\Z"
+    r"|sqrt|log|twice|half of|double|triple"
+    r"|(?:sum|product|difference|average|mean) (?:of|between) \S{1,20} and)[ \t]+[$€£({*]*\Z"
+    r"|[0-9] ?(?i:years?|months?|weeks?|days?|hours?|hrs?|minutes?|mins?|feet|foot|ft|pounds?|lbs?"
+    r"|dollars?)(?: and)? {1,2}\Z"
 )
 _LEFT_OF_THREE = re.compile(r"(?<![0-9])[0-9]{1,3}, +\Z")  # 18, 000
 
@@ -241,7 +247,9 @@ def _is_changed(rest: str) -> bool:
     """Whether what stands after a number makes another value of it."""
     rest = _CLOSING.sub("", _POWER_OF_UNIT.sub("", rest[:500]), count=1)
     glued = re.match("[A-Za-z]+", rest)
-    if _CHANGED.match(rest) or glued and glued[0].lower() not in _GLUED:
+    # 5m is metres, 5M millions
+    unit = glued and (glued[0] if len(glued[0]) == 1 else glued[0].lower())
+    if _CHANGED.match(rest) or unit and unit not in _GLUED:
         return True
     return _CHANGED_LATER.search(_ASIDE.split(rest, maxsplit=1)[0]) is not None
 

@@ -43,7 +43,24 @@ _MOST_BOXES = 32
 _NEAR = 1024  # characters between two boxes of one answer, and their own
 _OPENING = frozenset(["(", "[", "{", r"\{", r"\begin"])
 _CLOSING = frozenset([")", "]", "}", r"\}", r"\end"])
+_GREEK = re.compile(
+    r"\\(?:var)?(?:alpha|beta|gamma|delta|epsilon|zeta|eta|theta|iota|kappa|lambda|mu|nu|xi|pi|rho"
+    r"|sigma|tau|upsilon|phi|chi|psi|omega|Gamma|Delta|Theta|Lambda|Xi|Pi|Sigma|Upsilon|Phi|Psi"
+    r"|Omega)(?![A-Za-z])"
+)
 _WITH_BASE = re.compile(r"(?<![\\A-Za-z0-9.])([0-9][0-9A-Z]*)_\{([0-9]+)\}")
+
+# What does not show between two digits still keeps them apart, but for groups of three: 1 000. In
+# \frac12 and x^2 3 they are apart as it is.
+_GAP = r"(?:\s|[~°]|\\?[$%]|\\[,;:!() \[\]]|\\(?:q?quad|degree)(?![A-Za-z])|\\text\s?\{\s?\})+"
+_GROUPS = re.compile(
+    r"(?<![0-9.,])(?<!frac)[1-9][0-9]{0,2}(?:(?:[ ~]|\\[,;:! ])[0-9]{3})+(?![0-9])"
+)
+_MIXED = re.compile(rf"(?<![0-9.])(?<!frac)([0-9]+){_GAP}([0-9]+)\s?/\s?([0-9]+)(?![0-9])")
+_APART = re.compile(
+    rf"(?<=[0-9])(?<!frac[0-9])(?<!frac [0-9])(?<!binom[0-9])(?<!binom [0-9])(?<!sqrt[0-9])"
+    rf"(?<![\^_][0-9]){_GAP}(?=[0-9])"
+)
 
 _TOKEN = re.compile(r"(?s)\\[A-Za-z]+|\\.|\S")
 _DEGREES = re.compile(r"\^\s*(?:\{\s*\\(?:circ|degree)\s*\}|\\(?:circ|degree)(?![A-Za-z]))")
@@ -75,10 +92,18 @@ UNITS = frozenset([
 ])  # fmt: skip
 # What a \text after a number may hold that is no unit: a part of the number or of the time.
 _MEANT = re.compile(r"[ie]|[ap]m|.*(?:[0-9]|hundred|thousand|million|billion|trillion|dozen).*")
+_TEXT_BOX = re.compile(r"\\(?:text(?:rm|up|normal|bf|it)?|[mh]box|mathrm)\s?\{([^{}]*)\}")
+_CHANGING = re.compile(
+    r"\s*(?:[b-zB-Z](?<![mgslhdLNJWVCFK])|(?i:squared|cubed|factorial))\s*\Z"
+    r"|(?i:.*(?<![a-z])(?:or|over|plus|minus|divided|power|modulo|mod|base|not|wrong|and (?:an? )?"
+    r"(?:half|third|quarter)|half|halves|thirds|fourths|fifths|sixths|sevenths|eighths|ninths"
+    r"|tenths|hundredths|thousandths)(?![a-z]))"
+)
 
 # On the joined tokens; {,} is a comma outside brackets, or one that is written as a thousands
 # separator.
 _THOUSANDS = re.compile(r"(?<![0-9.])(?<!\{,\})[1-9][0-9]{0,2}(?:\{,\}[0-9]{3})+(?![0-9]|\{,\})")
+_LIST_COMMA = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
 _POINT = re.compile(r"(?<![0-9.])\.(?=[0-9])")
 # A fraction on its own, or between signs or in a cell of a matrix: not the one in 2^1/2 or 1/2x.
 _SLASH = re.compile(
@@ -109,6 +134,10 @@ _MEANT_WORD = re.compile(
     r"|(?<![a-z\\])(?:dozens?|[ap]m)(?![a-z])|\\text\s?\{[^{}]*[a-z][^{}]*[0-9][^{}]*\}"
 )
 _LONG_RATIO = re.compile(r"[^:=,]:[^:=,]{1,64}:[^:=,]")
+_RELATION = re.compile(r"\\(?:ne|le|ge|lt|gt|not)(?![A-Za-z])|!=|[<>≠≤≥]")
+_RANGE = re.compile(r"[()\[\]|]|\\(?:in|cup|cap|infty|setminus|mathbb)(?![A-Za-z])")
+_PASSED_OVER = re.compile(r"\\(?:[lcvd]?dots|sim|neg|lnot|nmid|phantom)(?![A-Za-z])|…")
+_OPERATION = re.compile(r"\\(?:times|cdot|div|ast)(?![A-Za-z])|[*/^×÷]")
 _TIME = re.compile(r"(?<![0-9:.])[0-9]{1,2}:[0-5][0-9](?![0-9:])")
 # … and what it does not know.
 _HELD = r"\s?\{([^{}]{0,200})\}"
@@ -118,6 +147,7 @@ _PLAIN_SPELLINGS: list[tuple[re.Pattern[str], Any]] = [
     (re.compile(r"\\(?:underline|boldsymbol|bm|(?:textcolor|color)\s?\{[a-z]{1,20}\})" + _HELD),
      r"{\1}"),
     (re.compile(r"\{\\(?:rm|bf|it)(?![A-Za-z])\s?"), "{"),
+    (re.compile(r"\\(?:math(?:rm|bf|it|sf)|text(?:rm|bf|it)?|mbox)\s?\{\s?([ie])\s?\}"), r"\1"),
     (re.compile(r"\\varnothing(?![A-Za-z])"), r"\\emptyset"),
     (re.compile("√([0-9]+)"), r"\\sqrt{\1}"), (re.compile("√(?=[({])"), r"\\sqrt"),
     (re.compile("½"), r"\\frac{1}{2}"), (re.compile("¼"), r"\\frac{1}{4}"),
@@ -168,7 +198,7 @@ def is_right_symbolically(response: str, gold: str) -> bool | None:
     seen = _last_formula(response) or "" if answer is None else answer
     if not response.strip() or _is_another(seen, reference):
         return False
-    is_formula = _boxes(gold) is None and any(mark in gold for mark in ("$", r"\(", r"\["))
+    is_formula = _boxes(gold) is None and re.search(r"(?<!\\)\$|\\[(\[]", gold) is not None
     return symbolic.same(
         gold if is_formula else rf"\boxed{{{reference}}}",
         response[-_LONGEST:] if answer is None else rf"\boxed{{{answer}}}",
@@ -206,6 +236,7 @@ def _is_another(answer: str, gold: str) -> bool:
         or _has_other_letters(forms)
         or _has_other_marks(sides, forms)
         or _has_another_length(sides, lists)
+        or _has_another_order(sides, lists)
     )
 
 
@@ -230,16 +261,30 @@ def _has_other_letters(forms: list[str]) -> bool:
     points = [sorted(re.findall("[A-Z]{2,}", text)) for text in texts]
     if all(points) and points[0] != points[1]:
         return True
-    one, other = ({letter for letter in text if letter.isalpha()} for text in texts)
-    both = {letter.lower() for letter in one} & {letter.lower() for letter in other}
-    return any({x, x.upper()} & one != {x, x.upper()} & other for x in both)
+    one, other = (
+        {letter for letter in text if letter.isalpha()} | {*_GREEK.findall(form)}
+        for text, form in zip(texts, forms)
+    )
+    cases = [{letter: letter.lower() for letter in letters} for letters in (one, other)]
+    both = {*cases[0].values()} & {*cases[1].values()}
+    return {x for x in one if cases[0][x] in both} != {x for x in other if cases[1][x] in both}
 
 
 def _has_other_marks(sides: list[str], forms: list[str]) -> bool:
-    r"""Other primes, \text or colons, which the library drops or divides by.
+    r"""Other primes, \text, signs or colons, which the library drops or divides by.
 
-    It takes f' for f, 5 million for 5, 8 p.m. for 8 a.m., 1:2:3 for 1/2/3 and 3:30 for 1/10.
+    It takes f' for f, 5 million for 5, 8 p.m. for 8 a.m., > 3 and \ldots 3 for 3, 1:2:3 for 1/2/3
+    and 3:30 for 1/10.
     """
+    is_relation = [_RELATION.search(form) is not None for form in forms]
+    if is_relation[0] != is_relation[1] and not _RANGE.search(forms[is_relation.index(False)]):
+        return True
+    if bool(_OPERATION.match(forms[0])) != bool(_OPERATION.match(forms[1])):
+        return True
+    passed_over = [sorted(_PASSED_OVER.findall(form)) for form in forms]
+    changing = [sorted(filter(_CHANGING.match, _TEXT_BOX.findall(side))) for side in sides]
+    if passed_over[0] != passed_over[1] or changing[0] != changing[1]:
+        return True
     # those of a name on one side only, f'(x) = 2x for 2x, do not count
     values = sides if ("=" in sides[0]) == ("=" in sides[1]) else [s.split("=")[-1] for s in sides]
     primes = [len(_PRIME.findall(value)) for value in values]
@@ -257,6 +302,15 @@ def _has_another_length(sides: list[str], lists: list[list[str]]) -> bool:
         return lists[0] != lists[1]
     are_open = any(mark in side for side in sides for mark in ("=", r"\pm", r"\mp", "±"))
     return not are_open and min(map(len, lists)) > 1 and len(lists[0]) != len(lists[1])
+
+
+def _has_another_order(sides: list[str], lists: list[list[str]]) -> bool:
+    """The same values with names and without, as x=5, y=3 and 3, 5, in another order."""
+    are_named = ["=" in side for side in sides]
+    if are_named[0] == are_named[1] or min(map(len, lists)) < 2:
+        return False
+    values = [[item.split("=")[-1] for item in _items(side)] for side in sides]
+    return values[0] != values[1] and sorted(values[0]) == sorted(values[1])
 
 
 def taken(rule: str, response: str) -> str | Fraction | tuple[str, ...] | None:
@@ -382,7 +436,7 @@ def _items(text: str) -> list[str]:
     r"""The answers in a text: between commas and words outside brackets, and inside `\{...\}`."""
     if len(text) > _LONGEST:
         return []
-    normal = _normal(_AND.sub(",", text)) or ""
+    normal = _normal(_AND.sub(",", _with_words(text))) or ""
     items = _between_commas(normal)
     if len(items) == 1 and normal.startswith(r"\{") and normal.endswith(r"\}"):
         items = _between_commas(normal[2:-2])
@@ -442,7 +496,7 @@ def _normal(answer: str) -> str | None:
 
     None for an answer that is empty, overlong or unbalanced.
     """
-    tokens = _tokens(answer) if len(answer) <= _LONGEST else []
+    tokens = _tokens(_with_what_counts(answer)) if len(answer) <= _LONGEST else []
     if _partners(tokens) is None:
         return None
     for step in (
@@ -456,25 +510,43 @@ def _normal(answer: str) -> str | None:
         tokens = step(tokens)
     text = _joined(tokens)
     text = _THOUSANDS.sub(lambda number: number[0].replace("{,}", ""), text)
-    text = _POINT.sub("0.", text.replace("{,}", ","))
+    text = _LIST_COMMA.sub(", ", text.replace("{,}", ","))  # as it is no thousands separator
+    text = _POINT.sub("0.", text)
     text = _SLASH.sub(r"\\frac{\1}{\2}", text)
     return re.sub(r"^(-?)0\.5$", r"\1\\frac{1}{2}", text) or None
+
+
+def _with_what_counts(text: str) -> str:
+    r"""A text with commands for what tokens would lose: `\gap` between digits, and `\words`."""
+    text = _DEGREES.sub(" ", _with_words(text).replace("{,}", r",\!"))
+    text = _GROUPS.sub(lambda number: re.sub(r"[^0-9]", "", number[0]), text)
+    return _APART.sub(r"\\gap ", _MIXED.sub(r"\1\\frac{\2}{\3}", text))
+
+
+def _with_words(text: str) -> str:
+    r"""A text with `\words` for each `\text` that says more than a unit."""
+    return _TEXT_BOX.sub(
+        lambda box: rf"\words{{{box[1]}}}" if _CHANGING.match(box[1]) else box[0], text
+    )
 
 
 def _tokens(text: str) -> list[str]:
     """Commands and characters, without what does not show or matter.
 
-    Commas outside brackets come as `{,}`, as those that separate thousands are written.
+    Commas outside brackets without a space come as `{,}`, as those that separate thousands are
+    written.
     """
     tokens: list[str] = []
     depth = 0
-    for token in _TOKEN.findall(_DEGREES.sub("", text.replace("{,}", r",\!"))):
+    for match in _TOKEN.finditer(text):
+        token = match[0]
         if token == r"\!" and tokens and tokens[-1] == ",":
             tokens[-1] = "{,}"
         elif token not in _INVISIBLE:
             token = _SAME.get(token, token)
             depth = max(0, depth + (token in ("(", "[", r"\{")) - (token in (")", "]", r"\}")))
-            tokens.append("{,}" if token == "," and depth == 0 else token)
+            is_tight = not re.search(r"\s", text[match.start() - 1 : match.end() + 1])
+            tokens.append("{,}" if token == "," and depth == 0 and is_tight else token)
     return tokens
 
 
@@ -549,7 +621,7 @@ def _without_text_boxes(tokens: list[str]) -> list[str]:
     r"""Without `\text` and its braces; what it holds stays."""
     partners, hidden = _partners(tokens) or {}, set()
     for index, token in enumerate(tokens):
-        if token == r"\text":
+        if token in (r"\text", r"\words"):
             hidden.add(index)
             if index + 1 in partners and tokens[index + 1] == "{":
                 hidden |= {index + 1, partners[index + 1]}
@@ -565,7 +637,7 @@ def _without_name(tokens: list[str]) -> list[str]:
         return tokens
     name = tokens[: tokens.index("=")]
     letters = len(name) in (1, 2) and all(part.isascii() and part.isalpha() for part in name)
-    greek = len(name) == 1 and name[0].startswith("\\")
+    greek = len(name) == 1 and _GREEK.fullmatch(name[0])
     return tokens[len(name) + 1 :] if letters or greek else tokens
 
 

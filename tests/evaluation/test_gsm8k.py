@@ -121,8 +121,10 @@ MEANT = [
         r"18\cdot 2", r"18\div 2", "18 ÷ 2", "18 times 2", "18 squared", "18 and a half", "18/0",
         "2x = 18", "x + 2 = 18", "x^2 = 18", "x > 18", r"x \ne 18", "±18", "|-18|", "3 36/2",
         "18 hundred thousand", "3 dozen", "18 eggs and 20 hens", "2 eggs * 9 = 18", "--18", "1e400",
-        "18 hours 30 minutes", "18 feet 6 inches",
+        "18 hours 30 minutes", "18 feet 6 inches", "18 hours and 30 minutes", "18⁹", "18₈", "10¹⁸",
+        "18 lakh", "18 crore", "18 mil", "1.8M", "18M", "18 bn", "18 gross",
     )),
+    ("#### 18⅓", "55/3"), ("#### ⅔", "2/3"), ("#### 18 ml", "18"), ("#### 18mL", "18"),
     # the last box that holds something, or what a broken one still says
     (r"\boxed{18 \text{ eggs in 3 days}}", "18"), (r"\boxed{18~\text{cm}^2}", "18"),
     (r"\boxed{\text{Total cost} = \$18}", "18"), (r"\boxed{- 18}", "-18"), (r"\boxed{1e3}", "1000"),
@@ -155,12 +157,14 @@ MEANT = [
     ("18 eggs, which is $18", "18"), ("It costs 18!", "18"), ("**$18**.", "18"), ("10pm", "10"),
     ("| total | 18 |", "18"), ("- 18", "18"), ("− 18", "-18"), ("18 degrees", "18"),
     (r"\begin{align*} x &= 9*2 \\ &= 18 \end{align*}", "18"), ("１８", "18"),
-    ("18 million", "18000000"),
+    ("18 million", "18000000"), ("so it is 18⅓.", "55/3"), ("after 2 days she has 18 eggs", "18"),
+    ("In 2 hours, 18 eggs", "18"), ("the sum of them is 18", "18"),
     *((text, None) for text in (
         "= 18!", "18k", "18x", "x/18", r"\sqrt{18}", "18^2", "18**2", "18e5x", "2 × 18", "18²",
         "2 x 18", r"2\div 18", "18, 000", "$18, 000$", "1,00,018", "0,18", "18:30", "2 : 18",
         "1·018", "minus 18", "It isn't 18", "f(18)", "1 18", "x > 18", "between 17 and 18",
-        "2 + 18",
+        "2 + 18", "It takes 2 hours and 18 minutes", "5 weeks and 18 days", "5 ft 18 in", "10¹⁸",
+        "half of 18", "double 18", "the sum of 10 and 18", "the product of 2 and 18.",
         "18_9", "CO18",
     )),
     # more digits than a float has

@@ -58,9 +58,16 @@ EQUAL = [
      r"\begin{pmatrix}\frac15&\frac25\\\frac35&4\end{pmatrix}"),
     (r"\begin{bmatrix} x \\ 4/5 \end{bmatrix}", r"\begin{bmatrix}x\\\frac45\end{bmatrix}"),
     ("1/2, 3/4", r"\frac12,\frac34"), ("|1/2|", r"\left|\frac12\right|"),
-    (r"70^\circ, 110^\circ", "70,110"), (r"11,\! 111,\! 100", "11111100"),
+    (r"70^\circ, 110^\circ", "70, 110"), (r"70^\circ,110^\circ", "70 , 110"),
+    (r"11,\! 111,\! 100", "11111100"),
     ("90\\text{ square\nunits}", "90"), (r"8\sqrt{3} \text { square inches}", r"8\sqrt3"),
     (r"\frac{12}{5,\!525}", r"\frac{12}{5525}"), (r"-\$0.75", "-.75"),
+    # groups of three, mixed numbers, numbers apart
+    ("1 000", "1000"), (r"1\ 000\,000", "1000000"), ("4 1/2", r"4\frac12"),
+    (r"4\ 1/2", r"4\frac12"),
+    ("x^2 3", "x^{2}3"), (r"3 \quad 4", "3  4"),
+    ("2, 100", "2,\n100"), (r"5\text{ square feet}", "5"), (r"5\text{ times}", "5"),
+    (r"5\text{ quarters}", "5"), (r"5\text{ N}", "5"), (r"5\text{ floors}", "5"),
 ]  # fmt: skip
 UNEQUAL = [
     ("5", "6"), ("5", "-5"), ("5", "55"), ("1,2", "2,1"), ("1,2,3", "123"), ("12,34", "1234"),
@@ -82,6 +89,17 @@ UNEQUAL = [
     ("10.5", r"1\frac{1}{2}"), ("0.25", r"\frac{1}{4}"), ("5", "0.5"), (".5.5", "0.5"),
     ("5.0", "5"), ("2x=6", "6"), ("xyz=6", "6"), ("x=1,y=2", "2"), ("x=1,y=2", "1,y=2"),
     (r"x\ne5", "5"), ("x<5", "5"), ("x=", "x"), ("=5", "x=5"), ("f(x)=5", "5"),
+    (r"\not=5", "5"), (r"\sqrt=5", "5"),
+    # numbers apart are not one
+    ("3 4", "34"), (r"3 \quad 4", "34"), (r"3\ 4", "34"), (r"3^\circ 4", "34"), ("$3$ $4$", "34"),
+    (r"3\text{ }4", "34"), (r"70^\circ,110^\circ", "70110"), (r"30^\circ 15", "3015"),
+    ("4 1/2", r"\frac{41}{2}"), ("5% 3", "53"),
+    ("2, 100", "2100"), ("12, 345", "12345"), ("1 0000", "10000"), ("1234 567", "1234567"),
+    # what says more than a unit
+    *((rf"5\text{{{words}}}", "5") for words in (
+        " or six", " or more", " and a half", " thirds", " squared", " factorial", " over three",
+        " minus one", "k", "M", "x", " is wrong", " (base two)", " halves", " modulo seven",
+    )), (r"5\mathrm{x}", "5"),
 ]  # fmt: skip
 
 
