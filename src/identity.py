@@ -66,6 +66,8 @@ def _described(path: Path) -> Iterator[str]:
         tokenizer = find_tokenizer(path)
         if tokenizer is not None and tokenizer.parent != path:
             yield from _described(tokenizer)
+        elif tokenizer is not None and tokenizer.name not in NOTES:
+            yield f"{tokenizer.name} {digest(tokenizer)}"
         return
     yield _of_file(path)
     if path.suffix in TENSORS or path.name in TOKENIZERS or path.suffix in TOKENIZER_SUFFIXES:

@@ -44,6 +44,14 @@ def test_a_folder_is_what_belongs_to_a_checkpoint(folder):
         before = held(str(folder))
 
 
+@pytest.mark.parametrize("name", ["tokenizer.model.v3", "x.tiktoken", "tekken_240911.json"])
+def test_a_tokenizer_by_another_name_belongs_to_a_folder_too(folder, name):
+    (folder / name).write_text("one")
+    before = held(str(folder))
+    (folder / name).write_text("two")
+    assert held(str(folder)) != before
+
+
 def test_a_folder_with_a_manifest_may_be_copied(folder, tmp_path):
     write_manifest(folder, {"x.safetensors": described(folder / "x.safetensors")})
     shutil.copytree(folder, tmp_path / "b", copy_function=shutil.copyfile)  # other times of change

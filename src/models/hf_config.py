@@ -161,6 +161,9 @@ def _rope(raw: dict, where: str) -> dict:
         raise UserError(
             f"{where}: partial_rotary_factor is not 1; only whole heads are rotated here"
         )
+    # transformers 5 takes it from beside them, too
+    if rope.get("original_max_position_embeddings") is None:
+        rope["original_max_position_embeddings"] = raw.get("original_max_position_embeddings")
     return rope
 
 

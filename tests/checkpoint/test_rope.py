@@ -50,6 +50,11 @@ SAME = {  # what both read alike
     "the new one alone, base on top": dict(MILLION, rope_parameters=LINEAR),
     "one word twice": dict(MILLION, rope_scaling=LINEAR | {"type": "linear"}),
     "nothing but a base": MILLION,
+    "the first context on top": dict(
+        MILLION,
+        rope_scaling={"type": "yarn", "factor": 4.0},
+        original_max_position_embeddings=16,
+    ),
 }
 
 

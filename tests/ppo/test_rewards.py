@@ -1,6 +1,7 @@
 """What a response earns, by each of the rewards."""
 
 import asyncio
+import os
 import sys
 from types import SimpleNamespace
 
@@ -440,6 +441,31 @@ def test_the_function_that_is_named_is_loaded(tmp_path):
     dataclass = "from dataclasses import dataclass\n@dataclass\nclass A:\n    x: int\n"
     (tmp_path / "mine.py").write_text(dataclass + "def score(p, r, rows):\n    return [A(1).x]\n")
     assert load_score(f"{tmp_path}/mine.py:score")([""], [""], [{}]) == [1]
+
+
+def test_what_a_function_sets_for_the_whole_process_is_put_back(tmp_path, parallel):
+    """As code does that loads a model to judge by."""
+    (tmp_path / "reward.py").write_text(
+        "import os, torch\n"
+        "torch.set_grad_enabled(False)\n"
+        "def score(prompts, responses, rows):\n"
+        "    torch.set_grad_enabled(False)\n"
+        "    torch.set_default_dtype(torch.float64)\n"
+        "    torch.set_default_device('meta')\n"
+        "    torch.set_num_threads(torch.get_num_threads() + 1)\n"
+        f"    os.chdir({str(tmp_path)!r})\n"
+        "    return [0.0] * len(responses)\n"
+    )
+
+    def state():
+        process = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()
+        return *process, torch.zeros(1).device, os.getcwd()
+
+    before, where = state(), f"{tmp_path}/reward.py:score"
+    score = load_score(where)
+    assert state() == before
+    UserScore(where, score)(["a"], ["b"], [{}])
+    assert state() == before
 
 
 def test_a_function_s_file_imports_its_neighbours(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import contextlib
 import importlib.util
 import inspect
 import math
+import os
 import sys
 import traceback
 from collections.abc import Awaitable, Callable, Iterator
@@ -90,11 +91,12 @@ class UserScore:
     ) -> list[float | None]:
         """Raises UserError for what it raises, or when it returns something else."""
         try:
-            answer = self.score(list(prompts), list(responses), [dict(row) for row in rows])
-            if inspect.isawaitable(answer):
-                self.runner = self.runner or asyncio.Runner()
-                answer = self.runner.run(_awaited(answer))
-            answers = _listed(answer)
+            with _unchanged_process():
+                answer = self.score(list(prompts), list(responses), [dict(row) for row in rows])
+                if inspect.isawaitable(answer):
+                    self.runner = self.runner or asyncio.Runner()
+                    answer = self.runner.run(_awaited(answer))
+                answers = _listed(answer)
         # Whatever a user's code raises is the user's to see; Ctrl-C is nobody's failure.
         except (Exception, SystemExit, asyncio.CancelledError) as error:
             raise UserError(self._head + self._told(error, rows)) from error
@@ -136,6 +138,27 @@ class UserScore:
             raise UserError(
                 f"{self._head}called with three made-up answers before training: {why}"
             ) from error
+
+
+@contextlib.contextmanager
+def _unchanged_process() -> Iterator[None]:
+    """Puts back what code that loads a model of its own sets for the whole process."""
+    grad, dtype, device = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device()
+    threads, folder = torch.get_num_threads(), os.getcwd()
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(grad)
+        torch.set_default_dtype(dtype)
+        if torch.get_default_device() != device:
+            torch.set_default_device(device)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        os.chdir(folder)
+
+
+def torch.get_default_device() -> torch.device:
+    return torch.gettorch.get_default_device()
 
 
 async def _awaited(answer: Awaitable[Any]) -> Any:
@@ -203,7 +226,8 @@ def load_score(where: str) -> Score:
     if folder not in sys.path:
         sys.path.append(folder)
     try:
-        spec.loader.exec_module(module)
+        with _unchanged_process():
+            spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         raise UserError(
             f"--reward_file {where}: {path} cannot be run: {type(error).__name__}: {error}"
