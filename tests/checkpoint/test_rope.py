@@ -17,6 +17,7 @@ from tests.checkpoint.tiny import BASE, write_hf
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 LINEAR = {"rope_type": "linear", "factor": 2.0}
 OF_4 = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA_3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 PLAIN = {"rope_type": "default"}
 MILLION = {"rope_theta": 1e6}
 
@@ -50,11 +51,6 @@ SAME = {  # what both read alike
     "the new one alone, base on top": dict(MILLION, rope_parameters=LINEAR),
     "one word twice": dict(MILLION, rope_scaling=LINEAR | {"type": "linear"}),
     "nothing but a base": MILLION,
-    "the first context on top": dict(
-        MILLION,
-        rope_scaling={"type": "yarn", "factor": 4.0},
-        original_max_position_embeddings=16,
-    ),
 }
 
 
@@ -145,3 +141,20 @@ def test_yarn_added_to_what_we_exported(tmp_path):
         for name in ("hf", "out", "again")
     )
     assert torch.equal(scaled, again) and not torch.allclose(scaled, plain, atol=1e-3)
+
+
+@pytest.mark.parametrize("more", [dict(type="yarn"), LLAMA_3], ids=["yarn", "llama3"])
+def test_the_first_context_may_stand_on_top(tmp_path, more):
+    """Where transformers 5 looks for it when it makes a model of the file."""
+    write_hf(tmp_path / "hf", "llama")
+    path = tmp_path / "hf" / "config.json"
+    config = json.loads(path.read_text()) | {"original_max_position_embeddings": 16}
+    del config["rope_parameters"]
+    path.write_text(json.dumps(config | {"rope_theta": 1e4, "rope_scaling": more | {"factor": 4.0}}))
+    merge(Checkpoint.open(str(tmp_path / "hf")), tmp_path / "out", {})
+    theirs, ours = (
+        logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32).eval())
+        for name in ("hf", "out")
+    )
+    assert read_config(path).rope_scaling.original_max_seq_len == 16
+    assert torch.equal(theirs, ours)

@@ -143,8 +143,8 @@ class UserScore:
 @contextlib.contextmanager
 def _unchanged_process() -> Iterator[None]:
     """Puts back what code that loads a model of its own sets for the whole process."""
-    grad, dtype, device = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device()
-    threads, folder = torch.get_num_threads(), os.getcwd()
+    grad, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
+    device, threads, folder = torch.get_default_device(), torch.get_num_threads(), os.getcwd()
     try:
         yield
     finally:
@@ -155,10 +155,6 @@ def _unchanged_process() -> Iterator[None]:
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
         os.chdir(folder)
-
-
-def torch.get_default_device() -> torch.device:
-    return torch.gettorch.get_default_device()
 
 
 async def _awaited(answer: Awaitable[Any]) -> Any:
