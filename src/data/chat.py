@@ -145,6 +145,9 @@ class Chat:
     `as_they_stand`, `first_changed`: were written without the template, which would have left out
     or changed a part of them; `begun_otherwise`, `first_begun`: would not begin with the prompt in
     the template's text; `doubled`, `first_doubled`: have an empty thought before their reasoning.
+    How many questions, and the first, `changed_questions`, `first_question`: are not in its text
+    as they are; `other_prompts`, `first_other`: have a prompt that ends in another thought, or
+    none, than the sample's, after which answers are written.
     """
 
     def __init__(
@@ -164,6 +167,8 @@ class Chat:
         self.as_they_stand, self.first_changed = 0, ""
         self.begun_otherwise, self.first_begun = 0, ""
         self.doubled, self.first_doubled = 0, ""
+        self.changed_questions, self.first_question = 0, ""
+        self.other_prompts, self.first_other = 0, ""
         self._template = self._bounded(lambda: _environment(date).from_string(source))
         # Two renderings of a sample tell where the template puts the answer, and what follows it.
         prompt = self._render([_user(_QUESTION)], generate=True)
@@ -242,32 +247,42 @@ class Chat:
         question: the turn's text, or a conversation up to it, as {"role", "content"}.
         """
         messages = [_user(question)] if isinstance(question, str) else question
-        return self._render(messages, generate=True) + self._header
+        text, asked = self._render(messages, generate=True), messages[-1]["content"]
+        if asked.strip() not in text:
+            self.changed_questions += 1
+            self.first_question = self.first_question or asked
+        if not self._header and _ends_of(_Thought.at_end(text)) != _ends_of(self._thought):
+            self.other_prompts += 1
+            self.first_other = self.first_other or asked
+        return text + self._header
 
-    def response(self, answer: str) -> str:
+    def response(self, answer: str, sampled: bool = False, is_cut: bool = False) -> str:
         """What follows the prompt, but for `ending`: the answer, and what stands before it.
 
         That is the template's conversation wherever it begins with the prompt and holds the whole
         answer. Nothing of an answer is lost: where the template leaves a part out, or writes
         another, the answer stands as it is between what surrounds others. Raises UserError for one
-        that does not go on from the prompt.
+        that does not go on from the prompt, unless it was sampled: whatever that is, it did.
+        is_cut: whether it has no end, so that it may be reasoning that would have been closed.
         """
         if self._no_answers is not None:
             raise UserError(self._no_answers)
+        thought = self._thought
+        if is_cut and thought and thought.is_open and thought.closing not in answer:
+            return self._in_thought(answer)
         text = self._render([_user(_QUESTION), _assistant(answer)])
         start = self._prompt if text.startswith(self._prompt) else self._stem
         middle = text[len(start) : len(text) - len(self.ending)]
-        # white space at its ends and between parts is the template's own affair
-        rest = self._thought.not_again(answer) if self._thought else answer
+        rest = thought.not_again(answer) if thought else answer
         is_whole = text == start + middle + self.ending and (
-            _dense(answer) in _dense(middle) or _dense(rest) in _dense(middle)
+            _is_held(answer, middle) or _is_held(rest, middle)
         )
         if is_whole and start == self._prompt:
             if _has_empty_first(self._prompt[len(self.around_question) :] + middle):
                 self.doubled += 1
                 self.first_doubled = self.first_doubled or answer
             return middle
-        written = self._after_prompt(answer, middle if is_whole else answer)
+        written = self._after_prompt(answer, middle if is_whole else answer, sampled)
         if is_whole:
             self.begun_otherwise += 1
             self.first_begun = self.first_begun or answer
@@ -276,33 +291,40 @@ class Chat:
             self.first_changed = self.first_changed or answer
         return written
 
-    def _after_prompt(self, answer: str, text: str) -> str:
+    def _after_prompt(self, answer: str, text: str, sampled: bool) -> str:
         """`text`, which holds the answer, as it goes on after the prompt, whatever that opened."""
         thought = self._thought
         if thought is None:
             empty = _Thought.at_end(self._before)  # which no reasoning goes on after
             return self._before[: empty.start if empty and empty.is_in(text) else None] + text
-        rest = thought.not_again(text)
-        if self._prompt.endswith("\n") and rest != text:
-            rest = rest.lstrip("\n")
+        rest = self._in_thought(text)
         if not thought.is_in(rest if not thought.is_open else answer):
             if self._stem == self._prompt:  # what stands before an answer without reasoning
                 return self._before + rest
             if not answer.strip():
                 return ""
+            if sampled:
+                return rest
             raise UserError(
                 f"{self.name}: its prompt ends with {self._prompt[thought.start :]!r}, and the "
                 f"answer {answer[:80]!r} neither begins so nor holds {thought.closing}: what would "
                 "be trained follows no such beginning; put the reasoning into the outputs, or take "
                 "a template whose prompt opens none"
             )
-        if not thought.is_open:
+        if not thought.is_open and not sampled:
             raise UserError(
                 f"{self.name}: its prompt ends with {self._prompt[thought.start :]!r}, after which "
                 f"no reasoning comes, and the answer {answer[:80]!r} holds some; leave it out of "
                 "the outputs, or take a template whose prompt leaves room for it"
             )
         return rest
+
+    def _in_thought(self, text: str) -> str:
+        """A text without what the prompt's end has of it."""
+        assert self._thought is not None
+        rest = self._thought.not_again(text)
+        goes_on = self._prompt.endswith("\n") and rest != text
+        return rest.removeprefix("\n") if goes_on else rest
 
     def _render(self, messages: list[dict[str, str]], generate: bool = False) -> str:
         size = sum(len(message["content"]) for message in messages)
@@ -363,6 +385,24 @@ def _assistant(text: str) -> dict[str, str]:
 
 def _dense(text: str) -> str:
     return "".join(text.split())
+
+
+def _is_held(answer: str, text: str) -> bool:
+    """Whether a text holds an answer.
+
+    White space at the ends of the answer and of its reasoning is the template's own affair.
+    """
+    place = 0
+    for part in map(str.strip, _MARK.split(answer)):
+        place = text.find(part, place)
+        if place < 0:
+            return False
+        place += len(part)
+    return _dense(answer) in _dense(text)  # with its marks
+
+
+def _ends_of(thought: _Thought | None) -> tuple[str, bool] | None:
+    return None if thought is None else (thought.opening, thought.is_open)
 
 
 def _has_empty_first(text: str) -> bool:

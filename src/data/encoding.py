@@ -42,11 +42,14 @@ class Prompt:
     row: dict = field(default_factory=dict)
 
 
-def encode(tokenizer: Tokenizer, instruction: str, output: str) -> Sequence:
-    """Prompt and response as ids: BOS, the instruction, the output, EOS."""
+def encode(tokenizer: Tokenizer, instruction: str, output: str, sampled: bool = False) -> Sequence:
+    """Prompt and response as ids: BOS, the instruction, the output, EOS.
+
+    sampled: whether the output may be a model's, which need not be a whole answer.
+    """
     prompt = tokenizer.prompt_ids(instruction)
-    tokens = array("i", prompt + tokenizer.response_ids(output))  # a list takes nine times as much
-    return Sequence(tokens, len(prompt))
+    response = tokenizer.response_ids(output, sampled)
+    return Sequence(array("i", prompt + response), len(prompt))  # a list takes nine times as much
 
 
 def within(
@@ -76,8 +79,8 @@ def solver_sequences(
     rows = read_solver_rows(path)
     pairs = [(row["instruction"], output) for row in rows for output in row["outputs"]]
     sequences = [encode(tokenizer, *pair) for pair in pairs]
-    ending = len(tokenizer.response_ids(""))
-    is_empty = [s.response_length <= ending for s in sequences]
+    nothing = tokenizer.response_ids("")
+    is_empty = [[*s.tokens[s.prompt_length :]] == nothing for s in sequences]
     lengths = [len(s.tokens) for s in sequences]
     fits, notes = within(lengths, max_seq_len, must_fit, f"rows of {path}")
     notes += _counted(sum(is_empty), len(pairs), path, "have an answer without a token of its own")
@@ -91,7 +94,7 @@ def comparisons(
     rows, pairs = read_verifier_rows(path), []
     for row in rows:
         chosen, rejected = (
-            [encode(tokenizer, row["instruction"], text) for text in row[side]]
+            [encode(tokenizer, row["instruction"], text, sampled=True) for text in row[side]]
             for side in ("chosen", "rejected")
         )
         pairs.append(Comparison(chosen, rejected))
@@ -116,7 +119,7 @@ def scored_sequences(
     Raises UserError for one too long.
     """
     rows = read_rows(path, {"instruction": TEXT, "output": SAMPLE})
-    sequences = [encode(tokenizer, row["instruction"], row["output"]) for row in rows]
+    sequences = [encode(tokenizer, row["instruction"], row["output"], True) for row in rows]
     within([len(s.tokens) for s in sequences], max_seq_len, True, f"rows of {path}")
     return sequences, rows.notes
 

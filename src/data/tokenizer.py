@@ -251,19 +251,21 @@ class Tokenizer:
         turns = [message | {"content": text} for message, text in zip(messages, texts)]
         return self._embedded(self._encode(self.chat.prompt(turns)), " ".join(texts))
 
-    def response_ids(self, text: str) -> list[int]:
+    def response_ids(self, text: str, sampled: bool = False, ended: bool = True) -> list[int]:
         """`text` as the model would answer it, up to and with `eos_id`.
 
-        Goes after `prompt_ids` of any text.
+        Goes after `prompt_ids` of any text. sampled: whether a model wrote it, see `Chat.response`;
+        ended: False for one that was cut: its end, and what the template writes there, are missing.
         """
         text = self._spelling(text)
         if self.chat:
-            written = self.chat.response(text) + self._ending
-            written = written.rstrip() if self._end_takes_space else written
+            written = self.chat.response(text, sampled or not ended, is_cut=not ended)
+            written += self._ending if ended else ""
+            written = written.rstrip() if ended and self._end_takes_space else written
             ids = self._encode_after(written, self._last_of_prompt)
         else:
             ids = self._encode(text)
-        return [*self._embedded(ids, text), self.eos_id]
+        return [*self._embedded(ids, text), *([self.eos_id] if ended else [])]
 
     def decode(self, ids: list[int]) -> str:
         """Text of the ids, without special tokens and ids of the model's padded vocabulary."""
@@ -423,6 +425,18 @@ class Tokenizer:
                 f"{self.chat.name}: begins {self.chat.begun_otherwise} answers, such as "
                 f"{self.chat.first_begun[:80]!r}, otherwise than its prompt for generation ends; "
                 "these are trained on after that prompt"
+            )
+        if self.chat and self.chat.changed_questions:
+            lines.append(
+                f"{self.chat.name}: leaves out or changes parts of {self.chat.changed_questions} "
+                f"questions, such as {self.chat.first_question[:80]!r}: the model reads them as "
+                "the template writes them"
+            )
+        if self.chat and self.chat.other_prompts:
+            lines.append(
+                f"{self.chat.name}: ends {self.chat.other_prompts} prompts, such as that of "
+                f"{self.chat.first_other[-80:]!r}, with another thought than others, or none: "
+                "answers are written as after the others; keep such questions in files of their own"
             )
         if self.chat and self.chat.doubled:
             lines.append(

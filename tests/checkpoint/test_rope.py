@@ -150,7 +150,9 @@ def test_the_first_context_may_stand_on_top(tmp_path, more):
     path = tmp_path / "hf" / "config.json"
     config = json.loads(path.read_text()) | {"original_max_position_embeddings": 16}
     del config["rope_parameters"]
-    path.write_text(json.dumps(config | {"rope_theta": 1e4, "rope_scaling": more | {"factor": 4.0}}))
+    path.write_text(
+        json.dumps(config | {"rope_theta": 1e4, "rope_scaling": more | {"factor": 4.0}})
+    )
     merge(Checkpoint.open(str(tmp_path / "hf")), tmp_path / "out", {})
     theirs, ours = (
         logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32).eval())

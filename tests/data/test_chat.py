@@ -7,7 +7,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as RustTokenizer
 from transformers import AutoTokenizer
 
-from src.data.encoding import solver_sequences
+from src.data.encoding import comparisons, scored_sequences, solver_sequences
 from src.data.export import write_tokenizer
 from src.data.tokenizer import Tokenizer
 from src.errors import UserError
@@ -141,6 +141,91 @@ def test_an_empty_thought_before_reasoning_is_told(open_chat):
     assert tokenizer.spelled(trained) + "\n" == text
     (note,) = tokenizer.notes()
     assert "an empty thought before the reasoning of 1 answers, such as '<think>\\ntwo'" in note
+
+
+CUT = ["two and", "It is 4", "<think>\ntwo and", ""]
+
+
+@pytest.mark.parametrize("ended", [True, False])
+@pytest.mark.parametrize("text", CUT)
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_what_was_sampled_is_taken_as_it_went_on(open_chat, name, text, ended):
+    """Whether or not a thought was closed; where it was cut, nothing of it is, and no end put."""
+    tokenizer, theirs, (opening, _) = open_chat(name)
+    text = text.replace("<think>", opening)
+    turn = [{"role": "user", "content": "2 + 2?"}]
+    start = theirs.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    response = tokenizer.spelled(tokenizer.response_ids(text, sampled=True, ended=ended))
+    assert response.endswith("<|im_end|>") is ended
+    if start.rstrip().endswith(opening) and not ended:  # a thought goes on from there
+        assert response == text.removeprefix(opening).removeprefix("\n" * start.endswith("\n"))
+    else:
+        assert response.removesuffix("<|im_end|>").endswith(text.removeprefix(opening).strip())
+
+
+def test_samples_cut_in_a_thought_are_scored_and_compared(tmp_path, rust):
+    """By a template that writes no answer without a thought, they were refused."""
+    rust.save(str(tmp_path / "tokenizer.json"))
+    template = reasoning_template(*TAGS, THOUGHT, "", r"<think>\n")
+    other.write_json(tmp_path / "tokenizer_config.json", other.NAMES | {"chat_template": template})
+    tokenizer = Tokenizer.find(tmp_path, use_chat_template=True)
+    path, cut = tmp_path / "rows.json", "two and two"
+    path.write_text(json.dumps([{"instruction": "2 + 2?", "output": cut}]))
+    ((row,), _) = scored_sequences(str(path), tokenizer, 999)
+    end = tokenizer.spelled(list(row.tokens)).partition("assistant\n")[2]
+    assert end == "<think>\ntwo and two<|im_end|>"
+    sides = {"chosen": ["so </think>4"], "rejected": [cut]}
+    path.write_text(json.dumps([{"instruction": "2 + 2?", **sides}]))
+    ((pair,), _) = comparisons(str(path), tokenizer, 999)
+    assert list(pair.rejected[0].tokens) == list(row.tokens)
+    assert any("otherwise than its prompt for generation ends" in x for x in tokenizer.notes())
+    with pytest.raises(UserError, match="neither begins so nor holds </think>"):
+        tokenizer.response_ids(cut)
+
+
+BY_QUESTION = CHATML.replace(
+    "m['content']", "m['content'].replace('/no_think', '').strip()"
+).replace(
+    "assistant\n'",
+    "assistant\n' + ('<think></think>' if '/no_think' in messages[-1].content else '<think>\n')",
+)
+
+
+@pytest.mark.parametrize("question, said", [
+    ("2 + 2?", []),
+    (" 2 + 2?\n", []),
+    ("2 + 2? /no_think", [
+        "leaves out or changes parts of 1 questions, such as '2 + 2? /no_think'",
+        "ends 1 prompts, such as that of '2 + 2? /no_think', with another thought",
+    ]),
+])  # fmt: skip
+def test_what_a_template_makes_of_questions_is_told(tmp_path, rust, question, said):
+    rust.save(str(tmp_path / "tokenizer.json"))
+    config = other.NAMES | {"chat_template": BY_QUESTION}
+    other.write_json(tmp_path / "tokenizer_config.json", config)
+    tokenizer = Tokenizer.find(tmp_path, use_chat_template=True)
+    tokenizer.prompt_ids(question)
+    notes = tokenizer.notes()
+    assert len(notes) == len(said) and all(part in note for part, note in zip(said, notes))
+
+
+@pytest.mark.parametrize("content", [
+    "m['content'].split() | join(' ')", r"m['content'] | replace('\n\n', '\n')",
+    "m['content'] | replace('    ', ' ')", "m['content'] | upper",
+])  # fmt: skip
+def test_white_space_within_an_answer_is_the_answer_s(tmp_path, rust, content):
+    """A template may only take it from the ends."""
+    rust.save(str(tmp_path / "tokenizer.json"))
+    template = CHATML.replace(
+        "m['content']", f"({content} if m.role == 'assistant' else m.content)"
+    )
+    config = other.NAMES | {"chat_template": template.replace("upper", "trim")}
+    other.write_json(tmp_path / "tokenizer_config.json", config)
+    tokenizer = Tokenizer.find(tmp_path, use_chat_template=True)
+    answer = "def f():\n\n    return 1"
+    assert tokenizer.decode(tokenizer.response_ids(answer)) == answer
+    assert len(tokenizer.notes()) == ("upper" not in content)
+    assert tokenizer.decode(tokenizer.response_ids("4")) == "4"
 
 
 MARKS = ["<think>", "</think>", "<tool>", "[THINK]"]

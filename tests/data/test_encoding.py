@@ -19,7 +19,8 @@ def tokenizer():
         return [ord(c) for c in text if c.isalpha()]
 
     return SimpleNamespace(
-        prompt_ids=lambda text: [BOS, *ids(text)], response_ids=lambda text: [*ids(text), EOS]
+        prompt_ids=lambda text: [BOS, *ids(text)],
+        response_ids=lambda text, sampled=False: [*ids(text), EOS],
     )
 
 
@@ -51,6 +52,27 @@ def test_rows_that_are_alike_too_long_or_without_a_token_are_counted(file, token
     assert solver_sequences(file(row("a"), row("b")), tokenizer, 8)[1] == []
     with pytest.raises(UserError, match="1 of 7 rows"):
         solver_sequences(file(*rows), tokenizer, 8, must_fit=True)
+
+
+def test_a_short_answer_is_not_empty_where_the_template_writes_more(file):
+    """What stands before every answer belongs to none."""
+    own = SimpleNamespace(
+        prompt_ids=lambda text: [BOS],
+        response_ids=lambda text, sampled=False: (
+            [7] + [ord(c) for c in text] + [EOS] if len(text) != 1 else [ord(text), EOS]
+        ),
+    )
+    assert solver_sequences(file(row("a"), row("bc")), own, 8)[1] == []
+    path = file(row("..."), row("bc"))
+    nothing = [7, EOS]
+    own.response_ids = lambda text, sampled=False: [
+        *nothing[:1],
+        *(ord(c) for c in text.strip(".")),
+        EOS,
+    ]
+    assert solver_sequences(path, own, 8)[1] == [
+        f"1 of 2 rows of {path} have an answer without a token of its own"
+    ]
 
 
 def test_pairs_that_cannot_teach_are_counted(file, tokenizer):

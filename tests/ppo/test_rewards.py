@@ -70,7 +70,10 @@ def test_a_verifier_with_another_tokenizer_reads_the_texts(folder, parallel):
     texts = {7: "ab", 9: "bcd", EOS: ""}
     own = SimpleNamespace(
         prompt_ids=lambda text: [1, *(20 + ord(c) % 16 for c in text)],
-        response_ids=lambda text: [*(40 + ord(c) % 16 for c in text), 63],
+        response_ids=lambda text, sampled, ended=True: [
+            *(40 + ord(c) % 16 for c in text),
+            *([63] if ended else []),
+        ],
     )
     rows = [{"instruction": text} for text in ("x", "yz", "w?")]
     buffer = buffer_of(RESPONSES, CUT, rows=rows)
@@ -78,7 +81,7 @@ def test_a_verifier_with_another_tokenizer_reads_the_texts(folder, parallel):
         buffer
     )
     sequences = [
-        own.prompt_ids(row["instruction"]) + own.response_ids(texts[r[0]])
+        own.prompt_ids(row["instruction"]) + own.response_ids(texts[r[0]], sampled=True)
         for row, r in zip(rows, RESPONSES)
     ]
     assert sequences[1].pop() == 63

@@ -70,16 +70,13 @@ def translator(policy: Tokenizer, verifier: Tokenizer) -> Callable[[RolloutBuffe
 
     EOS stands where the policy ended by itself.
     """
-    ending = len(verifier.response_ids(""))
 
     def translate(buffer: RolloutBuffer) -> list[Sequence]:
         sequences = []
         responses, truncated = buffer.responses(), buffer.truncated.tolist()
         for prompt, ids, is_cut in zip(buffer.prompts, responses, truncated):
             query = verifier.prompt_ids(prompt.row["instruction"])
-            response = verifier.response_ids(policy.decode(ids))
-            if is_cut:
-                response = response[: len(response) - ending]
+            response = verifier.response_ids(policy.decode(ids), sampled=True, ended=not is_cut)
             sequences.append(Sequence(query + response, len(query)))
         return sequences
 
