@@ -52,7 +52,10 @@ _WITH_BASE = re.compile(r"(?<![\\A-Za-z0-9.])([0-9][0-9A-Z]*)_\{([0-9]+)\}")
 
 # What does not show between two digits still keeps them apart, but for groups of three: 1 000. In
 # \frac12 and x^2 3 they are apart as it is.
-_GAP = r"(?:\s|[~°]|\\?[$%]|\\[,;:!() \[\]]|\\(?:q?quad|degree)(?![A-Za-z])|\\text\s?\{\s?\})+"
+_GAP = (
+    r"(?:\s|[~°]|\\?[$%]|\\[,;:!>() \[\]]|\\text\s?\{\s?\}"
+    r"|\\(?:q?quad|degree|displaystyle|left|right|limits)(?![A-Za-z]))+"
+)
 _GROUPS = re.compile(
     r"(?<![0-9.,])(?<!frac)[1-9][0-9]{0,2}(?:(?:[ ~]|\\[,;:! ])[0-9]{3})+(?![0-9])"
 )
@@ -93,11 +96,13 @@ UNITS = frozenset([
 # What a \text after a number may hold that is no unit: a part of the number or of the time.
 _MEANT = re.compile(r"[ie]|[ap]m|.*(?:[0-9]|hundred|thousand|million|billion|trillion|dozen).*")
 _TEXT_BOX = re.compile(r"\\(?:text(?:rm|up|normal|bf|it)?|[mh]box|mathrm)\s?\{([^{}]*)\}")
+_LETTER = "[A-Za-z](?<![mgslhdLNJWVCF])"  # that is no unit's
 _CHANGING = re.compile(
-    r"\s*(?:[b-zB-Z](?<![mgslhdLNJWVCFK])|(?i:squared|cubed|factorial))\s*\Z"
-    r"|(?i:.*(?<![a-z])(?:or|over|plus|minus|divided|power|modulo|mod|base|not|wrong|and (?:an? )?"
-    r"(?:half|third|quarter)|half|halves|thirds|fourths|fifths|sixths|sevenths|eighths|ninths"
-    r"|tenths|hundredths|thousandths)(?![a-z]))"
+    rf"(?!\s*,?\s*(?:and|or)\s*\Z)(?:\s*(?:{_LETTER}|(?i:squared|cubed|factorial))\s*\Z"
+    r"|(?i:.*(?<![a-z])(?:or|over|plus|minus|divided|power|modulo|mod|base|not|wrong|to the|root|pi"
+    r"|at (?:most|least)|gross|lakhs?|crores?|and (?:an? )?(?:half|third|quarter)|half|halves"
+    r"|thirds|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|[a-z]*teen|[a-z]*tie|hundred"
+    r"|thousand)ths)(?![a-z])))"
 )
 
 # On the joined tokens; {,} is a comma outside brackets, or one that is written as a thousands
@@ -134,10 +139,12 @@ _MEANT_WORD = re.compile(
     r"|(?<![a-z\\])(?:dozens?|[ap]m)(?![a-z])|\\text\s?\{[^{}]*[a-z][^{}]*[0-9][^{}]*\}"
 )
 _LONG_RATIO = re.compile(r"[^:=,]:[^:=,]{1,64}:[^:=,]")
-_RELATION = re.compile(r"\\(?:ne|le|ge|lt|gt|not)(?![A-Za-z])|!=|[<>≠≤≥]")
+_RELATION = re.compile(
+    r"\\(?:ne|le|ge|lt|gt|not|leqslant|geqslant|ll|gg|equiv|cong|propto)(?![A-Za-z])|!=|[<>≠≤≥]"
+)
 _RANGE = re.compile(r"[()\[\]|]|\\(?:in|cup|cap|infty|setminus|mathbb)(?![A-Za-z])")
-_PASSED_OVER = re.compile(r"\\(?:[lcvd]?dots|sim|neg|lnot|nmid|phantom)(?![A-Za-z])|…")
-_OPERATION = re.compile(r"\\(?:times|cdot|div|ast)(?![A-Za-z])|[*/^×÷]")
+_PASSED_OVER = re.compile(r"\\(?:[lcvd]?dots|sim|neg|lnot|nmid|phantom|gap)(?![A-Za-z])|…")
+_OPERATION = re.compile(r"\\(?:times|cdot|div|ast|in)(?![A-Za-z])|[*/^×÷]")  # that begins one
 _TIME = re.compile(r"(?<![0-9:.])[0-9]{1,2}:[0-5][0-9](?![0-9:])")
 # … and what it does not know.
 _HELD = r"\s?\{([^{}]{0,200})\}"
@@ -148,6 +155,7 @@ _PLAIN_SPELLINGS: list[tuple[re.Pattern[str], Any]] = [
      r"{\1}"),
     (re.compile(r"\{\\(?:rm|bf|it)(?![A-Za-z])\s?"), "{"),
     (re.compile(r"\\(?:math(?:rm|bf|it|sf)|text(?:rm|bf|it)?|mbox)\s?\{\s?([ie])\s?\}"), r"\1"),
+    (re.compile(rf"\\math(?:rm|bf|it|sf)\s?\{{\s?({_LETTER})\s?\}}"), r"\1"),
     (re.compile(r"\\varnothing(?![A-Za-z])"), r"\\emptyset"),
     (re.compile("√([0-9]+)"), r"\\sqrt{\1}"), (re.compile("√(?=[({])"), r"\\sqrt"),
     (re.compile("½"), r"\\frac{1}{2}"), (re.compile("¼"), r"\\frac{1}{4}"),
@@ -421,6 +429,8 @@ def _last_formula(text: str) -> str | None:
 def _is_same_list(answer: str | None, gold: str) -> bool:
     """Whether both hold the same answers, in any order; one of them may write a number's base."""
     answers, golds = _items(answer or ""), _items(gold)
+    if len(answers) == 1 < len(golds):  # a comma of thousands may separate two of three digits
+        answers = _items(re.sub(r"(?<!\{),(?!\})", ", ", answer or ""))
     if not answers or len(answers) != len(golds):
         return False
     left = [_item(gold) for gold in golds]

@@ -162,8 +162,13 @@ def _rope(raw: dict, where: str) -> dict:
             f"{where}: partial_rotary_factor is not 1; only whole heads are rotated here"
         )
     # transformers 5 takes it from beside them, too
-    if rope.get("original_max_position_embeddings") is None:
-        rope["original_max_position_embeddings"] = raw.get("original_max_position_embeddings")
+    key = "original_max_position_embeddings"
+    if rope.get(key) and raw.get(key) and rope[key] != raw[key]:
+        raise UserError(
+            f"{where}: {key} is {raw[key]!r}, and {rope[key]!r} in the rope parameters; take the "
+            "wrong one out"
+        )
+    rope[key] = rope.get(key) or raw.get(key)
     return rope
 
 

@@ -118,6 +118,10 @@ REFUSED = {
         dict(MILLION, rope_scaling=LINEAR | {"type": "yarn"}),
         "rope_scaling has rope_type 'linear' and type 'yarn'",
     ),
+    "two first contexts": (
+        dict(MILLION, rope_scaling=YARN, original_max_position_embeddings=32),
+        "original_max_position_embeddings is 32, and 16 in the rope parameters",
+    ),
     "no object": (dict(MILLION, rope_scaling=[4.0], rope_parameters=YARN), "an? JSON object"),
 }
 

@@ -67,7 +67,8 @@ EQUAL = [
     (r"4\ 1/2", r"4\frac12"),
     ("x^2 3", "x^{2}3"), (r"3 \quad 4", "3  4"),
     ("2, 100", "2,\n100"), (r"5\text{ square feet}", "5"), (r"5\text{ times}", "5"),
-    (r"5\text{ quarters}", "5"), (r"5\text{ N}", "5"), (r"5\text{ floors}", "5"),
+    (r"5\text{ quarters}", "5"), (r"5\text{ months}", "5"), (r"5\text{ paths}", "5"),
+    (r"5\text{ N}", "5"), (r"5\text{ floors}", "5"),
 ]  # fmt: skip
 UNEQUAL = [
     ("5", "6"), ("5", "-5"), ("5", "55"), ("1,2", "2,1"), ("1,2,3", "123"), ("12,34", "1234"),
@@ -92,13 +93,15 @@ UNEQUAL = [
     (r"\not=5", "5"), (r"\sqrt=5", "5"),
     # numbers apart are not one
     ("3 4", "34"), (r"3 \quad 4", "34"), (r"3\ 4", "34"), (r"3^\circ 4", "34"), ("$3$ $4$", "34"),
-    (r"3\text{ }4", "34"), (r"70^\circ,110^\circ", "70110"), (r"30^\circ 15", "3015"),
+    (r"3\text{ }4", "34"), (r"3\>4", "34"), (r"3\displaystyle 4", "34"), (r"70^\circ,110^\circ", "70110"), (r"30^\circ 15", "3015"),
     ("4 1/2", r"\frac{41}{2}"), ("5% 3", "53"),
     ("2, 100", "2100"), ("12, 345", "12345"), ("1 0000", "10000"), ("1234 567", "1234567"),
     # what says more than a unit
     *((rf"5\text{{{words}}}", "5") for words in (
         " or six", " or more", " and a half", " thirds", " squared", " factorial", " over three",
         " minus one", "k", "M", "x", " is wrong", " (base two)", " halves", " modulo seven",
+        " twelfths", " sixteenths", " to the sixth", " root two", " pi", " at most", " at least",
+        " gross", " lakh", "K", "A",
     )), (r"5\mathrm{x}", "5"),
 ]  # fmt: skip
 

@@ -141,6 +141,8 @@ GUARDED = [
     *((pair, False) for pair in (
         r"3|\ne 3", r"3|\neq 3", r"3|\ge 3", "3|> 3", r"3|\sim 3", r"3|\neg 3", r"3|\nmid 3",
         r"3|\times 3", r"3|\phantom{3}", r"5|5\ldots", r"5|5,\ldots", r"3|\not= 3", r"3|/3",
+        r"3|\leqslant 3", r"3|\ll 3", r"3|\in 3", r"3|\equiv 3", r"3|\cong 3", r"3|\propto 3",
+        r"3|3\mathbf{x}", r"3|3\mathit{x}", r"5|2+3\mathbf{j}", r"34|3\text{ }4",
         r"1,2,3|1,2,\ldots,3",
     )),
     (r"x\ne3|(-\infty,3)\cup(3,\infty)", True), (r"x\ge 3|[3,\infty)", True),
@@ -150,7 +152,8 @@ GUARDED = [
     )),
     # names and values in another order
     ("x=5,y=3|3,5", False), ("5,3|x=3,y=5", False), ("a=1,b=2,c=3|3,2,1", False),
-    ("x=5,y=3|5,3", True), ("x=5,y=3|y=3,x=5", True),
+    (r"3,-2|x = 3 \text{ or } x = -2", True), (r"-2,3|x=-2\text{ or }x=3", True),
+    ("100, 200|200,100", True), ("100, 200|200,101", False), ("x=5,y=3|5,3", True), ("x=5,y=3|y=3,x=5", True),
     # capitals of Greek, and a sign of money in the gold
     (r"\Delta|\delta", False), (r"\Pi|\pi", False), (r"\Sigma+1|\sigma+1", False),
     (r"2\pi|\pi+\pi", True), (r"\$18.90|18.9", True), (r"\$18.90|\frac{189}{10}", True),
