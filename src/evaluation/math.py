@@ -101,8 +101,8 @@ _CHANGING = re.compile(
     rf"(?!\s*,?\s*(?:and|or)\s*\Z)(?:\s*(?:{_LETTER}|(?i:squared|cubed|factorial))\s*\Z"
     r"|(?i:.*(?<![a-z])(?:or|over|plus|minus|divided|power|modulo|mod|base|not|wrong|to the|root|pi"
     r"|at (?:most|least)|gross|lakhs?|crores?|and (?:an? )?(?:half|third|quarter)|half|halves"
-    r"|thirds|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|[a-z]*teen|[a-z]*tie|hundred"
-    r"|thousand)ths)(?![a-z])))"
+    r"|(?:third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|eleventh|twelfth|[a-z]*teenth"
+    r"|[a-z]*tieth|hundredth|thousandth)s)(?![a-z])))"
 )
 
 # On the joined tokens; {,} is a comma outside brackets, or one that is written as a thousands
