@@ -102,7 +102,7 @@ _CHANGING = re.compile(
     r"|(?i:.*(?<![a-z])(?:or|over|plus|minus|divided|power|modulo|mod|base|not|wrong|to the|root|pi"
     r"|at (?:most|least)|gross|lakhs?|crores?|and (?:an? )?(?:half|third|quarter)|half|halves"
     r"|(?:third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|eleventh|twelfth|[a-z]*teenth"
-    r"|[a-z]*tieth|hundredth|thousandth)s)(?![a-z])))"
+    r"|[a-z]*ieth|hundredth|thousandth)s)(?![a-z])))"
 )
 
 # On the joined tokens; {,} is a comma outside brackets, or one that is written as a thousands
