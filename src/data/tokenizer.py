@@ -61,7 +61,8 @@ class Tokenizer:
     `bos_id`: None for a model without. `eos_id`: ends a trained response. `stop_ids`: each of them
     ends a generation. `chat`: None without a template. `control`: text → id of the special tokens.
     `as_text`: whether one that a text spells out is text. `spelled_out`: how often texts that were
-    encoded spelled out each of them.
+    encoded spelled out each of them. `lossy_texts`: how many had characters without a token, such
+    as `first_lost`.
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class Tokenizer:
         self.stop_ids = {self.eos_id, *stops}
         self.as_text = special_tokens == "text" or config.raw.get("split_special_tokens") is True
         self.spelled_out: Counter[str] = Counter()
+        self.lossy_texts, self.first_lost = 0, ""
         self._limit: int | None = None  # ids that the model has an embedding for
         self.chat: Chat | None = None
         self._is_foreign_verifier = is_foreign_verifier(folder or path.parent)
@@ -198,6 +200,7 @@ class Tokenizer:
             end_token = self._rust.get_added_tokens_decoder()[self.eos_id]
             self._end_takes_space = end_token.lstrip
         self._last_of_prompt = self.prompt_ids("?")[-1]
+        self.lossy_texts, self.first_lost = 0, ""  # nobody asked that
 
     @classmethod
     def find(
@@ -315,16 +318,41 @@ class Tokenizer:
         return {text[0] for text in self.control}
 
     def _encode(self, text: str) -> list[int]:
-        rust = self._marked if _MARK in text else self._rust
-        return rust.encode(text, add_special_tokens=False).ids
+        return self._read(self._marked if _MARK in text else self._rust, text)
 
     def _encode_after(self, text: str, last: int) -> list[int]:
         """The ids of a text that goes on after the id `last`."""
         # In some tokenizers the ids after a special token depend on its being there.
         if last in self._texts:
             return self._encode(self._texts[last] + text)[1:]
-        rust = self._marked_going_on if _MARK in text else self._going_on
-        return rust.encode(text, add_special_tokens=False).ids
+        return self._read(self._marked_going_on if _MARK in text else self._going_on, text)
+
+    def _read(self, rust: RustTokenizer, text: str) -> list[int]:
+        """The ids of a text by one of the runtimes."""
+        encoding = rust.encode(text, add_special_tokens=False)
+        if self._may_lose:
+            read = bytearray(len(text))  # which characters are
+            for i, (start, end) in zip(encoding.ids, encoding.offsets):
+                token = self._rust.id_to_token(i)
+                # a space that is put before a text lies, by the library, on its first character
+                if token != "▁" and (i != self._unknown_id or text[start:end] == token):
+                    read[start:end] = b"1" * (end - start)
+            lost = "".join(c for c, is_read in zip(text, read) if not is_read and c not in _MARK)
+            if lost.strip():
+                self.lossy_texts += 1
+                self.first_lost = self.first_lost or lost.strip()
+        return encoding.ids
+
+    @cached_property
+    def _may_lose(self) -> bool:
+        """Whether there may be characters that no token holds: there are none for bytes."""
+        return "ByteLevel" not in repr(self._rust.decoder) and "<0x0A>" not in self._ids
+
+    @cached_property
+    def _unknown_id(self) -> int | None:
+        """What stands for characters without a token."""
+        of_model = getattr(self._rust.model, "unk_token", None)
+        return self._ids.get(of_model or self.config.tokens.get("unk_token") or "<unk>")
 
     @cached_property
     def _going_on(self) -> RustTokenizer:
@@ -402,6 +430,13 @@ class Tokenizer:
                 else "they act as control tokens; --special_tokens text reads them as text"
             )
             lines.append(f"texts spell out special tokens: {shown}; {reading}")
+        if self.lossy_texts:
+            unknown = self._unknown_id
+            fate = "left out" if unknown is None else f"read as {self.text_of(unknown)}"
+            lines.append(
+                f"{self.lossy_texts} texts hold characters that {self.path} has no token for, such "
+                f"as {self.first_lost[:40]!r}: they are {fate}"
+            )
         if self.chat and not self._has_end and self._after_end.strip():
             lines.append(
                 f"{self.chat.name}: writes {self._after_end!r} after an answer, and {self.path} "

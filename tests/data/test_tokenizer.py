@@ -718,6 +718,34 @@ def pieces(tmp_path_factory):
     return path, train_pieces(path)
 
 
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "json"])
+def test_characters_without_a_token_are_told(tmp_path, kind):
+    """Where no bytes stand for them they are lost, in transformers as here."""
+    if kind == "json":
+        rust = RustTokenizer(models.BPE())
+        rust.pre_tokenizer = pre_tokenizers.Metaspace()
+        rust.decoder = decoders.Metaspace()
+        rust.train_from_iterator(["an egg and two"], trainers.BpeTrainer(show_progress=False))
+        rust.add_special_tokens(["<s>", "</s>"])
+        path = folder_of(tmp_path, rust) / "tokenizer.json"
+    else:
+        path = tmp_path / "tokenizer.model"
+        sizes = {"vocab_size": 60, "hard_vocab_limit": False}
+        train_pieces(path, byte_fallback=False, model_type=kind, **sizes)
+    tokenizer = Tokenizer(path)
+    for text in ("an egg", " an  egg", "<s>an egg", ""):
+        tokenizer.response_ids(text)
+    assert tokenizer.lossy_texts == 0
+    tokenizer.spelled_out.clear()
+    assert "日" not in tokenizer.decode(tokenizer.response_ids("an 日本 egg"))
+    tokenizer.prompt_ids("本")
+    (note,) = tokenizer.notes()
+    fate = "left out" if kind == "json" else "read as <unk>"
+    assert note == (
+        f"2 texts hold characters that {path} has no token for, such as '日本': they are {fate}"
+    )
+
+
 def test_pieces_with_and_without_bos(pieces, tmp_path):
     path, sp = pieces
     tokenizer = Tokenizer(path)
