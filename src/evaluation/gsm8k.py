@@ -64,8 +64,8 @@ _MEASURE = (
 _CODE = "(?i:USD|CAD|AUD|NZD|EUR|GBP|INR|PKR|JPY|CNY|RMB|CHF|SGD|HKD|PHP|MXN|BRL|NGN|KES|TL)"
 
 _CHARACTERS = str.maketrans(
-    "–－０１２３４５６７８９．，％＝≈\u00a0\u2009\u202f\u3000’",
-    "--0123456789.,%==    '",
+    "–－０１２３４５６７８９．，％＝≈\u00a0\u2009\u202f\u3000’₱₦₩₪₫₽₴₺＄",
+    "--0123456789.,%==    '$$$$$$$$$",
     "\u200b\u2060\ufeff",
 )
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
@@ -82,20 +82,21 @@ _SPELLINGS: list[tuple[str | re.Pattern[str], Any]] = [
     # 1{,}800, 1\,800, 1,\!800, 1~800 and 1'800 are 1,800
     (r"(?<=[0-9])(?:\{,\}|,?\\[,!;: ]|\\thinspace ?|~|')(?=[0-9]{3}(?![0-9]))", ","),
     (r"<<[^<>\n]{0,100}>>", ""), (r"<([-+$0-9.,]{1,30})>", r"\1"),  # GSM8K's own calculations
-    (r"\\([$%&#_{}])", r"\1"),
+    (r"\\([$%&#_{}])", r"\1"), (r"\\lbrace(?![A-Za-z])", "{"), (r"\\rbrace(?![A-Za-z])", "}"),
     *REPEATING,
     # one digit before the point: other products are operations
     (r"(?<![0-9.,^_/])([1-9](?:\.[0-9]{1,30})?)"
      r" ?(?:\\times(?![A-Za-z])|\\cdot(?![A-Za-z])|[×·⋅*xX])"
-     r" ?10(?: ?(?:\^|\*\*) ?(?:\{ ?([+-]?[0-9]{1,2}) ?\}|([+-]?[0-9]{1,2}))|([⁻⁺]?[⁰¹²³⁴-⁹]{1,2}))"
+     r" ?(?:10|\{10\})(?: ?(?:\^|\*\*) ?(?:\{ ?([+-]?[0-9]{1,2}) ?\}|([+-]?[0-9]{1,2}))"
+     r"|([⁻⁺]?[⁰¹²³⁴-⁹]{1,2}))"
      r"(?![0-9⁰¹²³⁴-⁹])", _scientific),
     # C$18, USD 18 and 18USD
-    (r"(?<![A-Za-z])[A-Z]{1,3}\$(?= ?-?[0-9.])", "$"),
+    (r"(?<![A-Za-z])[A-Z][A-Za-z]{0,2}\$(?= ?-?[0-9.])", "$"),
     (rf"(?<![A-Za-z]){_CODE} ?(?=[$€£]?-?[0-9.])", "$"),
     (rf"(?<=[0-9]) ?{_CODE}(?![A-Za-z])", " dollars "),
     (r"\\(?:[()\[\],;:!\\ ]|(?:left|right|displaystyle|q?quad|large|boxed|fbox)(?![A-Za-z]))", " "),
     (r"\\(?:begin|end)\{[a-z]{1,12}\*?\}|</?[a-z]{2,12}>|<\|[a-z_]{1,30}\|>", " "),
-    (r"\\(?:text(?:bf|it|rm|normal)?|math(?:bf|rm)|mbox|boldsymbol|underline)\s?"
+    (r"\\(?:text(?:bf|it|rm|normal|superscript)?|math(?:bf|rm)|mbox|boldsymbol|underline)\s?"
      r"\{([^{}]{0,200})\}", r" \1 "),
     (r"\^\s?(?:\{\s?\\circ\s?\}|\\circ(?![A-Za-z]))|\\degree(?![A-Za-z])|°", " degrees "),
     (r"\\(?:approx|(?:long)?(?:right|Right)arrow|implies|to)(?![A-Za-z])", "="),
@@ -107,7 +108,7 @@ _SPELLINGS: list[tuple[str | re.Pattern[str], Any]] = [
     (r"\\[dtc]?frac\s?\{\s?(-?[0-9.,]{1,30})\s?\}\s?\{\s?([0-9.,]{1,30})\s?\}", r"\1/\2 "),
     (r"\\[dtc]?frac\s?([0-9])\s?([0-9])", r"\1/\2 "),
     (r"(?<=[0-9]) ?\^ ?\{? ?(st|nd|rd|th)(?![A-Za-z]) ?\}?", r"\1"),  # 18^{th}
-    (r"% ?of(?![A-Za-z])", " percent of"),
+    (r"(?i:%| per cent| pct\.?) ?of(?![A-Za-z])", " percent of"),
     # the 2 of x_2 and of cm^2
     (r"(?<=[A-Za-z])_(?:\{[^{}]{0,20}\}|[0-9]+)", ""),
 ]  # fmt: skip
@@ -145,7 +146,9 @@ _CLOSING = re.compile(r"^(?:[%$€£)}\]>\"'`]|[*_]{1,3}(?!\.?[\w($\\]))*")
 # … and what makes another value of it: an operation, a second number, a variable
 _CHANGED = re.compile(
     r"\s*[\^²³¹⁰⁴-ⁿ₀-₉½¼¾⅐-⅞⁄×÷·⋅∙±<>≤≥≠=&{\\√π∞!+]|[*_(\u0304\u0305\u0307]|\s*\*{1,2}[\s0-9(]"
-    r"|\.(?:\\(?:overline|bar|dot|dddot|ddot|wide\w+|overset|stackrel)(?![a-z])|\([0-9])"  # 33.(3)
+    # digits that repeat in a way that is not known: 33.(3)
+    r"|\.(?:\{?\\(?:overline|bar|dot|mathring|wide\w+|overset|stackrel)(?![a-z])|\([0-9])"
+    r"|\s\((?i:repeating|recurring)|[\s,(]*(?i:plus|minus|(?:remainder|rem)\.?(?: of| is|:)? [0-9])"
     r"|\s*[-/:|%]\s*(?:[0-9.$({\\√+-]|[A-Za-z](?![A-Za-z]))"
     r"|(?:\s*[,;]\s*|\s*)[$€£]?-?\.?[0-9]"
     r"|\s+(?![mghslLaIp]\b)[A-Za-z](?![A-Za-z'])"
@@ -153,21 +156,24 @@ _CHANGED = re.compile(
     r"|sixths|sevenths|eighths|ninths|hundredths?|thousandths?"
     r"|hundreds?|thousands?|millions?|billions?|trillions?|dozens?|gross"
     r"|lakhs?|crores?|mil|mn|bn|tn|point|repeating|recurring)(?![A-Za-z])"
-    # 18 and two thirds, 18 hours and a half, 18 feet six inches, 18 ft. 6 in.
-    rf"|[\s-]*(?:[A-Za-z]{{1,12}} )?and (?:half|third|quarter|(?:an?|{_WORD})[ -]{_PARTS})"
+    # 18 and two thirds, 18 hours and a half, 18 feet six inches, $18 and six cents, 18 ft. 6 in.
+    r"|[\s-]*(?:[A-Za-z]{1,12} )?"
+    rf"(?:and (?:half|third|quarter|an? {_PARTS})|(?:and )?{_WORD}[ -]{_PARTS})"
     r"(?![A-Za-z]| (?:of|as|that|those|the|are|is|was|were|have|had) )"
-    rf"|[\s-]*{_MEASURE}\.?,? (?:and )?(?:{_WORD}[ -]){{1,2}}"
+    rf"|[\s-]*(?:{_MEASURE}\.?,? (?:and )?|and )(?:{_WORD}[ -]){{1,2}}"
     rf"(?:{_MEASURE}|(?i:in|inch(?:es)?|secs?|seconds?|oz|ounces?|cents?))(?![A-Za-z])"
-    r"|[\s-]*(?:ft|yds?|lbs?|hrs?|mins?|h|m)\. [0-9]"
+    r"|[\s-]*(?:ft|yds?|lbs?|hrs?|mins?|h|m)\. (?:& |and )?[0-9]|[A-Za-z]+[0-9]+[A-Za-z]"
+    r"|\s+to the [0-9]"
 )
 _CHANGED_LATER = re.compile(
     r"[×÷·⋅±+=<>≤≥≠^]|\*{1,2}\s?[0-9(]|\s\*\s|\s-\s*[$]?[0-9]|[,;&]\s*[$€£]?[0-9]"
     r"|\b(?i:and|or|to|than|over|by|times|mod|less|percent of|remainder|remainder (?:of|is)|rem)\s+"
-    r"[$€£]?-?\.?[0-9]|\b(?i:plus|minus)\b"
-    rf"|\b(?i:times) [b-z](?![A-Za-z])|\b{_MEASURE}\s+[0-9]"
+    r"[$€£]?-?\.?[0-9]|\b(?i:plus|minus|to the (?:[a-z0-9]+ )?power)\b"
+    rf"|\b(?i:times|multiplied by|divided by) (?:{_WORD}(?=\W*\Z)|[b-z](?![A-Za-z]))"
+    rf"|\b{_MEASURE}\s+[0-9]"
 )
 _ASIDE = re.compile(r"[(;]|, (?![$€£]?[0-9])|[.?!]\s|\b(?:because|since|so|as)\b")
-_GLUED = {*UNITS, "st", "nd", "rd", "th", "am", "pm", "g", "m", "mg"}
+_GLUED = {*UNITS, "st", "nd", "rd", "th", "am", "pm", "rs", "g", "m", "mg"}
 # What may not stand before the last number of a text: it is only a part of something
 _PART = re.compile(
     r"(?:[\^×÷·⋅∙±≠≤≥√/]|[\w)}]_|\\[A-Za-z]+(?:\[[^\[\]]{0,20}\])?|[0-9A-Za-z)\]}]\s*\+"
@@ -179,7 +185,7 @@ _PART = re.compile(
     rf"|sqrt|log|twice|double|triple|(?:{_PARTS}|percent) of(?: the)?|[0-9] remainder"
     r"|(?:sum|product|difference|average|mean) (?:of|between) \S{1,20} and)[ \t]+[$€£({*]*\Z"
     rf"|(?:[0-9] ?|\b{_WORD}[ -]){_MEASURE}(?: and)? {{1,2}}\Z"
-    rf"|(?<!s )\ban? {_MEASURE} and {{1,2}}\Z"
+    rf"|(?<![s0-9] )\ban? {_MEASURE} and {{1,2}}\Z|[$€£][0-9.,]{{1,20}} and {{1,2}}\Z"
 )
 _LEFT_OF_THREE = re.compile(r"(?<![0-9])[0-9]{1,3}, +\Z")  # 18, 000
 

@@ -173,6 +173,7 @@ MEANT = [
     (r"#### 1,234.5\overline{6}", "37037/30"), (r"so it is .\overline{18}", "2/11"),
     *((text, None) for text in (
         "#### 33.(3)", "#### 33.3\u0305", "#### 33.3 repeating", r"#### 33.\overline{x}",
+        r"#### 33.{\overline{3}}", "#### 33.3 (repeating)", r"#### 33.\mathring{3}",
         r"\boxed{18\overline{3}}",
     )),
     # a number and its power of ten
@@ -190,7 +191,8 @@ MEANT = [
     (r"\boxed{\{17, 18\}}", None), (r"\boxed{18^{t}}", None),
     *((f"#### {text}", "18") for text in (
         "C$18", "A$18", "NZ$ 18", r"C\$18", "$18USD", "18USD", "$18 USD", "USD 18", "CAD18",
-        "EUR 18.00", "18 GBP",
+        "EUR 18.00", "18 GBP", "₱18", "Can$18", "18Rs", r"18\textsuperscript{th}",
+        r"\lbrace 18 \rbrace", r"1.8\times{10}^1",
     )),
     ("It costs C$18", "18"), ("she paid 18EUR.", "18"), ("#### -C$18", "-18"),
     ("#### 18USDT", None),
@@ -205,15 +207,19 @@ MEANT = [
         "18 remainder 2", "18 with a remainder of 2", "18 and two thirds", "18 and one half",
         "18 and three-quarters", "18 and 2/3", "18 plus tax", "18 dollars plus tip", "18 plus",
         "18 percent of 50", "18% of 50", r"18\% of \$50", "18 minus two", "18 times x",
+        "18m30s", "18min30s", "18 ft. & 6 in.", "$18 and fifty cents", "18 one-half",
+        "18 (remainder 2)", "18, remainder 2", "18 (plus tax)", "18, plus tax", "18 times two",
+        "18 to the power of 2", "18 to the third power", "18 per cent of 50",
     )),
     *((text, None) for text in (
-        "It takes 5 hrs 18 min", "5 yards and 18 inches", "an hour and 18 minutes",
-        "It takes two hours 18 minutes", "20% of 18", "two thirds of 18", "a quarter of the 18",
-        "it is 5 remainder 18", "5 kg 18 g",
+        "It takes 5 hrs 18 min", "$5 and 18 cents", "5 yards and 18 inches",
+        "an hour and 18 minutes", "It takes two hours 18 minutes", "20% of 18", "two thirds of 18",
+        "a quarter of the 18", "it is 5 remainder 18", "5 kg 18 g",
     )),
     *((text, "18") for text in (
         "#### 18 percent of students", "#### 18 times a day",
         "#### 18 shirts and half as many hats",
+        "#### 18 minutes to get to the 10th", "so $5 an hour and 18 hours", "70 times one is 18",
         "#### 18% of the eggs", "#### 18 hours one-way", "#### 18 m", "#### 18 cm",
         "The remainder is 18", "It takes a day. She has 18",
     )),
