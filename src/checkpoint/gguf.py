@@ -207,14 +207,30 @@ class GGUFFile:
         return key_length
 
     def _scaling(self, name: str, raw: dict[str, Any]) -> dict[str, Any] | None:
-        """`rope_scaling` of a config.json."""
-        kind = self.get(f"{name}.rope.scaling.type", "none")
-        factor = self.get(f"{name}.rope.scaling.factor", self.get(f"{name}.rope.scale_linear"))
+        """`rope_scaling` of a config.json.
+
+        llama.cpp scales by the metadata and by the tensor, each where it is there; a config.json
+        has but one scaling. Raises UserError for both.
+        """
+        key = f"{name}.rope.scaling"
+        kind = self.get(f"{key}.type", "linear")
+        factor = self.get(f"{key}.factor", self.get(f"{name}.rope.scale_linear"))
+        is_scaled = kind not in ("none", "linear", "yarn") or (
+            kind != "none" and factor not in (None, 0.0, 1.0)
+        )
         if ROPE_FREQS in self._tensors:
-            return self._llama3(raw)
-        if kind == "none" and factor in (None, 0.0, 1.0):
+            divisors = self.read(ROPE_FREQS)  # [head_dim / 2]
+            if not (divisors == 1).all():
+                if is_scaled:
+                    raise UserError(
+                        f"{self.path}: {ROPE_FREQS} divides the rotation's frequencies (by up to "
+                        f"{float(divisors.max()):g}) and {key}.type is {kind!r} with factor "
+                        f"{factor}; one scaling of them is supported, not two"
+                    )
+                return self._llama3(raw)
+        if not is_scaled:
             return None
-        scaling = {"rope_type": "linear" if kind == "none" else kind, "factor": factor}
+        scaling = {"rope_type": kind, "factor": factor}
         original = self.get(f"{name}.rope.scaling.original_context_length")
         if original:
             scaling["original_max_position_embeddings"] = original

@@ -127,9 +127,10 @@ def read_rows(
 ) -> Rows:
     """All rows of `path`, each with every `required` field, and each field of its kind.
 
-    An `optional` field may be missing, not null. unread: others that a row may well have; None: all
-    may be read by somebody. A row's instruction may also be called as in `OTHER_NAMES`, and gets
-    our name. Raises `UserError`, with the first few problems and their count.
+    An `optional` field may be missing, or say nothing as null does. unread: others that a row may
+    well have; None: all may be read by somebody. A row's instruction may also be called as in
+    `OTHER_NAMES`, and gets our name. Raises `UserError`, with the first few problems and their
+    count.
     """
     text, optional = _read_text(path), optional or {}
     elements = {".json": _array_elements, ".jsonl": _line_elements}[Path(path).suffix]
@@ -381,6 +382,8 @@ def _row_problems(
             yield from _other_name_problems(value)
             yield from _left_out(value, required, fields)
         for field, kind in fields.items():
+            if field in optional and _is_empty(value.get(field)):
+                continue
             if field in value:
                 if not kind.accepts(value[field]):
                     yield f'field "{field}": expected {kind.words}, found {_describe(value[field])}'
@@ -395,7 +398,9 @@ def _other_name_problems(row: dict) -> Iterator[str]:
         value = row.get(name)
         if _is_empty(value):
             continue
-        ours = row.setdefault(INSTRUCTION, value)
+        if _is_empty(row.get(INSTRUCTION)):
+            row[INSTRUCTION] = value
+        ours = row[INSTRUCTION]
         if ours is not value and not (isinstance(value, str) and value == ours):
             yield (
                 f'field "{name}": is not the text of "{INSTRUCTION}" (or of another name of it), '

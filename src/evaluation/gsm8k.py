@@ -7,8 +7,9 @@ flexible_extract  the same task: last number anywhere, both sides normalised
 numeric           ours, beside the rules and never instead of them: the number after `####`, else
                   that in the last `\boxed`, else that after "the answer is", else the last number,
                   equal in value however people write it: `$18.00`, `\(18\)`, `1{,}800`,
-                  `\frac{36}{2}`, `2 1/2`, `18\%`, `−5`, `1.8 thousand`. Units and words may stand
-                  beside it, no operation: `18!`, `2 \cdot 18`, `18x`, `17, 18` have no value
+                  `\frac{36}{2}`, `2 1/2`, `18\%`, `−5`, `1.8 thousand`, `1.8\times10^3`. Units and
+                  words may stand beside it, no operation: `18!`, `2 \cdot 18`, `18x`, `17, 18` have
+                  no value, and no second unit: `18 ft 6 in`
 
 All take the same text. Responses are written by models, so nothing here executes, nests or converts
 more than a bounded piece of them.
@@ -18,9 +19,10 @@ import re
 import unicodedata
 from fractions import Fraction
 from functools import partial
+from typing import Any
 
 from src.errors import UserError
-from src.evaluation.math import UNITS, held_by_box
+from src.evaluation.math import REPEATING, UNITS, held_by_box
 from src.evaluation.scoring import GOLD_FIELDS, first_gold
 from src.evaluation.task import EMPTY_BOX, HEADING, SAID, Task
 
@@ -43,25 +45,58 @@ _MARK = re.compile(
 _BOX = re.compile(rf"\\(?:boxed|fbox)(?![A-Za-z])(?!{EMPTY_BOX})")
 _SAID = re.compile(SAID)
 # A number in words: with it in a box, the same one in digits may stand behind.
-_IN_WORDS = re.compile(
-    r"(?i)\b(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\w+teen|\w+ty)\b"
+_WORD = (
+    "(?i:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|[a-z]{2,6}teen"
+    "|[a-z]{2,6}ty)"
 )
+_IN_WORDS = re.compile(rf"\b{_WORD}\b")
+_PARTS = (  # of a whole, in words
+    "(?i:half|halves|thirds?|quarters?|fourths?|fifths?|sixths?|sevenths?|eighths?|ninths?|tenths?"
+    "|hundredths?|thousandths?)"
+)
+# What a compound measure may begin with: 7 feet 6 inches, 1 hr 30 min
+_MEASURE = (
+    r"(?:(?i:years?|yrs?|months?|weeks?|wks?|days?|hours?|hrs?|minutes?|mins?|degrees?|feet|foot|ft"
+    r"|yards?|yds?|miles?|meters?|metres?|kilometers?|kilometres?|km|cm|pounds?|lbs?|stones?"
+    r"|kilograms?|kilos?|kgs?|grams?|tons?|tonnes?|gallons?|gals?|quarts?|qts?|pints?|pts?|cups?"
+    r"|lit(?:er|re)s?|dollars?|bucks?|euros?|dozens?)|[hdmgL])"
+)
+_CODE = "(?i:USD|CAD|AUD|NZD|EUR|GBP|INR|PKR|JPY|CNY|RMB|CHF|SGD|HKD|PHP|MXN|BRL|NGN|KES|TL)"
 
 _CHARACTERS = str.maketrans(
-    "–－０１２３４５６７８９．，％＝≈\u00a0\u2009\u202f\u3000’",
-    "--0123456789.,%==    '",
+    "–－０１２３４５６７８９．，％＝≈\u00a0\u2009\u202f\u3000’₱₦₩₪₫₽₴₺＄",
+    "--0123456789.,%==    '$$$$$$$$$",
     "\u200b\u2060\ufeff",
 )
-_SPELLINGS = [
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
+
+
+def _scientific(number: re.Match[str]) -> str:
+    """1.8e3 for 1.8 × 10^3."""
+    return f"{number[1]}e{(number[2] or number[3] or number[4]).translate(_SUPERSCRIPTS)}"
+
+
+_SPELLINGS: list[tuple[str | re.Pattern[str], Any]] = [
     # a sign where it is not between two numbers: no bullet, as "- 5" may be
     (r"(?<![\w)\]}%.])(?<![\w)\]}%.] )− ?", "-"), ("−", "-"),
     # 1{,}800, 1\,800, 1,\!800, 1~800 and 1'800 are 1,800
     (r"(?<=[0-9])(?:\{,\}|,?\\[,!;: ]|\\thinspace ?|~|')(?=[0-9]{3}(?![0-9]))", ","),
     (r"<<[^<>\n]{0,100}>>", ""), (r"<([-+$0-9.,]{1,30})>", r"\1"),  # GSM8K's own calculations
-    (r"\\([$%&#_])", r"\1"),
+    (r"\\([$%&#_{}])", r"\1"), (r"\\lbrace(?![A-Za-z])", "{"), (r"\\rbrace(?![A-Za-z])", "}"),
+    *REPEATING,
+    # one digit before the point: other products are operations
+    (r"(?<![0-9.,^_/])([1-9](?:\.[0-9]{1,30})?)"
+     r" ?(?:\\times(?![A-Za-z])|\\cdot(?![A-Za-z])|[×·⋅*xX])"
+     r" ?(?:10|\{10\})(?: ?(?:\^|\*\*) ?(?:\{ ?([+-]?[0-9]{1,2}) ?\}|([+-]?[0-9]{1,2}))"
+     r"|([⁻⁺]?[⁰¹²³⁴-⁹]{1,2}))"
+     r"(?![0-9⁰¹²³⁴-⁹])", _scientific),
+    # C$18, USD 18 and 18USD
+    (r"(?<![A-Za-z])[A-Z][A-Za-z]{0,2}\$(?= ?-?[0-9.])", "$"),
+    (rf"(?<![A-Za-z]){_CODE} ?(?=[$€£]?-?[0-9.])", "$"),
+    (rf"(?<=[0-9]) ?{_CODE}(?![A-Za-z])", " dollars "),
     (r"\\(?:[()\[\],;:!\\ ]|(?:left|right|displaystyle|q?quad|large|boxed|fbox)(?![A-Za-z]))", " "),
     (r"\\(?:begin|end)\{[a-z]{1,12}\*?\}|</?[a-z]{2,12}>|<\|[a-z_]{1,30}\|>", " "),
-    (r"\\(?:text(?:bf|it|rm|normal)?|math(?:bf|rm)|mbox|boldsymbol|underline)\s?"
+    (r"\\(?:text(?:bf|it|rm|normal|superscript)?|math(?:bf|rm)|mbox|boldsymbol|underline)\s?"
      r"\{([^{}]{0,200})\}", r" \1 "),
     (r"\^\s?(?:\{\s?\\circ\s?\}|\\circ(?![A-Za-z]))|\\degree(?![A-Za-z])|°", " degrees "),
     (r"\\(?:approx|(?:long)?(?:right|Right)arrow|implies|to)(?![A-Za-z])", "="),
@@ -72,6 +107,8 @@ _SPELLINGS = [
       for part in "½¼¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"),
     (r"\\[dtc]?frac\s?\{\s?(-?[0-9.,]{1,30})\s?\}\s?\{\s?([0-9.,]{1,30})\s?\}", r"\1/\2 "),
     (r"\\[dtc]?frac\s?([0-9])\s?([0-9])", r"\1/\2 "),
+    (r"(?<=[0-9]) ?\^ ?\{? ?(st|nd|rd|th)(?![A-Za-z]) ?\}?", r"\1"),  # 18^{th}
+    (r"(?i:%| per cent| pct\.?) ?of(?![A-Za-z])", " percent of"),
     # the 2 of x_2 and of cm^2
     (r"(?<=[A-Za-z])_(?:\{[^{}]{0,20}\}|[0-9]+)", ""),
 ]  # fmt: skip
@@ -85,7 +122,7 @@ _DIGITS = (
 _NUMBER = re.compile(
     rf"(?:(?P<whole>[0-9]{{1,9}}) {{1,2}}(?=[0-9]+/[0-9]))?(?P<above>{_DIGITS})"
     rf"(?:[eE](?P<power>[+-]?[0-9]{{1,2}})(?![0-9A-Za-z]))?(?: ?/ ?(?P<below>{_DIGITS}))?"
-    r"(?:[ -]{0,2}(?P<times>(?i:hundred|thousand|million|billion|trillion))s?(?![A-Za-z]))?"
+    r"(?:[ -]{0,4}(?P<times>(?i:hundred|thousand|million|billion|trillion))s?(?![A-Za-z]))?"
 )
 _TIMES = {
     "": 1,
@@ -103,27 +140,40 @@ _LEAD = re.compile(
 )
 _MINUS = re.compile(r"-[ $€£({]{0,3}(?=[0-9.])")
 _MINUS_IN_TEXT = re.compile(r"(?<![\w)\]}%.])-[$€£]?$|[$€£]-$")
-_NAME = re.compile(r"[A-Za-z\s$({*]*|[0-9\s.,+\-*/×÷·()$%^]*")
+_NAME = re.compile(r"[A-Za-z\s$({*]*|(?:[0-9]e[+-]?[0-9]|[0-9\s.,+\-*/×÷·()$%^])*")
 # What stands after a number: the signs that close it, …
 _CLOSING = re.compile(r"^(?:[%$€£)}\]>\"'`]|[*_]{1,3}(?!\.?[\w($\\]))*")
 # … and what makes another value of it: an operation, a second number, a variable
 _CHANGED = re.compile(
-    r"\s*[\^²³¹⁰⁴-ⁿ₀-₉½¼¾⅐-⅞⁄×÷·⋅∙±<>≤≥≠=&{\\√π∞!+]|[*_(]|\s*\*{1,2}[\s0-9(]"
+    r"\s*[\^²³¹⁰⁴-ⁿ₀-₉½¼¾⅐-⅞⁄×÷·⋅∙±<>≤≥≠=&{\\√π∞!+]|[*_(\u0304\u0305\u0307]|\s*\*{1,2}[\s0-9(]"
+    # digits that repeat in a way that is not known: 33.(3)
+    r"|\.(?:\{?\\(?:overline|bar|dot|mathring|wide\w+|overset|stackrel)(?![a-z])|\([0-9])"
+    r"|\s\((?i:repeating|recurring)|[\s,(]*(?i:plus|minus|(?:remainder|rem)\.?(?: of| is|:)? [0-9])"
     r"|\s*[-/:|%]\s*(?:[0-9.$({\\√+-]|[A-Za-z](?![A-Za-z]))"
     r"|(?:\s*[,;]\s*|\s*)[$€£]?-?\.?[0-9]"
     r"|\s+(?![mghslLaIp]\b)[A-Za-z](?![A-Za-z'])"
     r"|[\s-]*(?i:or(?! so)|squared|cubed|factorial|hal(?:f|ves)|thirds?|fourths?|fifths?|tenths?"
-    r"|hundredths?|thousandths?|hundreds?|thousands?|millions?|billions?|trillions?|dozens?|gross"
-    r"|lakhs?|crores?|mil|mn|bn|tn|point"
-    r"|and (?:an? )?(?:half|third|quarter))(?![A-Za-z])"
+    r"|sixths|sevenths|eighths|ninths|hundredths?|thousandths?"
+    r"|hundreds?|thousands?|millions?|billions?|trillions?|dozens?|gross"
+    r"|lakhs?|crores?|mil|mn|bn|tn|point|repeating|recurring)(?![A-Za-z])"
+    # 18 and two thirds, 18 hours and a half, 18 feet six inches, $18 and six cents, 18 ft. 6 in.
+    r"|[\s-]*(?:[A-Za-z]{1,12} )?"
+    rf"(?:and (?:half|third|quarter|an? {_PARTS})|(?:and )?{_WORD}[ -]{_PARTS})"
+    r"(?![A-Za-z]| (?:of|as|that|those|the|are|is|was|were|have|had) )"
+    rf"|[\s-]*(?:{_MEASURE}\.?,? (?:and )?|and )(?:{_WORD}[ -]){{1,2}}"
+    rf"(?:{_MEASURE}|(?i:in|inch(?:es)?|secs?|seconds?|oz|ounces?|cents?))(?![A-Za-z])"
+    r"|[\s-]*(?:ft|yds?|lbs?|hrs?|mins?|h|m)\. (?:& |and )?[0-9]|[A-Za-z]+[0-9]+[A-Za-z]"
+    r"|\s+to the [0-9]"
 )
 _CHANGED_LATER = re.compile(
     r"[×÷·⋅±+=<>≤≥≠^]|\*{1,2}\s?[0-9(]|\s\*\s|\s-\s*[$]?[0-9]|[,;&]\s*[$€£]?[0-9]"
-    r"|\b(?i:and|or|to|than|over|by|times|plus|minus|mod|less)\s+[$€£]?-?\.?[0-9]"
-    r"|\b(?:years?|weeks?|days?|hours?|minutes?|feet|pounds?|dollars?)\s+[0-9]"  # 7 feet 6 inches
+    r"|\b(?i:and|or|to|than|over|by|times|mod|less|percent of|remainder|remainder (?:of|is)|rem)\s+"
+    r"[$€£]?-?\.?[0-9]|\b(?i:plus|minus|to the (?:[a-z0-9]+ )?power)\b"
+    rf"|\b(?i:times|multiplied by|divided by) (?:{_WORD}(?=\W*\Z)|[b-z](?![A-Za-z]))"
+    rf"|\b{_MEASURE}\s+[0-9]"
 )
 _ASIDE = re.compile(r"[(;]|, (?![$€£]?[0-9])|[.?!]\s|\b(?:because|since|so|as)\b")
-_GLUED = {*UNITS, "st", "rd", "th", "am", "pm", "g", "m", "mg"}
+_GLUED = {*UNITS, "st", "nd", "rd", "th", "am", "pm", "rs", "g", "m", "mg"}
 # What may not stand before the last number of a text: it is only a part of something
 _PART = re.compile(
     r"(?:[\^×÷·⋅∙±≠≤≥√/]|[\w)}]_|\\[A-Za-z]+(?:\[[^\[\]]{0,20}\])?|[0-9A-Za-z)\]}]\s*\+"
@@ -132,10 +182,10 @@ _PART = re.compile(
     r"|[0-9)] {1,2}(?:[xX] {1,2})?\Z|[0-9]\s+:\s*\Z"
     r"|[A-Za-z]\(\Z|\bbetween\s+\S{1,20}\s+and\s+\Z"
     r"|(?i:\bnot(?: [a-z]+){0,2}|n't(?: [a-z]+){0,2}|minus|negative|plus|times|by|than"
-    r"|sqrt|log|twice|half of|double|triple"
+    rf"|sqrt|log|twice|double|triple|(?:{_PARTS}|percent) of(?: the)?|[0-9] remainder"
     r"|(?:sum|product|difference|average|mean) (?:of|between) \S{1,20} and)[ \t]+[$€£({*]*\Z"
-    r"|[0-9] ?(?i:years?|months?|weeks?|days?|hours?|hrs?|minutes?|mins?|feet|foot|ft|pounds?|lbs?"
-    r"|dollars?)(?: and)? {1,2}\Z"
+    rf"|(?:[0-9] ?|\b{_WORD}[ -]){_MEASURE}(?: and)? {{1,2}}\Z"
+    rf"|(?<![s0-9] )\ban? {_MEASURE} and {{1,2}}\Z|[$€£][0-9.,]{{1,20}} and {{1,2}}\Z"
 )
 _LEFT_OF_THREE = re.compile(r"(?<![0-9])[0-9]{1,3}, +\Z")  # 18, 000
 

@@ -123,9 +123,21 @@ _FRACTION = re.compile(rf"([+-]?)([0-9]{{0,64}})\\frac\{{([+-]?{_PLAIN})\}}\{{([
 
 def _repeating(number: re.Match[str]) -> str:
     """A decimal whose last digits repeat, as a fraction."""
-    whole, once, again = number.groups()
+    whole, once = number["whole"].replace(",", ""), number["once"]
+    again = number["again"] or number["digit"]
     above = int(whole + once + again) - int(whole + once or "0")
     return rf"\frac{{{above}}}{{{'9' * len(again) + '0' * len(once)}}}"
+
+
+# A bar over the digits that repeat, or a dot over the first of them and the last.
+_DOT = r"\\dot\s?(?:\{([0-9])\}|([0-9]))"
+REPEATING: list[tuple[re.Pattern[str], Any]] = [
+    (re.compile(rf"(?<=[0-9.]){_DOT}(?:([0-9]{{0,20}}){_DOT})?"), r"\\bar{\1\2\3\4\5}"),
+    (re.compile(
+        r"(?<![0-9.])(?P<whole>[0-9]{1,3}(?:,[0-9]{3}){1,6}|[0-9]{0,30})\.(?P<once>[0-9]{0,30})"
+        r"\\(?:overline|bar)\s?(?:\{\s?(?P<again>[0-9]{1,30})\s?\}|(?P<digit>[0-9]))"
+     ), _repeating),
+]  # fmt: skip
 
 
 # For `symbolic` alone: formulas and numbers in a text, …
@@ -149,8 +161,7 @@ _TIME = re.compile(r"(?<![0-9:.])[0-9]{1,2}:[0-5][0-9](?![0-9:])")
 # … and what it does not know.
 _HELD = r"\s?\{([^{}]{0,200})\}"
 _PLAIN_SPELLINGS: list[tuple[re.Pattern[str], Any]] = [
-    (re.compile(r"(?<![0-9.])([0-9]{1,30})\.([0-9]{0,30})\\(?:overline|bar)\s?\{([0-9]{1,30})\}"),
-     _repeating),
+    *REPEATING,
     (re.compile(r"\\(?:underline|boldsymbol|bm|(?:textcolor|color)\s?\{[a-z]{1,20}\})" + _HELD),
      r"{\1}"),
     (re.compile(r"\{\\(?:rm|bf|it)(?![A-Za-z])\s?"), "{"),
@@ -474,7 +485,7 @@ def _is_same_item(one: str, other: str) -> bool:
     if one == other:
         return True
     bases = [_WITH_BASE.fullmatch(item) for item in (one, other)]
-    return any(base and base[1] == item for base, item in zip(bases, (other, one)))
+    return any(base and _normal(base[1]) == item for base, item in zip(bases, (other, one)))
 
 
 def _bases(text: str | None) -> list[str]:
@@ -523,6 +534,7 @@ def _normal(answer: str) -> str | None:
     text = _LIST_COMMA.sub(", ", text.replace("{,}", ","))  # as it is no thousands separator
     text = _POINT.sub("0.", text)
     text = _SLASH.sub(r"\\frac{\1}{\2}", text)
+    text = re.sub(r"^0+(?=[0-9]+$)", "", text)  # 033, as AIME writes 33
     return re.sub(r"^(-?)0\.5$", r"\1\\frac{1}{2}", text) or None
 
 

@@ -1,6 +1,7 @@
 """What every task shares: the counting, and reading a gold from a row's fields."""
 
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any
 
 from src.errors import UserError
@@ -47,11 +48,15 @@ def first_gold(row: dict, fields: tuple[str, ...] = GOLD_FIELDS) -> str | None:
 
 
 def field_text(value: Any) -> str | None:
-    """A field's text or number, or the first of a list of them, as text; None if it is neither."""
+    """A field's text or number, or the first of a list of them, as text; None if it has neither.
+
+    A number in digits alone: 18.0 is 18, and 1e-7 is 0.0000001. A blank text is none.
+    """
     if isinstance(value, list) and value:
         value = value[0]
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)  # a label 18.0 means 18, which no rule would see in its digits
-    return (
-        str(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else None
-    )
+    if isinstance(value, float):
+        # the decimal that was written, not the fraction of 2 that is held; -0.0 is 0
+        return format(Decimal(repr(value + 0.0)).normalize(), "f")
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        return None
+    return str(value) if str(value).strip() else None

@@ -58,7 +58,8 @@ def read_labels(task_name: str, label_file: str, rule: str | None = None) -> Lab
     rows = read_rows(label_file, {}, fields)
     instructions, golds = [], []
     for number, row in enumerate(rows):
-        question = next((row[field] for field in QUESTION_FIELDS if field in row), None)
+        texts = filter(TEXT.accepts, map(row.get, QUESTION_FIELDS))
+        question = next(texts, None)
         try:
             if question is None:
                 names = ", ".join(f'"{field}"' for field in QUESTION_FIELDS)

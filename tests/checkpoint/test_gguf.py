@@ -19,7 +19,7 @@ from src.checkpoint.write import merge, split
 from src.data.tokenizer import Tokenizer as OurTokenizer
 from src.errors import UserError
 from src.stages import ROOT
-from tests.checkpoint.gguf_files import model, permuted, write_gguf
+from tests.checkpoint.gguf_files import model, permuted, rope_divisors, write_gguf
 from tests.checkpoint.tiny import logits_of
 
 
@@ -134,7 +134,48 @@ def test_permutation_is_the_inverse_of_the_one_undone():
     assert (unpermuted(permuted(rows, 2), 2) == rows).all()
 
 
+@pytest.mark.parametrize(
+    "name, kind, factor",
+    (
+        ("llama", "none", 4.0),  # none is none, whatever the factor
+        ("llama", "linear", None),
+        ("llama", "linear", 1.0),
+        ("llama", "yarn", None),
+        ("llama", "yarn", 0.0),
+        ("llama-3", "none", 4.0),
+        ("llama-3", "linear", 1.0),
+        ("linear", None, 3.0),  # a factor alone is linear
+    ),
+)
+def test_a_scaling_is_what_llama_cpp_makes_of_type_and_factor(tmp_path, name, kind, factor):
+    def more(writer):
+        for key in ("type", "factor"):
+            writer.kv_data[0].pop(f"llama.rope.scaling.{key}", None)
+        if kind is not None:
+            writer.add_string("llama.rope.scaling.type", kind)
+        if factor is not None:
+            writer.add_rope_scaling_factor(factor)
+
+    held = write_gguf(tmp_path / "m.gguf", model(name), more=more)
+    assert_same_logits(our_logits(tmp_path / "m.gguf", tmp_path), logits_of(held))
+
+
+def test_divisors_of_one_scale_nothing(tmp_path):
+    def more(writer):
+        writer.add_tensor("rope_freqs.weight", np.ones(32, dtype=np.float32))
+
+    held = write_gguf(tmp_path / "m.gguf", model("linear"), more=more)
+    assert_same_logits(our_logits(tmp_path / "m.gguf", tmp_path), logits_of(held))
+
+
 # --- what is refused
+
+
+def both_scalings(writer, kind: str) -> None:
+    """Llama 3's tensor, and the metadata's scaling beside it."""
+    writer.add_tensor("rope_freqs.weight", rope_divisors(model("llama-3")))
+    writer.add_string("llama.rope.scaling.type", kind)
+    writer.add_rope_scaling_factor(2.0)
 
 
 def changed(path: Path, more) -> None:
@@ -153,6 +194,13 @@ def changed(path: Path, more) -> None:
         (
             lambda w: w.add_tensor("rope_freqs.weight", np.linspace(1, 9, 32, dtype=np.float32)),
             "rope_freqs.weight scales the rotation in a way that is not Llama 3's",
+        ),
+        *(
+            (
+                lambda w, kind=kind: both_scalings(w, kind),
+                f"up to 8) and llama.rope.scaling.type is '{kind}' with factor 2.0",
+            )
+            for kind in ("linear", "yarn", "longrope")
         ),
         (
             lambda w: w.add_tensor("blk.0.attn_q.bias", np.ones(256, np.float32)),

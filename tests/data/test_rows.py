@@ -259,6 +259,18 @@ def test_an_empty_field_says_nothing_and_is_not_named(file, kind, empty):
     assert len(rows) == 1 and rows.notes == []
 
 
+def test_an_optional_field_may_say_nothing(file):
+    """Data sets that are joined have null in each other's columns."""
+    empty = {"label": None, "question": "", "problem": None}
+    assert read_solver_rows(written(file, GOOD | empty)) == [GOOD | empty | {"outputs": ["2"]}]
+    row = {"instruction": None, "question": "1+1?", "output": None, "label": "2"}
+    assert read_prompt_rows(written(file, row)) == [row | {"instruction": "1+1?"}]
+    nothing = {"instruction": None, "question": "", "output": "2"}
+    assert '"instruction": expected a non-blank string, found null' in refusal(
+        written(file, nothing)
+    )
+
+
 def test_a_field_that_says_the_same_is_read(file):
     row = GOOD | {"prompt": GOOD["instruction"], "completion": GOOD["output"]}
     assert len(read_solver_rows(written(file, row))) == 1

@@ -167,6 +167,62 @@ MEANT = [
         "half of 18", "double 18", "the sum of 10 and 18", "the product of 2 and 18.",
         "18_9", "CO18",
     )),
+    # decimals that repeat
+    (r"#### 33.\overline{3}", "100/3"), (r"\boxed{33.\bar{3}}", "100/3"), (r"33.\bar3", "100/3"),
+    (r"#### 33.\dot{3}", "100/3"), (r"#### -0.1\dot{2}3\dot4", "-1233/9990"),
+    (r"#### 1,234.5\overline{6}", "37037/30"), (r"so it is .\overline{18}", "2/11"),
+    *((text, None) for text in (
+        "#### 33.(3)", "#### 33.3\u0305", "#### 33.3 repeating", r"#### 33.\overline{x}",
+        r"#### 33.{\overline{3}}", "#### 33.3 (repeating)", r"#### 33.\mathring{3}",
+        r"\boxed{18\overline{3}}",
+    )),
+    # a number and its power of ten
+    (r"#### 1.8\times10^1", "18"), (r"\boxed{1.8 \times 10^{3}}", "1800"), ("1.8 x 10^3", "1800"),
+    ("#### 1.8 × 10³", "1800"), ("#### 2*10**3", "2000"), (r"-1.8 \cdot 10^{-1}", "-0.18"),
+    (r"#### 1.8\times10^3\text{ cm}", "1800"), (r"#### 1.8 \times 10^1 = 18", "18"),
+    ("#### 1.8e3 dollars", "1800"), ("The answer is $2.5 \\times 10^2$.", "250"),
+    *((text, None) for text in (
+        "#### 10^3", "#### 3 + 2*10^3", r"#### x^2\times10^3", "6/2*10^2", r"1.8\times10^3x",
+        r"#### 1.8\times10^x", r"18\times10^3", "#### 12*10^2",
+    )),
+    # ordinals, sets of one, money of any country
+    ("#### 18^{th}", "18"), (r"\boxed{18^{\text{th}}}", "18"), ("#### 18^th", "18"),
+    ("#### 22nd", "22"), (r"#### \{18\}", "18"), (r"\boxed{\left\{18\right\}}", "18"),
+    (r"\boxed{\{17, 18\}}", None), (r"\boxed{18^{t}}", None),
+    *((f"#### {text}", "18") for text in (
+        "C$18", "A$18", "NZ$ 18", r"C\$18", "$18USD", "18USD", "$18 USD", "USD 18", "CAD18",
+        "EUR 18.00", "18 GBP", "₱18", "Can$18", "18Rs", r"18\textsuperscript{th}",
+        r"\lbrace 18 \rbrace", r"1.8\times{10}^1",
+    )),
+    ("It costs C$18", "18"), ("she paid 18EUR.", "18"), ("#### -C$18", "-18"),
+    ("#### 18USDT", None),
+    # two units, a remainder, parts, and what comes on top
+    *((form.format(text), None) for form in ("#### {}", r"It is \boxed{{{}}}.", "The answer is {}")
+      for text in (
+        "18 ft 6 in", "18 ft. 6 in.", "18 lbs 6 oz", "18 lb 6 oz", "18 hr 30 min", "18 h 30 min",
+        "18h 30m", "18 hrs. 30 min.", "18 m 50 cm", "18 kg 500 g", "18 km 200 m", "18 yd 2 ft",
+        "18 yards 2 feet", "18 gallons 2 quarts", "18 degrees 30 minutes", "18 wks 2 days",
+        r"18\text{ ft }6\text{ in}", "18 feet six inches", "18 hours and thirty minutes",
+        "18 hours, thirty-five minutes", "18 dollars and fifty cents", "18 hours and a half",
+        "18 remainder 2", "18 with a remainder of 2", "18 and two thirds", "18 and one half",
+        "18 and three-quarters", "18 and 2/3", "18 plus tax", "18 dollars plus tip", "18 plus",
+        "18 percent of 50", "18% of 50", r"18\% of \$50", "18 minus two", "18 times x",
+        "18m30s", "18min30s", "18 ft. & 6 in.", "$18 and fifty cents", "18 one-half",
+        "18 (remainder 2)", "18, remainder 2", "18 (plus tax)", "18, plus tax", "18 times two",
+        "18 to the power of 2", "18 to the third power", "18 per cent of 50",
+    )),
+    *((text, None) for text in (
+        "It takes 5 hrs 18 min", "$5 and 18 cents", "5 yards and 18 inches",
+        "an hour and 18 minutes", "It takes two hours 18 minutes", "20% of 18", "two thirds of 18",
+        "a quarter of the 18", "it is 5 remainder 18", "5 kg 18 g",
+    )),
+    *((text, "18") for text in (
+        "#### 18 percent of students", "#### 18 times a day",
+        "#### 18 shirts and half as many hats",
+        "#### 18 minutes to get to the 10th", "so $5 an hour and 18 hours", "70 times one is 18",
+        "#### 18% of the eggs", "#### 18 hours one-way", "#### 18 m", "#### 18 cm",
+        "The remainder is 18", "It takes a day. She has 18",
+    )),
     # more digits than a float has
     ("#### 0.3333333333333333", "0.3333333333333333"), (f"#### 1{'0' * 21}", f"1{'0' * 21}"),
     ("so 3.14159265358979", "3.14159265358979"), ("9" * 1000, "9" * 1000), ("9" * 1001, None),
@@ -184,6 +240,8 @@ def test_numeric_reads_the_whole_of_an_answer_or_refuses_it(text, meant):
     (f"1{'0' * 21}", f"1{'0' * 21}", f"1{'0' * 20}"),
     ("3.14159265358979", "3.14159265358979", "3.14159265359"),
     ("so #### 3 #### 4", "#### 3", "#### 4"), ("-5", "#### - 5", "#### 5"),
+    ("x\n#### 1.8 x 10^3", "#### 1800", "#### 1.8"), ("x\n#### 18^{th}", "18", "1"),
+    ("x\n#### 3.\\bar{3}", "#### 10/3", "#### 3"),
 ])  # fmt: skip
 def test_numeric_reads_golds_as_it_reads_answers(gold, right, wrong):
     assert grade(right, gold)["numeric"] and not grade(wrong, gold)["numeric"]
@@ -203,7 +261,8 @@ def test_a_gold_without_a_value_is_refused_where_numeric_counts(gold, tmp_path):
     "<", "<1", "<<", "#### (", "#### 1. ", "####\n1", r"\boxed{}", r"\boxed{.", r"\boxed{1}",
     r"\text{", r"\frac{1}{", "1 000 ", "1/", "1e", "½", "１", "answer is 1 ", "Answer: 1",
     "answer is ", "-", "− ", "x=", "*", "1*", "_1", "^1", "not ", "not a ", "1 and ", "1, ", "=",
-    "the ", "million",
+    "the ", "million", r"\dot3", r"1.\bar", r"0.\overline{3", "1.8 x 10^", "1e1", "2*10", "USD",
+    "C$", "1 ft ", "1 hour and ", "1 and a ", r"\{", "^{th", "one ",
 ])  # fmt: skip
 def test_hostile_numbers_take_no_time(piece):
     long = piece * (1_000_000 // len(piece))
@@ -338,6 +397,14 @@ def test_score_refuses_what_cannot_be_scored():
         ({"label": 18}, "18"),
         ({"label": 18.0}, "18"),
         ({"label": 0.5}, "0.5"),
+        ({"label": 1e-7}, "0.0000001"),
+        ({"label": -2.5e-5}, "-0.000025"),
+        ({"label": 1e23}, "1" + "0" * 23),
+        ({"label": -0.0}, "0"),
+        ({"label": 2**70}, "1180591620717411303424"),
+        ({"label": None, "answer": "5"}, "5"),
+        ({"label": " ", "answer": [], "final_answer": "5"}, "5"),
+        ({"label": None, "answer": "", "output": ["#### 4"]}, "#### 4"),
         ({"question": "q", "answer": "a\n#### 3"}, "a\n#### 3"),
         ({"output": ["#### 4"]}, "#### 4"),
         ({"question": "q", "answer": 3}, "3"),

@@ -69,6 +69,9 @@ EQUAL = [
     ("2, 100", "2,\n100"), (r"5\text{ square feet}", "5"), (r"5\text{ times}", "5"),
     (r"5\text{ quarters}", "5"), (r"5\text{ months}", "5"), (r"5\text{ paths}", "5"),
     (r"5\text{ N}", "5"), (r"5\text{ floors}", "5"),
+    # zeros in front, as AIME's answers have
+    ("033", "33"), ("007", "7"), ("000", "0"), ("$033$", "33"), (r"033^\circ", "33"),
+    ("x=033", "33"), ("005", "05"),
 ]  # fmt: skip
 UNEQUAL = [
     ("5", "6"), ("5", "-5"), ("5", "55"), ("1,2", "2,1"), ("1,2,3", "123"), ("12,34", "1234"),
@@ -97,6 +100,9 @@ UNEQUAL = [
     (r"70^\circ,110^\circ", "70110"), (r"30^\circ 15", "3015"),
     ("4 1/2", r"\frac{41}{2}"), ("5% 3", "53"),
     ("2, 100", "2100"), ("12, 345", "12345"), ("1 0000", "10000"), ("1234 567", "1234567"),
+    # zeros that count
+    ("330", "33"), ("0.5", "5"), ("00.5", "0.5"), ("007_8", "7_8"), ("0A7", "A7"), ("010x", "10x"),
+    (r"\text{A007}", r"\text{A7}"), ("(033, 1)", "(33, 1)"),
     # what says more than a unit
     *((rf"5\text{{{words}}}", "5") for words in (
         " or six", " or more", " and a half", " thirds", " squared", " factorial", " over three",
@@ -183,7 +189,8 @@ SAME_LIST = [
     (r"3\text{ cm},5\text{ cm}", "5,3"),
     ("(3,4),(1,2)", "(1,2),(3,4)"), ("[3,4], [1,2]", "[1,2],[3,4]"), ("y=2, x=1", "x=1,y=2"),
     ("2516", "2516_8"), ("2516_8", "2516"), ("2516", "2516_{8}"), ("1A_{16}", "1A"),
-    ("101, 11", "11_2, 101_2"), ("1,1,2", "2,1,1"), (r"\text{Bob and Al}", r"\text{Al, Bob}"),
+    ("101, 11", "11_2, 101_2"), ("007", "007_8"), ("033, 5", "5, 33"),
+    ("1,1,2", "2,1,1"), (r"\text{Bob and Al}", r"\text{Al, Bob}"),
     (r"\pi, 2\pi r", r"2\pi r,\pi"), (r"\{(1,2),(3,4)\}", r"\{(3,4),(1,2)\}"),
 ]  # fmt: skip
 NOT_THE_SAME = [
@@ -296,7 +303,10 @@ def test_a_gold_may_be_a_whole_solution():
     ({"label": r"\frac12", "answer": "3", "solution": r"\boxed{4}"}, r"\frac12"),
     ({"label": 5}, "5"), ({"label": 5.0}, "5"), ({"label": 0.25}, "0.25"),
     ({"label": r"so \boxed{5}"}, r"so \boxed{5}"), ({"answer": "3", "solution": r"\boxed{4}"}, "3"),
-    ({"answer": 3, "label": None}, "3"),
+    ({"answer": 3, "label": None}, "3"), ({"label": 1e-7}, "0.0000001"),
+    ({"label": 1e22}, "1" + "0" * 22),
+    ({"answer": None, "solution": r"so \boxed{5}"}, "5"), ({"label": "", "answer": "5"}, "5"),
+    ({"answer": " ", "solution": None, "output": r"\boxed{5}"}, "5"),
     ({"problem": "p", "level": "Level 5", "type": "Algebra",
       "solution": r"\boxed{3}, $\boxed{x=4}$"}, "x=4"),
     ({"output": r"so $\boxed 4$."}, "4"), ({"output": [r"\boxed{5}", r"\boxed{6}"]}, "5"),

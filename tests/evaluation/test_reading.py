@@ -179,6 +179,10 @@ def test_ranks_share_the_verdicts_and_all_get_them_in_order(size, monkeypatch):
     ("MATH", {"Problem": "q", "Answer": 204, "Solution": "s", "ID": "2024-I-1"}, "204"),
     ("MATH", {"question": "q", "final_answer": "4"}, "4"),
     ("MATH", {"instruction": "q", "problem": "q", "label": "4", "answer": "5"}, "4"),
+    # fields that say nothing, as where data sets are joined
+    ("GSM8K", {"instruction": None, "question": "q", "label": None, "answer": "5"}, "5"),
+    ("MATH", {"question": "", "problem": "q", "answer": None, "solution": r"\boxed{5}"}, "5"),
+    ("MATH", {"instruction": " ", "Problem": "q", "label": [], "Answer": 33}, "33"),
 ])  # fmt: skip
 def test_the_tasks_own_files_are_taken(task, row, gold, tmp_path):
     path = tmp_path / "rows.jsonl"
@@ -196,7 +200,9 @@ def test_the_tasks_own_files_are_taken(task, row, gold, tmp_path):
     ("MATH", {"problem": "q", "answer": r"\frac{1"}, "row 1 .*gold answer.*MATH needs one"),
     ("GSM8K", {"problem": "q", "answer": r"\frac12"}, "row 1 .*neither a number nor"),
     ("MATH", {"problem": 4, "answer": 4}, 'field "problem": expected a non-blank string'),
-    ("MATH", {"problem": "q", "answer": None}, 'field "answer": expected .*number, found null'),
+    ("MATH", {"problem": "q", "answer": None}, "row 1 .*without a gold answer"),
+    ("MATH", {"problem": "q", "answer": True}, 'field "answer": expected .*number, found true'),
+    ("MATH", {"problem": None, "answer": 4}, 'row 1 .*"instruction", .*"problem"'),
 ])  # fmt: skip
 def test_what_is_wrong_with_a_row_is_said(task, row, says, tmp_path):
     path = tmp_path / "rows.jsonl"

@@ -57,6 +57,10 @@ def test_questions_are_averaged_and_every_sample_is_a_row():
     ("GSM8K", "numeric", "18", ["#### 7", "it is 18", r"\boxed{36/2}", "#### 7.5"], True),
     ("GSM8K", "numeric", "18", ["#### 7", "18", "#### 18", "so 7.0"], False),  # a tie
     ("GSM8K", "numeric", "18", ["#### 7", "2 x 18", "18!", "18"], False),
+    ("GSM8K", "numeric", "18", ["#### 18 ft 6 in"] * 2 + ["#### 18", "#### 7"], True),
+    ("GSM8K", "numeric", "1800", ["#### 1.8e3", r"\boxed{1.8\times10^3}", "7", "7"], True),
+    ("MATH", "boxed", "033", [r"\boxed{7}", r"\boxed{33}", r"\boxed{033}", r"\boxed{8}"], True),
+    ("MATH", "loose", "033", [r"\boxed{7}", "answer is 33", r"\boxed{033}", "7"], True),
     ("MATH", "boxed", "5", [r"\boxed{5}", r"\boxed{5.0}", r"\boxed{x=5}", r"\boxed{7}"], True),
     ("MATH", "boxed", "5", ["The answer is 5"] * 4, False),
     ("MATH", "numeric", r"\frac12", [r"\boxed{7}", r"\boxed{2/4}", r"\boxed{0.50}", "7"], True),

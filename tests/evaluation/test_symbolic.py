@@ -129,7 +129,8 @@ GUARDED = [
     ("1,1,2|2,1,1.0", True), (r"2,3|\sqrt{4},3", True), (r"2\pm1|1,3", True),
     # other spellings
     (r"\frac13|0.\overline{3}", True), (r"0.\overline{3}|\frac13", True),
-    (r"4/33|0.\overline{12}", True),
+    (r"4/33|0.\overline{12}", True), (r"\frac13|0.\bar3", True), (r"4/33|0.\dot{1}\dot{2}", True),
+    (r"37037/30|1,234.5\bar{6}", True), (r"2/11|.\overline{18}", True), (r"0.\dot3|0.3", False),
     (r"\frac{1}{6}|0.1\overline{6}", True), (r"0.\overline{3}|0.3", False),
     (r"0.\overline{12}|0.12", False),
     (r"\emptyset|\varnothing", True), (r"5|\textcolor{red}{5}", True), (r"5|\color{blue}{5}", True),
