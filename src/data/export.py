@@ -16,7 +16,10 @@ from src.data.tokenizer import Tokenizer
 SpecialIds = dict[str, int | list[int] | None]
 
 # Keys of tokenizer_config.json that stay as they are. What decides ids or ends is written anew.
-_KEPT = ("model_max_length", "padding_side", "truncation_side", "model_input_names")
+_KEPT = ("model_max_length", "truncation_side")
+# Classes in transformers that fill up batches on the right; the others of ours on the left.
+_PAD_RIGHT = ("PreTrainedTokenizer", "TokenizersBackend", "GPT2Tokenizer", "Qwen2Tokenizer")
+_PAD_RIGHT += ("GPTNeoXTokenizer", "RobertaTokenizer")
 # Keys of generation_config.json that end texts elsewhere than where a trained model ends them.
 _FORCED = (
     *("forced_bos_token_id", "forced_eos_token_id", "min_length", "min_new_tokens"),
@@ -102,6 +105,9 @@ def write_tokenizer(
     config |= {
         # reads tokenizer.json as it stands; others put their own rules in place of the file's
         "tokenizer_class": "PreTrainedTokenizerFast",
+        # whose own defaults are others than those of the source's class
+        "padding_side": raw.get("padding_side") or _padding_side(tokenizer, source),
+        "model_input_names": raw.get("model_input_names") or ["input_ids", "attention_mask"],
         "add_bos_token": tokenizer.bos_id is not None,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
@@ -125,6 +131,21 @@ def write_tokenizer(
         if tokenizer.is_of(pieces):  # which other tools read
             shutil.copyfile(pieces, folder / "tokenizer.model")
             break
+
+
+def _padding_side(tokenizer: Tokenizer, source: Path) -> str:
+    """The side on which transformers fills up the source's batches, where no file says it.
+
+    Where its versions differ, and for files that it does not read, the left: so texts go on.
+    """
+    name = tokenizer.config.class_name
+    if not name and (source / "config.json").is_file():
+        # config.json names it, or the model's family has one
+        model = read_json(source / "config.json")
+        is_qwen = str(model.get("model_type")).startswith("qwen")
+        of_family = "Qwen2Tokenizer" if is_qwen and tokenizer.kind == "json" else ""
+        name = str(model.get("tokenizer_class") or of_family).removesuffix("Fast")
+    return "right" if name in _PAD_RIGHT else "left"
 
 
 def _write_template(tokenizer: Tokenizer, folder: Path, source: Path) -> dict[str, Any]:

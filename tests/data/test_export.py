@@ -359,6 +359,59 @@ def test_files_name_their_tokens_as_transformers_reads_them(name, tmp_path, requ
         assert ours.prompt_ids(text) == theirs(text)["input_ids"], text
 
 
+LLAMA, QWEN2 = {"tokenizer_class": "LlamaTokenizerFast"}, {"tokenizer_class": "Qwen2Tokenizer"}
+PADDED = dict.fromkeys(("bos_token", "pad_token", "eos_token"), "<s>")
+
+
+@pytest.mark.parametrize(
+    "config, model_type, side",
+    [
+        (LLAMA, "llama", "left"),
+        (LLAMA | {"padding_side": "right"}, "llama", "right"),
+        (LLAMA, None, "left"),
+        ({"tokenizer_class": "CodeLlamaTokenizer"}, "llama", "left"),
+        (QWEN2, "qwen3", "right"),
+        (QWEN2 | {"padding_side": "left"}, "qwen3", "left"),
+        ({"tokenizer_class": "PreTrainedTokenizerFast"}, "llama", "right"),
+        ({}, "qwen2", "right"),
+        ({"model_input_names": ["input_ids"]}, "qwen2", "right"),
+    ],
+)
+def test_batches_are_filled_up_as_in_transformers_on_the_source(
+    tmp_path, rust, pieces, config, model_type, side
+):
+    """So that what `generate` answers in a batch stays what it was."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    for folder in (source, target):
+        folder.mkdir()
+        if model_type:
+            other.write_json(folder / "config.json", {"model_type": model_type})
+    is_qwen = str(model_type).startswith("qwen")  # a class that puts its own rules in place
+    text = rust.to_str() if is_qwen else Tokenizer(pieces[0]).to_json()
+    (source / "tokenizer.json").write_text(text)
+    other.write_json(source / "tokenizer_config.json", PADDED | config)
+    write_tokenizer(Tokenizer.find(source), target, source, MODEL, scores=False)
+    written = json.loads((target / "tokenizer_config.json").read_text())
+    # transformers 4 would have a third for our class, which models do not take
+    names = config.get("model_input_names", ["input_ids", "attention_mask"])
+    assert (written["padding_side"], written["model_input_names"]) == (side, names)
+    filled = [
+        AutoTokenizer.from_pretrained(folder)(["a", "an egg"], padding=True)
+        for folder in (source, target)
+    ]
+    assert {**filled[0]} == {**filled[1]} and filled[1].keys() == set(names)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+def test_batches_are_filled_up_on_the_left_where_versions_differ(tmp_path, pieces, model_type):
+    """Without a class transformers 4 has Llama's, 5 one that pads on the right."""
+    other.write_json(tmp_path / "config.json", {"model_type": model_type})
+    (tmp_path / "tokenizer.json").write_text(Tokenizer(pieces[0]).to_json())
+    (target := tmp_path / "target").mkdir()
+    write_tokenizer(Tokenizer.find(tmp_path), target, tmp_path, MODEL, scores=False)
+    assert AutoTokenizer.from_pretrained(target).padding_side == "left"
+
+
 def test_what_a_base_model_said_of_generation_stays_but_for_its_end(tmp_path, rust):
     json_folder(
         tmp_path,
