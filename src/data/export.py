@@ -18,8 +18,10 @@ SpecialIds = dict[str, int | list[int] | None]
 # Keys of tokenizer_config.json that stay as they are. What decides ids or ends is written anew.
 _KEPT = ("model_max_length", "truncation_side")
 # Classes in transformers that fill up batches on the right; the others of ours on the left.
-_PAD_RIGHT = ("PreTrainedTokenizer", "TokenizersBackend", "GPT2Tokenizer", "Qwen2Tokenizer")
-_PAD_RIGHT += ("GPTNeoXTokenizer", "RobertaTokenizer")
+_PAD_RIGHT = (
+    *("PreTrainedTokenizer", "TokenizersBackend", "Qwen2Tokenizer"),
+    *("GPT2Tokenizer", "GPTNeoXTokenizer", "RobertaTokenizer"),
+)
 # Keys of generation_config.json that end texts elsewhere than where a trained model ends them.
 _FORCED = (
     *("forced_bos_token_id", "forced_eos_token_id", "min_length", "min_new_tokens"),

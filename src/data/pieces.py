@@ -47,13 +47,17 @@ def from_pieces(
     kinds = {kind: [n for n, of in zip(names, types) if of == kind] for kind in range(1, 7)}
     if trainer.model_type not in (_UNIGRAM, _BPE) or trainer.treat_whitespace_as_suffix:
         raise UserError(f"{where}: is neither BPE nor unigram with spaces before words")
-    if kinds[_UNUSED]:
-        raise UserError(f"{where}: has unused pieces such as {kinds[_UNUSED][0]!r}: not supported")
+    reached = _reached(names, kinds[_UNUSED])
+    if trainer.model_type == _UNIGRAM:
+        reached = kinds[_UNUSED]  # places there are ids: none can be left out
+    if reached:
+        raise UserError(f"{where}: has unused pieces such as {reached[0]!r}: not supported")
 
     # The model.
     unknown, user_defined = kinds[_UNKNOWN][0], kinds[_USER_DEFINED]
     if trainer.model_type == _BPE:
-        vocabulary = {name: i for i, name in enumerate(names)} | {t.content: i for i, t in added}
+        vocabulary = {name: i for i, name in enumerate(names) if types[i] != _UNUSED}
+        vocabulary |= {t.content: i for i, t in added}
         normal = {
             names[i]: (-piece.score, i)
             for i, piece in enumerate(proto.pieces)
@@ -118,6 +122,25 @@ def begin_text_once(rust: RustTokenizer) -> None:
     words: list[pre_tokenizers.PreTokenizer] = [rust.pre_tokenizer] if rust.pre_tokenizer else []
     first = pre_tokenizers.Metaspace(_SPACE, prepend_scheme=scheme, split=False)
     rust.pre_tokenizer = pre_tokenizers.Sequence([first, *words]) if words else first
+
+
+def _reached(names: list[str], unused: list[str]) -> list[str]:
+    """Those of the unused pieces that a text may come to while its pieces are joined.
+
+    From two pieces or characters. The others, such as the fillers of a vocabulary, are as if they
+    were not there.
+    """
+    known = set(names)
+
+    def is_part(text: str) -> bool:
+        return len(text) == 1 or text in known
+
+    return [
+        name
+        for name in unused
+        if len(name) == 1
+        or any(is_part(name[:cut]) and is_part(name[cut:]) for cut in range(1, len(name)))
+    ]
 
 
 def _merges(normal: dict[str, tuple[float, int]]) -> list[tuple[str, str]]:

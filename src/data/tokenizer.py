@@ -494,7 +494,11 @@ class Tokenizer:
             pieces = SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError):
             return False
-        return all(self._ids.get(pieces.id_to_piece(i)) == i for i in range(len(pieces)))
+        return all(
+            self._ids.get(pieces.id_to_piece(i)) == i
+            for i in range(len(pieces))
+            if not pieces.is_unused(i)
+        )
 
     def id_of(self, token: str) -> int | None:
         """The id of a token as it is written in the files; None where there is none."""
