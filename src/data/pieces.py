@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 from google.protobuf.message import DecodeError
 from sentencepiece import SentencePieceProcessor
@@ -107,10 +108,11 @@ def from_pieces(
     return rust, None if bos is None else names[bos], None if eos is None else names[eos]
 
 
-def begin_text_once(rust: RustTokenizer) -> None:
+def begin_text_once(rust: RustTokenizer, doubles: bool = False) -> None:
     """From now on no space is put before a text that follows a control token.
 
-    As transformers does where `legacy` is false: only where everything begins.
+    Only where everything begins. doubles: there it is put before a space, too, as SentencePiece
+    puts it; transformers does not where `legacy` is false.
     """
     if _SPACE not in repr(rust.normalizer):
         return
@@ -119,9 +121,17 @@ def begin_text_once(rust: RustTokenizer) -> None:
     others = [step for step in steps if not isinstance(step, normalizers.Prepend)]
     rust.normalizer = normalizers.Sequence(others)
     scheme = "first" if is_put else "never"
-    words: list[pre_tokenizers.PreTokenizer] = [rust.pre_tokenizer] if rust.pre_tokenizer else []
-    first = pre_tokenizers.Metaspace(_SPACE, prepend_scheme=scheme, split=False)
-    rust.pre_tokenizer = pre_tokenizers.Sequence([first, *words]) if words else first
+    words = [rust.pre_tokenizer] if rust.pre_tokenizer else []
+    parts: list[Any] = [
+        pre_tokenizers.Metaspace(_SPACE, prepend_scheme=scheme, split=False),
+        *words,
+    ]
+    if doubles:
+        # It puts none before its own kind, and of plain spaces the normalizer has left none. The
+        # next step makes of the plain one what the pieces have.
+        parts[0].prepend_scheme = "never"
+        parts.insert(0, pre_tokenizers.Metaspace(" ", prepend_scheme=scheme, split=False))
+    rust.pre_tokenizer = pre_tokenizers.Sequence(parts) if len(parts) > 1 else parts[0]
 
 
 def _reached(names: list[str], unused: list[str]) -> list[str]:

@@ -104,6 +104,11 @@ KINDS = {
         "mistral",
         True,
     ),
+    "pieces with control brackets, plain": (
+        lambda d, f: pieces_folder(d, options={"control_symbols": CONTROL}),
+        "mistral",
+        False,
+    ),
     "pieces without BOS": (
         lambda d, f: pieces_folder(d, PLAIN | {"add_bos_token": False}),
         "llama",
@@ -333,6 +338,42 @@ def test_transformers_reads_and_ends_as_the_tokenizer_in_use(kind):
     assert {ends} if isinstance(ends, int) else set(ends) == tokenizer.stop_ids
     if theirs.pad_token_id is not None:
         assert theirs.pad_token_id == generation["pad_token_id"] < MODEL
+
+
+@pytest.mark.parametrize("options", [{}, {"user_defined_symbols": ["<go>"]}], ids=["", "go"])
+@pytest.mark.parametrize("own", [True, False])
+def test_a_folder_written_without_its_template_is_the_same_with_it(tmp_path, own, options):
+    """Also where control tokens part the texts, after which no space is put."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    for folder in (source, target):
+        folder.mkdir()
+    sp = other.train_pieces(source / "tokenizer.model", control_symbols=CONTROL, **options)
+    if own:
+        (source / "chat_template.jinja").write_text(
+            "<s>{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]"
+            "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
+        )
+    plain, chat = (Tokenizer.find(source, None, is_chat, "mistral") for is_chat in (False, True))
+    write_tokenizer(plain, target, source, MODEL, scores=False)
+    again = Tokenizer.find(target, None, True, "mistral")
+    start, end = sp.piece_to_id(CONTROL[:2])
+    for text in ["an egg", "two\n eggs", "<go> egg", *TEXTS]:
+        assert again.prompt_ids(text) == chat.prompt_ids(text), text
+        assert again.response_ids(text) == chat.response_ids(text), text
+        # and a text by itself begins as SentencePiece lets it
+        if not any(token in text for token in plain.control):
+            assert plain.prompt_ids(text) == [1, *sp.encode(text)], text
+            assert Tokenizer.find(target).prompt_ids(text) == [1, *sp.encode(text)], text
+    assert again.prompt_ids("an egg") == [1, start, *sp.encode("an egg"), end]
+    assert plain.prompt_ids("[INST] an egg")[1:] == [start, *sp.encode("an egg")]
+
+
+def test_a_template_that_cannot_be_asks_nothing_of_plain_texts(tmp_path):
+    sp = other.train_pieces(tmp_path / "tokenizer.model", control_symbols=CONTROL)
+    (tmp_path / "chat_template.jinja").write_text("{{ nothing.there }}")
+    tokenizer = Tokenizer.find(tmp_path)
+    start = sp.piece_to_id("[INST]")
+    assert tokenizer.prompt_ids("[INST] an egg")[1:] == [start, *sp.encode(" an egg")]
 
 
 READ_ALIKE = ["json, tokens listed", "json, a list of more tokens", "json, BOS is EOS", "merges"]
