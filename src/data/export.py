@@ -127,12 +127,15 @@ def write_tokenizer(
     # In transformers it would read the template's own control tokens as text, too.
     config |= {"split_special_tokens": True} if tokenizer.as_text and not tokenizer.chat else {}
     config |= _write_template(tokenizer, folder, source)
-    _write_json(folder / "tokenizer_config.json", config)
-    (folder / "tokenizer.json").write_text(tokenizer.to_json(pad if is_new else None), "utf-8")
+    whole = tokenizer.to_json(pad if is_new else None)
+    (folder / "tokenizer.json").write_text(whole, "utf-8")
     for pieces in (tokenizer.path, tokenizer.path.parent / "tokenizer.model"):
-        if tokenizer.is_of(pieces):  # which other tools read
+        if tokenizer.is_of(pieces):  # which other tools read, with what was added to it
             shutil.copyfile(pieces, folder / "tokenizer.model")
+            added = {str(token.pop("id")): token for token in json.loads(whole)["added_tokens"]}
+            config["added_tokens_decoder"] = added
             break
+    _write_json(folder / "tokenizer_config.json", config)
 
 
 def _padding_side(tokenizer: Tokenizer, source: Path) -> str:

@@ -560,6 +560,30 @@ def test_a_stale_file_beside_is_not_passed_on(tmp_path, rust):
     }
 
 
+@pytest.mark.parametrize("name", ["pieces and added tokens", "pieces, added tokens described"])
+def test_what_was_added_to_pieces_is_said_beside_their_file(name, tmp_path, request):
+    """For tools that read tokenizer.model first: which tokens lie past it, and which are control.
+
+    As llama.cpp's converter looks for them.
+    """
+    fill, family, is_chat = KINDS[name]
+    fill(tmp_path, request.getfixturevalue)
+    tokenizer = Tokenizer.find(tmp_path, None, is_chat, family)
+    (target := tmp_path / "target").mkdir()
+    write_tokenizer(tokenizer, target, tmp_path, MODEL, scores=True)
+    pieces = SentencePieceProcessor(model_file=str(target / "tokenizer.model"))
+    seen = {i: (pieces.id_to_piece(i), pieces.is_control(i)) for i in range(len(pieces))}
+    config = json.loads((target / "tokenizer_config.json").read_text())
+    said = config.get("added_tokens_decoder", {})
+    seen |= {int(i): (token["content"], token["special"]) for i, token in said.items()}
+    assert {i: text for i, (text, _) in seen.items()} == {
+        i: tokenizer.text_of(i) for i in range(tokenizer.vocab_size)
+    }
+    control = {i for i, (_, is_control) in seen.items() if is_control}
+    assert control == set(tokenizer.control.values()) >= {420, 421}
+    assert said["422"]["special"] is False
+
+
 @pytest.mark.parametrize("is_chat", [False, True])
 def test_templates_besides_the_first_are_passed_on(tmp_path, rust, is_chat):
     source, folders = tmp_path / "source", [tmp_path / name for name in ("written", "split")]
