@@ -71,7 +71,10 @@ class TokenizerConfig:
         for key in ("add_bos_token", "legacy", "add_prefix_space", "split_special_tokens"):
             if not isinstance(raw.get(key), bool | None):
                 raise UserError(f"{path}: {key} is {raw[key]!r}, true or false is expected")
-        if (raw.get("sp_model_kwargs") or {}).get("enable_sampling"):
+        settings = raw.get("sp_model_kwargs")
+        if not isinstance(settings, dict | None):
+            raise UserError(f"{path}: sp_model_kwargs is {settings!r}, an object is expected")
+        if (settings or {}).get("enable_sampling"):
             raise UserError(
                 f"{path}: sp_model_kwargs asks for sampled pieces (enable_sampling): a text would "
                 "have other ids each time; take it out"
@@ -103,8 +106,9 @@ def _if_there(path: Path) -> dict[str, Any]:
 def _texts(tokens: Any, where: str) -> list[str]:
     """The texts of tokens in a list, or by names; each a text or an object with its content."""
     values = list(tokens.values()) if isinstance(tokens, dict) else [] if tokens is None else tokens
-    texts: list[Any] = [t.get("content") if isinstance(t, dict) else t for t in values]
-    if not isinstance(values, list) or not all(isinstance(text, str) for text in texts):
+    are_listed = isinstance(values, list)
+    texts = [t.get("content") if isinstance(t, dict) else t for t in values] if are_listed else []
+    if not are_listed or not all(isinstance(text, str) for text in texts):
         raise UserError(f"{where} is {tokens!r}, the text of each token is expected")
     return texts
 

@@ -476,6 +476,23 @@ def test_all_that_end_a_text_are_found(tmp_path, rust):
             {"tokenizer_config": NAMES | {"additional_special_tokens": [3]}},
             r"additional_special_tokens is \[3\], the text of each token",
         ),
+        *(
+            (
+                {file: NAMES | {key: value}},
+                f"{file}.json: {key} is {value!r}, the text of each token",
+            )
+            for file in ("tokenizer_config", "special_tokens_map")
+            for key in ("additional_special_tokens", "model_specific_special_tokens")
+            for value in (5, True)
+        ),
+        (
+            {"tokenizer_config": NAMES | {"sp_model_kwargs": True}},
+            "tokenizer_config.json: sp_model_kwargs is True, an object is expected",
+        ),
+        (
+            {"tokenizer_config": NAMES | {"sp_model_kwargs": ["enable_sampling"]}},
+            r"sp_model_kwargs is \['enable_sampling'\], an object is expected",
+        ),
         ({}, "has no EOS that is known"),
     ],
 )
