@@ -70,7 +70,7 @@ def from_pieces(
             unk_token=unknown,
             fuse_unk=True,
             byte_fallback=trainer.byte_fallback,
-            ignore_merges=bool(user_defined),  # these stay whole
+            ignore_merges=bool(user_defined),  # these stay whole, see below
         )
     else:
         scores = [(name, piece.score) for name, piece in zip(names, proto.pieces)]
@@ -91,7 +91,10 @@ def from_pieces(
     if user_defined:
         longest_first = sorted(user_defined, key=len, reverse=True)
         pattern = Regex("|".join(map(re.escape, longest_first)))
-        rust.pre_tokenizer = pre_tokenizers.Split(pattern, "isolated")
+        words: list[pre_tokenizers.PreTokenizer] = [pre_tokenizers.Split(pattern, "isolated")]
+        if isinstance(model, models.BPE):
+            words += _not_whole(model, vocabulary.keys() - set(user_defined))
+        rust.pre_tokenizer = pre_tokenizers.Sequence(words) if len(words) > 1 else words[0]
 
     # And to its pieces afterwards.
     last = [decoders.Strip(" ", 1, 0)] if form.add_dummy_prefix and has_prefix else []
@@ -151,6 +154,29 @@ def _reached(names: list[str], unused: list[str]) -> list[str]:
         if len(name) == 1
         or any(is_part(name[:cut]) and is_part(name[cut:]) for cut in range(1, len(name)))
     ]
+
+
+def _not_whole(model: models.BPE, names: Iterable[str]) -> list[pre_tokenizers.PreTokenizer]:
+    """Splits words that `ignore_merges` would find whole in the vocabulary, and joining would not.
+
+    Those are the texts of control tokens and of bytes. They are cut where joining leaves a gap, so
+    that each part is joined as in the whole.
+    """
+    model.ignore_merges = False
+    joining = RustTokenizer(model)
+    gaps = {}
+    for name in sorted(names):
+        found = joining.encode(name, add_special_tokens=False)
+        if found.tokens != [name]:
+            gaps[name] = sorted({stop for _, stop in found.offsets} - {len(name)}) or [1]
+    model.ignore_merges = True
+    parts = []
+    for name, stops in gaps.items():
+        # neither part may itself be such a word
+        stop = next((i for i in stops if not {name[:i], name[i:]} & gaps.keys()), stops[0])
+        parts.append(f"{re.escape(name[:stop])}(?={re.escape(name[stop:])}\\z)")
+    pattern = Regex(rf"\A(?:{'|'.join(parts)})")
+    return [pre_tokenizers.Split(pattern, "isolated")] if parts else []
 
 
 def _merges(normal: dict[str, tuple[float, int]]) -> list[tuple[str, str]]:

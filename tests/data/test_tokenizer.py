@@ -842,6 +842,24 @@ def test_no_space_follows_control_tokens_where_legacy_is_false(tmp_path, prefix,
                 assert tokenizer.prompt_ids(text) == [1, *ids], text
 
 
+@pytest.mark.parametrize("prefix", [True, False])
+def test_what_stands_between_user_defined_pieces_is_what_its_characters_make(tmp_path, prefix):
+    """Control tokens that are read as text, and texts that spell out bytes."""
+    user = ["\n", "<go>", "=", "12", "s>"]
+    options = {"user_defined_symbols": user, "control_symbols": ["[INST]", "<s>s>", "日本"]}
+    sp = train_pieces(tmp_path / "tokenizer.model", add_dummy_prefix=prefix, **options)
+    tokenizer = Tokenizer(tmp_path / "tokenizer.model", special_tokens="text")
+    names = [sp.id_to_piece(i) for i in range(len(sp))]
+    texts = [f"{u}{name}{u}" for u in user for name in names] + [name + "\n" for name in names]
+    exported(tokenizer, tmp_path)
+    for made in (tokenizer, Tokenizer.find(tmp_path / "export", special_tokens="text")):
+        for text in texts:
+            assert made.prompt_ids(text) == [1, *sp.encode(text)], text
+    if prefix:
+        marked = tokenizer.prompt_ids("a\n<s>\n<0x0A>\nb")
+        assert marked.count(1) == 1 and sp.piece_to_id("<0x0A>") not in marked
+
+
 def test_ids_without_a_token_are_known(tmp_path, rust, pieces):
     assert Tokenizer(pieces[0]).without_text(420) == []
     assert Tokenizer(pieces[0]).without_text(432) == [(420, 432)]
