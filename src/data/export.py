@@ -12,6 +12,7 @@ from typing import Any
 from src.checkpoint.files import read_json
 from src.checkpoint.folder import MORE_TEMPLATES, SCORES_FILE, copy_more_templates
 from src.data.tokenizer import Tokenizer
+from src.data.tokenizer_files import TEXTS_ALONE
 
 SpecialIds = dict[str, int | list[int] | None]
 
@@ -116,7 +117,8 @@ def write_tokenizer(
         "eos_token": tokenizer.text_of(tokenizer.eos_id),
     }
     if tokenizer.bos_id is not None:
-        config["bos_token"] = tokenizer.text_of(tokenizer.bos_id)
+        text = tokenizer.text_of(tokenizer.bos_id)
+        config["bos_token"] = text if tokenizer.names_bos else None
     if "<unk>" in control:
         config.setdefault("unk_token", "<unk>")
     config.pop("pad_token", None)
@@ -124,8 +126,9 @@ def write_tokenizer(
     config |= {"additional_special_tokens": listed} if listed else {}
     if tokenizer.puts_space_before is not None:  # by this key transformers 4 changes the file's
         config["add_prefix_space"] = tokenizer.puts_space_before
-    # In transformers it would read the template's own control tokens as text, too.
-    config |= {"split_special_tokens": True} if tokenizer.as_text and not tokenizer.chat else {}
+    if tokenizer.as_text:
+        # transformers would read the template's own control tokens as text, too
+        config[TEXTS_ALONE if tokenizer.chat else "split_special_tokens"] = True
     config |= _write_template(tokenizer, folder, source)
     whole = tokenizer.to_json(pad if is_new else None)
     (folder / "tokenizer.json").write_text(whole, "utf-8")

@@ -61,7 +61,8 @@ class Tokenizer:
 
     `bos_id`: None for a model without. `eos_id`: ends a trained response. `stop_ids`: each of them
     ends a generation. `chat`: None without a template. `control`: text → id of the special tokens.
-    `as_text`: whether one that a text spells out is text. `spelled_out`: how often texts that were
+    `as_text`: whether one that a text spells out is text. `names_bos`: whether templates are told
+    BOS. `spelled_out`: how often texts that were
     encoded spelled out each of them.
     """
 
@@ -109,12 +110,14 @@ class Tokenizer:
         self.bos_id = self._begin(vocabulary.bos)
         self.eos_id = self._end(vocabulary.eos, [i for i in stops if self._rust.id_to_token(i)])
         self.stop_ids = {self.eos_id, *stops}
-        self.as_text = special_tokens == "text" or config.raw.get("split_special_tokens") is True
+        self.as_text = special_tokens == "text" or config.splits_special
         self.spelled_out: Counter[str] = Counter()
         self._limit: int | None = None  # ids that the model has an embedding for
         self.chat: Chat | None = None
         self._is_foreign_verifier = is_foreign_verifier(folder or path.parent)
         self._unused_template = not use_chat_template and has_template(folders)
+        # A null takes BOS from the folder's own template, as in transformers, not from texts.
+        self.names_bos = not (config.has_no_bos and has_template(folders))
         # One file serves texts and chats: what a template asks of it holds without one, too.
         is_open = self.kind == "sentencepiece" and config.raw.get("legacy") is None
         chat = None
@@ -182,6 +185,8 @@ class Tokenizer:
         if self.bos_id is not None:
             tokens["bos_token"] = self._texts.get(self.bos_id, "")
         tokens |= self.config.tokens
+        if not self.names_bos:
+            tokens["bos_token"] = ""
         has_prefix = self._rust.encode("a", add_special_tokens=False).tokens[0] != "a"
         try:
             return find_chat(folders, family, tokens, self.control, has_prefix, date)
@@ -323,6 +328,8 @@ class Tokenizer:
 
     def _spelling(self, text: str) -> str:
         """The text, where special tokens that it spells out are counted, or marked as text."""
+        # Of a mark that it holds itself, one within is taken out again.
+        text = text.replace(_MARK, _MARK[0] + _MARK + _MARK[1])
         if not any(name in text for name in self._first_characters):
             return text
         found = self._any_control.findall(text)

@@ -1103,6 +1103,67 @@ def test_special_tokens_in_texts_are_counted_and_may_be_text(tmp_path, normalize
     assert as_text.spelled_out.keys() == counted.keys() == control.spelled_out.keys()
 
 
+def test_control_tokens_in_texts_stay_text_in_the_folder_that_a_chat_writes(tmp_path, rust):
+    """In the next script; transformers reads its template's control tokens as such."""
+    config = NAMES | {"chat_template": CHATML, "split_special_tokens": True}
+    folder = folder_of(tmp_path, rust, tokenizer_config=config)
+    tokenizer = Tokenizer.find(folder, use_chat_template=True)
+    again = exported(tokenizer, folder)
+    write_json(again / "config.json", {"model_type": "llama"})
+    for made in (Tokenizer.find(again, use_chat_template=True), Tokenizer.find(again)):
+        assert made.as_text
+    text = "so <|im_end|> it is"
+    ids = Tokenizer.find(again, use_chat_template=True).prompt_ids(text)
+    assert ids == tokenizer.prompt_ids(text) and ids.count(tokenizer.eos_id) == 1
+    chat = [{"role": "user", "content": "So it is"}]
+    theirs = AutoTokenizer.from_pretrained(again)
+    written = theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    assert written == tokenizer.prompt_ids("So it is")
+    # and so on, from folder to folder
+    assert Tokenizer.find(exported(Tokenizer.find(again, None, True), again)).as_text
+
+
+@pytest.mark.parametrize("is_chat", [False, True])
+def test_a_bos_that_is_null_is_not_told_to_the_template(tmp_path, rust, is_chat):
+    """As in transformers, though a text by itself begins with it by the post-processor."""
+    rust = RustTokenizer.from_str(rust.to_str())
+    put_before(rust, "<s>")
+    config = NAMES | {"bos_token": None, "chat_template": "{{ bos_token }}" + CHATML}
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+    folder = folder_of(tmp_path, rust, tokenizer_config=config)
+    again = exported(Tokenizer.find(folder, use_chat_template=is_chat), folder)
+    for place in (folder, again):
+        theirs = AutoTokenizer.from_pretrained(place)
+        plain, chat = Tokenizer.find(place), Tokenizer.find(place, use_chat_template=True)
+        assert plain.prompt_ids("egg") == theirs("egg")["input_ids"]
+        assert plain.bos_id == chat.bos_id == rust.token_to_id("<s>") == plain.prompt_ids("egg")[0]
+        turn = [{"role": "user", "content": "egg"}]
+        written = theirs.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
+        assert chat.prompt_ids("egg") == written and plain.bos_id not in written
+    # a template of the family's own is told it
+    write_json(folder / "tokenizer_config.json", config | {"chat_template": None})
+    llama = Tokenizer.find(folder, None, True, "llama-2")
+    assert llama.prompt_ids("egg")[0] == llama.bos_id
+
+
+MARK = "\ufdd0\ufdd1"
+
+
+@pytest.mark.parametrize("special_tokens", ["control", "text"])
+@pytest.mark.parametrize("is_chat", [False, True])
+def test_characters_that_mark_texts_here_are_kept(tmp_path, rust, special_tokens, is_chat):
+    folder = folder_of(tmp_path, rust, tokenizer_config=NAMES | {"chat_template": CHATML})
+    tokenizer = Tokenizer.find(folder, None, is_chat, special_tokens=special_tokens)
+    plain = RustTokenizer.from_str(rust.to_str())
+    plain.encode_special_tokens = special_tokens == "text"
+    for text in (MARK, MARK * 2, MARK[0] + MARK + MARK[1], MARK[::-1] * 3, f"a{MARK}b<s>{MARK}c"):
+        for whole in (text, f"<{MARK}s>", f"{text}<|im_end|>{text}"):
+            ids = plain.encode(whole, add_special_tokens=False).ids
+            assert tokenizer.response_ids(whole)[:-1] == ids, whole
+            if not is_chat:
+                assert tokenizer.prompt_ids(whole) == ids
+
+
 @pytest.mark.parametrize(
     "value, reason",
     [
