@@ -20,6 +20,7 @@ from tokenizers import (
 )
 
 from src.checkpoint.gguf import GGUFFile
+from src.data.pieces import from_pieces
 from src.errors import UserError
 
 # Kinds of entry (llama.cpp's llama_token_type).
@@ -71,7 +72,8 @@ class _Vocabulary:
                 f"{file.path}: tokenizer.ggml.model is {self.kind!r}; gpt2 and llama are supported"
             )
         self.tokens: list[str] = self._get("tokens") or []
-        self.types: list[int] = self._get("token_type") or [NORMAL] * len(self.tokens)
+        self.types: list[int] = list(self._get("token_type") or ())
+        self.types = self.types or [NORMAL] * len(self.tokens)
         self.merges, self.scores = self._get("merges"), self._get("scores")
         lists = [x for x in (self.types, self.scores) if x is not None]
         if not self.tokens or any(len(x) != len(self.tokens) for x in lists):
@@ -82,6 +84,11 @@ class _Vocabulary:
             arch = file.get("general.architecture", "")
             self.pre = "qwen2" if arch.startswith("qwen") else "default"
         self.chat_template: str | None = file.get("tokenizer.chat_template")
+        # Rows of the model without a token: [PAD400] in place 400 is user-defined in older files.
+        special = {self.id_of(key) for key in (*_TOKENS.values(), *_STOPS)}
+        for i, (token, kind) in enumerate(zip(self.tokens, self.types)):
+            if kind == UNUSED or (kind == USER_DEFINED and token == f"[PAD{i}]"):
+                self.types[i] = CONTROL if i in special else UNUSED
 
     def flag(self, key: str, default: bool) -> bool:
         value = self._get(key)
@@ -163,8 +170,9 @@ def _byte_level(vocabulary: _Vocabulary) -> Tokenizer:
             f"known here; known: {', '.join(SPLITS)}. Give the original tokenizer.json by "
             "--tokenizer_file"
         )
-    ids = {token: i for i, token in enumerate(tokens)}
-    if len(ids) < len(tokens):
+    used = [i for i, kind in enumerate(vocabulary.types) if kind != UNUSED]
+    ids = {tokens[i]: i for i in used}
+    if len(ids) < len(used):
         raise UserError(f"{vocabulary.path}: tokenizer.ggml.tokens holds a token twice")
     if not isinstance(vocabulary.merges, list):
         raise UserError(f"{vocabulary.path}: no tokenizer.ggml.merges, which BPE needs")
@@ -220,13 +228,16 @@ def _sentencepiece(vocabulary: _Vocabulary) -> bytes:
         raise UserError(f"{vocabulary.path}: no tokenizer.ggml.scores, by which pieces are joined")
     model = proto.ModelProto()  # type: ignore[attr-defined]
     kinds = model.SentencePiece
-    for text, score, kind in zip(vocabulary.tokens, vocabulary.scores, vocabulary.types):
+    # Those at the end are left out; between others they keep the others' ids.
+    size = max((i + 1 for i, kind in enumerate(vocabulary.types) if kind != UNUSED), default=0)
+    rows = list(zip(vocabulary.tokens, vocabulary.scores, vocabulary.types))
+    for text, score, kind in rows[:size]:
         piece = model.pieces.add(piece=text, score=score)
         # the same numbers in both formats but for llama.cpp's "undefined"
         piece.type = kind if NORMAL <= kind <= BYTE else kinds.NORMAL
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     trainer.model_type = trainer.BPE
-    trainer.vocab_size = len(vocabulary.tokens)
+    trainer.vocab_size = size
     trainer.byte_fallback = BYTE in vocabulary.types
     for name, key in _TOKENS.items():
         i = vocabulary.id_of(key)
@@ -237,4 +248,6 @@ def _sentencepiece(vocabulary: _Vocabulary) -> bytes:
     normalizer.add_dummy_prefix = vocabulary.flag("add_space_prefix", True)
     normalizer.remove_extra_whitespaces = vocabulary.flag("remove_extra_whitespaces", False)
     normalizer.escape_whitespaces = True
-    return model.SerializeToString()
+    data: bytes = model.SerializeToString()
+    from_pieces(data, str(vocabulary.path))  # what cannot be read is refused here
+    return data

@@ -12,11 +12,17 @@ from typing import Any
 from src.checkpoint.files import read_json
 from src.checkpoint.folder import MORE_TEMPLATES, SCORES_FILE, copy_more_templates
 from src.data.tokenizer import Tokenizer
+from src.data.tokenizer_files import TEXTS_ALONE
 
 SpecialIds = dict[str, int | list[int] | None]
 
 # Keys of tokenizer_config.json that stay as they are. What decides ids or ends is written anew.
-_KEPT = ("model_max_length", "padding_side", "truncation_side", "model_input_names")
+_KEPT = ("model_max_length", "truncation_side")
+# Classes in transformers that fill up batches on the right; the others of ours on the left.
+_PAD_RIGHT = (
+    *("PreTrainedTokenizer", "TokenizersBackend", "Qwen2Tokenizer"),
+    *("GPT2Tokenizer", "GPTNeoXTokenizer", "RobertaTokenizer"),
+)
 # Keys of generation_config.json that end texts elsewhere than where a trained model ends them.
 _FORCED = (
     *("forced_bos_token_id", "forced_eos_token_id", "min_length", "min_new_tokens"),
@@ -102,13 +108,17 @@ def write_tokenizer(
     config |= {
         # reads tokenizer.json as it stands; others put their own rules in place of the file's
         "tokenizer_class": "PreTrainedTokenizerFast",
+        # whose own defaults are others than those of the source's class
+        "padding_side": raw.get("padding_side") or _padding_side(tokenizer, source),
+        "model_input_names": raw.get("model_input_names") or ["input_ids", "attention_mask"],
         "add_bos_token": tokenizer.bos_id is not None,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
         "eos_token": tokenizer.text_of(tokenizer.eos_id),
     }
     if tokenizer.bos_id is not None:
-        config["bos_token"] = tokenizer.text_of(tokenizer.bos_id)
+        text = tokenizer.text_of(tokenizer.bos_id)
+        config["bos_token"] = text if tokenizer.names_bos else None
     if "<unk>" in control:
         config.setdefault("unk_token", "<unk>")
     config.pop("pad_token", None)
@@ -116,15 +126,34 @@ def write_tokenizer(
     config |= {"additional_special_tokens": listed} if listed else {}
     if tokenizer.puts_space_before is not None:  # by this key transformers 4 changes the file's
         config["add_prefix_space"] = tokenizer.puts_space_before
-    # In transformers it would read the template's own control tokens as text, too.
-    config |= {"split_special_tokens": True} if tokenizer.as_text and not tokenizer.chat else {}
+    if tokenizer.as_text:
+        # transformers would read the template's own control tokens as text, too
+        config[TEXTS_ALONE if tokenizer.chat else "split_special_tokens"] = True
     config |= _write_template(tokenizer, folder, source)
-    _write_json(folder / "tokenizer_config.json", config)
-    (folder / "tokenizer.json").write_text(tokenizer.to_json(pad if is_new else None), "utf-8")
+    whole = tokenizer.to_json(pad if is_new else None)
+    (folder / "tokenizer.json").write_text(whole, "utf-8")
     for pieces in (tokenizer.path, tokenizer.path.parent / "tokenizer.model"):
-        if tokenizer.is_of(pieces):  # which other tools read
+        if tokenizer.is_of(pieces):  # which other tools read, with what was added to it
             shutil.copyfile(pieces, folder / "tokenizer.model")
+            added = {str(token.pop("id")): token for token in json.loads(whole)["added_tokens"]}
+            config["added_tokens_decoder"] = added
             break
+    _write_json(folder / "tokenizer_config.json", config)
+
+
+def _padding_side(tokenizer: Tokenizer, source: Path) -> str:
+    """The side on which transformers fills up the source's batches, where no file says it.
+
+    Where its versions differ, and for files that it does not read, the left: so texts go on.
+    """
+    name = tokenizer.config.class_name
+    if not name and (source / "config.json").is_file():
+        # config.json names it, or the model's family has one
+        model = read_json(source / "config.json")
+        is_qwen = str(model.get("model_type")).startswith("qwen")
+        of_family = "Qwen2Tokenizer" if is_qwen and tokenizer.kind == "json" else ""
+        name = str(model.get("tokenizer_class") or of_family).removesuffix("Fast")
+    return "right" if name in _PAD_RIGHT else "left"
 
 
 def _write_template(tokenizer: Tokenizer, folder: Path, source: Path) -> dict[str, Any]:

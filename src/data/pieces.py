@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 from google.protobuf.message import DecodeError
 from sentencepiece import SentencePieceProcessor
@@ -47,13 +48,17 @@ def from_pieces(
     kinds = {kind: [n for n, of in zip(names, types) if of == kind] for kind in range(1, 7)}
     if trainer.model_type not in (_UNIGRAM, _BPE) or trainer.treat_whitespace_as_suffix:
         raise UserError(f"{where}: is neither BPE nor unigram with spaces before words")
-    if kinds[_UNUSED]:
-        raise UserError(f"{where}: has unused pieces such as {kinds[_UNUSED][0]!r}: not supported")
+    reached = _reached(names, kinds[_UNUSED])
+    if trainer.model_type == _UNIGRAM:
+        reached = kinds[_UNUSED]  # places there are ids: none can be left out
+    if reached:
+        raise UserError(f"{where}: has unused pieces such as {reached[0]!r}: not supported")
 
     # The model.
     unknown, user_defined = kinds[_UNKNOWN][0], kinds[_USER_DEFINED]
     if trainer.model_type == _BPE:
-        vocabulary = {name: i for i, name in enumerate(names)} | {t.content: i for i, t in added}
+        vocabulary = {name: i for i, name in enumerate(names) if types[i] != _UNUSED}
+        vocabulary |= {t.content: i for i, t in added}
         normal = {
             names[i]: (-piece.score, i)
             for i, piece in enumerate(proto.pieces)
@@ -65,7 +70,7 @@ def from_pieces(
             unk_token=unknown,
             fuse_unk=True,
             byte_fallback=trainer.byte_fallback,
-            ignore_merges=bool(user_defined),  # these stay whole
+            ignore_merges=bool(user_defined),  # these stay whole, see below
         )
     else:
         scores = [(name, piece.score) for name, piece in zip(names, proto.pieces)]
@@ -86,7 +91,10 @@ def from_pieces(
     if user_defined:
         longest_first = sorted(user_defined, key=len, reverse=True)
         pattern = Regex("|".join(map(re.escape, longest_first)))
-        rust.pre_tokenizer = pre_tokenizers.Split(pattern, "isolated")
+        words: list[pre_tokenizers.PreTokenizer] = [pre_tokenizers.Split(pattern, "isolated")]
+        if isinstance(model, models.BPE):
+            words += _not_whole(model, vocabulary.keys() - set(user_defined))
+        rust.pre_tokenizer = pre_tokenizers.Sequence(words) if len(words) > 1 else words[0]
 
     # And to its pieces afterwards.
     last = [decoders.Strip(" ", 1, 0)] if form.add_dummy_prefix and has_prefix else []
@@ -103,10 +111,11 @@ def from_pieces(
     return rust, None if bos is None else names[bos], None if eos is None else names[eos]
 
 
-def begin_text_once(rust: RustTokenizer) -> None:
+def begin_text_once(rust: RustTokenizer, doubles: bool = False) -> None:
     """From now on no space is put before a text that follows a control token.
 
-    As transformers does where `legacy` is false: only where everything begins.
+    Only where everything begins. doubles: there it is put before a space, too, as SentencePiece
+    puts it; transformers does not where `legacy` is false.
     """
     if _SPACE not in repr(rust.normalizer):
         return
@@ -115,9 +124,59 @@ def begin_text_once(rust: RustTokenizer) -> None:
     others = [step for step in steps if not isinstance(step, normalizers.Prepend)]
     rust.normalizer = normalizers.Sequence(others)
     scheme = "first" if is_put else "never"
-    words: list[pre_tokenizers.PreTokenizer] = [rust.pre_tokenizer] if rust.pre_tokenizer else []
-    first = pre_tokenizers.Metaspace(_SPACE, prepend_scheme=scheme, split=False)
-    rust.pre_tokenizer = pre_tokenizers.Sequence([first, *words]) if words else first
+    words = [rust.pre_tokenizer] if rust.pre_tokenizer else []
+    parts: list[Any] = [
+        pre_tokenizers.Metaspace(_SPACE, prepend_scheme=scheme, split=False),
+        *words,
+    ]
+    if doubles:
+        # It puts none before its own kind, and of plain spaces the normalizer has left none. The
+        # next step makes of the plain one what the pieces have.
+        parts[0].prepend_scheme = "never"
+        parts.insert(0, pre_tokenizers.Metaspace(" ", prepend_scheme=scheme, split=False))
+    rust.pre_tokenizer = pre_tokenizers.Sequence(parts) if len(parts) > 1 else parts[0]
+
+
+def _reached(names: list[str], unused: list[str]) -> list[str]:
+    """Those of the unused pieces that a text may come to while its pieces are joined.
+
+    From two pieces or characters. The others, such as the fillers of a vocabulary, are as if they
+    were not there.
+    """
+    known = set(names)
+
+    def is_part(text: str) -> bool:
+        return len(text) == 1 or text in known
+
+    return [
+        name
+        for name in unused
+        if len(name) == 1
+        or any(is_part(name[:cut]) and is_part(name[cut:]) for cut in range(1, len(name)))
+    ]
+
+
+def _not_whole(model: models.BPE, names: Iterable[str]) -> list[pre_tokenizers.PreTokenizer]:
+    """Splits words that `ignore_merges` would find whole in the vocabulary, and joining would not.
+
+    Those are the texts of control tokens and of bytes. They are cut where joining leaves a gap, so
+    that each part is joined as in the whole.
+    """
+    model.ignore_merges = False
+    joining = RustTokenizer(model)
+    gaps = {}
+    for name in sorted(names):
+        found = joining.encode(name, add_special_tokens=False)
+        if found.tokens != [name]:
+            gaps[name] = sorted({stop for _, stop in found.offsets} - {len(name)}) or [1]
+    model.ignore_merges = True
+    parts = []
+    for name, stops in gaps.items():
+        # neither part may itself be such a word
+        stop = next((i for i in stops if not {name[:i], name[i:]} & gaps.keys()), stops[0])
+        parts.append(f"{re.escape(name[:stop])}(?={re.escape(name[stop:])}\\z)")
+    pattern = Regex(rf"\A(?:{'|'.join(parts)})")
+    return [pre_tokenizers.Split(pattern, "isolated")] if parts else []
 
 
 def _merges(normal: dict[str, tuple[float, int]]) -> list[tuple[str, str]]:

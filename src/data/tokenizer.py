@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 from collections import Counter
+from collections.abc import Iterable
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -60,9 +61,9 @@ class Tokenizer:
 
     `bos_id`: None for a model without. `eos_id`: ends a trained response. `stop_ids`: each of them
     ends a generation. `chat`: None without a template. `control`: text → id of the special tokens.
-    `as_text`: whether one that a text spells out is text. `spelled_out`: how often texts that were
-    encoded spelled out each of them. `lossy_texts`: how many had characters without a token, such
-    as `first_lost`.
+    `as_text`: whether one that a text spells out is text. `names_bos`: whether templates are told
+    BOS. `spelled_out`: how often texts that were encoded spelled out each of them. `lossy_texts`:
+    how many had characters without a token, such as `first_lost`.
     """
 
     def __init__(
@@ -109,15 +110,24 @@ class Tokenizer:
         self.bos_id = self._begin(vocabulary.bos)
         self.eos_id = self._end(vocabulary.eos, [i for i in stops if self._rust.id_to_token(i)])
         self.stop_ids = {self.eos_id, *stops}
-        self.as_text = special_tokens == "text" or config.raw.get("split_special_tokens") is True
+        self.as_text = special_tokens == "text" or config.splits_special
         self.spelled_out: Counter[str] = Counter()
         self.lossy_texts, self.first_lost = 0, ""
         self._limit: int | None = None  # ids that the model has an embedding for
         self.chat: Chat | None = None
         self._is_foreign_verifier = is_foreign_verifier(folder or path.parent)
         self._unused_template = not use_chat_template and has_template(folders)
-        if use_chat_template:
-            self._start_chat(folders, family, chat_date)
+        # A null takes BOS from the folder's own template, as in transformers, not from texts.
+        self.names_bos = not (config.has_no_bos and has_template(folders))
+        # One file serves texts and chats: what a template asks of it holds without one, too.
+        is_open = self.kind == "sentencepiece" and config.raw.get("legacy") is None
+        chat = None
+        if use_chat_template or is_open:
+            chat = self._chat_of(folders, family, chat_date, use_chat_template)
+        if chat is not None and is_open and self._parts_by_control(chat):
+            begin_text_once(self._rust, doubles=True)
+        if chat is not None and use_chat_template:
+            self._start_chat(chat)
 
     # --- what begins and ends a text ----------------------------------------------------------
 
@@ -167,26 +177,47 @@ class Tokenizer:
             self._texts[self._ids[text]] = text
         return self._ids[text]
 
-    def _start_chat(self, folders: list[Path], family: str, date: str) -> None:
-        """Find the template, and let its turn's end be EOS."""
+    def _chat_of(self, folders: list[Path], family: str, date: str, is_used: bool) -> Chat | None:
+        """The template that goes with the tokenizer.
+
+        Where it is not used, None if there is none that can be; else that raises UserError.
+        """
         tokens = {"eos_token": self._texts.get(self.eos_id, "")}
         if self.bos_id is not None:
             tokens["bos_token"] = self._texts.get(self.bos_id, "")
         tokens |= self.config.tokens
+        if not self.names_bos:
+            tokens["bos_token"] = ""
         has_prefix = self._rust.encode("a", add_special_tokens=False).tokens[0] != "a"
-        chat = find_chat(folders, family, tokens, self.control, has_prefix, date)
+        try:
+            return find_chat(folders, family, tokens, self.control, has_prefix, date)
+        except UserError:
+            if is_used:
+                raise
+            return None
+
+    def _parting(self, chat: Chat) -> set[str]:
+        """The added tokens by which a template sets turns apart."""
+        added = {t.content: i for i, t in self._rust.get_added_tokens_decoder().items()}
+        return set(_any_of(added).findall(chat.structure))
+
+    def _parts_by_control(self, chat: Chat) -> bool:
+        """Whether a template writes control tokens between the texts, besides BOS and EOS.
+
+        The texts then go on as it writes them.
+        """
+        ends = {text for text, i in self.control.items() if i in (self.bos_id, self.eos_id)}
+        between = (self.control.keys() | self._parting(chat)) - ends
+        return _any_of(between).search(chat.sample) is not None
+
+    def _start_chat(self, chat: Chat) -> None:
+        """Use the template, and let its turn's end be EOS."""
         self.chat = chat
         # A token by which the template sets turns apart is a special one, whatever files say or
         # leave unsaid; one that a system's text mentions or that opens the answer need not be.
-        added = {t.content: i for i, t in self._rust.get_added_tokens_decoder().items()}
-        for text in set(_any_of(added).findall(chat.structure)) - self.control.keys():
+        for text in self._parting(chat) - self.control.keys():
             self._counted(text, "chat_template")
-        # Where control tokens stand between the texts, these go on as the template writes them,
-        # unless files say otherwise.
-        ends = {text for text, i in self.control.items() if i in (self.bos_id, self.eos_id)}
-        written = set(_any_of(self.control).findall(chat.sample)) - ends
-        if self.kind == "sentencepiece" and written and self.config.raw.get("legacy") is None:
-            begin_text_once(self._rust)
+        added = {t.content: i for i, t in self._rust.get_added_tokens_decoder().items()}
         # The first special token after an answer ends it, in training and in generation.
         end = _any_of(added | self.control).search(chat.ending)
         self._ending = chat.ending[: end.start()] if end else ""
@@ -301,6 +332,8 @@ class Tokenizer:
 
     def _spelling(self, text: str) -> str:
         """The text, where special tokens that it spells out are counted, or marked as text."""
+        # Of a mark that it holds itself, one within is taken out again.
+        text = text.replace(_MARK, _MARK[0] + _MARK + _MARK[1])
         if not any(name in text for name in self._first_characters):
             return text
         found = self._any_control.findall(text)
@@ -543,7 +576,11 @@ class Tokenizer:
             pieces = SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError):
             return False
-        return all(self._ids.get(pieces.id_to_piece(i)) == i for i in range(len(pieces)))
+        return all(
+            self._ids.get(pieces.id_to_piece(i)) == i
+            for i in range(len(pieces))
+            if not pieces.is_unused(i)
+        )
 
     def id_of(self, token: str) -> int | None:
         """The id of a token as it is written in the files; None where there is none."""
@@ -556,7 +593,7 @@ class Tokenizer:
         return text
 
 
-def _any_of(control: dict[str, int]) -> re.Pattern:
+def _any_of(control: Iterable[str]) -> re.Pattern:
     """A pattern of any of the texts, the longest first; of nothing when there are none."""
     return re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or "(?!)")
 

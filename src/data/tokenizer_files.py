@@ -27,7 +27,12 @@ _HEED_ADD_BOS = (
 )
 # which put a space before a text by add_prefix_space alone
 _SET_PREFIX = ("GPT2Tokenizer", "GPTNeoXTokenizer", "RobertaTokenizer", "Qwen2Tokenizer")
+# True where the control tokens that texts spell out are text, and those that a template writes are
+# not: transformers' split_special_tokens is for both.
+TEXTS_ALONE = "split_special_tokens_in_texts"
 _LISTS = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens")
+
+_FLAGS = ("add_bos_token", "legacy", "add_prefix_space", "split_special_tokens", TEXTS_ALONE)
 
 
 @dataclass(frozen=True)
@@ -68,10 +73,13 @@ class TokenizerConfig:
                         (tokens[key],) = _texts([token], f"{file}: {key}")
                     if isinstance(token, dict):
                         flags[tokens[key]] = _flags(token)
-        for key in ("add_bos_token", "legacy", "add_prefix_space", "split_special_tokens"):
+        for key in _FLAGS:
             if not isinstance(raw.get(key), bool | None):
                 raise UserError(f"{path}: {key} is {raw[key]!r}, true or false is expected")
-        if (raw.get("sp_model_kwargs") or {}).get("enable_sampling"):
+        settings = raw.get("sp_model_kwargs")
+        if not isinstance(settings, dict | None):
+            raise UserError(f"{path}: sp_model_kwargs is {settings!r}, an object is expected")
+        if (settings or {}).get("enable_sampling"):
             raise UserError(
                 f"{path}: sp_model_kwargs asks for sampled pieces (enable_sampling): a text would "
                 "have other ids each time; take it out"
@@ -91,6 +99,16 @@ class TokenizerConfig:
         """The tokenizer's class in transformers, the slow one's name, "" where it is not said."""
         return str(self.raw.get("tokenizer_class") or "").removesuffix("Fast")
 
+    @property
+    def splits_special(self) -> bool:
+        """Whether the special tokens that a text spells out are text."""
+        return any(self.raw.get(key) is True for key in ("split_special_tokens", TEXTS_ALONE))
+
+    @property
+    def has_no_bos(self) -> bool:
+        """Whether the file says that there is none by name, whatever stands before a text."""
+        return "bos_token" in self.raw and "bos_token" not in self.tokens
+
     def add_bos(self, kind: str) -> bool | None:
         """Whether a text begins with BOS, if the file says so and is heeded."""
         return self.raw.get("add_bos_token") if self.heeds_add_bos(kind) else None
@@ -103,8 +121,9 @@ def _if_there(path: Path) -> dict[str, Any]:
 def _texts(tokens: Any, where: str) -> list[str]:
     """The texts of tokens in a list, or by names; each a text or an object with its content."""
     values = list(tokens.values()) if isinstance(tokens, dict) else [] if tokens is None else tokens
-    texts: list[Any] = [t.get("content") if isinstance(t, dict) else t for t in values]
-    if not isinstance(values, list) or not all(isinstance(text, str) for text in texts):
+    listed = values if isinstance(values, list) else []
+    texts: list[Any] = [t.get("content") if isinstance(t, dict) else t for t in listed]
+    if listed is not values or not all(isinstance(text, str) for text in texts):
         raise UserError(f"{where} is {tokens!r}, the text of each token is expected")
     return texts
 

@@ -16,6 +16,7 @@ from src.checkpoint.gguf import QUANTISED, GGUFFile
 from src.checkpoint.source import Checkpoint
 from src.checkpoint.verify import model_report
 from src.checkpoint.write import merge, split
+from src.data.export import write_tokenizer
 from src.data.tokenizer import Tokenizer as OurTokenizer
 from src.errors import UserError
 from src.stages import ROOT
@@ -454,6 +455,38 @@ def trained_pieces(tmp_path: Path):
     return sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "maker.model"))
 
 
+def kind_of(made, i: int) -> TokenType:
+    # the order in which llama.cpp's converter asks
+    for is_one, kind in (
+        (made.is_unknown, TokenType.UNKNOWN),
+        (made.is_control, TokenType.CONTROL),
+        (made.is_unused, TokenType.UNUSED),
+        (made.is_byte, TokenType.BYTE),
+    ):
+        if is_one(i):
+            return kind
+    return TokenType.USER_DEFINED if made.id_to_piece(i) == "<tool>" else TokenType.NORMAL
+
+
+def llama_metadata(made, fill=(), **more):
+    """What llama.cpp's converter writes of SentencePiece's. fill: (text, kind) of rows after it."""
+
+    def write(writer):
+        size = made.vocab_size()
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_list([*map(made.id_to_piece, range(size)), *(text for text, _ in fill)])
+        writer.add_token_scores([*map(made.get_score, range(size)), *(-1000.0 for _ in fill)])
+        writer.add_token_types([kind_of(made, i) for i in range(size)] + [kind for _, kind in fill])
+        writer.add_bos_token_id(1)
+        writer.add_eos_token_id(2)
+        writer.add_unk_token_id(0)
+        for key, value in more.items():
+            getattr(writer, f"add_{key}")(value)
+
+    return write
+
+
 @pytest.mark.parametrize("prefix", (True, False))
 def test_sentencepiece_vocabularies(tmp_path, prefix):
     made = trained_pieces(tmp_path)
@@ -464,42 +497,68 @@ def test_sentencepiece_vocabularies(tmp_path, prefix):
         proto = ModelProto.FromString((tmp_path / "maker.model").read_bytes())
         proto.normalizer_spec.add_dummy_prefix = False
         made = SentencePieceProcessor(model_proto=proto.SerializeToString())
-    size = made.vocab_size()
-
-    def kind_of(i: int) -> TokenType:
-        # the order in which llama.cpp's converter asks
-        for is_one, kind in (
-            (made.is_unknown, TokenType.UNKNOWN),
-            (made.is_control, TokenType.CONTROL),
-            (made.is_unused, TokenType.UNUSED),
-            (made.is_byte, TokenType.BYTE),
-        ):
-            if is_one(i):
-                return kind
-        return TokenType.USER_DEFINED if made.id_to_piece(i) == "<tool>" else TokenType.NORMAL
-
-    def more(writer):
-        writer.add_tokenizer_model("llama")
-        writer.add_tokenizer_pre("default")
-        writer.add_token_list([made.id_to_piece(i) for i in range(size)])
-        writer.add_token_scores([made.get_score(i) for i in range(size)])
-        writer.add_token_types([kind_of(i) for i in range(size)])
-        writer.add_bos_token_id(1)
-        writer.add_eos_token_id(2)
-        writer.add_unk_token_id(0)
-        if not prefix:
-            writer.add_add_space_prefix(False)
-
-    folder = written(tmp_path, more, size)
+    more = llama_metadata(made, **({} if prefix else {"add_space_prefix": False}))
+    folder = written(tmp_path, more, made.vocab_size())
     ours = OurTokenizer.find(folder, special_tokens="text")
     assert (ours.bos_id, ours.eos_id) == (1, 2)
     for text in texts(400):
         ids = made.encode(text)
-        # (a text that is a control piece as a whole is that piece, where nothing goes before it)
-        assert ours.response_ids(text)[:-1] == ids or text in ours.control, text
+        assert ours.response_ids(text)[:-1] == ids, text
         assert ours.decode(ids) == made.decode(ids)
     config = json.loads((folder / "tokenizer_config.json").read_text())
     assert config["add_bos_token"] is True and config["bos_token"] == "<s>"
+
+
+# what fills up a model's rows: as converters name it, at the end or before other tokens
+FILLED = [
+    [("[PAD{}]", TokenType.UNUSED), ("[PAD{}]", TokenType.UNUSED)],
+    [("[PAD{}]", TokenType.USER_DEFINED), ("[PAD{}]", TokenType.USER_DEFINED)],
+    [("[PAD{}]", TokenType.UNUSED), ("<call>", TokenType.CONTROL), ("x", TokenType.UNUSED)],
+]
+
+
+@pytest.mark.parametrize("fill", FILLED)
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_rows_that_fill_up_a_vocabulary_are_no_tokens(tmp_path, kind, fill):
+    made = trained_pieces(tmp_path) if kind == "llama" else byte_level(MAKERS["llama-bpe"]())
+    size = made.vocab_size() if kind == "llama" else made.get_vocab_size()
+    fill = [(text.format(size + i), of) for i, (text, of) in enumerate(fill)]
+    if kind == "llama":
+        more = llama_metadata(made, fill)
+    else:
+        plain = gpt2_metadata(made, "llama-bpe")
+
+        def more(writer):
+            plain(writer)
+            writer.kv_data[0]["tokenizer.ggml.tokens"].value += [text for text, _ in fill]
+            writer.kv_data[0]["tokenizer.ggml.token_type"].value += [int(k) for _, k in fill]
+
+    folder = written(tmp_path, more, size + len(fill))
+    target = tmp_path / "target"
+    target.mkdir()
+    write_tokenizer(OurTokenizer.find(folder), target, folder, size + len(fill), scores=False)
+    unused = [size + i for i, (text, _) in enumerate(fill) if text != "<call>"]
+    for place in (folder, target):
+        ours = OurTokenizer.find(place)
+        ranges = ours.without_text(size + len(fill))
+        assert [i for start, stop in ranges for i in range(start, stop)] == unused
+        assert (ours.id_of("<call>") == size + 1) is (len(fill) == 3)
+        assert ours.decode([size]) == "" and max(ours.prompt_ids(fill[0][0])) < size
+        for text in texts(100):
+            ids = made.encode(text) if kind == "llama" else made.encode(text).ids
+            spelled_out = any(token in text for token in ours.control)
+            assert spelled_out or ours.response_ids(text)[:-1] == ids, text
+
+
+def test_an_unused_piece_that_a_text_comes_to_is_named_at_once(tmp_path):
+    made = trained_pieces(tmp_path)
+    fill = [("th", TokenType.UNUSED), ("<call>", TokenType.CONTROL)]
+    size = made.vocab_size() + 2
+    write_gguf(
+        tmp_path / "m.gguf", model("llama", vocab_size=size), more=llama_metadata(made, fill)
+    )
+    assert "m.gguf: has unused pieces such as 'th'" in refusal(tmp_path / "m.gguf")
+    assert not (tmp_path / "refused").exists()
 
 
 # --- a released file

@@ -104,6 +104,11 @@ KINDS = {
         "mistral",
         True,
     ),
+    "pieces with control brackets, plain": (
+        lambda d, f: pieces_folder(d, options={"control_symbols": CONTROL}),
+        "mistral",
+        False,
+    ),
     "pieces without BOS": (
         lambda d, f: pieces_folder(d, PLAIN | {"add_bos_token": False}),
         "llama",
@@ -335,6 +340,42 @@ def test_transformers_reads_and_ends_as_the_tokenizer_in_use(kind):
         assert theirs.pad_token_id == generation["pad_token_id"] < MODEL
 
 
+@pytest.mark.parametrize("options", [{}, {"user_defined_symbols": ["<go>"]}], ids=["", "go"])
+@pytest.mark.parametrize("own", [True, False])
+def test_a_folder_written_without_its_template_is_the_same_with_it(tmp_path, own, options):
+    """Also where control tokens part the texts, after which no space is put."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    for folder in (source, target):
+        folder.mkdir()
+    sp = other.train_pieces(source / "tokenizer.model", control_symbols=CONTROL, **options)
+    if own:
+        (source / "chat_template.jinja").write_text(
+            "<s>{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]"
+            "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
+        )
+    plain, chat = (Tokenizer.find(source, None, is_chat, "mistral") for is_chat in (False, True))
+    write_tokenizer(plain, target, source, MODEL, scores=False)
+    again = Tokenizer.find(target, None, True, "mistral")
+    start, end = sp.piece_to_id(CONTROL[:2])
+    for text in ["an egg", "two\n eggs", "<go> egg", *TEXTS]:
+        assert again.prompt_ids(text) == chat.prompt_ids(text), text
+        assert again.response_ids(text) == chat.response_ids(text), text
+        # and a text by itself begins as SentencePiece lets it
+        if not any(token in text for token in plain.control):
+            assert plain.prompt_ids(text) == [1, *sp.encode(text)], text
+            assert Tokenizer.find(target).prompt_ids(text) == [1, *sp.encode(text)], text
+    assert again.prompt_ids("an egg") == [1, start, *sp.encode("an egg"), end]
+    assert plain.prompt_ids("[INST] an egg")[1:] == [start, *sp.encode("an egg")]
+
+
+def test_a_template_that_cannot_be_asks_nothing_of_plain_texts(tmp_path):
+    sp = other.train_pieces(tmp_path / "tokenizer.model", control_symbols=CONTROL)
+    (tmp_path / "chat_template.jinja").write_text("{{ nothing.there }}")
+    tokenizer = Tokenizer.find(tmp_path)
+    start = sp.piece_to_id("[INST]")
+    assert tokenizer.prompt_ids("[INST] an egg")[1:] == [start, *sp.encode(" an egg")]
+
+
 READ_ALIKE = ["json, tokens listed", "json, a list of more tokens", "json, BOS is EOS", "merges"]
 READ_ALIKE += ["json, the map against the config", "json, tokens that take spaces"]
 
@@ -357,6 +398,59 @@ def test_files_name_their_tokens_as_transformers_reads_them(name, tmp_path, requ
     # nor does a name make a token, as it does there
     for text in (text.replace("<none>", "") for text in TEXTS):
         assert ours.prompt_ids(text) == theirs(text)["input_ids"], text
+
+
+LLAMA, QWEN2 = {"tokenizer_class": "LlamaTokenizerFast"}, {"tokenizer_class": "Qwen2Tokenizer"}
+PADDED = dict.fromkeys(("bos_token", "pad_token", "eos_token"), "<s>")
+
+
+@pytest.mark.parametrize(
+    "config, model_type, side",
+    [
+        (LLAMA, "llama", "left"),
+        (LLAMA | {"padding_side": "right"}, "llama", "right"),
+        (LLAMA, None, "left"),
+        ({"tokenizer_class": "CodeLlamaTokenizer"}, "llama", "left"),
+        (QWEN2, "qwen3", "right"),
+        (QWEN2 | {"padding_side": "left"}, "qwen3", "left"),
+        ({"tokenizer_class": "PreTrainedTokenizerFast"}, "llama", "right"),
+        ({}, "qwen2", "right"),
+        ({"model_input_names": ["input_ids"]}, "qwen2", "right"),
+    ],
+)
+def test_batches_are_filled_up_as_in_transformers_on_the_source(
+    tmp_path, rust, pieces, config, model_type, side
+):
+    """So that what `generate` answers in a batch stays what it was."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    for folder in (source, target):
+        folder.mkdir()
+        if model_type:
+            other.write_json(folder / "config.json", {"model_type": model_type})
+    is_qwen = str(model_type).startswith("qwen")  # a class that puts its own rules in place
+    text = rust.to_str() if is_qwen else Tokenizer(pieces[0]).to_json()
+    (source / "tokenizer.json").write_text(text)
+    other.write_json(source / "tokenizer_config.json", PADDED | config)
+    write_tokenizer(Tokenizer.find(source), target, source, MODEL, scores=False)
+    written = json.loads((target / "tokenizer_config.json").read_text())
+    # transformers 4 would have a third for our class, which models do not take
+    names = config.get("model_input_names", ["input_ids", "attention_mask"])
+    assert (written["padding_side"], written["model_input_names"]) == (side, names)
+    filled = [
+        AutoTokenizer.from_pretrained(folder)(["a", "an egg"], padding=True)
+        for folder in (source, target)
+    ]
+    assert {**filled[0]} == {**filled[1]} and filled[1].keys() == set(names)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+def test_batches_are_filled_up_on_the_left_where_versions_differ(tmp_path, pieces, model_type):
+    """Without a class transformers 4 has Llama's, 5 one that pads on the right."""
+    other.write_json(tmp_path / "config.json", {"model_type": model_type})
+    (tmp_path / "tokenizer.json").write_text(Tokenizer(pieces[0]).to_json())
+    (target := tmp_path / "target").mkdir()
+    write_tokenizer(Tokenizer.find(tmp_path), target, tmp_path, MODEL, scores=False)
+    assert AutoTokenizer.from_pretrained(target).padding_side == "left"
 
 
 def test_what_a_base_model_said_of_generation_stays_but_for_its_end(tmp_path, rust):
@@ -464,6 +558,30 @@ def test_a_stale_file_beside_is_not_passed_on(tmp_path, rust):
         "tokenizer_config.json",
         "generation_config.json",
     }
+
+
+@pytest.mark.parametrize("name", ["pieces and added tokens", "pieces, added tokens described"])
+def test_what_was_added_to_pieces_is_said_beside_their_file(name, tmp_path, request):
+    """For tools that read tokenizer.model first: which tokens lie past it, and which are control.
+
+    As llama.cpp's converter looks for them.
+    """
+    fill, family, is_chat = KINDS[name]
+    fill(tmp_path, request.getfixturevalue)
+    tokenizer = Tokenizer.find(tmp_path, None, is_chat, family)
+    (target := tmp_path / "target").mkdir()
+    write_tokenizer(tokenizer, target, tmp_path, MODEL, scores=True)
+    pieces = SentencePieceProcessor(model_file=str(target / "tokenizer.model"))
+    seen = {i: (pieces.id_to_piece(i), pieces.is_control(i)) for i in range(len(pieces))}
+    config = json.loads((target / "tokenizer_config.json").read_text())
+    said = config.get("added_tokens_decoder", {})
+    seen |= {int(i): (token["content"], token["special"]) for i, token in said.items()}
+    assert {i: text for i, (text, _) in seen.items()} == {
+        i: tokenizer.text_of(i) for i in range(tokenizer.vocab_size)
+    }
+    control = {i for i, (_, is_control) in seen.items() if is_control}
+    assert control == set(tokenizer.control.values()) >= {420, 421}
+    assert said["422"]["special"] is False
 
 
 @pytest.mark.parametrize("is_chat", [False, True])

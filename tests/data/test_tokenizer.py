@@ -476,6 +476,23 @@ def test_all_that_end_a_text_are_found(tmp_path, rust):
             {"tokenizer_config": NAMES | {"additional_special_tokens": [3]}},
             r"additional_special_tokens is \[3\], the text of each token",
         ),
+        *(
+            (
+                {file: NAMES | {key: value}},
+                f"{file}.json: {key} is {value!r}, the text of each token",
+            )
+            for file in ("tokenizer_config", "special_tokens_map")
+            for key in ("additional_special_tokens", "model_specific_special_tokens")
+            for value in (5, True)
+        ),
+        (
+            {"tokenizer_config": NAMES | {"sp_model_kwargs": True}},
+            "tokenizer_config.json: sp_model_kwargs is True, an object is expected",
+        ),
+        (
+            {"tokenizer_config": NAMES | {"sp_model_kwargs": ["enable_sampling"]}},
+            r"sp_model_kwargs is \['enable_sampling'\], an object is expected",
+        ),
         ({}, "has no EOS that is known"),
     ],
 )
@@ -853,6 +870,24 @@ def test_no_space_follows_control_tokens_where_legacy_is_false(tmp_path, prefix,
                 assert tokenizer.prompt_ids(text) == [1, *ids], text
 
 
+@pytest.mark.parametrize("prefix", [True, False])
+def test_what_stands_between_user_defined_pieces_is_what_its_characters_make(tmp_path, prefix):
+    """Control tokens that are read as text, and texts that spell out bytes."""
+    user = ["\n", "<go>", "=", "12", "s>"]
+    options = {"user_defined_symbols": user, "control_symbols": ["[INST]", "<s>s>", "日本"]}
+    sp = train_pieces(tmp_path / "tokenizer.model", add_dummy_prefix=prefix, **options)
+    tokenizer = Tokenizer(tmp_path / "tokenizer.model", special_tokens="text")
+    names = [sp.id_to_piece(i) for i in range(len(sp))]
+    texts = [f"{u}{name}{u}" for u in user for name in names] + [name + "\n" for name in names]
+    exported(tokenizer, tmp_path)
+    for made in (tokenizer, Tokenizer.find(tmp_path / "export", special_tokens="text")):
+        for text in texts:
+            assert made.prompt_ids(text) == [1, *sp.encode(text)], text
+    if prefix:
+        marked = tokenizer.prompt_ids("a\n<s>\n<0x0A>\nb")
+        assert marked.count(1) == 1 and sp.piece_to_id("<0x0A>") not in marked
+
+
 def test_ids_without_a_token_are_known(tmp_path, rust, pieces):
     assert Tokenizer(pieces[0]).without_text(420) == []
     assert Tokenizer(pieces[0]).without_text(432) == [(420, 432)]
@@ -1094,6 +1129,67 @@ def test_special_tokens_in_texts_are_counted_and_may_be_text(tmp_path, normalize
         assert sum(tokenizer.spelled_out.values()) > 0
         assert words in tokenizer.notes()[0]
     assert as_text.spelled_out.keys() == counted.keys() == control.spelled_out.keys()
+
+
+def test_control_tokens_in_texts_stay_text_in_the_folder_that_a_chat_writes(tmp_path, rust):
+    """In the next script; transformers reads its template's control tokens as such."""
+    config = NAMES | {"chat_template": CHATML, "split_special_tokens": True}
+    folder = folder_of(tmp_path, rust, tokenizer_config=config)
+    tokenizer = Tokenizer.find(folder, use_chat_template=True)
+    again = exported(tokenizer, folder)
+    write_json(again / "config.json", {"model_type": "llama"})
+    for made in (Tokenizer.find(again, use_chat_template=True), Tokenizer.find(again)):
+        assert made.as_text
+    text = "so <|im_end|> it is"
+    ids = Tokenizer.find(again, use_chat_template=True).prompt_ids(text)
+    assert ids == tokenizer.prompt_ids(text) and ids.count(tokenizer.eos_id) == 1
+    chat = [{"role": "user", "content": "So it is"}]
+    theirs = AutoTokenizer.from_pretrained(again)
+    written = theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    assert written == tokenizer.prompt_ids("So it is")
+    # and so on, from folder to folder
+    assert Tokenizer.find(exported(Tokenizer.find(again, None, True), again)).as_text
+
+
+@pytest.mark.parametrize("is_chat", [False, True])
+def test_a_bos_that_is_null_is_not_told_to_the_template(tmp_path, rust, is_chat):
+    """As in transformers, though a text by itself begins with it by the post-processor."""
+    rust = RustTokenizer.from_str(rust.to_str())
+    put_before(rust, "<s>")
+    config = NAMES | {"bos_token": None, "chat_template": "{{ bos_token }}" + CHATML}
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+    folder = folder_of(tmp_path, rust, tokenizer_config=config)
+    again = exported(Tokenizer.find(folder, use_chat_template=is_chat), folder)
+    for place in (folder, again):
+        theirs = AutoTokenizer.from_pretrained(place)
+        plain, chat = Tokenizer.find(place), Tokenizer.find(place, use_chat_template=True)
+        assert plain.prompt_ids("egg") == theirs("egg")["input_ids"]
+        assert plain.bos_id == chat.bos_id == rust.token_to_id("<s>") == plain.prompt_ids("egg")[0]
+        turn = [{"role": "user", "content": "egg"}]
+        written = theirs.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
+        assert chat.prompt_ids("egg") == written and plain.bos_id not in written
+    # a template of the family's own is told it
+    write_json(folder / "tokenizer_config.json", config | {"chat_template": None})
+    llama = Tokenizer.find(folder, None, True, "llama-2")
+    assert llama.prompt_ids("egg")[0] == llama.bos_id
+
+
+MARK = "\ufdd0\ufdd1"
+
+
+@pytest.mark.parametrize("special_tokens", ["control", "text"])
+@pytest.mark.parametrize("is_chat", [False, True])
+def test_characters_that_mark_texts_here_are_kept(tmp_path, rust, special_tokens, is_chat):
+    folder = folder_of(tmp_path, rust, tokenizer_config=NAMES | {"chat_template": CHATML})
+    tokenizer = Tokenizer.find(folder, None, is_chat, special_tokens=special_tokens)
+    plain = RustTokenizer.from_str(rust.to_str())
+    plain.encode_special_tokens = special_tokens == "text"
+    for text in (MARK, MARK * 2, MARK[0] + MARK + MARK[1], MARK[::-1] * 3, f"a{MARK}b<s>{MARK}c"):
+        for whole in (text, f"<{MARK}s>", f"{text}<|im_end|>{text}"):
+            ids = plain.encode(whole, add_special_tokens=False).ids
+            assert tokenizer.response_ids(whole)[:-1] == ids, whole
+            if not is_chat:
+                assert tokenizer.prompt_ids(whole) == ids
 
 
 @pytest.mark.parametrize(
