@@ -23,6 +23,7 @@ KNOWN = 0.1  # of the answers side by side must have ended before anything is sa
 # than this shape of Weibull's law, which is known up to a factor before any has ended.
 SHAPE, FACTOR = 1.5, 1.25
 SHAPES = np.geomspace(0.5, 8, 41)
+FINEST = 1024  # lengths are told apart, at most
 FIXED = 64  # what a decode step takes however few sequences run: as if so many more did
 
 
@@ -142,7 +143,9 @@ class AnswerLengths:
 
     def __init__(self, n: int, limit: int, ranks: int = 1) -> None:
         """n: answers; limit: tokens of one, at most; ranks: that share them."""
-        self.waiting, self.limit, self.slots, self.ranks = n, limit, 0, ranks
+        self.waiting, self.slots, self.ranks = n, 0, ranks
+        self.unit = max(1, -(-limit // FINEST))  # tokens
+        self.limit = max(2, -(-limit // self.unit))  # of one, in units
         self.ended: Counter[int] = Counter()  # answers of each length
         self.running: Counter[int] = Counter()  # answers that have so many tokens so far
         self.tokens = 0
@@ -176,7 +179,7 @@ class AnswerLengths:
         if self.ended.total() < KNOWN * self.slots:
             return math.inf
         longer = self.survival().clip(min=1e-9)
-        # beyond[m]: tokens that an answer has beyond its first m, on average over all answers.
+        # beyond[m]: what an answer has beyond its first m, on average over all, in units.
         beyond = np.append(longer[::-1].cumsum()[::-1], 0.0)[: self.limit]
         counts = self._counts(self.running)[: self.limit]
         ages = counts.nonzero()[0]
@@ -193,10 +196,10 @@ class AnswerLengths:
             still = np.array([padded[age : age + self.limit] / padded[age] for age in ages])
             full, last = 0.0, counts @ still / self.slots
             all_ended = ((1 - still) ** counts[:, None]).prod(0)
-        return full + self._work((1 - all_ended).sum(), self.slots * last.sum())
+        return self.unit * (full + self._work((1 - all_ended).sum(), self.slots * last.sum()))
 
     def survival(self) -> np.ndarray:
-        """How likely an answer is longer than 0, 1, … tokens, [limit]."""
+        """How likely an answer is longer than 0, 1, … units, [limit]."""
         ended, running = self._counts(self.ended), self._counts(self.running)
         # How many were seen to come to each length, and what share of them ended there. One answer
         # is added that ends as likely as the law says: it stands for lengths that none has come to.
@@ -205,10 +208,10 @@ class AnswerLengths:
         return (1 - share[: self.limit]).cumprod()
 
     def _counts(self, lengths: Counter[int]) -> np.ndarray:
-        """How many there are of each length, [limit + 1]."""
+        """How many there are of each length in units, [limit + 1]."""
         counts = np.zeros(self.limit + 1, dtype=int)
         for length, count in lengths.items():
-            counts[min(length, self.limit)] += count
+            counts[min(-(-length // self.unit), self.limit)] += count
         return counts
 
 
@@ -222,7 +225,7 @@ def _weibull(ended: np.ndarray, seen: np.ndarray) -> np.ndarray:
     lengths = np.arange(limit + 1) / limit
     n_ended = max(1e-9, float(ended[:-1].sum()))
     # The rate that is the likeliest for each shape, and how likely the two are.
-    rates = n_ended / (seen * lengths ** SHAPES[:, None]).sum(1)
+    rates = n_ended / (seen * lengths ** SHAPES[:, None]).sum(1).clip(min=1e-9)
     logs = (ended[1:-1] * np.log(lengths[1:-1])).sum()
     likely = n_ended * np.log(SHAPES * rates) + (SHAPES - 1) * logs
     likely -= (np.log(SHAPES / SHAPE) / np.log(FACTOR)) ** 2 / 2

@@ -169,6 +169,28 @@ def test_what_none_has_come_to_goes_on_as_it_began(shape):
     assert known.survival().sum() == pytest.approx(lengths.mean(), rel=0.15)
 
 
+@pytest.mark.parametrize("waiting", [0, 500])
+def test_long_limits_are_told_apart_as_finely_as_it_takes(waiting):
+    """The same answers, 32 times as long, are 32 times the work."""
+    rng, works = np.random.default_rng(1), []
+    lengths = np.ceil(300 * rng.weibull(2, 400)).astype(int).clip(1, 1024)
+    for longer in (1, 32):
+        known = AnswerLengths(len(lengths) + waiting, limit=1024 * longer)
+        ended = [n * longer for n in lengths if n < 300]
+        known.step(ended, [300 * longer] * (len(lengths) - len(ended)))
+        works.append(known.work_left())
+    assert works[1] == pytest.approx(32 * works[0], rel=1e-6)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("limit", [1, 2, 1025])
+def test_odd_numbers_of_tokens_are_no_trouble(limit):
+    known = AnswerLengths(8, limit)
+    for ended, running in (([0] * 4, []), ([], [1]), ([limit], [1, 1]), ([limit] * 2, [])):
+        known.step(ended, running)
+        assert known.work_left() >= 0
+
+
 def test_a_shape_is_not_taken_from_a_handful_of_answers():
     """Three that end at nearly one length: half of the others are longer all the same."""
     known = AnswerLengths(30, limit=100)

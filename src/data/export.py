@@ -138,7 +138,7 @@ def write_tokenizer(
             added = {str(token.pop("id")): token for token in json.loads(whole)["added_tokens"]}
             config["added_tokens_decoder"] = added
             break
-    _write_json(folder / "tokenizer_config.json", config)
+    _write_json(folder / "tokenizer_config.json", dict(sorted(config.items())))
 
 
 def _padding_side(tokenizer: Tokenizer, source: Path) -> str:

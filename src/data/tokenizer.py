@@ -8,6 +8,7 @@ import codecs
 import hashlib
 import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from functools import cached_property
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sentencepiece import SentencePieceProcessor
-from tokenizers import AddedToken, normalizers
+from tokenizers import AddedToken, Encoding, normalizers
 from tokenizers import Tokenizer as RustTokenizer
 
 from src.checkpoint.folder import find_tokenizer
@@ -363,18 +364,30 @@ class Tokenizer:
     def _read(self, rust: RustTokenizer, text: str) -> list[int]:
         """The ids of a text by one of the runtimes."""
         encoding = rust.encode(text, add_special_tokens=False)
-        if self._may_lose:
-            read = bytearray(len(text))  # which characters are
-            for i, (start, end) in zip(encoding.ids, encoding.offsets):
-                token = self._rust.id_to_token(i)
-                # a space that is put before a text lies, by the library, on its first character
-                if token != "▁" and (i != self._unknown_id or text[start:end] == token):
-                    read[start:end] = b"1" * (end - start)
-            lost = "".join(c for c, is_read in zip(text, read) if not is_read and c not in _MARK)
-            if lost.strip():
-                self.lossy_texts += 1
-                self.first_lost = self.first_lost or lost.strip()
+        if self._may_lose and self._lost(encoding, text):
+            # what the file itself composes is not lost
+            composed = unicodedata.normalize("NFKC", text)
+            lost = self._lost(rust.encode(composed, add_special_tokens=False), composed)
+            self.lossy_texts += bool(lost)
+            self.first_lost = self.first_lost or lost
         return encoding.ids
+
+    def _lost(self, encoding: Encoding, text: str) -> str:
+        """The characters of a text, a word at most, that no token holds; "" where there are none.
+
+        Of those that show: neither space nor marks of order or direction.
+        """
+        read = bytearray(len(text))
+        for i, (start, end) in zip(encoding.ids, encoding.offsets):
+            token = self._rust.id_to_token(i)
+            # a space that is put before a text lies, by the library, on its first character
+            if token != "▁" and (i != self._unknown_id or text[start:end] == token):
+                read[start:end] = b"1" * (end - start)
+        shows = (
+            c if not is_read and c not in _MARK + "▁" and unicodedata.category(c) != "Cf" else " "
+            for c, is_read in zip(text, read)
+        )
+        return next(iter("".join(shows).split()), "")
 
     @cached_property
     def _may_lose(self) -> bool:

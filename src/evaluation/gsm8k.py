@@ -148,14 +148,15 @@ _CHANGED = re.compile(
     r"\s*[\^²³¹⁰⁴-ⁿ₀-₉½¼¾⅐-⅞⁄×÷·⋅∙±<>≤≥≠=&{\\√π∞!+]|[*_(\u0304\u0305\u0307]|\s*\*{1,2}[\s0-9(]"
     # digits that repeat in a way that is not known: 33.(3)
     r"|\.(?:\{?\\(?:overline|bar|dot|mathring|wide\w+|overset|stackrel)(?![a-z])|\([0-9])"
-    r"|\s\((?i:repeating|recurring)|[\s,(]*(?i:plus|minus|(?:remainder|rem)\.?(?: of| is|:)? [0-9])"
+    r"|\s\((?i:repeating|recurring)|[\s,]*(?i:plus|minus)"
+    r"|[\s,(]*(?i:(?:plus|minus)(?! [0-9])|(?:remainder|rem)\.?(?: of| is|:)? [0-9])"
     r"|\s*[-/:|%]\s*(?:[0-9.$({\\√+-]|[A-Za-z](?![A-Za-z]))"
     r"|(?:\s*[,;]\s*|\s*)[$€£]?-?\.?[0-9]"
     r"|\s+(?![mghslLaIp]\b)[A-Za-z](?![A-Za-z'])"
     r"|[\s-]*(?i:or(?! so)|squared|cubed|factorial|hal(?:f|ves)|thirds?|fourths?|fifths?|tenths?"
     r"|sixths|sevenths|eighths|ninths|hundredths?|thousandths?"
-    r"|hundreds?|thousands?|millions?|billions?|trillions?|dozens?|gross"
-    r"|lakhs?|crores?|mil|mn|bn|tn|point|repeating|recurring)(?![A-Za-z])"
+    r"|hundreds?|thousands?|millions?|billions?|trillions?|dozens?"
+    r"|lakhs?|crores?|mil|mn|bn|tn|point|(?:gross|repeating|recurring)(?! +[A-Za-z]))(?![A-Za-z])"
     # 18 and two thirds, 18 hours and a half, 18 feet six inches, $18 and six cents, 18 ft. 6 in.
     r"|[\s-]*(?:[A-Za-z]{1,12} )?"
     rf"(?:and (?:half|third|quarter|an? {_PARTS})|(?:and )?{_WORD}[ -]{_PARTS})"
@@ -184,8 +185,16 @@ _PART = re.compile(
     r"|(?i:\bnot(?: [a-z]+){0,2}|n't(?: [a-z]+){0,2}|minus|negative|plus|times|by|than"
     rf"|sqrt|log|twice|double|triple|(?:{_PARTS}|percent) of(?: the)?|[0-9] remainder"
     r"|(?:sum|product|difference|average|mean) (?:of|between) \S{1,20} and)[ \t]+[$€£({*]*\Z"
-    rf"|(?:[0-9] ?|\b{_WORD}[ -]){_MEASURE}(?: and)? {{1,2}}\Z"
-    rf"|(?<![s0-9] )\ban? {_MEASURE} and {{1,2}}\Z|[$€£][0-9.,]{{1,20}} and {{1,2}}\Z"
+)
+# … and what with a unit behind it is one measure with it: 2 hours and 30 minutes
+_MEASURED = re.compile(
+    rf"(?:[0-9] ?|\b{_WORD}[ -]|(?<![s0-9] )\ban? ){_MEASURE}(?: and)? {{1,2}}\Z"
+    r"|[$€£][0-9.,]{1,20} and {1,2}\Z"
+)
+_OF_MEASURE = re.compile(
+    r" ?(?i:months?|weeks?|wks?|days?|hours?|hrs?|minutes?|mins?|seconds?|secs?|feet|foot|ft"
+    r"|inch(?:es)?|in|meters?|metres?|cm|mm|pounds?|lbs?|ounces?|oz|grams?|g|quarts?|pints?|cups?"
+    r"|cents?|m|s)(?![A-Za-z])"
 )
 _LEFT_OF_THREE = re.compile(r"(?<![0-9])[0-9]{1,3}, +\Z")  # 18, 000
 
@@ -288,7 +297,8 @@ def _last_number(text: str) -> Fraction | None:
     if re.search(r"[A-Za-z]{2} [$€£*]*$", before):
         rest = rest.lstrip("!")  # a word, the number, and joy
     is_cut = len(number[0]) == 3 and _LEFT_OF_THREE.search(before)
-    if is_cut or _PART.search(before) or _is_changed(rest):
+    is_rest = _MEASURED.search(before) and _OF_MEASURE.match(rest)
+    if is_cut or is_rest or _PART.search(before) or _is_changed(rest):
         return None
     return _value(number, minus is not None)
 

@@ -44,7 +44,7 @@ _NEAR = 1024  # characters between two boxes of one answer, and their own
 _OPENING = frozenset(["(", "[", "{", r"\{", r"\begin"])
 _CLOSING = frozenset([")", "]", "}", r"\}", r"\end"])
 _GREEK = re.compile(
-    r"\\(?:var)?(?:alpha|beta|gamma|delta|epsilon|zeta|eta|theta|iota|kappa|lambda|mu|nu|xi|pi|rho"
+    r"\\(?:ell|hbar)(?![A-Za-z])|\\(?:var)?(?:alpha|beta|gamma|delta|epsilon|zeta|eta|theta|iota|kappa|lambda|mu|nu|xi|pi|rho"
     r"|sigma|tau|upsilon|phi|chi|psi|omega|Gamma|Delta|Theta|Lambda|Xi|Pi|Sigma|Upsilon|Phi|Psi"
     r"|Omega)(?![A-Za-z])"
 )
@@ -56,6 +56,7 @@ _GAP = (
     r"(?:\s|[~°]|\\?[$%]|\\[,;:!>() \[\]]|\\text\s?\{\s?\}"
     r"|\\(?:q?quad|degree|displaystyle|left|right|limits)(?![A-Za-z]))+"
 )
+_SPACE = re.compile(r"\s|~|\\(?:[,;: ]|q?quad(?![A-Za-z]))")
 _GROUPS = re.compile(
     r"(?<![0-9.,])(?<!frac)[1-9][0-9]{0,2}(?:(?:[ ~]|\\[,;:! ])[0-9]{3})+(?![0-9])"
 )
@@ -96,11 +97,14 @@ UNITS = frozenset([
 # What a \text after a number may hold that is no unit: a part of the number or of the time.
 _MEANT = re.compile(r"[ie]|[ap]m|.*(?:[0-9]|hundred|thousand|million|billion|trillion|dozen).*")
 _TEXT_BOX = re.compile(r"\\(?:text(?:rm|up|normal|bf|it)?|[mh]box|mathrm)\s?\{([^{}]*)\}")
-_LETTER = "[A-Za-z](?<![mgslhdLNJWVCF])"  # that is no unit's
+_LETTER = "[A-Za-z](?<![mgslhdLNJWVCF])(?<! [KA])"  # that is no unit's
+_TEXT_BEHIND = re.compile(r"(?<=[0-9})!])\s?(?:\\[,;:! ])?" + _TEXT_BOX.pattern)
+_NUMBERS = "(?:two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|sixteen|[0-9])"
 _CHANGING = re.compile(
     rf"(?!\s*,?\s*(?:and|or)\s*\Z)(?:\s*(?:{_LETTER}|(?i:squared|cubed|factorial))\s*\Z"
-    r"|(?i:.*(?<![a-z])(?:or|over|plus|minus|divided|power|modulo|mod|base|not|wrong|to the|root|pi"
-    r"|at (?:most|least)|gross|lakhs?|crores?|and (?:an? )?(?:half|third|quarter)|half|halves"
+    rf"|(?i:.*(?<![a-z])(?:or|(?:over|base|root|root of) {_NUMBERS}|plus|minus|divided|power|modulo"
+    r"|mod|not|wrong|to the|pi|at (?:most|least)|gross|lakhs?|crores?|halves|half(?=\s*\Z)"
+    r"|and (?:an? )?(?:half|third|quarter)"
     r"|(?:third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|eleventh|twelfth|[a-z]*teenth"
     r"|[a-z]*ieth|hundredth|thousandth)s)(?![a-z])))"
 )
@@ -194,8 +198,12 @@ def grade(response: str, gold: str) -> dict[str, bool]:
     reference = _reference(gold)
     answer = boxed_answer(response)
     value = value_of(answer)
+    # Where one side writes 100, 200 with a space, the other's comma is no thousands' either.
+    is_list = any(", " in (side or "") for side in (answer, reference))
+    sides = (boxed(response), boxed(gold) or gold) if is_list else ()
+    is_same_list = is_list and len({_normal(_spaced(side or "")) for side in sides}) == 1
     return {
-        "boxed": answer == reference,
+        "boxed": answer == reference or is_same_list,
         "numeric": value is not None and value == value_of(reference),
         "loose": (answer or _said_answer(response)) == reference
         or _is_same_list(_boxes(response) or _said(response), _boxes(gold) or gold),
@@ -301,7 +309,7 @@ def _has_other_marks(sides: list[str], forms: list[str]) -> bool:
     if bool(_OPERATION.match(forms[0])) != bool(_OPERATION.match(forms[1])):
         return True
     passed_over = [sorted(_PASSED_OVER.findall(form)) for form in forms]
-    changing = [sorted(filter(_CHANGING.match, _TEXT_BOX.findall(side))) for side in sides]
+    changing = [sorted(filter(_CHANGING.match, _TEXT_BEHIND.findall(side))) for side in sides]
     if passed_over[0] != passed_over[1] or changing[0] != changing[1]:
         return True
     # those of a name on one side only, f'(x) = 2x for 2x, do not count
@@ -324,9 +332,9 @@ def _has_another_length(sides: list[str], lists: list[list[str]]) -> bool:
 
 
 def _has_another_order(sides: list[str], lists: list[list[str]]) -> bool:
-    """The same values with names and without, as x=5, y=3 and 3, 5, in another order."""
-    are_named = ["=" in side for side in sides]
-    if are_named[0] == are_named[1] or min(map(len, lists)) < 2:
+    """The same values with several names and without, as x=5, y=3 and 3, 5, in another order."""
+    names = [{item.partition("=")[0][:1] for item in _items(side) if "=" in item} for side in sides]
+    if all(names) or max(map(len, names)) < 2:
         return False
     values = [[item.split("=")[-1] for item in _items(side)] for side in sides]
     return values[0] != values[1] and sorted(values[0]) == sorted(values[1])
@@ -440,8 +448,11 @@ def _last_formula(text: str) -> str | None:
 def _is_same_list(answer: str | None, gold: str) -> bool:
     """Whether both hold the same answers, in any order; one of them may write a number's base."""
     answers, golds = _items(answer or ""), _items(gold)
-    if len(answers) == 1 < len(golds):  # a comma of thousands may separate two of three digits
-        answers = _items(re.sub(r"(?<!\{),(?!\})", ", ", answer or ""))
+    # a comma of thousands may separate two of three digits
+    if len(answers) == 1 < len(golds):
+        answers = _items(_spaced(answer or ""))
+    elif len(golds) == 1 < len(answers):
+        golds = _items(_spaced(gold))
     if not answers or len(answers) != len(golds):
         return False
     left = [_item(gold) for gold in golds]
@@ -451,6 +462,11 @@ def _is_same_list(answer: str | None, gold: str) -> bool:
             return False
         left.remove(found)
     return True
+
+
+def _spaced(text: str) -> str:
+    """A text whose commas separate answers, whatever stands between them."""
+    return re.sub(r"(?<!\{),(?!\}|\\!)", ", ", text)
 
 
 def _items(text: str) -> list[str]:
@@ -567,7 +583,7 @@ def _tokens(text: str) -> list[str]:
         elif token not in _INVISIBLE:
             token = _SAME.get(token, token)
             depth = max(0, depth + (token in ("(", "[", r"\{")) - (token in (")", "]", r"\}")))
-            is_tight = not re.search(r"\s", text[match.start() - 1 : match.end() + 1])
+            is_tight = not (_SPACE.match(text, match.end()) or text[match.start() - 1].isspace())
             tokens.append("{,}" if token == "," and depth == 0 and is_tight else token)
     return tokens
 

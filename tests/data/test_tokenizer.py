@@ -763,6 +763,32 @@ def test_characters_without_a_token_are_told(tmp_path, kind):
     )
 
 
+def test_what_a_file_composes_or_passes_over_is_not_lost(tmp_path):
+    path, names = tmp_path / "tokenizer.model", {"normalization_rule_name": "nmt_nfkc"}
+    sizes = {"vocab_size": 70, "hard_vocab_limit": False, "remove_extra_whitespaces": True}
+    words = iter(["caf\u00e9 한국 an egg"] * 9)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=words,
+        model_prefix=str(path.with_suffix("")),
+        model_type="bpe",
+        minloglevel=2,
+        num_threads=1,
+        **names | sizes,
+    )
+    tokenizer = Tokenizer(path)
+    for text in (
+        "cafe\u0301",
+        unicodedata.normalize("NFD", "한국"),
+        "\ufeffan egg",
+        "▁an",
+        "an\u200begg",
+    ):
+        tokenizer.response_ids(text)
+    assert tokenizer.lossy_texts == 0
+    tokenizer.response_ids("an 中 egg 日本 egg")
+    assert (tokenizer.lossy_texts, tokenizer.first_lost) == (1, "中")
+
+
 def test_pieces_with_and_without_bos(pieces, tmp_path):
     path, sp = pieces
     tokenizer = Tokenizer(path)

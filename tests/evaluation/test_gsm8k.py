@@ -158,7 +158,12 @@ MEANT = [
     ("| total | 18 |", "18"), ("- 18", "18"), ("− 18", "-18"), ("18 degrees", "18"),
     (r"\begin{align*} x &= 9*2 \\ &= 18 \end{align*}", "18"), ("１８", "18"),
     ("18 million", "18000000"), ("so it is 18⅓.", "55/3"), ("after 2 days she has 18 eggs", "18"),
-    ("In 2 hours, 18 eggs", "18"), ("the sum of them is 18", "18"),
+    ("In 2 hours, 18 eggs", "18"), ("In 7 days 84 eggs are laid.", "84"),
+    ("After 2 weeks 14 remain", "14"),
+    ("So after 5 hours 300 miles were driven.", "300"), ("He pays $10 and 10 remain", "10"),
+    ("He buys 2 pounds and 3 apples", "3"), ("#### 20 gross income", "20"),
+    ("#### 18 repeating patterns", "18"), ("#### 12 (plus 3 free ones)", "12"),
+    ("the sum of them is 18", "18"),
     *((text, None) for text in (
         "= 18!", "18k", "18x", "x/18", r"\sqrt{18}", "18^2", "18**2", "18e5x", "2 × 18", "18²",
         "2 x 18", r"2\div 18", "18, 000", "$18, 000$", "1,00,018", "0,18", "18:30", "2 : 18",

@@ -156,6 +156,12 @@ GUARDED = [
     (r"3,-2|x = 3 \text{ or } x = -2", True), (r"-2,3|x=-2\text{ or }x=3", True),
     ("100, 200|200,100", True), ("100, 200|200,101", False), ("x=5,y=3|5,3", True),
     ("x=5,y=3|y=3,x=5", True),
+    ("-2,1|x=1, x=-2", True), (r"-2,1|x=1\text{ or }x=-2", True), ("x=1,x=-2|-2,1", True),
+    ("7,5,3|x=3, x=5, x=7", True), (r"-3, \frac12|x=\frac12, x=-3", True), ("4,3|n=3,n=4", True),
+    # a choice is no unit
+    *((f"{gold}|{answer}", True) for gold in ("(A)", r"\text{(A)}") for answer in (
+        r"\text{A}", r"\textbf{A}", r"\mathrm{(A)}",
+    )), (r"\text{(E)}|\text{E}", True), (r"\text{(A)}|\text{B}", False),
     # capitals of Greek, and a sign of money in the gold
     (r"\Delta|\delta", False), (r"\Pi|\pi", False), (r"\Sigma+1|\sigma+1", False),
     (r"2\pi|\pi+\pi", True), (r"\$18.90|18.9", True), (r"\$18.90|\frac{189}{10}", True),
