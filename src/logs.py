@@ -139,11 +139,13 @@ class RunLog:
         unit: str = "it",
         initial: int = 0,
         work: float | Callable[[], float] | None = None,
+        is_bound: Callable[[], bool] = lambda: False,
     ) -> Progress:
         """A `Progress` over `total` units (None: unknown), `initial` of them done.
 
-        work: what the time left goes by, see `Progress`. Where stderr is not a terminal there is a
-        plain line once a minute at most, whatever bars are open, and one when the outermost ends.
+        work, is_bound: what the time left goes by, see `Progress`. Where stderr is not a terminal
+        there is a plain line once a minute at most, whatever bars are open, and one when the
+        outermost ends.
         """
         style: dict[str, Any] = dict(file=sys.stderr, dynamic_ncols=True)
         if not sys.stderr.isatty():  # the bar itself draws nothing
@@ -151,6 +153,7 @@ class RunLog:
         bar = Progress(
             work,
             self._show_progress,
+            is_bound,
             total=total,
             desc=description,
             unit=unit,

@@ -5,7 +5,6 @@ that has been tried a plain mean errs least. The first update, which warms every
 out of it, and what runs aside, such as an evaluation, is counted by itself.
 """
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{left}, {rate_fmt}{postfi
 # of what takes seconds or minutes: seconds for each, not each second
 SLOW_FORMAT, SLOW = FORMAT.replace("rate", "rate_inv"), ("iteration",)
 ENDLESS_FORMAT = "{desc}: {n_fmt}{unit} [{elapsed}, {rate_fmt}{postfix}]"  # of an unknown total
-KNOWN = 0.1  # of the answers side by side must have ended before anything is said
+KNOWN = 0.1  # of the answers side by side must have ended before lengths are taken for known
 # A text is taken to be the likelier to end the longer it is, by its length to a power one less
 # than this shape of Weibull's law, which is known up to a factor before any has ended.
 SHAPE, FACTOR = 1.5, 1.25
@@ -34,14 +33,16 @@ class Progress(tqdm):
         self,
         work: float | Callable[[], float] | None,
         show: Callable[["Progress", bool], None],
+        is_bound: Callable[[], bool] = lambda: False,
         **style: Any,
     ) -> None:
         """work: what is left to do, in units that take the same time each.
 
         A function of what is left now, a number at the start, or by default the bar's own units;
-        show(bar, ended): is called after each update and at the end.
+        show(bar, ended): is called after each update and at the end; is_bound: whether what is left
+        is at most that now, which the bar says, too.
         """
-        self.tokens, self.show = 0, show
+        self.tokens, self.show, self.is_bound = 0, show, is_bound
         total = style["total"]
         if work is None and total is not None:
             work = total - style["initial"]
@@ -121,8 +122,6 @@ class Progress(tqdm):
             return None
         left = self.work() if callable(self.work) else self.work - self.work_done
         aside = self.aside_left * self.aside_seconds / max(1, self.aside_times)
-        if left == math.inf:
-            return None
         return max(0.0, left) * self.seconds / self.counted + aside
 
     @property
@@ -130,6 +129,7 @@ class Progress(tqdm):
         """What tqdm formats, with the time left."""
         seconds = self.seconds_left
         left = "?" if seconds is None else self.format_interval(seconds)
+        left = "≤" + left if seconds and self.is_bound() else left
         return {**super().format_dict, "left": left}
 
 
@@ -171,14 +171,17 @@ class AnswerLengths:
         fixed = FIXED * self.ranks
         return self.slots * (fixed * steps + tokens) / (fixed + self.slots)
 
+    @property
+    def are_unknown(self) -> bool:
+        """Whether hardly any answer has ended yet."""
+        return self.ended.total() < KNOWN * self.slots
+
     def work_left(self) -> float:
         """In tokens at full slots; what waits fills slots as they get free.
 
-        Infinite while hardly any has ended: nobody knows then.
+        While lengths are unknown, as much as it can be: all answers are cut off.
         """
-        if self.ended.total() < KNOWN * self.slots:
-            return math.inf
-        longer = self.survival().clip(min=1e-9)
+        longer = np.ones(self.limit) if self.are_unknown else self.survival().clip(min=1e-9)
         # beyond[m]: what an answer has beyond its first m, on average over all, in units.
         beyond = np.append(longer[::-1].cumsum()[::-1], 0.0)[: self.limit]
         counts = self._counts(self.running)[: self.limit]

@@ -1,6 +1,5 @@
 """src/progress.py: the time left, on a clock set by hand, against what it then really is."""
 
-import math
 import random
 from collections.abc import Iterator
 
@@ -150,7 +149,8 @@ def test_when_all_so_far_were_cut_off_the_others_are_taken_to_be():
     known = AnswerLengths(40, limit=10)
     assert known.step([], [1, 1]) == (2, 2, 0.0)
     assert known.step([], [2, 2]) == (2, 0, 2.0)
-    assert known.work_left() == math.inf  # nobody knows
+    # Nobody knows: two have 8 tokens to go, 38 wait, 396 at most, two at a time.
+    assert known.are_unknown and known.work_left() == pytest.approx(396, rel=0.02)
     for tokens in range(3, 10):
         known.step([], [tokens] * 2)
     known.step([10, 10], [])
@@ -208,9 +208,20 @@ def test_a_step_of_few_takes_a_share_of_a_full_one_s_time_that_the_slots_decide(
     assert known._work(1, 1) / slots == pytest.approx((64 * ranks + 1) / full)
 
 
-def test_nothing_is_said_while_all_run_side_by_side_and_none_has_ended():
+def test_as_long_as_hardly_any_has_ended_the_most_is_told(log, clock):
+    """All as long as the limit; the bar says that it is at most that."""
     known = AnswerLengths(20, limit=10)
-    known.step([], [1] * 20)
-    assert known.work_left() == math.inf
-    known.step([2, 2], [2] * 18)
-    assert known.work_left() < math.inf
+    with log.progress(
+        20, "generating", work=known.work_left, is_bound=lambda: known.are_unknown
+    ) as bar:
+        clock[0] += 1.0
+        _, taken_in, _ = known.step([], [1] * 20)
+        bar.add_aside(taken_in, left=0)
+        clock[0] += 2.0
+        _, _, work = known.step([], [2] * 20)
+        bar.update(0, work=work)
+        assert bar.seconds_left == pytest.approx(16.0) and "<≤00:16" in str(bar)
+        clock[0] += 2.0
+        _, _, work = known.step([3, 3], [3] * 18)
+        bar.update(2, work=work)
+        assert bar.seconds_left < 14 and "≤" not in str(bar)

@@ -117,7 +117,12 @@ def generate_all(
         ranks = engine.parallel.dp_size
         lengths = AnswerLengths(len(missing), sampling.max_new_tokens, ranks)
         bar = log.progress(
-            len(prompts), what, unit="answer", initial=len(known), work=lengths.work_left
+            len(prompts),
+            what,
+            unit="answer",
+            initial=len(known),
+            work=lengths.work_left,
+            is_bound=lambda: lengths.are_unknown,
         )
         with evaluating(engine.model), bar:
 
