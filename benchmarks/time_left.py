@@ -21,8 +21,9 @@ def main(script: str) -> None:
     """Run it with the arguments that are left."""
     from src.progress import Progress
 
-    # Of each bar: elapsed seconds, time left, and time left by the mean, after each update.
-    said: dict[Progress, list[tuple[float, float, float]]] = {}
+    # Of each bar after each update: elapsed seconds, time left, whether that is the most that it
+    # can be, and the time left by the mean.
+    said: dict[Progress, list[tuple[float, float, str, float]]] = {}
     ends: dict[Progress, float] = {}
     update, close = Progress.update, Progress.close
 
@@ -31,7 +32,8 @@ def main(script: str) -> None:
         units = bar.n - bar.initial
         plain = (bar.total - bar.n) * bar.elapsed / units if units else math.inf
         left = bar.seconds_left
-        said.setdefault(bar, []).append((bar.elapsed, math.inf if left is None else left, plain))
+        left, most = math.inf if left is None else left, "at most " * bar.is_bound()
+        said.setdefault(bar, []).append((bar.elapsed, left, most, plain))
 
     def watched_close(bar) -> None:
         if not bar.disable:
@@ -46,10 +48,10 @@ def main(script: str) -> None:
             continue
         print(f"{bar.desc}: {bar.total} {bar.unit}, {end:.1f} s")
         for part in (0.1, 0.5):
-            at, left, plain = next(m for m in moments if m[0] >= part * end)
+            at, left, most, plain = next(m for m in moments if m[0] >= part * end)
             errors = [f"{100 * (guess / (end - at) - 1):+.0f} %" for guess in (left, plain)]
             print(
-                f"  at {at:.1f} s: {left:.1f} s left, really {end - at:.1f} s ({errors[0]}); "
+                f"  at {at:.1f} s: {most}{left:.1f} s left, really {end - at:.1f} s ({errors[0]}); "
                 f"by the mean per {bar.unit} {errors[1]}"
             )
 
