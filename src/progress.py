@@ -128,8 +128,8 @@ class Progress(tqdm):
     def format_dict(self) -> dict[str, Any]:
         """What tqdm formats, with the time left."""
         seconds = self.seconds_left
-        left = "?" if seconds is None else self.format_interval(seconds)
-        left = "≤" + left if seconds and self.is_bound() else left
+        bound = "≤" if seconds and self.is_bound() else ""
+        left = "?" if seconds is None else bound + self.format_interval(seconds)
         return {**super().format_dict, "left": left}
 
 

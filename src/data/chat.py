@@ -8,6 +8,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Container
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -136,18 +137,30 @@ def _closing(opening: str) -> str:
     return f"{opening[0]}/{opening[1:]}"
 
 
+@dataclass
+class Counted:
+    """How many texts there were of a kind that a user should know of, and how the first begins."""
+
+    count: int = 0
+    first: str = ""
+
+    def add(self, text: str) -> None:
+        self.count += 1
+        self.first = self.first or text[:80]
+
+
 class Chat:
     """How a template writes a question and its answer.
 
     `prompt(question) + response(answer) + ending` is the template's text of the two messages.
     `name`: where the template is from, for messages. `own`: whether it lies with the model.
-    `sample`: such a text, with all that the template writes. How many answers, and the first,
-    `as_they_stand`, `first_changed`: were written without the template, which would have left out
-    or changed a part of them; `begun_otherwise`, `first_begun`: would not begin with the prompt in
-    the template's text; `doubled`, `first_doubled`: have an empty thought before their reasoning.
-    How many questions, and the first, `changed_questions`, `first_question`: are not in its text
-    as they are; `other_prompts`, `first_other`: have a prompt that ends in another thought, or
-    none, than the sample's, after which answers are written.
+    `sample`: such a text, with all that the template writes.
+
+    Counted are the answers `as_they_stand`: written without the template, which would have left out
+    or changed a part of them; `begun_otherwise`: that would not begin with the prompt in the
+    template's text; `doubled`: with an empty thought before their reasoning; and the questions
+    `changed_questions`: that are not in its text as they are; `other_prompts`: whose prompt ends in
+    another thought, or none, than the sample's, after which answers are written.
     """
 
     def __init__(
@@ -164,11 +177,8 @@ class Chat:
         write a prompt.
         """
         self.source, self.name, self.own, self._tokens = source, name, own, tokens
-        self.as_they_stand, self.first_changed = 0, ""
-        self.begun_otherwise, self.first_begun = 0, ""
-        self.doubled, self.first_doubled = 0, ""
-        self.changed_questions, self.first_question = 0, ""
-        self.other_prompts, self.first_other = 0, ""
+        self.as_they_stand, self.begun_otherwise, self.doubled = Counted(), Counted(), Counted()
+        self.changed_questions, self.other_prompts = Counted(), Counted()
         self._template = self._bounded(lambda: _environment(date).from_string(source))
         # Two renderings of a sample tell where the template puts the answer, and what follows it.
         prompt = self._render([_user(_QUESTION)], generate=True)
@@ -249,11 +259,9 @@ class Chat:
         messages = [_user(question)] if isinstance(question, str) else question
         text, asked = self._render(messages, generate=True), messages[-1]["content"]
         if asked.strip() not in text:
-            self.changed_questions += 1
-            self.first_question = self.first_question or asked
+            self.changed_questions.add(asked)
         if not self._header and _ends_of(_Thought.at_end(text)) != _ends_of(self._thought):
-            self.other_prompts += 1
-            self.first_other = self.first_other or asked
+            self.other_prompts.add(asked[-80:])  # whose end it goes by
         return text + self._header
 
     def response(self, answer: str, sampled: bool = False, is_cut: bool = False) -> str:
@@ -279,17 +287,44 @@ class Chat:
         )
         if is_whole and start == self._prompt:
             if _has_empty_first(self._prompt[len(self.around_question) :] + middle):
-                self.doubled += 1
-                self.first_doubled = self.first_doubled or answer
+                self.doubled.add(answer)
             return middle
         written = self._after_prompt(answer, middle if is_whole else answer, sampled)
-        if is_whole:
-            self.begun_otherwise += 1
-            self.first_begun = self.first_begun or answer
-        else:
-            self.as_they_stand += 1
-            self.first_changed = self.first_changed or answer
+        (self.begun_otherwise if is_whole else self.as_they_stand).add(answer)
         return written
+
+    def notes(self) -> list[str]:
+        """What a user should know of the questions and answers so far, a sentence of each kind."""
+        told = (
+            (
+                self.as_they_stand,
+                "leaves out or changes parts of {0.count} answers, such as {0.first!r}; these are "
+                "trained on as they stand, between what the template writes around an answer",
+            ),
+            (
+                self.begun_otherwise,
+                "begins {0.count} answers, such as {0.first!r}, otherwise than its prompt for "
+                "generation ends; these are trained on after that prompt",
+            ),
+            (
+                self.changed_questions,
+                "leaves out or changes parts of {0.count} questions, such as {0.first!r}: the "
+                "model reads them as the template writes them",
+            ),
+            (
+                self.other_prompts,
+                "ends {0.count} prompts, such as that of {0.first!r}, with another thought than "
+                "others, or none: answers are written as after the others; keep such questions in "
+                "files of their own",
+            ),
+            (
+                self.doubled,
+                "writes an empty thought before the reasoning of {0.count} answers, such as "
+                "{0.first!r}, which it does not tell from an answer; close the reasoning, or "
+                "correct the template",
+            ),
+        )
+        return [f"{self.name}: {text.format(kind)}" for kind, text in told if kind.count]
 
     def _after_prompt(self, answer: str, text: str, sampled: bool) -> str:
         """`text`, which holds the answer, as it goes on after the prompt, whatever that opened."""

@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Encoding, normalizers
 from tokenizers import Tokenizer as RustTokenizer
 
 from src.checkpoint.folder import find_tokenizer
-from src.data.chat import DEFAULT_DATE, Chat, find_chat, has_template
+from src.data.chat import DEFAULT_DATE, Chat, Counted, find_chat, has_template
 from src.data.pieces import begin_text_once
 from src.data.ranks import put_before
 from src.data.tokenizer_files import (
@@ -63,8 +63,8 @@ class Tokenizer:
     `bos_id`: None for a model without. `eos_id`: ends a trained response. `stop_ids`: each of them
     ends a generation. `chat`: None without a template. `control`: text → id of the special tokens.
     `as_text`: whether one that a text spells out is text. `names_bos`: whether templates are told
-    BOS. `spelled_out`: how often texts that were encoded spelled out each of them. `lossy_texts`:
-    how many had characters without a token, such as `first_lost`.
+    BOS. `spelled_out`: how often texts that were encoded spelled out each of them. `lossy`:
+    how many had characters without a token, and the first such.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Tokenizer:
         self.stop_ids = {self.eos_id, *stops}
         self.as_text = special_tokens == "text" or config.splits_special
         self.spelled_out: Counter[str] = Counter()
-        self.lossy_texts, self.first_lost = 0, ""
+        self.lossy = Counted()
         self._limit: int | None = None  # ids that the model has an embedding for
         self.chat: Chat | None = None
         self._is_foreign_verifier = is_foreign_verifier(folder or path.parent)
@@ -232,7 +232,7 @@ class Tokenizer:
             end_token = self._rust.get_added_tokens_decoder()[self.eos_id]
             self._end_takes_space = end_token.lstrip
         self._last_of_prompt = self.prompt_ids("?")[-1]
-        self.lossy_texts, self.first_lost = 0, ""  # nobody asked that
+        self.lossy = Counted()  # nobody asked that
 
     @classmethod
     def find(
@@ -368,8 +368,8 @@ class Tokenizer:
             # what the file itself composes is not lost
             composed = unicodedata.normalize("NFKC", text)
             lost = self._lost(rust.encode(composed, add_special_tokens=False), composed)
-            self.lossy_texts += bool(lost)
-            self.first_lost = self.first_lost or lost
+            if lost:
+                self.lossy.add(lost)
         return encoding.ids
 
     def _lost(self, encoding: Encoding, text: str) -> str:
@@ -476,12 +476,12 @@ class Tokenizer:
                 else "they act as control tokens; --special_tokens text reads them as text"
             )
             lines.append(f"texts spell out special tokens: {shown}; {reading}")
-        if self.lossy_texts:
+        if self.lossy.count:
             unknown = self._unknown_id
             fate = "left out" if unknown is None else f"read as {self.text_of(unknown)}"
             lines.append(
-                f"{self.lossy_texts} texts hold characters that {self.path} has no token for, such "
-                f"as {self.first_lost[:40]!r}: they are {fate}"
+                f"{self.lossy.count} texts hold characters that {self.path} has no token for, such "
+                f"as {self.lossy.first[:40]!r}: they are {fate}"
             )
         if self.chat and not self._has_end and self._after_end.strip():
             lines.append(
@@ -495,36 +495,7 @@ class Tokenizer:
                 "which is left off: an answer is scored at that token; transformers scores a whole "
                 "conversation at its last, as this classifier may have been trained"
             )
-        if self.chat and self.chat.as_they_stand:
-            lines.append(
-                f"{self.chat.name}: leaves out or changes parts of {self.chat.as_they_stand} "
-                f"answers, such as {self.chat.first_changed[:80]!r}; these are trained on as they "
-                "stand, between what the template writes around an answer"
-            )
-        if self.chat and self.chat.begun_otherwise:
-            lines.append(
-                f"{self.chat.name}: begins {self.chat.begun_otherwise} answers, such as "
-                f"{self.chat.first_begun[:80]!r}, otherwise than its prompt for generation ends; "
-                "these are trained on after that prompt"
-            )
-        if self.chat and self.chat.changed_questions:
-            lines.append(
-                f"{self.chat.name}: leaves out or changes parts of {self.chat.changed_questions} "
-                f"questions, such as {self.chat.first_question[:80]!r}: the model reads them as "
-                "the template writes them"
-            )
-        if self.chat and self.chat.other_prompts:
-            lines.append(
-                f"{self.chat.name}: ends {self.chat.other_prompts} prompts, such as that of "
-                f"{self.chat.first_other[-80:]!r}, with another thought than others, or none: "
-                "answers are written as after the others; keep such questions in files of their own"
-            )
-        if self.chat and self.chat.doubled:
-            lines.append(
-                f"{self.chat.name}: writes an empty thought before the reasoning of "
-                f"{self.chat.doubled} answers, such as {self.chat.first_doubled[:80]!r}, which it "
-                "does not tell from an answer; close the reasoning, or correct the template"
-            )
+        lines += self.chat.notes() if self.chat else []
         return lines
 
     def _notes_of_bos(self) -> list[str]:

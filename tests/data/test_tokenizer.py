@@ -752,7 +752,7 @@ def test_characters_without_a_token_are_told(tmp_path, kind):
     tokenizer = Tokenizer(path)
     for text in ("an egg", " an  egg", "<s>an egg", ""):
         tokenizer.response_ids(text)
-    assert tokenizer.lossy_texts == 0
+    assert tokenizer.lossy.count == 0
     tokenizer.spelled_out.clear()
     assert "日" not in tokenizer.decode(tokenizer.response_ids("an 日本 egg"))
     tokenizer.prompt_ids("本")
@@ -784,9 +784,9 @@ def test_what_a_file_composes_or_passes_over_is_not_lost(tmp_path):
         "an\u200begg",
     ):
         tokenizer.response_ids(text)
-    assert tokenizer.lossy_texts == 0
+    assert tokenizer.lossy.count == 0
     tokenizer.response_ids("an 中 egg 日本 egg")
-    assert (tokenizer.lossy_texts, tokenizer.first_lost) == (1, "中")
+    assert (tokenizer.lossy.count, tokenizer.lossy.first) == (1, "中")
 
 
 def test_pieces_with_and_without_bos(pieces, tmp_path):
