@@ -1,0 +1,40 @@
+"""Triton, where there is a GPU, or where TRITON_INTERPRET in the environment asks for it.
+
+Elsewhere nothing of it is imported. What stands for it then lets the kernels' files be read, and
+their plain functions be called.
+"""
+
+import functools
+import os
+from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+triton: Any
+tl: Any
+if find_spec("triton") and (torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ):
+    import triton
+    import triton.language as tl
+else:
+    triton, tl = SimpleNamespace(jit=lambda kernel: kernel), SimpleNamespace(constexpr=None)
+
+
+def power_of_two(size: int) -> int:
+    """The next one, which ranges in kernels have to be long."""
+    return 1 << (size - 1).bit_length()
+
+
+def dense_rows(x: Tensor) -> Tensor:
+    """x itself if its last axis is contiguous, as kernels read it, else a copy."""
+    return x if x.stride(-1) == 1 or x.size(-1) == 1 else x.contiguous()
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many a GPU has; a few in the interpreter."""
+    if device.type != "cuda":
+        return 3
+    return torch.cuda.get_device_properties(device).multi_processor_count
