@@ -134,19 +134,22 @@ BLOCK_BYTES = 8192  # of the keys that a program loads at a time
 
 
 def variant(q: Tensor, keys: Tensor, max_pages: int) -> Variant:
-    """What suits these shapes. Blocks of 16 keys, 2 warps and 3 stages are measured, for many
-    sequences of heads that do not share keys (docs/performance.md); the others are not.
+    """What suits these shapes.
+
+    Blocks of 16 keys, 2 warps and 3 stages are measured, for many sequences of heads that do not
+    share keys (docs/performance.md); the others are not.
     """
     (n, heads, dim), (_, kv_heads, page, _) = q.shape, keys.shape
     wanted = PROGRAMS // (n * kv_heads)
     splits = max(1, min(wanted, max_pages * page // LEAST_SPLIT, MOST_SPLITS))
     splits = 1 << (splits.bit_length() - 1)
     product = heads // kv_heads > 2
+    many = splits == 1 and not product
     fitting = BLOCK_BYTES // (power_of_two(dim) * q.element_size())
-    block = max(16, min(64, fitting)) if product or splits > 1 else 16
-    is_small = block <= fitting
-    warps = 4 if product or splits > 1 else 2
-    return Variant(block, splits, warps, 3 if is_small else 2, product)
+    block = 16 if many else max(16, min(64, fitting))
+    # The first stage loads numbers of pages; of a product's the last holds what it reads.
+    stages = (5 if product else 3) - (block > fitting)
+    return Variant(block, splits, 2 if many else 4, stages, product)
 
 
 def paged_attention(

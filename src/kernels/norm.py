@@ -3,7 +3,6 @@
 Forward and backward for training, and with the residual's sum for decoding.
 """
 
-import torch
 from torch import Tensor
 
 from src.kernels.runtime import tl, triton

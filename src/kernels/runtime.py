@@ -6,6 +6,7 @@ their plain functions be called.
 
 import functools
 import os
+from importlib import import_module
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
@@ -13,13 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-triton: Any
-tl: Any
+triton: Any = SimpleNamespace(jit=lambda kernel: kernel)
+tl: Any = SimpleNamespace(constexpr=None)
 if find_spec("triton") and (torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ):
-    import triton
-    import triton.language as tl
-else:
-    triton, tl = SimpleNamespace(jit=lambda kernel: kernel), SimpleNamespace(constexpr=None)
+    triton, tl = import_module("triton"), import_module("triton.language")
 
 
 def power_of_two(size: int) -> int:

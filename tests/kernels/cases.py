@@ -57,7 +57,9 @@ def attended(q, pages, window):
     return out
 
 
-def check_attention(lengths, heads, kv_heads, dim, window=0, dtype=torch.float32, how=None, page=16):
+def check_attention(
+    lengths, heads, kv_heads, dim, window=0, dtype=torch.float32, how=None, page=16
+):
     pages = Pages(lengths, kv_heads, dim, dtype, page)
     q = drawn(len(lengths), heads, dim, dtype=dtype)
     wanted = attended(q, pages, window)

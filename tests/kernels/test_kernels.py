@@ -14,8 +14,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-def run(*command, **variables):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **variables}
+def run(*command, interpret=None):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("TRITON_INTERPRET", None)
+    if interpret is not None:
+        environment["TRITON_INTERPRET"] = interpret
     return subprocess.run(
         [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True
     )
@@ -24,11 +27,11 @@ def run(*command, **variables):
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton has wheels for Linux only")
 def test_every_kernel_gives_what_plain_pytorch_does():
     assert find_spec("triton"), "pip install -r requirements-dev.txt"
-    cases = run("-m", "pytest", "-q", "-x", "tests/kernels/cases.py", TRITON_INTERPRET="1")
+    cases = run("-m", "pytest", "-q", "-x", "tests/kernels/cases.py", interpret="1")
     assert cases.returncode == 0, cases.stdout[-6000:] + cases.stderr[-2000:]
 
 
 def test_without_a_gpu_nothing_of_triton_is_imported():
     everything = "import src.kernels.attention, src.models.transformer, src.generation.engine"
-    done = run("-c", f"{everything}, sys; assert 'triton' not in sys.modules", TRITON_INTERPRET="0")
+    done = run("-c", f"{everything}, sys; assert 'triton' not in sys.modules")
     assert done.returncode == 0, done.stderr
