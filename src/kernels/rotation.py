@@ -24,6 +24,81 @@ def turned(x, rotary, DIM: tl.constexpr, WIDTH: tl.constexpr, BACK: tl.constexpr
 
 
 @triton.jit
+def rotate_kernel(
+    x,
+    rotary,
+    out,
+    heads,
+    x_row,
+    x_head,
+    rotary_row,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HEADS: tl.constexpr,
+    BACK: tl.constexpr,
+):
+    """Some heads of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
+    column = tl.arange(0, WIDTH)[None, :]
+    inside = (head < heads) & (column < DIM)
+    places = x + row * x_row + head * x_head + column
+    value = tl.load(places, mask=inside, other=0.0).to(tl.float32)
+    result = turned(value, rotary + row * rotary_row, DIM, WIDTH, BACK)
+    places = out + (row * heads + head) * DIM + column
+    tl.store(places, result.to(out.dtype.element_ty), mask=inside)
+
+
+TILE = 4096  # elements of a program, at most
+
+
+def _turn(x: Tensor, rotary: Tensor, back: bool) -> Tensor:
+    n, heads, dim = x.shape
+    x, out, width = dense_rows(x), x.new_empty(x.shape), power_of_two(dim)
+    rotary = torch.view_as_real(dense_rows(rotary))
+    block = min(power_of_two(heads), max(1, TILE // width))
+    rotate_kernel[(n, -(-heads // block))](
+        x,
+        rotary,
+        out,
+        heads,
+        *x.stride()[:2],
+        rotary.stride(0),
+        dim,
+        width,
+        block,
+        back,
+        num_warps=max(1, min(8, block * width // 512)),
+    )
+    return out
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, rotary: Tensor) -> Tensor:
+        ctx.save_for_backward(rotary)
+        return _turn(x, rotary, back=False)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return _turn(grad, ctx.saved_tensors[0], back=True), None
+
+
+def rotate(x: Tensor, rotary: Tensor) -> Tensor:
+    """Turn interleaved pairs, with a gradient for x.
+
+    x: [N, heads, head_dim]; rotary: [N, head_dim / 2], complex.
+    """
+    return _Rotate.apply(x, rotary)
+
+
+def plain_rotate(x: Tensor, rotary: Tensor) -> Tensor:
+    """`rotate` in plain PyTorch."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotary.unsqueeze(1)).flatten(-2).type_as(x)
+
+
+@triton.jit
 def headwise(
     x,
     weight,
@@ -165,9 +240,3 @@ def plain_rotate_and_write(
     pages, places = table[rows, at // keys.size(2)].long(), at % keys.size(2)
     keys[pages, :, places], values[pages, :, places] = k[rows], v[rows]
     return q
-
-
-def plain_rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """`rotate` in plain PyTorch."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotary.unsqueeze(1)).flatten(-2).type_as(x)

@@ -32,7 +32,7 @@ def dense_rows(x: Tensor) -> Tensor:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many a GPU has; a few in the interpreter."""
+    """How many a GPU has; one in the interpreter."""
     if device.type != "cuda":
-        return 3
+        return 1
     return torch.cuda.get_device_properties(device).multi_processor_count

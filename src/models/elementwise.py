@@ -1,7 +1,8 @@
 """What stands between the matrix products, in few passes over memory, forward and backward.
 
 As few as plain PyTorch allows: on the CPU these passes cost as much as the products. Autograd would
-make two to three times as many of them, and keep what they need in memory.
+make two to three times as many of them, and keep what they need in memory. On a GPU they are Triton
+kernels (src/kernels).
 """
 
 import os
@@ -29,8 +30,16 @@ def compile_elementwise() -> None:
             "--compile: on the CPU torch.compile needs a C++ compiler: install g++, or leave "
             "--compile out"
         )
-    _compiled["rms_norm"] = torch.compile(_plain_rms_norm, dynamic=True)
-    _compiled["swiglu"] = torch.compile(_plain_swiglu, dynamic=True)
+    from src.kernels.norm import plain_rms_norm
+    from src.kernels.swiglu import plain_swiglu
+
+    _compiled["rms_norm"] = torch.compile(plain_rms_norm, dynamic=True)
+    _compiled["swiglu"] = torch.compile(plain_swiglu, dynamic=True)
+
+
+def _has_kernels(x: Tensor) -> bool:
+    """Whether Triton is there for it: it comes with CUDA builds, and is imported where it is met."""
+    return x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -63,10 +72,6 @@ class _RMSNorm(torch.autograd.Function):
         return dx, dw, None
 
 
-def _plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return F.rms_norm(x.float(), (x.size(-1),), eps=eps).type_as(x) * weight
-
-
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm over the last axis, times the weight.
 
@@ -74,8 +79,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     if _compiled:
         return _compiled["rms_norm"](x, weight, eps)
-    if x.is_cuda:  # which has a kernel for it
-        return _plain_rms_norm(x, weight, eps)
+    if _has_kernels(x):
+        from src.kernels import norm
+
+        return norm.rms_norm(x, weight, eps)
     return _RMSNorm.apply(x, weight, eps)
 
 
@@ -122,14 +129,15 @@ class _SwiGLU(torch.autograd.Function):
         return out
 
 
-def _plain_swiglu(joined: Tensor) -> Tensor:
-    gate, up = joined.chunk(2, -1)
-    return F.silu(gate) * up
-
-
 def swiglu(joined: Tensor) -> Tensor:
     """silu(gate) · up (arXiv 2002.05202); joined: gate and up side by side, [N, 2 F] → [N, F]."""
-    return _compiled["swiglu"](joined) if _compiled else _SwiGLU.apply(joined)
+    if _compiled:
+        return _compiled["swiglu"](joined)
+    if _has_kernels(joined):
+        from src.kernels import swiglu as kernels
+
+        return kernels.swiglu(joined)
+    return _SwiGLU.apply(joined)
 
 
 class _Rotate(torch.autograd.Function):
@@ -154,4 +162,8 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
 
     x: [N, heads, head_dim]; rotary: [N, head_dim / 2], complex.
     """
+    if _has_kernels(x):
+        from src.kernels import rotation
+
+        return rotation.rotate(x, rotary)
     return _Rotate.apply(x, rotary)

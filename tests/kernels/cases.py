@@ -5,7 +5,19 @@ import torch
 
 from src.kernels import runtime
 from src.kernels.attention import Variant, paged_attention, plain_paged_attention, variant
-from src.kernels.rotation import plain_rotate_and_write, rotate_and_write
+from src.kernels.norm import add_rms_norm, plain_add_rms_norm, plain_rms_norm, rms_norm
+from src.kernels.rotation import (
+    plain_rotate,
+    plain_rotate_and_write,
+    rotate,
+    rotate_and_write,
+)
+from src.kernels.swiglu import plain_swiglu, swiglu
+from src.models import elementwise
+from src.models.batch import Batch, Sequence, response_loss
+from src.models.config import ModelConfig
+from src.models.transformer import CHECKPOINTING as RECOMPUTED
+from src.models.transformer import build
 
 assert hasattr(runtime.triton, "__version__")
 
@@ -154,3 +166,58 @@ def test_keys_and_values_are_written_to_their_pages(heads, kv_heads, dim, has_no
                     close(place, new[row])
                     place.fill_(7.0)
             assert (store == 7).all()  # nothing else was touched
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dim", (12, 64, 2304))
+def test_the_residual_is_added_and_normed(dim, dtype):
+    x, weight = drawn(5, dim + 3, dtype=dtype)[:, 3:], drawn(dim, dtype=dtype, seed=2)
+    for delta in (None, drawn(5, dim, dtype=dtype, seed=1)):
+        total = x if delta is None else x + delta
+        before = x.clone()
+        for function in (add_rms_norm, plain_add_rms_norm):
+            ours = function(x, delta, weight, 1e-2)
+            close(ours[0], total)
+            close(ours[1], normed(total, weight, 1e-2))
+        assert torch.equal(x, before)
+
+
+def gradients(function, up, *inputs):
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    out = function(*inputs)
+    return out, *torch.autograd.grad(out, inputs, up.to(out.dtype))
+
+
+# More rows than one program takes, and rows wider than a block. What else there is, strides and
+# dtypes and frozen weights, is tested by tests/models/test_elementwise.py, which runs beside this.
+@pytest.mark.parametrize("shape", ((100, 3, 64), (20, 2304)))
+def test_gradients_of_many_rows(shape):
+    x, up, weight = drawn(*shape), drawn(*shape, seed=1), drawn(shape[-1], seed=2)
+    cases = [(rms_norm, plain_rms_norm, up, (x, weight), (1e-2,)),
+             (swiglu, plain_swiglu, up[..., ::2], (x,), ())]  # fmt: skip
+    if len(shape) == 3:
+        cases.append((rotate, plain_rotate, up, (x,), (angles(100, 64),)))
+    for ours, plain, up, inputs, rest in cases:
+        wanted = gradients(lambda *x: plain(*x, *rest), up, *inputs)
+        for a, b in zip(gradients(lambda *x: ours(*x, *rest), up, *inputs), wanted):
+            close(a, b)
+
+
+@pytest.mark.usefixtures("parallel")
+def test_a_models_gradients_with_and_without_recomputation(monkeypatch):
+    config = ModelConfig(16, 2, 4, 2, 8, 32, 20, max_seq_len=16, qk_norm=True)
+    model = build(config, 0, 1, torch.float32).to_empty(device="cpu")
+    for i, weight in enumerate(model.parameters()):
+        weight.data = 0.3 * drawn(*weight.shape, seed=i)
+    batch = Batch.of([Sequence([1, 5, 9, 3, 2], 2), Sequence([1, 4, 2], 1)], "cpu")
+    found = {}
+    for kernels, recompute in ((False, "none"), *((True, how) for how in ("none", *RECOMPUTED))):
+        monkeypatch.setattr(elementwise, "_has_kernels", lambda x, kernels=kernels: kernels)
+        model.recompute = recompute
+        model.zero_grad()
+        response_loss(model, batch, lambda logprobs, *_: -logprobs.sum()).backward()
+        found[kernels, recompute] = [weight.grad for weight in model.parameters()]
+    for how in ("none", *RECOMPUTED):
+        for a, b in zip(found[True, how], found[False, "none"]):
+            close(a, b)
+        assert all(map(torch.equal, found[True, how], found[True, "none"]))
