@@ -108,7 +108,7 @@ def tile(dim: int) -> tuple[int, int, int]:
 
 
 def row_axes(x: Tensor) -> Tensor:
-    """[…, dim] as [outer, inner, dim], of any strides but the last axis's: a copy only if needed."""
+    """[…, dim] as [outer, inner, dim], of any strides but the last axis's; else copied."""
     x = dense_rows(x)
     return x if x.dim() == 3 else x.reshape(-1, 1, x.size(-1))
 

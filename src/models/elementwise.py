@@ -38,7 +38,7 @@ def compile_elementwise() -> None:
 
 
 def _has_kernels(x: Tensor) -> bool:
-    """Whether Triton is there for it: it comes with CUDA builds, and is imported where it is met."""
+    """Whether Triton's kernels take it: they come with CUDA builds, and are imported only there."""
     return x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -35,6 +35,7 @@ from src.parallel.layers import (
     RowParallelLinear,
     VocabParallelEmbedding,
     copy_to_model_parallel_region,
+    linear,
     parameter,
     reduce_from_model_parallel_region,
 )
@@ -279,7 +280,7 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """This rank's columns of the vocabulary's logits: [M, dim] → [M, vocabulary / n]."""
-        logits = F.linear(copy_to_model_parallel_region(hidden), self.vocabulary_weight)
+        logits = linear(copy_to_model_parallel_region(hidden), self.vocabulary_weight)
         logits = fill_padding(logits, self.vocabulary, dim=-1, value=IMPOSSIBLE)
         for start, stop in self.holes:
             logits = logits.index_fill(

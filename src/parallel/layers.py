@@ -78,15 +78,38 @@ def sum_gradient(weight: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 PACKED_ROWS = 8  # fp32: fewer rows are faster with the plain weight
 PACKED_SHARE = 8  # weights are packed when they take at most this part of the machine's memory
+# On a GPU, rows of x up to which our own kernel multiplies. Of more than one nothing is measured:
+# benchmarks/decode_kernels.py compares the two.
+SKINNY_ROWS = 1
 
 
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tensor | None = None
 ) -> Tensor:
-    """x Wᵀ + b, by the weight's packed copy where there is one and it pays: [N, in] → [N, out]."""
+    """x Wᵀ + b, by the weight's packed copy where there is one and it pays: [N, in] → [N, out].
+
+    On a GPU, of few rows without gradients, by `vector_product`.
+    """
     if packed is not None and (x.size(0) >= PACKED_ROWS or x.dtype == torch.bfloat16):
         return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    if x.is_cuda and _is_skinny(x, weight):
+        from src.kernels.product import vector_product
+
+        return vector_product(x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+def _is_skinny(x: Tensor, weight: Tensor) -> bool:
+    """Whether the product has few rows, a plain weight in half precision, and no gradient."""
+    return (
+        x.dim() == 2
+        and x.size(0) <= SKINNY_ROWS
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and not torch.is_grad_enabled()
+        and type(weight) in (Tensor, nn.Parameter)
+        and weight.dtype == x.dtype
+        and weight.is_contiguous()
+    )
 
 
 class _Stack(torch.autograd.Function):

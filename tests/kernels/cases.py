@@ -1,11 +1,17 @@
 """What `test_kernels.py` runs in Triton's interpreter, where bf16 is cut off instead of rounded."""
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from threading import Barrier
+
 import pytest
 import torch
 
+from src.generation.sampling import Sampling, _threshold
 from src.kernels import runtime
 from src.kernels.attention import Variant, paged_attention, plain_paged_attention, variant
 from src.kernels.norm import add_rms_norm, plain_add_rms_norm, plain_rms_norm, rms_norm
+from src.kernels.product import plain_vector_product, vector_product
 from src.kernels.rotation import (
     plain_rotate,
     plain_rotate_and_write,
@@ -13,6 +19,7 @@ from src.kernels.rotation import (
     rotate_and_write,
 )
 from src.kernels.swiglu import plain_swiglu, swiglu
+from src.kernels.threshold import plain_threshold, threshold
 from src.models import elementwise
 from src.models.batch import Batch, Sequence, response_loss
 from src.models.config import ModelConfig
@@ -101,10 +108,10 @@ def test_attention_of_a_window(window):
 
 @pytest.mark.parametrize("splits", (1, 2, 16))
 def test_attention_in_splits(splits):
-    for product, heads in ((False, 2), (True, 8)):
+    for product, heads in ((False, 2), (True, 4)):
         how = Variant(16, splits, 4, 1, product)
-        check_attention([0, 3, 33, 200], heads, heads // 2, 64, how=how)
-        check_attention([200], heads, heads // 2, 64, 70, how=how)
+        check_attention([0, 3, 33, 200], heads, 1, 64, how=how)
+        check_attention([200], heads, 1, 64, 70, how=how)
 
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
@@ -193,13 +200,13 @@ def gradients(function, up, *inputs):
 @pytest.mark.parametrize("shape", ((100, 3, 64), (20, 2304)))
 def test_gradients_of_many_rows(shape):
     x, up, weight = drawn(*shape), drawn(*shape, seed=1), drawn(shape[-1], seed=2)
-    cases = [(rms_norm, plain_rms_norm, up, (x, weight), (1e-2,)),
-             (swiglu, plain_swiglu, up[..., ::2], (x,), ())]  # fmt: skip
+    norms = (partial(function, eps=1e-2) for function in (rms_norm, plain_rms_norm))
+    cases = [(*norms, up, x, weight), (swiglu, plain_swiglu, up[..., ::2], x)]
     if len(shape) == 3:
-        cases.append((rotate, plain_rotate, up, (x,), (angles(100, 64),)))
-    for ours, plain, up, inputs, rest in cases:
-        wanted = gradients(lambda *x: plain(*x, *rest), up, *inputs)
-        for a, b in zip(gradients(lambda *x: ours(*x, *rest), up, *inputs), wanted):
+        turns = (partial(function, rotary=angles(100, 64)) for function in (rotate, plain_rotate))
+        cases.append((*turns, up, x))
+    for ours, plain, up, *inputs in cases:
+        for a, b in zip(gradients(ours, up, *inputs), gradients(plain, up, *inputs)):
             close(a, b)
 
 
@@ -221,3 +228,65 @@ def test_a_models_gradients_with_and_without_recomputation(monkeypatch):
         for a, b in zip(found[True, how], found[False, "none"]):
             close(a, b)
         assert all(map(torch.equal, found[True, how], found[True, "none"]))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("n, inside, outside", ((1, 40, 7), (1, 2100, 6), (3, 300, 5), (8, 64, 8)))
+def test_products_of_few_rows(n, inside, outside, dtype):
+    x = drawn(n, inside + 3, dtype=dtype)[:, 3:]
+    weight, bias = (drawn(2 * outside, *more, dtype=dtype) for more in ((inside,), ()))
+    product = x.double() @ weight.double().t()
+    gate, up = product.chunk(2, -1)
+    for function in (vector_product, plain_vector_product):
+        close(function(x, weight), product)
+        close(function(x, weight, bias), product + bias.double())
+        close(function(x, weight, paired=True), gate / (1 + (-gate).exp()) * up)
+
+
+def on_two_ranks(z, *how):
+    """`plain_threshold` of the halves of z, which agree on sums as ranks would."""
+    parts, met = [None, None], Barrier(2, timeout=60)
+
+    def rank(i, columns):
+        def summed(x):
+            parts[i] = x
+            met.wait()
+            total = parts[0] + parts[1]
+            met.wait()
+            return total
+
+        return plain_threshold(columns, *how, summed)
+
+    halves = z.split(z.size(1) // 2 + 5, 1)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(rank, range(2), halves)
+    assert torch.equal(first, second)
+    return first
+
+
+@pytest.mark.usefixtures("parallel")
+@pytest.mark.parametrize("top_k", (0, 1, 5, 5000))
+def test_thresholds_are_where_sorting_finds_them(top_k, monkeypatch):
+    monkeypatch.setattr("src.kernels.threshold.BLOCK", 1024)  # quicker, interpreted
+    z = 4 * drawn(6, 600)
+    z[1] = z[1].round()  # many are equal, -0.0 and 0.0 among them
+    z[2] = 0.0  # all are
+    z[3, ::2] = -torch.inf
+    z[4, 7] = 20.0  # one has nearly all the mass
+    z[5] *= 1e-3
+    top, is_possible = z.amax(1), z > -torch.inf
+    for top_p, min_p in ((1e-6, 0.0), (0.3, 0.2), (0.99, 0.0), (1.0, 0.01)):
+        sampling, how = Sampling(top_k=top_k, top_p=top_p, min_p=min_p), (top_k, top_p, min_p)
+        kept = is_possible & (z >= _threshold(z, sampling, top).unsqueeze(1))
+        for function in (threshold, plain_threshold, on_two_ranks):
+            ours = is_possible & (z >= function(z, top, *how).unsqueeze(1))
+            assert torch.equal(ours, kept), how
+
+
+@pytest.mark.usefixtures("parallel")
+def test_the_threshold_of_a_vocabulary_that_takes_several_blocks():
+    z = torch.cat((3 * drawn(2, 5000), torch.full((2, 1), torch.nan)), 1)[:, :5000]
+    top = z.amax(1)
+    for top_k, top_p in ((0, 0.8), (700, 0.95)):
+        wanted = _threshold(z, Sampling(top_k=top_k, top_p=top_p), top)
+        assert torch.equal(threshold(z, top, top_k, top_p, 0.0), wanted)
