@@ -16,6 +16,7 @@ LONG = (
     "faults/test_changed.py",
     "trainer/test_steps.py",
     "models/test_parity.py",
+    "kernels/test_kernels.py",
     "test_scripts.py",
     "trainer/test_saving.py",
     "test_cli.py",

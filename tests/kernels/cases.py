@@ -1,7 +1,9 @@
 """What `test_kernels.py` runs in Triton's interpreter, where bf16 is cut off instead of rounded."""
 
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pkgutil import resolve_name
 from threading import Barrier
 
 import pytest
@@ -217,13 +219,23 @@ def test_a_models_gradients_with_and_without_recomputation(monkeypatch):
     for i, weight in enumerate(model.parameters()):
         weight.data = 0.3 * drawn(*weight.shape, seed=i)
     batch = Batch.of([Sequence([1, 5, 9, 3, 2], 2), Sequence([1, 4, 2], 1)], "cpu")
-    found = {}
+    found, called = {}, Counter()
+    for name in ("norm.rms_norm", "swiglu.swiglu", "rotation.rotate"):
+        kernel = resolve_name(f"src.kernels.{name}")
+
+        def counted(*inputs, name=name, kernel=kernel):
+            called[name] += 1
+            return kernel(*inputs)
+
+        monkeypatch.setattr(f"src.kernels.{name}", counted)
     for kernels, recompute in ((False, "none"), *((True, how) for how in ("none", *RECOMPUTED))):
         monkeypatch.setattr(elementwise, "_has_kernels", lambda x, kernels=kernels: kernels)
         model.recompute = recompute
         model.zero_grad()
         response_loss(model, batch, lambda logprobs, *_: -logprobs.sum()).backward()
         found[kernels, recompute] = [weight.grad for weight in model.parameters()]
+    # Three forwards of two layers with four norms, and one at the end; two recompute the layers.
+    assert called == {"norm.rms_norm": 27 + 16, "swiglu.swiglu": 10, "rotation.rotate": 20}
     for how in ("none", *RECOMPUTED):
         for a, b in zip(found[True, how], found[False, "none"]):
             close(a, b)
