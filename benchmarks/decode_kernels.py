@@ -1,296 +1,105 @@
-"""What a decode step could reach on a GPU: one CUDA graph, and drafts of fused Triton kernels.
+"""What a decode step could reach on a GPU: one CUDA graph, by PyTorch's kernels and by ours.
 
     python benchmarks/decode_kernels.py
 
 With the 7B shape in bf16, random weights, no sampling, 192 tokens in every sequence's cache. Each
-row says how far its logits are from those of the plain step. A step of the drafts has ten kernels a
-layer. `TRITON_INTERPRET=1` with small sizes runs the same on a CPU, where only the errors matter.
+row says how far its logits are from those of the plain step. A step by our kernels (src/kernels)
+has ten of them a layer. Then one layer's attention, products of few rows, and the threshold of
+top-p, beside what PyTorch has. `TRITON_INTERPRET=1` with small sizes runs the same on a CPU, where
+only the errors matter.
 """
 
 from collections.abc import Callable
 from functools import partial
 from statistics import median
-from typing import NamedTuple
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 import triton
-import triton.language as tl
 from common import seconds
 from gpu import config_of, copy_rate, free_memory, random_model
 from torch import Tensor
 
 from src.cli import run
-from src.generation.cache import Cache, Decode
+from src.kernels.attention import Variant, paged_attention, variant
+from src.kernels.norm import add_rms_norm
+from src.kernels.product import vector_product
+from src.kernels.rotation import rotate_and_write
+from src.kernels.swiglu import swiglu
+from src.kernels.threshold import threshold
+from src.models.config import ModelConfig
 from src.models.transformer import Transformer
+from src.parallel.layers import SKINNY_ROWS, linear
 from src.parallel.setup import start, stop
 
 ON_GPU = torch.cuda.is_available()
+CONTEXT, PAGE = 192, 16  # tokens of every sequence, and of a page
+PAGES = CONTEXT // PAGE + 2  # of a sequence: room for 224 tokens
 
 
-@triton.jit
-def add_norm_kernel(x, delta, weight, out, dim, eps, HAS_DELTA: tl.constexpr, BLOCK: tl.constexpr):
-    """A row of x: x += delta, out = norm(x) · weight."""
-    row = tl.program_id(0) * dim
-    i = tl.arange(0, BLOCK)
-    inside = i < dim
-    value = tl.load(x + row + i, mask=inside, other=0.0).to(tl.float32)
-    if HAS_DELTA:
-        value += tl.load(delta + row + i, mask=inside, other=0.0).to(tl.float32)
-        value = value.to(x.dtype.element_ty).to(tl.float32)
-        tl.store(x + row + i, value.to(x.dtype.element_ty), mask=inside)
-    r = 1.0 / tl.sqrt(tl.sum(value * value, 0) / dim + eps)
-    normed = (value * r).to(x.dtype.element_ty).to(tl.float32)
-    w = tl.load(weight + i, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row + i, (normed * w).to(out.dtype.element_ty), mask=inside)
+class Context:
+    """The layout of a step: n sequences of 192 tokens, each layer's keys and values at random.
+
+    They lie in pages, [n · pages, kv heads, 16, head_dim], or as PyTorch's attention wants them,
+    [n, kv heads, tokens, head_dim]: the same numbers.
+    """
+
+    context = PAGES * PAGE
+
+    def __init__(
+        self, config: ModelConfig, n: int, dtype: torch.dtype, device: torch.device, paged: bool
+    ) -> None:
+        torch.manual_seed(0)
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        for store in (self.keys, self.values):
+            for _ in range(config.n_layers):
+                shape = (n, config.n_kv_heads, self.context, config.head_dim)
+                x = torch.randn(shape, device=device, dtype=dtype)
+                if paged:
+                    x = x.unflatten(2, (PAGES, PAGE)).transpose(1, 2).flatten(0, 1)
+                store.append(x.contiguous())
+        self.table = torch.arange(n * PAGES, dtype=torch.int32, device=device).view(n, PAGES)
+        self.positions = torch.full((n,), CONTEXT, device=device)
+        self.mask = torch.zeros(n, 1, 1, self.context, dtype=dtype, device=device)
+        self.mask[..., CONTEXT + 1 :] = -torch.inf
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor:
+        """In the model's own forward: by PyTorch, with a mask."""
+        keys, values = self.keys[layer], self.values[layer]
+        keys[:, :, CONTEXT], values[:, :, CONTEXT] = k, v
+        grouped = q.unflatten(1, (k.size(1), -1))  # heads that share keys are queries of one head
+        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self.mask)
+        return out.flatten(1, 2)
 
 
-@triton.jit
-def rotate_and_keep_kernel(
-    qkv,
-    lengths,
-    cos,
-    sin,
-    q_out,
-    keys,
-    values,
-    cache_length,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    HALF: tl.constexpr,
-):
-    """One head of one row: q turned, k turned and v into the cache."""
-    row, head = tl.program_id(0), tl.program_id(1)
-    pair = tl.arange(0, HALF)
-    source = qkv + (row * (HEADS + 2 * KV_HEADS) + head) * 2 * HALF + 2 * pair
-    a, b = tl.load(source).to(tl.float32), tl.load(source + 1).to(tl.float32)
-    position = tl.load(lengths + row)
-    c, s = tl.load(cos + position * HALF + pair), tl.load(sin + position * HALF + pair)
-    turned_a, turned_b = a * c - b * s, a * s + b * c
-    if head < HEADS:
-        target = q_out + (row * HEADS + head) * 2 * HALF + 2 * pair
-        tl.store(target, turned_a.to(q_out.dtype.element_ty))
-        tl.store(target + 1, turned_b.to(q_out.dtype.element_ty))
-    else:
-        kv_head = (head - HEADS) % KV_HEADS
-        place = ((row * KV_HEADS + kv_head).to(tl.int64) * cache_length + position) * 2 * HALF
-        if head < HEADS + KV_HEADS:
-            tl.store(keys + place + 2 * pair, turned_a.to(keys.dtype.element_ty))
-            tl.store(keys + place + 2 * pair + 1, turned_b.to(keys.dtype.element_ty))
-        else:
-            tl.store(values + place + 2 * pair, a.to(values.dtype.element_ty))
-            tl.store(values + place + 2 * pair + 1, b.to(values.dtype.element_ty))
+def plain_step(model: Transformer, last: Tensor, context: Context) -> Tensor:
+    """The logits after each sequence's newest token, by the model's forward."""
+    return model.logits(model(last, context))
 
 
-@triton.jit
-def attention_kernel(
-    q,
-    keys,
-    values,
-    lengths,
-    out,
-    lse,
-    scale,
-    cache_length,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    PADDED: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """A slot, a kv head, a part of its length: the length is read on the device."""
-    slot, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    n = tl.load(lengths + slot).to(tl.int32) + 1
-    share = ((n + SPLITS - 1) // SPLITS + BLOCK - 1) // BLOCK * BLOCK
-    first = split * share
-    end = tl.minimum(first + share, n)
-    g, d = tl.arange(0, PADDED), tl.arange(0, DIM)
-    rows = (slot * KV_HEADS + head) * GROUP + g
-    is_head = (g < GROUP)[:, None]
-    query = tl.load(q + rows[:, None] * DIM + d[None, :], mask=is_head, other=0.0)
-    query = query.to(tl.float32) * scale
-    largest = tl.full([PADDED], -1e30, tl.float32)
-    total = tl.zeros([PADDED], tl.float32)
-    mean = tl.zeros([PADDED, DIM], tl.float32)
-    base = (slot * KV_HEADS + head).to(tl.int64) * cache_length * DIM
-    for i in tl.range(first, end, BLOCK, num_stages=STAGES):
-        p = i + tl.arange(0, BLOCK)
-        inside = (p < end)[:, None]
-        places = base + p[:, None] * DIM + d[None, :]
-        k = tl.load(keys + places, mask=inside, other=0.0).to(tl.float32)
-        v = tl.load(values + places, mask=inside, other=0.0).to(tl.float32)
-        scores = tl.sum(query[:, None, :] * k[None, :, :], 2)  # [heads, positions]
-        scores = tl.where((p < end)[None, :], scores, -1e30)
-        larger = tl.maximum(largest, tl.max(scores, 1))
-        shrink, weight = tl.exp(largest - larger), tl.exp(scores - larger[:, None])
-        total = total * shrink + tl.sum(weight, 1)
-        mean = mean * shrink[:, None] + tl.sum(weight[:, :, None] * v[None, :, :], 1)
-        largest = larger
-    mean = mean / tl.maximum(total, 1e-30)[:, None]
-    rows = ((slot * KV_HEADS + head) * SPLITS + split) * GROUP + g
-    tl.store(out + rows[:, None] * DIM + d[None, :], mean.to(out.dtype.element_ty), mask=is_head)
-    if SPLITS > 1:
-        log_total = tl.where(total > 0, largest + tl.log(tl.maximum(total, 1e-30)), -1e30)
-        tl.store(lse + rows, log_total, mask=g < GROUP)
-
-
-@triton.jit
-def join_kernel(parts, lse, out, GROUP: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr):
-    """The splits of one query head, weighted by their sums of exponentials."""
-    i = tl.program_id(0)
-    split, d = tl.arange(0, SPLITS), tl.arange(0, DIM)
-    rows = (i // GROUP * SPLITS + split) * GROUP + i % GROUP
-    weight = tl.load(lse + rows)
-    weight = tl.exp(weight - tl.max(weight, 0))
-    part = tl.load(parts + rows[:, None] * DIM + d[None, :])
-    joined = tl.sum(part * (weight / tl.sum(weight, 0))[:, None], 0)
-    tl.store(out + i * DIM + d, joined.to(out.dtype.element_ty))
-
-
-@triton.jit
-def vector_product_kernel(
-    x, weight, out, k, n, PAIRED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """out = W x for a few rows of W; PAIRED: silu(W₁ x) · (W₂ x), of W's two halves."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = (rows < n)[:, None]
-    total = tl.zeros([ROWS, BLOCK], tl.float32)
-    up_total = tl.zeros([ROWS, BLOCK], tl.float32)
-    for i in range(0, k, BLOCK):
-        column = i + tl.arange(0, BLOCK)
-        value = tl.load(x + column, mask=column < k, other=0.0).to(tl.float32)[None, :]
-        mask = inside & (column < k)[None, :]
-        places = rows[:, None].to(tl.int64) * k + column[None, :]
-        total += tl.load(weight + places, mask=mask, other=0.0).to(tl.float32) * value
-        if PAIRED:
-            half = tl.cast(n, tl.int64) * k
-            up = tl.load(weight + half + places, mask=mask, other=0.0).to(tl.float32)
-            up_total += up * value
-    result = tl.sum(total, 1)
-    if PAIRED:
-        result = result.to(out.dtype.element_ty).to(tl.float32)
-        gated = (result * tl.sigmoid(result)).to(out.dtype.element_ty).to(tl.float32)
-        result = gated * tl.sum(up_total, 1).to(out.dtype.element_ty).to(tl.float32)
-    tl.store(out + rows, result.to(out.dtype.element_ty), mask=rows < n)
-
-
-@triton.jit
-def swiglu_kernel(joined, out, n, width, BLOCK: tl.constexpr):
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row, column = i // width, i % width
-    inside = i < n * width
-    gate = tl.load(joined + row * 2 * width + column, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(joined + row * 2 * width + width + column, mask=inside, other=0.0)
-    gated = (gate * tl.sigmoid(gate)).to(out.dtype.element_ty).to(tl.float32)
-    tl.store(out + i, (gated * up.to(tl.float32)).to(out.dtype.element_ty), mask=inside)
-
-
-def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-    out, dim = torch.empty_like(x), x.size(1)
-    block = triton.next_power_of_2(dim)
-    add_norm_kernel[(x.size(0),)](
-        x, x if delta is None else delta, weight, out, dim, eps, delta is not None, block
-    )
-    return out
-
-
-class Variant(NamedTuple):
-    """How the attention kernel is compiled."""
-
-    block: int
-    splits: int
-    warps: int
-    stages: int
-
-
-FEW_SEQUENCES = (Variant(32, 4, 4, 1), Variant(64, 4, 4, 2))
-MANY_SEQUENCES = (Variant(32, 1, 4, 1), Variant(16, 1, 2, 3), Variant(32, 1, 2, 3))
-
-
-def attention(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, how: Variant) -> Tensor:
-    """q: [n, heads, head_dim]; keys, values: [n, kv heads, length, head_dim]; lengths: [n]."""
-    n, heads, dim = q.shape
-    kv_heads, length = keys.size(1), keys.size(2)
-    group, out = heads // kv_heads, torch.empty_like(q)
-    parts, lse = out, out
-    if how.splits > 1:
-        parts = q.new_empty(n * heads * how.splits, dim, dtype=torch.float32)
-        lse = q.new_empty(n * heads * how.splits, dtype=torch.float32)
-    attention_kernel[(n, kv_heads, how.splits)](
-        q,
-        keys,
-        values,
-        lengths,
-        parts,
-        lse,
-        dim**-0.5,
-        length,
-        kv_heads,
-        group,
-        triton.next_power_of_2(group),
-        dim,
-        how.block,
-        how.splits,
-        how.stages,
-        num_warps=how.warps,
-    )
-    if how.splits > 1:
-        join_kernel[(n * heads,)](parts, lse, out, group, dim, how.splits)
-    return out
-
-
-def product(x: Tensor, weight: Tensor, paired: bool = False) -> Tensor:
-    """x Wᵀ, of one row by Triton; paired: SwiGLU of its two halves."""
-    n = weight.size(0) // (2 if paired else 1)
-    if x.size(0) == 1:
-        out = x.new_empty(1, n)
-        grid = (triton.cdiv(n, 2),)
-        vector_product_kernel[grid](x, weight, out, x.size(1), n, paired, 2, 1024)
-        return out
-    y = F.linear(x, weight)
-    if not paired:
-        return y
-    out = x.new_empty(x.size(0), n)
-    swiglu_kernel[(triton.cdiv(out.numel(), 1024),)](y, out, x.size(0), n, 1024)
-    return out
-
-
-def fused_step(
-    model: Transformer, cache: Cache, last: Tensor, lengths: Tensor, how: Variant
-) -> Tensor:
-    """The logits after each sequence's newest token; `Decode` with the kernels above."""
-    config = model.config
-    table = model._rotary
-    assert table is not None  # the plain step came before
-    cos, sin = table.real.contiguous(), table.imag.contiguous()
-    heads, kv_heads = config.n_heads, config.n_kv_heads
-    x, delta = model.tok_embeddings(last).contiguous().clone(), None
+def fused_step(model: Transformer, last: Tensor, context: Context) -> Tensor:
+    """The same by our kernels, in one pass from norm to norm."""
+    config, seen = model.config, context.positions + 1
+    rotary = model.rotary(context)
+    x, delta = model.tok_embeddings(last), None
     for i, block in enumerate(model.layers):
-        h = add_norm(x, delta, block.attention_norm.weight, config.norm_eps)
-        qkv = product(h, block.attention.projections.stacked.weight)
-        q = x.new_empty(x.size(0), heads, config.head_dim)
-        rotate_and_keep_kernel[(x.size(0), heads + 2 * kv_heads)](
-            qkv,
-            lengths,
-            cos,
-            sin,
-            q,
-            cache.keys[i],
-            cache.values[i],
-            cache.length,
-            heads,
-            kv_heads,
-            config.head_dim // 2,
-            num_warps=1,
-        )
-        out = attention(q, cache.keys[i], cache.values[i], lengths, how)
-        delta = product(out.flatten(1), block.attention.wo.weight)
-        h = add_norm(x, delta, block.ffn_norm.weight, config.norm_eps)
-        gated = product(h, block.feed_forward.projections.stacked.weight, paired=True)
-        delta = product(gated, block.feed_forward.w2.weight)
-    return product(add_norm(x, delta, model.norm.weight, config.norm_eps), model.vocabulary_weight)
+        x, h = add_rms_norm(x, delta, block.attention_norm.weight, config.norm_eps)
+        qkv = linear(h, block.attention.projections.stacked.weight)
+        places = (context.keys[i], context.values[i], context.table)
+        heads = (config.n_heads, config.n_kv_heads)
+        q = rotate_and_write(qkv, rotary, *places, context.positions, *heads)
+        out = paged_attention(q, *places, seen)
+        delta = linear(out.flatten(1), block.attention.wo.weight)
+        x, h = add_rms_norm(x, delta, block.ffn_norm.weight, config.norm_eps)
+        gate_up = block.feed_forward.projections.stacked.weight
+        if len(h) <= SKINNY_ROWS:
+            gated = vector_product(h, gate_up, paired=True)
+        else:
+            gated = swiglu(linear(h, gate_up))
+        delta = linear(gated, block.feed_forward.w2.weight)
+    return model.logits(add_rms_norm(x, delta, model.norm.weight, config.norm_eps)[1])
 
 
 def replayed(work: Callable[[], Tensor], rounds: int = 20) -> tuple[float, Tensor]:
@@ -317,74 +126,111 @@ def replayed(work: Callable[[], Tensor], rounds: int = 20) -> tuple[float, Tenso
     return median(took), result.clone()
 
 
+def relative(result: Tensor, wanted: Tensor) -> float:
+    return float((result.double() - wanted.double()).norm() / wanted.double().norm())
+
+
 def steps(model: Transformer, device: torch.device, bandwidth: float, batches: list[int]) -> None:
-    config = model.config
+    config, dtype = model.config, model.norm.weight.dtype
     weights = sum(p.nbytes for name, p in model.named_parameters() if "tok_embeddings" not in name)
-    size = model.norm.weight.element_size()
-    token = 2 * config.n_layers * config.n_kv_heads * config.head_dim * size
+    token = 2 * config.n_layers * config.n_kv_heads * config.head_dim * dtype.itemsize
     print("| step | ms | of the memory roofline | error of the logits |\n|---|---|---|---|")
     for n in batches:
-        torch.manual_seed(0)
-        cache = Cache(model, n, 224)
-        for store in (*cache.keys, *cache.values):
-            store.normal_()
-        lengths = torch.full((n,), 192, device=device)
         last = torch.arange(n, device=device) % 500 + 1
-
-        def plain(cache: Cache = cache, lengths=lengths, last=last, n=n) -> Tensor:
-            layout = Decode(cache, lengths, lengths, [(0, n, cache.length)])
-            return model.logits(model(last, layout))
-
-        least = (weights + n * token * 193) / bandwidth
-        took, logits = replayed(plain)
-        print(f"| batch {n}, plain, in a graph | {1e3 * took:.2f} | {least / took:.2f} | 0 |")
-        for how in FEW_SEQUENCES if n < 64 else MANY_SEQUENCES:
-            took, result = replayed(partial(fused_step, model, cache, last, lengths, how))
-            error = float((result - logits).float().norm() / logits.float().norm())
+        least = (weights + n * token * (CONTEXT + 1)) / bandwidth
+        context, rows = Context(config, n, dtype, device, paged=False), []
+        plain = partial(plain_step, model, last, context)
+        with (
+            mock.patch("src.models.elementwise._has_kernels", lambda x: False),
+            mock.patch("src.parallel.layers.SKINNY_ROWS", 0),
+        ):
+            took, logits = replayed(plain)
+        rows.append(("PyTorch's kernels", took, 0.0))
+        took, result = replayed(plain)
+        rows.append(("ours but for attention", took, relative(result, logits)))
+        del context, plain  # before there are pages
+        free_memory()
+        context = Context(config, n, dtype, device, paged=True)
+        took, result = replayed(partial(fused_step, model, last, context))
+        rows.append(("ours", took, relative(result, logits)))
+        for name, took, error in rows:
             print(
-                f"| batch {n}, fused, {how.splits} splits of {how.block}, {how.warps} warps, "
-                f"{how.stages} stages | {1e3 * took:.2f} | {least / took:.2f} | {error:.1e} |",
+                f"| batch {n}, {name} | {1e3 * took:.2f} | {least / took:.2f} | {error:.1e} |",
                 flush=True,
             )
-        del cache, plain
+        del context
         free_memory()
 
 
-def attentions(device: torch.device, dtype: torch.dtype, n: int, dim: int, length: int) -> None:
-    """Of one layer: PyTorch's kernels with a mask, and the draft's variants."""
-    bandwidth = copy_rate(device)
+def attentions(config: ModelConfig, device: torch.device, dtype: torch.dtype, n: int) -> None:
+    """Of one layer: PyTorch's kernels with a mask, and ours in some variants."""
+    bandwidth, dim = copy_rate(device), config.head_dim
     print("\n| attention of one layer | us | of the cache's bytes |\n|---|---|---|")
     for heads, kv_heads in ((32, 32), (32, 8)):
+        sizes = ModelConfig(heads * dim, 1, heads, kv_heads, dim, 1, 1)
+        whole, context = (Context(sizes, n, dtype, device, paged) for paged in (False, True))
         q = torch.randn(n, heads, dim, device=device).to(dtype)
-        k, v = (
-            torch.randn(n, kv_heads, length + 31, dim, device=device).to(dtype) for _ in range(2)
-        )
-        lengths = torch.full((n,), length, device=device)
-        mask = torch.zeros(n, 1, 1, length + 31, dtype=dtype, device=device)
-        mask[..., length + 1 :] = -torch.inf
-        grouped = q.unflatten(1, (kv_heads, -1))
-        least = 2 * n * kv_heads * (length + 1) * dim * k.element_size() / bandwidth
-        label = f"{n} × {length} tokens, {heads}/{kv_heads} heads"
-
-        library = partial(F.scaled_dot_product_attention, grouped, k, v, attn_mask=mask)
+        least = 2 * n * kv_heads * (CONTEXT + 1) * dim * dtype.itemsize / bandwidth
+        label = f"{n} × {CONTEXT} tokens, {heads}/{kv_heads} heads"
+        inputs = (q.unflatten(1, (kv_heads, -1)), whole.keys[0], whole.values[0], whole.mask)
+        library = partial(F.scaled_dot_product_attention, *inputs)
         for has_cudnn in (True, False) if ON_GPU else (False,):
             torch.backends.cuda.enable_cudnn_sdp(has_cudnn)
-            took, reference = replayed(library)
+            took, wanted = replayed(library)
             name = "cuDNN" if has_cudnn else "PyTorch's own"
             print(f"| {label}, {name} | {1e6 * took:.0f} | {least / took:.2f} |")
+        pages = (context.keys[0], context.values[0], context.table, context.positions + 1)
+        chosen = variant(q, context.keys[0], PAGES)
         variants = [
-            Variant(block, 1, warps, stages)
+            Variant(block, 1, warps, stages, product)
             for block in (16, 32, 64)
             for warps in (2, 4, 8)
-            for stages in (1, 3)
+            for stages in (1, 3, 5)
+            for product in (False, True)
         ]
         rows = []
-        for how in variants if ON_GPU else variants[:2]:
-            took, result = replayed(partial(attention, q, k, v, lengths, how), 5)
-            error = float((result - reference.flatten(1, 2)).float().norm() / reference.norm())
-            rows.append((took, error, how))
-        for took, error, how in sorted(rows)[:5]:
-            print(f"| {label}, {how}, error {error:.0e} | {1e6 * took:.0f} | {least / took:.2f} |")
+        for how in (chosen, *variants) if ON_GPU else (chosen,):
+            took, result = replayed(partial(paged_attention, q, *pages, how=how), 5)
+            rows.append((took, relative(result, wanted.flatten(1, 2)), how))
+        for took, error, how in (rows[0], *sorted(rows[1:])[:5]):
+            name = f"{how}{' (chosen)' if how == chosen else ''}, error {error:.0e}"
+            print(f"| {label}, {name} | {1e6 * took:.0f} | {least / took:.2f} |", flush=True)
+
+
+def products(dim: int, hidden_dim: int, device: torch.device, dtype: torch.dtype) -> None:
+    """Of few rows: the library's, and ours; of the weight's bytes at the copy rate."""
+    bandwidth = copy_rate(device)
+    print("\n| product | rows | library | ours | error |\n|---|---|---|---|---|")
+    for inside, outside in ((dim, 3 * dim), (dim, 2 * hidden_dim), (hidden_dim, dim)):
+        weight = torch.randn(outside, inside, device=device).to(dtype)
+        least = weight.nbytes / bandwidth
+        for n in (1, 2, 4, 8):
+            x = torch.randn(n, inside, device=device).to(dtype)
+            theirs, wanted = replayed(partial(F.linear, x, weight))
+            ours, result = replayed(partial(vector_product, x, weight))
+            shares = f"{least / theirs:.2f} | {least / ours:.2f}"
+            print(f"| {inside} → {outside} | {n} | {shares} | {relative(result, wanted):.0e} |")
+
+
+def thresholds(device: torch.device, n: int) -> None:
+    """Of top-p 0.9: ours, and sorting all logits."""
+
+    def by_sorting(z: Tensor, top: Tensor) -> Tensor:
+        best = z.sort(-1, descending=True).values
+        p = (best - top.unsqueeze(-1)).exp().double()
+        kept = (p.cumsum(-1) - p < 0.9 * p.sum(-1, keepdim=True)).sum(-1)
+        return best.gather(-1, (kept - 1).unsqueeze(-1)).squeeze(-1)
+
+    print("\n| top-p | rows | sorting, us | ours, us | agree |\n|---|---|---|---|---|")
+    for size in (32000, 128256) if ON_GPU else (1000,):
+        for rows in (1, n):
+            z = 3 * torch.randn(rows, size, device=device)
+            top = z.amax(-1)
+            theirs, wanted = replayed(partial(by_sorting, z, top))
+            ours, result = replayed(partial(threshold, z, top, 0, 0.9, 0.0))
+            agree = float((result == wanted).double().mean())
+            times = f"{1e6 * theirs:.0f} | {1e6 * ours:.0f}"
+            print(f"| {size} | {rows} | {times} | {agree:.2f} |", flush=True)
 
 
 @torch.no_grad()
@@ -416,7 +262,9 @@ def main(
     steps(model, device, bandwidth, [int(n) for n in batches.split(",")])
     del model
     free_memory()
-    attentions(device, dtype, 256 if ON_GPU else 3, config.head_dim, 192)
+    attentions(config, device, dtype, 256 if ON_GPU else 1)
+    products(dim, hidden_dim, device, dtype)
+    thresholds(device, 256 if ON_GPU else 2)
     stop()
 
 

@@ -8,6 +8,7 @@ from threading import Barrier
 
 import pytest
 import torch
+from torch import nn
 
 from src.generation.sampling import Sampling, _threshold
 from src.kernels import runtime
@@ -27,6 +28,7 @@ from src.models.batch import Batch, Sequence, response_loss
 from src.models.config import ModelConfig
 from src.models.transformer import CHECKPOINTING as RECOMPUTED
 from src.models.transformer import build
+from src.parallel.layers import SKINNY_ROWS, linear
 
 assert hasattr(runtime.triton, "__version__")
 
@@ -253,6 +255,31 @@ def test_products_of_few_rows(n, inside, outside, dtype):
         close(function(x, weight), product)
         close(function(x, weight, bias), product + bias.double())
         close(function(x, weight, paired=True), gate / (1 + (-gate).exp()) * up)
+
+
+class Unlike(torch.Tensor):
+    pass
+
+
+def test_which_products_the_kernel_makes(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+    monkeypatch.setattr(
+        "src.kernels.product.vector_product",
+        lambda *inputs: calls.append(inputs) or vector_product(*inputs),
+    )
+    x, weight, bias = (drawn(*s, dtype=torch.float16) for s in ((SKINNY_ROWS, 40), (7, 40), (7,)))
+    with torch.no_grad():
+        close(linear(x, weight, bias), x.double() @ weight.double().t() + bias.double())
+        assert len(calls) == 1
+        close(linear(x, nn.Parameter(weight)), x.double() @ weight.double().t())
+        assert len(calls) == 2
+        linear(drawn(SKINNY_ROWS + 1, 40, dtype=torch.float16), weight)  # more rows
+        linear(x, drawn(40, 7, dtype=torch.float16).t())  # other strides
+        linear(x.float(), weight.float())  # full precision
+        linear(x, weight.as_subclass(Unlike))  # a weight that multiplies in its own way
+    linear(x, weight)  # with gradients
+    assert len(calls) == 2
 
 
 def on_two_ranks(z, *how):
