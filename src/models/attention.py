@@ -168,11 +168,9 @@ class Packed:
             k, v = (torch.cat(self._with_prefixes(x.split(self.lengths))) for x in (k, v))
         # keys to the left and to the right that a query sees; -1: all
         options: dict[str, Any] = {"window_size": (window - 1 if window else -1, 0)}
-        if q.size(1) != k.size(1):
-            if "enable_gqa" in inspect.signature(varlen_attn).parameters:
-                options["enable_gqa"] = True
-            else:  # older PyTorch: each kv head is repeated for the query heads that share it
-                k, v = (x.repeat_interleave(q.size(1) // x.size(1), 1) for x in (k, v))
+        # Query heads share a kv head. Older PyTorch has no flag for it, and its kernel takes them.
+        if q.size(1) != k.size(1) and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            options["enable_gqa"] = True
         out = varlen_attn(q, k, v, queries, keys, self.longest, self.context, **options)
         assert isinstance(out, Tensor)  # more comes only where it is asked for
         return out

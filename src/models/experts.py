@@ -4,11 +4,12 @@ There is one matrix product per expert over its tokens. Experts are cut inside, 
 feed-forward layer: every rank holds a part of each, and no token changes rank.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from src.models.attention import gather_rows
 from src.models.config import ModelConfig
 from src.models.quantize import Quantized, dense
 from src.parallel.layers import (
@@ -16,6 +17,8 @@ from src.parallel.layers import (
     copy_to_model_parallel_region,
     reduce_from_model_parallel_region,
 )
+
+_GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class _Grouped(torch.autograd.Function):
@@ -47,17 +50,19 @@ class _Grouped(torch.autograd.Function):
         return grad_x, grad_w, None
 
 
-def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Every expert's product over its own rows.
 
-    x: [M, in], the experts' rows one after the other; counts: rows of each, [E];
+    x: [M, in], the experts' rows one after the other; ends: where each one's end, [E], int32;
     weight: [E, out, in] → [M, out].
     """
-    # what CUDA's grouped product asks for
-    aligned = weight.size(1) % 8 == weight.size(2) % 8 == 0
-    if x.is_cuda and x.dtype == torch.bfloat16 and aligned and not isinstance(weight, Quantized):
-        return F.grouped_mm(x, weight.transpose(1, 2), offs=counts.cumsum(0).int())
-    return _Grouped.apply(x, weight, counts.tolist())
+    # PyTorch's takes plain weights whose rows and columns are multiples of 16 bytes.
+    together = 16 // x.element_size()
+    aligned = weight.size(1) % together == weight.size(2) % together == 0
+    if x.dtype in _GROUPED_DTYPES and aligned and not isinstance(weight, Quantized):
+        return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
+    counts = [stop - start for start, stop in pairwise([0, *ends.tolist()])]
+    return _Grouped.apply(x, weight, counts)
 
 
 class GroupedLinear(nn.Module):
@@ -72,12 +77,12 @@ class GroupedLinear(nn.Module):
         super().__init__()
         self.weight, self.row_parallel = weight, row_parallel
 
-    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
-        return grouped_linear(x, self.weight, counts)
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        return grouped_linear(x, self.weight, ends)
 
 
 class Experts(nn.Module):
-    """All experts' feed-forward layers, on rows sorted by expert."""
+    """All experts' feed-forward layers, on rows sorted by expert, which end at `ends`."""
 
     def __init__(self, shard) -> None:
         super().__init__()
@@ -85,8 +90,28 @@ class Experts(nn.Module):
         self.w2 = GroupedLinear(shard["w2.weight"], row_parallel=True)
         self.w3 = GroupedLinear(shard["w3.weight"], row_parallel=False)
 
-    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x, counts)) * self.w3(x, counts), counts)
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x, ends)) * self.w3(x, ends), ends)
+
+
+class _Reordered(torch.autograd.Function):
+    """x[index], which has every row k times; `places`: where each row's k copies are, [rows · k].
+
+    Its gradient gathers the copies and sums them: no accumulation in an order of chance.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, index: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.copies = len(index) // len(x) if len(x) else 1
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        grad = grad.index_select(0, ctx.saved_tensors[0])
+        if ctx.copies > 1:
+            grad = grad.unflatten(0, (-1, ctx.copies)).sum(1)
+        return grad, None, None
 
 
 class MixtureOfExperts(nn.Module):
@@ -101,7 +126,7 @@ class MixtureOfExperts(nn.Module):
 
         That is its probabilities and its choices (0 or 1).
         """
-        k, n_experts = self.config.experts_per_token, self.config.n_experts
+        k = self.config.experts_per_token
         probabilities = self.gate(x).float().softmax(-1)
         weights, chosen = probabilities.topk(k, sorted=False)  # [N, k] each
         if self.config.norm_topk_prob:
@@ -112,11 +137,15 @@ class MixtureOfExperts(nn.Module):
         rows = copy_to_model_parallel_region(x)
         # Each token k times, sorted by expert: [N, dim] → [N · k, dim]; and back.
         order = chosen.flatten().argsort(stable=True)
-        counts = torch.bincount(chosen.flatten(), minlength=n_experts)
-        rows = gather_rows(rows.unsqueeze(1).expand(-1, k, -1).flatten(0, 1), order)
-        out = gather_rows(self.experts(rows, counts), order.argsort()).unflatten(0, (-1, k))
-        out = reduce_from_model_parallel_region(torch.einsum("tkd,tk->td", out, weights))
+        places = torch.empty_like(order).scatter_(
+            0, order, torch.arange(len(order), device=order.device)
+        )
         choices = torch.zeros_like(probabilities).scatter_(1, chosen, 1.0)
+        # counted so that nothing waits for the host, as `bincount` would
+        ends = choices.sum(0, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        out = self.experts(_Reordered.apply(rows, order // k, places), ends)
+        out = _Reordered.apply(out, places, order).unflatten(0, (-1, k))
+        out = reduce_from_model_parallel_region(torch.einsum("tkd,tk->td", out, weights))
         return out, torch.stack((probabilities, choices), 1)
 
 

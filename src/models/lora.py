@@ -5,11 +5,11 @@ a row-parallel layer A is cut like W and B is replicated. B starts at zero, so t
 model starts as the base model.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src.errors import UserError
@@ -17,11 +17,13 @@ from src.models.config import ModelConfig
 from src.models.experts import GroupedLinear, grouped_linear
 from src.models.init import random_tensor
 from src.models.layout import TensorSpec, tensor_table
+from src.models.low_rank import adapted_linear, joined
 from src.models.quantize import dense
 from src.models.transformer import Transformer, build
 from src.parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
+    Stacked,
     copy_to_model_parallel_region,
     sum_gradient,
     with_copies,
@@ -72,36 +74,67 @@ class LoRA(nn.Module):
         """spec: of the whole base weight."""
         super().__init__()
         self.base, self.spec, self.config, self.parallel = base, spec, config, parallel
-        is_grouped = isinstance(base, GroupedLinear)
-        self.multiply: Callable[..., Tensor] = grouped_linear if is_grouped else F.linear
 
-    def forward(self, x: Tensor, *counts: Tensor) -> Tensor:
-        return self.base(x, *counts) + self.low_rank(x, *counts)
+    def forward(self, x: Tensor, *ends: Tensor) -> Tensor:
+        if not isinstance(self.base, GroupedLinear):
+            return self.adapted(x, self.base, [(0, self)])
+        a, b = self._whole_a(self.lora_a), self._whole_b()
+        kept = self._kept(x)
+        low = grouped_linear(x if kept is None else x * kept, a, *ends)  # [N, rank]
+        return torch.add(self.base(x, *ends), grouped_linear(low, b, *ends), alpha=self._scale)
 
-    def low_rank(self, x: Tensor, *counts: Tensor) -> Tensor:
-        """The adapter's part of the output."""
-        # The factor that every rank holds whole gets its gradient summed over them: a rank's share
-        # of the rows (A) or columns (B) gives a part of it. The caller reduces a row layer's
-        # output, adapter included.
-        a: Tensor = self.lora_a
+    @staticmethod
+    def adapted(
+        x: Tensor,
+        base: ColumnParallelLinear | RowParallelLinear | Stacked,
+        adapters: Sequence[tuple[int, nn.Module]],
+    ) -> Tensor:
+        """What a layer, or a stack of them, makes of x with its adapters: [N, in] → [N, out].
+
+        adapters: each behind the first column of its layer in the output.
+        """
+        starts = [start for start, _ in adapters]
+        layers = [cast(LoRA, adapter) for _, adapter in adapters]
+        # Stacked, the factors A are one product, and their gradient is summed over the ranks once.
+        a = joined([layer.lora_a for layer in layers])
+        a, b = layers[0]._whole_a(a), [layer._whole_b() for layer in layers]
+        kept = [mask for layer in layers if (mask := layer._kept(x)) is not None]
+        scale, packed = layers[0]._scale, base.packed
+        return adapted_linear(x, base.weight, base.bias, a, b, starts, scale, kept, packed)
+
+    # The factor that every rank holds whole gets its gradient summed over them: a rank's share of
+    # the rows (A) or columns (B) gives a part of it. The caller reduces a row layer's output,
+    # adapter included.
+
+    def _whole_a(self, a: Tensor) -> Tensor:
+        return a if self.base.row_parallel else copy_to_model_parallel_region(a)
+
+    def _whole_b(self) -> Tensor:
         b = sum_gradient(self.lora_b, self.base.replicas)
-        if self.base.row_parallel:
-            b = copy_to_model_parallel_region(b)
-        else:
-            a = copy_to_model_parallel_region(a)
-        low = self.multiply(self._dropout(x), a, *counts)  # [N, rank]
-        return self.multiply(low, b, *counts) * self.config.scale
+        return copy_to_model_parallel_region(b) if self.base.row_parallel else b
 
-    def _dropout(self, x: Tensor) -> Tensor:
-        """Its mask is drawn whole on every rank, from the same state: the same at any degree."""
-        p = self.config.dropout
-        if not self.training or p == 0:
-            return x
-        kept = torch.rand(*x.shape[:-1], self.spec.shape[-1], device=x.device) >= p
+    @property
+    def _dropout(self) -> float:
+        return self.config.dropout if self.training else 0.0
+
+    @property
+    def _scale(self) -> float:
+        """What B A x is multiplied by; what dropout leaves counts for what it takes."""
+        return self.config.scale / (1 - self._dropout)
+
+    def _kept(self, x: Tensor) -> Tensor | None:
+        """What dropout leaves of x, True or False; None: all.
+
+        The mask is drawn whole on every rank, from the same state: the same at any degree.
+        """
+        if not self._dropout:
+            return None
+        whole = torch.rand(*x.shape[:-1], self.spec.shape[-1], device=x.device)
+        kept = whole >= self._dropout
         if self.base.row_parallel:
             spec = replace(self.spec, shape=tuple(kept.shape), dim=kept.dim() - 1)
             kept = spec.cut(kept, self.parallel.mp_rank, self.parallel.mp_size)
-        return x * kept / (1 - p)
+        return kept
 
     def delta(self) -> Tensor:
         """What the adapter adds to this rank's base weight, in fp32; no communication."""

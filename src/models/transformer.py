@@ -44,6 +44,8 @@ from src.parallel.vocab import IMPOSSIBLE
 KEPT = {  # what is dear to compute: products and attention
     "aten::mm",
     "aten::addmm",
+    "aten::_grouped_mm",
+    "rlhf::adapted_linear",  # a layer's product and its adapter's
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_efficient_attention",

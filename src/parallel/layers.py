@@ -11,6 +11,7 @@ and v), `reduce_from_model_parallel_region` after the row layers.
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Protocol, cast
 
 import torch
@@ -129,9 +130,11 @@ class _Stack(torch.autograd.Function):
 
 
 class _Adapter(Protocol):
-    """What `LoRA` is to the layer that it wraps."""
+    """What `LoRA` is to the stack whose layers it wraps."""
 
-    def low_rank(self, x: Tensor) -> Tensor: ...
+    def adapted(
+        self, x: Tensor, base: "Stacked", adapters: Sequence[tuple[int, nn.Module]]
+    ) -> Tensor: ...
 
 
 class Stacked:
@@ -168,16 +171,16 @@ class Stacked:
 
         They are the layers themselves, or adapters around them, which add their part.
         """
-        bias = None if self.bias is None else self._with_gradient(self.bias, "bias")
-        y = linear(x, self._with_gradient(self.weight, "weight"), bias, self.packed)
-        is_adapted = [module is not layer for module, layer in zip(modules, self.layers)]
-        if not any(is_adapted):
-            return y
-        added = [
-            cast(_Adapter, module).low_rank(x) if adapted else y.new_zeros(len(y), size)
-            for module, adapted, size in zip(modules, is_adapted, self.sizes)
+        starts = accumulate(self.sizes[:-1], initial=0)
+        adapters = [
+            (start, module)
+            for start, module, layer in zip(starts, modules, self.layers)
+            if module is not layer
         ]
-        return y + torch.cat(added, -1)
+        if adapters:
+            return cast(_Adapter, adapters[0][1]).adapted(x, self, adapters)
+        bias = None if self.bias is None else self._with_gradient(self.bias, "bias")
+        return linear(x, self._with_gradient(self.weight, "weight"), bias, self.packed)
 
 
 class Projections:

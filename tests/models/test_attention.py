@@ -3,6 +3,7 @@
 A shared prompt is held against each sequence by itself.
 """
 
+import functools
 import inspect
 import itertools
 import math
@@ -198,6 +199,7 @@ def kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size, gro
     if not grouped:
         numbers = {x.size(1) for x in (query, key, value)}
         assert len(numbers) == 1, "without enable_gqa all heads are the same number"
+    assert key.size(1) == value.size(1) and query.size(1) % key.size(1) == 0
     left, right = window_size
     out = []
     for (q0, q1), (k0, k1) in zip(itertools.pairwise(bounds_q), itertools.pairwise(bounds_k)):
@@ -229,8 +231,9 @@ def newer(
 
 
 def older(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+    """It has no flag for query heads that share a kv head, and takes them."""
     assert scale is None
-    return kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size, False)
+    return kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size, True)
 
 
 @pytest.mark.parametrize("signature", (newer, older), ids=("enable_gqa", "no enable_gqa"))
@@ -240,10 +243,18 @@ def older(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, wi
 def test_the_gpu_s_kernel_is_asked_for_the_same(
     monkeypatch, lengths, prefixes, window, heads, kv_heads, signature
 ):
-    monkeypatch.setattr(varlen, "varlen_attn", signature)
+    heads_of_keys = set()
+
+    @functools.wraps(signature)
+    def spy(query, key, *rest, **options):
+        heads_of_keys.add(key.size(1))
+        return signature(query, key, *rest, **options)
+
+    monkeypatch.setattr(varlen, "varlen_attn", spy)
     layout = Packed(lengths, prefixes=prefixes)
     q, k, v, up = drawn(sum(lengths), heads, kv_heads)
     ours = with_gradients(lambda *x: layout._variable_length(*x, window), q, k, v, up)
+    assert heads_of_keys == {kv_heads}, "no copies of them"
     close(ours, with_gradients(lambda *x: layout.attend(0, *x, window), q, k, v, up))
 
 
