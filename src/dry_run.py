@@ -84,7 +84,7 @@ def _plan(
     example: Callable[[TrainInputs], list[str]],
 ) -> None:
     """Print a trainer's plan. head: of the trained model; example: lines about the first row."""
-    parallel = start(None, settings.run.timeout)
+    parallel = start(None, settings.run.timeout, settings.run.deterministic)
     ranks, dtype = Ranks.of(settings, parallel), pick_dtype(settings.run.dtype, parallel.device)
     inputs = None
     if settings.model.ckpt_dir and settings.data.train_file:
@@ -105,7 +105,7 @@ def _plan(
 def ppo_plan(settings: PPOTrainSettings) -> None:
     """Print what ppo_train.py would do."""
     roles, run = settings.roles, settings.run
-    parallel = start(None, run.timeout)
+    parallel = start(None, run.timeout, run.deterministic)
     ranks, dtype = Ranks.of(settings, parallel), pick_dtype(run.dtype, parallel.device)
     inputs = None
     if roles.actor_ckpt_dir and settings.prompts.train_file:

@@ -12,7 +12,6 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -35,6 +34,7 @@ from src.parallel.layers import (
     RowParallelLinear,
     VocabParallelEmbedding,
     copy_to_model_parallel_region,
+    linear,
     parameter,
     reduce_from_model_parallel_region,
 )
@@ -279,7 +279,7 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """This rank's columns of the vocabulary's logits: [M, dim] → [M, vocabulary / n]."""
-        logits = F.linear(copy_to_model_parallel_region(hidden), self.vocabulary_weight)
+        logits = linear(copy_to_model_parallel_region(hidden), self.vocabulary_weight)
         logits = fill_padding(logits, self.vocabulary, dim=-1, value=IMPOSSIBLE)
         for start, stop in self.holes:
             logits = logits.index_fill(
@@ -289,7 +289,7 @@ class Transformer(nn.Module):
 
     def scores(self, hidden: Tensor) -> Tensor:
         """The scalar head in fp32, the same on every rank: [M, dim] → [M]."""
-        return F.linear(hidden.float(), self.score.weight.float()).squeeze(-1)
+        return linear(hidden.float(), self.score.weight.float()).squeeze(-1)
 
     def rotary(self, layout) -> tuple[Tensor, Tensor]:
         """The rotation of each token's queries and of its keys, complex, [N, head_dim / 2] each."""

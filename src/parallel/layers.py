@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from fairscale.nn.model_parallel import layers as fairscale_layers
 from torch import Tensor, nn
 
+from src.parallel import deterministic
 from src.parallel.mappings import (
     copy_to_model_parallel_region,
     gather_from_model_parallel_region,
@@ -84,9 +85,12 @@ def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tensor | None = None
 ) -> Tensor:
     """x Wᵀ + b, by the weight's packed copy where there is one and it pays: [N, in] → [N, out]."""
-    if packed is not None and (x.size(0) >= PACKED_ROWS or x.dtype == torch.bfloat16):
-        return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-    return F.linear(x, weight, bias)
+    if packed is not None and (
+        deterministic.is_on() or x.size(0) >= PACKED_ROWS or x.dtype == torch.bfloat16
+    ):
+        product = torch.ops.mkldnn._linear_pointwise
+        return deterministic.by_tiles(lambda rows: product(rows, packed, bias, "none", [], ""), x)
+    return deterministic.linear(x, weight, bias)
 
 
 class _Stack(torch.autograd.Function):
@@ -309,3 +313,6 @@ class ReplicatedLinear(nn.Linear):
         nn.Module.__init__(self)
         self.weight = weight
         self.register_parameter("bias", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)

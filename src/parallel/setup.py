@@ -25,6 +25,7 @@ import torch.distributed.nn.functional
 from fairscale.nn.model_parallel import initialize as fairscale_groups
 
 from src.errors import UserError
+from src.parallel.deterministic import turn_off, turn_on
 from src.parallel.shared_memory import forget, share_memory
 from src.parallel.threads import settle_number, watch
 
@@ -96,13 +97,18 @@ class Parallel:
         return self._replicas.get(size)
 
 
-def start(model_parallel_size: int | None = None, timeout: float = 1800) -> Parallel:
+def start(
+    model_parallel_size: int | None = None, timeout: float = 1800, deterministic: bool = False
+) -> Parallel:
     """Join the process group (one process needs no launcher) and divide it.
 
     model_parallel_size: ranks per model, all of them by default; timeout: seconds a collective may
-    take. Raises UserError when the degree does not divide the number of ranks.
+    take; deterministic: see `deterministic.py`. Raises UserError when the degree does not divide
+    the number of ranks.
     """
     limit = timedelta(seconds=timeout)
+    if deterministic:
+        turn_on("cuda" if torch.cuda.is_available() else "cpu")
     device = pick_device()
     if device.type == "cuda":
         # cuDNN's attention makes a plan for each shape that it has not seen, and decoding never
@@ -168,6 +174,7 @@ def stop() -> None:
 def leave() -> None:
     """Let go of the process group, whatever other ranks do; gloo's threads end with it."""
     watch.stop()
+    turn_off()
     if dist.is_initialized():
         forget()
         fairscale_groups.destroy_model_parallel()

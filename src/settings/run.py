@@ -31,6 +31,11 @@ class RunSettings(Settings):
         MAY_CHANGE,
         "that a collective may take before the run is given up",
     ] = 1800.0
+    deterministic: Annotated[
+        bool,
+        "the same bits again: deterministic algorithms only, and products whose rows do not depend "
+        "on how many others are computed with them. Slower; on the CPU it only does the second",
+    ] = False
 
 
 @dataclass(frozen=True, kw_only=True)
