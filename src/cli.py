@@ -36,6 +36,7 @@ from src.settings.declaration import (
 from src.settings.help import help_text
 from src.settings.parsing import is_bool, nearest
 
+ALLOCATOR_SETTINGS = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
 BARRIER_TIMEOUT_S = 60.0
 ROLL_CALL_S = 3.0
 UNREAD = 128 + 13  # as a shell names the end by SIGPIPE
@@ -56,6 +57,10 @@ def run(target: Target | dict[str, Target]) -> None:
     # Tensors in large pages, where the kernel gives them: PyTorch looks once, when it first
     # allocates.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    # A GPU's memory in segments that grow: packed batches of ever new lengths would leave gaps that
+    # nothing fits into. PyTorch reads either name, the first before the second.
+    if not ALLOCATOR_SETTINGS & set(os.environ):
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     try:
         _run(target, os.path.basename(sys.argv[0]), sys.argv[1:])
         sys.stdout.flush()

@@ -38,7 +38,7 @@ def turn_on(device_type: str) -> None:
         )
     torch.use_deterministic_algorithms(True)
     # It would also fill every new tensor; nothing here reads what it has not written.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     products = torch.backends.cuda.matmul
     products.allow_tf32 = False
     products.allow_bf16_reduced_precision_reduction = False

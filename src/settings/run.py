@@ -57,8 +57,8 @@ class TrainingRunSettings(RunSettings):
     compile: Annotated[
         bool,
         MAY_CHANGE,
-        "let torch.compile make one kernel each of the norms and of SwiGLU; on the CPU that needs "
-        "a C++ compiler",
+        "let torch.compile make one kernel each of the norms and of SwiGLU; that needs a C++ "
+        "compiler on the CPU, a C compiler on a GPU",
     ] = False
 
 

@@ -1,11 +1,14 @@
 """The training loop of solver and verifier: epochs, batches, steps, evaluations."""
 
+import os
+import shutil
 from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from src.errors import UserError
 from src.logs import RunLog
 from src.models.elementwise import compile_elementwise
 from src.models.init import generator_for
@@ -65,6 +68,7 @@ def prepare(
     if parallel.device.type == "cpu":
         reuse_memory()
     if run.compile:
+        check_compiler(parallel.device.type)
         compile_elementwise()
     # Ranks that share a model must draw the same dropout.
     torch.manual_seed(generator_for(run.seed, f"dropout/{parallel.dp_rank}").initial_seed())
@@ -72,6 +76,22 @@ def prepare(
     freeze_layers(model, optimizer.freeze_layers)
     if optimizer.router_aux_loss_coef is not None:
         model.router_aux_loss_coef = optimizer.router_aux_loss_coef
+
+
+def check_compiler(device_type: str) -> None:
+    """Raise UserError where --compile would find no C compiler for a GPU.
+
+    Triton makes the GPU's code itself, and what launches it by a compiler of the system. (The CPU's
+    need is checked by `compile_elementwise`.)
+    """
+    if device_type != "cuda":
+        return
+    names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    if not any(map(shutil.which, names)):
+        raise UserError(
+            f"--compile: on a GPU torch.compile needs a C compiler, and there is no "
+            f"{' or '.join(names)}: install gcc, or leave --compile out"
+        )
 
 
 def rows_per_step(batches: TrainingBatchSettings, dp_size: int) -> int:
