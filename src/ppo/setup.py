@@ -201,7 +201,7 @@ def load_roles(
     With --offload each goes to host memory before the next one is loaded.
     """
     roles, run = settings.roles, settings.run
-    stage = Stage(roles.offload)
+    stage = Stage(roles.offload, parallel.device)
     common: dict[str, Any] = {"seed": run.seed, "quantize": settings.lora.quantize}
 
     def trained(name: str, model: Transformer, division: Parallel) -> Role:
