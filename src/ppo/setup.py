@@ -189,6 +189,15 @@ def check_degrees(settings: PPOTrainSettings, parallel: Division) -> None:
             )
 
 
+def together_on_device(
+    names: list[str], trained: list[str], settings: PPOTrainSettings
+) -> list[list[str]]:
+    """Roles that are on the device at the same time while one of them is trained, by name."""
+    if not settings.roles.offload:
+        return [names]
+    return [trained] if settings.updates.update == "together" else [[name] for name in trained]
+
+
 def load_roles(
     opened: OpenedRoles,
     settings: PPOTrainSettings,

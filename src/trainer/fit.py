@@ -22,6 +22,7 @@ from src.settings.model import PackedBatchSettings, TrainingBatchSettings
 from src.settings.run import TrainingRunSettings
 from src.settings.scripts import TrainSettings
 from src.settings.training import OptimizerSettings
+from src.trainer.activations import described, held_bytes, limited
 from src.trainer.batches import epoch_batches, share_of
 from src.trainer.meter import Meter, profiler
 from src.trainer.optimizer import Optimizer, lr_at
@@ -124,6 +125,10 @@ def fit(
 
     # Go on where an earlier run stopped, or measure the untrained model first.
     step = saving.resume(total) if saving else 0
+    held = held_bytes([model], [optimizer])
+    batches = limited(settings.batches, [(model, optimizer)], held, parallel)
+    for line in described(batches.max_tokens_per_batch):
+        log.info(line)
     meter = Meter(model, objective, parallel)
     tokens_left = sum(objective.lengths) * (total - step) / steps_per_epoch
 
@@ -144,9 +149,7 @@ def fit(
                 # One optimizer step on the whole batch, of which each rank computes its share.
                 meter.start()
                 lr = lr_at(step, total, plan.lr, plan.warmup, plan.schedule)
-                scalars = train_step(
-                    model, optimizer, objective, batch, settings.batches, parallel, lr
-                )
+                scalars = train_step(model, optimizer, objective, batch, batches, parallel, lr)
                 step += 1
                 if scalars["skipped"]:
                     norm = scalars["grad_norm"]
