@@ -276,7 +276,7 @@ def _leave_groups() -> None:
 
 
 def _name_the_lost() -> None:
-    """After a collective in which ranks were missing: say which.
+    """After a collective in which ranks were missing: say which. (NCCL's: `roll_call.py`.)
 
     Whoever is here says so in the rendezvous store, and the first names the others.
     """
@@ -284,6 +284,8 @@ def _name_the_lost() -> None:
 
     from torch.distributed import DistError, PrefixStore
     from torch.distributed.rendezvous import rendezvous
+
+    from src.parallel.roll_call import lost as message_of
 
     rank, world_size = _rank(), int(os.environ["WORLD_SIZE"])
     try:
@@ -295,11 +297,7 @@ def _name_the_lost() -> None:
         except DistError:  # the time-out: some are not here
             lost = [other for other in range(world_size) if not store.check([str(other)])]
             if lost and rank == min(set(range(world_size)) - set(lost)):
-                ranks = f"rank{'s' * (len(lost) > 1)} {', '.join(map(str, lost))} of {world_size}"
-                _say(
-                    f"error: {ranks} did not come to what all ranks do together (--timeout): "
-                    "hanging, or gone"
-                )
+                _say(message_of(lost, world_size))
     except (DistError, ValueError) as error:
         _say(
             "error: a rank did not come to what all ranks do together, and who cannot be told "

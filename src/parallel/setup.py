@@ -26,6 +26,7 @@ from fairscale.nn.model_parallel import initialize as fairscale_groups
 
 from src.errors import UserError
 from src.parallel.deterministic import turn_off, turn_on
+from src.parallel.roll_call import GRACE, RollCall, roll_call
 from src.parallel.shared_memory import forget, share_memory
 from src.parallel.threads import settle_number, watch
 
@@ -106,10 +107,10 @@ def start(
     take; deterministic: see `deterministic.py`. Raises UserError when the degree does not divide
     the number of ranks.
     """
-    limit = timedelta(seconds=timeout)
     if deterministic:
         turn_on("cuda" if torch.cuda.is_available() else "cpu")
     device = pick_device()
+    limit = timedelta(seconds=timeout) + (GRACE if device.type == "cuda" else timedelta())
     if device.type == "cuda":
         # cuDNN's attention makes a plan for each shape that it has not seen, and decoding never
         # stops bringing new ones (docs/performance.md).
@@ -138,7 +139,18 @@ def start(
         watch.start()
     parallel = _divide(rank, world, mp, device, limit)
     _hand_over(parallel.mp_group, parallel.dp_group)
+    if device.type == "cuda" and world > 1:
+        watch_collectives(parallel, timeout)
     return parallel
+
+
+def watch_collectives(parallel: Parallel, timeout: float) -> None:
+    """Let a rank that does not come to a collective be named after so many seconds."""
+    assert dist.group.WORLD is not None
+    groups = (dist.group.WORLD, parallel.mp_group, parallel.dp_group)
+    with_ranks = [(group, dist.get_process_group_ranks(group)) for group in groups]
+    roll_call.stop()
+    roll_call.start(RollCall(with_ranks, parallel.rank, parallel.world_size, timeout))
 
 
 def _divide(rank: int, world: int, mp: int, device: torch.device, limit: timedelta) -> Parallel:
@@ -174,6 +186,7 @@ def stop() -> None:
 def leave() -> None:
     """Let go of the process group, whatever other ranks do; gloo's threads end with it."""
     watch.stop()
+    roll_call.stop()
     turn_off()
     if dist.is_initialized():
         forget()
