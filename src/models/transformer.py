@@ -26,6 +26,7 @@ from src.models.elementwise import HeadNorm, RMSNorm, rotate, swiglu
 from src.models.experts import MixtureOfExperts, balance_loss
 from src.models.layout import TensorSpec, fill_padding, tensor_table
 from src.models.rotary import logn, ntk_rotary, rotary_table
+from src.parallel.deterministic import linear
 from src.parallel.layers import (
     ColumnParallelLinear,
     ParallelEmbedding,
@@ -34,7 +35,6 @@ from src.parallel.layers import (
     RowParallelLinear,
     VocabParallelEmbedding,
     copy_to_model_parallel_region,
-    linear,
     parameter,
     reduce_from_model_parallel_region,
 )

@@ -12,31 +12,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Protocol
+from typing import Any
 
 import torch.distributed as dist
 
 PERIOD_S = 1.0  # between looks
 GRACE = timedelta(seconds=15)  # that NCCL waits longer: a few looks, and the launcher's end
-
-
-class Group(Protocol):
-    """What is asked of a process group."""
-
-    @property
-    def group_name(self) -> str: ...
-
-    def _get_sequence_number_for_group(self) -> int: ...
-
-
-class Store(Protocol):
-    """What is asked of the rendezvous store."""
-
-    def set(self, key: str, value: str, /) -> None: ...
-
-    def get(self, key: str, /) -> bytes: ...
-
-    def check(self, keys: list[str], /) -> bool: ...
 
 
 def lost(ranks: Sequence[int], world_size: int) -> str:
@@ -51,15 +32,19 @@ class RollCall:
     """One rank's part: says where it is, and looks where the others are."""
 
     def __init__(
-        self, groups: list[tuple[Group, list[int]]], rank: int, world_size: int, limit_s: float
+        self,
+        groups: list[tuple[Any, list[int]]],
+        rank: int,
+        world_size: int,
+        limit_s: float,
     ) -> None:
-        """groups: that this rank is in, each with its ranks' numbers in the run."""
+        """groups: process groups that this rank is in, each with its ranks' numbers in the run."""
         self.groups, self.rank, self.world_size = groups, rank, world_size
         self.limit_s, self.has_spoken = limit_s, False
         self.counts: dict[str, int] = {}  # collectives that this rank has begun, of each group
         self.since = 0.0  # when the last of them began
 
-    def look(self, store: Store, now: float) -> str | None:
+    def look(self, store: dist.Store, now: float) -> str | None:
         """The message about who is missing, once, and from one rank of those that wait; or None.
 
         now: seconds of a clock.
@@ -80,7 +65,7 @@ class RollCall:
                 return lost(behind, self.world_size)
         return None
 
-    def _begun(self, store: Store, rank: int, group: str) -> int:
+    def _begun(self, store: dist.Store, rank: int, group: str) -> int:
         if rank == self.rank:
             return self.counts[group]
         return json.loads(store.get(str(rank))).get(group, 0) if store.check([str(rank)]) else 0

@@ -13,8 +13,7 @@ from fairscale.nn.model_parallel.initialize import (
 )
 from torch import Tensor
 
-from src.parallel.deterministic import by_tiles
-from src.parallel.layers import linear
+from src.parallel.deterministic import by_tiles, linear
 from src.parallel.shared_memory import Operation, all_reduce
 
 # The logit of a padded vocabulary entry: a probability of exactly 0, and finite in every dtype.

@@ -21,6 +21,7 @@ from src.inputs import (
     open_model,
     same_tokenizer,
 )
+from src.models.fp8 import check_device
 from src.models.lora import LoRAConfig
 from src.models.transformer import Transformer
 from src.parallel.setup import Parallel
@@ -62,6 +63,8 @@ def open_roles(settings: PPOTrainSettings, parallel: Parallel, dtype: torch.dtyp
 
     Raises UserError for what does not fit together, before anything is loaded.
     """
+    if settings.run.fp8:
+        check_device(parallel.device)
     roles, lora = settings.roles, settings.lora
     own_dtype = settings.run.dtype is None
 

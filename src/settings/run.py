@@ -60,6 +60,21 @@ class TrainingRunSettings(RunSettings):
         "let torch.compile make one kernel each of the norms and of SwiGLU; that needs a C++ "
         "compiler on the CPU, a C compiler on a GPU",
     ] = False
+    fp8: Annotated[
+        bool,
+        "compute the products of linear layers in 8-bit floating point in training, forward and "
+        "backward; on an H100 or later. Not the output layer, routers, adapters and experts",
+    ] = False
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if self.fp8 and self.dtype not in (None, "bf16"):
+            yield f"--fp8: is for --dtype bf16, and it is {self.dtype}"
+        if self.fp8 and self.deterministic:
+            yield (
+                "--fp8 --deterministic: a tensor's scale is that of its largest number, so that "
+                "rows depend on those beside them; give one of the two"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

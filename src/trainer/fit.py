@@ -11,6 +11,7 @@ from torch import Tensor
 from src.errors import UserError
 from src.logs import RunLog
 from src.models.elementwise import compile_elementwise
+from src.models.fp8 import use_fp8
 from src.models.init import generator_for
 from src.models.lora import freeze_layers
 from src.models.transformer import Transformer
@@ -68,6 +69,8 @@ def prepare(
     """
     if parallel.device.type == "cpu":
         reuse_memory()
+    if run.fp8:
+        use_fp8(model)
     if run.compile:
         check_compiler(parallel.device.type)
         compile_elementwise()
