@@ -37,7 +37,8 @@ def main(settings: PPOTrainSettings) -> None:
     # Join the other ranks.
     roles, plan = settings.roles, settings.optimizer
     places = Places.of(settings.saving.log_dir, roles.actor_save_dir)
-    parallel = start(settings.run.model_parallel_size, settings.run.timeout)
+    run = settings.run
+    parallel = start(run.model_parallel_size, run.timeout, run.deterministic)
     check_degrees(settings, parallel)
     dtype = pick_dtype(settings.run.dtype, parallel.device)
 

@@ -31,7 +31,7 @@ def main(settings: SolverEvaluateSettings) -> None:
     run, log_dir = settings.run, settings.rows.log_dir
     decoding, sampling = settings.generation, sampling_of(settings.generation, run.seed)
     stop_strings = tuple(decoding.stop_strings or ())
-    parallel = start(run.model_parallel_size, run.timeout)
+    parallel = start(run.model_parallel_size, run.timeout, run.deterministic)
 
     # Read and check everything, and what an earlier run of this command left, before any work.
     inputs = agreed(lambda: SolverEvaluationInputs.read(settings, parallel))

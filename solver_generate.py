@@ -27,7 +27,7 @@ def main(settings: SolverGenerateSettings) -> None:
     # Join the other ranks.
     run, rows = settings.run, settings.rows
     sampling = sampling_of(settings.generation, run.seed)
-    parallel = start(run.model_parallel_size, run.timeout)
+    parallel = start(run.model_parallel_size, run.timeout, run.deterministic)
 
     # Read and check everything, and what an earlier run of this command left, before any work.
     inputs = agreed(lambda: GenerationInputs.read(settings, parallel))

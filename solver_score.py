@@ -28,7 +28,7 @@ def main(settings: SolverScoreSettings) -> None:
 
     # Join the other ranks.
     run, rows, batches = settings.run, settings.rows, settings.batches
-    parallel = start(run.model_parallel_size, run.timeout)
+    parallel = start(run.model_parallel_size, run.timeout, run.deterministic)
 
     # Read and check everything, before any work.
     agreed(lambda: check_writable(rows.output_file, ".jsonl", rows.input_file))

@@ -29,7 +29,7 @@ def main(settings: VerifierEvaluateSettings) -> None:
 
     # Join the other ranks.
     run, rows, size = settings.run, settings.rows, settings.batches.max_batch_size
-    parallel = start(run.model_parallel_size, run.timeout)
+    parallel = start(run.model_parallel_size, run.timeout, run.deterministic)
 
     # Read and check everything, before any work.
     inputs = agreed(lambda: VerifierEvaluationInputs.read(settings, parallel))

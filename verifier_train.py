@@ -34,7 +34,7 @@ def main(settings: VerifierTrainSettings) -> None:
     # Join the other ranks.
     run, plan, saving_plan = settings.run, settings.optimizer, settings.saving
     places = Places.of(saving_plan.log_dir, saving_plan.save_dir)
-    parallel = start(run.model_parallel_size, run.timeout)
+    parallel = start(run.model_parallel_size, run.timeout, run.deterministic)
 
     # Read and check everything, and what an earlier run of this command left, before any work.
     inputs = agreed(lambda: VerifierInputs.read(settings, parallel))

@@ -36,6 +36,7 @@ from src.settings.declaration import (
 from src.settings.help import help_text
 from src.settings.parsing import is_bool, nearest
 
+ALLOCATOR_SETTINGS = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
 BARRIER_TIMEOUT_S = 60.0
 ROLL_CALL_S = 3.0
 UNREAD = 128 + 13  # as a shell names the end by SIGPIPE
@@ -56,6 +57,10 @@ def run(target: Target | dict[str, Target]) -> None:
     # Tensors in large pages, where the kernel gives them: PyTorch looks once, when it first
     # allocates.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    # A GPU's memory in segments that grow: packed batches of ever new lengths would leave gaps that
+    # nothing fits into. PyTorch reads either name, the first before the second.
+    if not ALLOCATOR_SETTINGS & set(os.environ):
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     try:
         _run(target, os.path.basename(sys.argv[0]), sys.argv[1:])
         sys.stdout.flush()
@@ -271,7 +276,7 @@ def _leave_groups() -> None:
 
 
 def _name_the_lost() -> None:
-    """After a collective in which ranks were missing: say which.
+    """After a collective in which ranks were missing: say which. (NCCL's: `roll_call.py`.)
 
     Whoever is here says so in the rendezvous store, and the first names the others.
     """
@@ -279,6 +284,8 @@ def _name_the_lost() -> None:
 
     from torch.distributed import DistError, PrefixStore
     from torch.distributed.rendezvous import rendezvous
+
+    from src.parallel.roll_call import lost as message_of
 
     rank, world_size = _rank(), int(os.environ["WORLD_SIZE"])
     try:
@@ -290,11 +297,7 @@ def _name_the_lost() -> None:
         except DistError:  # the time-out: some are not here
             lost = [other for other in range(world_size) if not store.check([str(other)])]
             if lost and rank == min(set(range(world_size)) - set(lost)):
-                ranks = f"rank{'s' * (len(lost) > 1)} {', '.join(map(str, lost))} of {world_size}"
-                _say(
-                    f"error: {ranks} did not come to what all ranks do together (--timeout): "
-                    "hanging, or gone"
-                )
+                _say(message_of(lost, world_size))
     except (DistError, ValueError) as error:
         _say(
             "error: a rank did not come to what all ranks do together, and who cannot be told "

@@ -22,10 +22,11 @@ from src.models.lora import LoRAConfig
 from src.parallel.setup import Parallel, agreed, pick_dtype, start, stop
 from src.ppo.fit import iterations_of
 from src.ppo.inputs import PPOInputs
-from src.ppo.setup import check_degrees
+from src.ppo.setup import check_degrees, together_on_device
 from src.settings.model import TextModelSettings
 from src.settings.ppo import PPOTrainSettings
 from src.settings.scripts import SolverTrainSettings, TrainSettings, VerifierTrainSettings
+from src.trainer.activations import activations, described, device_memory, tokens_at_once
 from src.trainer.budget import Budget, adapter_bytes, model_budget, training_budget
 from src.trainer.fit import rows_per_step
 from src.trainer.inputs import SolverInputs, VerifierInputs
@@ -84,7 +85,7 @@ def _plan(
     example: Callable[[TrainInputs], list[str]],
 ) -> None:
     """Print a trainer's plan. head: of the trained model; example: lines about the first row."""
-    parallel = start(None, settings.run.timeout)
+    parallel = start(None, settings.run.timeout, settings.run.deterministic)
     ranks, dtype = Ranks.of(settings, parallel), pick_dtype(settings.run.dtype, parallel.device)
     inputs = None
     if settings.model.ckpt_dir and settings.data.train_file:
@@ -92,9 +93,9 @@ def _plan(
     opened = inputs.model if inputs is not None else None
     config = _config(settings.model, settings.model.ckpt_dir, opened).with_head(head)
     lora = inputs.lora if inputs is not None else _new_adapter(settings, config)
-    lines = _bytes_lines(
-        config, ranks, dtype, {"model": _trained(settings, config, ranks, dtype, lora)}
-    )
+    budget = _trained(settings, config, ranks, dtype, lora)
+    lines = _bytes_lines(config, ranks, dtype, {"model": budget})
+    lines += _limit_lines(settings, [config], ranks, dtype, budget.total, parallel)
     if inputs is None:
         lines += [NOT_READ]
     else:
@@ -105,7 +106,7 @@ def _plan(
 def ppo_plan(settings: PPOTrainSettings) -> None:
     """Print what ppo_train.py would do."""
     roles, run = settings.roles, settings.run
-    parallel = start(None, run.timeout)
+    parallel = start(None, run.timeout, run.deterministic)
     ranks, dtype = Ranks.of(settings, parallel), pick_dtype(run.dtype, parallel.device)
     inputs = None
     if roles.actor_ckpt_dir and settings.prompts.train_file:
@@ -115,7 +116,14 @@ def ppo_plan(settings: PPOTrainSettings) -> None:
     check_degrees(settings, ranks)
     opened = inputs.roles.actor if inputs is not None else None
     actor = _config(roles, roles.actor_ckpt_dir, opened).with_head("lm")
-    lines = _bytes_lines(actor, ranks, dtype, _role_budgets(settings, actor, inputs, ranks, dtype))
+    budgets = _role_budgets(settings, actor, inputs, ranks, dtype)
+    lines = _bytes_lines(actor, ranks, dtype, budgets)
+    trained = [name for name, budget in budgets.items() if budget.optimizer]
+    held = max(
+        sum(budgets[name].total for name in names)
+        for names in together_on_device(list(budgets), trained, settings)
+    )
+    lines += _limit_lines(settings, [actor], ranks, dtype, held, parallel)
     if roles.offload:
         lines += ["  --offload: not all of these are on the device at once"]
     if inputs is None:
@@ -255,6 +263,24 @@ def _bytes_lines(
         *table,
         "  activations, batches, keys and values, and the libraries come on top",
     ]
+
+
+def _limit_lines(
+    settings: TrainSettings | PPOTrainSettings,
+    configs: list[ModelConfig],
+    ranks: Ranks,
+    dtype: torch.dtype,
+    held: int,
+    parallel: Parallel,
+) -> list[str]:
+    """How many tokens are computed at a time, if that is limited. configs: of what is trained."""
+    batches, memory = settings.batches, device_memory(parallel.device)
+    tokens = batches.max_tokens_per_batch
+    if tokens is None and memory is not None:
+        recompute, lora = settings.run.checkpoint_activations, settings.lora.is_on
+        of_each = [activations(c, ranks.mp_size, dtype, recompute, lora) for c in configs]
+        tokens = tokens_at_once(of_each, memory, held, batches.max_seq_len)
+    return described(tokens)
 
 
 def _step_lines(settings: TrainSettings, n_rows: int, notes: list[str], ranks: Ranks) -> list[str]:

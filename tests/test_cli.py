@@ -373,3 +373,19 @@ def test_when_one_rank_fails_alone_it_names_itself(script):
     said, exits = torchrun(script, "fail", "--kind=user", "--only_rank=1", BARRIER_TIMEOUT_S="1")
     assert said.count("error:") == 1 and "error: rank 1: the file\nis bad" in said
     assert exits == ["None", "2"]
+
+
+@pytest.mark.parametrize("name", sorted(cli.ALLOCATOR_SETTINGS))
+def test_a_gpu_s_memory_grows_in_segments_unless_the_user_has_it_otherwise(
+    train, monkeypatch, capsys, name
+):
+    for other in cli.ALLOCATOR_SETTINGS:
+        monkeypatch.setenv(other, "")  # so that what is set here is taken back
+        monkeypatch.delenv(other)
+    call(train, ["--data-file", "d"], monkeypatch, capsys)
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    monkeypatch.setenv(name, "max_split_size_mb:128")
+    call(train, ["--data-file", "d"], monkeypatch, capsys)
+    found = {other: os.environ.get(other) for other in cli.ALLOCATOR_SETTINGS}
+    assert found == dict.fromkeys(cli.ALLOCATOR_SETTINGS) | {name: "max_split_size_mb:128"}

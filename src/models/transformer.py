@@ -12,7 +12,6 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -27,6 +26,7 @@ from src.models.elementwise import HeadNorm, RMSNorm, rotate, swiglu
 from src.models.experts import MixtureOfExperts, balance_loss
 from src.models.layout import TensorSpec, fill_padding, tensor_table
 from src.models.rotary import logn, ntk_rotary, rotary_table
+from src.parallel.deterministic import linear
 from src.parallel.layers import (
     ColumnParallelLinear,
     ParallelEmbedding,
@@ -35,7 +35,6 @@ from src.parallel.layers import (
     RowParallelLinear,
     VocabParallelEmbedding,
     copy_to_model_parallel_region,
-    linear,
     parameter,
     reduce_from_model_parallel_region,
 )
@@ -292,7 +291,7 @@ class Transformer(nn.Module):
 
     def scores(self, hidden: Tensor) -> Tensor:
         """The scalar head in fp32, the same on every rank: [M, dim] → [M]."""
-        return F.linear(hidden.float(), self.score.weight.float()).squeeze(-1)
+        return linear(hidden.float(), self.score.weight.float()).squeeze(-1)
 
     def rotary(self, layout) -> tuple[Tensor, Tensor]:
         """The rotation of each token's queries and of its keys, complex, [N, head_dim / 2] each."""

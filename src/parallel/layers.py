@@ -9,7 +9,7 @@ and v), `reduce_from_model_parallel_region` after the row layers.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from typing import Protocol, cast
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from fairscale.nn.model_parallel import layers as fairscale_layers
 from torch import Tensor, nn
 
+from src.parallel import deterministic
 from src.parallel.mappings import (
     copy_to_model_parallel_region,
     gather_from_model_parallel_region,
@@ -84,6 +85,15 @@ PACKED_SHARE = 8  # weights are packed when they take at most this part of the m
 SKINNY_ROWS = 1
 
 
+_product: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
+
+
+def set_product(product: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None) -> None:
+    """What linear layers compute x Wᵀ + b by; None: as they do by themselves."""
+    global _product
+    _product = product
+
+
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tensor | None = None
 ) -> Tensor:
@@ -91,13 +101,18 @@ def linear(
 
     On a GPU, of few rows without gradients, by `vector_product`.
     """
-    if packed is not None and (x.size(0) >= PACKED_ROWS or x.dtype == torch.bfloat16):
-        return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-    if x.is_cuda and _is_skinny(x, weight):
+    if _product is not None:
+        return _product(x, weight, bias)
+    if packed is not None and (
+        deterministic.is_on() or x.size(0) >= PACKED_ROWS or x.dtype == torch.bfloat16
+    ):
+        product = torch.ops.mkldnn._linear_pointwise
+        return deterministic.by_tiles(lambda rows: product(rows, packed, bias, "none", [], ""), x)
+    if x.is_cuda and not deterministic.is_on() and _is_skinny(x, weight):
         from src.kernels.product import vector_product
 
         return vector_product(x, weight, bias)
-    return F.linear(x, weight, bias)
+    return deterministic.linear(x, weight, bias)
 
 
 def _is_skinny(x: Tensor, weight: Tensor) -> bool:
@@ -335,3 +350,6 @@ class ReplicatedLinear(nn.Linear):
         nn.Module.__init__(self)
         self.weight = weight
         self.register_parameter("bias", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return deterministic.linear(x, self.weight)

@@ -25,6 +25,8 @@ import torch.distributed.nn.functional
 from fairscale.nn.model_parallel import initialize as fairscale_groups
 
 from src.errors import UserError
+from src.parallel.deterministic import turn_off, turn_on
+from src.parallel.roll_call import GRACE, RollCall, roll_call
 from src.parallel.shared_memory import forget, share_memory
 from src.parallel.threads import settle_number, watch
 
@@ -96,14 +98,19 @@ class Parallel:
         return self._replicas.get(size)
 
 
-def start(model_parallel_size: int | None = None, timeout: float = 1800) -> Parallel:
+def start(
+    model_parallel_size: int | None = None, timeout: float = 1800, deterministic: bool = False
+) -> Parallel:
     """Join the process group (one process needs no launcher) and divide it.
 
     model_parallel_size: ranks per model, all of them by default; timeout: seconds a collective may
-    take. Raises UserError when the degree does not divide the number of ranks.
+    take; deterministic: see `deterministic.py`. Raises UserError when the degree does not divide
+    the number of ranks.
     """
-    limit = timedelta(seconds=timeout)
+    if deterministic:
+        turn_on("cuda" if torch.cuda.is_available() else "cpu")
     device = pick_device()
+    limit = timedelta(seconds=timeout) + (GRACE if device.type == "cuda" else timedelta())
     if device.type == "cuda":
         # cuDNN's attention makes a plan for each shape that it has not seen, and decoding never
         # stops bringing new ones (docs/performance.md).
@@ -132,7 +139,18 @@ def start(model_parallel_size: int | None = None, timeout: float = 1800) -> Para
         watch.start()
     parallel = _divide(rank, world, mp, device, limit)
     _hand_over(parallel.mp_group, parallel.dp_group)
+    if device.type == "cuda" and world > 1:
+        watch_collectives(parallel, timeout)
     return parallel
+
+
+def watch_collectives(parallel: Parallel, timeout: float) -> None:
+    """Let a rank that does not come to a collective be named after so many seconds."""
+    assert dist.group.WORLD is not None
+    groups = (dist.group.WORLD, parallel.mp_group, parallel.dp_group)
+    with_ranks = [(group, dist.get_process_group_ranks(group)) for group in groups]
+    roll_call.stop()
+    roll_call.start(RollCall(with_ranks, parallel.rank, parallel.world_size, timeout))
 
 
 def _divide(rank: int, world: int, mp: int, device: torch.device, limit: timedelta) -> Parallel:
@@ -168,6 +186,8 @@ def stop() -> None:
 def leave() -> None:
     """Let go of the process group, whatever other ranks do; gloo's threads end with it."""
     watch.stop()
+    roll_call.stop()
+    turn_off()
     if dist.is_initialized():
         forget()
         fairscale_groups.destroy_model_parallel()

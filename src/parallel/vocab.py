@@ -13,6 +13,7 @@ from fairscale.nn.model_parallel.initialize import (
 )
 from torch import Tensor
 
+from src.parallel.deterministic import by_tiles, linear
 from src.parallel.shared_memory import Operation, all_reduce
 
 # The logit of a padded vocabulary entry: a probability of exactly 0, and finite in every dtype.
@@ -53,6 +54,11 @@ def keep_only(z: Tensor, kept: Tensor | None) -> Tensor:
     return z if kept is None else z.masked_fill_(~unpack_bits(kept, z.size(-1)), IMPOSSIBLE)
 
 
+def row_sums(x: Tensor) -> Tensor:
+    """Each row's sum, [N, …] → [N]."""
+    return by_tiles(lambda rows: rows.sum(-1), x)
+
+
 class _SoftmaxState(NamedTuple):
     """What the gradient needs beside the exponentials, [N] each."""
 
@@ -75,12 +81,12 @@ def _softmax(
     of_target = z.gather(-1, column.unsqueeze(-1)).squeeze(-1) * is_local
     if entropy:
         p = z.exp()
-        sums = [p.sum(-1), of_target, (p * z).sum(-1)]
+        sums = [row_sums(p), of_target, row_sums(p * z)]
         z.copy_(p)
     else:
         # A third row for nothing: in which order ranks are summed may depend on the size, and with
         # it the last bit.
-        sums = [z.exp_().sum(-1), of_target, torch.zeros_like(of_target)]
+        sums = [row_sums(z.exp_()), of_target, torch.zeros_like(of_target)]
     total, of_target, weighted = mp_all_reduce(torch.stack(sums))
     log_total = total.log()
     # H = −Σ p (z − log total) = log total − Σ exp(z) z / total
@@ -176,7 +182,7 @@ class _TargetLoss(torch.autograd.Function):
         for start in range(0, n, at_once):
             rows = slice(start, start + at_once)
             # The chunk's logits: [rows, vocabulary / n], without padding, fp32.
-            z = F.linear(hidden[rows], weight)
+            z = linear(hidden[rows], weight)
             z[:, real:] = IMPOSSIBLE
             for first, last in holes:
                 z[:, first:last] = IMPOSSIBLE

@@ -1,5 +1,6 @@
 """A PPO run put together from its settings, its inputs and its loaded roles."""
 
+from dataclasses import replace
 from functools import partial
 
 from src.evaluation.training import Evaluations
@@ -15,9 +16,10 @@ from src.ppo.inputs import PPOInputs
 from src.ppo.pretraining import PretrainingMix
 from src.ppo.rewards import make_rewards
 from src.ppo.roles import Stage
-from src.ppo.setup import reward_inputs
+from src.ppo.setup import reward_inputs, together_on_device
 from src.ppo.trainer import PPO
 from src.settings.ppo import PPOTrainSettings
+from src.trainer.activations import described, held_bytes, limited
 
 
 def make_ppo(
@@ -25,6 +27,9 @@ def make_ppo(
 ) -> PPO:
     """The iteration with all that it works with, as an earlier run left it."""
     tokenizer = inputs.roles.actor.tokenizer
+    settings = with_token_limit(settings, stage, parallel)
+    for line in described(settings.batches.max_tokens_per_batch):
+        log.info(line)
     ppo = PPO(
         stage,
         make_rewards(reward_inputs(inputs.roles, settings, stage, parallel, inputs.rule)),
@@ -43,6 +48,22 @@ def make_ppo(
     if rollouts.dump_rollouts is not None:
         ppo.watch.append(RolloutDump(rollouts.dump_rollouts, tokenizer, parallel))
     return ppo
+
+
+def with_token_limit(
+    settings: PPOTrainSettings, stage: Stage, parallel: Parallel
+) -> PPOTrainSettings:
+    """With a limit on the tokens of a forward, on a GPU where the settings have none."""
+    trained = stage.trained()
+    held = max(
+        held_bytes(
+            [stage.roles[name].model for name in names],
+            [trained[name][1] for name in names if name in trained],
+        )
+        for names in together_on_device(list(stage.roles), list(trained), settings)
+    )
+    batches = limited(settings.batches, list(trained.values()), held, parallel)
+    return replace(settings, batches=batches)
 
 
 def engine_of(

@@ -12,10 +12,12 @@ from torch import Tensor
 from src.models.lora import merged_parts
 from src.models.quantize import plain_parts
 from src.models.transformer import Transformer
+from src.parallel.host import Offload, Storages, storages_of
 from src.parallel.setup import Parallel
 from src.trainer.optimizer import Optimizer
 
 T = TypeVar("T")
+AtWork = tuple[tuple[str, ...], bool]  # names of roles, and whether they are trained
 
 
 @dataclass(frozen=True)
@@ -72,15 +74,16 @@ class Stage:
 
     With `offload` all others lie in host memory, and come back bit for bit; so do the optimizers'
     states while nothing is trained. What several roles share (a trunk under adapters) stays while
-    one is at work. Offloading empties a tensor's storage and fills it again, so that parameters,
-    their views and optimizer states keep their identity.
+    one is at work. Roles come in the same order each iteration: where the device has memory that
+    nothing has needed so far, the next one is brought back while the one before it is at work.
     """
 
-    def __init__(self, offload: bool = False) -> None:
-        self.offload = offload
+    def __init__(self, offload: bool, device: torch.device) -> None:
+        self.host = Offload(device) if offload else None
         self.roles: dict[str, Role] = {}
-        self.away: dict[int, tuple[torch.UntypedStorage, Tensor]] = {}
         self.peak: dict[str, int] = {}  # bytes of each role on the device, at most
+        self.last: AtWork = ((), False)
+        self.following: dict[AtWork, AtWork] = {}  # who came after whom
 
     def add(self, role: Role) -> Role:
         """Takes a role in, and to host memory at once."""
@@ -96,56 +99,45 @@ class Stage:
     @contextmanager
     def at_work(self, *names: str, training: bool = False) -> Iterator[None]:
         """The named roles (those that there are) on the device; when training, their optimizers."""
-        here = [self.roles[name] for name in names if name in self.roles]
-        if self.offload:
-            needed = _storages(
-                [x for role in here for x in role.weights() + (role.state() if training else [])]
-            )
-            present = _storages(
-                [x for role in self.roles.values() for x in role.weights() + role.state()]
-            )
-            for key in present.keys() - needed.keys() - self.away.keys():
-                self._send_away(key, present[key])
-            for key in needed.keys() & self.away.keys():
-                self._bring_back(key)
+        if self.host is not None:
+            self._place((names, training), self.host)
         yield
-        self._measure(here if training else [])
+        self._measure([self.roles[name] for name in names if name in self.roles] * training)
+
+    def _place(self, now: AtWork, host: Offload) -> None:
+        """All that is not at work now, nor next if there is room, to host memory; the rest here."""
+        self.following[self.last] = now
+        self.last = now
+        present = {k: v for role in self.roles.values() for k, v in self._of(role, True).items()}
+        host.forget_all_but(present)
+        needed, next_ = self._needed(now), self._needed(self.following.get(now, now))
+        more = {key: storage for key, storage in next_.items() if key not in needed}
+        if host.size_of(more) > host.spare():
+            next_ = {}
+        staying = needed.keys() | next_.keys() | host.away.keys()
+        host.send({key: present[key] for key in present if key not in staying})
+        host.begin_to_fetch([key for key in needed if key in host.away])
+        host.arrived()
+        host.begin_to_fetch([key for key in next_ if key in host.away])
+
+    def _needed(self, at_work: AtWork) -> Storages:
+        names, training = at_work
+        roles = [self.roles[name] for name in names if name in self.roles]
+        return {k: v for role in roles for k, v in self._of(role, training).items()}
+
+    @staticmethod
+    def _of(role: Role, training: bool) -> Storages:
+        return storages_of(role.weights() + (role.state() if training else []))
 
     def _measure(self, trained: list[Role]) -> None:
         """What two roles share counts for the first of them."""
         seen: set[int] = set()
         for role in self.roles.values():
-            storages = _storages(role.weights() + role.state())
+            storages = self._of(role, training=True)
             held = sum(storage.nbytes() for key, storage in storages.items() if key not in seen)
             seen |= storages.keys()
             gradients = role.gradient_bytes() if role in trained else 0
             self.peak[role.name] = max(self.peak[role.name], held + gradients)
-
-    def _send_away(self, key: int, storage: torch.UntypedStorage) -> None:
-        size = storage.nbytes()
-        host = torch.empty(size, dtype=torch.uint8, pin_memory=storage.device.type == "cuda")
-        host.copy_(_bytes(storage))
-        self.away[key] = (storage, host)
-        storage.resize_(0)
-
-    def _bring_back(self, key: int) -> None:
-        storage, host = self.away.pop(key)
-        storage.resize_(host.numel())
-        _bytes(storage).copy_(host)
-
-
-def _storages(tensors: list[Tensor]) -> dict[int, torch.UntypedStorage]:
-    """The tensors' memory, each piece once, by its identity.
-
-    Views of one piece, such as stacked weights, share it.
-    """
-    storages = (tensor.untyped_storage() for tensor in tensors)
-    return {storage._cdata: storage for storage in storages}
-
-
-def _bytes(storage: torch.UntypedStorage) -> Tensor:
-    """All of a storage as numbers."""
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
 class MovingReference:

@@ -21,6 +21,7 @@ from src.inputs import (
     open_model,
     same_tokenizer,
 )
+from src.models.fp8 import check_device
 from src.models.lora import LoRAConfig
 from src.models.transformer import Transformer
 from src.parallel.setup import Parallel
@@ -62,6 +63,8 @@ def open_roles(settings: PPOTrainSettings, parallel: Parallel, dtype: torch.dtyp
 
     Raises UserError for what does not fit together, before anything is loaded.
     """
+    if settings.run.fp8:
+        check_device(parallel.device)
     roles, lora = settings.roles, settings.lora
     own_dtype = settings.run.dtype is None
 
@@ -189,6 +192,15 @@ def check_degrees(settings: PPOTrainSettings, parallel: Division) -> None:
             )
 
 
+def together_on_device(
+    names: list[str], trained: list[str], settings: PPOTrainSettings
+) -> list[list[str]]:
+    """Roles that are on the device at the same time while one of them is trained, by name."""
+    if not settings.roles.offload:
+        return [names]
+    return [trained] if settings.updates.update == "together" else [[name] for name in trained]
+
+
 def load_roles(
     opened: OpenedRoles,
     settings: PPOTrainSettings,
@@ -201,7 +213,7 @@ def load_roles(
     With --offload each goes to host memory before the next one is loaded.
     """
     roles, run = settings.roles, settings.run
-    stage = Stage(roles.offload)
+    stage = Stage(roles.offload, parallel.device)
     common: dict[str, Any] = {"seed": run.seed, "quantize": settings.lora.quantize}
 
     def trained(name: str, model: Transformer, division: Parallel) -> Role:

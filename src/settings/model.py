@@ -113,7 +113,8 @@ class PackedBatchSettings(BatchSettings):
         Unit("tokens"),
         MAY_CHANGE,
         "and their tokens, at most; a longer row goes alone. Optimizer steps stay the same: there "
-        "are more forwards in each. No limit when not given",
+        "are more forwards in each. When not given, on a GPU as many as fit its memory in training "
+        "(the log says how many), on the CPU no limit",
     ] = None
 
 

@@ -27,6 +27,7 @@ from src.settings.training import (
     OptimizerSettings,
     RuledEvaluationSettings,
     SavingSettings,
+    idle_fp8,
 )
 
 
@@ -519,6 +520,7 @@ class PPOTrainSettings(PPOSettings):
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         yield from self.saving.unchangeable(type(self))
+        yield from idle_fp8(self.run, self.lora)
         roles, names = self.roles, self.rewards.names
         is_plan = self.dry_run.dry_run  # which may lack files
         if "verifier" in names and roles.reward_model_ckpt_dir is None and not is_plan:

@@ -31,6 +31,11 @@ class RunSettings(Settings):
         MAY_CHANGE,
         "that a collective may take before the run is given up",
     ] = 1800.0
+    deterministic: Annotated[
+        bool,
+        "the same bits again: deterministic algorithms only, and products whose rows do not depend "
+        "on how many others are computed with them. Slower; on the CPU it only does the second",
+    ] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +57,24 @@ class TrainingRunSettings(RunSettings):
     compile: Annotated[
         bool,
         MAY_CHANGE,
-        "let torch.compile make one kernel each of the norms and of SwiGLU; on the CPU that needs "
-        "a C++ compiler",
+        "let torch.compile make one kernel each of the norms and of SwiGLU; that needs a C++ "
+        "compiler on the CPU, a C compiler on a GPU",
     ] = False
+    fp8: Annotated[
+        bool,
+        "compute the products of linear layers in 8-bit floating point in training, forward and "
+        "backward; on an H100 or later. Not the output layer, routers, adapters and experts",
+    ] = False
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if self.fp8 and self.dtype not in (None, "bf16"):
+            yield f"--fp8: is for --dtype bf16, and it is {self.dtype}"
+        if self.fp8 and self.deterministic:
+            yield (
+                "--fp8 --deterministic: a tensor's scale is that of its largest number, so that "
+                "rows depend on those beside them; give one of the two"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

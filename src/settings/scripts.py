@@ -28,6 +28,7 @@ from src.settings.training import (
     Quantize,
     Rule,
     TaskEvaluationSettings,
+    idle_fp8,
 )
 
 # --- Training -------------------------------------------------------------------------------------
@@ -53,6 +54,7 @@ class TrainSettings(Settings):
 
     def problems(self) -> Iterator[str]:
         yield from self.saving.unchangeable(type(self))
+        yield from idle_fp8(self.run, self.lora)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from src.settings.declaration import (
     declared,
 )
 from src.settings.parsing import nearest
+from src.settings.run import TrainingRunSettings
 
 Quantize = Annotated[
     Literal["nf4", "int8"] | None,
@@ -111,6 +112,15 @@ class LoRASettings(Settings):
                 f"--quantize {self.quantize}: quantised weights cannot be trained; give "
                 "--lora_rank too"
             )
+
+
+def idle_fp8(run: TrainingRunSettings, lora: LoRASettings) -> Iterator[str]:
+    """What is wrong with --fp8 beside weights that are kept in fewer bits."""
+    if run.fp8 and lora.quantize:
+        yield (
+            f"--fp8: has no effect with --quantize {lora.quantize}, whose layers compute in bf16; "
+            "give one of the two"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

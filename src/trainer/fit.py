@@ -1,13 +1,17 @@
 """The training loop of solver and verifier: epochs, batches, steps, evaluations."""
 
+import os
+import shutil
 from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from src.errors import UserError
 from src.logs import RunLog
 from src.models.elementwise import compile_elementwise
+from src.models.fp8 import use_fp8
 from src.models.init import generator_for
 from src.models.lora import freeze_layers
 from src.models.transformer import Transformer
@@ -19,6 +23,7 @@ from src.settings.model import PackedBatchSettings, TrainingBatchSettings
 from src.settings.run import TrainingRunSettings
 from src.settings.scripts import TrainSettings
 from src.settings.training import OptimizerSettings
+from src.trainer.activations import described, held_bytes, limited
 from src.trainer.batches import epoch_batches, share_of
 from src.trainer.meter import Meter, profiler
 from src.trainer.optimizer import Optimizer, lr_at
@@ -64,7 +69,10 @@ def prepare(
     """
     if parallel.device.type == "cpu":
         reuse_memory()
+    if run.fp8:
+        use_fp8(model)
     if run.compile:
+        check_compiler(parallel.device.type)
         compile_elementwise()
     # Ranks that share a model must draw the same dropout.
     torch.manual_seed(generator_for(run.seed, f"dropout/{parallel.dp_rank}").initial_seed())
@@ -72,6 +80,22 @@ def prepare(
     freeze_layers(model, optimizer.freeze_layers)
     if optimizer.router_aux_loss_coef is not None:
         model.router_aux_loss_coef = optimizer.router_aux_loss_coef
+
+
+def check_compiler(device_type: str) -> None:
+    """Raise UserError where --compile would find no C compiler for a GPU.
+
+    Triton makes the GPU's code itself, and what launches it by a compiler of the system. (The CPU's
+    need is checked by `compile_elementwise`.)
+    """
+    if device_type != "cuda":
+        return
+    names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    if not any(map(shutil.which, names)):
+        raise UserError(
+            f"--compile: on a GPU torch.compile needs a C compiler, and there is no "
+            f"{' or '.join(names)}: install gcc, or leave --compile out"
+        )
 
 
 def rows_per_step(batches: TrainingBatchSettings, dp_size: int) -> int:
@@ -104,6 +128,10 @@ def fit(
 
     # Go on where an earlier run stopped, or measure the untrained model first.
     step = saving.resume(total) if saving else 0
+    held = held_bytes([model], [optimizer])
+    batches = limited(settings.batches, [(model, optimizer)], held, parallel)
+    for line in described(batches.max_tokens_per_batch):
+        log.info(line)
     meter = Meter(model, objective, parallel)
     tokens_left = sum(objective.lengths) * (total - step) / steps_per_epoch
 
@@ -124,9 +152,7 @@ def fit(
                 # One optimizer step on the whole batch, of which each rank computes its share.
                 meter.start()
                 lr = lr_at(step, total, plan.lr, plan.warmup, plan.schedule)
-                scalars = train_step(
-                    model, optimizer, objective, batch, settings.batches, parallel, lr
-                )
+                scalars = train_step(model, optimizer, objective, batch, batches, parallel, lr)
                 step += 1
                 if scalars["skipped"]:
                     norm = scalars["grad_norm"]

@@ -10,6 +10,7 @@ from src.evaluation.verifier import score_moments
 from src.inputs import OpenedModel, check_log_dir, check_trainable, lora_of, open_model
 from src.logs import RunLog
 from src.models.batch import Sequence
+from src.models.fp8 import check_device
 from src.models.lora import LoRAConfig
 from src.models.transformer import Transformer
 from src.parallel.setup import Parallel, pick_dtype
@@ -127,6 +128,8 @@ class VerifierInputs:
 
 def open_start(settings: TrainSettings, parallel: Parallel, head: str | None) -> OpenedModel:
     """The model to start from, and whether what is made of it can be written."""
+    if settings.run.fp8:
+        check_device(parallel.device)
     model, save_dir = settings.model, settings.saving.save_dir
     places = Places.of(settings.saving.log_dir, save_dir)
     written = {"save_dir": save_dir}

@@ -20,6 +20,24 @@ if TYPE_CHECKING:
     from src.trainer.fit import Objective
 
 PROFILED_STEPS = (3, 2)  # steps that pass before the profile, and steps in it
+# FLOP/s of dense bf16 and fp16 products by the data sheets, by words of the device's name;
+# the first that fits counts.
+PUBLISHED: dict[str, float | None] = {
+    "NVL": None,  # cards of the names below with other clocks
+    "H100 PCIe": 756e12,
+    "H100": 989e12,  # SXM; the data sheets state twice as much, "with sparsity"
+    "H200": 989e12,
+    "A100": 312e12,
+}
+
+
+def published_rate(device_name: str, dtype: torch.dtype) -> float | None:
+    """FLOP/s that the vendor states for products of one device, where that is known."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return None
+    names = device_name.replace("-", " ").split()
+    fitting = (rate for name, rate in PUBLISHED.items() if set(name.split()) <= set(names))
+    return next(fitting, None)
 
 
 class Meter:
@@ -28,13 +46,13 @@ class Meter:
     def __init__(self, model: Transformer, objective: "Objective", parallel: Parallel) -> None:
         self.objective, self.parallel, self.config = objective, parallel, model.config
         self.flops = TrainingFlops.of(model)
-        rate = torch.tensor(
-            matmul_rate(model.norm.weight.dtype, parallel.device),
-            dtype=torch.float64,
-            device=parallel.device,
-        )
+        dtype, device = model.norm.weight.dtype, parallel.device
+        rate = torch.tensor(matmul_rate(dtype, device), dtype=torch.float64, device=device)
         dist.all_reduce(rate)  # of all ranks, measured at the same time
         self.rate = float(rate)
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        published = published_rate(name, dtype)
+        self.published = published and published * parallel.world_size
 
     def start(self) -> None:
         """A step begins. What lies between steps, such as evaluations, is not theirs."""
@@ -57,6 +75,7 @@ class Meter:
             "tokens_per_s": tokens / took,
             "flops_per_s": flops / took,
             "mfu": flops / took / self.rate,
+            **({"mfu_published": flops / took / self.published} if self.published else {}),
             "memory_gb": float(memory) / 1e9,
             "seconds": took,
             **{f"seconds/{phase}": seconds for phase, seconds in phases.items()},

@@ -28,6 +28,7 @@ from src.errors import Stopped, UserError
 from src.logs import RunLog
 from src.models.layout import TensorSpec
 from src.models.transformer import Transformer
+from src.parallel.host import HostCopies
 from src.parallel.setup import Parallel, agreed
 from src.settings.training import SavingSettings
 from src.trainer.earlier import FAILED, Earlier
@@ -90,6 +91,7 @@ class Saving:
         self.models, self.parallel, self.at_work = models, parallel, at_work
         self.parts, self.tensors = parts or {}, tensors or {}
         self.steps = Steps(earlier.folder, settings.keep, parallel)
+        self.copies = HostCopies(parallel.device)
         self.step = 0  # the last that was taken
         self.saved = 0  # the last that was saved
         self.stop_signal = StopSignal()
@@ -209,6 +211,7 @@ class Saving:
         ) from error
 
     def _save(self, step: int) -> None:
+        self.steps.wait()  # the copies of the step before may be in the memory for these
         p = self.parallel
         files: dict[str, dict[str, Tensor]] = {}
         counters, layouts = {}, {}
@@ -216,7 +219,8 @@ class Saving:
         for name, (model, optimizer) in self.models.items():
             division = optimizer.parallel
             with self.at_work(name):
-                tensors, counters[name] = tensors_of(model, optimizer), counters_of(optimizer)
+                tensors = self.copies.of(name, tensors_of(model, optimizer))
+                counters[name] = counters_of(optimizer)
             if tensors:
                 files[file_of(name, division.mp_rank, division.dp_rank)] = tensors
             layouts[name] = {"mp": division.mp_size, "dp": division.dp_size}
@@ -224,8 +228,7 @@ class Saving:
         for name, (others, _) in self.tensors.items():
             if p.dp_rank == 0:
                 with self.at_work(name):
-                    copies = {k: x.detach().to(device="cpu", copy=True) for k, x in others.items()}
-                files[file_of(name, p.mp_rank, 0)] = copies
+                    files[file_of(name, p.mp_rank, 0)] = self.copies.of(name, others)
             layouts[name] = {"mp": p.mp_size, "dp": 1}
         if p.mp_rank == 0:
             files[random_file(p.dp_rank)] = self._random()

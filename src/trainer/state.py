@@ -31,9 +31,8 @@ def specs_of(model: Transformer) -> dict[str, TensorSpec]:
     }
 
 
-@torch.no_grad()
 def tensors_of(model: Transformer, optimizer: Optimizer) -> dict[str, Tensor]:
-    """This rank's share, copied to the host.
+    """This rank's share.
 
     Trained weights (from the first data-parallel rank), and the optimizer's state of the parameters
     that it keeps it for.
@@ -51,7 +50,7 @@ def tensors_of(model: Transformer, optimizer: Optimizer) -> dict[str, Tensor]:
         if kept is not parameter:
             out[f"{MASTER}/{name}"] = kept
         out |= {f"{kind}/{name}": state[kind] for kind in (MEAN, SQUARE) if kind in state}
-    return {key: x.detach().to(device="cpu", copy=True).contiguous() for key, x in out.items()}
+    return out
 
 
 def bytes_of(model: Transformer, optimizer: Optimizer) -> int:

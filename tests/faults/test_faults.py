@@ -171,11 +171,12 @@ def test_a_rank_that_hangs_is_named(command, full, tmp_path):
     run.end()
 
 
+@pytest.mark.parametrize("watched", [[], ["--watched"]], ids=["by gloo", "by the roll call"])
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_a_rank_that_hangs_while_gloo_reduces_is_named(full, tmp_path, ranks):
-    if not full and ranks == 3:
+def test_a_rank_that_hangs_while_gloo_reduces_is_named(full, tmp_path, ranks, watched):
+    if not full and (ranks == 3 or watched):
         pytest.skip("tried by `make faults`")
-    run = Run(["tests/faults/lost.py"], ranks, tmp_path / "log")
+    run = Run(["tests/faults/lost.py", *watched], ranks, tmp_path / "log")
     run.until(lambda: run.workers() and "did not come to" in run.said(), "a message")
     message = f"error: rank 1 of {ranks} did not come to what all ranks do together"
     assert run.said().count(message) == 1, run.said()[-3000:]

@@ -105,9 +105,31 @@ def test_the_peak_of_a_role_is_its_weights_gradients_and_optimizer(folder, paral
     assert peaks[0] == peaks[1]
 
 
+@pytest.mark.parametrize("spare", [0, 2**40])
+def test_the_next_role_comes_back_while_there_is_room(folder, parallel, monkeypatch, spare):
+    """Beside the one at work, and with the bits that it left with."""
+    ppo = make_ppo(folder, parallel, offload=True, update="in_turn", ppo_epochs=1)
+    plain = make_ppo(folder, parallel, update="in_turn", ppo_epochs=1)
+    monkeypatch.setattr(ppo.stage.host, "spare", lambda: spare)
+    here = []
+    values = ppo._values
+
+    def watching(*arguments):
+        here.append({name for name, (weights, _) in lying(ppo).items() if weights})
+        return values(*arguments)
+
+    ppo._values = watching
+    for number in (0, 1):
+        for each in (ppo, plain):
+            each.iteration(number, prompts(), LR, VALUE_LR)
+    assert here[0] == {"value"}, "nobody knows yet who comes next"
+    assert here[1] == ({"value", "policy"} if spare else {"value"})
+    assert digest(ppo) == digest(plain)
+
+
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_quantised_role_goes_and_comes_back(folder, parallel, kind):
-    checkpoint, stage = Checkpoint.open(str(folder / "policy")), Stage(offload=True)
+    checkpoint, stage = Checkpoint.open(str(folder / "policy")), Stage(True, parallel.device)
     model = load_model(checkpoint, parallel, torch.float32, "lm", quantize=kind).requires_grad_(
         False
     )
@@ -124,7 +146,7 @@ def test_a_quantised_role_goes_and_comes_back(folder, parallel, kind):
 
 
 def test_a_shared_trunk_stays_while_one_of_its_roles_is_at_work(folder, parallel):
-    lora, stage = LoRAConfig(4), Stage(offload=True)
+    lora, stage = LoRAConfig(4), Stage(True, parallel.device)
     policy = load_model(
         Checkpoint.open(str(folder / "policy")), parallel, torch.float32, "lm", lora=lora
     )

@@ -211,7 +211,10 @@ def make_ppo(
     """
     sampling = sampling or Sampling(max_new_tokens=MAX_NEW_TOKENS, temperature=TEMPERATURE, seed=4)
     settings = ppo_settings(**{name: getattr(sampling, name) for name in CHOICE}, **flags)
-    stage, divided = Stage(offload), parallel if value_mp is None else parallel.divided(value_mp)
+    stage, divided = (
+        Stage(offload, parallel.device),
+        parallel if value_mp is None else parallel.divided(value_mp),
+    )
     trained = {"policy": parallel} | ({"value": divided} if settings.advantages.has_value else {})
     for name, division in trained.items():
         model = ours(folder / name, division, dtype)
@@ -404,7 +407,7 @@ def adapters_run(folder: Path, parallel: Parallel, shared: bool, offload: bool =
         adapted(folder, parallel, shared),
         ppo_settings(),
     )
-    before, stage = outputs(models, parallel), Stage(offload)
+    before, stage = outputs(models, parallel), Stage(offload, parallel.device)
     places = {name: {p.data_ptr() for p in model.parameters()} for name, model in models.items()}
     trained = {
         name: [n for n, p in model.named_parameters() if p.requires_grad]

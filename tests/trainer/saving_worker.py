@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from src.checkpoint.steps import Steps, list_steps, open_step
 from src.models.lora import LoRAConfig, add_lora
+from src.parallel.host import HostCopies
 from src.parallel.setup import Parallel, start, stop
 from src.trainer.optimizer import Optimizer
 from src.trainer.state import (
@@ -58,11 +59,15 @@ def made(folder: Path, parallel: Parallel, kind: str, seed: int) -> tuple:
     return model, optimizer
 
 
+def copies(model, optimizer) -> dict[str, torch.Tensor]:
+    return HostCopies(optimizer.parallel.device).of("model", tensors_of(model, optimizer))
+
+
 def whole_state(model, optimizer) -> dict[str, torch.Tensor]:
     """Weights, masters and averages of all ranks put together; padding cut off."""
     parallel, specs = optimizer.parallel, specs_of(model)
     every = [None] * parallel.world_size
-    dist.all_gather_object(every, (parallel.mp_rank, tensors_of(model, optimizer)))
+    dist.all_gather_object(every, (parallel.mp_rank, copies(model, optimizer)))
     parts = [{} for _ in range(parallel.mp_size)]
     for rank, tensors in every:
         parts[rank] |= tensors
@@ -80,7 +85,7 @@ def main(folder: Path) -> None:
             want = whole_state(model, optimizer)
             place = folder / f"steps {kind} {a}"
             steps = Steps(place, 2, parallel)
-            tensors, counters = tensors_of(model, optimizer), counters_of(optimizer)
+            tensors, counters = copies(model, optimizer), counters_of(optimizer)
             foretold = [None] * parallel.world_size
             dist.all_gather_object(
                 foretold, bytes_of(model, optimizer) == sum(x.nbytes for x in tensors.values())

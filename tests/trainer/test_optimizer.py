@@ -1,6 +1,7 @@
 """Learning rates, batches, and the optimizer's handling of half-precision weights."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ from src.errors import UserError
 from src.logs import RunLog
 from src.trainer import optimizer as optimizer_module
 from src.trainer.batches import epoch_batches, share_of
-from src.trainer.fit import fit
-from src.trainer.optimizer import Optimizer, lr_at
+from src.trainer.fit import check_compiler, fit
+from src.trainer.optimizer import Optimizer, lr_at, sums_of_squares
 from src.trainer.solver import SolverObjective
 from tests.trainer.tiny import ours, some_sequences, training
 
@@ -220,3 +221,31 @@ def test_fit_says_which_step_was_skipped_and_goes_on(folder, parallel, capsys):
         "WARNING step 2: the gradient norm is nan, the step is skipped" in capsys.readouterr().err
     )
     assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("by_rows", [True, False])
+def test_the_gradient_norm_is_fp64_s_on_the_cpu_s_way_and_on_the_gpu_s(by_rows):
+    generator = torch.Generator().manual_seed(0)
+    tensors = [
+        torch.randn(*shape, generator=generator) * scale
+        for shape, scale in (((700, 900), 1.0), ((1300,), 1e-3), ((4, 30, 50), 30.0), ((1,), 1e-9))
+    ]
+    wanted = torch.stack([x.double().square().sum() for x in tensors])
+    squares = sums_of_squares(tensors, by_rows)
+    assert squares.dtype == torch.float64
+    assert torch.allclose(squares, wanted, rtol=1e-7 if by_rows else 1e-12, atol=0)
+    plain = torch.stack([x.square().sum() for x in tensors]).double()
+    assert not torch.allclose(plain, wanted, rtol=1e-12, atol=0), "fp32 would not do"
+
+
+def test_compiling_for_a_gpu_without_a_c_compiler_is_refused(monkeypatch):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", "")
+    check_compiler("cpu")
+    with pytest.raises(UserError, match="no gcc or clang: install gcc"):
+        check_compiler("cuda")
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with pytest.raises(UserError, match="no no-such-compiler"):
+        check_compiler("cuda")
+    monkeypatch.setenv("CC", sys.executable)
+    check_compiler("cuda")

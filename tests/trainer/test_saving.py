@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from src.checkpoint.manifest import described_all, problems, read_manifest, write_manifest
 from src.checkpoint.steps import Steps, list_steps, open_step
 from src.errors import UserError
+from src.parallel.host import HostCopies
 from src.trainer.optimizer import Optimizer
 from src.trainer.state import SavedModel, counters_of, restore, tensors_of
 from tests.launch import launch
@@ -49,7 +50,7 @@ def saved(tmp_path, parallel):
 
     def save(kind: str):
         model, optimizer = made(tmp_path, parallel, kind, seed=1)
-        tensors = tensors_of(model, optimizer)
+        tensors = HostCopies(parallel.device).of(kind, tensors_of(model, optimizer))
         save_file(tensors, tmp_path / "model.mp-00.dp-00.safetensors")
         return tensors, SavedModel(tmp_path, "model", {"mp": 1, "dp": 1}), counters_of(optimizer)
 

@@ -1,0 +1,151 @@
+"""How many tokens a GPU computes at a time in training, where --max_tokens_per_batch does not say.
+
+Counted from sizes alone: what autograd keeps of each token, beside what lies on the device anyway.
+So the same run gets the same number again, and a dry run knows it. Off by less than a tenth from
+what was measured (docs/performance.md).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from src.models.config import ModelConfig
+from src.models.layout import layer_table
+from src.models.lora import lora_layers
+from src.models.quantize import stored_bytes
+from src.models.transformer import Transformer
+from src.parallel.setup import Parallel
+from src.parallel.vocab import LOGITS_AT_ONCE_CUDA
+from src.settings.model import PackedBatchSettings
+from src.trainer.optimizer import Optimizer
+
+FP32 = 4
+USABLE = 0.92  # of the memory: the rest is CUDA's own, the libraries', and gaps
+MOST = 2**16  # more at a time is no faster
+CHUNK_COPIES = 3  # of a chunk of logits in fp32, and half as many in half precision
+
+Batches = TypeVar("Batches", bound=PackedBatchSettings)
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes that a forward and backward takes: of each token, and however many there are."""
+
+    per_token: float
+    fixed: float
+
+    def tokens_in(self, room: float) -> int:
+        return int((room - self.fixed) / self.per_token)
+
+
+def activations(
+    config: ModelConfig, n: int, dtype: torch.dtype, recompute: str, lora: bool = False
+) -> Activations:
+    """Of a model in training at `n` model-parallel ranks. recompute: --checkpoint_activations."""
+    size, d, table = dtype.itemsize, config.dim, layer_table(config)
+    q, k = (table[f"attention.{name}.weight"].local_shape(n)[0] for name in ("wq", "wk"))
+    # Norms: their input in fp32, what they make of it, and that times the weight.
+    norms = 2 * (FP32 + 2 * size) * d
+    # Products' outputs, queries and keys once more when they are rotated, and attention's output.
+    attention = size * (2 * q + 3 * k + q)
+    of_products = size * (q + 2 * k + d)
+    if config.n_experts:  # each token goes through several, and its rows are copied for them
+        f = table["feed_forward.experts.w1.weight"].local_shape(n)[1]
+        feed_forward = size * config.experts_per_token * (4 * f + 3 * d)
+        of_products += size * config.experts_per_token * (2 * f + d)
+    else:
+        f = table["feed_forward.w1.weight"].local_shape(n)[0]
+        feed_forward = size * 3 * f
+        of_products += size * (2 * f + d)
+    whole = norms + attention + feed_forward
+    kept = {
+        "none": whole,
+        # With adapters their products are kept, too, as large as the layers'.
+        "selective": size * (d + q) + of_products * (1 + lora),
+        "full": size * d,
+    }[recompute]
+    # One block more: its gradients, or what is computed again of it.
+    at_work = whole + (of_products if lora else 0)
+    ends = (FP32 + 3 * size) * d + FP32 * 2 * config.head_dim  # embedding, last norm, rotation
+    logits = LOGITS_AT_ONCE_CUDA * CHUNK_COPIES * (FP32 + size / 2)
+    return Activations(
+        config.n_layers * kept + at_work + ends, logits if config.head == "lm" else 0.0
+    )
+
+
+def rounded_down(tokens: int) -> int:
+    """To a power of two, or one and a half times that: 1, 2, 3, 4, 6, 8, 12 …."""
+    power = 1 << (tokens.bit_length() - 1)
+    return power * 3 // 2 if tokens >= power * 3 // 2 > power else power
+
+
+def tokens_at_once(trained: Iterable[Activations], memory: int, held: int, max_seq_len: int) -> int:
+    """How many tokens to compute at a time; a row of `max_seq_len` at least.
+
+    trained: of each model; memory: of the device; held: what lies there while they are trained,
+    gradients and optimizers whole.
+    """
+    fitting = min(each.tokens_in(USABLE * memory - held) for each in trained)
+    return max(max_seq_len, rounded_down(min(max(fitting, 1), MOST)))
+
+
+def limited(
+    batches: Batches,
+    trained: list[tuple[Transformer, Optimizer]],
+    held: int,
+    parallel: Parallel,
+    memory: int | None = None,
+) -> Batches:
+    """The settings with a limit on tokens on a GPU, where they have none; elsewhere as they are.
+
+    held: see `held_bytes`; memory: of the device, in bytes, found out when not given. All ranks
+    come here, and get the limit of the fullest.
+    """
+    memory = device_memory(parallel.device) if memory is None else memory
+    if memory is None or batches.max_tokens_per_batch is not None:
+        return batches
+    of_each = [
+        activations(
+            model.config,
+            optimizer.parallel.mp_size,
+            model.norm.weight.dtype,
+            model.recompute,
+            bool(lora_layers(model)),
+        )
+        for model, optimizer in trained
+    ]
+    most = torch.tensor(held, device=parallel.device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    tokens = tokens_at_once(of_each, memory, int(most), batches.max_seq_len)
+    return replace(batches, max_tokens_per_batch=tokens)
+
+
+def held_bytes(models: Iterable[Transformer], optimizers: Iterable[Optimizer]) -> int:
+    """What a step keeps on the device beside activations, on this rank.
+
+    Weights, those that several models share once; gradients, both averages and the masters, also
+    before they are made.
+    """
+    weights = {id(weight): weight for model in models for weight in model.parameters()}
+    held = sum(stored_bytes(weight.data) for weight in weights.values())
+    for optimizer in optimizers:
+        held += sum(FP32 * p.numel() for p in optimizer.parameters)
+        held += sum((2 + (kept is not p)) * FP32 * kept.numel() for p, kept in optimizer.kept())
+    return held
+
+
+def device_memory(device: torch.device) -> int | None:
+    """Bytes of a GPU; None for the CPU."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.get_device_properties(device).total_memory
+
+
+def described(tokens: int | None) -> list[str]:
+    """What the log and the dry run say of the limit, if there is one."""
+    return (
+        [] if tokens is None else [f"at most {tokens:,} tokens at a time (--max_tokens_per_batch)"]
+    )
