@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from src.kernels import attention, norm, product, rotation, swiglu
+from src.kernels import attention, norm, product, rotation, swiglu, threshold
 from tests.gpu.models import CPU, apart
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -106,6 +106,13 @@ def test_products_of_few_rows(device, dtype, rows, inside, outside):
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(LIMITS, dtype, 2e-2)
             check(None, True)
+
+
+@pytest.mark.parametrize("width", (97, 32000, 151936))
+@pytest.mark.parametrize("top_k, top_p, min_p", ((20, 1.0, 0.0), (0, 0.8, 0.01), (50, 0.95, 0.02)))
+def test_thresholds(device, top_k, top_p, min_p, width):
+    z = 3 * drawn(5, width)  # with many equal ones
+    compare(device, torch.float32, threshold, "threshold", z, z.amax(1), top_k, top_p, min_p)
 
 
 def pages(lengths: list[int], kv_heads: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
