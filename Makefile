@@ -4,7 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 SEED ?= 0
 VENV := .venv
 
-.PHONY: quickstart smollm test lint faults bench clean
+.PHONY: quickstart smollm test lint faults bench gpu clean
 
 quickstart: $(VENV)/installed
 	$(VENV)/bin/python quickstart.py --seed $(SEED)
@@ -38,6 +38,17 @@ bench: .venv-bench/installed .venv-bench-ppo/installed
 	.venv-bench/bin/python benchmarks/ppo.py --train_file $(PROMPTS) --trl_python .venv-bench-ppo/bin/python --out runs/ppo.md
 	.venv-bench/bin/python benchmarks/kernels.py
 	.venv-bench/bin/python benchmarks/checkpoint_memory.py
+
+# A GPU's correctness and speed in eight minutes, into runs/gpu; SMALL=1 tries every stage with tiny
+# models, on a CPU too. With WHEELS, a folder, the machine's own Python and torch are taken, and
+# what they lack comes from there: no package index is asked.
+GPU_PYTHON := $(if $(WHEELS),python3,$(VENV)/bin/python)
+gpu: $(if $(WHEELS),runs/gpu/site,$(VENV)/installed)
+	PYTHONPATH=$(if $(WHEELS),runs/gpu/site) $(GPU_PYTHON) benchmarks/gpu.py $(if $(SMALL),--small)
+
+runs/gpu/site: $(if $(WHEELS),$(wildcard $(WHEELS)/*.whl))
+	python3 -m pip install --quiet --no-index --no-deps --upgrade --target $@ $^
+	touch $@
 
 .venv-bench/installed: requirements.txt benchmarks/requirements.txt
 	$(PYTHON) -m venv .venv-bench

@@ -1,8 +1,10 @@
 """What the benchmarks share.
 
-The 58M Llama, prompts from a file, alternating runs and their medians, the machine's rates.
+The 58M Llama, models of random weights, prompts from a file, alternating runs and their medians,
+the machine's rates.
 """
 
+import gc
 import json
 import os
 import platform
@@ -44,6 +46,39 @@ def make_model(folder: Path, seed: int = 0, head: str = "lm", **sizes) -> Path:
     ids = {"bos_token_id": 1, "eos_token_id": 2}
     (folder / "config.json").write_text(json.dumps(hf_config(config, "float32", ids)))
     return folder
+
+
+def config_of(dim: int, n_layers: int, head_dim: int, hidden_dim: int, vocab_size: int = 32000):
+    """Of a Llama with as many kv heads as heads."""
+    from src.models.config import ModelConfig
+
+    heads = dim // head_dim
+    sizes = (dim, n_layers, heads, heads, head_dim, hidden_dim, vocab_size)
+    return ModelConfig(*sizes, max_seq_len=4096)
+
+
+def random_model(config, parallel, dtype: torch.dtype = torch.bfloat16):
+    """A model in memory whose matrices are random, small, and norms' weights 1."""
+    from src.checkpoint.load import put
+    from src.models.layout import tensor_table
+    from src.models.transformer import build
+
+    device = parallel.device
+    model = build(config, parallel.mp_rank, parallel.mp_size, dtype)
+    model.stack_projections(device)
+    with torch.no_grad():
+        for name, spec in tensor_table(config).items():
+            shape = spec.local_shape(parallel.mp_size)
+            random = torch.randn(shape, dtype=dtype, device=device) * 0.02
+            put(model, name, torch.ones(shape) if len(shape) == 1 else random, device)
+    return model
+
+
+def free_memory() -> None:
+    """What a model's cycles of references still hold, and what PyTorch keeps for later."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def make_tokenizer(folder: Path, texts: list[str], vocab_size: int = 4000) -> Path:
@@ -107,6 +142,13 @@ def read_rate(megabytes: int = 1024, rounds: int = 5) -> float:
     x = torch.ones(megabytes * 2**20 // 4)
     x.sum()
     return x.nbytes / min(seconds(x.sum) for _ in range(rounds))
+
+
+def copy_rate(device: torch.device, size: int = 2**30) -> float:
+    """Bytes/s read and written by the median of copies of `size` bytes: more than a cache holds."""
+    x = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
+    y = torch.empty_like(x)
+    return 2 * x.nbytes / median([seconds(lambda: y.copy_(x)) for _ in range(10)])
 
 
 def machine() -> str:

@@ -17,8 +17,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 import triton
-from common import seconds
-from gpu import config_of, copy_rate, free_memory, random_model
+from common import config_of, copy_rate, free_memory, random_model, seconds
 from torch import Tensor
 
 from src.cli import run

@@ -21,6 +21,7 @@ LONG = (
     "trainer/test_saving.py",
     "test_cli.py",
     "test_families.py",
+    "test_gpu_bench.py",
     "checkpoint/test_memory.py",
     "checkpoint/test_checkpoint.py",
     "checkpoint/test_round_trips.py",
@@ -30,14 +31,16 @@ LONG = (
     "generation/test_journal.py",
 )
 
-# The suite is about the CPU's paths, also on a machine with a GPU: its ranks outnumber the GPUs.
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
-
 if "PYTEST_XDIST_WORKER" in os.environ:  # each process takes its share of the cores
     os.environ["LOCAL_WORLD_SIZE"] = os.environ["PYTEST_XDIST_WORKER_COUNT"]
 
 
 def pytest_addoption(parser):
+    parser.addoption(
+        "--device",
+        choices=("cuda", "cpu"),
+        help="where tests/gpu runs (`make gpu`); on cpu only its own logic is tried",
+    )
     parser.addoption(
         "--full-faults",
         action="store_true",
@@ -48,6 +51,12 @@ def pytest_addoption(parser):
         action="store_true",
         help="also every step of `make smollm SMALL=1`: five minutes, and a package of 100 MB",
     )
+
+
+def pytest_configure(config):
+    """The suite is about the CPU's paths, also beside a GPU, which its ranks would outnumber."""
+    if config.getoption("--device") != "cuda":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -53,7 +53,7 @@ def _free_port() -> int:
 def start(
     n: int, script: Path | str, *args: str, timeout: float = 240
 ) -> subprocess.CompletedProcess:
-    """Run `script` (relative to the repository root) on n CPU ranks and return whatever it came to.
+    """Run `script` (relative to the repository root) on n ranks and return whatever it came to.
 
     n == 1 is plain Python without torch.distributed. On a timeout the whole process group is ended,
     so no rank outlives its test.
@@ -62,9 +62,7 @@ def start(
     # rank of it.
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     env = {name: value for name, value in os.environ.items() if name not in launcher}
-    env.update(
-        PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", PYTHONUNBUFFERED="1"
-    )
+    env.update(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
     # collectives that do not match become Python errors; at more ranks that takes minutes
     if n == 2:
         env["TORCH_DISTRIBUTED_DEBUG"] = "DETAIL"

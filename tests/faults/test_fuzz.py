@@ -103,12 +103,25 @@ def test_rows_of_any_bytes(full, tmp_path, suffix):
     tried(full, 5000, st.binary(max_size=200) | almost_json, check)
 
 
+def is_quick(grader, text) -> bool:
+    """Whether 50 ms are enough, at the second try if need be: garbage is collected in one only.
+
+    Of this thread alone: others of the process may be waiting busily.
+    """
+
+    def seconds() -> float:
+        began = time.thread_time()
+        grader.grade(text, "7")
+        return time.thread_time() - began
+
+    return seconds() < 0.05 or seconds() < 0.05
+
+
 @pytest.mark.parametrize("grader", [gsm8k, math], ids=["GSM8K", "MATH"])
 def test_graders_take_any_text(full, grader):
     def check(text):
-        began = time.process_time()
+        assert is_quick(grader, text)
         rules = grader.grade(text, "7")
-        assert time.process_time() - began < 0.05
         assert all(type(right) is bool for right in rules.values())
 
     tried(full, 10000, ANSWERS, check)
@@ -131,9 +144,7 @@ def test_graders_under_hostile_texts(grader):
         "#### -" + "." * 10**6,
         " " * 10**6,
     ):
-        began = time.process_time()
-        grader.grade(text, "7")
-        assert time.process_time() - began < 0.05, text[:20]
+        assert is_quick(grader, text), text[:20]
 
 
 def test_headers_of_safetensors(full, tmp_path):
