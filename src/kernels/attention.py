@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from src.kernels.runtime import dense_rows, power_of_two, tl, triton
+from src.parallel import deterministic
 
 
 @triton.jit
@@ -140,7 +141,8 @@ def variant(q: Tensor, keys: Tensor, max_pages: int) -> Variant:
     share keys (docs/performance.md); the others are not.
     """
     (n, heads, dim), (_, kv_heads, page, _) = q.shape, keys.shape
-    wanted = PROGRAMS // (n * kv_heads)
+    # With --deterministic a sequence's sums do not depend on how many others there are.
+    wanted = 1 if deterministic.is_on() else PROGRAMS // (n * kv_heads)
     splits = max(1, min(wanted, max_pages * page // LEAST_SPLIT, MOST_SPLITS))
     splits = 1 << (splits.bit_length() - 1)
     product = heads // kv_heads > 2
@@ -171,7 +173,7 @@ def paged_attention(
     """
     n, heads, dim = q.shape
     kv_heads, page = keys.size(1), keys.size(2)
-    group, q = heads // kv_heads, dense_rows(q)
+    group, q, lengths = heads // kv_heads, dense_rows(q), lengths.contiguous()
     how = how or variant(q, keys, table.size(1))
     out = q.new_empty(n, heads, dim)
     parts = log_sums = out

@@ -186,6 +186,7 @@ def rotate_and_write(
     it is turned, with their eps. Returns the queries, [n, heads, head_dim].
     """
     n, dim, qkv = qkv.size(0), keys.size(3), dense_rows(qkv)
+    positions = positions.contiguous()
     q_rotary, k_rotary = (torch.view_as_real(dense_rows(part)) for part in rotary)
     q, width = qkv.new_empty(n, heads, dim), power_of_two(dim)
     rotate_and_write_kernel[(n, heads + 2 * kv_heads)](

@@ -20,6 +20,11 @@ if find_spec("triton") and (torch.cuda.is_available() or "TRITON_INTERPRET" in o
     triton, tl = import_module("triton"), import_module("triton.language")
 
 
+def takes(x: Tensor) -> bool:
+    """Whether the kernels work on it: they come with CUDA builds, and are for what lies there."""
+    return x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
 def power_of_two(size: int) -> int:
     """The next one, which ranges in kernels have to be long."""
     return 1 << (size - 1).bit_length()

@@ -4,6 +4,7 @@ By bisection, into fifths, of the integers that stand in the order of the floats
 steps, each of which counts what lies above four pivots, or sums its probabilities.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -99,6 +100,12 @@ def threshold_kernel(
 BLOCK = 2048
 
 
+@functools.cache
+def log_fp32(x: float) -> float:
+    """log x as fp32 has it, once: no step waits for it."""
+    return float(torch.tensor(x).log())
+
+
 def threshold(z: Tensor, top: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
     """The smallest logit that top-k, then top-p, then min-p, keep in each row.
 
@@ -107,7 +114,7 @@ def threshold(z: Tensor, top: Tensor, top_k: int, top_p: float, min_p: float) ->
     top_k 0, top_p 1 and min_p 0 keep all. Returns [n].
     """
     z, out = dense_rows(z), torch.empty_like(top)
-    log_min_p = float(torch.tensor(min_p).log())
+    log_min_p = log_fp32(min_p)
     if not top_k and top_p == 1:
         return top + log_min_p
     threshold_kernel[(z.size(0),)](
@@ -170,7 +177,7 @@ def plain_threshold(
             total += (limit - count) * (kth - top).exp().double()
         result = lowest(result, total * top_p, counted=False)
     found = _reordered(result.int()).view(torch.float32)
-    return torch.maximum(found, top + torch.tensor(min_p, device=z.device).log())
+    return torch.maximum(found, top + log_fp32(min_p))
 
 
 def _reordered(bits: Tensor) -> Tensor:

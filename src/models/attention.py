@@ -68,9 +68,11 @@ class Packed:
 
     prefixes: for each sequence the number of the one that it goes on from (a prompt, whole, with no
     prefix of its own), or None. Its tokens then see that prompt's too, which is computed once for
-    all that go on from it.
+    all that go on from it. before: how long each one's prefix is, where that lies elsewhere; see
+    `with_prefixes`.
     """
 
+    fuses = False  # whether it takes queries, keys and values as the product gives them
     balance_loss: Tensor | None = None  # of each sequence, after a forward with experts
 
     def __init__(
@@ -78,9 +80,11 @@ class Packed:
         lengths: list[int],
         device: torch.device | str = "cpu",
         prefixes: list[int | None] | None = None,
+        before: list[int] | None = None,
     ) -> None:
         self.lengths, self.prefixes = lengths, prefixes or [None] * len(lengths)
-        before = [0 if p is None else lengths[p] for p in self.prefixes]
+        if before is None:
+            before = [0 if p is None else lengths[p] for p in self.prefixes]
         self.before = before  # tokens of each sequence's prefix
         self.longest = max(lengths, default=0)
         # positions that the rotary table must cover
@@ -130,17 +134,28 @@ class Packed:
         q: [N, heads, head_dim]; k, v: [N, kv heads, head_dim]; → like q.
         """
         if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and flash_takes(q.size(-1)):
-            return self._variable_length(q, k, v, window)
-        return self._one_by_one(q, k, v, window)
+            return self._variable_length(layer, q, k, v, window)
+        keys, values = self.with_prefixes(layer, k.float(), v.float())
+        return self._one_by_one(q.float(), keys, values, window).to(q.dtype)
 
-    def _one_by_one(self, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    def with_prefixes(self, layer: int, k: Tensor, v: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Each sequence's keys, and values, its prefix's first: [tokens, kv heads, head_dim]."""
+
+        def whole(parts: tuple[Tensor, ...]) -> list[Tensor]:
+            return [
+                x if p is None else torch.cat((parts[p], x)) for x, p in zip(parts, self.prefixes)
+            ]
+
+        return whole(k.split(self.lengths)), whole(v.split(self.lengths))
+
+    def _one_by_one(
+        self, q: Tensor, keys: list[Tensor], values: list[Tensor], window: int
+    ) -> Tensor:
         """Sequence by sequence and in fp32.
 
         On the CPU that is quicker than a rectangle with padding, or bf16 (docs/performance.md).
         """
-        dtype, outputs = q.dtype, []
-        q, k, v = q.float(), k.float(), v.float()
-        keys, values = (self._with_prefixes(x.split(self.lengths)) for x in (k, v))
+        outputs = []
         for part, k, v, before in zip(q.split(self.lengths), keys, values, self.before):
             # [tokens, heads, head_dim] → [1, heads, tokens, head_dim]
             q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (part, k, v))
@@ -151,12 +166,9 @@ class Packed:
             grouped = q.size(1) != k.size(1)
             out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=plain, enable_gqa=grouped)
             outputs.append(out[0].transpose(0, 1))  # → [tokens, heads, head_dim]
-        return torch.cat(outputs).to(dtype)
+        return torch.cat(outputs)
 
-    def _with_prefixes(self, parts: tuple[Tensor, ...]) -> list[Tensor]:
-        return [x if p is None else torch.cat((parts[p], x)) for x, p in zip(parts, self.prefixes)]
-
-    def _variable_length(self, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    def _variable_length(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         """PyTorch's own kernel for packed sequences.
 
         Queries stand at the end of their keys, prefix and all.
@@ -165,7 +177,7 @@ class Packed:
 
         queries, keys = self.bounds
         if any(self.before):
-            k, v = (torch.cat(self._with_prefixes(x.split(self.lengths))) for x in (k, v))
+            k, v = map(torch.cat, self.with_prefixes(layer, k, v))
         # keys to the left and to the right that a query sees; -1: all
         options: dict[str, Any] = {"window_size": (window - 1 if window else -1, 0)}
         # Query heads share a kv head. Older PyTorch has no flag for it, and its kernel takes them.

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src.errors import UserError
+from src.kernels import cpu, runtime
 from src.parallel.mappings import copy_to_model_parallel_region
 
 _compiled: dict[str, Callable] = {}  # filled by `compile_elementwise`
@@ -35,11 +36,6 @@ def compile_elementwise() -> None:
 
     _compiled["rms_norm"] = torch.compile(plain_rms_norm, dynamic=True)
     _compiled["swiglu"] = torch.compile(plain_swiglu, dynamic=True)
-
-
-def _has_kernels(x: Tensor) -> bool:
-    """Whether Triton's kernels take it: they come with CUDA builds, and are imported only there."""
-    return x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -77,13 +73,27 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     In fp32 whatever the dtype, as Meta's.
     """
-    if _compiled:
+    if _compiled and torch.is_grad_enabled():
         return _compiled["rms_norm"](x, weight, eps)
-    if _has_kernels(x):
+    if runtime.takes(x):
         from src.kernels import norm
 
         return norm.rms_norm(x, weight, eps)
+    if cpu.decodes(x, weight):
+        return cpu.add_rms_norm(x, None, weight, eps)[1]
     return _RMSNorm.apply(x, weight, eps)
+
+
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + delta, and its `rms_norm`: one kernel where no gradient is wanted."""
+    if runtime.takes(x) and not torch.is_grad_enabled():
+        from src.kernels import norm
+
+        return norm.add_rms_norm(x, delta, weight, eps)
+    if cpu.decodes(x, delta, weight):
+        return cpu.add_rms_norm(x, delta, weight, eps)
+    total = x + delta
+    return total, rms_norm(total, weight, eps)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -131,12 +141,14 @@ class _SwiGLU(torch.autograd.Function):
 
 def swiglu(joined: Tensor) -> Tensor:
     """silu(gate) · up (arXiv 2002.05202); joined: gate and up side by side, [N, 2 F] → [N, F]."""
-    if _compiled:
+    if _compiled and torch.is_grad_enabled():
         return _compiled["swiglu"](joined)
-    if _has_kernels(joined):
+    if runtime.takes(joined):
         from src.kernels import swiglu as kernels
 
         return kernels.swiglu(joined)
+    if cpu.decodes(joined):
+        return cpu.swiglu(joined)
     return _SwiGLU.apply(joined)
 
 
@@ -162,7 +174,7 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
 
     x: [N, heads, head_dim]; rotary: [N, head_dim / 2], complex.
     """
-    if _has_kernels(x):
+    if runtime.takes(x):
         from src.kernels import rotation
 
         return rotation.rotate(x, rotary)

@@ -7,10 +7,10 @@ adapter instead of a product, its scale, its place among zeros and a sum.
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from src.models.quantize import dense
+from src.parallel import deterministic
 from src.parallel.layers import linear
 
 
@@ -33,11 +33,15 @@ def _adapted_linear(
     y = linear(x, weight, bias, packed)
     if kept:
         parts = zip(kept, a.chunk(len(b)))
-        low = joined([F.linear(x * mask, part) for mask, part in parts], -1)
+        low = joined([deterministic.linear(x * mask, part) for mask, part in parts], -1)
     else:
-        low = F.linear(x, a)
+        low = deterministic.linear(x, a)
     for start, up, part in zip(starts, b, low.chunk(len(b), -1)):
-        y.narrow(1, start, up.size(0)).addmm_(part, up.t(), alpha=scale)
+        columns = y.narrow(1, start, up.size(0))
+        if deterministic.is_on():
+            columns.add_(deterministic.linear(part.contiguous(), up), alpha=scale)
+        else:
+            columns.addmm_(part, up.t(), alpha=scale)
     return y, low
 
 

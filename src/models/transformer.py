@@ -22,7 +22,7 @@ from torch.utils.checkpoint import (
 
 from src.models.attention import gather_rows
 from src.models.config import ModelConfig
-from src.models.elementwise import HeadNorm, RMSNorm, rotate, swiglu
+from src.models.elementwise import HeadNorm, RMSNorm, add_rms_norm, rotate, swiglu
 from src.models.experts import MixtureOfExperts, balance_loss
 from src.models.layout import TensorSpec, fill_padding, tensor_table
 from src.models.rotary import logn, ntk_rotary, rotary_table
@@ -35,6 +35,7 @@ from src.parallel.layers import (
     RowParallelLinear,
     VocabParallelEmbedding,
     copy_to_model_parallel_region,
+    exact_linear,
     parameter,
     reduce_from_model_parallel_region,
 )
@@ -43,6 +44,7 @@ from src.parallel.vocab import IMPOSSIBLE
 KEPT = {  # what is dear to compute: products and attention
     "aten::mm",
     "aten::addmm",
+    "aten::_scaled_mm",
     "aten::_grouped_mm",
     "rlhf::adapted_linear",  # a layer's product and its adapter's
     "aten::_scaled_dot_product_flash_attention_for_cpu",
@@ -123,15 +125,21 @@ class Attention(nn.Module):
     ) -> Tensor:
         """[N, dim] → [N, dim]; with `rows` the output is computed for these tokens only."""
         x = copy_to_model_parallel_region(x)
-        # [N, heads · head_dim] → [N, heads, head_dim]; k and v have this rank's kv heads
-        q, k, v = (
-            part.unflatten(-1, (-1, self.head_dim))
-            for part in self.projections.apart(x, self.wq, self.wk, self.wv)
-        )
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, rotary[0]), rotate(k, rotary[1])
-        out = layout.attend(self.layer, q, k, v, self.window)
+        projections = (self.wq, self.wk, self.wv)
+        if layout.fuses:
+            qkv = self.projections.joined(x, *projections)
+            norms = self.q_norm, self.k_norm
+            out = layout.attend_joined(self.layer, qkv, rotary, norms, self.window)
+        else:
+            # [N, heads · head_dim] → [N, heads, head_dim]; k and v have this rank's kv heads
+            q, k, v = (
+                part.unflatten(-1, (-1, self.head_dim))
+                for part in self.projections.apart(x, *projections)
+            )
+            if self.q_norm is not None and self.k_norm is not None:
+                q, k = self.q_norm(q), self.k_norm(k)
+            q, k = rotate(q, rotary[0]), rotate(k, rotary[1])
+            out = layout.attend(self.layer, q, k, v, self.window)
         # A padded head beside a real kv head would give the mean of its values, and the zeros of
         # wo that meet it a gradient.
         out = fill_padding(out, self.real_heads, dim=1).flatten(-2)  # [N, heads · head_dim]
@@ -176,8 +184,9 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """The block's output, at `rows` only if given; and its router's decisions, with experts."""
         attended = self.attention(self.attention_norm(x), layout, rotary, rows)
-        x = gather_rows(x, rows) + attended
-        out, router = self.feed_forward(self.ffn_norm(x))
+        norm = self.ffn_norm
+        x, normed = add_rms_norm(gather_rows(x, rows), attended, norm.weight, norm.eps)
+        out, router = self.feed_forward(normed)
         return x + out, router
 
 
@@ -275,18 +284,22 @@ class Transformer(nn.Module):
             part.stack(device)
 
     @property
+    def vocabulary_layer(self) -> ColumnParallelLinear | VocabParallelEmbedding:
+        """The output layer, which may be the embedding."""
+        return self.tok_embeddings if self.config.tie_word_embeddings else self.output
+
+    @property
     def vocabulary_weight(self) -> nn.Parameter:
-        """The output layer's, which may be the embedding's."""
-        return (self.tok_embeddings if self.config.tie_word_embeddings else self.output).weight
+        return self.vocabulary_layer.weight
 
     def logits(self, hidden: Tensor) -> Tensor:
         """This rank's columns of the vocabulary's logits: [M, dim] → [M, vocabulary / n]."""
-        logits = linear(copy_to_model_parallel_region(hidden), self.vocabulary_weight)
+        layer = self.vocabulary_layer
+        hidden = copy_to_model_parallel_region(hidden)
+        logits = exact_linear(hidden, layer.weight, packed=layer.packed)
         logits = fill_padding(logits, self.vocabulary, dim=-1, value=IMPOSSIBLE)
         for start, stop in self.holes:
-            logits = logits.index_fill(
-                -1, torch.arange(start, stop, device=logits.device), IMPOSSIBLE
-            )
+            logits.narrow(-1, start, stop - start).fill_(IMPOSSIBLE)
         return logits
 
     def scores(self, hidden: Tensor) -> Tensor:
@@ -298,7 +311,9 @@ class Transformer(nn.Module):
         c, positions = self.config, layout.positions
         table = self._rotary
         if table is None or table.size(0) < layout.context or table.device != positions.device:
-            table = self._rotary = rotary_table(c, max(layout.context, 256), positions.device)
+            # Twice as long as the last one: sequences grow by a token a step.
+            length = max(layout.context, 256 if table is None else 2 * table.size(0))
+            table = self._rotary = rotary_table(c, length, positions.device)
         keys = table[positions]
         # The rest is Qwen v1's extrapolation past its context.
         if self.training or layout.context <= c.max_seq_len:

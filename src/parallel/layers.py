@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from fairscale.nn.model_parallel import layers as fairscale_layers
 from torch import Tensor, nn
 
+from src.kernels import cpu, runtime
 from src.parallel import deterministic
 from src.parallel.mappings import (
     copy_to_model_parallel_region,
@@ -78,7 +79,6 @@ def sum_gradient(weight: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return _SumGradient.apply(weight, group)
 
 
-PACKED_ROWS = 8  # fp32: fewer rows are faster with the plain weight
 PACKED_SHARE = 8  # weights are packed when they take at most this part of the machine's memory
 # On a GPU, rows of x up to which our own kernel multiplies. Of more than one nothing is measured:
 # benchmarks/decode_kernels.py compares the two.
@@ -97,18 +97,31 @@ def set_product(product: Callable[[Tensor, Tensor, Tensor | None], Tensor] | Non
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tensor | None = None
 ) -> Tensor:
-    """x Wᵀ + b, by the weight's packed copy where there is one and it pays: [N, in] → [N, out].
-
-    On a GPU, of few rows without gradients, by `vector_product`.
-    """
+    """x Wᵀ + b, by what `set_product` asks for, or else by `exact_linear`: [N, in] → [N, out]."""
     if _product is not None:
         return _product(x, weight, bias)
-    if packed is not None and (
-        deterministic.is_on() or x.size(0) >= PACKED_ROWS or x.dtype == torch.bfloat16
-    ):
-        product = torch.ops.mkldnn._linear_pointwise
-        return deterministic.by_tiles(lambda rows: product(rows, packed, bias, "none", [], ""), x)
-    if x.is_cuda and not deterministic.is_on() and _is_skinny(x, weight):
+    return exact_linear(x, weight, bias, packed)
+
+
+def exact_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tensor | None = None
+) -> Tensor:
+    """x Wᵀ + b, by what is quickest for so many rows: [N, in] → [N, out].
+
+    packed: while the CPU generates, the weight's copy in the order in which products read it, or
+    the weight itself where there is no room for that. With --deterministic there is one way for
+    any number of rows.
+    """
+    by_rows = not deterministic.is_on()
+    if packed is not None:
+        if by_rows and x.size(0) <= cpu.FEW[x.dtype] and cpu.takes(x, weight, bias):
+            return cpu.few_rows(x, weight, bias)
+        if packed.is_mkldnn:
+            product = torch.ops.mkldnn._linear_pointwise
+            return deterministic.by_tiles(
+                lambda rows: product(rows, packed, bias, "none", [], ""), x
+            )
+    if by_rows and runtime.takes(x) and _is_skinny(x, weight):
         from src.kernels.product import vector_product
 
         return vector_product(x, weight, bias)
@@ -265,17 +278,15 @@ class RowParallelLinear(fairscale_layers.RowParallelLinear):
 def packed_weights(model: nn.Module, parallel) -> Iterator[None]:
     """A copy of each weight in the order in which products read them: on the CPU, for a while.
 
-    The weights stay as they are meanwhile. Only where the copies are small beside the machine's
-    memory: they take as much as the weights.
+    The weights stay as they are meanwhile, and no gradients are taken. Only where the copies are
+    small beside the machine's memory: they take as much as the weights.
     """
-    applies = parallel.device.type == "cpu" and not torch.is_grad_enabled()
-    holders = _packable(model) if applies else []
-    if not holders or not _have_room(holders):
-        yield
-        return
+    holders = _packable(model) if parallel.device.type == "cpu" else []
+    have_room = _have_room(holders)
     try:
         for holder in holders:
-            holder.packed = torch.ops.mkldnn._reorder_linear_weight(holder.weight.detach())
+            weight = holder.weight.detach()
+            holder.packed = torch.ops.mkldnn._reorder_linear_weight(weight) if have_room else weight
         yield
     finally:
         for holder in holders:
@@ -303,7 +314,7 @@ def _packable(model: nn.Module) -> list:
     layers = [
         module
         for module in model.modules()
-        if isinstance(module, (ColumnParallelLinear, RowParallelLinear))
+        if isinstance(module, (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding))
         and id(module) not in in_stacks
     ]
     dtypes = [torch.float32] + [torch.bfloat16] * torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -329,6 +340,8 @@ class ParallelEmbedding(fairscale_layers.ParallelEmbedding):
 
 class VocabParallelEmbedding(fairscale_layers.VocabParallelEmbedding):
     """Embedding split along the vocabulary, to share its weight with the output layer."""
+
+    packed: Tensor | None = None
 
     def __init__(self, weight: nn.Parameter, rank: int) -> None:
         nn.Module.__init__(self)
