@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from src.generation.cache import Cache, Decode, Prefill
-from src.generation.engine import CONTEXT_STEP, Completion, Engine, OnTokens, Stop
+from src.generation.cache import PAGE, Cache, Chunk, Decode, pages_for
+from src.generation.engine import Completion, Engine, OnTokens, Stop
 from src.generation.sampling import Sampling, gather_ranks, logsumexp
 from src.models.transformer import Transformer
 from src.parallel.layers import packed_weights
@@ -81,9 +81,9 @@ class BeamSearch(Engine):
             while order:
                 # As many prompts together as their beams fit the cache.
                 length = max(len(prompts[i]) + limits[i] for i in order)
-                together = max(
-                    1, self._slots_that_fit(len(order) * self.num_beams, length) // self.num_beams
-                )
+                at_once = max(1, min(len(order), self.max_batch_size // self.num_beams))
+                of_prompt = self.num_beams * pages_for(length)
+                together = self.pages_that_fit(at_once * of_prompt, of_prompt) // of_prompt
                 now, order = order[:together], order[together:]
                 best = self._search(
                     [prompts[i] for i in now], [limits[i] for i in now], stops, on_tokens
@@ -108,16 +108,31 @@ class BeamSearch(Engine):
         """
         width, count, device = self.num_beams, len(prompts), self.parallel.device
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        cache = Cache(
-            self.model, count * width, max(len(p) + limit for p, limit in zip(prompts, limits))
-        )
+        # Every beam has pages of its own, as many as it can fill.
+        each = pages_for(max(len(p) + limit for p, limit in zip(prompts, limits)))
+        cache = Cache(self.model, 1 + count * width * each)
+        table = 1 + torch.arange(count * width * each, device=device, dtype=torch.int32)
+        table = table.view(-1, each)  # [beams, pages]
         # Each prompt once, and its cache for all its beams. These are still the same: the first
         # alone counts.
-        prefill = Prefill(lengths.tolist(), cache, 0, device)
+        chunk = Chunk(
+            cache,
+            lengths.tolist(),
+            [0] * count,
+            table[::width].tolist(),
+            lengths.tolist(),
+            device,
+        )
         tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)
-        logits = self.model.logits(self.model(tokens, prefill, prefill.ends))
+        logits = self.model.logits(self.model(tokens, chunk, chunk.ends))
         source = torch.arange(count, device=device).repeat_interleave(width)
-        cache.copy(source, torch.arange(count * width, device=device), int(lengths.max()))
+
+        def take_over(parents: Tensor, length: int) -> None:
+            """Each beam gets what its parent has in the cache."""
+            used = table[:, : pages_for(length)].long()
+            cache.copy(used[parents].flatten(), used.flatten())
+
+        take_over(source * width, int(lengths.max()))
         logits, prompt_lengths = logits[source], lengths[source]
         running = [[Beam(score=0.0 if b == 0 else NEVER) for b in range(width)] for _ in prompts]
         ended: list[list[tuple[float, Beam]]] = [[] for _ in prompts]
@@ -161,19 +176,15 @@ class BeamSearch(Engine):
                 on_tokens([step] * (n_open - len(open_prompts)), [step] * len(open_prompts))
             if open_prompts:
                 # Each beam takes over its parent's cache, and its new token goes through the model.
-                cache.copy(
-                    torch.tensor(parents, device=device),
-                    torch.arange(count * width, device=device),
-                    int(lengths.max()) + step - 1,
-                )
+                take_over(torch.tensor(parents, device=device), int(lengths.max()) + step - 1)
                 last = torch.tensor(
                     [beam.tokens[-1] for beams in running for beam in beams], device=device
                 )
                 positions = prompt_lengths + step - 1
-                longest = int(lengths.max()) + step
-                context = min(-(-longest // CONTEXT_STEP) * CONTEXT_STEP, cache.length)
-                positions = positions.clamp_max(cache.length - 1)  # of prompts that are done
-                layout = Decode(cache, positions, prompt_lengths, [(0, count * width, context)])
+                context = int(lengths.max()) + step
+                # of prompts that are done there may be no further place
+                positions = positions.clamp_max(each * PAGE - 1)
+                layout = Decode(cache, table, positions, prompt_lengths, context)
                 logits = self.model.logits(self.model(last, layout))
         return [self._best(hypotheses, stops) for hypotheses in ended]
 

@@ -1,122 +1,182 @@
-"""The key-value cache: a row per slot, written by prefill, read and extended by decoding.
+"""The key-value cache: pages of a few tokens each, which sequences take as they grow.
 
-Both are layouts in the sense of `src/models/transformer.py`: they say where tokens lie and do the
-attention.
+A table says which pages are a sequence's; sequences that begin alike share what they have in
+common. `Chunk` and `Decode` are layouts in the sense of `src/models/transformer.py`: they say where
+tokens lie, write their keys and values, and do the attention.
 """
 
+from collections.abc import Callable
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from src.kernels import cpu, runtime
+from src.kernels.attention import paged_attention, plain_paged_attention
+from src.kernels.rotation import rotate_and_write
 from src.models.attention import Packed
+from src.models.elementwise import HeadNorm
 from src.models.transformer import Transformer
+
+PAGE = 16  # tokens
+
+
+def pages_for(tokens: int) -> int:
+    """How many pages so many tokens take."""
+    return -(-tokens // PAGE)
 
 
 class Cache:
-    """Keys and values of every layer: [slots, kv heads of this rank, length, head_dim] each.
+    """Keys and values of every layer: [pages, kv heads of this rank, PAGE, head_dim] each.
 
-    They are allocated once.
+    They are allocated once; on the CPU the system gives memory to what is used. Page 0 is nobody's:
+    rows that only fill up a step write there.
     """
 
-    def __init__(self, model: Transformer, slots: int, length: int) -> None:
-        shape = (slots, model.kv_heads, length, model.config.head_dim)
-        # zeros: what the mask hides is still multiplied by 0, and uninitialised memory may hold NaN
-        self.keys = [model.norm.weight.new_zeros(shape) for _ in model.layers]
-        self.values = [model.norm.weight.new_zeros(shape) for _ in model.layers]
-        self.kv_heads, self.length = model.kv_heads, length
+    def __init__(self, model: Transformer, pages: int) -> None:
+        shape = (pages, model.kv_heads, PAGE, model.config.head_dim)
+        self.keys = [model.norm.weight.new_empty(shape) for _ in model.layers]
+        self.values = [model.norm.weight.new_empty(shape) for _ in model.layers]
+        self.kv_heads = model.kv_heads
 
-    def copy(self, sources: Tensor | int, targets: Tensor | int, length: int) -> None:
-        """The first `length` positions of some slots to other slots."""
+    @staticmethod
+    def page_bytes(model: Transformer) -> int:
+        """What one page takes on this rank, in all layers."""
+        numbers = 2 * len(model.layers) * model.kv_heads * PAGE * model.config.head_dim
+        return numbers * model.norm.weight.dtype.itemsize
+
+    def rows(self, pages: Tensor, positions: Tensor) -> Tensor:
+        """Where tokens lie in a layer's store seen as [pages · kv heads · PAGE, head_dim].
+
+        pages: the page of each token, [N]; positions: in its sequence, [N] → [N · kv heads].
+        """
+        heads = torch.arange(self.kv_heads, device=pages.device)
+        heads = pages.unsqueeze(1) * self.kv_heads + heads  # [N, kv heads]
+        return (heads * PAGE + (positions % PAGE).unsqueeze(1)).flatten()
+
+    def write(self, layer: int, rows: Tensor, k: Tensor, v: Tensor) -> None:
+        """k, v: [N, kv heads, head_dim]; rows: of `Cache.rows`."""
+        for store, x in ((self.keys[layer], k), (self.values[layer], v)):
+            store.view(-1, store.size(-1)).index_copy_(0, rows, x.flatten(0, 1))
+
+    def copy(self, sources: Tensor, targets: Tensor) -> None:
+        """Whole pages to other pages."""
         for store in (*self.keys, *self.values):
-            store[targets, :, :length] = store[sources, :, :length]
+            store.index_copy_(0, targets, store.index_select(0, sources))
 
 
-class Prefill(Packed):
-    """Whole prompts end to end, whose keys and values are also kept.
+class Chunk(Packed):
+    """The next tokens of some sequences, end to end; what came before is in their pages.
 
-    The i-th prompt's are in slot `first_slot + i`.
-    """
-
-    def __init__(
-        self, lengths: list[int], cache: Cache, first_slot: int, device: torch.device
-    ) -> None:
-        super().__init__(lengths, device)
-        self.cache, self.first_slot = cache, first_slot
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor:
-        slots = slice(self.first_slot, self.first_slot + len(self.lengths))
-        for store, x in ((self.cache.keys, k), (self.cache.values, v)):
-            # [N, kv heads, head_dim] → [slots, kv heads, longest, head_dim]
-            store[layer][slots, :, : self.longest] = self.pad(x).transpose(1, 2)
-        return super().attend(layer, q, k, v, window)
-
-
-class Decode:
-    """One new token for each of the first n slots.
-
-    lengths: tokens already in each slot, [n]; prompt_lengths: those of them that were the prompt;
-    contexts: neighbouring slots read as much of the cache as the longest of them needs:
-    (first slot, slot after the last, positions > their lengths).
+    The new keys and values go to the pages first, so that a sequence may go on from what another
+    one of the same chunk writes.
     """
 
     def __init__(
         self,
         cache: Cache,
-        lengths: Tensor,
-        prompt_lengths: Tensor,
-        contexts: list[tuple[int, int, int]],
+        lengths: list[int],
+        before: list[int],
+        pages: list[list[int]],
+        prompts: list[int],
+        device: torch.device,
     ) -> None:
-        self.cache, self.contexts = cache, contexts
-        self.positions, self.prompt_lengths = lengths, prompt_lengths
-        self.context = max(context for _, _, context in contexts)
-        # Where each new key lies in the flattened cache, [slots · kv heads · length, head_dim].
-        n_heads = lengths.size(0) * cache.kv_heads
-        heads = torch.arange(n_heads, device=lengths.device).view(-1, cache.kv_heads)
-        self.rows = (heads * cache.length + lengths.unsqueeze(1)).flatten()
-        # by window: the same for all layers that have it
-        self._masks: dict[int, list[Tensor]] = {}
+        """lengths: new tokens of each sequence; before: tokens in its pages already.
 
-    def masks(self, window: int, dtype: torch.dtype) -> list[Tensor]:
-        """What is added to each slot's scores, per context: [slots, 1, 1, positions].
-
-        0 for the keys that its new token sees, else minus infinity.
+        pages: its pages, for all of these; prompts: how long it was when it was first seen.
         """
-        if window not in self._masks:
-            keys = torch.arange(self.context, device=self.positions.device)
-            lengths = self.positions.unsqueeze(1)
-            hidden = keys > lengths  # [slots, positions]
-            if window:
-                hidden |= keys <= lengths - window
-            mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
-            mask = mask.masked_fill_(hidden, -torch.inf)[:, None, None]
-            self._masks[window] = [
-                mask[first:end, ..., :context] for first, end, context in self.contexts
-            ]
-        return self._masks[window]
+        super().__init__(lengths, device, before=before)
+        self.cache, self.prompts = cache, torch.tensor(prompts)
+        self.context = max(self.context, *prompts)
+        # The pages of those that go on from something, and of each new token.
+        wholes = [pages_for(b + n) if b else 0 for b, n in zip(before, lengths)]
+        flat = [page for row, n in zip(pages, wholes) for page in row[:n]]
+        self.pages = torch.tensor(flat, dtype=torch.long).to(device).split(wholes)
+        of_token = [
+            torch.tensor(row)[torch.arange(start, start + n) // PAGE]
+            for row, start, n in zip(pages, before, lengths)
+        ]
+        self.rows = cache.rows(torch.cat(of_token).to(device), self.positions)
+
+    @property
+    def prompt_lengths(self) -> Tensor:
+        return self.prompts.repeat_interleave(self.size).to(self.starts.device)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor:
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        for store, x in ((keys, k), (values, v)):
-            store.view(-1, store.size(-1)).index_copy_(0, self.rows, x.flatten(0, 1))
-        # The heads that share a kv head stand in as its query positions: no key or value is
-        # repeated. [slots, heads, head_dim] → [slots, kv heads, queries, head_dim]
-        q = q.unflatten(1, (k.size(1), -1))
-        parts = []
-        for (first, end, context), mask in zip(self.contexts, self.masks(window, q.dtype)):
-            seen_keys = keys[first:end, :, :context]
-            seen_values = values[first:end, :, :context]
-            parts.append(attention(q[first:end], seen_keys, seen_values, mask))
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1, 2)
+        self.cache.write(layer, self.rows, k, v)
+        return super().attend(layer, q, k, v, window)
+
+    def with_prefixes(self, layer: int, k: Tensor, v: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        def whole(store: Tensor, new: Tensor) -> list[Tensor]:
+            by_head = store.transpose(0, 1)  # [kv heads, pages, PAGE, head_dim]
+            return [
+                # What is new has been written as well: [tokens, kv heads, head_dim], one copy.
+                by_head[:, pages].flatten(1, 2)[:, : n + len(x)].transpose(0, 1).to(x.dtype)
+                if n
+                else x
+                for pages, n, x in zip(self.pages, self.before, new.split(self.lengths))
+            ]
+
+        return whole(self.cache.keys[layer], k), whole(self.cache.values[layer], v)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """softmax(q kᵀ / √head_dim + mask) v.
+class Decode:
+    """One new token for each of n sequences.
 
-    q: [n, kv heads, queries, head_dim]; k, v: [n, kv heads, positions, head_dim]. On the CPU in
-    fp32 a decode step is faster by two plain products than by PyTorch's fused kernel
-    (docs/performance.md).
+    table: the pages of each, [n, pages]; lengths: tokens already in them, [n]; prompt_lengths:
+    those of them that were the prompt; context: more than any of the lengths.
     """
-    if q.device.type == "cpu" and q.dtype == torch.float32:
-        scores = torch.matmul(q * q.size(-1) ** -0.5, k.transpose(-1, -2)).add_(mask)
-        return torch.matmul(scores.softmax(-1), v)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    def __init__(
+        self, cache: Cache, table: Tensor, lengths: Tensor, prompt_lengths: Tensor, context: int
+    ) -> None:
+        self.cache, self.table, self.context = cache, table, context
+        lengths = lengths.contiguous()  # which may be a column of a larger state
+        self.positions, self.prompt_lengths = lengths, prompt_lengths
+        self.lengths = lengths + 1  # with the new token
+        store = cache.keys[0]
+        self.kernels: tuple[Callable[..., Tensor], Callable[..., Tensor]] | None = None
+        if runtime.takes(store):
+            self.kernels = rotate_and_write, paged_attention
+        elif cpu.takes(store) and table.size(0):
+            self.kernels = cpu.rotate_and_write, cpu.paged_attention
+        self.fuses = self.kernels is not None
+        if self.fuses:
+            return  # the kernels find the places by themselves
+        page = table.gather(1, (lengths // PAGE).unsqueeze(1)).squeeze(1).long()
+        self.rows = cache.rows(page, lengths)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor:
+        self.cache.write(layer, self.rows, k, v)
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        return plain_paged_attention(q, keys, values, self.table, self.lengths, window)
+
+    def attend_joined(
+        self,
+        layer: int,
+        qkv: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        norms: tuple[HeadNorm | None, HeadNorm | None],
+        window: int = 0,
+    ) -> Tensor:
+        """What `attend` does, and what comes before it, in two kernels; see `rotate_and_write`.
+
+        qkv: [n, (heads + 2 kv heads) · head_dim]; norms: of the queries' and of the keys' heads.
+        """
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        assert self.kernels is not None
+        write, attention = self.kernels
+        q_norm, k_norm = norms
+        q = write(
+            qkv,
+            rotary,
+            keys,
+            values,
+            self.table,
+            self.positions,
+            qkv.size(1) // keys.size(-1) - 2 * self.cache.kv_heads,
+            self.cache.kv_heads,
+            None if q_norm is None else q_norm.weight,
+            None if k_norm is None else k_norm.weight,
+            q_norm.eps if q_norm else 0.0,
+        )
+        return attention(q, keys, values, self.table, self.lengths, window)

@@ -1,12 +1,15 @@
-"""Generation with continuous batching: a finished sequence's slot takes the next prompt at once.
+"""Generation with continuous batching, by a model in place: its own weights, no second copy.
 
-The running sequences always fill the first n slots, so that decoding works on slices, never on
-copies, of the cache. A prompt of which several samples are wanted is prefilled once.
+`Engine.generate` answers a list of prompts. Underneath is a `Session` that others can drive, too:
+add a request, take a step, see what is new, cancel what nobody wants any more. The scheduler says
+who runs, the runner computes; a session hands each what the other found out.
 """
 
+import logging
 import os
 from collections import deque
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,17 +17,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from src.generation.cache import Cache, Decode, Prefill
-from src.generation.sampling import Sampling, choose, constrained
+from src.generation.cache import Cache, pages_for
+from src.generation.runner import RUNS, STOPPED, Outcome, Runner
+from src.generation.sampling import Sampling
+from src.generation.scheduler import READ_ALONE, Request, Scheduler
 from src.models.transformer import Transformer
+from src.parallel import deterministic
 from src.parallel.layers import packed_weights
 from src.parallel.setup import Parallel
-from src.parallel.vocab import pack_bits, vocab_range
 
-CONTEXT_STEP = 32  # attention reads the cache up to a multiple of this
-# slots that read the same length of the cache, on the CPU: no more than the longest of them needs
-NEIGHBOURS = 16
-PREFILL_TOKENS = 16384  # of one forward, at most
+LOOK_EVERY = 4  # tokens, after which a response is searched for stop strings
 OnTokens = Callable[[list[int], list[int]], None]
 
 
@@ -58,51 +60,182 @@ class Stop:
         """
         return max((len(string.encode()) for string in self.strings), default=0) + 8
 
+    def first_end(self, tokens: list[int], looked_at: int) -> int | None:
+        """How many tokens there are when a string has come, beyond the first `looked_at`, or None.
+
+        First one look at all of these; only if they hold one, where it ends.
+        """
+        assert self.decode is not None  # it comes with the strings
+        if not self._holds(tokens, looked_at + 1, len(tokens)):
+            return None
+        ends = range(looked_at + 1, len(tokens) + 1)
+        return next((end for end in ends if self._holds(tokens, end, end)), None)
+
+    def _holds(self, tokens: list[int], first_end: int, end: int) -> bool:
+        assert self.decode is not None
+        text = self.decode(tokens[max(0, first_end - self.tail()) : end])
+        return any(string in text for string in self.strings)
+
 
 @dataclass
-class Request:
-    """A prompt and the ids of those who wait for a sample of it."""
+class Step:
+    """What a session's step brought: requests that have one more token, and those that ended.
 
-    prompt: list[int]
-    waiting: list[int] = field(default_factory=list)
+    A request's `tokens`, `logprobs` and `stop_reason` say what it has come to.
+    """
+
+    new: list[Request] = field(default_factory=list)
+    ended: list[Request] = field(default_factory=list)
 
 
-class Slots:
-    """The running sequences' state, one row per slot."""
+class Session:
+    """Requests that come and go, answered side by side. Use it in a `with`.
 
-    def __init__(self, n: int, max_new_tokens: int, device: torch.device) -> None:
-        self.requests = [-1] * n
-        self.host_lengths = [0] * n  # the same as `lengths`
-        self.samples = torch.zeros(n, dtype=torch.long, device=device)
-        self.lengths = torch.zeros(n, dtype=torch.long, device=device)  # tokens in the cache
-        # those of them that were the prompt
-        self.prompts = torch.zeros(n, dtype=torch.long, device=device)
-        self.limits = torch.zeros(n, dtype=torch.long, device=device)  # new tokens allowed
-        self.steps = torch.zeros(n, dtype=torch.long, device=device)  # new tokens so far
-        self.last = torch.zeros(n, dtype=torch.long, device=device)  # the newest token
-        self.tokens = torch.zeros(n, max_new_tokens, dtype=torch.long, device=device)
-        self.logprobs = torch.zeros(n, max_new_tokens, device=device)
-        # tokens of this rank's vocabulary that a sequence holds, [n, vocabulary / ranks]
-        self.seen: Tensor | None = None
-        # bits of what was kept at each choice, [n, max_new_tokens, bytes]
-        self.kept: Tensor | None = None
+    All ranks of a model add, step and cancel alike; the weights stay as they are meanwhile.
+    """
 
-    def move(self, source: int, target: int) -> None:
-        self.requests[target] = self.requests[source]
-        self.host_lengths[target] = self.host_lengths[source]
-        states = (
-            self.samples,
-            self.lengths,
-            self.prompts,
-            self.limits,
-            self.steps,
-            self.last,
-            self.tokens,
-            self.logprobs,
+    def __init__(
+        self,
+        engine: "Engine",
+        sampling: Sampling,
+        stop: Stop,
+        slots: int,
+        longest: int,
+        pages: int | None = None,
+        keep_masks: bool = False,
+        on_tokens: OnTokens | None = None,
+        in_a_hurry: bool = True,
+    ) -> None:
+        """slots: requests that run at a time, at most; longest: tokens of one, prompt and response.
+
+        in_a_hurry: somebody waits for each token, so that long prompts are read a little at a time.
+        pages: that can be of use at all (by default as many as all slots can fill); there are
+        fewer where the memory has no room for them. on_tokens(ended, running) is told after each
+        forward how many tokens those responses have that ended, and those that run.
+        """
+        model, parallel = engine.model, engine.parallel
+        wanted = pages or slots * pages_for(longest)
+        besides = bytes_besides(model, slots, sampling, keep_masks)
+        pages = engine.pages_that_fit(wanted, pages_for(longest), besides)
+        config = model.config
+        self.scheduler = Scheduler(
+            slots,
+            pages + 1,  # one is nobody's
+            parallel.device.type,
+            config.use_dynamic_ntk and longest > config.max_seq_len,
+            deterministic.is_on(),
+            in_a_hurry,
         )
-        for state in (*states, self.seen, self.kept):
-            if state is not None:
-                state[target] = state[source]
+        self.runner = Runner(
+            model,
+            parallel,
+            slots,
+            pages + 1,
+            longest,
+            sampling,
+            stop.ids,
+            keep_masks,
+            engine.use_graphs,
+        )
+        self.longest, self.stop, self.on_tokens = longest, stop, on_tokens
+        self.delay = engine.delay
+        self._outcomes: deque[Outcome] = deque()
+        self._stack, self._weights = ExitStack(), packed_weights(model, parallel)
+
+    def __enter__(self) -> "Session":
+        self._stack.enter_context(self._weights)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._outcomes.clear()
+        self.runner.close()
+        self._stack.close()
+
+    @property
+    def is_idle(self) -> bool:
+        return self.scheduler.is_idle
+
+    def add(self, request: Request) -> None:
+        """Have it answered. Raises ValueError for one that has no room."""
+        length = len(request.prompt) + request.limit
+        if request.limit < 1 or not request.prompt or length > self.longest:
+            raise ValueError(
+                f"a prompt of {len(request.prompt)} tokens and up to {request.limit} new ones: "
+                f"both at least 1, and at most {self.longest} together"
+            )
+        self.scheduler.waiting.append(request)
+
+    def cancel(self, request: Request) -> None:
+        """Forget about it, whether it waits or runs; one that has ended stays as it is."""
+        if not request.stop_reason:
+            self.scheduler.remove(request)
+            request.stop_reason = "cancelled"
+
+    @torch.no_grad()
+    def step(self) -> Step:
+        """Read prompts, if it is time; then a token for all that runs."""
+        scheduler, runner, step = self.scheduler, self.runner, Step()
+        reading = scheduler.read()
+        if reading.pieces:
+            self._assign()
+            self._expect(runner.read(reading), step)
+        if scheduler.lacks_pages():
+            self._settle(step, 0)  # what has ended has pages to give
+            while scheduler.lacks_pages():
+                youngest = scheduler.youngest()
+                youngest.kept += runner.masks(youngest)
+                scheduler.preempt(youngest)
+        if scheduler.running:
+            scheduler.grow()
+            self._assign()
+            context = max(request.cached for request in scheduler.running)
+            self._expect(runner.decode([*scheduler.running], context), step)
+        else:
+            self._settle(step, 0)
+        return step
+
+    def _assign(self) -> None:
+        self.runner.assign(self.scheduler.assigned)
+        self.scheduler.assigned = []
+
+    def _expect(self, outcome: Outcome | None, step: Step) -> None:
+        if outcome is not None:
+            self._outcomes.append(outcome)
+            self._settle(step, self.delay)
+
+    def _settle(self, step: Step, delay: int) -> None:
+        """Hear of what forwards brought, but for the last `delay` of them."""
+        while len(self._outcomes) > delay:
+            outcome, ended = self._outcomes.popleft(), []
+            for request, (token, logprob, state) in zip(outcome.requests, outcome.arrived()):
+                # What it brought for those that had ended already, or were cancelled, is surplus.
+                if not request.stop_reason:
+                    request.tokens.append(int(token))
+                    request.logprobs.append(logprob)
+                    step.new.append(request)
+                    request.stop_reason = self._reason(request, state)
+                    if request.stop_reason:
+                        ended.append(request)
+            for request in ended:
+                request.kept += self.runner.masks(request)
+                self.scheduler.remove(request)
+            step.ended += ended
+            if self.on_tokens:
+                begun = [len(request.tokens) for request in self.scheduler.begun()]
+                self.on_tokens([len(request.tokens) for request in ended], begun)
+
+    def _reason(self, request: Request, state: float) -> str:
+        """Why the response ends with its newest token, or nothing; cut after a stop string."""
+        length = len(request.tokens)
+        if self.stop.strings and (state != RUNS or length % LOOK_EVERY == 0):
+            looked_at = (length - 1) // LOOK_EVERY * LOOK_EVERY
+            end = self.stop.first_end(request.tokens, looked_at)
+            if end is not None:
+                del request.tokens[end:], request.logprobs[end:]
+                return "stop"
+        if state == RUNS:
+            return ""
+        return "stop" if state == STOPPED else "length"
 
 
 class Engine:
@@ -116,16 +249,17 @@ class Engine:
         max_seq_len: int,
         kv_cache_gb: float | None = None,
     ) -> None:
-        """max_batch_size: sequences at a time, at most.
+        """max_batch_size: sequences at a time, at most; max_seq_len: tokens of one, prompt and all.
 
-        They are fewer when the cache would take more than kv_cache_gb per rank, or, when that is
-        not given, more than half the free memory. max_seq_len: prompt and response together never
-        exceed it.
+        The cache takes kv_cache_gb per rank at most, or, when that is not given, half the free
+        memory of a CPU and most of a GPU's. Sequences that find no room in it wait.
         """
         self.model, self.parallel, self.kv_cache_gb = model, parallel, kv_cache_gb
         self.max_batch_size, self.max_seq_len = max_batch_size, max_seq_len
+        self.use_graphs = True  # on CUDA
+        # How many forwards later the host hears of what one brought, so that the GPU need not wait.
+        self.delay = 1 if parallel.device.type == "cuda" else 0
 
-    @torch.no_grad()
     def generate(
         self,
         prompts: list[list[int]],
@@ -139,255 +273,98 @@ class Engine:
         """A completion for each prompt (ids, BOS included), in their order.
 
         samples: an id for each prompt that, with the seed, fixes what is drawn (its index by
-        default); on_tokens(finished, new tokens, running) is called once a step,
-        on_completion(index, completion) as each is done; keep_masks: see Completion.
+        default); on_tokens(new tokens of those that ended, of those that run) is called once a
+        forward, on_completion(index, completion) as each is done; keep_masks: see Completion.
         """
         stop = stop if isinstance(stop, Stop) else Stop(stop)
-        limits = [
-            min(sampling.max_new_tokens, self.max_seq_len - len(prompt)) for prompt in prompts
-        ]
-        # Prompts that leave no room for a response are done.
-        done = {i: Completion([], [], "length") for i, limit in enumerate(limits) if limit <= 0}
-        for i, completion in done.items():
+        done: dict[int, Completion] = {}
+
+        def finish(i: int, completion: Completion) -> None:
+            done[i] = completion
             if on_completion:
                 on_completion(i, completion)
-        waiting = self._queue(prompts, [i for i in range(len(prompts)) if i not in done])
-        if not waiting:
-            return [done[i] for i in range(len(prompts))]
-        # The cache, for as many as run together at most, and the slots' state.
-        cache_length = max(
-            len(prompts[i]) + limits[i] for request in waiting for i in request.waiting
-        )
-        n_slots = self._slots_that_fit(
-            sum(len(request.waiting) for request in waiting), cache_length
-        )
-        device = self.parallel.device
-        cache = Cache(self.model, n_slots, cache_length)
-        slots = Slots(n_slots, sampling.max_new_tokens, device)
-        if sampling.repetition_penalty != 1:
-            slots.seen = torch.zeros(
-                n_slots, self.model.vocabulary_part, dtype=torch.bool, device=device
+
+        # Prompts that leave no room for a response are done.
+        requests: list[Request] = []
+        first: dict[tuple[int, ...], int] = {}
+        for i, prompt in enumerate(prompts):
+            first.setdefault(tuple(prompt), i)
+            limit = min(sampling.max_new_tokens, self.max_seq_len - len(prompt))
+            if limit > 0:
+                requests.append(Request(prompt, limit, samples[i] if samples else i, i))
+            else:
+                finish(i, Completion([], [], "length"))
+        if requests:
+            # The longest first, and samples of one prompt together, which is read once for them.
+            requests.sort(key=lambda r: (-len(r.prompt), first[tuple(r.prompt)]))
+            lengths = [len(request.prompt) + request.limit for request in requests]
+            slots = min(len(requests), self.max_batch_size)
+            pages = sum(sorted(map(pages_for, lengths))[-slots:])
+            session = Session(
+                self, sampling, stop, slots, max(lengths), pages, keep_masks, on_tokens, False
             )
-        if keep_masks and sampling.leaves_out:
-            slots.kept = torch.zeros(
-                n_slots,
-                sampling.max_new_tokens,
-                -(-self.model.vocabulary_part // 8),
-                dtype=torch.uint8,
-                device=device,
-            )
-        stops = torch.tensor(sorted(stop.ids), dtype=torch.long, device=device)
-        running = 0
-        with packed_weights(self.model, self.parallel):
-            while waiting or running:
-                # One forward: new prompts into the free slots, or else a token for all that run.
-                news = self._admit(waiting, n_slots - running)
-                if news:
-                    rows = slice(running, running + sum(len(request.waiting) for request in news))
-                    logits = self._prefill(news, cache, slots, rows, samples, limits)
-                else:
-                    rows = slice(0, running)
-                    logits = self._decode(slots, running, cache)
-                self._choose(logits, slots, rows, sampling, stops)
-                running = max(running, rows.stop)
-                # What ended leaves its slot to the last that runs, from behind: that one has not
-                # ended.
-                ended = self._ended(slots, rows, stops, stop)
-                for slot, by_stop, steps in reversed(ended):
-                    i = slots.requests[slot]
-                    completion = done[i] = Completion(
-                        slots.tokens[slot, :steps].tolist(),
-                        slots.logprobs[slot, :steps].tolist(),
-                        "stop" if by_stop else "length",
-                        None if slots.kept is None else slots.kept[slot, :steps].clone(),
-                    )
-                    if on_completion:
-                        on_completion(i, completion)
-                    running -= 1
-                    if slot != running:
-                        cache.copy(running, slot, slots.host_lengths[running])
-                        slots.move(running, slot)
-                if on_tokens:
-                    on_tokens(
-                        [steps for _, _, steps in ended],
-                        [
-                            length - len(prompts[i]) + 1  # the newest is not in the cache
-                            for i, length in zip(slots.requests[:running], slots.host_lengths)
-                        ],
-                    )
+            with session:
+                for request in requests:
+                    session.add(request)
+                while not session.is_idle:
+                    for request in session.step().ended:
+                        finish(request.name, completion_of(request))
+            if session.scheduler.preempted and self.parallel.is_main:
+                logging.getLogger(__name__).warning(
+                    "The cache was full: %d times a sequence gave its room back and was read again "
+                    "later. More memory (--kv_cache_gb) or fewer at a time (--max_batch_size) "
+                    "spares that.",
+                    session.scheduler.preempted,
+                )
         return [done[i] for i in range(len(prompts))]
 
-    def _queue(self, prompts: list[list[int]], wanted: list[int]) -> deque[Request]:
-        """Each different prompt once, longest first."""
-        requests: dict[tuple[int, ...], Request] = {}
-        for i in wanted:
-            requests.setdefault(tuple(prompts[i]), Request(prompts[i])).waiting.append(i)
-        return deque(sorted(requests.values(), key=lambda request: -len(request.prompt)))
+    def pages_that_fit(self, wanted: int, least: int, besides: int = 0) -> int:
+        """As many as are wanted and fit the memory on the fullest rank; `least` in any case.
 
-    def _admit(self, waiting: deque[Request], free: int) -> list[Request]:
-        """What to start now, longest first.
-
-        As much as there are free slots and fits a forward's token budget.
+        besides: bytes that have to be left, of a GPU's memory.
         """
-        admitted: list[Request] = []
-        while waiting and free > 0:
-            head = waiting[0]
-            if admitted and (len(admitted) + 1) * len(admitted[0].prompt) > PREFILL_TOKENS:
-                break  # a prompt longer than the budget goes by itself
-            now, later = head.waiting[:free], head.waiting[free:]
-            admitted.append(Request(head.prompt, now))
-            free -= len(now)
-            if later:
-                head.waiting = later
-            else:
-                waiting.popleft()
-        return admitted
-
-    def _prefill(
-        self,
-        admitted: list[Request],
-        cache: Cache,
-        slots: Slots,
-        rows: slice,
-        samples: list[int] | None,
-        limits: list[int],
-    ) -> Tensor:
-        """The new requests' state and cache, and the logits after each prompt.
-
-        First one slot per prompt, then its copies.
-        """
-        device = self.parallel.device
-        lengths = [len(request.prompt) for request in admitted]
-        tokens = torch.tensor(
-            [token for request in admitted for token in request.prompt], device=device
-        )
-        layout = Prefill(lengths, cache, rows.start, device)
-        logits = self.model.logits(self.model(tokens, layout, layout.ends))
-        # For each slot the admitted request whose prompt it has, and who waits for its sample.
-        source = [
-            *range(len(admitted)),
-            *(g for g, request in enumerate(admitted) for _ in request.waiting[1:]),
-        ]
-        requests = [
-            *(request.waiting[0] for request in admitted),
-            *(i for request in admitted for i in request.waiting[1:]),
-        ]
-        if len(requests) > len(admitted):
-            originals = torch.tensor(source[len(admitted) :], device=device) + rows.start
-            copies = torch.arange(rows.start + len(admitted), rows.stop, device=device)
-            cache.copy(originals, copies, max(lengths))
-            logits = logits[torch.tensor(source, device=device)]
-        slots.requests[rows] = requests
-        slots.host_lengths[rows] = [lengths[g] for g in source]
-        slots.lengths[rows] = slots.prompts[rows] = torch.tensor(
-            slots.host_lengths[rows], device=device
-        )
-        slots.samples[rows] = torch.tensor(
-            [samples[i] if samples else i for i in requests], device=device
-        )
-        slots.limits[rows] = torch.tensor([limits[i] for i in requests], device=device)
-        slots.steps[rows] = 0
-        if slots.seen is not None:
-            slots.seen[rows] = False
-            for slot, g in zip(range(rows.start, rows.stop), source):
-                prompt = torch.tensor([admitted[g].prompt], device=device)
-                self._mark_seen(slots.seen[slot : slot + 1], prompt)
-        return logits
-
-    def _decode(self, slots: Slots, n: int, cache: Cache) -> Tensor:
-        """The logits after the newest token of each of the first n slots."""
-        # On the CPU neighbours read as much of the cache as the longest of them needs; groups that
-        # need the same are one.
-        width = NEIGHBOURS if self.parallel.device.type == "cpu" else n
-        contexts: list[tuple[int, int, int]] = []
-        for first in range(0, n, width):
-            end = min(first + width, n)
-            longest = max(slots.host_lengths[first:end]) + 1
-            context = min(-(-longest // CONTEXT_STEP) * CONTEXT_STEP, cache.length)
-            if contexts and contexts[-1][2] == context:
-                contexts[-1] = (contexts[-1][0], end, context)
-            else:
-                contexts.append((first, end, context))
-        layout = Decode(cache, slots.lengths[:n], slots.prompts[:n], contexts)
-        logits = self.model.logits(self.model(slots.last[:n], layout))
-        slots.lengths[:n] += 1
-        for slot in range(n):
-            slots.host_lengths[slot] += 1
-        return logits
-
-    def _choose(
-        self, logits: Tensor, slots: Slots, rows: slice, sampling: Sampling, stops: Tensor
-    ) -> None:
-        """The next token of the rows' sequences, into their state."""
-        steps = slots.steps[rows]
-        seen = None if slots.seen is None else slots.seen[rows]
-        z = constrained(logits, sampling, steps, stops, seen)
-        tokens, logprobs, kept = choose(z, sampling, slots.samples[rows], steps)
-        slots.last[rows] = tokens
-        slots.tokens[rows].scatter_(1, steps.unsqueeze(1), tokens.unsqueeze(1))
-        slots.logprobs[rows].scatter_(1, steps.unsqueeze(1), logprobs.unsqueeze(1))
-        if seen is not None:
-            self._mark_seen(seen, tokens.unsqueeze(1))
-        if slots.kept is not None and kept is not None:
-            numbers = rows.start + torch.arange(len(steps), device=steps.device)
-            slots.kept[numbers, steps] = pack_bits(kept)
-        slots.steps[rows] += 1
-
-    def _mark_seen(self, seen: Tensor, tokens: Tensor) -> None:
-        """Mark the tokens, [n, any], in [n, vocabulary / ranks] of this rank."""
-        start, stop = vocab_range(seen.size(-1))
-        is_local = (tokens >= start) & (tokens < stop)
-        row, column = is_local.nonzero(as_tuple=True)
-        seen[row, tokens[row, column] - start] = True
-
-    def _ended(
-        self, slots: Slots, rows: slice, stops: Tensor, stop: Stop
-    ) -> list[tuple[int, bool, int]]:
-        """(slot, whether by a stop, new tokens) of the sequences that just ended, by slot."""
-        stopped = torch.isin(slots.last[rows], stops)
-        if stop.strings:
-            stopped |= torch.tensor(self._holds_string(slots, rows, stop), device=stopped.device)
-        ended = (stopped | (slots.steps[rows] >= slots.limits[rows])).nonzero().squeeze(1)
-        # The one look at the device per step: which sequences ended, and why.
-        states = torch.stack((ended, stopped[ended], slots.steps[rows][ended]), 1).tolist()
-        return [(rows.start + offset, bool(by_stop), steps) for offset, by_stop, steps in states]
-
-    def _holds_string(self, slots: Slots, rows: slice, stop: Stop) -> list[bool]:
-        """Whether the end of each row's text has a stop string."""
-        assert stop.decode is not None  # it comes with the strings
-        tail, holds = stop.tail(), []
-        steps, tokens = slots.steps[rows].tolist(), slots.tokens[rows].tolist()
-        for step, row in zip(steps, tokens):
-            text = stop.decode(row[max(0, step - tail) : step])
-            holds.append(any(string in text for string in stop.strings))
-        return holds
-
-    def _slots_that_fit(self, wanted: int, length: int) -> int:
-        """As many as are wanted, allowed, and fit the memory on the fullest rank; one at least."""
-        config, device = self.model.config, self.parallel.device
-        numbers = 2 * config.n_layers * self.model.kv_heads * config.head_dim * length
-        per_slot = numbers * self.model.norm.weight.dtype.itemsize
         if self.kv_cache_gb is None:
-            room = _free_bytes(device) // 2
+            room = _free_bytes(self.parallel.device, besides)
         else:
             room = int(self.kv_cache_gb * 1e9)
-        fits = torch.tensor(min(wanted, self.max_batch_size, room // per_slot), device=device)
-        dist.all_reduce(fits, op=dist.ReduceOp.MIN, group=self.parallel.mp_group)
-        return max(1, int(fits))
+        fits = min(wanted, room // Cache.page_bytes(self.model))
+        agreed = torch.tensor(fits, device=self.parallel.device)
+        dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=self.parallel.mp_group)
+        return max(least, int(agreed))
 
 
-def _free_bytes(device: torch.device) -> int:
-    """Memory that this rank may take: the GPU's free bytes, or its share of the host's."""
+def completion_of(request: Request) -> Completion:
+    """What a request that ended came to."""
+    kept = torch.cat(request.kept)[: len(request.tokens)] if request.kept else None
+    return Completion(request.tokens, request.logprobs, request.stop_reason, kept)
+
+
+def bytes_besides(model: Transformer, slots: int, sampling: Sampling, keep_masks: bool) -> int:
+    """About what a session takes beside weights and cache: logits, prompts at work, masks."""
+    size, part = model.norm.weight.dtype.itemsize, model.vocabulary_part
+    # Logits in their dtype and in fp32, their exponentials, and what choosing makes of them.
+    logits = slots * part * 24
+    widest = max(model.config.hidden_dim, model.config.dim)
+    masks = slots * sampling.max_new_tokens * part // 8 if keep_masks and sampling.leaves_out else 0
+    return logits + READ_ALONE * 6 * widest * size + masks
+
+
+def _free_bytes(device: torch.device, besides: int) -> int:
+    """Memory that the cache of this rank may take.
+
+    That is most of what is free on the GPU, or half of its share of the host's.
+    """
     if device.type == "cuda":
         kept_by_torch = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept_by_torch
+        free = torch.cuda.mem_get_info(device)[0] + kept_by_torch
+        return max(0, free - besides) * 3 // 4
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         available = int(lines["MemAvailable"].split()[0]) * 1024
     except OSError:  # not Linux
         available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    return available // ranks_here
+    return available // ranks_here // 2
 
 
 def generate_sharded(

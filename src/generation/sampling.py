@@ -17,6 +17,9 @@ from fairscale.nn.model_parallel.initialize import (
 )
 from torch import Tensor
 
+from src.kernels import runtime
+from src.kernels.threshold import log_fp32, plain_threshold, threshold
+from src.parallel.deterministic import known_order
 from src.parallel.shared_memory import gathered
 from src.parallel.vocab import mp_all_reduce, vocab_range
 from src.settings.declaration import check
@@ -69,17 +72,16 @@ def constrained(
 ) -> Tensor:
     """Logits after the repetition penalty, without stop tokens that come too early; fp32.
 
-    logits: [n, vocabulary / ranks], used up; steps: tokens so far, [n]; stops: global ids; seen:
-    which tokens of this rank's part each sequence holds, [n, vocabulary / ranks].
+    logits: [n, vocabulary / ranks], used up; steps: tokens so far, [n]; stops: this rank's columns
+    of the stop tokens; seen: which tokens of this rank's part each sequence holds,
+    [n, vocabulary / ranks].
     """
     z, penalty = logits.float(), sampling.repetition_penalty
     if seen is not None:
         z = torch.where(seen, torch.where(z > 0, z / penalty, z * penalty), z)
     if sampling.min_new_tokens and stops.numel():
-        start, stop = vocab_range(z.size(-1))
-        local = stops[(stops >= start) & (stops < stop)] - start
         early = (steps < sampling.min_new_tokens).unsqueeze(-1)
-        z[:, local] = z[:, local].masked_fill(early, -torch.inf)
+        z[:, stops] = z[:, stops].masked_fill(early, -torch.inf)
     return z
 
 
@@ -111,8 +113,10 @@ def choose(
     # The cumulated mass in fp64: in fp32 the last of 100,000 tokens would be lost in rounding.
     # First up to and with each block, and each rank; then inside one block.
     p, width = z.exp_(), _block_width(z.size(-1))
-    blocks = p.unflatten(-1, (-1, width)).sum(-1, dtype=torch.float64).cumsum(-1)  # [n, blocks]
-    bounds = torch.stack(gather_ranks(blocks[:, -1])).cumsum(0)  # [ranks, n]
+    blocks = p.unflatten(-1, (-1, width)).sum(-1, dtype=torch.float64)
+    with known_order():
+        blocks = blocks.cumsum(-1)  # [n, blocks]
+        bounds = torch.stack(gather_ranks(blocks[:, -1])).cumsum(0)  # [ranks, n]
     rank, last = vocab_range(1)[0], bounds.size(0) - 1
     before = bounds[rank - 1] if rank else torch.zeros_like(bounds[0])
     # Exactly one rank holds the first token at which the cumulated mass passes the target.
@@ -123,7 +127,8 @@ def choose(
     block = torch.searchsorted(blocks, rest, right=True).clamp_max(blocks.size(-1) - 1)
     rest -= blocks.gather(-1, (block - 1).clamp_min(0)) * (block > 0)
     columns = block * width + torch.arange(width, device=p.device)
-    inside = p.gather(-1, columns).cumsum(-1, dtype=torch.float64)
+    with known_order():
+        inside = p.gather(-1, columns).cumsum(-1, dtype=torch.float64)
     local = block * width + torch.searchsorted(inside, rest, right=True).clamp_max(width - 1)
     logprob = p.gather(-1, local).squeeze(-1).log() - bounds[last].log()
     if last == 0:
@@ -186,26 +191,32 @@ def _threshold(z: Tensor, sampling: Sampling, top: Tensor) -> Tensor:
     """The smallest logit that top-k, then top-p, then min-p, keep in each row, [n].
 
     A token stays while the mass above it is below top_p (arXiv 1904.09751): the first always does.
-    Top-p looks at ever more of the largest logits until the threshold lies among those that are
-    surely complete. top: each row's largest.
+    On a GPU that is found by bisection, which never waits for the host. On the CPU top-p looks at
+    ever more of the largest logits until the threshold lies among those that are surely complete.
+    top: each row's largest.
     """
-    threshold = torch.full_like(top, -torch.inf)
+    if runtime.takes(z):
+        cuts = sampling.top_k, sampling.top_p, sampling.min_p
+        if get_model_parallel_world_size() == 1:
+            return threshold(z, top, *cuts)
+        return plain_threshold(z, top, *cuts, summed=mp_all_reduce)
+    smallest_kept = torch.full_like(top, -torch.inf)
     if sampling.min_p:
-        threshold = top + torch.tensor(sampling.min_p, device=top.device).log()
+        smallest_kept = top + log_fp32(sampling.min_p)
     if sampling.top_k:
         best, _ = _largest(z, sampling.top_k)
         best = best[:, : sampling.top_k]
         total = (best - top.unsqueeze(-1)).exp().double().sum(-1)
-        return torch.maximum(threshold, _nucleus(best, total, top, sampling.top_p)[0])
+        return torch.maximum(smallest_kept, _nucleus(best, total, top, sampling.top_p)[0])
     if sampling.top_p == 1:
-        return threshold
+        return smallest_kept
     total = mp_all_reduce((z - top.unsqueeze(-1)).exp().sum(-1, dtype=torch.float64))
     width = CANDIDATES
     while True:
         best, complete = _largest(z, width)
         smallest, reached = _nucleus(best, total, top, sampling.top_p)
         if width >= z.size(-1) or bool((reached & (smallest >= complete)).all()):
-            return torch.maximum(threshold, smallest)
+            return torch.maximum(smallest_kept, smallest)
         width *= 4
 
 

@@ -82,7 +82,8 @@ class GenerationSettings(SamplingSettings):
         Above(0, 1e6),
         Unit("GB"),
         MAY_CHANGE,
-        "memory for keys and values per rank; half the free memory when not given",
+        "memory for keys and values per rank; when not given, half of a CPU's free memory, three "
+        "quarters of a GPU's. Sequences for which it has no room wait",
     ] = None
 
 

@@ -63,11 +63,11 @@ def activations(
     whole = norms + attention + feed_forward
     kept = {
         "none": whole,
-        # With adapters their products are kept, too, as large as the layers'.
-        "selective": size * (d + q) + of_products * (1 + lora),
+        "selective": size * (d + q) + of_products,
         "full": size * d,
     }[recompute]
     # One block more: its gradients, or what is computed again of it.
+    # With adapters twice its products: counted where it was measured, with the adapters apart.
     at_work = whole + (of_products if lora else 0)
     ends = (FP32 + 3 * size) * d + FP32 * 2 * config.head_dim  # embedding, last norm, rotation
     logits = LOGITS_AT_ONCE_CUDA * CHUNK_COPIES * (FP32 + size / 2)
