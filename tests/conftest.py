@@ -28,6 +28,7 @@ LONG = (
     "checkpoint/test_formats.py",
     "parallel/test_vocab.py",
     "parallel/test_shared_memory.py",
+    "generation/test_session.py",
     "generation/test_journal.py",
 )
 

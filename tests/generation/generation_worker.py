@@ -17,7 +17,7 @@ from src.checkpoint.load import load_model
 from src.checkpoint.source import Checkpoint
 from src.generation import sampling as sampling_module
 from src.generation.beam import BeamSearch
-from src.generation.cache import Cache, Decode, Prefill
+from src.generation.cache import Cache, Chunk, Decode, pages_for
 from src.generation.engine import Engine, Stop, generate_sharded
 from src.generation.relayout import RelaidEngine
 from src.generation.sampling import Sampling, choose
@@ -125,17 +125,19 @@ def run_family(model, parallel, prompts, sampling, whole: list[int], prefilled: 
     )
     wanted = model.logits(model(tokens.flatten(), Packed(whole))).unflatten(0, (n_rows, -1))
     # wanted: [rows, longest, vocabulary / n]
-    cache, lengths = Cache(model, n_rows, longest), torch.tensor(prefilled)
+    # The rows' pages lie one row's beside the other's.
+    width = pages_for(longest)
+    cache, lengths = Cache(model, n_rows * width), torch.tensor(prefilled)
+    table = torch.arange(n_rows * width, dtype=torch.int32).view(width, n_rows).t()
     prompt = torch.cat([row[:n] for row, n in zip(tokens, prefilled)])  # [sum of prefilled]
-    layout = Prefill(prefilled, cache, 0, parallel.device)
+    layout = Chunk(cache, prefilled, [0] * n_rows, table.tolist(), prefilled, parallel.device)
     logits = model.logits(model(prompt, layout))[layout.ends]  # [rows, vocabulary / n]
     worst, rows = 0.0, torch.arange(n_rows)
     for step in range(longest - max(prefilled) + 1):
         last = lengths + step - 1  # the last token that was seen, [rows]
         worst = max(worst, (logits - wanted[rows, last]).abs().max().item())
         if last.max() + 1 < longest:
-            parts = [(0, 1, longest), (1, n_rows, longest)]
-            layout = Decode(cache, last + 1, lengths, parts)
+            layout = Decode(cache, table, last + 1, lengths, longest)
             logits = model.logits(model(tokens[rows, last + 1], layout))
     unpadded = wanted[..., : model.vocabulary]
     return {

@@ -101,13 +101,13 @@ def test_tokens_do_not_depend_on_the_neighbours(parallel):
 
 def test_graphs_change_no_token(device, parallel):
     engine = engine_of(model_of(LLAMA, parallel, torch.bfloat16), parallel)
-    if not hasattr(engine, "graphs"):
+    if not hasattr(engine, "use_graphs"):
         pytest.skip("the engine has no CUDA graphs yet")
     if device.type == "cpu":
         pytest.skip("CUDA graphs are the GPU's")
     results = []
     for graphs in (True, False):
-        engine.graphs = graphs
+        engine.use_graphs = graphs
         for sampling in SAMPLERS.values():
             done = engine.generate(PROMPTS, sampling, STOPS)
             results.append([(c.tokens, c.logprobs) for c in done])

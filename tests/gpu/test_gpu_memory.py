@@ -34,7 +34,7 @@ def test_a_role_comes_back_bit_for_bit(device, parallel):
     optimizer.step(1e-3)
     role = Role("policy", model, parallel, optimizer)
     before = [x.detach().clone() for x in role.weights() + role.state()]
-    stage = Stage(offload=True)
+    stage = Stage(True, device)
     stage.add(role)
     stage.add(Role("reference", model_of(LLAMA, parallel, torch.bfloat16, seed=1), parallel))
     for _ in range(2):

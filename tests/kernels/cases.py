@@ -23,7 +23,6 @@ from src.kernels.rotation import (
 )
 from src.kernels.swiglu import plain_swiglu, swiglu
 from src.kernels.threshold import plain_threshold, threshold
-from src.models import elementwise
 from src.models.batch import Batch, Sequence, response_loss
 from src.models.config import ModelConfig
 from src.models.transformer import CHECKPOINTING as RECOMPUTED
@@ -231,7 +230,7 @@ def test_a_models_gradients_with_and_without_recomputation(monkeypatch):
 
         monkeypatch.setattr(f"src.kernels.{name}", counted)
     for kernels, recompute in ((False, "none"), *((True, how) for how in ("none", *RECOMPUTED))):
-        monkeypatch.setattr(elementwise, "_has_kernels", lambda x, kernels=kernels: kernels)
+        monkeypatch.setattr(runtime, "takes", lambda x, kernels=kernels: kernels)
         model.recompute = recompute
         model.zero_grad()
         response_loss(model, batch, lambda logprobs, *_: -logprobs.sum()).backward()

@@ -1,5 +1,5 @@
-"""A plugin of pytest: what stands between the products goes through the kernels on the CPU, too."""
+"""A plugin of pytest: what goes through the kernels on a GPU does so on the CPU, too."""
 
-from src.models import elementwise
+from src.kernels import runtime
 
-elementwise._has_kernels = lambda x: True
+runtime.takes = lambda x: True

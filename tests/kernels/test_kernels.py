@@ -31,7 +31,11 @@ def check(*arguments, **variables):
 
 @LINUX
 def test_every_kernel_gives_what_plain_pytorch_does():
-    files = ("tests/kernels/cases.py", "tests/models/test_elementwise.py")
+    files = (
+        "tests/kernels/cases.py",
+        "tests/models/test_elementwise.py",
+        "tests/kernels/session_cases.py",
+    )
     check(*files, "-p", "tests.kernels.forced", "-k", "not compil", TRITON_INTERPRET="1")
 
 

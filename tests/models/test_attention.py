@@ -253,7 +253,7 @@ def test_the_gpu_s_kernel_is_asked_for_the_same(
     monkeypatch.setattr(varlen, "varlen_attn", spy)
     layout = Packed(lengths, prefixes=prefixes)
     q, k, v, up = drawn(sum(lengths), heads, kv_heads)
-    ours = with_gradients(lambda *x: layout._variable_length(*x, window), q, k, v, up)
+    ours = with_gradients(lambda *x: layout._variable_length(0, *x, window), q, k, v, up)
     assert heads_of_keys == {kv_heads}, "no copies of them"
     close(ours, with_gradients(lambda *x: layout.attend(0, *x, window), q, k, v, up))
 
@@ -270,7 +270,7 @@ def test_the_kernel_that_is_installed_takes_what_it_is_given(monkeypatch):
     monkeypatch.setattr(varlen, "varlen_attn", record)
     lengths, prefixes = TREES["one group"]
     q, k, v, _ = drawn(sum(lengths), 4, 2)
-    Packed(lengths, prefixes=prefixes)._variable_length(q, k, v, 3)
+    Packed(lengths, prefixes=prefixes)._variable_length(0, q, k, v, 3)
     (arguments,) = calls
     assert arguments["window_size"] == (2, 0)
     assert (arguments["max_q"], arguments["max_k"]) == (5, 9)

@@ -5,7 +5,6 @@ Qwen v1's extrapolation past its context is the published formulas'.
 
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ import torch
 from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from src.generation.cache import Decode
+from src.generation.cache import Cache, Decode
 from src.models.attention import Packed
 from src.models.config import ModelConfig
 from src.models.hf_config import config_from_hf
@@ -105,7 +104,7 @@ def test_qwen_decodes_with_what_the_prompt_fixed(logn, ntk):
     model = Transformer(replace(QWEN, use_logn_attn=logn, use_dynamic_ntk=ntk)).eval()
     positions = torch.tensor([9, 15, 16, 70, 40, 40, 90])
     prompts = [9, 15, 10, 12, 20, 40, 33]
-    cache = SimpleNamespace(length=96, kv_heads=1)
-    layout = Decode(cache, positions, torch.tensor(prompts), [(0, len(prompts), 96)])
+    table = torch.zeros(len(prompts), 6, dtype=torch.int32)
+    layout = Decode(Cache(model, 1), table, positions, torch.tensor(prompts), 96)
     assert_rotary(model, layout, prompts, logn, ntk)
     assert_rotary(model.train(), layout, prompts, False, False)
