@@ -34,6 +34,10 @@ from src.cli import run
 
 # one token in a hundred ends a text: lengths vary as they do for a trained model
 STOPS = set(range(100, 420))
+SERVED = {  # new tokens at most, and what ends a text
+    "varying lengths, at most 256 new": (256, STOPS),
+    "128 new each": (128, set()),
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -45,7 +49,7 @@ def open_engine(folder: Path, dtype: torch.dtype, slots: int):
 
     parallel = start()
     model = load_model(Checkpoint.open(str(folder)), parallel, dtype).eval()
-    return Engine(model, parallel, slots, 2048)
+    return Engine(model, parallel, slots, 8192)
 
 
 def ours(engine, prompts: list[list[int]], new: int, stops: set[int], seed: int = 1) -> float:
@@ -89,10 +93,7 @@ def against_transformers(folder: Path, prompts: list[list[int]], rounds: int) ->
         loaded = dict(dtype=dtype, attn_implementation="sdpa")
         model = AutoModelForCausalLM.from_pretrained(folder, **loaded).eval()
         model.generation_config.eos_token_id = None
-        for label, new, stops in (
-            ("varying lengths, at most 256 new", 256, STOPS),
-            ("128 new each", 128, set()),
-        ):
+        for label, (new, stops) in SERVED.items():
             runs = {
                 "ours": partial(ours, engine, prompts[:64], new, stops),
                 "theirs": partial(theirs, model, prompts[:64], new, stops),
@@ -141,35 +142,67 @@ def ranks_against_process(
     return lines
 
 
+OF_TREE = """
+import json, sys
+tree, folder, prompts_file, dtype, new, stops = sys.argv[1:]
+sys.path[:0] = [tree, tree + "/benchmarks"]
+from pathlib import Path
+import generation  # that folder's
+prompts = json.loads(Path(prompts_file).read_text())
+engine = generation.open_engine(Path(folder), generation.DTYPES[dtype], 64)
+generation.ours(engine, prompts, 16, set())
+print("RATE", generation.ours(engine, prompts, int(new), set(json.loads(stops))))
+"""
+
+
+def against_tree(
+    folder: Path, prompts: list[list[int]], rounds: int, work: Path, tree: str
+) -> list[str]:
+    """Beside another commit, checked out in a folder, in turns."""
+    prompts_file = work / "prompts.json"
+    prompts_file.write_text(json.dumps(prompts[:64]))
+    lines = ["| | now, tokens/s | before, tokens/s | ratio |", "|---|---|---|---|"]
+
+    def launch(root: str, dtype: str, served: str) -> float:
+        new, stops = SERVED[served]
+        told = [root, str(folder), str(prompts_file), dtype, str(new), json.dumps(sorted(stops))]
+        command = [sys.executable, "-c", OF_TREE, *told]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return float(done.stdout.split("RATE ")[1].split()[0])
+
+    here = str(Path(__file__).resolve().parent.parent)
+    for dtype in DTYPES:
+        for served in SERVED:
+            runs = {
+                "now": partial(launch, here, dtype, served),
+                "before": partial(launch, tree, dtype, served),
+            }
+            rates = alternate(runs, rounds, warm_up=False)
+            a, b = median(rates["now"]), median(rates["before"])
+            lines.append(f"| {dtype}, 64 prompts, {served} | {a:.0f} | {b:.0f} | {a / b:.2f} |")
+            print(lines[-1], flush=True)
+    return lines
+
+
 def roofline(folder: Path, prompts: list[list[int]], rounds: int) -> list[str]:
     """A decode step's least time, by the bytes that it reads and by the products that it computes.
 
-    Every byte of weights and cache is read once, and every product goes at the matmul rate.
+    Every byte of weights and cache is read once, and every product goes at the matmul rate. A step
+    is all that it takes to get the next tokens: the forward, the choice, the host's part.
     """
-    from src.generation.cache import Cache
-    from src.generation.engine import Slots
-    from src.parallel.layers import packed_weights
-
     lines = [
         "| | step, ms | bytes, MB | at the read rate, ms "
         "| products, GFLOP | at the matmul rate, ms | fraction reached |",
         "|---|---|---|---|---|---|---|",
     ]
     bandwidth, length = read_rate(), 128
-
-    def step(engine, slots: Slots, batch: int, cache: Cache) -> float:
-        slots.lengths[:], slots.host_lengths = length, [length] * batch
-        return seconds(lambda: engine._decode(slots, batch, cache))
-
     for name, dtype in DTYPES.items():
         rate = matmul_rate(dtype)
         for batch in (1, 8, 64, 256):
             engine = open_engine(folder, dtype, batch)
             model = engine.model
-            cache, slots = Cache(model, batch, 192), Slots(batch, 8, torch.device("cpu"))
-            slots.lengths[:], slots.host_lengths = length, [length] * batch
-            with torch.no_grad(), packed_weights(model, engine.parallel):
-                took = min(step(engine, slots, batch, cache) for _ in range(5 * rounds))
+            rows = [[(7 * i + j) % 3000 + 3 for j in range(length - 8)] for i in range(batch)]
+            took = min(step_seconds(engine, rows, 5 * rounds))
             weights = sum(
                 p.numel() for n, p in model.named_parameters() if "tok_embeddings" not in n
             )
@@ -186,6 +219,54 @@ def roofline(folder: Path, prompts: list[list[int]], rounds: int) -> list[str]:
     rates = [f"{matmul_rate(d) / 1e9:.0f} GFLOP/s in {n}" for n, d in DTYPES.items()]
     first = f"Read rate {bandwidth / 1e9:.1f} GB/s, matmul rate {', '.join(rates)}."
     return [first, "", *lines]
+
+
+def session_of(engine, n: int, longest: int, new: int, in_a_hurry: bool = True):
+    from src.generation.engine import Session, Stop
+    from src.generation.sampling import Sampling
+
+    sampling = Sampling(max_new_tokens=new, temperature=1.0, seed=1)
+    return Session(engine, sampling, Stop(frozenset()), n, longest, in_a_hurry=in_a_hurry)
+
+
+def step_seconds(engine, prompts: list[list[int]], steps: int) -> list[float]:
+    """Of each of some decode steps of all prompts together."""
+    from src.generation.scheduler import Request
+
+    n, new = len(prompts), steps + 4
+    with session_of(engine, n, max(map(len, prompts)) + new, new, in_a_hurry=False) as session:
+        for i, prompt in enumerate(prompts):
+            session.add(Request(prompt, new, i, i))
+        while len(session.scheduler.running) < n:  # reads the prompts
+            session.step()
+        return [seconds(session.step) for _ in range(steps)]
+
+
+def stalls(folder: Path, prompts: list[list[int]], rounds: int) -> list[str]:
+    """How long steps of 16 running sequences take while 16 prompts of 4,000 tokens are read."""
+    from src.generation.scheduler import Request
+
+    lines = ["| | step without, ms | longest step with, ms | median, ms | steps |"]
+    lines.append("|---|---|---|---|---|")
+    for name, dtype in DTYPES.items():
+        engine = open_engine(folder, dtype, 32)
+        with session_of(engine, 32, 6000, 1900) as session:
+            for i in range(16):
+                session.add(Request(prompts[i], 1900, i, i))
+            session.step()
+            alone = median([seconds(session.step) for _ in range(10)])
+            long = [Request([(5 * i + j) % 3000 + 3 for j in range(4000)], 4, i) for i in range(16)]
+            for request in long:
+                session.add(request)
+            took = []
+            while not all(request.tokens for request in long):
+                took.append(seconds(session.step))
+        lines.append(
+            f"| {name} | {1e3 * alone:.1f} | {1e3 * max(took):.0f} | {1e3 * median(took):.0f} "
+            f"| {len(took)} |"
+        )
+        print(lines[-1], flush=True)
+    return lines
 
 
 def scaling(folder: Path, prompts: list[list[int]], rounds: int) -> list[str]:
@@ -226,14 +307,21 @@ def decode_seconds(engine, prompts: list[list[int]]) -> float:
     return (took[1] - took[0]) / 16
 
 
-def main(prompts_file: str, out: str | None = None, rounds: int = 3, only: str | None = None):
+def main(
+    prompts_file: str,
+    out: str | None = None,
+    rounds: int = 3,
+    only: str | None = None,
+    before: str | None = None,
+):
     """Run, print, and write a Markdown file.
 
     Args:
         prompts_file: .jsonl with "question" in each line, such as GSM8K's test file.
         out: the file to write; none when not given.
         rounds: of each comparison.
-        only: transformers, ranks, roofline or scaling; all when not given.
+        only: transformers, ranks, roofline, scaling, stalls or before; all when not given.
+        before: a folder with another commit of this suite, to be compared with.
     """
     import sentencepiece
 
@@ -253,7 +341,16 @@ def main(prompts_file: str, out: str | None = None, rounds: int = 3, only: str |
         ),
         "roofline": ("Beside the roofline", lambda: roofline(folder, prompts, rounds)),
         "scaling": ("Queue and context", lambda: scaling(folder, prompts, rounds)),
+        "stalls": (
+            "Steps beside 16 prompts of 4,000 tokens",
+            lambda: stalls(folder, prompts, rounds),
+        ),
     }
+    if before:
+        parts["before"] = (
+            "Beside another commit",
+            lambda: against_tree(folder, prompts, rounds, work, before),
+        )
     lines = [f"Machine: {machine()}.", ""]
     print(lines[0], flush=True)
     for name, (title, part) in parts.items():
