@@ -250,6 +250,28 @@ def test_dynamic_ntk_shares_no_pages_among_lengths(parallel):
     assert not set(longer.pages) & set(one.pages)
 
 
+def test_dynamic_ntk_tells_equal_texts_of_other_prompts_apart():
+    """What had to wait is read with its response: the same text as another's prompt alone."""
+    scheduler = Scheduler(4, 50, by_length=True)
+    text = list(range(40))
+    resumed = Request(text[:38], 9, 0, tokens=text[38:])
+    for request in (resumed, Request(text, 9, 1)):
+        scheduler.waiting.append(request)
+    assert [stop - start for _, start, stop in scheduler.read().pieces] == [40, 40]
+
+
+def test_a_step_too_many_stays_in_its_own_pages():
+    """The host may hear late that a response is full; its table has no place beyond its limit."""
+    scheduler = Scheduler(2, 50)
+    request = Request([1] * (2 * PAGE - 2), 2, 0)
+    scheduler.waiting.append(request)
+    scheduler.read()
+    for _ in range(4):
+        assert not scheduler.lacks_pages()
+        scheduler.grow()
+    assert request.cached == 2 * PAGE and len(request.pages) == 2
+
+
 @pytest.mark.parametrize("budget", (1, 5, 16, 33))
 def test_reading_in_chunks_gives_the_whole_prompts_logits(parallel, budget):
     """Windows, prefixes in pages, several prompts in one chunk."""
