@@ -2,7 +2,8 @@
 
     python benchmarks/kernels.py
 
-They are products plain and packed, attention of one query, an all-reduce of two and four ranks.
+They are products plain, packed and by the kernel in C, attention of one query by PyTorch and by the
+kernel in C over pages, an all-reduce of two and four ranks.
 """
 
 import os
@@ -12,7 +13,9 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from common import machine, median, seconds, torchrun
+from common import machine, median, read_rate, seconds, torchrun
+
+from src.kernels import cpu
 
 
 def timed(work, rounds: int = 31) -> float:
@@ -38,6 +41,9 @@ def product(dtype: torch.dtype, rows: int, k: int, n: int) -> None:
         f"product {dtype} {rows} x {k} x {n}: "
         f"plain {plain:.3f} ms, packed {fast:.3f} ms ({plain / fast:.2f})"
     )
+    if rows == 1 and cpu.takes(x, w):
+        took = timed(lambda: cpu.few_rows(x, w))
+        line += f", in C {took:.3f} ms"
     if dtype == torch.float32 and rows == 64:
         mkl = torch.ops.mkl._mkl_reorder_linear_weight(w, rows)
         took = timed(lambda: torch.ops.mkl._mkl_linear(x, mkl, w, None, rows))
@@ -73,7 +79,21 @@ def attention() -> None:
         size = 16 * n * heads * context * dim * dtype.itemsize
         for name, work in (("fused kernel", fused_kernel), ("two products", two_products)):
             took = timed(partial(work, q, layers, mask), 11)
-            print(f"attention {dtype}, {name}: {size / took / 1e6:.1f} GB/s")
+            print(f"attention {dtype}, {name}: {took:.1f} ms, {size / took / 1e6:.1f} GB/s")
+        if cpu.library() is not None:
+            took = timed(paged_attention(n, heads, dim, context, dtype), 11)
+            print(f"attention {dtype}, in C: {took:.1f} ms, {size / took / 1e6:.1f} GB/s")
+
+
+def paged_attention(n: int, heads: int, dim: int, context: int, dtype: torch.dtype):
+    """The same work over pages that lie in no order."""
+    from src.generation.cache import PAGE
+
+    pages = n * context // PAGE
+    layers = [[torch.randn(pages, heads, PAGE, dim).to(dtype) for _ in range(2)] for _ in range(8)]
+    q, lengths = torch.randn(n, heads, dim).to(dtype), torch.full((n,), context)
+    table = torch.randperm(pages).int().view(n, -1)
+    return lambda: [cpu.paged_attention(q, k, v, table, lengths) for k, v in layers]
 
 
 def all_reduces() -> None:
@@ -100,6 +120,7 @@ if __name__ == "__main__":
         all_reduces()
     else:
         print(machine())
+        print(f"a plain sum reads {read_rate() / 1e9:.1f} GB/s")
         products()
         attention()
         for n in (2, 4):

@@ -201,20 +201,3 @@ class BeamSearch(Engine):
         _, beam = hypotheses[0]
         reason = "stop" if beam.tokens[-1] in stops else "length"
         return Completion(beam.tokens, beam.logprobs, reason)
-
-
-def engine_of(
-    model: Transformer,
-    parallel: Parallel,
-    max_batch_size: int,
-    max_seq_len: int,
-    kv_cache_gb: float | None,
-    num_beams: int,
-    length_penalty: float,
-) -> Engine:
-    """A plain engine, or with several beams one that searches."""
-    if num_beams == 1:
-        return Engine(model, parallel, max_batch_size, max_seq_len, kv_cache_gb)
-    return BeamSearch(
-        model, parallel, max_batch_size, max_seq_len, kv_cache_gb, num_beams, length_penalty
-    )

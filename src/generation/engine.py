@@ -9,7 +9,6 @@ import logging
 import os
 from collections import deque
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -140,16 +139,16 @@ class Session:
         self.longest, self.stop, self.on_tokens = longest, stop, on_tokens
         self.delay = engine.delay
         self._outcomes: deque[Outcome] = deque()
-        self._stack, self._weights = ExitStack(), packed_weights(model, parallel)
+        self._weights = packed_weights(model, parallel)
 
     def __enter__(self) -> "Session":
-        self._stack.enter_context(self._weights)
+        self._weights.__enter__()
         return self
 
     def __exit__(self, *exception) -> None:
         self._outcomes.clear()
         self.runner.close()
-        self._stack.close()
+        self._weights.__exit__(*exception)
 
     @property
     def is_idle(self) -> bool:
