@@ -17,7 +17,7 @@ from fairscale.nn.model_parallel.initialize import (
 )
 from torch import Tensor
 
-from src.kernels import runtime
+from src.kernels import cpu, runtime
 from src.kernels.threshold import log_fp32, plain_threshold, threshold
 from src.parallel.deterministic import known_order
 from src.parallel.shared_memory import gathered
@@ -109,6 +109,8 @@ def choose(
     if kept is not None and sampling.truncates:
         kept &= z >= _threshold(z, sampling, top).unsqueeze(-1)
         z.masked_fill_(~kept, -torch.inf)
+    if get_model_parallel_world_size() == 1 and cpu.takes(z):
+        return *cpu.draw(z, top, sampling.seed, samples, steps), kept
     z -= top.unsqueeze(-1)
     # The cumulated mass in fp64: in fp32 the last of 100,000 tokens would be lost in rounding.
     # First up to and with each block, and each rank; then inside one block.

@@ -46,3 +46,54 @@ static inline float exponential(float x) {
 #define TO to_bf16
 #define NAMED(name) name##_bfloat16
 #include "cpu_kernels.h"
+
+/* SplitMix64's finaliser (Steele, Lea, Flood 2014). */
+static inline uint64_t mix(uint64_t x) {
+    x += 0x9E3779B97F4A7C15u;
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9u;
+    x = (x ^ x >> 27) * 0x94D049BB133111EBu;
+    return x ^ x >> 31;
+}
+
+/* e^(x - top), and nothing of what is far below. */
+static inline float mass(float x, float top) {
+    return x - top < -87.0f ? 0.0f : exponential(x - top);
+}
+
+#define WIDTH 256 /* logits of a block */
+
+/* A token of each row of logits, [n, size], and its log-probability; see `draw`.
+
+The mass of a block is summed in double, and the cumulated masses of the blocks; then again inside
+the one in which the number falls. */
+void draw(const float *logits, const float *tops, int64_t n, int64_t size, int64_t seed,
+          const int64_t *samples, const int64_t *steps, int64_t *tokens, float *logprobs) {
+    const int64_t blocks = (size + WIDTH - 1) / WIDTH;
+    #pragma omp parallel for schedule(static) if (n > 1)
+    for (int64_t row = 0; row < n; row++) {
+        const float *z = logits + row * size, top = tops[row];
+        double cumulated[blocks], total = 0.0;
+        for (int64_t b = 0; b < blocks; b++) {
+            const int64_t end = (b + 1) * WIDTH < size ? (b + 1) * WIDTH : size;
+            double sum = 0.0;
+            #pragma omp simd reduction(+ : sum)
+            for (int64_t i = b * WIDTH; i < end; i++) sum += mass(z[i], top);
+            cumulated[b] = total += sum;
+        }
+        const uint64_t mixed = mix(mix(mix(seed) ^ samples[row]) ^ steps[row]);
+        const double target = (double)(mixed >> 11) * 0x1p-53 * total;
+        int64_t block = 0;
+        while (block + 1 < blocks && !(cumulated[block] > target)) block++;
+        /* Sums in another order may end a little below: then it is the last that has any mass. */
+        double rest = target - (block ? cumulated[block - 1] : 0.0);
+        const int64_t end = (block + 1) * WIDTH < size ? (block + 1) * WIDTH : size;
+        int64_t token = block * WIDTH;
+        for (int64_t i = token; i < end && rest >= 0.0; i++) {
+            const float p = mass(z[i], top);
+            rest -= p;
+            if (p > 0.0f) token = i;
+        }
+        tokens[row] = token;
+        logprobs[row] = (float)((double)(z[token] - top) - log(total));
+    }
+}

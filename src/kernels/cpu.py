@@ -32,6 +32,7 @@ ARGUMENTS = {  # as cpu_kernels.h has them
     "swiglu": [*[POINTER] * 2, *[NUMBER] * 2],
     "rotate_and_write": [*[POINTER] * 8, NUMBER, *[POINTER] * 2, *[NUMBER] * 5, FLOAT],
 }
+DRAW = [*[POINTER] * 2, *[NUMBER] * 3, *[POINTER] * 4]
 _decodes = False
 
 
@@ -64,7 +65,7 @@ def _compiled(compiler: str) -> Path:
             for command in (
                 [compiler, *FLAGS, "-c", str(SOURCES[0]), "-o", str(part)],
                 # OpenMP's functions are found in the library that PyTorch has loaded.
-                [compiler, "-shared", "-nostdlib", str(part), "-o", str(whole)],
+                [compiler, "-shared", "-nostdlib", str(part), "-lm", "-o", str(whole)],
             ):
                 subprocess.run(command, check=True, capture_output=True, text=True)
             os.replace(whole, compiled)
@@ -72,9 +73,11 @@ def _compiled(compiler: str) -> Path:
 
 
 def _declared(kernels: ctypes.CDLL) -> ctypes.CDLL:
-    for name, types in ARGUMENTS.items():
-        for dtype in DTYPES.values():
-            getattr(kernels, f"{name}_{dtype}").argtypes = types
+    for_dtypes = {
+        f"{name}_{dtype}": ARGUMENTS[name] for name in ARGUMENTS for dtype in DTYPES.values()
+    }
+    for name, types in {**for_dtypes, "draw": DRAW}.items():
+        getattr(kernels, name).argtypes = types
     return kernels
 
 
@@ -212,3 +215,21 @@ def rotate_and_write(
         *(positions.data_ptr(), out.data_ptr(), n, heads, kv_heads, page, dim, eps),
     )
     return out
+
+
+def draw(
+    z: Tensor, top: Tensor, seed: int, samples: Tensor, steps: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Tokens drawn by softmax(z), at the numbers that `src.generation.sampling.uniforms` gives.
+
+    z: fp32 logits of the whole vocabulary that `takes` takes, [n, vocabulary]; top: the largest of
+    each row. Returns tokens and fp32 log-probabilities, [n] and [n].
+    """
+    samples, steps, tokens = samples.contiguous(), steps.contiguous(), torch.empty_like(steps)
+    logprobs, kernels = torch.empty_like(top), library()
+    assert kernels is not None
+    kernels.draw(
+        *(z.data_ptr(), top.data_ptr(), *z.shape, seed, samples.data_ptr(), steps.data_ptr()),
+        *(tokens.data_ptr(), logprobs.data_ptr()),
+    )
+    return tokens, logprobs

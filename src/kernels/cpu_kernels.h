@@ -102,12 +102,16 @@ void NAMED(paged_attention)(const T *q, const T *keys, const T *values, const in
     }
 }
 
-/* out = x Wᵀ (+ bias) for a few rows of x: reads the weight once, at the speed of the memory. */
+/* out = x Wᵀ (+ bias) for a few rows of x: reads the weight once, at the speed of the memory.
+
+What is read next is asked for 4 KiB ahead, and told not to stay: nothing reads it again soon. */
 void NAMED(few_rows)(const T *x, const T *weight, const T *bias, T *out, int64_t rows, int64_t in,
                      int64_t n) {
     #pragma omp parallel for schedule(static)
     for (int64_t j = 0; j < n; j++) {
-        const T *w = weight + j * in;
+        const T *w = weight + j * in, *ahead = w + 4096 / sizeof(T);
+        for (int64_t i = 0; i < in; i += 64 / (int64_t)sizeof(T))
+            __builtin_prefetch(ahead + i, 0, 0);
         for (int64_t row = 0; row < rows; row++) {
             const T *a = x + row * in;
             float sum = 0.0f;

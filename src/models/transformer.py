@@ -250,12 +250,11 @@ class Transformer(nn.Module):
         `balance_loss`.
         """
         rotary = self.rotary(layout)
-        x, routers = self.tok_embeddings(tokens), []
+        x, routers, last = self.tok_embeddings(tokens), [], self.layers[-1]
         for block in self.layers:
             # Past the last attention only the wanted rows matter; the experts' balance, though,
             # counts every token.
-            is_last = block is self.layers[-1]
-            wanted = rows if is_last and not self.config.n_experts else None
+            wanted = rows if block is last and not self.config.n_experts else None
             if self.recompute != "none" and torch.is_grad_enabled():
                 contexts = CHECKPOINTING[self.recompute]
                 x, router = checkpoint(

@@ -5,9 +5,11 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
+from src.generation.sampling import uniforms
 from src.kernels import cpu
 from src.kernels.attention import plain_paged_attention
 from src.kernels.norm import plain_add_rms_norm
@@ -109,6 +111,47 @@ def test_products_of_few_rows(rows, dtype, error):
             out = cpu.few_rows(x, weight, b)
             assert out.dtype == dtype
             assert ((out.double() - wanted).abs() / (1 + wanted.abs())).max() < error * size**0.5
+
+
+@pytest.mark.parametrize("size", (1, 7, 255, 256, 257, 1000, 4099))
+def test_draws_are_the_inverse_of_the_cumulated_mass(size):
+    """Beside NumPy in double precision, at the same numbers; with holes, and far below the top."""
+    n = 400
+    g = torch.Generator().manual_seed(size)
+    z = (
+        torch.randn(n, size, generator=g)
+        * torch.tensor([0.1, 3.0, 30.0, 300.0]).repeat(n // 4)[:, None]
+    )
+    z[torch.rand(n, size, generator=g) < 0.3] = -torch.inf
+    z[:, size // 2] = 0.0  # something is left of every row
+    samples, steps = torch.arange(n) * 3, torch.arange(n) % 5
+    top = z.amax(-1)
+    tokens, logprobs = cpu.draw(z, top, 11, samples, steps)
+    p = np.exp((z - top[:, None]).double().numpy())
+    cumulated = p.cumsum(-1)
+    target = uniforms(11, samples, steps).numpy() * cumulated[:, -1]
+    wanted = (cumulated > target[:, None]).argmax(-1)
+    rows = np.arange(n)
+    # a number so near a border may fall on either side of it
+    edges = np.abs(cumulated - target[:, None]).min(-1) / cumulated[:, -1]
+    assert ((tokens.numpy() == wanted) | (edges < 1e-6)).all() and (edges < 1e-6).sum() < 5
+    assert (p[rows, tokens] > 0).all()
+    mass = np.log(p[rows, tokens] / cumulated[:, -1])
+    assert np.abs(logprobs.numpy() - mass).max() < 2e-6 * (1 + np.abs(mass).max())
+
+
+def test_draws_do_not_depend_on_the_batch():
+    """Alone, beside others and on two threads."""
+    z, samples, steps = torch.randn(9, 700), torch.arange(9), torch.full((9,), 4)
+    together = cpu.draw(z, z.amax(-1), 3, samples, steps)
+    torch.set_num_threads(2)
+    for other, part in zip(cpu.draw(z, z.amax(-1), 3, samples, steps), together):
+        assert torch.equal(other, part)
+    for i in range(9):
+        part = slice(i, i + 1)
+        row = z[part].contiguous()
+        alone = cpu.draw(row, row.amax(-1), 3, samples[part], steps[part])
+        assert torch.equal(alone[0], together[0][part]) and torch.equal(alone[1], together[1][part])
 
 
 def test_rounding_to_bf16_is_torch():
