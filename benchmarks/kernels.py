@@ -2,8 +2,8 @@
 
     python benchmarks/kernels.py
 
-They are products plain, packed and by the kernel in C, attention of one query by PyTorch and by the
-kernel in C over pages, an all-reduce of two and four ranks.
+They are products plain, packed and by the kernel in C, and by weights of 4 and 8 bits; attention of
+one query by PyTorch and by the kernel in C over pages; an all-reduce of two and four ranks.
 """
 
 import os
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from common import machine, median, read_rate, seconds, torchrun
 
 from src.kernels import cpu
+from src.models.quantize import KINDS, Quantized, levels_of_bytes, quantized
 
 
 def timed(work, rounds: int = 31) -> float:
@@ -34,13 +35,12 @@ def products() -> None:
 
 def product(dtype: torch.dtype, rows: int, k: int, n: int) -> None:
     x, w = torch.randn(rows, k).to(dtype), torch.randn(n, k).to(dtype)
-    packed = torch.ops.mkldnn._reorder_linear_weight(w)
     plain = timed(lambda: F.linear(x, w))
-    fast = timed(lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], ""))
-    line = (
-        f"product {dtype} {rows} x {k} x {n}: "
-        f"plain {plain:.3f} ms, packed {fast:.3f} ms ({plain / fast:.2f})"
-    )
+    line = f"product {dtype} {rows} x {k} x {n}: plain {plain:.3f} ms"
+    if dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        packed = torch.ops.mkldnn._reorder_linear_weight(w)
+        fast = timed(lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], ""))
+        line += f", packed {fast:.3f} ms ({plain / fast:.2f})"
     if rows == 1 and cpu.takes(x, w):
         took = timed(lambda: cpu.few_rows(x, w))
         line += f", in C {took:.3f} ms"
@@ -48,6 +48,25 @@ def product(dtype: torch.dtype, rows: int, k: int, n: int) -> None:
         mkl = torch.ops.mkl._mkl_reorder_linear_weight(w, rows)
         took = timed(lambda: torch.ops.mkl._mkl_linear(x, mkl, w, None, rows))
         line += f", MKL's packed {took:.3f} ms"
+    print(line)
+
+
+def products_by_codes(k: int = 896, n: int = 4864) -> None:
+    """A frozen weight in codes: as it is, and dequantised for each product."""
+    weight = torch.randn(n, k)
+    for kind in KINDS:
+        for rows in (1, 8, 16):
+            product_by_codes(torch.randn(rows, k), quantized(weight, kind))
+
+
+def product_by_codes(x: torch.Tensor, weight: Quantized) -> None:
+    whole = timed(lambda: F.linear(x, weight.dequantized(x.dtype)))
+    rows, (n, k) = len(x), weight.shape
+    line = f"product {weight.kind} {rows} x {k} x {n}: dequantised {whole:.2f} ms"
+    if cpu.takes(x):
+        coded = weight.codes, weight.scales, levels_of_bytes(weight.kind, x.device)
+        took = timed(lambda: cpu.few_rows_by_codes(x, *coded))
+        line += f", in C {took:.2f} ms ({whole / took:.1f})"
     print(line)
 
 
@@ -122,6 +141,7 @@ if __name__ == "__main__":
         print(machine())
         print(f"a plain sum reads {read_rate() / 1e9:.1f} GB/s")
         products()
+        products_by_codes()
         attention()
         for n in (2, 4):
             command = [*torchrun(n), __file__, "all-reduce"]

@@ -24,10 +24,13 @@ SOURCES = [Path(__file__).with_name(name) for name in ("cpu.c", "cpu_kernels.h")
 FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC"]
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 FEW = {torch.float32: 4, torch.bfloat16: 1}  # rows, up to which `few_rows` is the quickest
+FEW_BY_CODES = 16  # the same of `few_rows_by_codes`, beside dequantising
 POINTER, NUMBER, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 ARGUMENTS = {  # as cpu_kernels.h has them
     "paged_attention": [*[POINTER] * 4, NUMBER, *[POINTER] * 2, *[NUMBER] * 6, FLOAT],
     "few_rows": [*[POINTER] * 4, *[NUMBER] * 3],
+    "few_rows_gated": [*[POINTER] * 3, *[NUMBER] * 3],
+    "few_rows_by_codes": [*[POINTER] * 6, *[NUMBER] * 4],
     "add_rms_norm": [*[POINTER] * 5, *[NUMBER] * 2, FLOAT],
     "swiglu": [*[POINTER] * 2, *[NUMBER] * 2],
     "rotate_and_write": [*[POINTER] * 8, NUMBER, *[POINTER] * 2, *[NUMBER] * 5, FLOAT],
@@ -167,6 +170,29 @@ def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     out = x.new_empty(x.size(0), weight.size(0))
     _kernel("few_rows", x)(
         *(x.data_ptr(), weight.data_ptr(), _place(bias), out.data_ptr()), *x.shape, weight.size(0)
+    )
+    return out
+
+
+def few_rows_gated(x: Tensor, weight: Tensor) -> Tensor:
+    """`swiglu(few_rows(x, weight))`: [n, in] → [n, out]; weight: [2 out, in]."""
+    width = weight.size(0) // 2
+    out = x.new_empty(x.size(0), width)
+    _kernel("few_rows_gated", x)(
+        *(x.data_ptr(), weight.data_ptr(), out.data_ptr(), *x.shape, width)
+    )
+    return out
+
+
+def few_rows_by_codes(
+    x: Tensor, codes: Tensor, scales: Tensor, levels: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """`src.kernels.codes.product_by_codes`, for x and bias that `takes` takes."""
+    rows, inside = x.shape
+    out = x.new_empty(rows, codes.size(0))
+    _kernel("few_rows_by_codes", x)(
+        *(x.data_ptr(), codes.data_ptr(), scales.data_ptr(), levels.data_ptr(), _place(bias)),
+        *(out.data_ptr(), rows, inside, codes.size(0), levels.numel() // 256),
     )
     return out
 

@@ -102,21 +102,82 @@ void NAMED(paged_attention)(const T *q, const T *keys, const T *values, const in
     }
 }
 
-/* out = x Wᵀ (+ bias) for a few rows of x: reads the weight once, at the speed of the memory.
+static inline float NAMED(dot)(const T *x, const T *w, int64_t size) {
+    float sum = 0.0f;
+    #pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < size; i++) sum += FROM(x[i]) * FROM(w[i]);
+    return sum;
+}
 
-What is read next is asked for 4 KiB ahead, and told not to stay: nothing reads it again soon. */
+/* silu(gate) · up, rounded in between. */
+static inline T NAMED(gated)(T gate, T up) {
+    const float x = FROM(gate), e = exponential(-fabsf(x));
+    const float silu = x * (x < 0.0f ? e : 1.0f) / (1.0f + e);
+    return TO(FROM(TO(silu)) * FROM(up));
+}
+
+/* What lies 4 KiB after this row of a weight is asked for, and told not to stay: nothing reads it
+again soon. */
+static inline void NAMED(ask_ahead)(const T *w, int64_t size) {
+    const T *ahead = w + 4096 / sizeof(T);
+    for (int64_t i = 0; i < size; i += 64 / (int64_t)sizeof(T)) __builtin_prefetch(ahead + i, 0, 0);
+}
+
+/* out = x Wᵀ (+ bias) for a few rows of x: reads the weight once, at the speed of the memory. */
 void NAMED(few_rows)(const T *x, const T *weight, const T *bias, T *out, int64_t rows, int64_t in,
                      int64_t n) {
     #pragma omp parallel for schedule(static)
     for (int64_t j = 0; j < n; j++) {
-        const T *w = weight + j * in, *ahead = w + 4096 / sizeof(T);
-        for (int64_t i = 0; i < in; i += 64 / (int64_t)sizeof(T))
-            __builtin_prefetch(ahead + i, 0, 0);
+        const T *w = weight + j * in;
+        NAMED(ask_ahead)(w, in);
+        for (int64_t row = 0; row < rows; row++) {
+            const float sum = NAMED(dot)(x + row * in, w, in);
+            out[row * n + j] = TO(bias ? sum + FROM(bias[j]) : sum);
+        }
+    }
+}
+
+/* silu(gate) · up of a few rows; weight: gate's rows, then up's, [2 n, in]. */
+void NAMED(few_rows_gated)(const T *x, const T *weight, T *out, int64_t rows, int64_t in,
+                           int64_t n) {
+    #pragma omp parallel for schedule(static)
+    for (int64_t j = 0; j < n; j++) {
+        const T *gate = weight + j * in, *up = gate + n * in;
+        NAMED(ask_ahead)(gate, in);
+        NAMED(ask_ahead)(up, in);
+        for (int64_t row = 0; row < rows; row++) {
+            const T *a = x + row * in;
+            out[row * n + j] = NAMED(gated)(TO(NAMED(dot)(a, gate, in)), TO(NAMED(dot)(a, up, in)));
+        }
+    }
+}
+
+/* The same by a weight in codes: levels says what a byte stands for, [256, per_byte]; the numbers of
+a row have a scale for each block of 64, and are zeros past the last of x. */
+void NAMED(few_rows_by_codes)(const T *x, const uint8_t *codes, const float *scales,
+                              const float *levels, const T *bias, T *out, int64_t rows, int64_t in,
+                              int64_t n, int64_t per_byte) {
+    const int64_t blocks = (in + 63) / 64, bytes = 64 / per_byte;
+    #pragma omp parallel for schedule(static)
+    for (int64_t j = 0; j < n; j++) {
+        float w[blocks * 64];
+        for (int64_t b = 0; b < blocks; b++) {
+            const uint8_t *code = codes + (j * blocks + b) * bytes;
+            const float scale = scales[j * blocks + b];
+            float *to = w + b * 64;
+            if (per_byte == 2)
+                for (int64_t i = 0; i < bytes; i++) /* both numbers in one move */
+                    __builtin_memcpy(to + 2 * i, levels + 2 * code[i], 2 * sizeof(float));
+            else
+                for (int64_t i = 0; i < bytes; i++) to[i] = levels[code[i]];
+            #pragma omp simd
+            for (int64_t i = 0; i < 64; i++) to[i] = FROM(TO(to[i] * scale));
+        }
         for (int64_t row = 0; row < rows; row++) {
             const T *a = x + row * in;
             float sum = 0.0f;
             #pragma omp simd reduction(+ : sum)
-            for (int64_t i = 0; i < in; i++) sum += FROM(a[i]) * FROM(w[i]);
+            for (int64_t i = 0; i < in; i++) sum += FROM(a[i]) * w[i];
             out[row * n + j] = TO(bias ? sum + FROM(bias[j]) : sum);
         }
     }
@@ -156,11 +217,7 @@ void NAMED(swiglu)(const T *joined, T *out, int64_t rows, int64_t width) {
     for (int64_t row = 0; row < rows; row++) {
         const T *gate = joined + 2 * row * width, *up = gate + width;
         #pragma omp simd
-        for (int64_t i = 0; i < width; i++) {
-            const float x = FROM(gate[i]), e = exponential(-fabsf(x));
-            const float silu = x * (x < 0.0f ? e : 1.0f) / (1.0f + e);
-            out[row * width + i] = TO(FROM(TO(silu)) * FROM(up[i]));
-        }
+        for (int64_t i = 0; i < width; i++) out[row * width + i] = NAMED(gated)(gate[i], up[i]);
     }
 }
 

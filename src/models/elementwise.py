@@ -84,18 +84,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _RMSNorm.apply(x, weight, eps)
 
 
-def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x + delta, and its `rms_norm`: one kernel where no gradient is wanted."""
-    if runtime.takes(x) and not torch.is_grad_enabled():
-        from src.kernels import norm
-
-        return norm.add_rms_norm(x, delta, weight, eps)
-    if cpu.decodes(x, delta, weight):
-        return cpu.add_rms_norm(x, delta, weight, eps)
-    total = x + delta
-    return total, rms_norm(total, weight, eps)
-
-
 class RMSNorm(nn.RMSNorm):
     """`rms_norm` with a weight of its own."""
 
@@ -108,6 +96,20 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+
+def add_rms_norm(x: Tensor, delta: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+    """x + delta (x itself without one), and its norm: one kernel where no gradient is wanted."""
+    if delta is None:
+        return x, norm(x)
+    if runtime.takes(x) and not torch.is_grad_enabled():
+        from src.kernels import norm as kernels
+
+        return kernels.add_rms_norm(x, delta, norm.weight, norm.eps)
+    if cpu.decodes(x, delta, norm.weight):
+        return cpu.add_rms_norm(x, delta, norm.weight, norm.eps)
+    total = x + delta
+    return total, norm(total)
 
 
 class HeadNorm(RMSNorm):

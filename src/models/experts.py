@@ -33,7 +33,8 @@ class _Grouped(torch.autograd.Function):
         ctx.counts = counts
         out = x.new_empty(x.size(0), weight.size(1))
         for e, (rows, y) in enumerate(zip(x.split(counts), out.split(counts))):
-            torch.mm(rows, dense(weight[e]).t(), out=y)
+            if len(rows):  # it need not be dequantised for nothing
+                y.copy_(F.linear(rows, weight[e]))
         return out
 
     @staticmethod

@@ -8,11 +8,16 @@ shard is the whole matrix's quantised values wherever it is cut at a multiple of
 
 import functools
 import logging
+from collections.abc import Callable
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from src.kernels import cpu, runtime
+from src.kernels.codes import MOST_ROWS, product_by_codes
+from src.parallel import deterministic
 
 KINDS = ("nf4", "int8")
 BLOCK = 64
@@ -36,6 +41,16 @@ def _levels(device: torch.device) -> Tensor:
     """What int8's 256 codes stand for: k / 127 for k of -127 ... 127 (one of them, zero, twice)."""
     levels = torch.arange(-127, 128) / 127
     return torch.cat([levels[:127], torch.zeros(1), levels[127:]]).to(device)
+
+
+@functools.cache
+def levels_of_bytes(kind: str, device: torch.device) -> Tensor:
+    """What each byte stands for, where the scale is 1: [256, numbers in it], fp32."""
+    per_byte = 2 if kind == "nf4" else 1
+    codes = torch.arange(256, dtype=torch.uint8, device=device).unsqueeze(0)
+    scales = torch.ones(1, 256 * per_byte // BLOCK, device=device)
+    each = Quantized(codes, scales, kind, 256 * per_byte, torch.float32)
+    return each.dequantized(torch.float32).view(256, per_byte).contiguous()
 
 
 class Quantized(Tensor):
@@ -124,7 +139,22 @@ class _Linear(torch.autograd.Function):
 
 
 def _linear(input: Tensor, weight: Quantized, bias: Tensor | None = None) -> Tensor:
+    product = _few_rows_product(input, bias)
+    if product is not None:
+        levels = levels_of_bytes(weight.kind, input.device)
+        return product(input, weight.codes, weight.scales, levels, bias)
     return _Linear.apply(input, weight, bias)
+
+
+def _few_rows_product(x: Tensor, bias: Tensor | None) -> Callable[..., Tensor] | None:
+    """What multiplies a decode step's few rows by codes as they are, if anything does."""
+    if x.dim() != 2 or torch.is_grad_enabled() or deterministic.is_on():
+        return None
+    if len(x) <= cpu.FEW_BY_CODES and cpu.takes(x, bias):
+        return cpu.few_rows_by_codes
+    if len(x) <= MOST_ROWS and runtime.takes(x):
+        return product_by_codes
+    return None
 
 
 @torch.no_grad()

@@ -160,8 +160,10 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         """[N, dim] → [N, dim], and None where `MixtureOfExperts` has its router's decisions."""
         x = copy_to_model_parallel_region(x)
-        gate_up = self.projections.joined(x, self.w1, self.w3)
-        return reduce_from_model_parallel_region(self.w2(swiglu(gate_up))), None
+        gated = self.projections.gated(x, self.w1, self.w3)
+        if gated is None:
+            gated = swiglu(self.projections.joined(x, self.w1, self.w3))
+        return reduce_from_model_parallel_region(self.w2(gated)), None
 
 
 class Block(nn.Module):
@@ -180,14 +182,22 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(shard["ffn_norm.weight"], config.norm_eps)
 
     def forward(
-        self, x: Tensor, layout, rotary: tuple[Tensor, Tensor], rows: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """The block's output, at `rows` only if given; and its router's decisions, with experts."""
-        attended = self.attention(self.attention_norm(x), layout, rotary, rows)
-        norm = self.ffn_norm
-        x, normed = add_rms_norm(gather_rows(x, rows), attended, norm.weight, norm.eps)
-        out, router = self.feed_forward(normed)
-        return x + out, router
+        self,
+        x: Tensor,
+        delta: Tensor | None,
+        layout,
+        rotary: tuple[Tensor, Tensor],
+        rows: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x + delta → x and delta after the block, at `rows` only if given.
+
+        delta: what the block before adds, which one kernel may sum and norm; nothing if None. The
+        third is its router's decisions, with experts.
+        """
+        x, normed = add_rms_norm(x, delta, self.attention_norm)
+        attended = self.attention(normed, layout, rotary, rows)
+        x, normed = add_rms_norm(gather_rows(x, rows), attended, self.ffn_norm)
+        return x, *self.feed_forward(normed)
 
 
 class Transformer(nn.Module):
@@ -250,25 +260,27 @@ class Transformer(nn.Module):
         `balance_loss`.
         """
         rotary = self.rotary(layout)
-        x, routers, last = self.tok_embeddings(tokens), [], self.layers[-1]
+        x, delta, routers, last = self.tok_embeddings(tokens), None, [], self.layers[-1]
         for block in self.layers:
             # Past the last attention only the wanted rows matter; the experts' balance, though,
             # counts every token.
             wanted = rows if block is last and not self.config.n_experts else None
             if self.recompute != "none" and torch.is_grad_enabled():
+                # A block keeps what it begins with: one tensor, not two.
+                x = x if delta is None else x + delta
                 contexts = CHECKPOINTING[self.recompute]
-                x, router = checkpoint(
-                    block, x, layout, rotary, wanted, use_reentrant=False, context_fn=contexts
+                x, delta, router = checkpoint(
+                    block, x, None, layout, rotary, wanted, use_reentrant=False, context_fn=contexts
                 )
             else:
-                x, router = block(x, layout, rotary, wanted)
+                x, delta, router = block(x, delta, layout, rotary, wanted)
             if router is not None and torch.is_grad_enabled() and self.router_aux_loss_coef:
                 routers.append(layout.means(router))
         if routers:
             layout.balance_loss = balance_loss(routers)
-        if self.config.n_experts:
-            x = gather_rows(x, rows)
-        return self.norm(x)
+        if self.config.n_experts and rows is not None:
+            x, delta = gather_rows(x, rows), gather_rows(delta, rows)
+        return add_rms_norm(x, delta, self.norm)[1]
 
     def stackable(self) -> list[Attention | FeedForward]:
         """The parts with projections that may be stacked, in order: not the experts."""

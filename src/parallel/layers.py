@@ -8,6 +8,7 @@ Communication is the caller's, once for all the layers that share it:
 and v), `reduce_from_model_parallel_region` after the row layers.
 """
 
+import operator
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -234,6 +235,25 @@ class Projections:
             return torch.cat([module(x) for module in modules], -1)
         return self.stacked(x, modules)
 
+    def gated(self, x: Tensor, *modules: nn.Module) -> Tensor | None:
+        """SwiGLU of the first module's output and the second's, where one kernel makes all of it.
+
+        That is for a decode step's few rows, of plain weights without adapters; None elsewhere.
+        """
+        stacked = self.stacked
+        if stacked is None or any(map(operator.is_not, modules, stacked.layers)):
+            return None
+        if _product is not None or deterministic.is_on():
+            return None
+        few = x.size(0) <= cpu.FEW.get(x.dtype, 0)
+        if stacked.packed is not None and few and cpu.decodes(x, stacked.weight):
+            return cpu.few_rows_gated(x, stacked.weight)
+        if runtime.takes(x) and _is_skinny(x, stacked.weight):
+            from src.kernels.product import vector_product
+
+            return vector_product(x, stacked.weight, paired=True)
+        return None
+
 
 class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
     """y_local = x W_localᵀ + b_local: [..., in] → [..., out / n].
@@ -286,7 +306,8 @@ def packed_weights(model: nn.Module, parallel) -> Iterator[None]:
     try:
         for holder in holders:
             weight = holder.weight.detach()
-            holder.packed = torch.ops.mkldnn._reorder_linear_weight(weight) if have_room else weight
+            packs = have_room and _can_pack(weight.dtype)
+            holder.packed = torch.ops.mkldnn._reorder_linear_weight(weight) if packs else weight
         yield
     finally:
         for holder in holders:
@@ -300,8 +321,13 @@ def _have_room(holders: list) -> bool:
     return size * PACKED_SHARE <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def _can_pack(dtype: torch.dtype) -> bool:
+    """Whether the library has an order of its own for it on this processor."""
+    return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def _packable(model: nn.Module) -> list:
-    """What multiplies by a plain weight of a dtype that the library packs."""
+    """What multiplies by a plain weight of a dtype that is packed, or has a kernel for few rows."""
     if not torch.backends.mkldnn.is_available():
         return []
     stacks = [
@@ -317,11 +343,10 @@ def _packable(model: nn.Module) -> list:
         if isinstance(module, (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding))
         and id(module) not in in_stacks
     ]
-    dtypes = [torch.float32] + [torch.bfloat16] * torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return [
         holder
         for holder in (*stacks, *layers)
-        if type(holder.weight) in (Tensor, nn.Parameter) and holder.weight.dtype in dtypes
+        if type(holder.weight) in (Tensor, nn.Parameter) and holder.weight.dtype in cpu.FEW
     ]
 
 

@@ -33,11 +33,11 @@ RAGGED = [(i * 37 + 11) % 70 + 1 for i in range(20)]  # lengths of prompts
 
 @functools.cache
 @torch.no_grad()
-def model_of(**changes):
+def model_of(dtype=torch.float32, **changes):
     values = dict(n_layers=2, max_seq_len=256) | changes
     shape = dict(dim=16, n_heads=4, n_kv_heads=2, head_dim=8, hidden_dim=24)
     config = ModelConfig(**shape, vocab_size=VOCABULARY, **values)
-    model = build(config, 0, 1, torch.float32)
+    model = build(config, 0, 1, dtype)
     model.stack_projections(torch.device("cpu"))
     generator = torch.Generator().manual_seed(1)
     for name, spec in tensor_table(config).items():

@@ -6,12 +6,15 @@
 
 import os
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 from src.kernels import attention, norm, product, rotation, swiglu, threshold
+from src.kernels.codes import plain_product_by_codes, product_by_codes
+from src.models.quantize import KINDS, levels_of_bytes, quantized
 from tests.gpu.models import CPU, apart
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -106,6 +109,24 @@ def test_products_of_few_rows(device, dtype, rows, inside, outside):
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(LIMITS, dtype, 2e-2)
             check(None, True)
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", (1, 8, 33, 64))
+def test_products_by_codes(device, dtype, rows, kind):
+    if dtype == torch.bfloat16 and "TRITON_INTERPRET" in os.environ:
+        pytest.skip("the interpreter's products take no bf16")
+    weight = quantized(drawn(1300, 896, seed=1), kind)
+    coded = weight.codes, weight.scales, levels_of_bytes(kind, CPU)
+
+    def bound(function):
+        return lambda x, bias: function(x, *(part.to(x.device) for part in coded), bias)
+
+    functions = SimpleNamespace(
+        product=bound(product_by_codes), plain_product=bound(plain_product_by_codes)
+    )
+    compare(device, dtype, functions, "product", drawn(rows, 896), drawn(1300, seed=2))
 
 
 @pytest.mark.parametrize("width", (97, 32000, 151936))

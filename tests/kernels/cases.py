@@ -13,6 +13,7 @@ from torch import nn
 from src.generation.sampling import Sampling, _threshold
 from src.kernels import runtime
 from src.kernels.attention import Variant, paged_attention, plain_paged_attention, variant
+from src.kernels.codes import plain_product_by_codes, product_by_codes
 from src.kernels.norm import add_rms_norm, plain_add_rms_norm, plain_rms_norm, rms_norm
 from src.kernels.product import plain_vector_product, vector_product
 from src.kernels.rotation import (
@@ -25,6 +26,7 @@ from src.kernels.swiglu import plain_swiglu, swiglu
 from src.kernels.threshold import plain_threshold, threshold
 from src.models.batch import Batch, Sequence, response_loss
 from src.models.config import ModelConfig
+from src.models.quantize import KINDS, levels_of_bytes, quantized
 from src.models.transformer import CHECKPOINTING as RECOMPUTED
 from src.models.transformer import build
 from src.parallel.layers import SKINNY_ROWS, linear
@@ -254,6 +256,19 @@ def test_products_of_few_rows(n, inside, outside, dtype):
         close(function(x, weight), product)
         close(function(x, weight, bias), product + bias.double())
         close(function(x, weight, paired=True), gate / (1 + (-gate).exp()) * up)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16))  # the interpreter takes no bf16
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n, inside, outside", ((1, 64, 33), (3, 200, 7), (17, 130, 40)))
+def test_products_by_codes(n, inside, outside, kind, dtype):
+    weight = quantized(drawn(outside, inside, dtype=dtype), kind)
+    whole = weight.dequantized(dtype).double()
+    x, bias = drawn(n, inside + 3, dtype=dtype, seed=1)[:, 3:], drawn(outside, dtype=dtype, seed=2)
+    coded = weight.codes, weight.scales, levels_of_bytes(kind, x.device)
+    for function in (product_by_codes, plain_product_by_codes):
+        close(function(x, *coded), x.double() @ whole.t())
+        close(function(x, *coded, bias), x.double() @ whole.t() + bias.double())
 
 
 class Unlike(torch.Tensor):

@@ -11,6 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from src.kernels.attention import paged_attention
+from src.kernels.codes import product_by_codes
 from src.kernels.norm import add_rms_norm, rms_norm
 from src.kernels.product import vector_product
 from src.kernels.rotation import rotate, rotate_and_write
@@ -97,7 +98,17 @@ def test_products_and_thresholds():
         x, weight = torch.empty(n, 4096).bfloat16(), torch.empty(64, 4096).bfloat16()
         vector_product(x, weight, weight[:, 0].contiguous())
         vector_product(x, weight, paired=True)
+    for n in (1, 64):
+        for per_byte in (1, 2):
+            codes = torch.empty(64, 4096 // per_byte, dtype=torch.uint8)
+            for dtype in (torch.bfloat16, torch.float32):
+                product_by_codes(
+                    torch.empty(n, 4096, dtype=dtype),
+                    codes,
+                    torch.empty(64, 64),
+                    torch.empty(256, per_byte),
+                )
     z = torch.empty(2, 128256)
     for top_k, top_p in ((0, 0.9), (50, 1.0), (50, 0.9)):
         threshold(z, z[:, 0].contiguous(), top_k, top_p, 0.0)
-    assert len(launched) == 7
+    assert len(launched) == 15

@@ -4,6 +4,7 @@ import ctypes
 import os
 import subprocess
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ import torch
 from src.generation.sampling import uniforms
 from src.kernels import cpu
 from src.kernels.attention import plain_paged_attention
+from src.kernels.cpu import FEW_BY_CODES
 from src.kernels.norm import plain_add_rms_norm
 from src.kernels.rotation import plain_rotate_and_write
+from src.models.quantize import KINDS, Quantized, quantized
 
 PAGE = 16
 HEADS = [(4, 4), (8, 2), (8, 1), (7, 1), (14, 2)]  # query and kv heads: ratios 1, 4, 8, 7
@@ -111,6 +114,9 @@ def test_products_of_few_rows(rows, dtype, error):
             out = cpu.few_rows(x, weight, b)
             assert out.dtype == dtype
             assert ((out.double() - wanted).abs() / (1 + wanted.abs())).max() < error * size**0.5
+        if n % 2 == 0:  # as gate and up: the bits of the two kernels one after the other
+            gated = cpu.few_rows_gated(x, weight)
+            assert torch.equal(gated, cpu.swiglu(cpu.few_rows(x, weight)))
 
 
 @pytest.mark.parametrize("size", (1, 7, 255, 256, 257, 1000, 4099))
@@ -152,6 +158,37 @@ def test_draws_do_not_depend_on_the_batch():
         row = z[part].contiguous()
         alone = cpu.draw(row, row.amax(-1), 3, samples[part], steps[part])
         assert torch.equal(alone[0], together[0][part]) and torch.equal(alone[1], together[1][part])
+
+
+@pytest.mark.parametrize("dtype, error", ((torch.float32, 2e-6), (torch.bfloat16, 4e-3)))
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_of_few_rows_by_codes(kind, dtype, error):
+    """Beside the dequantised weight in fp64; rows that are no multiple of a block long, too."""
+    g = torch.Generator().manual_seed(3)
+    for rows, n, size in ((1, 1, 64), (3, 7, 5), (16, 33, 128), (5, 50, 200)):
+        x, plain, bias = (
+            torch.randn(shape, generator=g).to(dtype) for shape in ((rows, size), (n, size), (n,))
+        )
+        weight = quantized(plain, kind)
+        whole, calls = weight.dequantized(dtype).double(), []
+        for b in (None, bias):
+            wanted = torch.nn.functional.linear(
+                x.double(), whole, None if b is None else b.double()
+            )
+            with torch.no_grad(), mock.patch.object(Quantized, "dequantized", calls.append):
+                out = torch.nn.functional.linear(x, weight, b)
+            assert out.dtype == dtype and not calls
+            assert ((out.double() - wanted).abs() / (1 + wanted.abs())).max() < error * size**0.5
+    with torch.no_grad():  # more rows, or a gradient: by the weight as a whole
+        many = x.repeat(FEW_BY_CODES, 1)
+        assert torch.equal(
+            torch.nn.functional.linear(many, weight),
+            torch.nn.functional.linear(many, weight.dequantized(dtype)),
+        )
+    assert torch.equal(
+        torch.nn.functional.linear(x, weight),
+        torch.nn.functional.linear(x, weight.dequantized(dtype)),
+    )
 
 
 def test_rounding_to_bf16_is_torch():
