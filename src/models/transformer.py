@@ -278,7 +278,7 @@ class Transformer(nn.Module):
                 routers.append(layout.means(router))
         if routers:
             layout.balance_loss = balance_loss(routers)
-        if self.config.n_experts and rows is not None:
+        if self.config.n_experts and delta is not None:
             x, delta = gather_rows(x, rows), gather_rows(delta, rows)
         return add_rms_norm(x, delta, self.norm)[1]
 

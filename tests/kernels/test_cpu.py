@@ -16,7 +16,7 @@ from src.kernels.attention import plain_paged_attention
 from src.kernels.cpu import FEW_BY_CODES
 from src.kernels.norm import plain_add_rms_norm
 from src.kernels.rotation import plain_rotate_and_write
-from src.models.quantize import KINDS, Quantized, quantized
+from src.models.quantize import KINDS, Quantized, levels_of_bytes, quantized
 
 PAGE = 16
 HEADS = [(4, 4), (8, 2), (8, 1), (7, 1), (14, 2)]  # query and kv heads: ratios 1, 4, 8, 7
@@ -164,6 +164,7 @@ def test_draws_do_not_depend_on_the_batch():
 @pytest.mark.parametrize("kind", KINDS)
 def test_products_of_few_rows_by_codes(kind, dtype, error):
     """Beside the dequantised weight in fp64; rows that are no multiple of a block long, too."""
+    levels_of_bytes(kind, torch.device("cpu"))  # made once, by dequantising each byte
     g = torch.Generator().manual_seed(3)
     for rows, n, size in ((1, 1, 64), (3, 7, 5), (16, 33, 128), (5, 50, 200)):
         x, plain, bias = (
