@@ -38,6 +38,7 @@ SERVED = {  # new tokens at most, and what ends a text
     "varying lengths, at most 256 new": (256, STOPS),
     "128 new each": (128, set()),
 }
+LARGER = dict(dim=1536, n_layers=16, n_heads=12, n_kv_heads=12, hidden_dim=4096)  # 552M
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -184,41 +185,47 @@ def against_tree(
     return lines
 
 
-def roofline(folder: Path, prompts: list[list[int]], rounds: int) -> list[str]:
+def roofline(folder: Path, rounds: int) -> list[str]:
     """A decode step's least time, by the bytes that it reads and by the products that it computes.
 
     Every byte of weights and cache is read once, and every product goes at the matmul rate. A step
-    is all that it takes to get the next tokens: the forward, the choice, the host's part.
+    is all that it takes to get the next tokens: the forward, the choice, the host's part. The read
+    rate is measured before and after each, since it changes where others have the machine, too.
     """
     lines = [
-        "| | step, ms | bytes, MB | at the read rate, ms "
+        "| | step, ms | bytes, MB | at the read rate, ms (GB/s) "
         "| products, GFLOP | at the matmul rate, ms | fraction reached |",
         "|---|---|---|---|---|---|---|",
     ]
-    bandwidth, length = read_rate(), 128
+    larger = make_model(folder.parent / "550m", **LARGER)
     for name, dtype in DTYPES.items():
         rate = matmul_rate(dtype)
-        for batch in (1, 8, 64, 256):
-            engine = open_engine(folder, dtype, batch)
-            model = engine.model
-            rows = [[(7 * i + j) % 3000 + 3 for j in range(length - 8)] for i in range(batch)]
-            took = min(step_seconds(engine, rows, 5 * rounds))
-            weights = sum(
-                p.numel() for n, p in model.named_parameters() if "tok_embeddings" not in n
-            )
-            of_context = 2 * length * model.config.dim * model.config.n_layers  # of a sequence
-            read = (weights + batch * of_context) * dtype.itemsize
-            work = 2 * batch * (weights + of_context)
-            least = max(read / bandwidth, work / rate)
-            lines.append(
-                f"| {name}, batch {batch}, 128 tokens of context | {1e3 * took:.2f} "
-                f"| {read / 1e6:.0f} | {1e3 * read / bandwidth:.2f} | {work / 1e9:.2f} "
-                f"| {1e3 * work / rate:.2f} | {least / took:.2f} |"
-            )
-            print(lines[-1], flush=True)
+        for size, batches in ((folder, (1, 8, 64, 256)), (larger, (1,))):
+            for batch in batches:
+                label = f"{name}, {size.name}, batch {batch}"
+                lines.append(roofline_row(label, open_engine(size, dtype, batch), rate, rounds))
+                print(lines[-1], flush=True)
     rates = [f"{matmul_rate(d) / 1e9:.0f} GFLOP/s in {n}" for n, d in DTYPES.items()]
-    first = f"Read rate {bandwidth / 1e9:.1f} GB/s, matmul rate {', '.join(rates)}."
-    return [first, "", *lines]
+    return [f"Matmul rate {', '.join(rates)}.", "", *lines]
+
+
+def roofline_row(label: str, engine, rate: float, rounds: int, length: int = 128) -> str:
+    model, batch = engine.model, engine.max_batch_size
+    dtype = model.norm.weight.dtype
+    rows = [[(7 * i + j) % 3000 + 3 for j in range(length - 8)] for i in range(batch)]
+    bandwidth = read_rate()
+    took = min(step_seconds(engine, rows, 10 * rounds))
+    bandwidth = max(bandwidth, read_rate())
+    weights = sum(p.numel() for n, p in model.named_parameters() if "tok_embeddings" not in n)
+    of_context = 2 * length * model.config.dim * model.config.n_layers  # of a sequence
+    read = (weights + batch * of_context) * dtype.itemsize
+    work = 2 * batch * (weights + of_context)
+    least = max(read / bandwidth, work / rate)
+    return (
+        f"| {label}, {length} tokens of context | {1e3 * took:.2f} | {read / 1e6:.0f} "
+        f"| {1e3 * read / bandwidth:.2f} ({bandwidth / 1e9:.1f}) | {work / 1e9:.2f} "
+        f"| {1e3 * work / rate:.2f} | {least / took:.2f} |"
+    )
 
 
 def session_of(engine, n: int, longest: int, new: int, in_a_hurry: bool = True):
@@ -339,7 +346,7 @@ def main(
             "Ranks beside threads",
             lambda: ranks_against_process(folder, prompts, rounds, work),
         ),
-        "roofline": ("Beside the roofline", lambda: roofline(folder, prompts, rounds)),
+        "roofline": ("Beside the roofline", lambda: roofline(folder, rounds)),
         "scaling": ("Queue and context", lambda: scaling(folder, prompts, rounds)),
         "stalls": (
             "Steps beside 16 prompts of 4,000 tokens",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from src.models.config import ModelConfig
 from src.models.quantize import Quantized, dense
+from src.parallel import deterministic
 from src.parallel.layers import (
     ReplicatedLinear,
     copy_to_model_parallel_region,
@@ -34,7 +35,7 @@ class _Grouped(torch.autograd.Function):
         out = x.new_empty(x.size(0), weight.size(1))
         for e, (rows, y) in enumerate(zip(x.split(counts), out.split(counts))):
             if len(rows):  # it need not be dequantised for nothing
-                y.copy_(F.linear(rows, weight[e]))
+                y.copy_(deterministic.linear(rows, weight[e]))
         return out
 
     @staticmethod
@@ -57,10 +58,12 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     x: [M, in], the experts' rows one after the other; ends: where each one's end, [E], int32;
     weight: [E, out, in] → [M, out].
     """
-    # PyTorch's takes plain weights whose rows and columns are multiples of 16 bytes.
+    # PyTorch's takes plain weights whose rows and columns are multiples of 16 bytes. What it gives
+    # a row may depend on the others.
     together = 16 // x.element_size()
     aligned = weight.size(1) % together == weight.size(2) % together == 0
-    if x.dtype in _GROUPED_DTYPES and aligned and not isinstance(weight, Quantized):
+    takes = x.dtype in _GROUPED_DTYPES and aligned and not isinstance(weight, Quantized)
+    if takes and not deterministic.is_on():
         return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
     counts = [stop - start for start, stop in pairwise([0, *ends.tolist()])]
     return _Grouped.apply(x, weight, counts)

@@ -60,8 +60,9 @@ def test_on_the_cpu_too_rows_are_alike_to_the_bit(on):
         assert rows_alike(lambda x, weight=weight: linear(x, weight), x)
 
 
-def model_of(dtype: torch.dtype):
-    config = ModelConfig(64, 2, 4, 2, 16, 96, 50, max_seq_len=64)
+def model_of(dtype: torch.dtype, n_experts: int = 0):
+    experts = dict(n_experts=n_experts, experts_per_token=2 if n_experts else 0)
+    config = ModelConfig(64, 2, 4, 2, 16, 96, 50, max_seq_len=64, **experts)
     model = build(config, 0, 1, dtype).to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
     for weight in model.parameters():
@@ -70,8 +71,9 @@ def model_of(dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_sequence_s_numbers_do_not_depend_on_its_neighbours(on, dtype):
-    model, draw = model_of(dtype), torch.Generator().manual_seed(1)
+@pytest.mark.parametrize("n_experts", [0, 4])
+def test_a_sequence_s_numbers_do_not_depend_on_its_neighbours(on, n_experts, dtype):
+    model, draw = model_of(dtype, n_experts), torch.Generator().manual_seed(1)
     sequences = [
         Sequence(torch.randint(3, 50, (n,), generator=draw).tolist(), 1) for n in (3, 2, 30, 7)
     ]
