@@ -195,18 +195,22 @@ class Stacked:
             whole, *(sum_gradient(part, layer.replicas) for part, layer in zip(parts, self.layers))
         )
 
+    def is_plain(self, modules: Sequence[nn.Module]) -> bool:
+        """Whether the modules are the layers themselves, without adapters."""
+        return all(map(operator.is_, modules, self.layers))
+
     def __call__(self, x: Tensor, modules: Sequence[nn.Module]) -> Tensor:
         """What the modules make of x, side by side: [N, in] → [N, Σ out].
 
         They are the layers themselves, or adapters around them, which add their part.
         """
-        starts = accumulate(self.sizes[:-1], initial=0)
-        adapters = [
-            (start, module)
-            for start, module, layer in zip(starts, modules, self.layers)
-            if module is not layer
-        ]
-        if adapters:
+        if not self.is_plain(modules):
+            starts = accumulate(self.sizes[:-1], initial=0)
+            adapters = [
+                (start, module)
+                for start, module, layer in zip(starts, modules, self.layers)
+                if module is not layer
+            ]
             return cast(_Adapter, adapters[0][1]).adapted(x, self, adapters)
         bias = None if self.bias is None else self._with_gradient(self.bias, "bias")
         return linear(x, self._with_gradient(self.weight, "weight"), bias, self.packed)
@@ -241,7 +245,7 @@ class Projections:
         That is for a decode step's few rows, of plain weights without adapters; None elsewhere.
         """
         stacked = self.stacked
-        if stacked is None or any(map(operator.is_not, modules, stacked.layers)):
+        if stacked is None or not stacked.is_plain(modules):
             return None
         if _product is not None or deterministic.is_on():
             return None

@@ -47,7 +47,8 @@ class _Gather(torch.autograd.Function):
 
 def copy_to_model_parallel_region(x: Tensor) -> Tensor:
     """The identity, whose gradient is summed over the ranks of a model."""
-    return x if get_model_parallel_world_size() == 1 else _Copy.apply(x)
+    has_gradient = torch.is_grad_enabled() and get_model_parallel_world_size() > 1
+    return _Copy.apply(x) if has_gradient else x
 
 
 def reduce_from_model_parallel_region(x: Tensor) -> Tensor:
