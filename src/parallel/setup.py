@@ -7,7 +7,7 @@ silence, prints, and makes groups that wait for half an hour.
 
 import ctypes
 import functools
-import math
+import logging
 import os
 import platform
 import time
@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 # Imported before there is a group, which would become the default of its functions and never end.
 import torch.distributed.nn.functional
+import torch.nn.functional as F
 from fairscale.nn.model_parallel import initialize as fairscale_groups
 
 from src.errors import UserError
@@ -214,9 +215,29 @@ def pick_device() -> torch.device:
 
 
 def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """bf16, fp16 or fp32 by name; by default bf16 on a GPU and fp32 on the CPU."""
+    """bf16, fp16 or fp32 by name; by default bf16 on a GPU and fp32 on the CPU.
+
+    Rank 0 warns of one in which this processor has no products.
+    """
     name = name or ("bf16" if device.type == "cuda" else "fp32")
+    if device.type == "cpu" and not has_products_in(DTYPES[name]) and not dist.get_rank():
+        logging.getLogger(__name__).warning(
+            "--dtype %s: this processor has no products in it, and PyTorch's own are up to fifty "
+            "times slower than fp32's: --dtype fp32 is quicker here",
+            name,
+        )
     return DTYPES[name]
+
+
+def has_products_in(dtype: torch.dtype) -> bool:
+    """Whether the CPU multiplies numbers of the dtype at a speed to speak of.
+
+    For bf16 that takes AVX-512 or better, which many a laptop lacks.
+    """
+    operators = torch.ops.mkldnn
+    if dtype == torch.bfloat16:
+        return operators._is_mkldnn_bf16_supported()
+    return dtype != torch.float16 or operators._is_mkldnn_fp16_supported()
 
 
 def reuse_memory() -> None:
@@ -241,23 +262,32 @@ def settle_vector_math() -> None:
     torch.exp(torch.ones(1))
 
 
+LONG_PRODUCT = 0.1  # seconds; the next one takes some eight times as long
+
+
 @functools.cache
 def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of the best of a few square matrix products: what a model's could reach at most."""
-    n, rounds = (8192, 4) if device.type == "cuda" else (2048, 2)
+    """FLOP/s of the best of a few square matrix products: what a model's could reach at most.
+
+    On the CPU they grow as long as they are quick: in bf16 some processors take minutes for one.
+    """
+    sizes = [8192] * 4 if device.type == "cuda" else [128, 256, 512, 1024, 2048, 2048]
     # A GPU multiplies constants faster than numbers.
     generator = torch.Generator(device).manual_seed(0)
-    a = torch.randn(n, n, device=device, generator=generator).to(dtype)
-    best = math.inf
-    for _ in range(rounds):  # the first warms up
+    best = 0.0
+    for n in sizes:  # the first warms up
+        x = torch.randn(n, n, device=device, generator=generator).to(dtype)
         if device.type == "cuda":
             torch.cuda.synchronize()
         began = time.perf_counter()
-        a @ a
+        F.linear(x, x)
         if device.type == "cuda":
             torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - began)
-    return 2 * n**3 / best
+        took = time.perf_counter() - began
+        best = max(best, 2 * n**3 / took)
+        if device.type == "cpu" and took > LONG_PRODUCT:
+            break
+    return best
 
 
 def agreed(check: Callable[[], T]) -> T:

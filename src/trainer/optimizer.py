@@ -57,9 +57,11 @@ class MasterAdamW(torch.optim.AdamW):
         for parameter, master in self.rounded:
             master.grad = parameter.grad
         super().step(closure)
-        for parameter, master in self.rounded:
-            parameter.copy_(master)
-            master.grad = None
+        if self.rounded:
+            parameters, masters = map(list, zip(*self.rounded))
+            torch._foreach_copy_(parameters, masters)  # few kernels for all of them
+            for master in masters:
+                master.grad = None
 
 
 def _master(parameter: Tensor) -> Tensor:
