@@ -184,10 +184,10 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        delta: Tensor | None,
         layout,
         rotary: tuple[Tensor, Tensor],
         rows: Tensor | None = None,
+        delta: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """x + delta → x and delta after the block, at `rows` only if given.
 
@@ -270,10 +270,10 @@ class Transformer(nn.Module):
                 x = x if delta is None else x + delta
                 contexts = CHECKPOINTING[self.recompute]
                 x, delta, router = checkpoint(
-                    block, x, None, layout, rotary, wanted, use_reentrant=False, context_fn=contexts
+                    block, x, layout, rotary, wanted, use_reentrant=False, context_fn=contexts
                 )
             else:
-                x, delta, router = block(x, delta, layout, rotary, wanted)
+                x, delta, router = block(x, layout, rotary, wanted, delta)
             if router is not None and torch.is_grad_enabled() and self.router_aux_loss_coef:
                 routers.append(layout.means(router))
         if routers:

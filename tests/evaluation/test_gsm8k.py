@@ -269,7 +269,7 @@ def test_a_gold_without_a_value_is_refused_where_numeric_counts(gold, tmp_path):
     "the ", "million", r"\dot3", r"1.\bar", r"0.\overline{3", "1.8 x 10^", "1e1", "2*10", "USD",
     "C$", "1 ft ", "1 hour and ", "1 and a ", r"\{", "^{th", "one ",
 ])  # fmt: skip
-def test_hostile_numbers_take_no_time(piece):
+def test_hostile_numbers_take_no_time(piece, a_moment):
     long = piece * (1_000_000 // len(piece))
     for text in (long, f"#### {long}", rf"\boxed{{{long}", f"the answer is {long}", f"{long}18"):
         fastest = float("inf")
@@ -277,9 +277,9 @@ def test_hostile_numbers_take_no_time(piece):
             start = time.process_time()
             numeric_answer(text)
             fastest = min(fastest, time.process_time() - start)
-            if fastest < 0.05:
+            if fastest < a_moment:
                 break
-        assert fastest < 0.05, text[:30]
+        assert fastest < a_moment, text[:30]
 
 
 def test_extract_gives_the_compared_form_or_none():
@@ -362,14 +362,14 @@ def test_real_gold_answers_are_right_by_every_rule(part, n):
     ],
     ids=lambda text: f"{text[:12]!r} x{len(text)}",
 )
-def test_hostile_responses_take_no_time(text):
+def test_hostile_responses_take_no_time(text, a_moment):
     def seconds():
         start = time.process_time()
         grade(text, "18")
         return time.process_time() - start
 
     # this process's time, the fastest of five: other processes are not the grader's fault
-    assert min(seconds() for _ in range(5)) < 0.05
+    assert min(seconds() for _ in range(5)) < a_moment
 
 
 def test_the_answer_at_either_end_of_a_very_long_response_is_found():

@@ -257,7 +257,7 @@ LISTS = [
 
 
 @pytest.mark.parametrize("piece", PIECES + LISTS, ids=ascii)
-def test_hostile_responses_take_no_time(piece):
+def test_hostile_responses_take_no_time(piece, a_moment):
     long = piece * (MEGABYTE // len(piece))
     short = piece * (1000 // len(piece))
     texts = [long, long + r"\boxed{5}", r"\boxed{5}" + long]
@@ -271,17 +271,17 @@ def test_hostile_responses_take_no_time(piece):
             grade(text, "5, 6")
             TASKS["MATH"].read(text)
             fastest = min(fastest, time.process_time() - start)
-            if fastest < 0.05:
+            if fastest < a_moment:
                 break
-        assert fastest < 0.05, (text[:20], len(text))
+        assert fastest < a_moment, (text[:20], len(text))
 
 
-def test_hostile_golds_take_no_time():
+def test_hostile_golds_take_no_time(a_moment):
     for piece in PIECES:
         start = time.process_time()
         with pytest.raises(UserError, match="gold answer"):
             grade(r"\boxed{5}", rf"\boxed{{{piece * (MEGABYTE // len(piece))}")
-        assert time.process_time() - start < 0.5
+        assert time.process_time() - start < 10 * a_moment
 
 
 def test_the_answer_at_either_end_of_a_very_long_response_is_found():
