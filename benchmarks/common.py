@@ -15,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -129,13 +128,6 @@ def seconds(work: Callable[[], object]) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - began
-
-
-def matmul_rate(dtype: torch.dtype, n: int = 2048, rounds: int = 5) -> float:
-    """FLOP/s of the best of a few products of n rows and an n × n weight, as layers make them."""
-    x, weight = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
-    F.linear(x, weight)
-    return 2 * n**3 / min(seconds(lambda: F.linear(x, weight)) for _ in range(rounds))
 
 
 def read_rate(megabytes: int = 1024, rounds: int = 5) -> float:

@@ -23,7 +23,6 @@ from common import (
     machine,
     make_model,
     make_tokenizer,
-    matmul_rate,
     median,
     read_rate,
     seconds,
@@ -31,6 +30,7 @@ from common import (
 )
 
 from src.cli import run
+from src.parallel.setup import matmul_rate
 
 # one token in a hundred ends a text: lengths vary as they do for a trained model
 STOPS = set(range(100, 420))
@@ -39,6 +39,7 @@ SERVED = {  # new tokens at most, and what ends a text
     "128 new each": (128, set()),
 }
 LARGER = dict(dim=1536, n_layers=16, n_heads=12, n_kv_heads=12, hidden_dim=4096)  # 552M
+CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -199,13 +200,13 @@ def roofline(folder: Path, rounds: int) -> list[str]:
     ]
     larger = make_model(folder.parent / "550m", **LARGER)
     for name, dtype in DTYPES.items():
-        rate = matmul_rate(dtype)
+        rate = matmul_rate(dtype, CPU)
         for size, batches in ((folder, (1, 8, 64, 256)), (larger, (1,))):
             for batch in batches:
                 label = f"{name}, {size.name}, batch {batch}"
                 lines.append(roofline_row(label, open_engine(size, dtype, batch), rate, rounds))
                 print(lines[-1], flush=True)
-    rates = [f"{matmul_rate(d) / 1e9:.0f} GFLOP/s in {n}" for n, d in DTYPES.items()]
+    rates = [f"{matmul_rate(d, CPU) / 1e9:.0f} GFLOP/s in {n}" for n, d in DTYPES.items()]
     return [f"Matmul rate {', '.join(rates)}.", "", *lines]
 
 

@@ -17,6 +17,7 @@ from common import machine, median, read_rate, seconds, torchrun
 
 from src.kernels import cpu
 from src.models.quantize import KINDS, Quantized, levels_of_bytes, quantized
+from src.parallel.setup import has_products_in
 
 
 def timed(work, rounds: int = 31) -> float:
@@ -37,7 +38,7 @@ def product(dtype: torch.dtype, rows: int, k: int, n: int) -> None:
     x, w = torch.randn(rows, k).to(dtype), torch.randn(n, k).to(dtype)
     plain = timed(lambda: F.linear(x, w))
     line = f"product {dtype} {rows} x {k} x {n}: plain {plain:.3f} ms"
-    if dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if has_products_in(dtype):
         packed = torch.ops.mkldnn._reorder_linear_weight(w)
         fast = timed(lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], ""))
         line += f", packed {fast:.3f} ms ({plain / fast:.2f})"

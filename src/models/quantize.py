@@ -16,11 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src.kernels import cpu, runtime
-from src.kernels.codes import MOST_ROWS, product_by_codes
+from src.kernels.codes import BLOCK, MOST_ROWS, product_by_codes
 from src.parallel import deterministic
 
 KINDS = ("nf4", "int8")
-BLOCK = 64
 
 
 @functools.cache

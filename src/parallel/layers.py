@@ -28,6 +28,7 @@ from src.parallel.mappings import (
     gather_from_model_parallel_region,
     reduce_from_model_parallel_region,
 )
+from src.parallel.setup import has_products_in
 from src.parallel.shared_memory import summed
 
 __all__ = [
@@ -310,7 +311,7 @@ def packed_weights(model: nn.Module, parallel) -> Iterator[None]:
     try:
         for holder in holders:
             weight = holder.weight.detach()
-            packs = have_room and _can_pack(weight.dtype)
+            packs = have_room and has_products_in(weight.dtype)
             holder.packed = torch.ops.mkldnn._reorder_linear_weight(weight) if packs else weight
         yield
     finally:
@@ -323,11 +324,6 @@ def _have_room(holders: list) -> bool:
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     size = sum(holder.weight.nbytes for holder in holders) * ranks_here
     return size * PACKED_SHARE <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _can_pack(dtype: torch.dtype) -> bool:
-    """Whether the library has an order of its own for it on this processor."""
-    return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _packable(model: nn.Module) -> list:

@@ -232,12 +232,15 @@ def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
 def has_products_in(dtype: torch.dtype) -> bool:
     """Whether the CPU multiplies numbers of the dtype at a speed to speak of.
 
-    For bf16 that takes AVX-512 or better, which many a laptop lacks.
+    For bf16 that takes AVX-512 or better on x86, which many a laptop lacks. A build without the
+    library that would know says yes.
     """
+    if dtype == torch.float32 or not torch.backends.mkldnn.is_available():
+        return True
     operators = torch.ops.mkldnn
     if dtype == torch.bfloat16:
         return operators._is_mkldnn_bf16_supported()
-    return dtype != torch.float16 or operators._is_mkldnn_fp16_supported()
+    return operators._is_mkldnn_fp16_supported()
 
 
 def reuse_memory() -> None:

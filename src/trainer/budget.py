@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
+from src.kernels.codes import BLOCK
 from src.models.config import ModelConfig
 from src.models.layout import TensorSpec, tensor_table
 from src.models.lora import TARGETS, LoRAConfig, lora_table
-from src.models.quantize import BLOCK
 
 FP32 = 4  # bytes of a gradient, of each of Adam's averages, and of a master weight
 
