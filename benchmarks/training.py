@@ -61,7 +61,7 @@ def ours(folder: Path, job: dict) -> dict:
     rows = [row for batch in job["batches"] for row in batch]
     if verifier:
         pairs = [[Sequence(tokens, row[2]) for tokens in row[:2]] for row in rows]
-        comparisons = [Comparison([chosen], [rejected]) for chosen, rejected in pairs]
+        comparisons = [Comparison.of_sides([chosen], [rejected]) for chosen, rejected in pairs]
         objective = VerifierObjective(comparisons, parallel.device)
     else:
         objective = SolverObjective([Sequence(**row) for row in rows], parallel.device)

@@ -25,13 +25,15 @@ from src.ppo.inputs import PPOInputs
 from src.ppo.setup import check_degrees, together_on_device
 from src.settings.model import TextModelSettings
 from src.settings.ppo import PPOTrainSettings
+from src.settings.preference import PreferenceTrainSettings
 from src.settings.scripts import SolverTrainSettings, TrainSettings, VerifierTrainSettings
 from src.trainer.activations import activations, described, device_memory, tokens_at_once
 from src.trainer.budget import Budget, adapter_bytes, model_budget, training_budget
 from src.trainer.fit import rows_per_step
-from src.trainer.inputs import SolverInputs, VerifierInputs
+from src.trainer.inputs import PreferenceInputs, SolverInputs, VerifierInputs
+from src.trainer.preference import Row
 
-TrainInputs = TypeVar("TrainInputs", SolverInputs, VerifierInputs)
+TrainInputs = TypeVar("TrainInputs", SolverInputs, VerifierInputs, PreferenceInputs)
 NOT_READ = "rows, steps and an example: give a checkpoint and the train file"
 
 
@@ -70,7 +72,8 @@ def verifier_plan(settings: VerifierTrainSettings) -> None:
     def example(inputs: VerifierInputs) -> list[str]:
         tokenizer, pair = inputs.model.tokenizer, inputs.pairs[0]
         lines = ["example, row 0: the scalar head reads the last token of each side"]
-        for side, sequence in (("chosen", pair.chosen[0]), ("rejected", pair.rejected[0])):
+        sides = zip(("chosen", "rejected"), pair.pairs[0])
+        for side, sequence in ((side, pair.responses[place]) for side, place in sides):
             text = tokenizer.spelled(list(sequence.tokens))
             lines += [f"  {side:9}{len(sequence.tokens):5} tokens  {text!r}"]
         return lines
@@ -78,13 +81,50 @@ def verifier_plan(settings: VerifierTrainSettings) -> None:
     _plan(settings, "score", partial(VerifierInputs.read, settings), example)
 
 
+def preference_plan(settings: PreferenceTrainSettings) -> None:
+    """Print what preference_train.py would do."""
+    preference = settings.preference
+
+    def example(inputs: PreferenceInputs) -> list[str]:
+        tokenizer = inputs.model.tokenizer
+        if inputs.prompts:
+            prompt = inputs.prompts[0]
+            return [
+                f"example, prompt 0: {len(prompt.tokens)} tokens",
+                f"  no loss  {tokenizer.spelled(prompt.tokens)!r}",
+                f"  loss     on the best and the worst of {settings.online.samples_per_prompt}",
+            ]
+        row = inputs.rows[0]
+        lines = [f"example, row 0: {len(row.responses)} outputs of one prompt, with loss on each"]
+        lines += _sequence_lines(tokenizer, row.responses[0])[1:2]
+        good = Row.of(row).labels
+        for sequence, is_good in zip(row.responses, good):
+            tokens = list(sequence.tokens)[sequence.prompt_length :]
+            side = "chosen" if is_good else "rejected"
+            lines += [f"  {side:9}{tokenizer.spelled(tokens)!r}"]
+        return lines
+
+    def beside(config: ModelConfig, ranks: Ranks, dtype: torch.dtype) -> dict[str, Budget]:
+        is_live = preference.has_reference and preference.cache_reference is None
+        shares = settings.lora.is_on and settings.model.adapter_dir is None
+        frozen = model_budget(config, ranks.mp_size, dtype, settings.lora.quantize)
+        return {"reference": Budget(0) if shares else frozen} if is_live else {}
+
+    _plan(settings, "lm", partial(PreferenceInputs.read, settings), example, beside)
+
+
 def _plan(
     settings: TrainSettings,
     head: str,
     read: Callable[[Parallel], TrainInputs],
     example: Callable[[TrainInputs], list[str]],
+    beside: Callable[[ModelConfig, Ranks, torch.dtype], dict[str, Budget]] | None = None,
 ) -> None:
-    """Print a trainer's plan. head: of the trained model; example: lines about the first row."""
+    """Print a trainer's plan.
+
+    head: of the trained model; example: lines about the first row; beside: what else lies on the
+    device.
+    """
     parallel = start(None, settings.run.timeout, settings.run.deterministic)
     ranks, dtype = Ranks.of(settings, parallel), pick_dtype(settings.run.dtype, parallel.device)
     inputs = None
@@ -93,9 +133,11 @@ def _plan(
     opened = inputs.model if inputs is not None else None
     config = _config(settings.model, settings.model.ckpt_dir, opened).with_head(head)
     lora = inputs.lora if inputs is not None else _new_adapter(settings, config)
-    budget = _trained(settings, config, ranks, dtype, lora)
-    lines = _bytes_lines(config, ranks, dtype, {"model": budget})
-    lines += _limit_lines(settings, [config], ranks, dtype, budget.total, parallel)
+    budgets = {"model": _trained(settings, config, ranks, dtype, lora)}
+    budgets |= beside(config, ranks, dtype) if beside is not None else {}
+    lines = _bytes_lines(config, ranks, dtype, budgets)
+    held = sum(budget.total for budget in budgets.values())
+    lines += _limit_lines(settings, [config], ranks, dtype, held, parallel)
     if inputs is None:
         lines += [NOT_READ]
     else:

@@ -4,14 +4,17 @@ What a user should know of a file's rows comes with them as notes, a sentence ea
 """
 
 import json
+import random
 from array import array
 from collections.abc import Collection, Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from src.data.rows import (
+    LABELLED,
     SAMPLE,
     TEXT,
+    form_of,
     read_prompt_rows,
     read_rows,
     read_solver_rows,
@@ -27,10 +30,39 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One prompt's responses, each side one or more, prompt included in each sequence."""
+    """One prompt's responses, prompt included in each sequence, and which are better than which.
 
-    chosen: list[Sequence]
-    rejected: list[Sequence]
+    pairs: (better, worse), by their places among the responses.
+    """
+
+    responses: list[Sequence]
+    pairs: list[tuple[int, int]]
+
+    @classmethod
+    def of_sides(cls, chosen: list[Sequence], rejected: list[Sequence]) -> "Comparison":
+        """Each of the chosen is better than each of the rejected."""
+        n = len(chosen)
+        return cls(chosen + rejected, [(i, n + j) for i in range(n) for j in range(len(rejected))])
+
+    @property
+    def chosen(self) -> list[int]:
+        """The places of those that are better than some."""
+        return sorted({better for better, _ in self.pairs})
+
+    @property
+    def rejected(self) -> list[int]:
+        """The places of those that are worse than some."""
+        return sorted({worse for _, worse in self.pairs})
+
+    def limited(self, most: int | None, rng: random.Random) -> "Comparison":
+        """With `most` of the pairs, drawn at random, and the responses that they are of."""
+        if most is None or len(self.pairs) <= most:
+            return self
+        pairs = sorted(rng.sample(self.pairs, most))
+        kept = sorted({place for pair in pairs for place in pair})
+        new = {place: i for i, place in enumerate(kept)}
+        responses = [self.responses[place] for place in kept]
+        return Comparison(responses, [(new[a], new[b]) for a, b in pairs])
 
 
 @dataclass(frozen=True)
@@ -87,28 +119,115 @@ def solver_sequences(
     return [s for s, fit in zip(sequences, fits) if fit], rows.notes + notes + _again(pairs, path)
 
 
+@dataclass(frozen=True)
+class PairRules:
+    """Which pairs of a prompt's outputs are compared.
+
+    ranked: "all" pairs of a ranking, or the "best" against each; most: of a prompt, None: all;
+    seed: of which; must_differ: refuse a row that has one text on both sides of a pair.
+    """
+
+    ranked: str = "all"
+    most: int | None = None
+    seed: int = 0
+    must_differ: bool = False
+
+    def pairs(self, row: dict) -> tuple[list[str], list[tuple[int, int]]]:
+        """A row's outputs, and the pairs of them; of a tie by score there is none."""
+        if "ranked" not in row:
+            outputs, n = row["chosen"] + row["rejected"], len(row["chosen"])
+            return outputs, [(i, j) for i in range(n) for j in range(n, len(outputs))]
+        outputs = row["ranked"]
+        scores = row.get("scores") or range(len(outputs), 0, -1)
+        better = range(1 if self.ranked == "best" else len(outputs))
+        pairs = [(i, j) for i in better for j in range(i + 1, len(outputs))]
+        return outputs, [(i, j) for i, j in pairs if scores[i] > scores[j]]
+
+
 def comparisons(
-    path: str, tokenizer: Tokenizer, max_seq_len: int, must_fit: bool = False
+    path: str,
+    tokenizer: Tokenizer,
+    max_seq_len: int,
+    must_fit: bool = False,
+    rules: PairRules = PairRules(),
 ) -> tuple[list[Comparison], list[str]]:
-    """Training comparisons of a verifier file; and notes."""
-    rows, pairs = read_verifier_rows(path), []
-    for row in rows:
-        chosen, rejected = (
-            [encode(tokenizer, row["instruction"], text, sampled=True) for text in row[side]]
-            for side in ("chosen", "rejected")
-        )
-        pairs.append(Comparison(chosen, rejected))
-    longest = [max(len(s.tokens) for s in c.chosen + c.rejected) for c in pairs]
-    fits, notes = within(longest, max_seq_len, must_fit, f"rows of {path}")
-    equal = sum(any(c.tokens == r.tokens for c in p.chosen for r in p.rejected) for p in pairs)
-    notes += _counted(
+    """Comparisons of a file's rows, those without a pair left out; and notes."""
+    rows, found, keys, equal = read_verifier_rows(path), [], [], 0
+    for number, row in enumerate(rows):
+        outputs, pairs = rules.pairs(row)
+        sequences = [encode(tokenizer, row["instruction"], text, sampled=True) for text in outputs]
+        whole = Comparison(sequences, pairs)
+        is_equal = any(sequences[a].tokens == sequences[b].tokens for a, b in pairs)
+        if is_equal and rules.must_differ:
+            raise UserError(
+                f"{path}: row {number} (from 0): one text is better and worse than itself: such a "
+                "pair teaches nothing; take it out"
+            )
+        equal += is_equal
+        keys.append((row["instruction"], tuple(outputs), tuple(pairs)))
+        found.append(whole.limited(rules.most, random.Random(f"{rules.seed}/pairs/{number}")))
+    notes = _counted(sum(not c.pairs for c in found), len(rows), path, "have no pair but ties")
+    found = [c for c in found if c.pairs]
+    if not found:
+        raise UserError(f"{path}: has no pair of outputs of which one is better; all are ties")
+    longest = [max(len(s.tokens) for s in c.responses) for c in found]
+    fits, too_long = within(longest, max_seq_len, must_fit, f"rows of {path}")
+    notes += too_long + _counted(
         equal,
         len(rows),
         path,
         "have one text on both sides, chosen and rejected: it teaches nothing",
     )
-    keys = [(row["instruction"], *row["chosen"], None, *row["rejected"]) for row in rows]
-    return [c for c, fit in zip(pairs, fits) if fit], rows.notes + notes + _again(keys, path)
+    return [c for c, fit in zip(found, fits) if fit], rows.notes + notes + _again(keys, path)
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Responses, prompt included in each sequence, and whether each is a good one."""
+
+    responses: list[Sequence]
+    labels: list[bool]
+
+
+def labelled(
+    path: str,
+    tokenizer: Tokenizer,
+    max_seq_len: int,
+    must_fit: bool = False,
+    rules: PairRules = PairRules(),
+) -> tuple[list[Labelled], list[str]]:
+    """Rows with a `label`, true or false, or comparisons, whose sides are labels; and notes.
+
+    Raises UserError where there is but one label in the file, or a ranking, which has none.
+    """
+    if form_of(path, ("ranked", "chosen", "label")) != "label":
+        compared, notes = comparisons(path, tokenizer, max_seq_len, must_fit, rules)
+        for number, c in enumerate(compared):
+            if set(c.chosen) & set(c.rejected):
+                raise UserError(
+                    f"{path}: row {number} (from 0) ranks more than two outputs: one between is "
+                    "neither good nor bad; give chosen and rejected, or a label"
+                )
+        return [
+            Labelled(c.responses, [i in c.chosen for i in range(len(c.responses))])
+            for c in compared
+        ], notes
+    rows = read_rows(path, *LABELLED)
+    found = [
+        Labelled([encode(tokenizer, row["instruction"], row["output"], True)], [row["label"]])
+        for row in rows
+    ]
+    fits, notes = within(
+        [len(x.responses[0].tokens) for x in found], max_seq_len, must_fit, f"rows of {path}"
+    )
+    found = [x for x, fit in zip(found, fits) if fit]
+    if len({x.labels[0] for x in found}) == 1:
+        raise UserError(
+            f"{path}: every row's label is {str(found[0].labels[0]).lower()}; good and bad outputs "
+            "are needed, true and false"
+        )
+    keys = [json.dumps(row, sort_keys=True) for row in rows]
+    return found, rows.notes + notes + _again(keys, path)
 
 
 def scored_sequences(

@@ -68,6 +68,21 @@ LABEL = Kind(
     "a non-blank string or a finite number", '"..." or 1', lambda v: _is_text(v) or _is_number(v)
 )
 INDEX = Kind("a whole number from 0", "0", lambda v: type(v) is int and v >= 0)
+FLAG = Kind("true or false", "true", lambda v: isinstance(v, bool))
+NUMBER = Kind("a finite number", "1.5", _is_number)
+RANKED = Kind(
+    "a list of two or more non-blank strings",
+    '["best", "...", "worst"]',
+    lambda v: isinstance(v, list) and len(v) > 1 and all(map(_is_text, v)),
+)
+NUMBERS = Kind(
+    "a list of finite numbers", "[2, 1]", lambda v: isinstance(v, list) and all(map(_is_number, v))
+)
+# The forms that comparisons may have; the first row says which its file has.
+Form = tuple[dict[str, Kind], dict[str, Kind]]  # the fields that are required, and others
+TWO_SIDES: Form = {INSTRUCTION: TEXT, "chosen": TEXTS, "rejected": TEXTS}, {}
+RANKING: Form = {INSTRUCTION: TEXT, "ranked": RANKED}, {"scores": NUMBERS}
+LABELLED: Form = {INSTRUCTION: TEXT, "output": SAMPLE, "label": FLAG}, {}
 
 
 class Rows(list[dict]):
@@ -95,11 +110,38 @@ def read_prompt_rows(path: str | Path, unread: Collection[str] | None = ANSWERS)
 
 
 def read_verifier_rows(path: str | Path) -> Rows:
-    """Rows `{"instruction", "chosen", "rejected"}`; both sides come back as non-empty lists."""
-    rows = read_rows(path, {INSTRUCTION: TEXT, "chosen": TEXTS, "rejected": TEXTS})
-    for row in rows:
-        row["chosen"], row["rejected"] = as_list(row["chosen"]), as_list(row["rejected"])
+    """Rows `{"instruction", "chosen", "rejected"}`, or `{"instruction", "ranked", "scores"?}`.
+
+    A file has one form. Both sides come back as non-empty lists; scores go with the ranked outputs
+    and do not rise.
+    """
+    rows = read_form(path, {"ranked": RANKING, "chosen": TWO_SIDES})
+    for number, row in enumerate(rows):
+        if "ranked" not in row:
+            row["chosen"], row["rejected"] = as_list(row["chosen"]), as_list(row["rejected"])
+        elif (scores := row.get("scores")) is not None:
+            n = len(row["ranked"])
+            if len(scores) != n or scores != sorted(scores, reverse=True):
+                raise UserError(
+                    f"{path}: row {number} (from 0): scores are {str(scores)[:60]} for {n} ranked "
+                    "outputs; give one for each, none higher than the one before it"
+                )
     return rows
+
+
+def read_form(path: str | Path, forms: dict[str, Form]) -> Rows:
+    """Rows of one of several forms, told by a field of the first row; else the last form.
+
+    forms: from such a field to the form.
+    """
+    return read_rows(path, *forms[form_of(path, tuple(forms))])
+
+
+def form_of(path: str | Path, fields: tuple[str, ...]) -> str:
+    """The first of the fields that the file's first row has, or the last of them."""
+    first = next((value for _, value in _elements(path)), None)
+    names = first if isinstance(first, dict) else {}
+    return next((field for field in fields if field in names), fields[-1])
 
 
 def is_truncated(sample: dict) -> bool | None:
@@ -132,10 +174,9 @@ def read_rows(
     `OTHER_NAMES`, and gets our name. Raises `UserError`, with the first few problems and their
     count.
     """
-    text, optional = _read_text(path), optional or {}
-    elements = {".json": _array_elements, ".jsonl": _line_elements}[Path(path).suffix]
+    optional = optional or {}
     rows, problems = [], []
-    for line, value in elements(text):
+    for line, value in _elements(path):
         rows.append(value)
         problems += [
             f"{path}:{line}: {problem}" for problem in _row_problems(value, required, optional)
@@ -219,6 +260,12 @@ def _read_text(path: str | Path) -> str:
             f"{path}:{_line_of(data, error.start)}: byte 0x{data[error.start]:02x} is not UTF-8; "
             "save the file as UTF-8"
         ) from error
+
+
+def _elements(path: str | Path) -> Iterator[tuple[int, Any]]:
+    """(line, value) of each element of a data file."""
+    text = _read_text(path)
+    return {".json": _array_elements, ".jsonl": _line_elements}[Path(path).suffix](text)
 
 
 def _nearest_file(path: str | Path) -> str:

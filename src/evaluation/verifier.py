@@ -31,11 +31,15 @@ def score_all(
 
 def _sequences_of(comparisons: list[Comparison]) -> list[Sequence]:
     """All responses, in the order in which `margins` takes their scores."""
-    return [
-        sequence
-        for comparison in comparisons
-        for sequence in comparison.chosen + comparison.rejected
-    ]
+    return [sequence for comparison in comparisons for sequence in comparison.responses]
+
+
+def _row(scores: list[float], comparison: Comparison) -> dict[str, list[float]]:
+    """A comparison's scores by side, or of a ranking in its order."""
+    chosen, rejected = comparison.chosen, comparison.rejected
+    if set(chosen) & set(rejected):
+        return {"ranked": scores}
+    return {"chosen": [scores[i] for i in chosen], "rejected": [scores[i] for i in rejected]}
 
 
 def score_moments(
@@ -64,10 +68,9 @@ def evaluate_pairs(
     `accuracy` counts every pair once; a tie is not right. A row holds one comparison's scores.
     """
     scores = score_all(model, parallel, _sequences_of(comparisons), max_batch_size, log)
-    sizes = [(len(comparison.chosen), len(comparison.rejected)) for comparison in comparisons]
-    pairs = torch.cat(margins(scores, sizes))  # [pairs]
-    parts = iter(scores.split([n for size in sizes for n in size]))
-    rows = [{"chosen": next(parts).tolist(), "rejected": next(parts).tolist()} for _ in sizes]
+    pairs = torch.cat(margins(scores, comparisons))  # [pairs]
+    parts = scores.split([len(comparison.responses) for comparison in comparisons])
+    rows = [_row(part.tolist(), comparison) for part, comparison in zip(parts, comparisons)]
     summary = {
         "n": len(comparisons),
         "pairs": len(pairs),

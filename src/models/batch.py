@@ -3,7 +3,7 @@
 from array import array
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import repeat
 from typing import TypeVar
 
@@ -41,6 +41,8 @@ class Batch:
     responses: each sequence's response length.
     """
 
+    source: Tensor | None = None  # which of `rows` predicts each response token; None: its own
+
     def __init__(self, tokens: Tensor, lengths: list[int], prompt_lengths: list[int]) -> None:
         self.tokens, self.layout = tokens, Packed(lengths, tokens.device)
         self.responses = [length - prompt for length, prompt in zip(lengths, prompt_lengths)]
@@ -73,22 +75,28 @@ def shared_prompt(sequences: list[Sequence]) -> int:
     return length if is_shared and len(sequences) > 1 else 0
 
 
+def pieces_of(responses: list[Sequence], share_prompts: bool) -> list[tuple[int, int]]:
+    """(tokens, tokens before them that they see too) of each piece that a prompt's responses are.
+
+    share_prompts: whether the prompt is a piece of its own, where it can be.
+    """
+    prompt = shared_prompt(responses) if share_prompts else 0
+    return [(prompt, 0)] * bool(prompt) + [(len(s.tokens) - prompt, prompt) for s in responses]
+
+
 class PromptTree:
     """Groups of sequences, each group's prompt only once before its responses.
 
-    tokens: [N]; ends: the row of each sequence's last token, group after group, [sequences].
+    tokens: [N]; ends: the row of each sequence's last token, group after group, [sequences]. And
+    what `Batch` has of the R response tokens: rows, each once, since a group's first response
+    tokens are predicted by one row; source: [R], which of them predicts each token.
     """
 
-    def __init__(self, tokens: Tensor, layout: Packed, responses: list[int]) -> None:
-        """responses: which of the layout's pieces end a sequence."""
-        self.tokens, self.layout = tokens, layout
-        self.ends = layout.ends[torch.tensor(responses, device=tokens.device)]
-
-    @classmethod
-    def of(cls, groups: list[list[Sequence]], device: torch.device) -> "PromptTree":
+    def __init__(self, groups: list[list[Sequence]], device: torch.device) -> None:
+        self.groups = groups
         pieces: list[list[int] | array] = []
         prefixes: list[int | None] = []  # the piece that each goes on from
-        responses: list[int] = []  # the pieces that end a sequence
+        ending: list[int] = []  # the pieces that end a sequence
         for group in groups:
             shared = shared_prompt(group)
             prompt = len(pieces) if shared else None
@@ -96,11 +104,53 @@ class PromptTree:
                 pieces.append(group[0].tokens[:shared])
                 prefixes.append(None)
             for sequence in group:
-                responses.append(len(pieces))
+                ending.append(len(pieces))
                 pieces.append(sequence.tokens[shared:])
                 prefixes.append(prompt)
-        tokens = torch.tensor([token for piece in pieces for token in piece], device=device)
-        return cls(tokens, Packed(list(map(len, pieces)), device, prefixes), responses)
+        self.tokens = torch.tensor([token for piece in pieces for token in piece], device=device)
+        self.layout = Packed(list(map(len, pieces)), device, prefixes)
+        self.ending = torch.tensor(ending)
+
+    @property
+    def ends(self) -> Tensor:
+        """The row of each sequence's last token, [sequences]."""
+        return self.layout.ends[self.ending.to(self.tokens.device)]
+
+    @property
+    def responses(self) -> list[int]:
+        """Each sequence's response length."""
+        return [s.response_length for group in self.groups for s in group]
+
+    @cached_property
+    def targets(self) -> Tensor:
+        """The response tokens, [R]."""
+        ids = [i for group in self.groups for s in group for i in s.tokens[s.prompt_length :]]
+        return torch.tensor(ids, device=self.tokens.device)
+
+    @property
+    def rows(self) -> Tensor:
+        return self._predicting[0]
+
+    @property
+    def source(self) -> Tensor:
+        return self._predicting[1]
+
+    @cached_property
+    def _predicting(self) -> tuple[Tensor, Tensor]:
+        """(rows, source): of each response token the row before it, or its prompt's last one."""
+        size = self.layout.size
+        starts = size.cumsum(0) - size
+        responses = torch.tensor(self.responses, dtype=torch.long)
+        ends = (starts + size)[self.ending]
+        rows = end_to_end(ends - responses - 1, self.responses)  # [R]
+        # A response that is a piece of its own begins behind its prompt's piece, wherever that is.
+        first = responses.cumsum(0) - responses
+        for i, piece in enumerate(self.ending.tolist()):
+            prompt = self.layout.prefixes[piece]
+            if prompt is not None:
+                rows[first[i]] = starts[prompt] + size[prompt] - 1
+        rows, source = rows.unique(return_inverse=True)
+        return rows.to(self.tokens.device), source.to(self.tokens.device)
 
 
 def end_to_end(starts: Tensor, lengths: list[int]) -> Tensor:
@@ -110,15 +160,24 @@ def end_to_end(starts: Tensor, lengths: list[int]) -> Tensor:
     return torch.arange(int(size.sum())) + offset.repeat_interleave(size)
 
 
+def predicting(model: Transformer, batch: Batch | PromptTree) -> Tensor:
+    """The hidden state that predicts each response token: [R, dim]."""
+    hidden = model(batch.tokens, batch.layout, batch.rows)
+    return hidden if batch.source is None else hidden[batch.source]
+
+
 def response_logprobs(
-    model: Transformer, batch: Batch, temperature: float = 1.0, kept: Tensor | None = None
+    model: Transformer,
+    batch: Batch | PromptTree,
+    temperature: float = 1.0,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of every response token, and its distribution's entropy; [R] each, fp32.
 
     kept: [R, bytes], which tokens that distribution is over; see `token_logprobs`. The logits live
     a chunk at a time, and are computed again in backward. For training see `response_loss`.
     """
-    hidden = model(batch.tokens, batch.layout, batch.rows)
+    hidden = predicting(model, batch)
     size = rows_at_once(len(batch.targets), model.vocabulary_weight)
 
     def of(hidden: Tensor, targets: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -137,21 +196,21 @@ def response_logprobs(
 
 def response_loss(
     model: Transformer,
-    batch: Batch,
+    batch: Batch | PromptTree,
     loss_of: LossOf,
     temperature: float = 1.0,
     entropy: bool = False,
     kept: Tensor | None = None,
+    groups: list[int] | None = None,
 ) -> Tensor:
-    """A loss that every response token has for itself; see `target_loss`.
+    """A loss that every response token, or every group of them, has for itself: `target_loss`.
 
     Its log-probabilities are those of `response_logprobs`, bit for bit.
     """
-    hidden = copy_to_model_parallel_region(model(batch.tokens, batch.layout, batch.rows))
+    hidden = copy_to_model_parallel_region(predicting(model, batch))
     weight, real, holes = model.vocabulary_weight, model.vocabulary, model.holes
-    return target_loss(
-        hidden, weight, real, batch.targets, loss_of, temperature, entropy, kept, holes
-    )
+    options = temperature, entropy, kept, holes, groups
+    return target_loss(hidden, weight, real, batch.targets, loss_of, *options)
 
 
 def response_values(model: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -30,8 +30,8 @@ class TrainingFlops:
     def of(cls, model: Transformer) -> "TrainingFlops":
         """2 per weight forward, 2 for the input's gradient, and 2 more for a trained weight's own.
 
-        Layers below the lowest with a trained weight need no gradients. Of the experts those count
-        that a token goes through.
+        Layers below the lowest with a trained weight need no gradients; of a frozen model only the
+        forward is left. Of the experts those count that a token goes through.
         """
         config = model.config
         trained = {
@@ -50,7 +50,7 @@ class TrainingFlops:
             weights = float(math.prod(spec.shape))
             if name in ("tok_embeddings.weight", "output.weight"):
                 if name == "output.weight" or (config.tie_word_embeddings and config.head == "lm"):
-                    per_needed += weights * (4 + 2 * trained[name])
+                    per_needed += weights * (2 + 2 * any(trained.values()) + 2 * trained[name])
                 continue
             if len(spec.shape) == 3:
                 weights *= config.experts_per_token / config.n_experts

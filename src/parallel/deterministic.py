@@ -20,6 +20,7 @@ WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 WORKSPACES = (":4096:8", ":16:8")  # with these cuBLAS is deterministic; the first is set
 # Rows of a tile. A GPU reads the weights once for each; the CPU is busy with few.
 TILE_ROWS = {"cuda": 256, "cpu": 16}
+MANY_ROWS = 256  # where there are many anyway
 
 _tile_rows: int | None = None  # set by `turn_on`
 
@@ -56,6 +57,21 @@ def turn_off() -> None:
 
 def is_on() -> bool:
     return _tile_rows is not None
+
+
+@contextmanager
+def same_rows() -> Iterator[None]:
+    """For a while, what a row gives does not depend on how many others there are.
+
+    For scoring: tiles of many rows, which cost little where there are as many.
+    """
+    global _tile_rows
+    before = _tile_rows
+    _tile_rows = before or MANY_ROWS
+    try:
+        yield
+    finally:
+        _tile_rows = before
 
 
 @contextmanager

@@ -158,6 +158,26 @@ def rows_at_once(n: int, weight: Tensor) -> int:
     return max(1, -(-n // chunks))
 
 
+def chunks_of(n: int, weight: Tensor, groups: Sequence[int] | None = None) -> list[list[slice]]:
+    """Which of n rows a loss is taken of at once, and of these which have logits at a time.
+
+    groups: of rows that a loss must see together, sizes that sum to n; rows are alone without.
+    Whole groups share a chunk; one that is larger than a chunk has several.
+    """
+    at_once = rows_at_once(n, weight)
+    if groups is None:
+        return [[slice(start, min(start + at_once, n))] for start in range(0, n, at_once)]
+    chunks: list[list[slice]] = []
+    start = end = 0
+    for size in [*groups, n + at_once]:  # the last closes what is open
+        if end > start and end + size - start > at_once:
+            parts = range(start, end, at_once)
+            chunks.append([slice(a, min(a + at_once, end)) for a in parts])
+            start = end
+        end += size
+    return chunks
+
+
 LossOf = Callable[[Tensor, Tensor | None, slice], Tensor]
 
 
@@ -172,16 +192,16 @@ class _TargetLoss(torch.autograd.Function):
         loss_of: LossOf,
         options: tuple,
     ):
-        temperature, entropy, kept, holes = options
+        temperature, entropy, kept, holes, groups = options
         # fp16 would lose what is smaller than 6e-8
         ctx.scale = 1024.0 if weight.dtype == torch.float16 else 1.0
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        n, at_once = targets.size(0), rows_at_once(targets.size(0), weight)
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight, loss = None, torch.zeros((), device=hidden.device)
-        for start in range(0, n, at_once):
-            rows = slice(start, start + at_once)
-            # The chunk's logits: [rows, vocabulary / n], without padding, fp32.
+
+        def softmax(rows: slice) -> tuple[Tensor, Tensor, Tensor | None, _SoftmaxState]:
+            """The exponentials of some rows' logits, and what `_softmax` says of them."""
+            # Logits: [rows, vocabulary / n], without padding, fp32.
             z = linear(hidden[rows], weight)
             z[:, real:] = IMPOSSIBLE
             for first, last in holes:
@@ -190,23 +210,36 @@ class _TargetLoss(torch.autograd.Function):
             if temperature != 1:
                 z /= temperature
             keep_only(z, None if kept is None else kept[rows])
-            logprobs, h, state = _softmax(z, targets[rows], entropy)
+            return z, *_softmax(z, targets[rows], entropy)
+
+        for parts in chunks_of(targets.size(0), weight, groups):
+            chunk = slice(parts[0].start, parts[-1].stop)
+            known = softmax(chunk) if len(parts) == 1 else None
+            if known is not None:
+                _, logprobs, h, _ = known
+            else:  # a group that is larger than a chunk: once for the loss, once for the gradient
+                of_parts = [softmax(rows)[1:3] for rows in parts]
+                logprobs = torch.cat([x for x, _ in of_parts])
+                h = torch.cat([x for _, x in of_parts if x is not None]) if entropy else None
             # The caller's loss of these rows, and its gradient for log-probabilities and entropies.
             with torch.enable_grad():
                 inputs = [x.requires_grad_() for x in (logprobs, h) if x is not None]
-                rows_loss = loss_of(logprobs, h, rows)
-                grads = torch.autograd.grad(rows_loss, inputs, allow_unused=True)
-            loss += rows_loss.detach()
+                chunk_loss = loss_of(logprobs, h, chunk)
+                grads = torch.autograd.grad(chunk_loss, inputs, allow_unused=True)
+            loss += chunk_loss.detach()
             # From there to the logits, and to what they are a product of, while they are there.
-            grad_h = grads[1] if entropy else None
-            grad = _softmax_gradient(z, grads[0], grad_h, h, state, ctx.scale / temperature)
-            grad = grad.to(weight.dtype)
-            if grad_hidden is not None:
-                torch.mm(grad, weight, out=grad_hidden[rows])
-            if wants_weight and grad_weight is None:
-                grad_weight = torch.mm(grad.t(), hidden[rows]).float()
-            elif grad_weight is not None:
-                grad_weight = _add_product(grad_weight, grad.t(), hidden[rows])
+            for rows in parts:
+                z, _, h, state = known or softmax(rows)
+                within = slice(rows.start - chunk.start, rows.stop - chunk.start)
+                grad, grad_h = (None if x is None else x[within] for x in (*grads, None)[:2])
+                grad = _softmax_gradient(z, grad, grad_h, h, state, ctx.scale / temperature)
+                grad = grad.to(weight.dtype)
+                if grad_hidden is not None:
+                    torch.mm(grad, weight, out=grad_hidden[rows])
+                if wants_weight and grad_weight is None:
+                    grad_weight = torch.mm(grad.t(), hidden[rows]).float()
+                elif grad_weight is not None:
+                    grad_weight = _add_product(grad_weight, grad.t(), hidden[rows])
         ctx.save_for_backward(grad_hidden, grad_weight)
         return loss
 
@@ -234,8 +267,9 @@ def target_loss(
     entropy: bool = False,
     kept: Tensor | None = None,
     holes: Sequence[tuple[int, int]] = (),
+    groups: Sequence[int] | None = None,
 ) -> Tensor:
-    """A loss that each row has for itself, summed.
+    """A loss that each row, or each group of neighbouring rows, has for itself, summed.
 
     It is Σ over chunks of rows of loss_of(log-probabilities, entropies or None, rows). The logits
     live a chunk at a time, and the gradient of the chunk's loss is taken while they are there, so
@@ -245,7 +279,8 @@ def target_loss(
 
     hidden: [N, dim]; weight: this rank's rows of the output layer, [vocabulary / n, dim], `real` of
     them without padding, and of these none in the ranges [start, stop) of `holes`; targets: global
-    token ids, [N]; kept: see `token_logprobs`.
+    token ids, [N]; kept: see `token_logprobs`; groups: sizes of the groups, which sum to N. One
+    with more rows than a chunk has its logits computed twice.
     """
-    options = (temperature, entropy, kept, holes)
+    options = (temperature, entropy, kept, holes, groups)
     return _TargetLoss.apply(hidden, weight, real, targets, loss_of, options)

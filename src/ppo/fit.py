@@ -12,7 +12,7 @@ from src.logs import RunLog
 from src.ppo.rewards import RewardFailed
 from src.ppo.trainer import PPO
 from src.progress import Progress
-from src.settings.ppo import SHAPING, PolicyOptimizerSettings, RewardSettings
+from src.settings.ppo import SHAPING, PolicyOptimizerSettings, ShapedRewardSettings
 from src.trainer.batches import EndlessBatches
 from src.trainer.optimizer import lr_at
 from src.trainer.saving import Saving
@@ -157,7 +157,7 @@ def _is_number(x: object) -> bool:
     return type(x) in (int, float) and math.isfinite(x)  # type: ignore[arg-type]
 
 
-def changed_rewards(state: dict[str, Any], rewards: RewardSettings) -> str | None:
+def changed_rewards(state: dict[str, Any], rewards: ShapedRewardSettings) -> str | None:
     """What this run does otherwise with the reward than the one that left `state`, in words.
 
     None when nothing.

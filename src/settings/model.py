@@ -84,6 +84,22 @@ class DataSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PairDataSettings(DataSettings):
+    """The data."""
+
+    max_pairs_per_prompt: Annotated[
+        int | None,
+        AtLeast(1),
+        "of a row's pairs (each chosen with each rejected output) so many are drawn; all when not "
+        "given",
+    ] = None
+    ranked_pairs: Annotated[
+        Literal["all", "best"],
+        'of rows with "ranked" outputs: all pairs of them (all), or the best against each (best)',
+    ] = "all"
+
+
+@dataclass(frozen=True, kw_only=True)
 class BatchSettings(Settings):
     """Lengths and batches."""
 
@@ -102,6 +118,11 @@ class BatchSettings(Settings):
         "prompts without room get no answer, rows to score are refused",
     ] = 1024
 
+    @property
+    def limits(self) -> tuple[int, int | None]:
+        """Of what is computed at a time: sequences, and tokens (None: no limit)."""
+        return self.max_batch_size, None
+
 
 @dataclass(frozen=True, kw_only=True)
 class PackedBatchSettings(BatchSettings):
@@ -116,6 +137,11 @@ class PackedBatchSettings(BatchSettings):
         "are more forwards in each. When not given, on a GPU as many as fit its memory in training "
         "(the log says how many), on the CPU no limit",
     ] = None
+
+    @property
+    def limits(self) -> tuple[int, int | None]:
+        """Of what is computed at a time: sequences, and tokens (None: no limit)."""
+        return self.max_batch_size, self.max_tokens_per_batch
 
 
 @dataclass(frozen=True, kw_only=True)

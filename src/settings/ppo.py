@@ -1,7 +1,6 @@
 """The settings of policy optimisation; what each does to the numbers: docs/ppo.md."""
 
 import dataclasses
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -21,11 +20,12 @@ from src.settings.declaration import (
 )
 from src.settings.generation import GenerationSettings
 from src.settings.model import PackedBatchSettings, TextModelSettings
+from src.settings.rewards import RewardSettings
 from src.settings.run import DegreeOfRole, DryRunSettings, TrainingRunSettings
 from src.settings.training import (
     LoRASettings,
     OptimizerSettings,
-    RuledEvaluationSettings,
+    PolicyEvaluationSettings,
     SavingSettings,
     idle_fp8,
 )
@@ -52,8 +52,6 @@ ADVANTAGES = {
     "rloo": AdvantageKind(is_grouped=True),
     "reinforce++": AdvantageKind(),
 }
-# The reward called NAME is made by src/ppo/rewards/NAME.py.
-REWARDS = ("verifier", "rule", "file", "format", "length", "overlong")
 SHAPING = ("reward_norm", "reward_scale", "reward_bias", "reward_clip")
 
 
@@ -125,16 +123,6 @@ def idle_flags(settings: Settings, names: tuple[str, ...], why: str) -> Iterator
 
 
 @dataclass(frozen=True, kw_only=True)
-class PolicyEvaluationSettings(RuledEvaluationSettings):
-    """Evaluation before the first step, and after each epoch or as --eval_every says."""
-
-    def problems(self) -> Iterator[str]:
-        if self.task is None and self.label_file is not None:
-            yield f"--label_file {self.label_file}: evaluation needs --task, too"
-        yield from super().problems()
-
-
-@dataclass(frozen=True, kw_only=True)
 class PromptSettings(Settings):
     """The data."""
 
@@ -144,32 +132,9 @@ class PromptSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardSettings(Settings):
+class ShapedRewardSettings(RewardSettings):
     """What a response earns."""
 
-    reward: Annotated[
-        list[str] | None,
-        "one or several of verifier (its score), rule (1 for a right answer), file "
-        "(--reward_file), format (1 where --format_pattern matches), length (share of "
-        "max_new_tokens), overlong (0 to -1, see --overlong_margin); verifier when not given",
-    ] = None
-    reward_weights: Annotated[
-        list[float] | None, "one for each of --reward; 1 each when not given"
-    ] = None
-    reward_file: Annotated[
-        str | None,
-        CONTENT,
-        "FILE.py:FUNCTION, called as function(prompts, responses, rows), lists of the same length, "
-        "for a list of numbers (None: no opinion); may be async. Called once before training, with "
-        "three made-up answers",
-    ] = None
-    format_pattern: Annotated[str | None, "a regular expression to be found in the response"] = None
-    overlong_margin: Annotated[
-        int | None,
-        AtLeast(1, 10**9),
-        Unit("tokens"),
-        "the last so many before max_new_tokens cost up to 1, in a line",
-    ] = None
     reward_norm: Annotated[
         bool,
         "centre and scale the sum of the rewards by the mean and standard deviation of all so far",
@@ -184,16 +149,6 @@ class RewardSettings(Settings):
     ] = "bootstrap"
     truncation_penalty: Annotated[float, Between(0, 1e6), "that penalty"] = 1.0
 
-    @property
-    def names(self) -> list[str]:
-        """The components of the reward."""
-        return self.reward or ["verifier"]
-
-    @property
-    def weights(self) -> list[float]:
-        """One for each of `names`."""
-        return self.reward_weights or [1.0] * len(self.names)
-
     def shaping(self) -> dict[str, Any]:
         """What is done to the sum of the rewards, where it is not the default."""
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
@@ -201,31 +156,7 @@ class RewardSettings(Settings):
         return {name: value for name, value in values.items() if value != defaults[name]}
 
     def problems(self) -> Iterator[str]:
-        names = self.names
-        if any(name not in REWARDS for name in names) or len(set(names)) != len(names):
-            yield (
-                f"--reward {','.join(names)}: choose from {', '.join(REWARDS)}, each once, such as "
-                "--reward verifier,rule"
-            )
-        if self.reward_weights is not None and len(self.reward_weights) != len(names):
-            yield (
-                f"--reward_weights: {len(self.reward_weights)} weights for {len(names)} rewards "
-                f"({','.join(names)}); give one for each"
-            )
-        for name, flag in (
-            ("file", "reward_file"),
-            ("format", "format_pattern"),
-            ("overlong", "overlong_margin"),
-        ):
-            if name in names and getattr(self, flag) is None:
-                yield f"--reward {','.join(names)} needs --{flag}"
-            if name not in names and getattr(self, flag) is not None:
-                yield f"--{flag}: has no effect without {name} in --reward"
-        if self.format_pattern is not None:
-            try:
-                re.compile(self.format_pattern)
-            except re.error as error:
-                yield f"--format_pattern {self.format_pattern}: is no regular expression ({error})"
+        yield from super().problems()
         if self.truncated != "penalty":
             yield from idle(self, ("truncation_penalty",), "with --truncated other than penalty")
 
@@ -448,7 +379,7 @@ class PolicyOptimizerSettings(OptimizerSettings):
 class PPOSettings(Settings):
     """What one iteration needs to know."""
 
-    rewards: RewardSettings = RewardSettings()
+    rewards: ShapedRewardSettings = ShapedRewardSettings()
     rollouts: RolloutSettings = RolloutSettings()
     advantages: AdvantageSettings = AdvantageSettings()
     updates: UpdateSettings = UpdateSettings()
@@ -484,12 +415,7 @@ class PPOSettings(Settings):
             names = ("cliprange_value", "vf_coef", "critic_warmup", "update")
             yield from idle(updates, names, f"with {advantages.no_value}")
         generation = self.generation
-        margin = self.rewards.overlong_margin
-        if margin is not None and margin > generation.max_new_tokens:
-            yield (
-                f"--overlong_margin {margin}: must lie in [1, --max_new_tokens "
-                f"{generation.max_new_tokens}]"
-            )
+        yield from self.rewards.beside(generation.max_new_tokens)
         if generation.temperature == 0:
             yield "--temperature 0: PPO learns from samples; give a temperature above 0"
         if rollouts.replay_mask and not generation.leaves_out:

@@ -16,6 +16,7 @@ from src.settings.model import (
     BatchSettings,
     DataSettings,
     ModelSettings,
+    PairDataSettings,
     StrictLength,
     TrainingBatchSettings,
 )
@@ -36,7 +37,7 @@ from src.settings.training import (
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings(Settings):
-    """What solver_train.py and verifier_train.py have in common."""
+    """What the scripts that train on rows have in common."""
 
     model: ModelSettings
     data: DataSettings
@@ -96,6 +97,7 @@ class VerifierEvaluationSettings(EvaluationSettings):
 class VerifierTrainSettings(TrainSettings):
     """All that verifier_train.py knows."""
 
+    data: PairDataSettings
     evaluation: VerifierEvaluationSettings = VerifierEvaluationSettings(eval_batch_size=64)
 
 

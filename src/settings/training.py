@@ -209,6 +209,16 @@ class TaskEvaluationSettings(RuledEvaluationSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PolicyEvaluationSettings(RuledEvaluationSettings):
+    """Evaluation before the first step, and after each epoch or as --eval_every says."""
+
+    def problems(self) -> Iterator[str]:
+        if self.task is None and self.label_file is not None:
+            yield f"--label_file {self.label_file}: evaluation needs --task, too"
+        yield from super().problems()
+
+
+@dataclass(frozen=True, kw_only=True)
 class SavingSettings(Settings):
     """Saving and going on."""
 

@@ -1,9 +1,8 @@
-"""The training loop of solver and verifier: epochs, batches, steps, evaluations."""
+"""The training loop of all that learns from rows: epochs, batches, steps, evaluations."""
 
 import os
 import shutil
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,35 +25,9 @@ from src.settings.training import OptimizerSettings
 from src.trainer.activations import described, held_bytes, limited
 from src.trainer.batches import epoch_batches, share_of
 from src.trainer.meter import Meter, profiler
+from src.trainer.objective import Objective
 from src.trainer.optimizer import Optimizer, lr_at
 from src.trainer.saving import Saving
-
-
-class Objective(Protocol):
-    """What is trained: rows, how much each counts, and the loss of some of them.
-
-    lengths: tokens of each row; weights: what each row adds to the denominator of the loss; needed:
-    positions of each row whose last hidden state the loss needs; stats: names of what `loss`
-    returns to be logged, "loss" among them.
-    """
-
-    lengths: list[int]
-    weights: list[int]
-    needed: list[int]
-    stats: tuple[str, ...]
-
-    def pieces(self, row: int) -> list[tuple[int, int]]:
-        """How a row is computed: (tokens, tokens before them that they see too) of each piece."""
-        ...
-
-    def loss(
-        self, model: Transformer, rows: list[int], denominator: float
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The rows' share of the loss, and sums to be logged.
-
-        The share is their sum over the whole batch's denominator.
-        """
-        ...
 
 
 def prepare(
@@ -128,7 +101,8 @@ def fit(
 
     # Go on where an earlier run stopped, or measure the untrained model first.
     step = saving.resume(total) if saving else 0
-    held = held_bytes([model], [optimizer])
+    models = [model] if objective.frozen is None else [model, objective.frozen]
+    held = held_bytes(models, [optimizer])
     batches = limited(settings.batches, [(model, optimizer)], held, parallel)
     for line in described(batches.max_tokens_per_batch):
         log.info(line)
@@ -152,6 +126,7 @@ def fit(
                 # One optimizer step on the whole batch, of which each rank computes its share.
                 meter.start()
                 lr = lr_at(step, total, plan.lr, plan.warmup, plan.schedule)
+                objective.begin(step, batch, model)
                 scalars = train_step(model, optimizer, objective, batch, batches, parallel, lr)
                 step += 1
                 if scalars["skipped"]:
@@ -161,7 +136,7 @@ def fit(
                     optimizer.check_skipped(plan.max_skipped_steps, rows)
 
                 # What it brought and what it cost.
-                scalars |= {"lr": lr, **meter.read(batch)}
+                scalars |= {"lr": lr, **objective.noted, **meter.read(batch)}
                 history.append(scalars)
                 log.scalars(step, scalars)
                 tokens = sum(objective.lengths[i] for i in batch)
@@ -194,7 +169,8 @@ def train_step(
     names = objective.stats + (("balance_loss",) if model.config.n_experts else ())
     sums: dict[str, Tensor] = {}
     with clock.phase("data"):
-        denominator = sum(objective.weights[i] for i in batch)
+        batch = [i for i in batch if objective.weights[i]]
+        denominator = max(1, sum(objective.weights[i] for i in batch))
         limits = batches.max_batch_size, batches.max_tokens_per_batch
         share = share_of(batch, objective.lengths, parallel, *limits)
     # Each micro-batch's loss is its sum over the whole batch's count: gradients simply add up.

@@ -1,19 +1,36 @@
-"""What the solver's and the verifier's training read, opened and checked before any work."""
+"""What training on rows reads, opened and checked before any work."""
 
 from dataclasses import dataclass
 
 from src.checkpoint.folder import SCORES_FILE, beside, check_apart
 from src.checkpoint.save import check_save
-from src.data.encoding import Comparison, comparisons, solver_sequences
+from src.data.encoding import (
+    Comparison,
+    Labelled,
+    PairRules,
+    Prompt,
+    comparisons,
+    labelled,
+    solver_sequences,
+)
 from src.evaluation.training import SolverEvaluation, VerifierEvaluation
 from src.evaluation.verifier import score_moments
-from src.inputs import OpenedModel, check_log_dir, check_trainable, lora_of, open_model
+from src.inputs import (
+    OpenedModel,
+    check_log_dir,
+    check_trainable,
+    check_writable,
+    lora_of,
+    open_model,
+)
 from src.logs import RunLog
 from src.models.batch import Sequence
 from src.models.fp8 import check_device
 from src.models.lora import LoRAConfig
 from src.models.transformer import Transformer
 from src.parallel.setup import Parallel, pick_dtype
+from src.ppo.judge import OpenedJudge
+from src.settings.preference import PreferenceTrainSettings
 from src.settings.scripts import (
     SolverTrainSettings,
     TrainSettings,
@@ -96,13 +113,14 @@ class VerifierInputs:
     @classmethod
     def read(cls, settings: VerifierTrainSettings, parallel: Parallel) -> "VerifierInputs":
         """Read everything. Raises UserError, before any work, for whatever is wrong."""
-        model = open_start(settings, parallel, head=None)
+        model, data = open_start(settings, parallel, head=None), settings.data
         limits = settings.batches.max_seq_len, settings.batches.strict_length
+        rules = PairRules(data.ranked_pairs, data.max_pairs_per_prompt, settings.run.seed)
         return cls(
             model,
             lora_of(settings.lora, model.checkpoint),
             VerifierEvaluation.read(settings.evaluation, model.tokenizer, *limits),
-            *comparisons(settings.data.train_file, model.tokenizer, *limits),
+            *comparisons(settings.data.train_file, model.tokenizer, *limits, rules),
         )
 
     def save(
@@ -124,6 +142,57 @@ class VerifierInputs:
             )
             notes = {SCORES_FILE: {"mean": mean, "std": std}}
         self.model.save(model, parallel, save_dir, notes)
+
+
+@dataclass(frozen=True)
+class PreferenceInputs:
+    """What a policy learns preferences from, and where it starts.
+
+    rows: comparisons or labelled outputs; prompts: of a run online, which has no rows; judge: what
+    then scores samples; row_notes: what a user should know of the train file's rows.
+    """
+
+    model: OpenedModel
+    lora: LoRAConfig | None
+    evaluation: SolverEvaluation
+    rows: list[Comparison] | list[Labelled]
+    prompts: list[Prompt]
+    judge: OpenedJudge | None
+    row_notes: list[str]
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.rows) or len(self.prompts)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of the rows that are read, a sentence each."""
+        return self.row_notes + self.evaluation.notes
+
+    @classmethod
+    def read(cls, settings: PreferenceTrainSettings, parallel: Parallel) -> "PreferenceInputs":
+        """Read everything. Raises UserError, before any work, for whatever is wrong."""
+        model = open_start(settings, parallel, head="lm")
+        lora = lora_of(settings.lora, model.checkpoint)
+        tokenizer, train_file = model.tokenizer, settings.data.train_file
+        batches, cache = settings.batches, settings.preference.cache_reference
+        if cache is not None:
+            check_writable(cache, ".safetensors", train_file)
+        limits = settings.generation.max_new_tokens, batches.max_seq_len
+        evaluation = SolverEvaluation.read(settings.evaluation, tokenizer, *limits)
+        if settings.online.online:
+            judge = OpenedJudge.read(settings, settings.evaluation, tokenizer, parallel)
+            prompts, notes = judge.prompts(train_file, tokenizer, batches.max_seq_len)
+            return cls(model, lora, evaluation, [], prompts, judge, notes)
+        data = settings.data
+        rules = PairRules(data.ranked_pairs, data.max_pairs_per_prompt, settings.run.seed, True)
+        limits = batches.max_seq_len, batches.strict_length
+        rows: list[Comparison] | list[Labelled]
+        if set(settings.preference.names) <= {"kto", "sft"}:
+            rows, notes = labelled(train_file, tokenizer, *limits, rules)
+        else:
+            rows, notes = comparisons(train_file, tokenizer, *limits, rules)
+        return cls(model, lora, evaluation, rows, [], None, notes)
 
 
 def open_start(settings: TrainSettings, parallel: Parallel, head: str | None) -> OpenedModel:

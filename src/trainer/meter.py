@@ -17,7 +17,7 @@ from src.parallel.clock import clock
 from src.parallel.setup import Parallel, matmul_rate
 
 if TYPE_CHECKING:
-    from src.trainer.fit import Objective
+    from src.trainer.objective import Objective
 
 PROFILED_STEPS = (3, 2)  # steps that pass before the profile, and steps in it
 # FLOP/s of dense bf16 and fp16 products by the data sheets, by words of the device's name;
@@ -45,7 +45,8 @@ class Meter:
 
     def __init__(self, model: Transformer, objective: "Objective", parallel: Parallel) -> None:
         self.objective, self.parallel, self.config = objective, parallel, model.config
-        self.flops = TrainingFlops.of(model)
+        models = [model] + ([] if objective.frozen is None else [objective.frozen])
+        self.flops = [TrainingFlops.of(each) for each in models]
         dtype, device = model.norm.weight.dtype, parallel.device
         rate = torch.tensor(matmul_rate(dtype, device), dtype=torch.float64, device=device)
         dist.all_reduce(rate)  # of all ranks, measured at the same time
@@ -66,7 +67,7 @@ class Meter:
         o = self.objective
         tokens = sum(o.lengths[i] for i in batch)
         pairs = sum(attention_pairs(self.config, *piece) for i in batch for piece in o.pieces(i))
-        flops = self.flops(tokens, sum(o.needed[i] for i in batch), pairs)
+        flops = sum(of(tokens, sum(o.needed[i] for i in batch), pairs) for of in self.flops)
         memory = torch.tensor(
             peak_memory(self.parallel.device), dtype=torch.float64, device=self.parallel.device
         )

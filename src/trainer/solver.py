@@ -5,9 +5,10 @@ from torch import Tensor
 
 from src.models.batch import Batch, Sequence, response_loss, weighted_balance_loss
 from src.models.transformer import Transformer
+from src.trainer.objective import Objective
 
 
-class SolverObjective:
+class SolverObjective(Objective):
     """Mean of −log p over the output tokens (EOS included) of a batch."""
 
     stats: tuple[str, ...] = ("loss",)

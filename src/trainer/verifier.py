@@ -11,23 +11,27 @@ from src.data.encoding import Comparison
 from src.models.batch import (
     Batch,
     PromptTree,
+    pieces_of,
     sequence_scores,
-    shared_prompt,
     weighted_balance_loss,
 )
 from src.models.transformer import Transformer
+from src.trainer.objective import Objective
 
 
-def margins(scores: Tensor, sizes: list[tuple[int, int]]) -> list[Tensor]:
-    """r_chosen − r_rejected of every pair of each comparison, [chosen × rejected] each.
+def margins(scores: Tensor, compared: list[Comparison]) -> list[Tensor]:
+    """r_better − r_worse of every pair of each comparison, [pairs] each.
 
-    scores: [Σ (chosen + rejected)], in that order per comparison.
+    scores: of all responses, comparison after comparison.
     """
-    parts = scores.split([n for size in sizes for n in size])
-    return [(c.unsqueeze(1) - r.unsqueeze(0)).flatten() for c, r in zip(parts[::2], parts[1::2])]
+    parts = scores.split([len(c.responses) for c in compared])
+    return [
+        part[[better for better, _ in c.pairs]] - part[[worse for _, worse in c.pairs]]
+        for part, c in zip(parts, compared)
+    ]
 
 
-class VerifierObjective:
+class VerifierObjective(Objective):
     """The pairwise loss, averaged over a comparison's pairs and then over a batch's comparisons.
 
     A prompt goes through the model once for all its responses. (Not with experts, whose balance is
@@ -44,26 +48,22 @@ class VerifierObjective:
             sum(length for length, _ in self.pieces(i)) for i in range(len(comparisons))
         ]
         self.weights = [1] * len(comparisons)
-        self.needed = [len(c.chosen) + len(c.rejected) for c in comparisons]
+        self.needed = [len(c.responses) for c in comparisons]
 
     def pieces(self, row: int) -> list[tuple[int, int]]:
-        sequences = self.comparisons[row].chosen + self.comparisons[row].rejected
-        prompt = shared_prompt(sequences) if self.share_prompts else 0
-        return [(prompt, 0)] * bool(prompt) + [(len(s.tokens) - prompt, prompt) for s in sequences]
+        return pieces_of(self.comparisons[row].responses, self.share_prompts)
 
     def loss(
         self, model: Transformer, rows: list[int], denominator: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        chosen = [self.comparisons[i] for i in rows]
-        groups = [c.chosen + c.rejected for c in chosen]  # one forward for both sides
+        compared = [self.comparisons[i] for i in rows]
+        groups = [c.responses for c in compared]  # one forward for all sides
         batch: Batch | PromptTree
         if self.share_prompts:
-            batch = PromptTree.of(groups, self.device)
+            batch = PromptTree(groups, self.device)
         else:
             batch = Batch.of([s for group in groups for s in group], self.device)
-        pairs = margins(
-            sequence_scores(model, batch), [(len(c.chosen), len(c.rejected)) for c in chosen]
-        )
+        pairs = margins(sequence_scores(model, batch), compared)
         loss = torch.stack([-F.logsigmoid(m).mean() for m in pairs]).sum() / denominator
         correct = torch.stack([(m.detach() > 0).float().mean() for m in pairs]).sum()
         balance = weighted_balance_loss(

@@ -177,7 +177,7 @@ def test_samples_cut_in_a_thought_are_scored_and_compared(tmp_path, rust):
     sides = {"chosen": ["so </think>4"], "rejected": [cut]}
     path.write_text(json.dumps([{"instruction": "2 + 2?", **sides}]))
     ((pair,), _) = comparisons(str(path), tokenizer, 999)
-    assert list(pair.rejected[0].tokens) == list(row.tokens)
+    assert list(pair.responses[pair.rejected[0]].tokens) == list(row.tokens)
     assert any("otherwise than its prompt for generation ends" in x for x in tokenizer.notes())
     with pytest.raises(UserError, match="neither begins so nor holds </think>"):
         tokenizer.response_ids(cut)

@@ -98,7 +98,7 @@ def test_a_pair_that_differs_past_the_limit_is_left_out_whole(file, tokenizer):
     short = {"instruction": "say", "chosen": "a", "rejected": "b"}
     path = file(long, short)
     pairs, notes = comparisons(path, tokenizer, 8)
-    assert [len(s.tokens) <= 8 for c in pairs for s in c.chosen + c.rejected] == [True, True]
+    assert [len(s.tokens) <= 8 for c in pairs for s in c.responses] == [True, True]
     assert len(notes) == 1 and notes[0].startswith(f"1 of 2 rows of {path} are longer than ")
 
 

@@ -37,9 +37,9 @@ def test_scores_are_transformers_in_the_rows_order_at_any_batch_size(
 def test_accuracy_counts_every_pair_once_and_a_tie_is_not_right(parallel, log, monkeypatch):
     rows = some_sequences(8)
     comparisons = [
-        Comparison(rows[:2], rows[2:5]),
-        Comparison(rows[5:6], rows[6:7]),
-        Comparison(rows[7:], rows[7:]),
+        Comparison.of_sides(rows[:2], rows[2:5]),
+        Comparison.of_sides(rows[5:6], rows[6:7]),
+        Comparison.of_sides(rows[7:], rows[7:]),
     ]
     scores = torch.tensor([1.0, 0.0, -1.0, 0.5, 0.0, 3.0, 2.0, 4.0, 4.0])
 

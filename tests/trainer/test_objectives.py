@@ -133,7 +133,10 @@ class Scores:
 
 def test_the_pairwise_loss_with_several_on_each_side_in_one_forward(parallel):
     sizes = [(1, 1), (2, 3), (3, 1)]
-    rows = [Comparison(some_sequences(c, seed=c), some_sequences(r, seed=10 + r)) for c, r in sizes]
+    rows = [
+        Comparison.of_sides(some_sequences(c, seed=c), some_sequences(r, seed=10 + r))
+        for c, r in sizes
+    ]
     values = np.random.default_rng(0).normal(0, 2, sum(c + r for c, r in sizes)).astype(np.float32)
     objective, model = VerifierObjective(rows, parallel.device), Scores(values)
     loss, stats = objective.loss(model, [0, 1, 2], denominator=5)
@@ -155,7 +158,7 @@ def test_the_pairwise_loss_with_several_on_each_side_in_one_forward(parallel):
 
 def test_a_tie_is_not_right_and_far_margins_stay_finite(parallel):
     one = some_sequences(1)
-    objective = VerifierObjective([Comparison(one, one)], parallel.device)
+    objective = VerifierObjective([Comparison.of_sides(one, one)], parallel.device)
     loss, stats = objective.loss(Scores([0.5, 0.5]), [0], 1)
     assert stats["accuracy"] == 0 and float(loss.detach()) == pytest.approx(math.log(2))
     loss, _ = objective.loss(Scores([-500.0, 500.0]), [0], 1)
@@ -163,7 +166,9 @@ def test_a_tie_is_not_right_and_far_margins_stay_finite(parallel):
 
 
 def test_margins_pair_every_chosen_with_every_rejected():
-    pairs = margins(torch.tensor([5.0, 1.0, 2.0, 10.0, 7.0]), [(1, 2), (1, 1)])
+    a = some_sequences(5)
+    compared = [Comparison.of_sides(a[:1], a[1:3]), Comparison.of_sides(a[3:4], a[4:])]
+    pairs = margins(torch.tensor([5.0, 1.0, 2.0, 10.0, 7.0]), compared)
     assert [p.tolist() for p in pairs] == [[4.0, 3.0], [3.0]]
 
 

@@ -123,7 +123,7 @@ def verifier_loss(model, rows):
     """-log sigmoid(chosen - rejected), the mean over a comparison's pairs, and over these."""
     total = 0.0
     for comparison in (worker.comparisons()[i] for i in rows):
-        ids, mask = padded([s.tokens for s in comparison.chosen + comparison.rejected])
+        ids, mask = padded([s.tokens for s in comparison.responses])
         scores = model(input_ids=ids, attention_mask=mask).logits.squeeze(-1)
         n = len(comparison.chosen)
         pairs = [-torch.log(1 / (1 + torch.exp(r - c))) for c in scores[:n] for r in scores[n:]]
@@ -246,7 +246,7 @@ def test_accuracy_of_a_verifier_step_is_the_share_of_pairs_ranked_right(results,
     )
     shares = []
     for c in (worker.comparisons()[i] for i in rows):
-        ids, mask = padded([s.tokens for s in c.chosen + c.rejected])
+        ids, mask = padded([s.tokens for s in c.responses])
         with torch.no_grad():
             scores = model(input_ids=ids, attention_mask=mask).logits.squeeze(-1).tolist()
         pairs = [a > b for a in scores[: len(c.chosen)] for b in scores[len(c.chosen) :]]

@@ -70,7 +70,7 @@ def comparisons() -> list[Comparison]:
         if i % 3:
             prompt = rows[0].tokens[: rows[0].prompt_length]
             rows = [Sequence([*prompt, *s.tokens[s.prompt_length :]], len(prompt)) for s in rows]
-        found.append(Comparison(rows[:chosen], rows[chosen:]))
+        found.append(Comparison.of_sides(rows[:chosen], rows[chosen:]))
     return found
 
 

@@ -1,7 +1,7 @@
 """What a response earns: each reward gives one number per rollout, and PPO adds them by weight.
 
 The reward called NAME is what `make` in NAME.py of this folder returns; its name stands in
-`REWARDS` of src/settings/ppo.py.
+`REWARDS` of src/settings/rewards.py.
 """
 
 import importlib
@@ -16,7 +16,9 @@ from src.evaluation.task import Task
 from src.parallel.setup import Parallel
 from src.ppo.buffer import RolloutBuffer
 from src.ppo.roles import Stage
-from src.settings.ppo import PPOSettings
+from src.settings.generation import SamplingSettings
+from src.settings.model import BatchSettings
+from src.settings.rewards import RewardSettings
 
 
 class Reward(Protocol):
@@ -27,6 +29,19 @@ class Reward(Protocol):
     def __call__(self, buffer: RolloutBuffer) -> Tensor:
         """→ [B], fp32; NaN: no opinion. All ranks of a model get the same."""
         ...
+
+
+class RewardedSettings(Protocol):
+    """The settings of a script whose samples earn something."""
+
+    @property
+    def rewards(self) -> RewardSettings: ...
+
+    @property
+    def generation(self) -> SamplingSettings: ...
+
+    @property
+    def batches(self) -> BatchSettings: ...
 
 
 class RewardFailed(UserError):
@@ -42,7 +57,7 @@ class RewardInputs:
     deviation of the verifier's scores, if they are stored with it; rule: whose rule is applied.
     """
 
-    settings: PPOSettings
+    settings: RewardedSettings
     parallel: Parallel
     stage: Stage
     tokenizer: Tokenizer

@@ -87,7 +87,6 @@ def make(inputs: RewardInputs) -> VerifierReward:
     translate = None
     if inputs.verifier_tokenizer is not None:
         translate = translator(inputs.tokenizer, inputs.verifier_tokenizer)
-    batches, (mean, std) = inputs.settings.batches, inputs.moments or (0.0, 1.0)
-    limits = batches.max_batch_size, batches.max_tokens_per_batch
-    role = inputs.stage.roles["reward"]
+    role, (mean, std) = inputs.stage.roles["reward"], inputs.moments or (0.0, 1.0)
+    limits = inputs.settings.batches.limits
     return VerifierReward(role, inputs.parallel, *limits, mean, std, translate)

@@ -1,0 +1,155 @@
+"""What scores samples outside PPO: the same rewards, for choosing among a prompt's samples."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from src.checkpoint.folder import find_tokenizer
+from src.checkpoint.load import load_model
+from src.checkpoint.save import read_score_moments
+from src.data.encoding import Prompt, ppo_prompts
+from src.data.tokenizer import Tokenizer
+from src.evaluation.tasks import Task, find_task
+from src.generation.engine import Completion
+from src.inputs import OpenedModel, open_model, same_tokenizer
+from src.parallel.setup import Parallel
+from src.ppo.buffer import RolloutBuffer, by_place
+from src.ppo.rewards import Reward, RewardedSettings, RewardInputs, make_rewards
+from src.ppo.rewards.file import UserScore, load_score
+from src.ppo.roles import Role, Stage
+from src.settings.model import ModelSettings, TextModelSettings
+from src.settings.rewards import JudgeSettings
+
+
+class JudgedSettings(RewardedSettings, Protocol):
+    """The settings of a script whose samples are scored."""
+
+    @property
+    def model(self) -> TextModelSettings: ...
+
+    @property
+    def judge(self) -> JudgeSettings: ...
+
+
+class RuleSettings(Protocol):
+    """Whose rule is applied."""
+
+    @property
+    def task(self) -> str | None: ...
+
+    @property
+    def rule(self) -> str | None: ...
+
+
+@dataclass(frozen=True)
+class OpenedJudge:
+    """What the rewards need, looked through but not loaded.
+
+    tokenizer: the solver's; moments: of the verifier's scores.
+    """
+
+    settings: JudgedSettings
+    tokenizer: Tokenizer
+    verifier: OpenedModel | None
+    moments: tuple[float, float] | None
+    rule: Task | None
+    score: UserScore | None
+
+    @classmethod
+    def read(
+        cls,
+        settings: JudgedSettings,
+        rule: RuleSettings,
+        tokenizer: Tokenizer,
+        parallel: Parallel,
+    ) -> "OpenedJudge":
+        """Open what --reward names. Raises UserError, before any work, for whatever is wrong."""
+        names, folder = settings.rewards.names, settings.judge.reward_model_ckpt_dir
+        verifier = moments = task = score = None
+        if folder is not None:
+            model, own = settings.model, settings.judge.reward_tokenizer_file
+            found = own or (None if find_tokenizer(Path(folder)) else str(tokenizer.path))
+            source = ModelSettings(
+                ckpt_dir=folder,
+                tokenizer_file=found,
+                use_chat_template=model.use_chat_template,
+                special_tokens=model.special_tokens,
+                chat_date=model.chat_date,
+            )
+            verifier = open_model(source, parallel, head="score", chat_family=model.model_type)
+            moments = read_score_moments(Path(folder))
+        if "rule" in names:
+            task = find_task(rule.task or "GSM8K", rule.rule)
+        if (where := settings.rewards.reward_file) is not None:
+            score = UserScore(where, load_score(where))
+        return cls(settings, tokenizer, verifier, moments, task, score)
+
+    def prompts(
+        self, path: str, tokenizer: Tokenizer, max_seq_len: int
+    ) -> tuple[list[Prompt], list[str]]:
+        """A file's prompts, with what the rewards need of its rows; and notes."""
+        prompts, notes = ppo_prompts(
+            path, tokenizer, self.rule, max_seq_len, self.score is not None
+        )
+        if self.score is not None and torch.distributed.get_rank() == 0:
+            self.score.try_out(prompts[0].row)
+        return prompts, notes
+
+    def load(self, parallel: Parallel, dtype: torch.dtype) -> "Judge":
+        """With the verifier in memory, where there is one."""
+        stage = Stage(False, parallel.device)
+        if self.verifier is not None:
+            model = load_model(self.verifier.checkpoint, parallel, dtype, "score")
+            stage.add(Role("reward", model.eval().requires_grad_(False), parallel))
+        other = None
+        if self.verifier and not same_tokenizer(self.tokenizer, self.verifier.tokenizer):
+            other = self.verifier.tokenizer
+        inputs = RewardInputs(
+            self.settings, parallel, stage, self.tokenizer, other, self.moments, self.rule
+        )
+        return Judge(make_rewards(inputs), parallel)
+
+
+class Judge:
+    """Scores samples by the weighted sum of some rewards."""
+
+    def __init__(self, rewards: list[tuple[float, Reward]], parallel: Parallel) -> None:
+        self.rewards, self.parallel = rewards, parallel
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[Prompt], completions: list[Completion]) -> list[float | None]:
+        """A score for each completion, the same on all ranks; None: no reward has an opinion.
+
+        prompts: of each completion. All ranks give the same, and each scores its share.
+        """
+        p = self.parallel
+        places = list(range(p.dp_rank, len(completions), p.dp_size))
+        buffer = buffer_of(prompts, completions, places, p.device)
+        scores = torch.zeros(len(places), dtype=torch.float64, device=p.device)
+        known = torch.zeros(len(places), dtype=torch.bool, device=p.device)
+        for weight, reward in self.rewards:
+            values: Tensor = reward(buffer)
+            scores += weight * values.nan_to_num(0.0)
+            known |= ~values.isnan()
+        sums = by_place(scores, places, len(completions), p).tolist()
+        has_score = by_place(known.double(), places, len(completions), p).tolist()
+        return [x if is_known else None for x, is_known in zip(sums, has_score)]
+
+
+def buffer_of(
+    prompts: list[Prompt], completions: list[Completion], places: list[int], device: torch.device
+) -> RolloutBuffer:
+    """Some of the completions as rollouts."""
+    pairs = [(prompts[i], completions[i]) for i in places]
+    ids = [token for p, c in pairs for token in (*p.tokens, *c.tokens)]
+    return RolloutBuffer(
+        prompts=[p for p, _ in pairs],
+        places=places,
+        tokens=torch.tensor(ids, dtype=torch.long, device=device),
+        lengths=[len(p.tokens) + len(c.tokens) for p, c in pairs],
+        truncated=torch.tensor([c.stop_reason == "length" for _, c in pairs], device=device),
+        rollout_logprobs=torch.tensor([x for _, c in pairs for x in c.logprobs], device=device),
+    )

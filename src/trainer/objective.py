@@ -1,0 +1,46 @@
+"""What a training loop asks of that which is trained."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from torch import Tensor
+
+from src.models.transformer import Transformer
+
+
+class Objective(Protocol):
+    """Rows, how much each counts, and the loss of some of them.
+
+    lengths: tokens of each row; weights: what each row adds to the denominator of the loss, 0: it
+    is left out; needed: positions of each row whose last hidden state the loss needs; stats: names
+    of what `loss` returns to be logged, "loss" among them. frozen: another model that each row goes
+    through, forward alone; noted: what `begin` found of a batch, to be logged, too.
+    """
+
+    lengths: list[int]
+    weights: list[int]
+    needed: list[int]
+    stats: tuple[str, ...]
+    frozen: Transformer | None = None
+    noted: Mapping[str, float] = {}
+
+    def begin(self, number: int, batch: list[int], model: Transformer) -> None:
+        """A step, its number from 0, is to be taken on a batch of all ranks' rows.
+
+        What belongs to the whole batch is found here, rows that are sampled among it: `lengths`,
+        `weights` and `needed` of the batch's rows hold from here on. By default nothing is to find.
+        """
+        return None
+
+    def pieces(self, row: int) -> list[tuple[int, int]]:
+        """How a row is computed: (tokens, tokens before them that they see too) of each piece."""
+        ...
+
+    def loss(
+        self, model: Transformer, rows: list[int], denominator: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The rows' share of the loss, and sums to be logged.
+
+        The share is their sum over the whole batch's denominator.
+        """
+        ...

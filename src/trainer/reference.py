@@ -1,0 +1,206 @@
+"""The reference's log-probabilities: by a frozen model at each step, or found once and kept.
+
+A response's number depends on the model and its row alone, to the last bit, whatever is computed
+with it: so both ways give the same.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from src.checkpoint.manifest import sync
+from src.errors import UserError
+from src.logs import RunLog
+from src.models.batch import Batch, PromptTree, Sequence, over_ranks, response_logprobs
+from src.models.transformer import Transformer, evaluating
+from src.parallel.deterministic import same_rows
+from src.parallel.setup import Parallel, agreed
+
+Groups = list[list[Sequence]]
+SUFFIX = ".safetensors"
+
+
+def packed(groups: Groups, share_prompts: bool, device: torch.device) -> Batch | PromptTree:
+    """Groups of responses as one batch, each group's prompt once where that is asked for."""
+    if share_prompts:
+        return PromptTree(groups, device)
+    return Batch.of([sequence for group in groups for sequence in group], device)
+
+
+def sums(logprobs: Tensor, lengths: list[int]) -> Tensor:
+    """Σ_t log p of each response, [R] → [responses], fp64: differences of such sums are small."""
+    return torch.stack([part.sum() for part in logprobs.double().split(lengths)])
+
+
+@torch.no_grad()
+def scored(model: Transformer, groups: Groups, share_prompts: bool) -> Tensor:
+    """Σ_t log π(y_t) of each response of the groups, [responses], fp64."""
+    batch = packed(groups, share_prompts, model.norm.weight.device)
+    with evaluating(model), same_rows():
+        logprobs, _ = response_logprobs(model, batch)
+    return sums(logprobs, batch.responses)
+
+
+class Reference(Protocol):
+    """Gives Σ_t log π_ref(y_t) of rows' responses, [responses], fp64."""
+
+    @property
+    def model(self) -> Transformer | None:
+        """The one that computes them, if any does."""
+        ...
+
+    def __call__(self, rows: list[int], groups: Groups) -> Tensor:
+        """rows: the numbers of the groups."""
+        ...
+
+
+class LiveReference:
+    """By a frozen model, whenever it is asked."""
+
+    def __init__(self, model: Transformer, share_prompts: bool) -> None:
+        self.model, self.share_prompts = model.requires_grad_(False), share_prompts
+
+    def __call__(self, rows: list[int], groups: Groups) -> Tensor:
+        return scored(self.model, groups, self.share_prompts)
+
+
+class KeptReference:
+    """From what was found before, for each row's responses in their order."""
+
+    model = None
+
+    def __init__(self, of_rows: list[list[float]], device: torch.device) -> None:
+        self.of_rows, self.device = of_rows, device
+
+    def __call__(self, rows: list[int], groups: Groups) -> Tensor:
+        numbers = [x for row in rows for x in self.of_rows[row]]
+        return torch.tensor(numbers, dtype=torch.float64, device=self.device)
+
+
+class Cache:
+    """A file of the reference's numbers for a whole train file, and of what it is.
+
+    key: what they depend on, a digest by its name: the model, the tokenizer, the train file, …
+    """
+
+    def __init__(self, path: str, key: dict[str, str]) -> None:
+        self.path, self.key = Path(path), key
+
+    def load(self, parallel: Parallel, log: RunLog) -> list[list[list[float]]] | None:
+        """The lists of `save`, on all ranks; None where the file is not there or is stale.
+
+        The log says what it is stale by. Raises UserError for a file that is none of ours.
+        """
+        found: list = agreed(lambda: self._read() if parallel.is_main else [None, ""])
+        torch.distributed.broadcast_object_list(found, src=0)
+        lists, why = found
+        if why:
+            log.warning(f"--cache_reference {self.path}: is stale ({why}), and is made again")
+        elif lists is not None:
+            log.info(f"the reference's log-probabilities are those of {self.path}")
+        return lists
+
+    def _read(self) -> list:
+        """[lists or None, why they are not used or ""]."""
+        if not self.path.exists():
+            return [None, ""]
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                before = json.loads((file.metadata() or {})["key"])
+                tensors = [
+                    (file.get_tensor(f"{i}/logprobs").tolist(), file.get_tensor(f"{i}/sizes"))
+                    for i in range(len(list(file.keys())) // 2)
+                ]
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise UserError(
+                f"--cache_reference {self.path}: is no file of the reference's log-probabilities "
+                f"({error}); name another, or remove it"
+            ) from None
+        changed = [name for name in self.key if before.get(name) != self.key[name]]
+        if changed:
+            return [None, f"another {', '.join(changed)}"]
+        lists = []
+        for numbers, sizes in tensors:
+            rest = iter(numbers)
+            lists.append([[next(rest) for _ in range(size)] for size in sizes.tolist()])
+        return [lists, ""]
+
+    def save(self, lists: list[list[list[float]]], parallel: Parallel) -> None:
+        """Write lists of rows' numbers, whole or not at all. All ranks come here."""
+        agreed(lambda: self._write(lists) if parallel.is_main else None)
+
+    def _write(self, lists: list[list[list[float]]]) -> None:
+        tensors = {}
+        for i, of_rows in enumerate(lists):
+            tensors[f"{i}/logprobs"] = torch.tensor(
+                [x for row in of_rows for x in row], dtype=torch.float64
+            )
+            tensors[f"{i}/sizes"] = torch.tensor([len(row) for row in of_rows])
+        unfinished = self.path.with_name(f".tmp-{self.path.name}")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, unfinished, {"key": json.dumps(self.key)})
+            sync(unfinished)
+            unfinished.replace(self.path)
+        except OSError as error:
+            raise UserError(f"--cache_reference {self.path}: {error.strerror}") from None
+
+
+def score_all(
+    model: Transformer,
+    groups: Groups,
+    share_prompts: bool,
+    max_batch_size: int,
+    parallel: Parallel,
+    log: RunLog,
+) -> list[list[float]]:
+    """The model's numbers for every group, the same on every rank."""
+
+    def compute(rows: list[int]) -> list[list[float]]:
+        chosen = [groups[i] for i in rows]
+        parts = scored(model, chosen, share_prompts).split([len(group) for group in chosen])
+        return [part.tolist() for part in parts]
+
+    lengths = [sum(len(s.tokens) for s in group) for group in groups]
+    bar = log.progress(len(groups), "scoring by the reference", unit="row", work=sum(lengths))
+    with bar:
+        return over_ranks(compute, lengths, max_batch_size, parallel, bar)
+
+
+def digest_of(value: object) -> str:
+    """A digest of plain values, for a cache's key."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=list).encode()).hexdigest()
+
+
+def references(
+    lists_of: list[Groups],
+    cache: Cache | None,
+    load: Callable[[], Transformer],
+    share_prompts: bool,
+    max_batch_size: int,
+    parallel: Parallel,
+    log: RunLog,
+) -> list[Reference]:
+    """A reference for each list of groups: of a frozen model, or with a cache of its numbers.
+
+    load: the model, which is the policy before it is trained.
+    """
+    if cache is None:
+        return [LiveReference(load(), share_prompts)] * len(lists_of)
+    lists = cache.load(parallel, log)
+    if lists is None:
+        model = load()
+        lists = [
+            score_all(model, groups, share_prompts, max_batch_size, parallel, log)
+            for groups in lists_of
+        ]
+        cache.save(lists, parallel)
+        log.info(f"wrote the reference's log-probabilities to {cache.path}")
+    return [KeptReference(of_rows, parallel.device) for of_rows in lists]
