@@ -5,7 +5,8 @@ r"""Log-probabilities of given outputs, token by token.
 
 Rows in: {"instruction": "...", "output": "..."}. Rows out, in the input's order:
 {"prompt_tokens": [...], "tokens": [...], "logprobs": [...], "sum": x}; tokens are the output's ids,
-EOS included, and logprobs natural logarithms.
+EOS included, and logprobs natural logarithms. With --top_k_logprobs also {"top_tokens",
+"top_logprobs"}, a list for each token, and "vocabulary", a digest: what distill_train.py takes.
 """
 
 from functools import partial
@@ -48,9 +49,10 @@ def main(settings: SolverScoreSettings) -> None:
 
         # Score, each data-parallel rank its share, and write everything in order.
         temperature, size = settings.softmax.temperature, batches.max_batch_size
-        scored = score_responses(model, parallel, sequences, temperature, size, log)
+        k = min(rows.top_k_logprobs, source.tokenizer.vocab_size)
+        scored = score_responses(model, parallel, sequences, temperature, size, log, k)
         if parallel.is_main:
-            write_jsonl(rows.output_file, logprob_lines(sequences, scored))
+            write_jsonl(rows.output_file, logprob_lines(sequences, scored, source.tokenizer))
         log.info(f"wrote {len(sequences)} rows to {rows.output_file}")
     stop()
 

@@ -23,6 +23,7 @@ from src.parallel.setup import Parallel, agreed, pick_dtype, start, stop
 from src.ppo.fit import iterations_of
 from src.ppo.inputs import PPOInputs
 from src.ppo.setup import check_degrees, together_on_device
+from src.settings.distillation import DistillTrainSettings
 from src.settings.model import TextModelSettings
 from src.settings.ppo import PPOTrainSettings
 from src.settings.preference import PreferenceTrainSettings
@@ -30,10 +31,12 @@ from src.settings.scripts import SolverTrainSettings, TrainSettings, VerifierTra
 from src.trainer.activations import activations, described, device_memory, tokens_at_once
 from src.trainer.budget import Budget, adapter_bytes, model_budget, training_budget
 from src.trainer.fit import rows_per_step
-from src.trainer.inputs import PreferenceInputs, SolverInputs, VerifierInputs
+from src.trainer.inputs import DistillationInputs, PreferenceInputs, SolverInputs, VerifierInputs
 from src.trainer.preference import Row
 
-TrainInputs = TypeVar("TrainInputs", SolverInputs, VerifierInputs, PreferenceInputs)
+TrainInputs = TypeVar(
+    "TrainInputs", SolverInputs, VerifierInputs, PreferenceInputs, DistillationInputs
+)
 NOT_READ = "rows, steps and an example: give a checkpoint and the train file"
 
 
@@ -111,6 +114,29 @@ def preference_plan(settings: PreferenceTrainSettings) -> None:
         return {"reference": Budget(0) if shares else frozen} if is_live else {}
 
     _plan(settings, "lm", partial(PreferenceInputs.read, settings), example, beside)
+
+
+def distillation_plan(settings: DistillTrainSettings) -> None:
+    """Print what distill_train.py would do."""
+    of_teacher = settings.teacher
+
+    def example(inputs: DistillationInputs) -> list[str]:
+        tokenizer, sequence = inputs.model.tokenizer, inputs.sequences[0]
+        if sequence.response_length:
+            return _sequence_lines(tokenizer, sequence)
+        tokens = list(sequence.tokens)
+        lines = [f"example, prompt 0: {len(tokens)} tokens"]
+        lines += [f"  no loss  {tokenizer.spelled(tokens)!r}"]
+        return [*lines, "  loss     on every token of the student's response"]
+
+    def beside(config: ModelConfig, ranks: Ranks, dtype: torch.dtype) -> dict[str, Budget]:
+        if of_teacher.teacher_ckpt_dir is None:
+            return {}
+        teacher = Checkpoint.open(of_teacher.teacher_ckpt_dir, None, None, alone=True).config
+        n = of_teacher.teacher_model_parallel_size or ranks.mp_size
+        return {"teacher": model_budget(teacher, n, dtype, of_teacher.teacher_quantize)}
+
+    _plan(settings, "lm", partial(DistillationInputs.read, settings), example, beside)
 
 
 def _plan(

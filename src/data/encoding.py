@@ -14,6 +14,7 @@ from src.data.rows import (
     LABELLED,
     SAMPLE,
     TEXT,
+    TOP_K,
     form_of,
     read_prompt_rows,
     read_rows,
@@ -241,6 +242,66 @@ def scored_sequences(
     sequences = [encode(tokenizer, row["instruction"], row["output"], True) for row in rows]
     within([len(s.tokens) for s in sequences], max_seq_len, True, f"rows of {path}")
     return sequences, rows.notes
+
+
+@dataclass(frozen=True)
+class TopK:
+    """A teacher's likeliest tokens at each response token of each row: lists of k."""
+
+    sequences: list[Sequence]
+    ids: list[list[list[int]]]
+    logprobs: list[list[list[float]]]
+
+
+def top_k_rows(
+    path: str, tokenizer: Tokenizer, max_seq_len: int, must_fit: bool = False
+) -> tuple[TopK, list[str]]:
+    """What solver_score.py --top_k_logprobs wrote, where it fits; and notes.
+
+    Raises UserError for another vocabulary, and for lists that do not go with the tokens.
+    """
+    rows = read_rows(path, *TOP_K)
+    for number, row in enumerate(rows):
+        where, n = f"{path}: row {number} (from 0)", len(row["tokens"])
+        if row["vocabulary"] != tokenizer.vocabulary:
+            raise UserError(
+                f"{where}: was written with another vocabulary than {tokenizer.path}'s: ids would "
+                "mean other texts; teacher and student must share it"
+            )
+        k = len(rows[0]["top_tokens"][0]) if rows[0]["top_tokens"] else 0
+        sizes = [len(x) for key in ("top_tokens", "top_logprobs") for x in row[key]]
+        if not n or not row["prompt_tokens"] or not k or sizes != [k] * (2 * n):
+            raise UserError(
+                f"{where}: has {n} tokens and not as many lists of {k} top_tokens and top_logprobs"
+            )
+        ids = [i for x in (row["prompt_tokens"], row["tokens"], *row["top_tokens"]) for i in x]
+        if max(ids) >= tokenizer.vocab_size or any(type(i) is not int for i in ids):
+            raise UserError(f"{where}: holds ids that are no token of {tokenizer.path}")
+    sequences = [
+        Sequence(array("i", row["prompt_tokens"] + row["tokens"]), len(row["prompt_tokens"]))
+        for row in rows
+    ]
+    lengths = [len(s.tokens) for s in sequences]
+    fits, notes = within(lengths, max_seq_len, must_fit, f"rows of {path}")
+    kept = [(s, row) for s, row, fit in zip(sequences, rows, fits) if fit]
+    found = TopK(
+        [s for s, _ in kept],
+        [row["top_tokens"] for _, row in kept],
+        [row["top_logprobs"] for _, row in kept],
+    )
+    return found, rows.notes + notes
+
+
+def prompt_sequences(
+    path: str, tokenizer: Tokenizer, max_seq_len: int
+) -> tuple[list[Sequence], list[str]]:
+    """Prompts without a response, where there is room for one; and notes."""
+    rows = read_prompt_rows(path)
+    prompts = [tokenizer.prompt_ids(row["instruction"]) for row in rows]
+    what = f"prompts of {path}, with one token more,"
+    fits, notes = within([len(p) + 1 for p in prompts], max_seq_len, False, what)
+    found = [Sequence(array("i", p), len(p)) for p, fit in zip(prompts, fits) if fit]
+    return found, rows.notes + notes
 
 
 WRONG = ": they count as wrong"  # what becomes of a question without room for an answer

@@ -78,8 +78,30 @@ RANKED = Kind(
 NUMBERS = Kind(
     "a list of finite numbers", "[2, 1]", lambda v: isinstance(v, list) and all(map(_is_number, v))
 )
-# The forms that comparisons may have; the first row says which its file has.
+IDS = Kind(
+    "a list of token ids",
+    "[1, 2]",
+    lambda v: isinstance(v, list) and all(type(i) is int and i >= 0 for i in v),
+)
+LISTS = Kind(
+    "a list of lists of numbers",
+    "[[1, 2], [3, 4]]",
+    lambda v: isinstance(v, list) and all(NUMBERS.accepts(x) for x in v),
+)
+
 Form = tuple[dict[str, Kind], dict[str, Kind]]  # the fields that are required, and others
+# What solver_score.py --top_k_logprobs writes.
+TOP_K: Form = (
+    {
+        "prompt_tokens": IDS,
+        "tokens": IDS,
+        "top_tokens": LISTS,
+        "top_logprobs": LISTS,
+        "vocabulary": TEXT,
+    },
+    {"logprobs": NUMBERS, "sum": NUMBER},
+)
+# The forms that comparisons may have; the first row says which its file has.
 TWO_SIDES: Form = {INSTRUCTION: TEXT, "chosen": TEXTS, "rejected": TEXTS}, {}
 RANKING: Form = {INSTRUCTION: TEXT, "ranked": RANKED}, {"scores": NUMBERS}
 LABELLED: Form = {INSTRUCTION: TEXT, "output": SAMPLE, "label": FLAG}, {}

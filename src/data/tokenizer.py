@@ -538,6 +538,13 @@ class Tokenizer:
         text = json.dumps([parts, self.bos_id, chat], sort_keys=True)
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
+    @cached_property
+    def vocabulary(self) -> str:
+        """A digest of which id stands for which text: equal where ids mean the same."""
+        tokens = self._rust.get_vocab(with_added_tokens=True)
+        text = json.dumps(sorted(tokens.items()))
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
     def to_json(self, pad: str | None = None) -> str:
         """`tokenizer.json`, which reads every text as this tokenizer does.
 

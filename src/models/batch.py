@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from src.models.attention import Packed
 from src.models.transformer import Transformer
+from src.parallel.divergence import LogitsOf, distilled
 from src.parallel.mappings import copy_to_model_parallel_region
 from src.parallel.setup import Parallel
 from src.parallel.vocab import LossOf, rows_at_once, target_loss, token_logprobs
@@ -202,15 +203,30 @@ def response_loss(
     entropy: bool = False,
     kept: Tensor | None = None,
     groups: list[int] | None = None,
+    targets: Tensor | None = None,
 ) -> Tensor:
     """A loss that every response token, or every group of them, has for itself: `target_loss`.
 
-    Its log-probabilities are those of `response_logprobs`, bit for bit.
+    Its log-probabilities are those of `response_logprobs`, bit for bit. targets: others than the
+    response tokens, [R], or several for each, [R, k].
     """
     hidden = copy_to_model_parallel_region(predicting(model, batch))
     weight, real, holes = model.vocabulary_weight, model.vocabulary, model.holes
     options = temperature, entropy, kept, holes, groups
-    return target_loss(hidden, weight, real, batch.targets, loss_of, *options)
+    targets = batch.targets if targets is None else targets
+    return target_loss(hidden, weight, real, targets, loss_of, *options)
+
+
+def response_distances(
+    model: Transformer, batch: Batch, teacher: LogitsOf, beta: float, temperature: float = 1.0
+) -> Tensor:
+    """Σ over response tokens of how far the model's distribution is from a teacher's: `distilled`.
+
+    teacher: its logits of the response tokens.
+    """
+    hidden = copy_to_model_parallel_region(predicting(model, batch))
+    weight, real, holes = model.vocabulary_weight, model.vocabulary, model.holes
+    return distilled(hidden, weight, real, teacher, beta, temperature, holes)
 
 
 def response_values(model: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -60,7 +60,7 @@ def row_sums(x: Tensor) -> Tensor:
 
 
 class _SoftmaxState(NamedTuple):
-    """What the gradient needs beside the exponentials, [N] each."""
+    """What the gradient needs beside the exponentials: [N], and like the targets."""
 
     total: Tensor  # the exponentials' sum, over all ranks
     column: Tensor  # the target's among this rank's, if `is_local`
@@ -70,15 +70,20 @@ class _SoftmaxState(NamedTuple):
 def _softmax(
     z: Tensor, targets: Tensor, entropy: bool
 ) -> tuple[Tensor, Tensor | None, _SoftmaxState]:
-    """log softmax(z)[target] and the entropy, [N] each.
+    """log softmax(z)[target], like the targets, and the entropy, [N].
 
-    z itself, [N, vocabulary / n], fp32, becomes its exponentials, softmax(z) · total.
+    z itself, [N, vocabulary / n], fp32, becomes its exponentials, softmax(z) · total. targets: [N],
+    or, without entropy, [N, k].
     """
     z -= mp_all_reduce(z.amax(-1), dist.ReduceOp.MAX).unsqueeze(-1)
     start, stop = vocab_range(z.size(-1))
     is_local = (targets >= start) & (targets < stop)
     column = (targets - start).clamp(0, z.size(-1) - 1)
-    of_target = z.gather(-1, column.unsqueeze(-1)).squeeze(-1) * is_local
+    of_target = z.gather(-1, column.view(len(z), -1)).view_as(column) * is_local
+    if targets.dim() > 1:
+        total, of_target = mp_all_reduce(row_sums(z.exp_())), mp_all_reduce(of_target)
+        state = _SoftmaxState(total, column, is_local)
+        return of_target - total.log().unsqueeze(-1), None, state
     if entropy:
         p = z.exp()
         sums = [row_sums(p), of_target, row_sums(p * z)]
@@ -106,16 +111,17 @@ def _softmax_gradient(
 
     With p = softmax(z): d log p_t / d z_j = 1[j = t] − p_j and d H / d z_j = −p_j (log p_j + H).
     """
-    grad = torch.zeros_like(state.total) if grad is None else grad * scale
+    grad = torch.zeros_like(state.column, dtype=exp.dtype) if grad is None else grad * scale
     entropy_part = None
     if grad_entropy is not None and entropy is not None:
         p = exp / state.total.unsqueeze(-1)
         log_p = p.clamp_min(torch.finfo(p.dtype).tiny).log_()  # p = 0 contributes 0
         factor = (grad_entropy * scale).unsqueeze(-1)
         entropy_part = log_p.add_(entropy.unsqueeze(-1)).mul_(p).mul_(factor)
-    exp *= (-grad / state.total).unsqueeze(-1)
-    on_target = (grad * state.is_local).unsqueeze(-1)
-    exp.scatter_add_(-1, state.column.unsqueeze(-1), on_target)
+    of_row = grad if grad.dim() == 1 else grad.sum(-1)
+    exp *= (-of_row / state.total).unsqueeze(-1)
+    on_target = (grad * state.is_local).view(len(exp), -1)
+    exp.scatter_add_(-1, state.column.view(len(exp), -1), on_target)
     return exp if entropy_part is None else exp.sub_(entropy_part)
 
 
@@ -148,23 +154,26 @@ def token_logprobs(
     return _TokenLogprobs.apply(logits, targets, temperature, kept)
 
 
-def rows_at_once(n: int, weight: Tensor) -> int:
+def rows_at_once(n: int, weight: Tensor, copies: int = 1) -> int:
     """Of n rows, how many have their logits computed at a time: chunks of one size.
 
-    weight: this rank's rows of the output layer.
+    weight: this rank's rows of the output layer; copies: of the logits that are there at a time.
     """
-    most = max(1, (LOGITS_AT_ONCE_CUDA if weight.is_cuda else LOGITS_AT_ONCE) // weight.size(0))
+    numbers = (LOGITS_AT_ONCE_CUDA if weight.is_cuda else LOGITS_AT_ONCE) // copies
+    most = max(1, numbers // weight.size(0))
     chunks = max(1, -(-n // most))
     return max(1, -(-n // chunks))
 
 
-def chunks_of(n: int, weight: Tensor, groups: Sequence[int] | None = None) -> list[list[slice]]:
+def chunks_of(
+    n: int, weight: Tensor, groups: Sequence[int] | None = None, copies: int = 1
+) -> list[list[slice]]:
     """Which of n rows a loss is taken of at once, and of these which have logits at a time.
 
     groups: of rows that a loss must see together, sizes that sum to n; rows are alone without.
     Whole groups share a chunk; one that is larger than a chunk has several.
     """
-    at_once = rows_at_once(n, weight)
+    at_once = rows_at_once(n, weight, copies)
     if groups is None:
         return [[slice(start, min(start + at_once, n))] for start in range(0, n, at_once)]
     chunks: list[list[slice]] = []
@@ -239,7 +248,7 @@ class _TargetLoss(torch.autograd.Function):
                 if wants_weight and grad_weight is None:
                     grad_weight = torch.mm(grad.t(), hidden[rows]).float()
                 elif grad_weight is not None:
-                    grad_weight = _add_product(grad_weight, grad.t(), hidden[rows])
+                    grad_weight = add_product(grad_weight, grad.t(), hidden[rows])
         ctx.save_for_backward(grad_hidden, grad_weight)
         return loss
 
@@ -252,7 +261,7 @@ class _TargetLoss(torch.autograd.Function):
         return hidden, weight, None, None, None, None
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """total + a b, in place; total is fp32."""
     return total.addmm_(a, b) if a.dtype == total.dtype else total.add_(torch.mm(a, b))
 
@@ -279,7 +288,8 @@ def target_loss(
 
     hidden: [N, dim]; weight: this rank's rows of the output layer, [vocabulary / n, dim], `real` of
     them without padding, and of these none in the ranges [start, stop) of `holes`; targets: global
-    token ids, [N]; kept: see `token_logprobs`; groups: sizes of the groups, which sum to N. One
+    token ids, [N], or, without entropy, several of each row, [N, k], whose log-probabilities the
+    loss then gets; kept: see `token_logprobs`; groups: sizes of the groups, which sum to N. One
     with more rows than a chunk has its logits computed twice.
     """
     options = (temperature, entropy, kept, holes, groups)

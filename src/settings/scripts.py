@@ -141,11 +141,23 @@ class SolverGenerateSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScoreOutputSettings(OutputSettings):
+    """Rows in and out."""
+
+    top_k_logprobs: Annotated[
+        int,
+        AtLeast(0, 10**5),
+        "also write so many of the likeliest tokens at each place, with their log-probabilities: "
+        "what distill_train.py takes in place of a teacher",
+    ] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class SolverScoreSettings(Settings):
     """All that solver_score.py knows."""
 
     model: ModelSettings
-    rows: OutputSettings
+    rows: ScoreOutputSettings
     batches: BatchSettings = BatchSettings(max_batch_size=64)
     softmax: SoftmaxSettings = SoftmaxSettings()
     weights: WeightSettings = WeightSettings()

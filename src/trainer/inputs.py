@@ -9,10 +9,14 @@ from src.data.encoding import (
     Labelled,
     PairRules,
     Prompt,
+    TopK,
     comparisons,
     labelled,
+    prompt_sequences,
     solver_sequences,
+    top_k_rows,
 )
+from src.errors import UserError
 from src.evaluation.training import SolverEvaluation, VerifierEvaluation
 from src.evaluation.verifier import score_moments
 from src.inputs import (
@@ -30,6 +34,8 @@ from src.models.lora import LoRAConfig
 from src.models.transformer import Transformer
 from src.parallel.setup import Parallel, pick_dtype
 from src.ppo.judge import OpenedJudge
+from src.settings.distillation import DistillTrainSettings
+from src.settings.model import ModelSettings
 from src.settings.preference import PreferenceTrainSettings
 from src.settings.scripts import (
     SolverTrainSettings,
@@ -193,6 +199,69 @@ class PreferenceInputs:
         else:
             rows, notes = comparisons(train_file, tokenizer, *limits, rules)
         return cls(model, lora, evaluation, rows, [], None, notes)
+
+
+@dataclass(frozen=True)
+class DistillationInputs:
+    """What a student learns from, and where it starts.
+
+    sequences: with outputs, where it has any to learn from; teacher: a model, or kept: its numbers;
+    row_notes: what a user should know of the train file's rows.
+    """
+
+    model: OpenedModel
+    lora: LoRAConfig | None
+    evaluation: SolverEvaluation
+    sequences: list[Sequence]
+    teacher: OpenedModel | None
+    kept: TopK | None
+    row_notes: list[str]
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.sequences)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of the rows that are read, a sentence each."""
+        return self.row_notes + self.evaluation.notes
+
+    @classmethod
+    def read(cls, settings: DistillTrainSettings, parallel: Parallel) -> "DistillationInputs":
+        """Read everything. Raises UserError, before any work, for whatever is wrong."""
+        model = open_start(settings, parallel, head="lm")
+        lora = lora_of(settings.lora, model.checkpoint)
+        tokenizer, train_file = model.tokenizer, settings.data.train_file
+        batches, of_teacher = settings.batches, settings.teacher
+        limits = settings.generation.max_new_tokens, batches.max_seq_len
+        evaluation = SolverEvaluation.read(settings.evaluation, tokenizer, *limits)
+        if of_teacher.teacher_ckpt_dir is None:
+            kept, notes = top_k_rows(
+                train_file, tokenizer, batches.max_seq_len, batches.strict_length
+            )
+            return cls(model, lora, evaluation, kept.sequences, None, kept, notes)
+        if of_teacher.on_policy == 1:
+            sequences, notes = prompt_sequences(train_file, tokenizer, batches.max_seq_len)
+        else:
+            sequences, notes = solver_sequences(
+                train_file, tokenizer, batches.max_seq_len, batches.strict_length
+            )
+        teacher = open_model(
+            ModelSettings(ckpt_dir=of_teacher.teacher_ckpt_dir), parallel, head="lm"
+        )
+        if teacher.tokenizer.vocabulary != tokenizer.vocabulary:
+            raise UserError(
+                f"--teacher_ckpt_dir {of_teacher.teacher_ckpt_dir}: {teacher.tokenizer.path} has "
+                f"another vocabulary than {tokenizer.path}: ids would mean other texts; a teacher "
+                "must share the student's"
+            )
+        degree, mp_size = of_teacher.teacher_model_parallel_size, parallel.mp_size
+        if degree is not None and mp_size % degree:
+            raise UserError(
+                f"--teacher_model_parallel_size {degree} does not divide the {mp_size} ranks that "
+                "share a model in training (--model_parallel_size)"
+            )
+        return cls(model, lora, evaluation, sequences, teacher, None, notes)
 
 
 def open_start(settings: TrainSettings, parallel: Parallel, head: str | None) -> OpenedModel:

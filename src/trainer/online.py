@@ -1,6 +1,5 @@
 """Online preference learning: pairs of the policy's own samples, ranked by a judge at each step."""
 
-from collections.abc import Callable
 from typing import Any
 
 from src.data.encoding import Comparison, Prompt
@@ -10,9 +9,7 @@ from src.models.transformer import Transformer, evaluating
 from src.parallel.clock import clock
 from src.ppo.judge import Judge
 from src.trainer.preference import PreferenceObjective, Row
-
-# Prompts and the samples' numbers → a completion each, the same on all ranks.
-Sample = Callable[[list[list[int]], list[int]], list[Completion]]
+from src.trainer.sampling import Sample
 
 
 class OnlineObjective(PreferenceObjective):

@@ -6,8 +6,6 @@ from typing import Any
 import torch
 
 from src.checkpoint.load import load_model, load_sharing
-from src.generation.engine import Completion, Engine, Stop, generate_sharded
-from src.generation.from_settings import sampling_of
 from src.identity import held
 from src.logs import RunLog
 from src.models.transformer import Transformer
@@ -19,6 +17,7 @@ from src.trainer.losses import Knobs
 from src.trainer.online import OnlineObjective
 from src.trainer.preference import Mismatched, PreferenceObjective, mismatched
 from src.trainer.reference import Cache, Groups, Reference, digest_of, references
+from src.trainer.sampling import sampler
 
 
 def make_objective(
@@ -61,21 +60,9 @@ def make_objective(
         "share_prompts": share_prompts,
     }
     if inputs.judge is not None:
-        generation = settings.generation
-        engine = Engine(
-            policy,
-            parallel,
-            settings.evaluation.eval_batch_size,
-            batches.max_seq_len,
-            generation.kv_cache_gb,
-        )
-        sampling = sampling_of(generation, settings.run.seed)
-        tokenizer = inputs.model.tokenizer
-        stop = Stop(tokenizer.stop_ids, (), tokenizer.decode)
-
-        def sample(prompts: list[list[int]], numbers: list[int]) -> list[Completion]:
-            return generate_sharded(engine, prompts, sampling, stop, numbers)
-
+        at_once, limit = settings.evaluation.eval_batch_size, batches.max_seq_len
+        sampling = settings.generation, at_once, limit, settings.run.seed, parallel
+        sample = sampler(policy, inputs.model.tokenizer, *sampling)
         rows = rows_per_step(batches, parallel.dp_size)
         samples, judge = settings.online.samples_per_prompt, inputs.judge.load(parallel, dtype)
         return OnlineObjective(inputs.prompts, samples, rows, sample, judge, **options)

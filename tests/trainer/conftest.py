@@ -22,6 +22,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trainers")
     save_llama(folder / "lm", "lm", 0)
     save_llama(folder / "score", "score", 1)
+    save_llama(folder / "reference", "lm", 5)
     save_experts(folder / "experts")
     return folder
 

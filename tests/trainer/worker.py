@@ -20,13 +20,19 @@ from src.evaluation.verifier import evaluate_pairs
 from src.logs import RunLog
 from src.models.batch import Sequence
 from src.models.lora import LoRAConfig, add_lora
+from src.models.transformer import Transformer
+from src.parallel import vocab
 from src.parallel.setup import Parallel, start, stop
+from src.settings.preference import PAIR_LOSSES
 from src.settings.scripts import TrainSettings
 from src.trainer.fit import fit
+from src.trainer.losses import Knobs
 from src.trainer.optimizer import Optimizer
+from src.trainer.preference import Mismatched, PreferenceObjective, mismatched
+from src.trainer.reference import KeptReference, LiveReference, score_all
 from src.trainer.solver import SolverObjective
 from src.trainer.verifier import VerifierObjective
-from tests.trainer.tiny import ours, some_sequences, training, whole_weights
+from tests.trainer.tiny import VOCAB, ours, some_sequences, training, whole_weights
 
 # Five steps, the last of five rows: uneven at any number of ranks.
 ROWS, BATCH, LR, WARMUP = 37, 8, 2e-3, 0.5
@@ -56,6 +62,21 @@ VERIFIER_RUNS = {
     "verifier, each prompt anew": (1, False, {}),
 }
 COMPARISONS, VERIFIER_BATCH = 18, 4
+# name: (losses, micro-batches, more settings)
+PREFERENCE_RUNS = {
+    **{f"{loss} loss": ([loss], 1, {}) for loss in (*PAIR_LOSSES, "kto")},
+    "dpo and sft, micro-batches": (["dpo", "sft"], 4, {}),
+    "dpo and sft": (["dpo", "sft"], 1, {}),
+    "kto, micro-batches, zero 0": (["kto"], 4, {"zero": 0}),
+    "dpo, packed by tokens": (["dpo"], 1, {"max_tokens": 60}),
+    "dpo, each prompt anew": (["dpo"], 1, {"share_prompts": False}),
+    "dpo, in small chunks of logits": (["dpo"], 1, {"logits_at_once": 5 * VOCAB}),
+    "dpo, the reference kept": (["dpo"], 1, {"kept": True}),
+    "kto, the reference kept": (["kto"], 1, {"kept": True}),
+    "dpo, lora": (["dpo"], 1, {"lora": True}),
+    "dpo, experts": (["dpo"], 2, {"model": "experts", "share_prompts": False}),
+}
+KNOBS = Knobs(0.3, 0.2, 0.4, 1.5, 0.7)
 
 
 def comparisons() -> list[Comparison]:
@@ -95,6 +116,43 @@ def verifier_run(
     return trained(
         model, optimizer, objective, settings(VERIFIER_BATCH, micro, parallel, more), parallel
     )
+
+
+def preference_objective(
+    folder: Path, parallel: Parallel, model: Transformer, losses: list[str], more: dict
+) -> PreferenceObjective:
+    """With a live reference of other weights, or its numbers, found before."""
+    rows, share_prompts = comparisons(), more.get("share_prompts", True)
+    off_prompt = mismatched(rows, SEED)
+    name = "experts" if more.get("model") == "experts" else "reference"
+    frozen = ours(folder / name, parallel)
+    lists = [[row.responses for row in rows], [[s] for s in off_prompt]]
+    reference = of_mismatched = LiveReference(frozen, share_prompts)
+    if more.get("kept"):
+        with RunLog(None, "test", {}, rank=1) as log:
+            numbers = [score_all(frozen, x, share_prompts, 4, parallel, log) for x in lists]
+        reference, of_mismatched = (KeptReference(x, parallel.device) for x in numbers)
+    point = Mismatched(off_prompt, of_mismatched, parallel, 3) if "kto" in losses else None
+    weighted = list(zip((1.0, 0.5), losses))
+    if set(losses) <= {"orpo", "simpo"}:
+        reference = None
+    return PreferenceObjective(rows, weighted, KNOBS, reference, parallel, share_prompts, point)
+
+
+def preference_run(
+    folder: Path, parallel: Parallel, losses: list[str], micro: int, more: dict
+) -> dict:
+    model = ours(folder / more.get("model", "lm"), parallel)
+    if more.get("lora"):
+        add_lora(model, LORA, LORA_SEED, parallel)
+    optimizer = Optimizer(model, parallel, WEIGHT_DECAY, MAX_GRAD_NORM, zero=more.get("zero", 1))
+    objective = preference_objective(folder, parallel, model, losses, more)
+    before = vocab.LOGITS_AT_ONCE
+    vocab.LOGITS_AT_ONCE = more.get("logits_at_once", before)
+    plan = settings(VERIFIER_BATCH, micro, parallel, more)
+    result = trained(model, optimizer, objective, plan, parallel)
+    vocab.LOGITS_AT_ONCE = before
+    return result
 
 
 def settings(batch: int, micro: int, parallel: Parallel, more: dict) -> TrainSettings:
@@ -230,6 +288,9 @@ def all_checks(folder: Path, mp_sizes: list[int]) -> None:
         results = {name: solver_run(folder, parallel, *run) for name, run in SOLVER_RUNS.items()}
         results |= {
             name: verifier_run(folder, parallel, *run) for name, run in VERIFIER_RUNS.items()
+        }
+        results |= {
+            name: preference_run(folder, parallel, *run) for name, run in PREFERENCE_RUNS.items()
         }
         results["poisoned"] = poisoned(folder, parallel)
         results["pairs"] = measure(folder, parallel)

@@ -1,0 +1,182 @@
+"""Distillation: a student's distributions of the next token move towards a teacher's.
+
+On given outputs, on the student's own samples, or a share of each (GKD, arXiv 2306.13649).
+"""
+
+import random
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from src.models.batch import (
+    Batch,
+    Sequence,
+    response_distances,
+    response_loss,
+    weighted_balance_loss,
+)
+from src.models.transformer import Transformer, evaluating
+from src.parallel.clock import clock
+from src.parallel.divergence import coarse_divergence, head_logits
+from src.parallel.setup import Parallel
+from src.ppo.roles import Stage
+from src.trainer.objective import Objective
+from src.trainer.sampling import Sample
+
+
+class Teacher(Protocol):
+    """What the student is held to."""
+
+    @property
+    def model(self) -> Transformer | None:
+        """The one that computes at each step, if any does."""
+        ...
+
+    def distance(
+        self, student: Transformer, batch: Batch, rows: list[int], sequences: list[Sequence]
+    ) -> Tensor:
+        """Σ over the batch's response tokens of the divergence between student and teacher.
+
+        rows: the numbers of the sequences, which make up the batch.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Which divergence: see `divergence`."""
+
+    beta: float
+    temperature: float = 1.0
+
+
+class LiveTeacher:
+    """A frozen model: its trunk at a degree of its own, its output layer cut like the student's."""
+
+    def __init__(self, stage: Stage, head: Tensor, distance: Distance, whole: Parallel) -> None:
+        """stage: with the role "teacher"; head: the output layer's rows of this rank's part of the
+        student's vocabulary, [vocabulary / n, dim]; whole: the run's division."""
+        self.stage, self.head, self.of, self.whole = stage, head, distance, whole
+        self.role = stage.roles["teacher"]
+        self.model = self.role.model
+
+    def distance(
+        self, student: Transformer, batch: Batch, rows: list[int], sequences: list[Sequence]
+    ) -> Tensor:
+        teacher = head_logits(self.hidden(sequences), self.head)
+        return response_distances(student, batch, teacher, self.of.beta, self.of.temperature)
+
+    @torch.no_grad()
+    def hidden(self, sequences: list[Sequence]) -> Tensor:
+        """The teacher's last hidden state before each response token, [R, dim]."""
+        device, model = self.whole.device, self.model
+        lengths = [s.response_length for s in sequences]
+        hidden = torch.zeros(sum(lengths), self.head.size(1), dtype=self.head.dtype, device=device)
+        # Several smaller models share the sequences, and their parts are put together.
+        places = self.role.share(list(range(len(sequences))), self.whole)
+        with self.stage.at_work("teacher"), evaluating(model), self.role.parallel.active():
+            if places:
+                part = Batch.of([sequences[i] for i in places], device)
+                of_part = model(part.tokens, part.layout, part.rows)
+                starts = [sum(lengths[:i]) for i in places]
+                index = [k for i, s in zip(places, starts) for k in range(s, s + lengths[i])]
+                hidden[torch.tensor(index, device=device)] = of_part
+        with self.stage.at_work():  # with --offload_teacher it makes room
+            return self.role.collect(hidden, self.whole)
+
+
+class KeptTeacher:
+    """What `solver_score.py --top_k_logprobs` wrote of each response token: its likeliest tokens.
+
+    Everything else counts as one token more (`coarse_divergence`).
+    """
+
+    model = None
+
+    def __init__(
+        self,
+        ids: list[list[list[int]]],
+        logprobs: list[list[list[float]]],
+        distance: Distance,
+        device: torch.device,
+    ) -> None:
+        """ids, logprobs: of each row's response tokens, k each."""
+        self.ids, self.logprobs, self.of, self.device = ids, logprobs, distance, device
+
+    def distance(
+        self, student: Transformer, batch: Batch, rows: list[int], sequences: list[Sequence]
+    ) -> Tensor:
+        ids = torch.tensor([k for i in rows for k in self.ids[i]], device=self.device)  # [R, k]
+        log_q = torch.tensor([k for i in rows for k in self.logprobs[i]], device=self.device)
+
+        def loss_of(log_p: Tensor, entropy: Tensor | None, chunk: slice) -> Tensor:
+            return coarse_divergence(log_p, log_q[chunk], self.of.beta).sum()
+
+        return response_loss(student, batch, loss_of, targets=ids)
+
+
+class DistillationObjective(Objective):
+    """The mean over a step's response tokens of the divergence from the teacher."""
+
+    stats: tuple[str, ...] = ("loss",)
+
+    def __init__(
+        self,
+        sequences: list[Sequence],
+        teacher: Teacher,
+        parallel: Parallel,
+        sample: Sample | None = None,
+        on_policy: float = 0.0,
+        rows_per_step: int = 1,
+        seed: int = 0,
+    ) -> None:
+        """sample: what the student answers; on_policy: the share of rows that it answers itself."""
+        self.given, self.sequences = sequences, list(sequences)
+        self.teacher, self.parallel, self.frozen = teacher, parallel, teacher.model
+        self.sample, self.on_policy, self.rows_per_step, self.seed = (
+            sample,
+            on_policy,
+            rows_per_step,
+            seed,
+        )
+        self.lengths = [len(s.tokens) for s in sequences]
+        self.weights = [s.response_length for s in sequences]
+        self.needed = list(self.weights)
+
+    def pieces(self, row: int) -> list[tuple[int, int]]:
+        return [(self.lengths[row], 0)]
+
+    def begin(self, number: int, batch: list[int], model: Transformer) -> None:
+        if self.sample is None:
+            return
+        # Which rows are the student's own is drawn for each step, and the same on all ranks.
+        rng = random.Random(f"{self.seed}/on policy/{number}")
+        own = [i for i in batch if rng.random() < self.on_policy]
+        prompts = [[*self.given[i].tokens[: self.given[i].prompt_length]] for i in own]
+        numbers = [number * self.rows_per_step + batch.index(i) for i in own]
+        tokens = 0
+        if own:
+            with clock.phase("generate"), evaluating(model):
+                completions = self.sample(prompts, numbers)
+            answers = dict(zip(own, completions))
+            tokens = sum(len(completion.tokens) for completion in completions)
+        for i in batch:
+            sequence, n = self.given[i], self.given[i].prompt_length
+            if i in own:
+                sequence = Sequence([*sequence.tokens[:n], *answers[i].tokens], n)
+            self.sequences[i] = sequence
+            self.lengths[i] = len(sequence.tokens)
+            self.weights[i] = self.needed[i] = sequence.response_length
+        share = {"on_policy": len(own) / len(batch), "generated_tokens": tokens}
+        self.noted = {**share, "response_length": tokens / max(1, len(own))}
+
+    def loss(
+        self, model: Transformer, rows: list[int], denominator: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        sequences = [self.sequences[i] for i in rows]
+        batch = Batch.of(sequences, self.parallel.device)
+        loss = self.teacher.distance(model, batch, rows, sequences) / denominator
+        balance = weighted_balance_loss(model, batch, batch.responses, denominator)
+        return loss + balance, {"balance_loss": balance.detach()}
