@@ -5,6 +5,8 @@ r"""Generate outputs for a file of instructions.
 
 Rows in: {"instruction": "..."}. Rows out, in the input's order, --num_samples for each: {"index",
 "instruction", "output", "tokens", "logprobs", "stop_reason"}; index counts the input's rows from 0.
+With --best_of rule, verifier or file only the best of a row's samples, or all right ones (--keep),
+with a "score": what solver_train.py takes.
 """
 
 from functools import partial
@@ -20,7 +22,7 @@ def main(settings: SolverGenerateSettings) -> None:
     from src.generation.engine import Stop
     from src.generation.from_settings import engine_of, sampling_of
     from src.generation.journal import generate_all
-    from src.generation.responses import GenerationInputs
+    from src.generation.responses import GenerationInputs, kept
     from src.logs import RunLog
     from src.parallel.setup import agreed, pick_dtype, start, stop
 
@@ -52,11 +54,21 @@ def main(settings: SolverGenerateSettings) -> None:
             engine, inputs.prompts, sampling, stops, log, "generating", inputs.journal
         )
 
+        # Score the samples, if the best are to be kept.
+        scores = None
+        if inputs.judge is not None:
+            scores = inputs.judge.load(parallel, dtype)(inputs.asked, completions)
+        lines = inputs.lines(completions, strings, scores)
+        if scores is not None:
+            lines = kept(lines, settings.best_of)
+            none = len({index for index, _ in inputs.rows} - {line["index"] for line in lines})
+            log.info(f"{len(lines)} outputs are kept; {none} instructions have none")
+
         # Write everything in order.
         if parallel.is_main:
-            write_jsonl(rows.output_file, inputs.lines(completions, strings))
+            write_jsonl(rows.output_file, lines)
             inputs.journal.remove()
-        log.info(f"wrote {len(inputs.prompts)} outputs to {rows.output_file}")
+        log.info(f"wrote {len(lines)} outputs to {rows.output_file}")
     stop()
 
 

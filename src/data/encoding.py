@@ -320,6 +320,21 @@ def prompts_of(
     return prompts, within(lengths, max_seq_len, False, what, fate)[1]
 
 
+def gold_of(rule: "Task | None", row: dict, where: str) -> str:
+    """A row's right answer as the rule reads it; "" without a rule.
+
+    Raises UserError where it is missing or unreadable. where: the row's place, for the message.
+    """
+    if rule is None:
+        return ""
+    try:
+        gold = rule.gold_of(row)
+        rule.check_gold(rule.metric, gold)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    return gold
+
+
 def ppo_prompts(
     path: str,
     tokenizer: Tokenizer,
@@ -335,12 +350,7 @@ def ppo_prompts(
     keys = [json.dumps(row, sort_keys=True) for row in rows]
     prompts = []
     for number, row in enumerate(rows):
-        try:
-            gold = rule.gold_of(row) if rule else ""
-            if rule:
-                rule.check_gold(rule.metric, gold)
-        except UserError as error:
-            raise UserError(f"{path}: row {number} (from 0): {error}") from None
+        gold = gold_of(rule, row, f"{path}: row {number} (from 0)")
         prompts.append(Prompt(tokenizer.prompt_ids(row["instruction"]), gold, row))
     lengths = [len(p.tokens) + 1 for p in prompts]
     what = f"prompts of {path}, with one token more,"

@@ -4,12 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from src.data.encoding import prompts_of
+from src.data.encoding import Prompt, prompts_of
 from src.data.rows import read_prompt_rows
 from src.generation.engine import Completion
 from src.generation.journal import Journal
 from src.inputs import OpenedModel, check_writable, open_model
 from src.parallel.setup import Parallel
+from src.ppo.judge import OpenedJudge
+from src.settings.rewards import BestOfSettings
 from src.settings.scripts import SolverGenerateSettings
 
 
@@ -24,7 +26,8 @@ class GenerationInputs:
     """The model, and a prompt for each sample that is wanted.
 
     rows: (number, instruction) of each prompt; notes: what a user should know of the rows; journal:
-    what an earlier run finished.
+    what an earlier run finished; judge: what scores the samples (--best_of), with `asked`, each
+    prompt as it needs it.
     """
 
     model: OpenedModel
@@ -32,6 +35,8 @@ class GenerationInputs:
     prompts: list[list[int]]
     notes: list[str]
     journal: Journal
+    judge: OpenedJudge | None
+    asked: list[Prompt]
 
     @classmethod
     def read(cls, settings: SolverGenerateSettings, parallel: Parallel) -> "GenerationInputs":
@@ -43,20 +48,32 @@ class GenerationInputs:
         instructions = [row["instruction"] for row in rows[: files.max_rows]]
         asked = instructions, model.tokenizer, settings.batches.max_seq_len, files.input_file
         prompts, too_long = prompts_of(*asked, fate=": their outputs are empty")
+        judge, judged = None, list[Prompt]()
+        if settings.best_of.best_of is not None:
+            judge = OpenedJudge.read(settings, settings.best_of, model.tokenizer, parallel)
+            judged = judge.asked(rows[: files.max_rows], prompts, files.input_file)
         return cls(
             model,
             [(i, text) for i, text in enumerate(instructions) for _ in range(samples)],
             [prompt for prompt in prompts for _ in range(samples)],
             rows.notes + too_long,
             Journal(Path(files.output_file), settings, parallel),
+            judge,
+            [prompt for prompt in judged for _ in range(samples)],
         )
 
     def lines(
-        self, completions: list[Completion], stop_strings: tuple[str, ...]
+        self,
+        completions: list[Completion],
+        stop_strings: tuple[str, ...],
+        scores: list[float | None] | None = None,
     ) -> list[dict[str, Any]]:
-        """A row for each completion; texts are cut before the stop strings."""
+        """A row for each completion; texts are cut before the stop strings.
+
+        scores: of each, to be written with it.
+        """
         decode = self.model.tokenizer.decode
-        return [
+        rows = [
             {
                 "index": index,
                 "instruction": instruction,
@@ -67,3 +84,25 @@ class GenerationInputs:
             }
             for (index, instruction), completion in zip(self.rows, completions)
         ]
+        if scores is not None:
+            rows = [{**row, "score": score} for row, score in zip(rows, scores)]
+        return rows
+
+
+def kept(rows: list[dict[str, Any]], settings: BestOfSettings) -> list[dict[str, Any]]:
+    """Of each index's rows with a score the best, or all right ones, each text once, in order.
+
+    What the token limit cut is never kept, nor what has no score, nor by rule what is wrong.
+    """
+    by_index: dict[int, list[dict[str, Any]]] = {}
+    for row in rows:
+        is_right = settings.best_of != "rule" or row["score"]
+        if row["stop_reason"] != "length" and row["score"] is not None and is_right:
+            by_index.setdefault(row["index"], []).append(row)
+    out = []
+    for of_index in by_index.values():
+        if settings.keep == "best":
+            out.append(max(of_index, key=lambda row: row["score"]))
+        else:
+            out += {row["output"]: row for row in reversed(of_index)}.values()
+    return sorted(out, key=lambda row: row["index"])

@@ -10,7 +10,7 @@ from torch import Tensor
 from src.checkpoint.folder import find_tokenizer
 from src.checkpoint.load import load_model
 from src.checkpoint.save import read_score_moments
-from src.data.encoding import Prompt, ppo_prompts
+from src.data.encoding import Prompt, gold_of, ppo_prompts
 from src.data.tokenizer import Tokenizer
 from src.evaluation.tasks import Task, find_task
 from src.generation.engine import Completion
@@ -97,6 +97,20 @@ class OpenedJudge:
         if self.score is not None and torch.distributed.get_rank() == 0:
             self.score.try_out(prompts[0].row)
         return prompts, notes
+
+    def asked(self, rows: list[dict], prompts: list[list[int]], path: str) -> list[Prompt]:
+        """Rows' prompts, whose ids are given, with what the rewards need.
+
+        Raises UserError for a row whose right answer is needed and cannot be read. path: the
+        rows' file.
+        """
+        found = []
+        for number, (row, ids) in enumerate(zip(rows, prompts)):
+            gold = gold_of(self.rule, row, f"{path}: row {number} (from 0)")
+            found.append(Prompt(ids, gold, row))
+        if self.score is not None and torch.distributed.get_rank() == 0:
+            self.score.try_out(rows[0])
+        return found
 
     def load(self, parallel: Parallel, dtype: torch.dtype) -> "Judge":
         """With the verifier in memory, where there is one."""

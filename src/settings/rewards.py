@@ -4,9 +4,10 @@ import dataclasses
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
-from src.settings.declaration import CONTENT, AtLeast, Settings, Unit
+from src.settings.declaration import CONTENT, MAY_CHANGE, AtLeast, Settings, Unit, idle
+from src.settings.training import Rule
 
 # The reward called NAME is made by src/ppo/rewards/NAME.py.
 REWARDS = ("verifier", "rule", "file", "format", "length", "overlong")
@@ -87,6 +88,43 @@ class RewardSettings(Settings):
         margin = self.overlong_margin
         if margin is not None and margin > max_new_tokens:
             yield f"--overlong_margin {margin}: must lie in [1, --max_new_tokens {max_new_tokens}]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestOfSettings(Settings):
+    """Keeping the best samples."""
+
+    best_of: Annotated[
+        Literal["rule", "verifier", "file"] | None,
+        MAY_CHANGE,
+        "score each row's --num_samples by the task's rule, by --reward_model_ckpt_dir or by "
+        "--reward_file, and write what --keep says",
+    ] = None
+    keep: Annotated[
+        Literal["best", "right"],
+        MAY_CHANGE,
+        "of each row's samples the one with the highest score (best), or all that are right by the "
+        "rule (right), no text twice. Never one that was cut at the limit, nor a wrong one by rule",
+    ] = "best"
+    reward_file: Annotated[
+        str | None, CONTENT, "FILE.py:FUNCTION, called as PPO's --reward_file is"
+    ] = None
+    task: Annotated[str | None, MAY_CHANGE, "whose rule is applied; GSM8K's when not given"] = None
+    rule: Rule = None
+
+    @property
+    def rewards(self) -> RewardSettings:
+        """The same as a reward."""
+        return RewardSettings(reward=[self.best_of or "rule"], reward_file=self.reward_file)
+
+    def problems(self) -> Iterator[str]:
+        if self.best_of is None:
+            names = ("keep", "reward_file", "task", "rule")
+            yield from idle(self, names, "without --best_of")
+            return
+        if self.best_of != "rule":
+            yield from idle(self, ("keep", "task", "rule"), f"with --best_of {self.best_of}")
+        yield from self.rewards.problems()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from src.settings.declaration import CONTENT, MAY_CHANGE, AtLeast, Bounds, Settings
+from src.settings.declaration import CONTENT, MAY_CHANGE, AtLeast, Bounds, Settings, idle
 from src.settings.generation import (
     MaxNewTokens,
     SoftmaxSettings,
@@ -20,6 +20,7 @@ from src.settings.model import (
     StrictLength,
     TrainingBatchSettings,
 )
+from src.settings.rewards import BestOfSettings, JudgeSettings, RewardSettings
 from src.settings.run import DryRunSettings, RunSettings, TrainingRunSettings
 from src.settings.training import (
     DropoutLoRASettings,
@@ -136,8 +137,26 @@ class SolverGenerateSettings(Settings):
     rows: GenerationRowSettings
     batches: BatchSettings = BatchSettings(max_batch_size=384)
     generation: StoppedDecodingSettings = StoppedDecodingSettings(temperature=0.0)
+    best_of: BestOfSettings = BestOfSettings()
+    judge: JudgeSettings = JudgeSettings()
     weights: WeightSettings = WeightSettings()
     run: RunSettings = RunSettings()
+
+    @property
+    def rewards(self) -> RewardSettings:
+        """What the samples are scored by."""
+        return self.best_of.rewards
+
+    def problems(self) -> Iterator[str]:
+        if self.best_of.best_of is None:
+            yield from idle(self.judge, self.judge.fields(), "without --best_of")
+            return
+        yield from self.judge.beside(self.rewards)
+        if self.generation.num_samples == 1:
+            yield (
+                f"--best_of {self.best_of.best_of} --num_samples 1: there is nothing to choose "
+                "from; give more samples, and a --temperature"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
