@@ -7,7 +7,8 @@ r"""Measure a verifier on pairs, or score outputs with it.
 
 Rows of the label file: {"instruction", "chosen", "rejected"}; LOGS gets results.json (the share of
 pairs in which the chosen side scores higher) and predictions.jsonl. Rows of the input file:
-{"instruction", "output"}; the output file gets {"index", "score"} per row, in the input's order.
+{"instruction", "output"}; the output file gets {"index", "score"} per row, in the input's order,
+with --step_separator also "scores", one for each step.
 """
 
 from functools import partial
@@ -22,7 +23,7 @@ def main(settings: VerifierEvaluateSettings) -> None:
     from src.data.rows import write_jsonl
     from src.evaluation.inputs import VerifierEvaluationInputs
     from src.evaluation.solver import write_results
-    from src.evaluation.verifier import evaluate_pairs, score_all
+    from src.evaluation.verifier import evaluate_pairs, score_places
     from src.logs import RunLog
     from src.parallel.setup import agreed, pick_dtype, start, stop
     from src.settings.declaration import flat
@@ -52,16 +53,20 @@ def main(settings: VerifierEvaluateSettings) -> None:
 
         # Score rows.
         if rows.output_file is not None:
-            scores = score_all(model, parallel, inputs.sequences, size, log)  # [rows]
+            mean, std = inputs.moments or (0.0, 1.0)
             if inputs.moments:
-                mean, std = inputs.moments
                 log.info(
                     f"scores are centred by {mean:.4f} and divided by {std:.4f}, as stored with "
                     "the verifier"
                 )
-                scores = (scores - mean) / std
+            ends = [[len(sequence.tokens) - 1] for sequence in inputs.sequences]
+            places = inputs.places or ends
+            scores = score_places(model, parallel, inputs.sequences, places, size, log)
+            scores = [[(x - mean) / std for x in row] for row in scores]
             if parallel.is_main:
-                lines = [{"index": i, "score": x} for i, x in enumerate(scores.tolist())]
+                lines = [{"index": i, "score": row[-1]} for i, row in enumerate(scores)]
+                if inputs.places:
+                    lines = [{**line, "scores": row} for line, row in zip(lines, scores)]
                 write_jsonl(rows.output_file, lines)
             log.info(f"wrote {len(scores)} scores to {rows.output_file}")
     stop()

@@ -1,11 +1,14 @@
-r"""Train a verifier (reward model) on pairs of outputs, one better than the other.
+r"""Train a verifier (reward model): on pairs of outputs, on rankings, or on scores or labels.
 
     torchrun --nproc_per_node 8 verifier_train.py --ckpt_dir CKPT --save_dir OUT \
         --train_file train.json --model_type llama-1-7b --max_batch_size 6
 
 Rows of the train file: {"instruction": "...", "chosen": "..." or [...], "rejected": "..." or
-[...]}. CKPT is a solver's checkpoint (the scalar head starts at random) or a verifier's. OUT
-becomes shards for this run's degree.
+[...]}, or {"instruction": "...", "ranked": ["best", ..., "worst"], "scores": [...]}, where equal
+scores are ties. With --objective pointwise {"instruction": "...", "output": "...", "score": 1.5},
+with classification "label": true or false; with --step_separator a list of "scores" or "labels",
+one for each step of the output. CKPT is a solver's checkpoint (the scalar head starts at random) or
+a verifier's. OUT becomes shards for this run's degree.
 """
 
 from functools import partial
@@ -26,7 +29,7 @@ def main(settings: VerifierTrainSettings) -> None:
     from src.trainer.inputs import Places, VerifierInputs
     from src.trainer.optimizer import Optimizer
     from src.trainer.saving import Saving
-    from src.trainer.verifier import VerifierObjective
+    from src.trainer.verifier import objective_of
 
     if settings.dry_run.dry_run:
         return verifier_plan(settings)
@@ -55,12 +58,16 @@ def main(settings: VerifierTrainSettings) -> None:
         # What is trained, how, and what is looked at on the way.
         prepare(model, plan, run, parallel)
         optimizer = Optimizer.of(plan, model, parallel, run.zero)
-        share_prompts = not model.config.n_experts
-        objective = VerifierObjective(inputs.pairs, parallel.device, share_prompts)
+        objective = objective_of(inputs.rows, settings.objective.objective, model)
         save = partial(inputs.save, model, parallel, settings.evaluation, log)
         evaluations = Evaluations(
             partial(
-                inputs.evaluation.run, model=model, parallel=parallel, log=log, settings=settings
+                inputs.evaluation.run,
+                model=model,
+                parallel=parallel,
+                log=log,
+                settings=settings,
+                objective=settings.objective.objective,
             ),
             settings.evaluation.keep_best,
             partial(save, places.best),

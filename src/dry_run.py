@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 
 from src.checkpoint.source import Checkpoint, config_of_type
+from src.data.encoding import Graded
 from src.data.tokenizer import Tokenizer
 from src.errors import UserError
 from src.inputs import OpenedModel, adapter_config, check_trainable
@@ -73,7 +74,12 @@ def verifier_plan(settings: VerifierTrainSettings) -> None:
     """Print what verifier_train.py would do."""
 
     def example(inputs: VerifierInputs) -> list[str]:
-        tokenizer, pair = inputs.model.tokenizer, inputs.pairs[0]
+        tokenizer, pair = inputs.model.tokenizer, inputs.rows[0]
+        if isinstance(pair, Graded):
+            tokens = list(pair.sequence.tokens)
+            said = ", ".join(f"{grade:g}" for grade in pair.grades)
+            lines = [f"example, row 0: {len(tokens)} tokens, graded {said} at {pair.places}"]
+            return [*lines, f"  {tokenizer.spelled(tokens)!r}"]
         lines = ["example, row 0: the scalar head reads the last token of each side"]
         sides = zip(("chosen", "rejected"), pair.pairs[0])
         for side, sequence in ((side, pair.responses[place]) for side, place in sides):

@@ -11,7 +11,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from src.data.rows import (
+    FLAG,
+    FLAGS,
     LABELLED,
+    NUMBER,
+    NUMBERS,
     SAMPLE,
     TEXT,
     TOP_K,
@@ -242,6 +246,87 @@ def scored_sequences(
     sequences = [encode(tokenizer, row["instruction"], row["output"], True) for row in rows]
     within([len(s.tokens) for s in sequences], max_seq_len, True, f"rows of {path}")
     return sequences, rows.notes
+
+
+@dataclass(frozen=True)
+class Graded:
+    """A response, prompt included, and what a verifier should say of it, or of each of its steps.
+
+    places: the tokens at which it says so, by their places in the sequence; grades: what.
+    """
+
+    sequence: Sequence
+    places: list[int]
+    grades: list[float]
+
+
+def step_places(tokenizer: Tokenizer, sequence: Sequence, separator: str) -> list[int]:
+    """The tokens that end a response's steps, the last of them the response's own last token.
+
+    A step ends with the token that completes its separator; behind the last one none is needed.
+    """
+    ids = list(sequence.tokens[sequence.prompt_length :])
+    text = tokenizer.decode(ids)
+    parts = text.split(separator)
+    parts = parts if parts[-1] or len(parts) == 1 else parts[:-1]
+    places, end = [], 0
+    for part in parts[:-1]:
+        end += len(part) + len(separator)
+        # The first token with which the text is as long: a text only grows.
+        low, high = 1, len(ids)
+        while low < high:
+            middle = (low + high) // 2
+            if len(tokenizer.decode(ids[:middle])) >= end:
+                high = middle
+            else:
+                low = middle + 1
+        places.append(sequence.prompt_length + low - 1)
+    return [*places, len(sequence.tokens) - 1]
+
+
+def graded_rows(
+    path: str,
+    tokenizer: Tokenizer,
+    max_seq_len: int,
+    must_fit: bool,
+    objective: str,
+    separator: str | None,
+) -> tuple[list[Graded], list[str]]:
+    """Rows with a `score` ("pointwise") or a `label` ("classification"); and notes.
+
+    separator: of steps, of which each has one: then they are the lists `scores` and `labels`.
+    Raises UserError for another number of them than of steps, and for one label in a whole file.
+    """
+    kinds = {
+        ("pointwise", False): ("score", NUMBER),
+        ("pointwise", True): ("scores", NUMBERS),
+        ("classification", False): ("label", FLAG),
+        ("classification", True): ("labels", FLAGS),
+    }
+    field, kind = kinds[objective, separator is not None]
+    rows = read_rows(path, {"instruction": TEXT, "output": SAMPLE, field: kind})
+    found = []
+    for number, row in enumerate(rows):
+        sequence = encode(tokenizer, row["instruction"], row["output"], sampled=True)
+        places, grades = [len(sequence.tokens) - 1], [row[field]]
+        if separator is not None:
+            places, grades = step_places(tokenizer, sequence, separator), row[field]
+            if len(grades) != len(places):
+                raise UserError(
+                    f"{path}: row {number} (from 0): has {len(grades)} {field} for {len(places)} "
+                    f"steps, which --step_separator {separator!r} ends; give one for each"
+                )
+        found.append(Graded(sequence, places, [float(grade) for grade in grades]))
+    lengths = [len(x.sequence.tokens) for x in found]
+    fits, notes = within(lengths, max_seq_len, must_fit, f"rows of {path}")
+    found = [x for x, fit in zip(found, fits) if fit]
+    if len({grade for x in found for grade in x.grades}) == 1:
+        raise UserError(
+            f"{path}: every {field.removesuffix('s')} is {found[0].grades[0]:g}: there is nothing "
+            "to tell apart"
+        )
+    keys = [json.dumps(row, sort_keys=True) for row in rows]
+    return found, rows.notes + notes + _again(keys, path)
 
 
 @dataclass(frozen=True)

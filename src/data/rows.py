@@ -70,6 +70,11 @@ LABEL = Kind(
 INDEX = Kind("a whole number from 0", "0", lambda v: type(v) is int and v >= 0)
 FLAG = Kind("true or false", "true", lambda v: isinstance(v, bool))
 NUMBER = Kind("a finite number", "1.5", _is_number)
+FLAGS = Kind(
+    "a list of true and false",
+    "[true, false]",
+    lambda v: isinstance(v, list) and all(isinstance(x, bool) for x in v),
+)
 RANKED = Kind(
     "a list of two or more non-blank strings",
     '["best", "...", "worst"]',

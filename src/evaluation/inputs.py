@@ -6,7 +6,14 @@ from operator import itemgetter
 from pathlib import Path
 
 from src.checkpoint.save import read_score_moments
-from src.data.encoding import WRONG, Comparison, comparisons, prompts_of, scored_sequences
+from src.data.encoding import (
+    WRONG,
+    Comparison,
+    comparisons,
+    prompts_of,
+    scored_sequences,
+    step_places,
+)
 from src.data.rows import INDEX, SAMPLE, is_truncated, read_rows
 from src.errors import UserError
 from src.evaluation.tasks import LabelledRows, read_labels
@@ -109,7 +116,7 @@ class VerifierEvaluationInputs:
     """The verifier, and pairs to measure it on or sequences to score.
 
     notes: what a user should know of their rows; moments: what scores are centred and scaled by, if
-    that is stored with the verifier.
+    that is stored with the verifier; places: where each sequence is scored, if not at its end.
     """
 
     model: OpenedModel
@@ -117,6 +124,7 @@ class VerifierEvaluationInputs:
     sequences: list[Sequence]
     notes: list[str]
     moments: tuple[float, float] | None
+    places: list[list[int]] | None
 
     @classmethod
     def read(
@@ -135,5 +143,7 @@ class VerifierEvaluationInputs:
         elif rows.input_file is not None and rows.output_file is not None:
             check_writable(rows.output_file, ".jsonl", rows.input_file)
             sequences, notes = scored_sequences(rows.input_file, model.tokenizer, max_seq_len)
-        moments = read_score_moments(model.checkpoint.folder)
-        return cls(model, pairs, sequences, notes, moments)
+        moments, places = read_score_moments(model.checkpoint.folder), None
+        if (separator := rows.separator) is not None:
+            places = [step_places(model.tokenizer, s, separator) for s in sequences]
+        return cls(model, pairs, sequences, notes, moments, places)

@@ -5,13 +5,14 @@ Results are written beside the log.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
-from src.data.encoding import WRONG, Comparison, comparisons, prompts_of
+from src.data.encoding import WRONG, Comparison, Graded, prompts_of
 from src.data.tokenizer import Tokenizer
 from src.errors import UserError
 from src.evaluation.solver import evaluate_solver, headline, write_results
 from src.evaluation.tasks import LabelledRows, read_labels
-from src.evaluation.verifier import evaluate_pairs
+from src.evaluation.verifier import evaluate_graded, evaluate_pairs
 from src.generation.engine import Engine
 from src.generation.sampling import Sampling
 from src.logs import RunLog
@@ -19,6 +20,14 @@ from src.models.transformer import Transformer
 from src.parallel.setup import Parallel
 from src.settings.declaration import Settings, flat
 from src.settings.training import EvaluationSettings, RuledEvaluationSettings
+
+GradedData = list[Comparison] | list[Graded]
+# What a verifier's evaluation gives that is better when it is higher, by --objective.
+METRICS = {
+    "pairwise": ("accuracy", "margin"),
+    "pointwise": ("correlation",),
+    "classification": ("accuracy",),
+}
 
 
 @dataclass(frozen=True)
@@ -88,33 +97,31 @@ class SolverEvaluation:
 
 @dataclass(frozen=True)
 class VerifierEvaluation:
-    """Accuracy on held-out pairs; does nothing when no label file was given.
+    """How a verifier ranks held-out pairs, or grades; does nothing without a label file.
 
     notes: what a user should know of the label file's rows.
     """
 
     name: str
-    pairs: list[Comparison] | None
+    data: GradedData | None
     notes: list[str]
     batch_size: int
 
     @classmethod
     def read(
-        cls, settings: EvaluationSettings, tokenizer: Tokenizer, max_seq_len: int, must_fit: bool
+        cls,
+        settings: EvaluationSettings,
+        read: Callable[[str], tuple[GradedData, list[str]]],
+        objective: str,
     ) -> "VerifierEvaluation":
         """Read the label file. Raises UserError for it, and for a metric that there is not."""
-        pairs: list[Comparison] | None = None
+        data: GradedData | None = None
         notes: list[str] = []
         if settings.label_file is not None:
-            pairs, notes = comparisons(settings.label_file, tokenizer, max_seq_len, must_fit)
-        evaluation = cls(settings.task or "pairs", pairs, notes, settings.eval_batch_size)
-        check_metric(settings.keep_best, evaluation.metrics)
-        return evaluation
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """What `run` returns."""
-        return () if self.pairs is None else ("accuracy", "margin")
+            data, notes = read(settings.label_file)
+        name = settings.task or ("pairs" if objective == "pairwise" else "grades")
+        check_metric(settings.keep_best, METRICS[objective] if data is not None else ())
+        return cls(name, data, notes, settings.eval_batch_size)
 
     def run(
         self,
@@ -124,19 +131,26 @@ class VerifierEvaluation:
         parallel: Parallel,
         log: RunLog,
         settings: Settings,
+        objective: str = "pairwise",
     ) -> dict[str, float]:
         """The metrics. `moment`, such as "epoch 2", names the moment in the log and the files.
 
         number: the moment's place on the curves' axis.
         """
-        if self.pairs is None:
+        if self.data is None:
             return {}
-        summary, rows = evaluate_pairs(model, parallel, self.pairs, self.batch_size, log)
-        log.info(
-            f"after {moment}: {self.name}, pair accuracy {100 * summary['accuracy']:.1f} % on "
-            f"{summary['pairs']} pairs"
-        )
-        metrics = {name: summary[name] for name in self.metrics}
+        if objective == "pairwise":
+            compared = cast(list[Comparison], self.data)
+            summary, rows = evaluate_pairs(model, parallel, compared, self.batch_size, log)
+            share = f"pair accuracy {100 * summary['accuracy']:.1f} % on {summary['pairs']} pairs"
+        else:
+            graded = cast(list[Graded], self.data)
+            options = objective, self.batch_size, log
+            summary, rows = evaluate_graded(model, parallel, graded, *options)
+            metric = METRICS[objective][0]
+            share = f"{metric} {summary[metric]:.3f} on {summary['graded']} grades"
+        log.info(f"after {moment}: {self.name}, {share}")
+        metrics = {name: x for name, x in summary.items() if isinstance(x, float)}
         log.scalars(number, metrics, prefix=f"eval/{self.name}")
         _write(moment, summary, rows, parallel, log, settings)
         return metrics

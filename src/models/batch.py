@@ -240,6 +240,17 @@ def sequence_scores(model: Transformer, batch: Batch | PromptTree) -> Tensor:
     return model.scores(model(batch.tokens, batch.layout, batch.ends))
 
 
+def place_scores(model: Transformer, batch: Batch, places: list[list[int]]) -> Tensor:
+    """The score head at some tokens of each sequence, one after the other, [places], fp32.
+
+    places: of each sequence, within it.
+    """
+    starts = batch.layout.starts.tolist()
+    rows = [start + place for start, of_sequence in zip(starts, places) for place in of_sequence]
+    index = torch.tensor(rows, device=batch.tokens.device)
+    return model.scores(model(batch.tokens, batch.layout, index))
+
+
 def weighted_balance_loss(
     model: Transformer,
     batch: Batch | PromptTree,

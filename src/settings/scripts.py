@@ -94,12 +94,52 @@ class VerifierEvaluationSettings(EvaluationSettings):
     ] = False
 
 
+def unescaped(text: str | None) -> str | None:
+    r"""With line breaks and tabs for \n and \t, which a shell passes on as they are written."""
+    return None if text is None else text.replace("\\n", "\n").replace("\\t", "\t")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifierObjectiveSettings(Settings):
+    """What the verifier learns."""
+
+    objective: Annotated[
+        Literal["pairwise", "pointwise", "classification"],
+        "to rank the better output higher (pairwise), a score (pointwise), or the log odds of a "
+        "label, true or false (classification)",
+    ] = "pairwise"
+    step_separator: Annotated[
+        str | None,
+        "with pointwise and classification: what ends a step of an output, such as a line break; "
+        "each step has a score or a label, and is judged where it ends. \\n is a line break",
+    ] = None
+
+    @property
+    def separator(self) -> str | None:
+        """What ends a step."""
+        return unescaped(self.step_separator)
+
+    def problems(self) -> Iterator[str]:
+        if self.step_separator is not None and self.objective == "pairwise":
+            yield "--step_separator: has no effect with --objective pairwise"
+        if self.step_separator == "":
+            yield "--step_separator: is empty"
+
+
 @dataclass(frozen=True, kw_only=True)
 class VerifierTrainSettings(TrainSettings):
     """All that verifier_train.py knows."""
 
     data: PairDataSettings
+    objective: VerifierObjectiveSettings = VerifierObjectiveSettings()
     evaluation: VerifierEvaluationSettings = VerifierEvaluationSettings(eval_batch_size=64)
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        kind = self.objective.objective
+        if kind != "pairwise":
+            names = ("max_pairs_per_prompt", "ranked_pairs")
+            yield from idle(self.data, names, f"with --objective {kind}")
 
 
 # --- Using a model --------------------------------------------------------------------------------
@@ -248,8 +288,19 @@ class PairOrRowSettings(Settings):
     input_file: Annotated[str | None, CONTENT, "rows to score; needs --output_file"] = None
     output_file: Annotated[str | None, MAY_CHANGE, ".jsonl to write"] = None
     strict_length: StrictLength = False
+    step_separator: Annotated[
+        str | None,
+        "score each step of the rows' outputs: what ends one, as in training",
+    ] = None
+
+    @property
+    def separator(self) -> str | None:
+        """What ends a step."""
+        return unescaped(self.step_separator)
 
     def problems(self) -> Iterator[str]:
+        if self.step_separator is not None and self.input_file is None:
+            yield "--step_separator: has no effect without --input_file"
         measure, score = (self.label_file, self.log_dir), (self.input_file, self.output_file)
         half = any(None in pair and pair != (None, None) for pair in (measure, score))
         if (None in measure) == (None in score) or half:

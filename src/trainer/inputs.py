@@ -11,13 +11,14 @@ from src.data.encoding import (
     Prompt,
     TopK,
     comparisons,
+    graded_rows,
     labelled,
     prompt_sequences,
     solver_sequences,
     top_k_rows,
 )
 from src.errors import UserError
-from src.evaluation.training import SolverEvaluation, VerifierEvaluation
+from src.evaluation.training import GradedData, SolverEvaluation, VerifierEvaluation
 from src.evaluation.verifier import score_moments
 from src.inputs import (
     OpenedModel,
@@ -98,18 +99,28 @@ class SolverInputs:
 class VerifierInputs:
     """A verifier's training data and where it starts from.
 
-    row_notes: what a user should know of the train file's rows.
+    rows: comparisons, or graded responses; row_notes: what a user should know of the train file's
+    rows.
     """
 
     model: OpenedModel
     lora: LoRAConfig | None
     evaluation: VerifierEvaluation
-    pairs: list[Comparison]
+    rows: GradedData
     row_notes: list[str]
 
     @property
     def n_rows(self) -> int:
-        return len(self.pairs)
+        return len(self.rows)
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """All responses."""
+        return [
+            sequence
+            for row in self.rows
+            for sequence in (row.responses if isinstance(row, Comparison) else [row.sequence])
+        ]
 
     @property
     def notes(self) -> list[str]:
@@ -121,13 +132,18 @@ class VerifierInputs:
         """Read everything. Raises UserError, before any work, for whatever is wrong."""
         model, data = open_start(settings, parallel, head=None), settings.data
         limits = settings.batches.max_seq_len, settings.batches.strict_length
-        rules = PairRules(data.ranked_pairs, data.max_pairs_per_prompt, settings.run.seed)
-        return cls(
-            model,
-            lora_of(settings.lora, model.checkpoint),
-            VerifierEvaluation.read(settings.evaluation, model.tokenizer, *limits),
-            *comparisons(settings.data.train_file, model.tokenizer, *limits, rules),
-        )
+        kind, separator = settings.objective.objective, settings.objective.separator
+
+        def rows_of(path: str) -> tuple[GradedData, list[str]]:
+            if kind == "pairwise":
+                most, seed = data.max_pairs_per_prompt, settings.run.seed
+                rules = PairRules(data.ranked_pairs, most, seed)
+                return comparisons(path, model.tokenizer, *limits, rules)
+            return graded_rows(path, model.tokenizer, *limits, kind, separator)
+
+        lora = lora_of(settings.lora, model.checkpoint)
+        evaluation = VerifierEvaluation.read(settings.evaluation, rows_of, kind)
+        return cls(model, lora, evaluation, *rows_of(data.train_file))
 
     def save(
         self,
@@ -141,7 +157,7 @@ class VerifierInputs:
         notes = None
         if evaluation.normalize_scores:
             size = evaluation.eval_batch_size
-            mean, std = score_moments(model, parallel, self.pairs, size, log)
+            mean, std = score_moments(model, parallel, self.sequences, size, log)
             log.info(
                 f"scores on the train file: mean {mean:.4f}, standard deviation {std:.4f}; stored "
                 "with them"

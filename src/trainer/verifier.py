@@ -1,17 +1,21 @@
-"""Training the verifier (reward model) on pairs: −log σ(r_chosen − r_rejected).
+"""Training the verifier (reward model): on pairs, or on scores or labels of single responses.
 
-(arXiv 2203.02155, equation 1.)
+Of pairs −log σ(r_chosen − r_rejected) (arXiv 2203.02155, equation 1).
 """
+
+from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from src.data.encoding import Comparison
+from src.data.encoding import Comparison, Graded
 from src.models.batch import (
     Batch,
     PromptTree,
     pieces_of,
+    place_scores,
     sequence_scores,
     weighted_balance_loss,
 )
@@ -70,3 +74,56 @@ class VerifierObjective(Objective):
             model, batch, [1 / len(group) for group in groups for _ in group], denominator
         )
         return loss + balance, {"accuracy": correct / denominator, "balance_loss": balance.detach()}
+
+
+# What a score costs beside its grade, [places] → [places].
+GRADED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "pointwise": lambda scores, grades: (scores - grades).square(),
+    "classification": lambda scores, grades: F.binary_cross_entropy_with_logits(
+        scores, grades, reduction="none"
+    ),
+}
+
+
+class GradedObjective(Objective):
+    """The mean over a response's steps (or its end alone), and then over a batch's responses.
+
+    "pointwise": the squared distance from a score; "classification": the cross entropy of a label,
+    true or false, whose log odds the score is. Of steps: a process reward (arXiv 2305.20050).
+    """
+
+    stats: tuple[str, ...] = ("loss",)
+
+    def __init__(self, rows: list[Graded], kind: str, device: torch.device) -> None:
+        """kind: a key of `GRADED`."""
+        self.rows, self.cost, self.device = rows, GRADED[kind], device
+        self.stats += ("accuracy",) if kind == "classification" else ()
+        self.lengths = [len(row.sequence.tokens) for row in rows]
+        self.weights = [1] * len(rows)
+        self.needed = [len(row.places) for row in rows]
+
+    def pieces(self, row: int) -> list[tuple[int, int]]:
+        return [(self.lengths[row], 0)]
+
+    def loss(
+        self, model: Transformer, rows: list[int], denominator: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        chosen = [self.rows[i] for i in rows]
+        batch = Batch.of([row.sequence for row in chosen], self.device)
+        scores = place_scores(model, batch, [row.places for row in chosen])  # [places]
+        grades = torch.tensor([x for row in chosen for x in row.grades], device=self.device)
+        shares = [1 / len(row.places) for row in chosen for _ in row.places]
+        weights = torch.tensor(shares, device=self.device) / denominator
+        loss = (self.cost(scores, grades) * weights).sum()
+        right = (((scores.detach() > 0) == (grades > 0.5)) * weights).sum()
+        balance = weighted_balance_loss(model, batch, [1.0] * len(chosen), denominator)
+        return loss + balance, {"accuracy": right, "balance_loss": balance.detach()}
+
+
+def objective_of(rows: list[Comparison] | list[Graded], kind: str, model: Transformer) -> Objective:
+    """What --objective asks for."""
+    device = model.norm.weight.device
+    if kind == "pairwise":
+        compared = cast(list[Comparison], rows)
+        return VerifierObjective(compared, device, share_prompts=not model.config.n_experts)
+    return GradedObjective(cast(list[Graded], rows), kind, device)
