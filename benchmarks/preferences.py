@@ -5,8 +5,8 @@
 On the embedded arithmetic, by method and over seeds. For each seed: quickstart.py as a whole (what
 is there already is used). Then, from its SFT policy, each method of `METHODS`: the offline ones on
 the pairs that its verifier was trained on, 4 samples of each of 4,000 training prompts; online DPO
-on 2,048 of these prompts; best-of-n on the right ones of 4 samples of the 4,000. And distillation: a
-student of half the size, trained like the SFT policy, then on 4,000 of the prompts once more:
+on 2,048 of these prompts; best-of-n on the right ones of 4 samples of the 4,000. And distillation:
+a student of half the size, trained like the SFT policy, then on 4,000 of the prompts once more:
 supervised, or on its own answers by the quickstart's PPO policy. Greedy accuracy on 600 held-out
 problems. Methods share the cores: one process of one thread each.
 """

@@ -15,9 +15,12 @@ LONG = (
     "generation/test_generation.py",
     "faults/test_changed.py",
     "trainer/test_steps.py",
+    "trainer/test_preference.py",
+    "trainer/test_distillation.py",
     "models/test_parity.py",
     "kernels/test_kernels.py",
     "test_scripts.py",
+    "test_preference_scripts.py",
     "trainer/test_saving.py",
     "test_cli.py",
     "test_families.py",
@@ -31,6 +34,9 @@ LONG = (
     "generation/test_session.py",
     "generation/test_journal.py",
 )
+
+# Files whose checks are all made by one run of tests/trainer/worker.py at each number of ranks.
+ONE_LAUNCH = {f"trainer/test_{name}.py" for name in ("steps", "preference", "distillation")}
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # each process takes its share of the cores
     os.environ["LOCAL_WORLD_SIZE"] = os.environ["PYTEST_XDIST_WORKER_COUNT"]
@@ -62,12 +68,14 @@ def pytest_configure(config):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """What shares launches runs in one process: a file's tests, and all of `tests/ppo`."""
+    """What shares launches runs in one process: a file's tests, and several files of a part."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Together(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             file = nodeid.partition("::")[0]
+            if file.removeprefix("tests/") in ONE_LAUNCH:
+                return "tests/trainer"
             return "tests/ppo" if file.startswith("tests/ppo/") else file
 
     return Together(config, log)

@@ -15,7 +15,9 @@ from src.settings.declaration import (
     defaults,
     find_problems,
 )
+from src.settings.distillation import DistillTrainSettings
 from src.settings.ppo import PPOTrainSettings
+from src.settings.preference import PreferenceTrainSettings
 from src.settings.scripts import (
     SolverEvaluateSettings,
     SolverGenerateSettings,
@@ -137,6 +139,7 @@ FREE = {
     *("rollout_model_parallel_size", "critic_model_parallel_size", "reward_model_parallel_size"),
     *("rollout_batch_size", "eval_batch_size", "max_batch_size", "accumulation_steps"),
     *("max_tokens_per_batch", "output_file", "dry_run", "world_size"),
+    *("cache_reference", "teacher_model_parallel_size", "offload_teacher", "best_of"),
 }
 # What a saved step holds depends on them: they can never be others.
 FIXED_NAMES = {"lora_rank", "lora_targets", "freeze_layers", "shared_trunk", "ref_ema"}
@@ -144,6 +147,8 @@ SCRIPTS = (
     SolverTrainSettings,
     VerifierTrainSettings,
     PPOTrainSettings,
+    PreferenceTrainSettings,
+    DistillTrainSettings,
     SolverGenerateSettings,
     SolverEvaluateSettings,
 )
@@ -158,7 +163,7 @@ def test_what_may_change_and_whose_content_counts(script):
         assert (FIXED in setting.marks) == (name in FIXED_NAMES), name
 
 
-@pytest.mark.parametrize("script", SCRIPTS[:3])
+@pytest.mark.parametrize("script", SCRIPTS[:5])
 def test_the_names_of_what_may_be_changed_are_settings_that_can_be(script):
     required = [name for name, setting in declared(script).items() if setting.is_required]
 

@@ -49,7 +49,6 @@ class TeacherSettings(Settings):
     ] = 0.0
     teacher_quantize: Annotated[
         Literal["nf4", "int8"] | None,
-        MAY_CHANGE,
         "keep the linear layers of the teacher in 4 or 8 bits",
     ] = None
     teacher_model_parallel_size: Annotated[

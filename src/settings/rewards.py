@@ -109,7 +109,7 @@ class BestOfSettings(Settings):
     reward_file: Annotated[
         str | None, CONTENT, "FILE.py:FUNCTION, called as PPO's --reward_file is"
     ] = None
-    task: Annotated[str | None, MAY_CHANGE, "whose rule is applied; GSM8K's when not given"] = None
+    task: Annotated[str | None, "whose rule is applied; GSM8K's when not given"] = None
     rule: Rule = None
 
     @property

@@ -44,6 +44,7 @@ from src.settings.scripts import (
     VerifierEvaluationSettings,
     VerifierTrainSettings,
 )
+from src.trainer.reference import check_cache
 
 
 @dataclass(frozen=True)
@@ -200,6 +201,7 @@ class PreferenceInputs:
         batches, cache = settings.batches, settings.preference.cache_reference
         if cache is not None:
             check_writable(cache, ".safetensors", train_file)
+            check_cache(cache)
         limits = settings.generation.max_new_tokens, batches.max_seq_len
         evaluation = SolverEvaluation.read(settings.evaluation, tokenizer, *limits)
         if settings.online.online:

@@ -111,24 +111,13 @@ class Cache:
         """[lists or None, why they are not used or ""]."""
         if not self.path.exists():
             return [None, ""]
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                before = json.loads((file.metadata() or {})["key"])
-                tensors = [
-                    (file.get_tensor(f"{i}/logprobs").tolist(), file.get_tensor(f"{i}/sizes"))
-                    for i in range(len(list(file.keys())) // 2)
-                ]
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise UserError(
-                f"--cache_reference {self.path}: is no file of the reference's log-probabilities "
-                f"({error}); name another, or remove it"
-            ) from None
+        before, tensors = read_cache(self.path)
         changed = [name for name in self.key if before.get(name) != self.key[name]]
         if changed:
             return [None, f"another {', '.join(changed)}"]
         lists = []
         for numbers, sizes in tensors:
-            rest = iter(numbers)
+            rest = iter(numbers.tolist())
             lists.append([[next(rest) for _ in range(size)] for size in sizes.tolist()])
         return [lists, ""]
 
@@ -151,6 +140,30 @@ class Cache:
             unfinished.replace(self.path)
         except OSError as error:
             raise UserError(f"--cache_reference {self.path}: {error.strerror}") from None
+
+
+def read_cache(path: Path) -> tuple[dict[str, str], list[tuple[Tensor, Tensor]]]:
+    """A cache's key, and of each list its numbers and each row's count of them.
+
+    Raises UserError for a file that is none of ours.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            n = len(list(file.keys())) // 2
+            key = json.loads((file.metadata() or {})["key"])
+            names = [(f"{i}/logprobs", f"{i}/sizes") for i in range(n)]
+            return key, [(file.get_tensor(a), file.get_tensor(b)) for a, b in names]
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise UserError(
+            f"--cache_reference {path}: is no file of the reference's log-probabilities ({error}); "
+            "name another, or remove it"
+        ) from None
+
+
+def check_cache(path: str) -> None:
+    """Raise UserError where a cache is to be that is something else."""
+    if Path(path).exists():
+        read_cache(Path(path))
 
 
 def score_all(

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import pytest
 
 from src.errors import UserError
-from src.settings import ppo, scripts
+from src.settings import distillation, ppo, preference, scripts
 from src.settings.declaration import (
     CONTENT,
     MAY_CHANGE,
@@ -32,6 +32,8 @@ from tests.launch import ROOT
 SCRIPTS = {
     "solver_train.py": scripts.SolverTrainSettings,
     "verifier_train.py": scripts.VerifierTrainSettings,
+    "preference_train.py": preference.PreferenceTrainSettings,
+    "distill_train.py": distillation.DistillTrainSettings,
     "ppo_train.py": ppo.PPOTrainSettings,
     "solver_generate.py": scripts.SolverGenerateSettings,
     "solver_score.py": scripts.SolverScoreSettings,

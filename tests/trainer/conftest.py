@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.launch import launch
-from tests.trainer.tiny import save_experts, save_llama
+from tests.trainer.tiny import VOCAB, save_experts, save_llama
 from tests.trainer.worker import all_checks
 
 LAYOUTS = {
@@ -23,6 +23,9 @@ def folder(tmp_path_factory):
     save_llama(folder / "lm", "lm", 0)
     save_llama(folder / "score", "score", 1)
     save_llama(folder / "reference", "lm", 5)
+    # As a larger model of a family may have: more rows in the vocabulary than there are ids.
+    sizes = dict(vocab_size=VOCAB + 7, hidden_size=48, num_hidden_layers=3, num_key_value_heads=8)
+    save_llama(folder / "teacher", "lm", 6, **sizes)
     save_experts(folder / "experts")
     return folder
 

@@ -22,7 +22,7 @@ PAD = 0  # never inside a sequence: transformers' classifier finds the last toke
 EOS = 2
 
 
-def save_llama(folder: Path, head: str = "lm", seed: int = 0) -> Path:
+def save_llama(folder: Path, head: str = "lm", seed: int = 0, **sizes: int) -> Path:
     """A Hugging Face folder with large enough weights for every part to matter.
 
     Grouped heads, degrees 1, 2 and 4.
@@ -34,13 +34,16 @@ def save_llama(folder: Path, head: str = "lm", seed: int = 0) -> Path:
     )
 
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    shape = dict(
         vocab_size=VOCAB,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=8,
         num_key_value_heads=4,
+    )
+    config = LlamaConfig(
+        **{**shape, **sizes},
         max_position_embeddings=64,
         initializer_range=0.2,
         rms_norm_eps=1e-5,

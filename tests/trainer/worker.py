@@ -15,16 +15,24 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from src.checkpoint.source import Checkpoint
 from src.data.encoding import Comparison
+from src.evaluation.logprobs import score_responses
 from src.evaluation.verifier import evaluate_pairs
+from src.generation.engine import Completion, Engine, generate_sharded
+from src.generation.sampling import Sampling
 from src.logs import RunLog
 from src.models.batch import Sequence
 from src.models.lora import LoRAConfig, add_lora
 from src.models.transformer import Transformer
 from src.parallel import vocab
 from src.parallel.setup import Parallel, start, stop
+from src.settings.declaration import build
+from src.settings.distillation import DistillTrainSettings
 from src.settings.preference import PAIR_LOSSES
 from src.settings.scripts import TrainSettings
+from src.trainer.distillation import Distance, DistillationObjective, KeptTeacher
+from src.trainer.distillation_setup import load_teacher
 from src.trainer.fit import fit
 from src.trainer.losses import Knobs
 from src.trainer.optimizer import Optimizer
@@ -32,7 +40,7 @@ from src.trainer.preference import Mismatched, PreferenceObjective, mismatched
 from src.trainer.reference import KeptReference, LiveReference, score_all
 from src.trainer.solver import SolverObjective
 from src.trainer.verifier import VerifierObjective
-from tests.trainer.tiny import VOCAB, ours, some_sequences, training, whole_weights
+from tests.trainer.tiny import EOS, VOCAB, ours, some_sequences, training, whole_weights
 
 # Five steps, the last of five rows: uneven at any number of ranks.
 ROWS, BATCH, LR, WARMUP = 37, 8, 2e-3, 0.5
@@ -75,6 +83,19 @@ PREFERENCE_RUNS = {
     "kto, the reference kept": (["kto"], 1, {"kept": True}),
     "dpo, lora": (["dpo"], 1, {"lora": True}),
     "dpo, experts": (["dpo"], 2, {"model": "experts", "share_prompts": False}),
+}
+# name: (β, micro-batches, more settings); the teacher has other sizes, and in some its own degree.
+DISTILLATION_RUNS = {
+    "distilled, forward": (0.0, 1, {}),
+    "distilled, forward, micro-batches": (0.0, 3, {}),
+    "distilled, reverse": (1.0, 1, {}),
+    "distilled, js": (0.3, 1, {}),
+    "distilled, js, the teacher alone on each rank": (0.3, 2, {"degree": 1}),
+    "distilled, js, the teacher on half of the ranks": (0.3, 2, {"degree": "half"}),
+    "distilled, js, the teacher in host memory": (0.3, 1, {"offload": True}),
+    "distilled, js, in small chunks of logits": (0.3, 1, {"logits_at_once": 5 * VOCAB}),
+    "distilled, top 6": (0.0, 1, {"k": 6}),
+    "distilled, own answers": (0.3, 1, {"on_policy": 0.6}),
 }
 KNOBS = Knobs(0.3, 0.2, 0.4, 1.5, 0.7)
 
@@ -151,6 +172,47 @@ def preference_run(
     vocab.LOGITS_AT_ONCE = more.get("logits_at_once", before)
     plan = settings(VERIFIER_BATCH, micro, parallel, more)
     result = trained(model, optimizer, objective, plan, parallel)
+    vocab.LOGITS_AT_ONCE = before
+    return result
+
+
+def distillation_run(folder: Path, parallel: Parallel, beta: float, micro: int, more: dict) -> dict:
+    """A student beside a teacher of other sizes: 3 layers, a width and a vocabulary of its own."""
+    model, teacher = ours(folder / "lm", parallel), Checkpoint.open(str(folder / "teacher"))
+    optimizer = Optimizer(model, parallel, WEIGHT_DECAY, MAX_GRAD_NORM)
+    sequences, distance = some_sequences(ROWS), Distance(beta)
+    degree = more.get("degree")
+    degree = max(1, parallel.mp_size // 2) if degree == "half" else degree
+    flags = {
+        "ckpt_dir": "-",
+        "save_dir": "-",
+        "train_file": "-",
+        "teacher_ckpt_dir": "-",
+        "teacher_model_parallel_size": degree,
+        "offload_teacher": more.get("offload", False),
+    }
+    given = {name: value for name, value in flags.items() if value is not None}
+    plan = build(DistillTrainSettings, given)
+    live = load_teacher(plan, teacher, model.config, distance, torch.float32, parallel)
+    held = live
+    if k := more.get("k"):
+        with RunLog(None, "test", {}, rank=1) as log, torch.no_grad():
+            whole = ours(folder / "teacher", parallel)
+            scored = score_responses(whole, parallel, sequences, 1.0, 4, log, k)
+        tops = [x.top_tokens for x in scored], [x.top_logprobs for x in scored]
+        held = KeptTeacher(*tops, distance, parallel.device)
+    sample, share = None, more.get("on_policy", 0.0)
+    if share:
+        engine = Engine(model, parallel, 4, 32)
+
+        def sample(prompts: list[list[int]], numbers: list[int]) -> list[Completion]:
+            sampling = Sampling(max_new_tokens=6, temperature=1.0, seed=SEED)
+            return generate_sharded(engine, prompts, sampling, {EOS}, numbers)
+
+    objective = DistillationObjective(sequences, held, parallel, sample, share, BATCH, SEED)
+    before = vocab.LOGITS_AT_ONCE
+    vocab.LOGITS_AT_ONCE = more.get("logits_at_once", before)
+    result = trained(model, optimizer, objective, settings(BATCH, micro, parallel, more), parallel)
     vocab.LOGITS_AT_ONCE = before
     return result
 
@@ -291,6 +353,10 @@ def all_checks(folder: Path, mp_sizes: list[int]) -> None:
         }
         results |= {
             name: preference_run(folder, parallel, *run) for name, run in PREFERENCE_RUNS.items()
+        }
+        results |= {
+            name: distillation_run(folder, parallel, *run)
+            for name, run in DISTILLATION_RUNS.items()
         }
         results["poisoned"] = poisoned(folder, parallel)
         results["pairs"] = measure(folder, parallel)
