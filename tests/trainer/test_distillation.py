@@ -40,7 +40,7 @@ def test_the_first_loss_is_trl_s(results, layout, folder, run):
 @pytest.mark.parametrize("run", RUNS)
 def test_a_run_takes_the_same_steps_at_any_layout(results, layout, run):
     got, one = results[layout][run], results["one rank"][run]
-    assert any(step["grad_norm"] > worker.MAX_GRAD_NORM for step in one["history"])
+    assert apart(one["weights"], one["first"]) > 30 * TOLERANCE
     for step, other in zip(got["history"], one["history"]):
         assert step["loss"] == pytest.approx(other["loss"], rel=TOLERANCE)
         assert step["grad_norm"] == pytest.approx(other["grad_norm"], rel=TOLERANCE)
