@@ -4,15 +4,30 @@ TRL's trainers, and a plain padded transformers loop. Each run is a process of i
 `training.py`; it prints one line of JSON.
 """
 
+import copy
 import time
 from pathlib import Path
 
 import torch
 
+VOCABULARY = 32_000
+
 
 def padded(rows: list[list[int]], fill: int = 0) -> torch.Tensor:
     longest = max(map(len, rows))
     return torch.tensor([row + [fill] * (longest - len(row)) for row in rows])
+
+
+def sides(model, batch: list) -> torch.Tensor:
+    """Σ log p of the chosen and then of the rejected responses, [2 · batch]."""
+    rows = [pair[0] for pair in batch] + [pair[1] for pair in batch]
+    prompts = [pair[2] for pair in batch] * 2
+    ids, mask = padded(rows), padded([[1] * len(row) for row in rows])
+    logits = model(ids, attention_mask=mask).logits[:, :-1].float()
+    logprobs = logits.log_softmax(-1).gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1)
+    place = torch.arange(1, ids.size(1))
+    wanted = (place >= torch.tensor(prompts).unsqueeze(1)) & (mask[:, 1:] > 0)
+    return (logprobs * wanted).sum(-1)
 
 
 def plain_loop(folder: Path, job: dict) -> dict:
@@ -22,15 +37,35 @@ def plain_loop(folder: Path, job: dict) -> dict:
     """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    verifier = job["task"] == "verifier"
+    verifier, preference = job["task"] == "verifier", job["task"].startswith("dpo")
     kind = AutoModelForSequenceClassification if verifier else AutoModelForCausalLM
     model = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").train()
     model.config.pad_token_id = 0
+    frozen = copy.deepcopy(model).requires_grad_(False) if preference else None
+    ratios = [] if job["task"] == "dpo-kept" else None  # of the reference, found before
+
+    def margins(batch: list) -> torch.Tensor:
+        """log p(chosen) − log p(rejected) of the reference, [batch]."""
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=in_bf16):
+            chosen, rejected = sides(frozen, batch).chunk(2)
+        return chosen - rejected
+
+    in_bf16 = job["dtype"] == "bf16"
+    if ratios is not None:
+        ratios = [margins(batch) for batch in job["batches"]]
+        frozen = None
     optimizer = torch.optim.AdamW(model.parameters(), lr=job["lr"], weight_decay=0.0, fused=True)
     losses, ends = [], []
-    for batch in job["batches"]:
-        with torch.autocast("cpu", torch.bfloat16, enabled=job["dtype"] == "bf16"):
-            if verifier:
+    for number, batch in enumerate(job["batches"]):
+        reference = None
+        if preference:
+            reference = margins(batch) if ratios is None else ratios[number]
+        with torch.autocast("cpu", torch.bfloat16, enabled=in_bf16):
+            if preference:
+                chosen, rejected = sides(model, batch).chunk(2)
+                margin = 0.1 * (chosen - rejected - reference)
+                loss = -torch.nn.functional.logsigmoid(margin).mean()
+            elif verifier:
                 rows = [pair[0] for pair in batch] + [pair[1] for pair in batch]
                 mask = padded([[1] * len(row) for row in rows])
                 scores = model(padded(rows), attention_mask=mask).logits.squeeze(-1)  # [2 · batch]
@@ -52,12 +87,12 @@ def plain_loop(folder: Path, job: dict) -> dict:
 
 
 def trl(folder: Path, job: dict) -> dict:
-    """SFTTrainer on completions only, or RewardTrainer.
+    """SFTTrainer on completions only, RewardTrainer, or DPOTrainer.
 
     Without what costs time: recomputation, saving, reports.
     """
     from datasets import Dataset
-    from tokenizers import Tokenizer, models
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import (
         AutoModelForCausalLM,
         AutoModelForSequenceClassification,
@@ -65,7 +100,11 @@ def trl(folder: Path, job: dict) -> dict:
         TrainerCallback,
     )
 
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2}, unk_token="<pad>"))
+    named = {"<pad>": 0, "<s>": 1, "</s>": 2}
+    vocabulary = named | {f"w{i}": i for i in range(3, VOCABULARY)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    texts = {i: word for word, i in vocabulary.items()}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     )
@@ -115,6 +154,31 @@ def trl(folder: Path, job: dict) -> dict:
             model=model,
             args=RewardConfig(disable_dropout=False, **common),
             train_dataset=data,
+            processing_class=tokenizer,
+            callbacks=[Clock()],
+        )
+    elif job["task"].startswith("dpo"):
+        from trl import DPOConfig, DPOTrainer
+
+        def spelled(ids: list[int]) -> str:
+            return " ".join(texts[i] for i in ids)
+
+        data = [
+            {
+                "prompt": spelled(chosen[:n]),
+                "chosen": f" {spelled(chosen[n:])}",
+                "rejected": f" {spelled(rejected[n:])}",
+            }
+            for chosen, rejected, n in rows
+        ]
+        model, reference = (
+            AutoModelForCausalLM.from_pretrained(folder, **loaded) for _ in range(2)
+        )
+        trainer = DPOTrainer(
+            model=model,
+            ref_model=reference,
+            args=DPOConfig(beta=0.1, **common),
+            train_dataset=Dataset.from_list(data),
             processing_class=tokenizer,
             callbacks=[Clock()],
         )

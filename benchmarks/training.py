@@ -1,7 +1,7 @@
 """Training beside other software, on the same rows in the same order, and beside the machine.
 
     python benchmarks/training.py --train_file GSM8K/train.jsonl --out docs/performance-training.md
-    # one table of the five
+    # one table of the seven
     python benchmarks/training.py --train_file GSM8K/train.jsonl --only sft
 
 The machine: what it could do. The 58M Llama with random weights, batches of 8, AdamW without decay,
@@ -31,16 +31,24 @@ from src.cli import run
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BATCH, LR, WARM = 8, 1e-4, 5  # steps that are not timed
 # "quickest" is what made TRL so on the machine that the tables are from.
+KEPT = {"precompute_ref_log_probs": True}
 TRL_SETTINGS = {
-    "quickest": {"sft": {"padding_free": True, "torch_compile": True}, "verifier": {}},
-    "padding_free": {"sft": {"padding_free": True}, "verifier": {}},
-    "compiled": {"sft": {"torch_compile": True}, "verifier": {"torch_compile": True}},
-    "default": {"sft": {}, "verifier": {}},
+    "quickest": {"sft": {"padding_free": True, "torch_compile": True}},
+    "padding_free": {"sft": {"padding_free": True}},
+    "compiled": dict.fromkeys(("sft", "verifier", "dpo", "dpo-kept"), {"torch_compile": True}),
+    "default": {},
+}
+# What is trained: its title, and what is counted.
+TASKS = {
+    "sft": ("SFT", "examples"),
+    "verifier": ("Verifier", "pairs"),
+    "dpo": ("DPO", "pairs"),
+    "dpo-kept": ("DPO, the reference's log-probabilities kept", "pairs"),
 }
 
 
 def ours(folder: Path, job: dict) -> dict:
-    """Our own loop, as solver_train.py and verifier_train.py run it."""
+    """Our own loop, as solver_train.py, verifier_train.py and preference_train.py run it."""
     from src.checkpoint.load import load_model
     from src.checkpoint.source import Checkpoint
     from src.data.encoding import Comparison
@@ -50,19 +58,34 @@ def ours(folder: Path, job: dict) -> dict:
     from src.settings.declaration import build
     from src.settings.scripts import SolverTrainSettings
     from src.trainer import fit as fitting
+    from src.trainer.losses import Knobs
+    from src.trainer.objective import Objective
     from src.trainer.optimizer import Optimizer
+    from src.trainer.preference import PreferenceObjective
+    from src.trainer.reference import KeptReference, LiveReference, score_all
     from src.trainer.solver import SolverObjective
     from src.trainer.verifier import VerifierObjective
 
     parallel = start(job.get("mp"))
-    verifier = job["task"] == "verifier"
-    checkpoint, head = Checkpoint.open(str(folder)), "score" if verifier else "lm"
-    model = load_model(checkpoint, parallel, DTYPES[job["dtype"]], head).train()
+    task, dtype = job["task"], DTYPES[job["dtype"]]
+    checkpoint, head = Checkpoint.open(str(folder)), "score" if task == "verifier" else "lm"
+    model = load_model(checkpoint, parallel, dtype, head).train()
     rows = [row for batch in job["batches"] for row in batch]
-    if verifier:
+    objective: Objective
+    if task != "sft":
         pairs = [[Sequence(tokens, row[2]) for tokens in row[:2]] for row in rows]
         comparisons = [Comparison.of_sides([chosen], [rejected]) for chosen, rejected in pairs]
+        groups = [c.responses for c in comparisons]
+    if task == "verifier":
         objective = VerifierObjective(comparisons, parallel.device)
+    elif task == "dpo":
+        reference = LiveReference(load_model(checkpoint, parallel, dtype, head), True)
+        objective = PreferenceObjective(comparisons, [(1, "dpo")], Knobs(), reference, parallel)
+    elif task == "dpo-kept":
+        with RunLog(None, "benchmark", {}, 1) as log:
+            numbers = score_all(model, groups, True, BATCH, parallel, log)
+        kept = KeptReference(numbers, parallel.device)
+        objective = PreferenceObjective(comparisons, [(1, "dpo")], Knobs(), kept, parallel)
     else:
         objective = SolverObjective([Sequence(**row) for row in rows], parallel.device)
     order = iter(range(len(rows)))
@@ -162,9 +185,9 @@ def make_batches(
 
 
 def model_for(task: str, work: Path) -> Path:
-    if task == "sft":
-        return make_model(work / "58m")
-    return make_model(work / "58m-score", head="score")
+    if task == "verifier":
+        return make_model(work / "58m-score", head="score")
+    return make_model(work / "58m")
 
 
 def prepared(
@@ -191,13 +214,13 @@ def beside_others(
 
     Of ours, of TRL's trainer, and of a plain transformers loop.
     """
-    title, unit = {"sft": ("SFT", "examples"), "verifier": ("Verifier", "pairs")}[task]
+    title, unit = TASKS[task]
     lines = [
         f"| {title} | ours, {unit}/s | TRL | ratio | plain loop | ratio "
         "| ours, GB | TRL, GB | ratio | MFU | losses apart |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    settings = TRL_SETTINGS[trl][task]
+    settings = TRL_SETTINGS[trl].get(task, {}) | (KEPT if task == "dpo-kept" else {})
     for dtype in DTYPES:
         folder, job_file = prepared(task, dtype, train_file, work, steps, trl=settings)
         runs = {name: partial(launch, name, folder, job_file) for name in ("ours", "trl", "plain")}
@@ -323,7 +346,7 @@ def start_up(train_file: str, work: Path, rounds: int) -> list[str]:
 def main(
     train_file: str,
     out: str | None = None,
-    only: Literal["sft", "verifier", "ranks", "length", "start"] | None = None,
+    only: Literal["sft", "verifier", "dpo", "dpo-kept", "ranks", "length", "start"] | None = None,
     rounds: int = 3,
     steps: int = 20,
     work_dir: str | None = None,
@@ -344,8 +367,10 @@ def main(
         work = Path(work_dir or temporary)
         work.mkdir(parents=True, exist_ok=True)
         tables = {
-            "sft": lambda: beside_others("sft", train_file, work, rounds, steps, trl),
-            "verifier": lambda: beside_others("verifier", train_file, work, rounds, steps, trl),
+            **{
+                task: partial(beside_others, task, train_file, work, rounds, steps, trl)
+                for task in TASKS
+            },
             "ranks": lambda: ranks_against_process(train_file, work, rounds, steps),
             "length": lambda: length_of_the_run(train_file, work),
             "start": lambda: start_up(train_file, work, rounds),
