@@ -32,7 +32,8 @@ def usage(recipe) -> list[str]:
     """The command in the head of a recipe, as words."""
     head = recipe.read_text().split("\n\n")[0]
     lines = [line.removeprefix("#").strip() for line in head.splitlines()]
-    start = next(i for i, line in enumerate(lines) if line.startswith("torchrun"))
+    # Of several commands the last is the recipe's.
+    start = max(i for i, line in enumerate(lines) if line.startswith("torchrun"))
     command = ""
     for line in lines[start:]:
         command += line.removesuffix("\\")
@@ -61,12 +62,14 @@ def test_a_recipe_goes_with_its_script(recipe, tiny):
         out = must(script, *plan).out
     else:
         data = tiny / "data"
-        rows = data / ("verifier_train.json" if "verifier" in script else "train.json")
+        of_pairs = script in ("verifier_train.py", "preference_train.py")
+        rows = data / ("verifier_train.json" if of_pairs else "train.json")
         files = {
             "ckpt_dir": tiny / "start",
             "actor_ckpt_dir": tiny / "start",
             "critic_ckpt_dir": tiny / "verifier",
             "reward_model_ckpt_dir": tiny / "verifier",
+            "teacher_ckpt_dir": tiny / "start",
             "train_file": rows,
         }
         writes = {name: tiny / f"out-{name}" for name in named if name.endswith("save_dir")}

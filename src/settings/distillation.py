@@ -74,11 +74,6 @@ class TeacherSettings(Settings):
         if not self.is_live:
             of_model = ("teacher_quantize", "teacher_model_parallel_size", "offload_teacher")
             yield from idle(self, of_model, "without --teacher_ckpt_dir")
-            if self.on_policy:
-                yield (
-                    f"--on_policy {self.on_policy}: a teacher must see the student's outputs; give "
-                    "--teacher_ckpt_dir"
-                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,14 +89,20 @@ class DistillTrainSettings(TrainSettings):
         generation, task = self.generation, self.evaluation.task
         if task and self.evaluation.label_file is None:
             yield f"--task {task}: has no effect without --label_file to measure on"
+        teacher, is_plan = self.teacher, self.dry_run.dry_run  # which may lack folders
+        if teacher.on_policy and not teacher.is_live and not is_plan:
+            yield (
+                f"--on_policy {teacher.on_policy}: a teacher must see the student's outputs; give "
+                "--teacher_ckpt_dir"
+            )
         if generation.temperature == 0:
             yield "--temperature 0: both models' logits are divided by it; give one above 0"
-        if not self.teacher.is_live and generation.temperature != 1:
+        if not teacher.is_live and generation.temperature != 1:
             yield (
                 f"--temperature {generation.temperature}: what solver_score.py wrote is at its own "
                 "--temperature; leave it out"
             )
-        if not self.teacher.on_policy:
+        if not teacher.on_policy:
             yield from idle(
                 generation, ("min_new_tokens", "top_p", "top_k", "min_p"), "without --on_policy"
             )

@@ -56,8 +56,11 @@ class LiveTeacher:
     """A frozen model: its trunk at a degree of its own, its output layer cut like the student's."""
 
     def __init__(self, stage: Stage, head: Tensor, distance: Distance, whole: Parallel) -> None:
-        """stage: with the role "teacher"; head: the output layer's rows of this rank's part of the
-        student's vocabulary, [vocabulary / n, dim]; whole: the run's division."""
+        """stage: with the role "teacher"; whole: the run's division.
+
+        head: the output layer's rows of this rank's part of the student's vocabulary,
+        [vocabulary / n, dim].
+        """
         self.stage, self.head, self.of, self.whole = stage, head, distance, whole
         self.role = stage.roles["teacher"]
         self.model = self.role.model

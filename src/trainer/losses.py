@@ -78,50 +78,61 @@ def ipo(sides: Sides, knobs: Knobs) -> Tensor:
 
 
 def cdpo(sides: Sides, knobs: Knobs) -> Tensor:
-    """(1 − ε) · dpo + ε · dpo of the pair turned round (Mitchell, "A note on DPO with noisy
-    preferences & relationship to IPO", 2023, equation 3)."""
+    """(1 − ε) · dpo + ε · dpo of the pair turned round: conservative DPO.
+
+    (Mitchell, "A note on DPO with noisy preferences & relationship to IPO", 2023.)
+    """
     x, noise = knobs.beta * sides.margin, knobs.label_smoothing
     return -(1 - noise) * F.logsigmoid(x) - noise * F.logsigmoid(-x)
 
 
 def robust(sides: Sides, knobs: Knobs) -> Tensor:
-    """DPO's loss without the bias of labels flipped with probability ε (arXiv 2403.00409,
-    equation 12)."""
+    """DPO's loss without the bias of labels that are flipped with probability ε.
+
+    (rDPO, arXiv 2403.00409.) ((1 − ε) · dpo − ε · dpo of the pair turned round) / (1 − 2ε).
+    """
     x, noise = knobs.beta * sides.margin, knobs.label_smoothing
     return (noise * F.logsigmoid(-x) - (1 - noise) * F.logsigmoid(x)) / (1 - 2 * noise)
 
 
 def sppo(sides: Sides, knobs: Knobs) -> Tensor:
-    """(r_w − 1 / 2η)² + (r_l + 1 / 2η)², r the log-ratio and η = β (SPPO, arXiv 2405.00675,
-    equation 4.7, with hard probabilities: 1 for the better, 0 for the worse)."""
+    """(r_w − 1 / 2η)² + (r_l + 1 / 2η)², r the log-ratio and η = β.
+
+    (SPPO, arXiv 2405.00675, equation 4.7, with hard probabilities: 1 for the better, 0 for the
+    worse.)
+    """
     chosen, rejected = sides.ratios
     half = 1 / (2 * knobs.beta)
     return (chosen - half).square() + (rejected + half).square()
 
 
 def hinge(sides: Sides, knobs: Knobs) -> Tensor:
-    """max(0, 1 − β · margin) (SLiC with log-ratios: RSO, arXiv 2309.06657, equation 10)."""
+    """max(0, 1 − β · margin) (RSO's hinge-norm loss, arXiv 2309.06657)."""
     return F.relu(1 - knobs.beta * sides.margin)
 
 
 def apo_zero(sides: Sides, knobs: Knobs) -> Tensor:
-    """1 − σ(β r_w) + σ(β r_l): better than the model's own outputs (APO, arXiv 2408.06266,
-    equation 7)."""
+    """1 − σ(β r_w) + σ(β r_l), where the better is better than the model's own outputs.
+
+    (APO, arXiv 2408.06266, equation 7.)
+    """
     chosen, rejected = (knobs.beta * ratio for ratio in sides.ratios)
     return 1 - chosen.sigmoid() + rejected.sigmoid()
 
 
 def apo_down(sides: Sides, knobs: Knobs) -> Tensor:
-    """σ(β r_w) + 1 − σ(β · margin): both worse than the model's own outputs (APO, arXiv
-    2408.06266, equation 8)."""
+    """σ(β r_w) + 1 − σ(β · margin), where both are worse than the model's own outputs.
+
+    (APO, arXiv 2408.06266, equation 8.)
+    """
     return (knobs.beta * sides.ratios[0]).sigmoid() + 1 - (knobs.beta * sides.margin).sigmoid()
 
 
 def orpo(sides: Sides, knobs: Knobs) -> Tensor:
-    """−log p_w + λ · −log σ(log odds_w − log odds_l), λ = β (ORPO, arXiv 2403.07691, equations 3
-    to 7).
+    """−log p_w − λ log σ(log odds_w − log odds_l), λ = β.
 
-    p is the mean over tokens in log space (their equation 1), odds = p / (1 − p).
+    (ORPO, arXiv 2403.07691, equations 4 to 7.) log p is the mean over a response's tokens, odds =
+    p / (1 − p).
     """
     chosen, rejected = sides.means
     log_odds = [x - log1mexp(x) for x in (chosen, rejected)]
@@ -129,8 +140,10 @@ def orpo(sides: Sides, knobs: Knobs) -> Tensor:
 
 
 def simpo(sides: Sides, knobs: Knobs) -> Tensor:
-    """−log σ(β (m_w − m_l) − γ), m the mean log-probability of a token (SimPO, arXiv 2405.14734,
-    equation 6)."""
+    """−log σ(β (m_w − m_l) − γ), m the mean log-probability of a token.
+
+    (SimPO, arXiv 2405.14734, equation 6.)
+    """
     chosen, rejected = sides.means
     return -F.logsigmoid(knobs.beta * (chosen - rejected - knobs.gamma_beta_ratio))
 
@@ -152,10 +165,9 @@ def log1mexp(x: Tensor) -> Tensor:
 
 
 def kto(ratios: Tensor, labels: Tensor, kl: Tensor, knobs: Knobs) -> Tensor:
-    """λ_D (1 − σ(β (r − z))) for a good response, λ_U (1 − σ(β (z − r))) for a bad one, [S]
-    (KTO, arXiv 2402.01306, equations 7 and 8, without the constant λ_y).
+    """λ_D (1 − σ(β (r − z))) for a good response, λ_U (1 − σ(β (z − r))) for a bad one, [S].
 
-    ratios: r = log π(y) / π_ref(y), [S]; labels: whether each is good, [S]; kl: z, the reference
+    (KTO, arXiv 2402.01306, equation 7, less a constant.) ratios: r = log π(y) / π_ref(y), [S]; labels: whether each is good, [S]; kl: z, the reference
     point, a number without gradient that is not negative.
     """
     signs = torch.where(labels, 1.0, -1.0).to(ratios)
