@@ -167,8 +167,9 @@ def log1mexp(x: Tensor) -> Tensor:
 def kto(ratios: Tensor, labels: Tensor, kl: Tensor, knobs: Knobs) -> Tensor:
     """λ_D (1 − σ(β (r − z))) for a good response, λ_U (1 − σ(β (z − r))) for a bad one, [S].
 
-    (KTO, arXiv 2402.01306, equation 7, less a constant.) ratios: r = log π(y) / π_ref(y), [S]; labels: whether each is good, [S]; kl: z, the reference
-    point, a number without gradient that is not negative.
+    (KTO, arXiv 2402.01306, equation 7, less a constant.) ratios: r = log π(y) / π_ref(y), [S];
+    labels: whether each is good, [S]; kl: z, the reference point, a number without gradient that is
+    not negative.
     """
     signs = torch.where(labels, 1.0, -1.0).to(ratios)
     weights = torch.where(labels, knobs.desirable_weight, knobs.undesirable_weight).to(ratios)
