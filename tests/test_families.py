@@ -1,7 +1,7 @@
 """Every family through all the scripts on two ranks.
 
-Training whole and by adapter, verifier, PPO, evaluation, and home again. What the models compute is
-tested elsewhere; here no script may stumble over a family.
+Training whole and by adapter, verifier, preferences, distillation, PPO, evaluation, and home again.
+What the models compute is tested elsewhere; here no script may stumble over a family.
 """
 
 import json
@@ -43,6 +43,14 @@ def commands_of(base: Path, data: Path) -> list[list[str]]:
     lora |= dict(lora_rank=2, quantize="nf4", freeze_layers=1)
     pairwise = dict(ckpt_dir=base / "lora", save_dir=verifier, train_file=pairs, label_file=pairs)
     pairwise |= dict(lora_rank=2)
+    aligned = dict(ckpt_dir=base / "solver", save_dir=base / "aligned", train_file=pairs)
+    aligned |= dict(loss="dpo,kto", lora_rank=2, cache_reference=base / "reference.safetensors")
+    online = dict(ckpt_dir=base / "solver", save_dir=base / "online", train_file=train_file)
+    online |= dict(online=True, reward="verifier", reward_model_ckpt_dir=verifier)
+    online |= dict(max_new_tokens=6, loss="orpo")
+    distilled = dict(ckpt_dir=base / "solver", save_dir=base / "distilled", train_file=train_file)
+    distilled |= dict(teacher_ckpt_dir=base / "start", teacher_model_parallel_size=1)
+    distilled |= dict(on_policy=0.5, divergence="js", max_new_tokens=6, teacher_quantize="int8")
     ppo = dict(actor_ckpt_dir=base / "lora", actor_save_dir=base / "policy", train_file=train_file)
     ppo |= dict(critic_ckpt_dir=verifier, critic_save_dir=base / "value")
     ppo |= dict(reward_model_ckpt_dir=verifier, reward="verifier,rule", max_buffer_size=8)
@@ -54,6 +62,9 @@ def commands_of(base: Path, data: Path) -> list[list[str]]:
         ["solver_train.py", *flags(**sft, **small)],
         ["solver_train.py", *flags(**lora, **small)],
         ["verifier_train.py", *flags(**pairwise, **small)],
+        ["preference_train.py", *flags(**aligned, **small)],
+        ["preference_train.py", *flags(**online, **small)],
+        ["distill_train.py", *flags(**distilled, **small)],
         ["ppo_train.py", *flags(**ppo, **small)],
         ["solver_evaluate.py", *flags(**evaluation)],
     ]
@@ -80,6 +91,9 @@ def test_every_script_serves_the_family(root, name):
     for trained, before in (
         ("solver", start),
         ("lora", tensors(base / "solver")),
+        ("aligned", tensors(base / "solver")),
+        ("online", tensors(base / "solver")),
+        ("distilled", tensors(base / "solver")),
         ("policy", tensors(base / "lora")),
     ):
         after = tensors(base / trained)
