@@ -56,9 +56,9 @@ def main(settings: PreferenceTrainSettings) -> None:
             log.warning(note)
         log.info(f"{inputs.n_rows} rows; {parallel.described}")
 
-        # What is minimised, beside what reference; what is trained, how, and what is looked at.
-        objective = make_objective(settings, inputs, model, dtype, parallel, log)
+        # What is trained, how, and what is minimised, beside what reference; what is looked at.
         prepare(model, plan, run, parallel)
+        objective = make_objective(settings, inputs, model, dtype, parallel, log)
         optimizer = Optimizer.of(plan, model, parallel, run.zero)
         evaluations = Evaluations(
             partial(

@@ -57,7 +57,9 @@ def main(settings: SolverGenerateSettings) -> None:
         # Score the samples, if the best are to be kept.
         scores = None
         if inputs.judge is not None:
-            scores = inputs.judge.load(parallel, dtype)(inputs.asked, completions)
+            del engine, model  # a verifier takes their memory
+            judge = inputs.judge.load(parallel, dtype)
+            scores = judge(inputs.asked, inputs.cut(completions, strings))
         lines = inputs.lines(completions, strings, scores)
         if scores is not None:
             lines = kept(lines, settings.best_of)

@@ -6,7 +6,8 @@ r"""Log-probabilities of given outputs, token by token.
 Rows in: {"instruction": "...", "output": "..."}. Rows out, in the input's order:
 {"prompt_tokens": [...], "tokens": [...], "logprobs": [...], "sum": x}; tokens are the output's ids,
 EOS included, and logprobs natural logarithms. With --top_k_logprobs also {"top_tokens",
-"top_logprobs"}, a list for each token, and "vocabulary", a digest: what distill_train.py takes.
+"top_logprobs"}, a list for each token, "vocabulary", a digest, and "temperature": what
+distill_train.py takes.
 """
 
 from functools import partial
@@ -52,7 +53,8 @@ def main(settings: SolverScoreSettings) -> None:
         k = min(rows.top_k_logprobs, source.tokenizer.vocab_size)
         scored = score_responses(model, parallel, sequences, temperature, size, log, k)
         if parallel.is_main:
-            write_jsonl(rows.output_file, logprob_lines(sequences, scored, source.tokenizer))
+            lines = logprob_lines(sequences, scored, source.tokenizer, temperature)
+            write_jsonl(rows.output_file, lines)
         log.info(f"wrote {len(sequences)} rows to {rows.output_file}")
     stop()
 

@@ -31,7 +31,7 @@ METHODS = {
     "DPO": ("preference_train.py", {**PAIRS, "loss": "dpo", "lr": 1e-4}),
     "ORPO": ("preference_train.py", {**PAIRS, "loss": "orpo", "lr": 3e-4}),
     "SimPO": ("preference_train.py", {**PAIRS, "loss": "simpo", "lr": 1e-4}),
-    "KTO": ("preference_train.py", {**PAIRS, "loss": "kto", "lr": 2e-4}),
+    "KTO": ("preference_train.py", {**PAIRS, "loss": "kto", "lr": 1e-4}),
     "online DPO": (
         "preference_train.py",
         {
@@ -52,7 +52,7 @@ STUDENT = {"dim": 64, "n_layers": 2}
 SFT = {"max_batch_size": 32, "beta2": 0.99, "lr": 4e-3, "epochs": 4, **ROWS}
 AGAIN = {"train_file": "4000.json", "max_batch_size": 32, "lr": 1e-3, **ROWS}
 DISTILLED = {
-    "student, supervised once more": ("solver_train.py", AGAIN),
+    "student, supervised once more": ("solver_train.py", {**AGAIN, "lr": 3e-4}),
     "student, on-policy distillation": (
         "distill_train.py",
         {**AGAIN, "on_policy": 1.0, "divergence": "reverse_kl"},

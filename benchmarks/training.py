@@ -89,7 +89,7 @@ def ours(folder: Path, job: dict) -> dict:
         objective = PreferenceObjective(comparisons, [(1, "dpo")], Knobs(), reference, parallel)
     elif task == "dpo-kept":
         with RunLog(None, "benchmark", {}, 1) as log:
-            numbers = score_all(model, groups, True, BATCH, parallel, log)
+            numbers = score_all(model, groups, True, (BATCH, 2**15), parallel, log)
         kept = KeptReference(numbers, parallel.device)
         objective = PreferenceObjective(comparisons, [(1, "dpo")], Knobs(), kept, parallel)
     else:

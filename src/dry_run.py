@@ -115,9 +115,14 @@ def preference_plan(settings: PreferenceTrainSettings) -> None:
 
     def beside(config: ModelConfig, ranks: Ranks, dtype: torch.dtype) -> dict[str, Budget]:
         is_live = preference.has_reference and preference.cache_reference is None
-        shares = settings.lora.is_on and settings.model.adapter_dir is None
+        shares = settings.lora.is_on
         frozen = model_budget(config, ranks.mp_size, dtype, settings.lora.quantize)
-        return {"reference": Budget(0) if shares else frozen} if is_live else {}
+        budgets = {"reference": Budget(0) if shares else frozen} if is_live else {}
+        folder = settings.judge.reward_model_ckpt_dir
+        if folder is not None:
+            verifier = Checkpoint.open(folder, None, None, alone=True).config
+            budgets["reward"] = model_budget(verifier, ranks.mp_size, dtype)
+        return budgets
 
     _plan(settings, "lm", partial(PreferenceInputs.read, settings), example, beside)
 
@@ -142,7 +147,8 @@ def distillation_plan(settings: DistillTrainSettings) -> None:
         n = of_teacher.teacher_model_parallel_size or ranks.mp_size
         return {"teacher": model_budget(teacher, n, dtype, of_teacher.teacher_quantize)}
 
-    _plan(settings, "lm", partial(DistillationInputs.read, settings), example, beside)
+    has_all = of_teacher.is_live or not of_teacher.on_policy
+    _plan(settings, "lm", partial(DistillationInputs.read, settings), example, beside, has_all)
 
 
 def _plan(
@@ -151,16 +157,17 @@ def _plan(
     read: Callable[[Parallel], TrainInputs],
     example: Callable[[TrainInputs], list[str]],
     beside: Callable[[ModelConfig, Ranks, torch.dtype], dict[str, Budget]] | None = None,
+    has_all: bool = True,
 ) -> None:
     """Print a trainer's plan.
 
     head: of the trained model; example: lines about the first row; beside: what else lies on the
-    device.
+    device; has_all: whether what is read beside the model and the train file is at hand.
     """
     parallel = start(None, settings.run.timeout, settings.run.deterministic)
     ranks, dtype = Ranks.of(settings, parallel), pick_dtype(settings.run.dtype, parallel.device)
     inputs = None
-    if settings.model.ckpt_dir and settings.data.train_file:
+    if settings.model.ckpt_dir and settings.data.train_file and has_all:
         inputs = agreed(lambda: read(parallel))
     opened = inputs.model if inputs is not None else None
     config = _config(settings.model, settings.model.ckpt_dir, opened).with_head(head)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from src.errors import UserError
 from tests.launch import launch
 from tests.test_scripts import call, flags, must, refused, rows_of, same_bits, tensors
 
@@ -293,6 +294,60 @@ def best_of(base: Path, **more) -> list[str]:
     return flags(ckpt_dir=base / "solver", input_file=base / "prompts.json", **more)
 
 
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (dict(best_of="file"), "--best_of file needs --reward_file"),
+        (dict(best_of="verifier"), "without a verifier: --best_of rule"),
+        (dict(best_of="rule", temperature=0), "--temperature 0.0: there is nothing to choose from"),
+        (
+            dict(best_of="rule", num_samples=1),
+            "--num_samples 1 --temperature 1.0: there is nothing",
+        ),
+        (dict(keep="right"), "--keep right: has no effect without --best_of"),
+        (dict(best_of="verifier", keep="right"), "--keep right: has no effect with --best_of ver"),
+    ],
+)
+def test_best_of_what_cannot_be_is_refused(base, tmp_path, given, message):
+    given = dict(num_samples=4, temperature=1.0, output_file=tmp_path / "x.jsonl") | given
+    refused(call("solver_generate.py", *best_of(base, **given)), message)
+
+
+def test_samples_that_are_there_can_be_judged_by_something_else(base, tmp_path, monkeypatch):
+    """A reward that failed is mended: what was generated is not generated again."""
+    function = tmp_path / "score.py"
+    function.write_text("def score(prompts, responses, rows):\n    return [len(rows)] * len(rows)")
+    given = dict(output_file=tmp_path / "x.jsonl", num_samples=3, temperature=1.0)
+    given |= dict(max_new_tokens=5, best_of="file", reward_file=f"{function}:score")
+    from src.ppo.judge import Judge
+
+    def fails(*_):
+        raise UserError("it fails")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Judge, "__call__", fails)
+        assert call("solver_generate.py", *best_of(base, **given)).code == 2
+    function.write_text("def score(prompts, responses, rows):\n    return [1.0] * len(rows)")
+    done = must("solver_generate.py", *best_of(base, **given))
+    assert "72 of 72 are there already" in done.err
+
+
+def test_what_is_judged_ends_before_a_stop_string(base, tmp_path):
+    function = tmp_path / "score.py"
+    function.write_text(
+        "def score(prompts, responses, rows):\n"
+        "    assert not any('e' in r for r in responses), responses\n"
+        "    return [len(r) for r in responses]"
+    )
+    given = dict(output_file=tmp_path / "x.jsonl", num_samples=4, temperature=1.0, stop_strings="e")
+    given |= dict(max_new_tokens=30, best_of="file", reward_file=f"{function}:score")
+    text = function.read_text().replace("assert not any", "assert rows[0] == {} or not any")
+    function.write_text(text.replace("rows[0] == {} or ", "'made up' in responses[0] or "))
+    must("solver_generate.py", *best_of(base, **given))
+    rows = rows_of(tmp_path / "x.jsonl")
+    assert rows and all(row["score"] == len(row["output"]) for row in rows)
+
+
 def test_the_best_samples_are_kept_and_can_be_trained_on(base, tmp_path):
     (tmp_path / "score.py").write_text(
         "def score(prompts, responses, rows):\n"
@@ -353,6 +408,7 @@ def test_all_right_samples_are_kept_once_each_by_a_rule(base, tmp_path, monkeypa
         for f in ("right.jsonl", "best.jsonl")
     ]
     assert sorted(kept[0]) == sorted([(0, answers[0]), (0, answers[3]), (1, answers[0])])
+    assert kept[0] == [(0, answers[0]), (0, answers[3]), (1, answers[0])], "in their order"
     assert kept[1] == [(0, answers[0]), (1, answers[0])]
 
 
@@ -456,10 +512,21 @@ PREFERENCE = {
         dict(online=True, reward="length", loss="kto"),
         "--loss kto: has no pairs",
     ),
-    "kto alone in a step": (
-        [PAIR] * 2,
-        dict(loss="kto", max_batch_size=1),
-        "--max_batch_size 1: kto",
+    "a cache among the weights": (
+        [PAIR],
+        dict(ckpt_dir="{}/fine", cache_reference="{}/fine/r.safetensors"),
+        "lies among the weights of --ckpt_dir",
+    ),
+    "a ranking for kto": (
+        [{"instruction": "a", "ranked": ["b", "c", "d"]}],
+        dict(loss="dpo,kto"),
+        "1 of 1 rows rank more than two outputs",
+    ),
+    "no weight": ([PAIR], dict(loss="dpo,sft", loss_weights="1,-1"), "must be above 0"),
+    "strict online": (
+        [PAIR],
+        dict(online=True, reward="length", strict_length=True),
+        "--strict_length True: has no effect with --online",
     ),
 }
 DISTILLATION = {
@@ -484,6 +551,7 @@ DISTILLATION = {
                 "top_tokens": [[2]],
                 "top_logprobs": [[-1]],
                 "vocabulary": "x",
+                "temperature": 1,
             }
         ],
         dict(teacher_ckpt_dir=None),
@@ -503,6 +571,7 @@ def wrong(base):
         *shape,
     )
     shutil.copytree(base / "verifier", folder / "verifier")
+    shutil.copytree(base / "solver", folder / "fine")
     from safetensors.torch import save_file
 
     save_file({"x": torch.zeros(1)}, folder / "data.safetensors")

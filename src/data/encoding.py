@@ -10,6 +10,8 @@ from collections.abc import Collection, Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
+
 from src.data.rows import (
     FLAG,
     FLAGS,
@@ -61,9 +63,9 @@ class Comparison:
 
     def limited(self, most: int | None, rng: random.Random) -> "Comparison":
         """With `most` of the pairs, drawn at random, and the responses that they are of."""
-        if most is None or len(self.pairs) <= most:
-            return self
-        pairs = sorted(rng.sample(self.pairs, most))
+        pairs = self.pairs
+        if most is not None and len(pairs) > most:
+            pairs = sorted(rng.sample(pairs, most))
         kept = sorted({place for pair in pairs for place in pair})
         new = {place: i for i, place in enumerate(kept)}
         responses = [self.responses[place] for place in kept]
@@ -194,6 +196,19 @@ class Labelled:
     labels: list[bool]
 
 
+def check_sides(compared: list[Comparison], path: str) -> None:
+    """Raise UserError where a response is both better and worse than another: neither good nor bad.
+
+    path: the file that the comparisons are of.
+    """
+    between = sum(bool(set(c.chosen) & set(c.rejected)) for c in compared)
+    if between:
+        raise UserError(
+            f"{path}: {between} of {len(compared)} rows rank more than two outputs: one between is "
+            "neither good nor bad; give chosen and rejected, a label, or --ranked_pairs best"
+        )
+
+
 def labelled(
     path: str,
     tokenizer: Tokenizer,
@@ -207,12 +222,7 @@ def labelled(
     """
     if form_of(path, ("ranked", "chosen", "label")) != "label":
         compared, notes = comparisons(path, tokenizer, max_seq_len, must_fit, rules)
-        for number, c in enumerate(compared):
-            if set(c.chosen) & set(c.rejected):
-                raise UserError(
-                    f"{path}: row {number} (from 0) ranks more than two outputs: one between is "
-                    "neither good nor bad; give chosen and rejected, or a label"
-                )
+        check_sides(compared, path)
         return [
             Labelled(c.responses, [i in c.chosen for i in range(len(c.responses))])
             for c in compared
@@ -264,14 +274,18 @@ def step_places(tokenizer: Tokenizer, sequence: Sequence, separator: str) -> lis
     """The tokens that end a response's steps, the last of them the response's own last token.
 
     A step ends with the token that completes its separator; behind the last one none is needed.
+    Nothing but blanks is no step: separators in a row are one.
     """
     ids = list(sequence.tokens[sequence.prompt_length :])
     text = tokenizer.decode(ids)
-    parts = text.split(separator)
-    parts = parts if parts[-1] or len(parts) == 1 else parts[:-1]
-    places, end = [], 0
-    for part in parts[:-1]:
+    places, end = list[int](), 0
+    *parts, rest = text.split(separator)
+    while parts and not rest.strip():  # the last step ends the response
+        rest = parts.pop()
+    for part in parts:
         end += len(part) + len(separator)
+        if not part.strip():
+            continue
         # The first token with which the text is as long: a text only grows.
         low, high = 1, len(ids)
         while low < high:
@@ -331,11 +345,16 @@ def graded_rows(
 
 @dataclass(frozen=True)
 class TopK:
-    """A teacher's likeliest tokens at each response token of each row: lists of k."""
+    """A teacher's likeliest tokens at each response token of each row.
+
+    ids: int32, logprobs: fp32, [response tokens, k] of each row; temperature: that the logits were
+    divided by.
+    """
 
     sequences: list[Sequence]
-    ids: list[list[list[int]]]
-    logprobs: list[list[list[float]]]
+    ids: list[torch.Tensor]
+    logprobs: list[torch.Tensor]
+    temperature: float
 
 
 def top_k_rows(
@@ -362,6 +381,9 @@ def top_k_rows(
         ids = [i for x in (row["prompt_tokens"], row["tokens"], *row["top_tokens"]) for i in x]
         if max(ids) >= tokenizer.vocab_size or any(type(i) is not int for i in ids):
             raise UserError(f"{where}: holds ids that are no token of {tokenizer.path}")
+    temperatures = {float(row["temperature"]) for row in rows}
+    if len(temperatures) > 1:
+        raise UserError(f"{path}: its rows have several temperatures ({sorted(temperatures)[:3]})")
     sequences = [
         Sequence(array("i", row["prompt_tokens"] + row["tokens"]), len(row["prompt_tokens"]))
         for row in rows
@@ -371,8 +393,9 @@ def top_k_rows(
     kept = [(s, row) for s, row, fit in zip(sequences, rows, fits) if fit]
     found = TopK(
         [s for s, _ in kept],
-        [row["top_tokens"] for _, row in kept],
-        [row["top_logprobs"] for _, row in kept],
+        [torch.tensor(row["top_tokens"], dtype=torch.int32) for _, row in kept],
+        [torch.tensor(row["top_logprobs"]) for _, row in kept],
+        temperatures.pop(),
     )
     return found, rows.notes + notes
 

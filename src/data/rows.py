@@ -103,6 +103,7 @@ TOP_K: Form = (
         "top_tokens": LISTS,
         "top_logprobs": LISTS,
         "vocabulary": TEXT,
+        "temperature": NUMBER,
     },
     {"logprobs": NUMBERS, "sum": NUMBER},
 )

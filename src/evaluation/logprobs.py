@@ -3,19 +3,16 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from src.data.tokenizer import Tokenizer
 from src.logs import RunLog
-from src.models.batch import (
-    Batch,
-    Sequence,
-    over_ranks,
-    predicting,
-    response_logprobs,
-)
+from src.models.batch import Batch, Sequence, over_ranks, predicting
 from src.models.transformer import Transformer
 from src.parallel.divergence import top_k
 from src.parallel.setup import Parallel
-from src.parallel.vocab import chunks_of
+from src.parallel.vocab import chunks_of, token_logprobs
 
 
 @dataclass(frozen=True)
@@ -43,9 +40,18 @@ def score_responses(
 
     def score(rows: list[int]) -> list[Scored]:
         batch = Batch.of([sequences[i] for i in rows], parallel.device)
-        logprobs, _ = response_logprobs(model, batch, temperature)  # [tokens of all responses]
-        parts = [x.tolist() for x in logprobs.split(batch.responses)]
-        ids, tops = likeliest(model, batch, temperature, k) if k else ([], [])
+        hidden = predicting(model, batch)  # [tokens of all responses, dim]
+        logprobs: list[Tensor] = []
+        ids: list[list[int]] = []
+        tops: list[list[float]] = []
+        for (chunk,) in chunks_of(len(hidden), model.vocabulary_weight, copies=3 if k else 1):
+            logits = model.logits(hidden[chunk])
+            logprobs.append(token_logprobs(logits, batch.targets[chunk], temperature)[0])
+            if k:
+                best, values = top_k(logits.float() / temperature, k)
+                ids += best.tolist()
+                tops += values.tolist()
+        parts = [x.tolist() for x in torch.cat(logprobs).split(batch.responses)]
         found, start = [], 0
         for part in parts:
             of_row = slice(start, start + len(part))
@@ -58,22 +64,8 @@ def score_responses(
         return over_ranks(score, lengths, max_batch_size, parallel, bar)
 
 
-def likeliest(
-    model: Transformer, batch: Batch, temperature: float, k: int
-) -> tuple[list[list[int]], list[list[float]]]:
-    """The k likeliest tokens in place of each response token, and their log-probabilities."""
-    hidden = predicting(model, batch)
-    ids: list[list[int]] = []
-    logprobs: list[list[float]] = []
-    for (rows,) in chunks_of(len(hidden), model.vocabulary_weight, copies=3):
-        best, values = top_k(model.logits(hidden[rows]).float() / temperature, k)
-        ids += best.tolist()
-        logprobs += values.tolist()
-    return ids, logprobs
-
-
 def logprob_lines(
-    sequences: list[Sequence], scored: list[Scored], tokenizer: Tokenizer
+    sequences: list[Sequence], scored: list[Scored], tokenizer: Tokenizer, temperature: float
 ) -> list[dict[str, Any]]:
     """A row for each sequence, as solver_score.py writes them."""
     rows = []
@@ -86,6 +78,6 @@ def logprob_lines(
         }
         if x.top_tokens:
             row |= {"top_tokens": x.top_tokens, "top_logprobs": x.top_logprobs}
-            row["vocabulary"] = tokenizer.vocabulary
+            row |= {"vocabulary": tokenizer.vocabulary, "temperature": temperature}
         rows.append(row)
     return rows

@@ -6,6 +6,7 @@ No row is generated twice.
 import glob
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import TextIO
 
@@ -26,11 +27,18 @@ class Journal:
     They are gone when the output is there.
     """
 
-    def __init__(self, output: Path, settings: Settings, parallel: Parallel) -> None:
-        """Raises UserError when what is there was begun with other settings."""
+    def __init__(
+        self, output: Path, settings: Settings, parallel: Parallel, beside: Collection[str] = ()
+    ) -> None:
+        """Raises UserError when what is there was begun with other settings.
+
+        beside: names of settings that no completion depends on.
+        """
         self.output, self.parallel = output, parallel
         self._file: TextIO | None = None
-        self.header, self.defaults = identity(settings), defaults(type(settings))
+        known = identity(settings)
+        self.header = {name: value for name, value in known.items() if name not in beside}
+        self.defaults = defaults(type(settings))
         self.known = self._read()  # what earlier runs finished
 
     def _read(self) -> dict[int, Completion]:

@@ -1,6 +1,6 @@
 """What solver_generate.py reads before any work, and the lines that it writes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from src.generation.journal import Journal
 from src.inputs import OpenedModel, check_writable, open_model
 from src.parallel.setup import Parallel
 from src.ppo.judge import OpenedJudge
+from src.settings.declaration import flat
 from src.settings.rewards import BestOfSettings
 from src.settings.scripts import SolverGenerateSettings
 
@@ -57,10 +58,21 @@ class GenerationInputs:
             [(i, text) for i, text in enumerate(instructions) for _ in range(samples)],
             [prompt for prompt in prompts for _ in range(samples)],
             rows.notes + too_long,
-            Journal(Path(files.output_file), settings, parallel),
+            Journal(Path(files.output_file), settings, parallel, of_judging(settings)),
             judge,
             [prompt for prompt in judged for _ in range(samples)],
         )
+
+    def cut(self, completions: list[Completion], stops: tuple[str, ...]) -> list[Completion]:
+        """With the ids of what is written where a stop string cut a text: that is judged."""
+        tokenizer, out = self.model.tokenizer, []
+        for completion in completions:
+            whole = tokenizer.decode(completion.tokens)
+            if (text := cut_at(whole, stops)) != whole:
+                ids = tokenizer.response_ids(text, sampled=True)
+                completion = replace(completion, tokens=ids, logprobs=[0.0] * len(ids))
+            out.append(completion)
+        return out
 
     def lines(
         self,
@@ -89,6 +101,11 @@ class GenerationInputs:
         return rows
 
 
+def of_judging(settings: SolverGenerateSettings) -> list[str]:
+    """The settings that say what becomes of completions, and not what these are."""
+    return [*flat(settings.best_of), *flat(settings.judge)]
+
+
 def kept(rows: list[dict[str, Any]], settings: BestOfSettings) -> list[dict[str, Any]]:
     """Of each index's rows with a score the best, or all right ones, each text once, in order.
 
@@ -104,5 +121,8 @@ def kept(rows: list[dict[str, Any]], settings: BestOfSettings) -> list[dict[str,
         if settings.keep == "best":
             out.append(max(of_index, key=lambda row: row["score"]))
         else:
-            out += {row["output"]: row for row in reversed(of_index)}.values()
+            first: dict[str, dict[str, Any]] = {}
+            for row in of_index:
+                first.setdefault(row["output"], row)
+            out += first.values()
     return sorted(out, key=lambda row: row["index"])

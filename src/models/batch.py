@@ -245,10 +245,13 @@ def place_scores(model: Transformer, batch: Batch, places: list[list[int]]) -> T
 
     places: of each sequence, within it.
     """
-    starts = batch.layout.starts.tolist()
+    size = batch.layout.size
+    starts = (size.cumsum(0) - size).tolist()
     rows = [start + place for start, of_sequence in zip(starts, places) for place in of_sequence]
-    index = torch.tensor(rows, device=batch.tokens.device)
-    return model.scores(model(batch.tokens, batch.layout, index))
+    # Each row once, though two steps may end in one token.
+    unique, source = torch.tensor(rows).unique(return_inverse=True)
+    index, source = (x.to(batch.tokens.device) for x in (unique, source))
+    return model.scores(model(batch.tokens, batch.layout, index))[source]
 
 
 def weighted_balance_loss(
@@ -297,20 +300,38 @@ def micro_batches(
     return groups
 
 
+def cut_by_tokens(rows: list[int], lengths: list[int], max_tokens: int) -> list[list[int]]:
+    """Rows in their order, in parts of at most `max_tokens` tokens; a longer row stands alone."""
+    parts: list[list[int]] = []
+    room = 0
+    for i in rows:
+        if not parts or lengths[i] > room:
+            parts.append([])
+            room = max_tokens
+        parts[-1].append(i)
+        room -= lengths[i]
+    return parts
+
+
 def over_ranks(
     compute: Callable[[list[int]], list[T]],
     lengths: list[int],
     max_batch_size: int,
     parallel: Parallel,
     progress,
+    max_tokens: int | None = None,
 ) -> list[T]:
     """A result for every row, in the rows' order: every rank gets all results.
 
     compute: is given micro-batches of row numbers, shared among the data-parallel ranks;
-    lengths: tokens of each row; progress: a `Progress` whose work is tokens.
+    lengths: tokens of each row; progress: a `Progress` whose work is tokens; max_tokens: of a
+    micro-batch, at most, but for one longer row.
     """
     results: dict[int, T] = {}
-    for number, rows in enumerate(micro_batches(lengths, max_batch_size)):
+    groups = micro_batches(lengths, max_batch_size)
+    if max_tokens is not None:
+        groups = [part for group in groups for part in cut_by_tokens(group, lengths, max_tokens)]
+    for number, rows in enumerate(groups):
         if number % parallel.dp_size == parallel.dp_rank:
             results.update(zip(rows, compute(rows)))
         tokens = sum(lengths[i] for i in rows)

@@ -126,6 +126,8 @@ class _TiledLinear(torch.autograd.Function):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear, by tiles where that is asked for: [N, in] → [N, out]."""
+    if _tile_rows is not None and not torch.is_grad_enabled() and hasattr(weight, "dequantized"):
+        weight = weight.dequantized(weight.dtype)  # once for all tiles
     if _tile_rows is not None and torch.is_grad_enabled() and weight.requires_grad:
         return _TiledLinear.apply(x, weight, bias)
     return by_tiles(lambda tile: F.linear(tile, weight, bias), x)

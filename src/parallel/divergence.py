@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from fairscale.nn.model_parallel.initialize import (
     get_model_parallel_rank,
     get_model_parallel_world_size,
@@ -125,7 +124,7 @@ def head_logits(hidden: Tensor, weight: Tensor) -> LogitsOf:
 
     hidden: [N, dim]; weight: the rows of it that are this rank's part of the student's vocabulary.
     """
-    return lambda rows: F.linear(hidden[rows], weight).float()
+    return lambda rows: linear(hidden[rows], weight).float()
 
 
 def coarse_divergence(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:

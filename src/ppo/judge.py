@@ -1,5 +1,6 @@
 """What scores samples outside PPO: the same rewards, for choosing among a prompt's samples."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -15,6 +16,7 @@ from src.data.tokenizer import Tokenizer
 from src.evaluation.tasks import Task, find_task
 from src.generation.engine import Completion
 from src.inputs import OpenedModel, open_model, same_tokenizer
+from src.models.transformer import Transformer
 from src.parallel.setup import Parallel
 from src.ppo.buffer import RolloutBuffer, by_place
 from src.ppo.rewards import Reward, RewardedSettings, RewardInputs, make_rewards
@@ -124,14 +126,21 @@ class OpenedJudge:
         inputs = RewardInputs(
             self.settings, parallel, stage, self.tokenizer, other, self.moments, self.rule
         )
-        return Judge(make_rewards(inputs), parallel)
+        held = [role.model for role in stage.roles.values()]
+        return Judge(make_rewards(inputs), parallel, held)
 
 
 class Judge:
     """Scores samples by the weighted sum of some rewards."""
 
-    def __init__(self, rewards: list[tuple[float, Reward]], parallel: Parallel) -> None:
-        self.rewards, self.parallel = rewards, parallel
+    def __init__(
+        self,
+        rewards: list[tuple[float, Reward]],
+        parallel: Parallel,
+        held: Sequence[Transformer] = (),
+    ) -> None:
+        """held: the models that lie on the device for it."""
+        self.rewards, self.parallel, self.held = rewards, parallel, held
 
     @torch.no_grad()
     def __call__(self, prompts: list[Prompt], completions: list[Completion]) -> list[float | None]:

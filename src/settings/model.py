@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 from src.settings.declaration import CONTENT, MAY_CHANGE, AtLeast, Settings, Unit
 
+SCORED_AT_ONCE = 2**14  # tokens, where a setting does not say
+
 StrictLength = Annotated[
     bool, "refuse rows that are longer than --max_seq_len, in place of leaving them out"
 ]
@@ -120,8 +122,8 @@ class BatchSettings(Settings):
 
     @property
     def limits(self) -> tuple[int, int | None]:
-        """Of what is computed at a time: sequences, and tokens (None: no limit)."""
-        return self.max_batch_size, None
+        """Of what is scored at a time: sequences, and tokens (None: no limit)."""
+        return self.max_batch_size, SCORED_AT_ONCE
 
 
 @dataclass(frozen=True, kw_only=True)

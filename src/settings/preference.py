@@ -96,6 +96,8 @@ class PreferenceSettings(Settings):
                 f"({','.join(names)}); give one for each"
             )
         of_beta = {name for name in names if name != "sft"}
+        if self.loss_weights is not None and min(self.loss_weights) <= 0:
+            yield f"--loss_weights {','.join(map(str, self.loss_weights))}: must be above 0"
         if self.beta is None and "simpo" in names and len(of_beta) > 1:
             yield f"{given}: have another β by default each; give --beta"
         for flag, owners in (
@@ -140,25 +142,20 @@ class PreferenceTrainSettings(TrainSettings):
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         preference, task = self.preference, self.evaluation.task
-        rows = self.batches.max_batch_size * self.batches.accumulation_steps
-        if "kto" in preference.names and rows == 1:
-            yield (
-                "--max_batch_size 1: kto compares with other prompts of the step; give more, or "
-                "--accumulation_steps"
-            )
         if not self.online.online:
             why = "without --online"
             yield from idle(self.online, ("samples_per_prompt",), why)
             yield from idle(self.rewards, self.rewards.fields(), why)
             yield from idle(self.judge, self.judge.fields(), why)
             sampling = ("temperature", "min_new_tokens", "top_p", "top_k", "min_p")
-            yield from idle(self.generation, sampling, why)
+            yield from idle(self.generation, (*sampling, "kv_cache_gb"), why)
             if task and self.evaluation.label_file is None:
                 yield f"--task {task}: has no effect without --label_file to measure on"
             return
         yield from idle(self.data, ("max_pairs_per_prompt", "ranked_pairs"), "with --online")
         yield from self.rewards.beside(self.generation.max_new_tokens)
-        yield from self.judge.beside(self.rewards, self.dry_run.dry_run)
+        yield from idle(self.batches, ("strict_length",), "with --online")
+        yield from self.judge.beside(self.rewards, is_plan=self.dry_run.dry_run)
         if preference.cache_reference is not None:
             yield "--cache_reference: has no effect with --online, where outputs are new each time"
         if "kto" in preference.names:

@@ -124,7 +124,10 @@ class BestOfSettings(Settings):
             return
         if self.best_of != "rule":
             yield from idle(self, ("keep", "task", "rule"), f"with --best_of {self.best_of}")
-        yield from self.rewards.problems()
+        if self.best_of == "file" and self.reward_file is None:
+            yield "--best_of file needs --reward_file"
+        if self.best_of != "file" and self.reward_file is not None:
+            yield f"--reward_file: has no effect with --best_of {self.best_of}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,15 +150,20 @@ class JudgeSettings(Settings):
         """The names of the settings."""
         return tuple(field.name for field in dataclasses.fields(cls))
 
-    def beside(self, rewards: RewardSettings, is_plan: bool = False) -> Iterator[str]:
-        """What is wrong with these beside the rewards. is_plan: files may be missing."""
+    def beside(
+        self, rewards: RewardSettings, flag: str = "reward", is_plan: bool = False
+    ) -> Iterator[str]:
+        """What is wrong with these beside the rewards.
+
+        flag: what names the rewards; is_plan: files may be missing.
+        """
         names = rewards.names
         if "verifier" in names and self.reward_model_ckpt_dir is None and not is_plan:
             yield (
-                f"--reward {','.join(names)} needs --reward_model_ckpt_dir; without a verifier: "
-                "--reward rule"
+                f"--{flag} {','.join(names)} needs --reward_model_ckpt_dir; without a verifier: "
+                f"--{flag} rule"
             )
         if "verifier" not in names and self.reward_model_ckpt_dir is not None:
-            yield "--reward_model_ckpt_dir: has no effect without verifier in --reward"
+            yield f"--reward_model_ckpt_dir: has no effect without verifier in --{flag}"
         if self.reward_tokenizer_file is not None and self.reward_model_ckpt_dir is None:
             yield "--reward_tokenizer_file: has no effect without --reward_model_ckpt_dir"

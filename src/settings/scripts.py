@@ -191,11 +191,13 @@ class SolverGenerateSettings(Settings):
         if self.best_of.best_of is None:
             yield from idle(self.judge, self.judge.fields(), "without --best_of")
             return
-        yield from self.judge.beside(self.rewards)
-        if self.generation.num_samples == 1:
+        yield from self.judge.beside(self.rewards, "best_of")
+        generation = self.generation
+        if generation.num_samples == 1 or generation.temperature == 0:
             yield (
-                f"--best_of {self.best_of.best_of} --num_samples 1: there is nothing to choose "
-                "from; give more samples, and a --temperature"
+                f"--best_of {self.best_of.best_of} --num_samples {generation.num_samples} "
+                f"--temperature {generation.temperature}: there is nothing to choose from; give "
+                "more samples, and a temperature above 0"
             )
 
 

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from src.models.config import ModelConfig
 from src.models.layout import layer_table
@@ -123,7 +124,7 @@ def limited(
     return replace(batches, max_tokens_per_batch=tokens)
 
 
-def held_bytes(models: Iterable[Transformer], optimizers: Iterable[Optimizer]) -> int:
+def held_bytes(models: Iterable[nn.Module], optimizers: Iterable[Optimizer]) -> int:
     """What a step keeps on the device beside activations, on this rank.
 
     Weights, those that several models share once; gradients, both averages and the masters, also

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from src.models.batch import (
     Batch,
@@ -32,6 +32,11 @@ class Teacher(Protocol):
     @property
     def model(self) -> Transformer | None:
         """The one that computes at each step, if any does."""
+        ...
+
+    @property
+    def held(self) -> tuple[nn.Module, ...]:
+        """What lies on the device for it."""
         ...
 
     def distance(
@@ -64,6 +69,8 @@ class LiveTeacher:
         self.stage, self.head, self.of, self.whole = stage, head, distance, whole
         self.role = stage.roles["teacher"]
         self.model = self.role.model
+        output = nn.ParameterList([nn.Parameter(head, requires_grad=False)])
+        self.held = (output,) if stage.host is not None else (output, self.model)
 
     def distance(
         self, student: Transformer, batch: Batch, rows: list[int], sequences: list[Sequence]
@@ -97,27 +104,28 @@ class KeptTeacher:
     """
 
     model = None
+    held: tuple[nn.Module, ...] = ()
 
     def __init__(
         self,
-        ids: list[list[list[int]]],
-        logprobs: list[list[list[float]]],
+        ids: list[Tensor],
+        logprobs: list[Tensor],
         distance: Distance,
         device: torch.device,
     ) -> None:
-        """ids, logprobs: of each row's response tokens, k each."""
+        """ids, logprobs: of each row's response tokens, [tokens, k] each."""
         self.ids, self.logprobs, self.of, self.device = ids, logprobs, distance, device
 
     def distance(
         self, student: Transformer, batch: Batch, rows: list[int], sequences: list[Sequence]
     ) -> Tensor:
-        ids = torch.tensor([k for i in rows for k in self.ids[i]], device=self.device)  # [R, k]
-        log_q = torch.tensor([k for i in rows for k in self.logprobs[i]], device=self.device)
+        ids = torch.cat([self.ids[i] for i in rows]).long().to(self.device)  # [R, k]
+        log_q = torch.cat([self.logprobs[i] for i in rows]).to(self.device)
 
         def loss_of(log_p: Tensor, entropy: Tensor | None, chunk: slice) -> Tensor:
             return coarse_divergence(log_p, log_q[chunk], self.of.beta).sum()
 
-        return response_loss(student, batch, loss_of, targets=ids)
+        return response_loss(student, batch, loss_of, self.of.temperature, targets=ids)
 
 
 class DistillationObjective(Objective):
@@ -138,6 +146,7 @@ class DistillationObjective(Objective):
         """sample: what the student answers; on_policy: the share of rows that it answers itself."""
         self.given, self.sequences = sequences, list(sequences)
         self.teacher, self.parallel, self.frozen = teacher, parallel, teacher.model
+        self.held = teacher.held
         self.sample, self.on_policy, self.rows_per_step, self.seed = (
             sample,
             on_policy,

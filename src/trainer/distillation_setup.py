@@ -1,5 +1,7 @@
 """A run of distillation put together from its settings, its inputs and its loaded student."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -36,6 +38,7 @@ def make_objective(
     teacher: Teacher
     if inputs.kept is not None:
         kept = inputs.kept
+        distance = replace(distance, temperature=kept.temperature)
         teacher = KeptTeacher(kept.ids, kept.logprobs, distance, parallel.device)
     else:
         assert inputs.teacher is not None

@@ -101,8 +101,7 @@ def fit(
 
     # Go on where an earlier run stopped, or measure the untrained model first.
     step = saving.resume(total) if saving else 0
-    models = [model] if objective.frozen is None else [model, objective.frozen]
-    held = held_bytes(models, [optimizer])
+    held = held_bytes([model, *objective.held], [optimizer])
     batches = limited(settings.batches, [(model, optimizer)], held, parallel)
     for line in described(batches.max_tokens_per_batch):
         log.info(line)
@@ -167,10 +166,12 @@ def train_step(
     Returns the objective's sums, the gradient norm, and `skipped`.
     """
     names = objective.stats + (("balance_loss",) if model.config.n_experts else ())
+    if not any(objective.weights[i] for i in batch):  # nothing to learn from: no step is taken
+        return dict.fromkeys((*names, "grad_norm", "skipped"), 0.0)
     sums: dict[str, Tensor] = {}
     with clock.phase("data"):
         batch = [i for i in batch if objective.weights[i]]
-        denominator = max(1, sum(objective.weights[i] for i in batch))
+        denominator = sum(objective.weights[i] for i in batch)
         limits = batches.max_batch_size, batches.max_tokens_per_batch
         share = share_of(batch, objective.lengths, parallel, *limits)
     # Each micro-batch's loss is its sum over the whole batch's count: gradients simply add up.

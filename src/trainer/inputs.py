@@ -1,6 +1,7 @@
 """What training on rows reads, opened and checked before any work."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from src.checkpoint.folder import SCORES_FILE, beside, check_apart
 from src.checkpoint.save import check_save
@@ -10,6 +11,7 @@ from src.data.encoding import (
     PairRules,
     Prompt,
     TopK,
+    check_sides,
     comparisons,
     graded_rows,
     labelled,
@@ -135,16 +137,15 @@ class VerifierInputs:
         limits = settings.batches.max_seq_len, settings.batches.strict_length
         kind, separator = settings.objective.objective, settings.objective.separator
 
-        def rows_of(path: str) -> tuple[GradedData, list[str]]:
+        def rows_of(path: str, most: int | None = None) -> tuple[GradedData, list[str]]:
             if kind == "pairwise":
-                most, seed = data.max_pairs_per_prompt, settings.run.seed
-                rules = PairRules(data.ranked_pairs, most, seed)
+                rules = PairRules(data.ranked_pairs, most, settings.run.seed)
                 return comparisons(path, model.tokenizer, *limits, rules)
             return graded_rows(path, model.tokenizer, *limits, kind, separator)
 
         lora = lora_of(settings.lora, model.checkpoint)
         evaluation = VerifierEvaluation.read(settings.evaluation, rows_of, kind)
-        return cls(model, lora, evaluation, *rows_of(data.train_file))
+        return cls(model, lora, evaluation, *rows_of(data.train_file, data.max_pairs_per_prompt))
 
     def save(
         self,
@@ -201,6 +202,11 @@ class PreferenceInputs:
         batches, cache = settings.batches, settings.preference.cache_reference
         if cache is not None:
             check_writable(cache, ".safetensors", train_file)
+            if Path(cache).resolve().parent == Path(settings.model.ckpt_dir).resolve():
+                raise UserError(
+                    f"--cache_reference {cache}: lies among the weights of --ckpt_dir, and would "
+                    "make another checkpoint of it; name another folder"
+                )
             check_cache(cache)
         limits = settings.generation.max_new_tokens, batches.max_seq_len
         evaluation = SolverEvaluation.read(settings.evaluation, tokenizer, *limits)
@@ -216,6 +222,8 @@ class PreferenceInputs:
             rows, notes = labelled(train_file, tokenizer, *limits, rules)
         else:
             rows, notes = comparisons(train_file, tokenizer, *limits, rules)
+            if "kto" in settings.preference.names:
+                check_sides(rows, train_file)
         return cls(model, lora, evaluation, rows, [], None, notes)
 
 

@@ -66,7 +66,8 @@ class Meter:
         took = time.perf_counter() - self.began
         o = self.objective
         tokens = sum(o.lengths[i] for i in batch)
-        pairs = sum(attention_pairs(self.config, *piece) for i in batch for piece in o.pieces(i))
+        learned = [i for i in batch if o.weights[i]]
+        pairs = sum(attention_pairs(self.config, *piece) for i in learned for piece in o.pieces(i))
         flops = sum(of(tokens, sum(o.needed[i] for i in batch), pairs) for of in self.flops)
         memory = torch.tensor(
             peak_memory(self.parallel.device), dtype=torch.float64, device=self.parallel.device

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from src.models.transformer import Transformer
 
@@ -14,7 +14,8 @@ class Objective(Protocol):
     lengths: tokens of each row; weights: what each row adds to the denominator of the loss, 0: it
     is left out; needed: positions of each row whose last hidden state the loss needs; stats: names
     of what `loss` returns to be logged, "loss" among them. frozen: another model that each row goes
-    through, forward alone; noted: what `begin` found of a batch, to be logged, too.
+    through, forward alone; held: what else lies on the device, parameters of frozen parts; noted:
+    what `begin` found of a batch, to be logged, too.
     """
 
     lengths: list[int]
@@ -22,6 +23,7 @@ class Objective(Protocol):
     needed: list[int]
     stats: tuple[str, ...]
     frozen: Transformer | None = None
+    held: tuple[nn.Module, ...] = ()
     noted: Mapping[str, float] = {}
 
     def begin(self, number: int, batch: list[int], model: Transformer) -> None:

@@ -34,6 +34,7 @@ class OnlineObjective(PreferenceObjective):
         super().__init__([Comparison([s, s], [(0, 1)]) for s in unknown], **options)
         self.prompts, self.samples, self.rows_per_step = prompts, samples, rows_per_step
         self.sample, self.judge = sample, judge
+        self.held = (*self.held, *judge.held)
 
     def begin(self, number: int, batch: list[int], model: Transformer) -> None:
         # Samples of one prompt side by side; none is drawn twice, and resuming draws the same.

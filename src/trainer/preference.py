@@ -53,6 +53,7 @@ class Totals:
 
     good: int
     bad: int
+    responses: int
     good_tokens: int
     kl: float = 0.0
 
@@ -82,16 +83,19 @@ class PreferenceObjective(Objective):
         self.losses, self.knobs, self.reference = losses, knobs, reference
         self.parallel, self.share_prompts, self.mismatched = parallel, share_prompts, mismatched
         self.frozen = reference.model if reference is not None else None
+        self.held = () if self.frozen is None else (self.frozen,)
         self.lengths = [sum(length for length, _ in self.pieces(i)) for i in range(len(rows))]
         self.weights = [1] * len(rows)
         self.needed = [sum(s.response_length for s in row.responses) for row in self.rows]
         self.stats = ("loss", *(f"loss/{name}" for _, name in losses if len(losses) > 1))
-        self.stats += ("accuracy", "margin", *(f"reward/{side}" for side in SIDES))
+        self.stats += ("accuracy", "margin") if any(row.pairs for row in self.rows) else ()
         self.stats += tuple(
-            f"{kind}/{side}" for kind in ("logprob", "logprob_per_token") for side in SIDES
+            f"{kind}/{side}"
+            for kind in ("reward", "logprob", "logprob_per_token")
+            for side in SIDES
         )
         self.stats += ("kl",) if reference is not None else ()
-        self.totals = Totals(1, 1, 1)
+        self.totals = Totals(1, 1, 1, 1)
 
     def pieces(self, row: int) -> list[tuple[int, int]]:
         return pieces_of(self.rows[row].responses, self.share_prompts)
@@ -108,7 +112,8 @@ class PreferenceObjective(Objective):
         if self.mismatched is not None:
             kl = self.mismatched(batch, model)
             self.noted = {"kl_reference_point": kl}
-        self.totals = Totals(max(1, sum(labels)), max(1, labels.count(False)), good_tokens, kl)
+        good, bad = sum(labels), labels.count(False)
+        self.totals = Totals(max(1, good), max(1, bad), good + bad, max(1, good_tokens), kl)
 
     def loss(
         self, model: Transformer, rows: list[int], denominator: float
@@ -201,7 +206,7 @@ class PreferenceObjective(Objective):
             out[f"reward/{side}"] = (rewards * share).sum()
             out[f"logprob/{side}"] = (x.sums * share).sum()
             out[f"logprob_per_token/{side}"] = (means * share).sum()
-        out["kl"] = ratios.sum() / (self.totals.good + self.totals.bad)
+        out["kl"] = ratios.sum() / self.totals.responses
         return out
 
 
@@ -215,10 +220,12 @@ class _Logprobs:
     lengths: list[int]
 
 
-def mismatched(rows: list[Comparison] | list[Labelled], seed: int) -> list[Sequence]:
+def mismatched(
+    rows: list[Comparison] | list[Labelled], seed: int, max_seq_len: int
+) -> list[Sequence]:
     """For each row its prompt with a response of another row, of another prompt if there is one.
 
-    The next row's in an order that is drawn once for all epochs.
+    The next row's in an order that is drawn once for all epochs; cut at max_seq_len.
     """
     order = list(range(len(rows)))
     random.Random(f"{seed}/mismatched").shuffle(order)
@@ -226,10 +233,11 @@ def mismatched(rows: list[Comparison] | list[Labelled], seed: int) -> list[Seque
     prompts = [[*s.tokens[: s.prompt_length]] for s in firsts]
     out: dict[int, Sequence] = {}
     for place, row in enumerate(order):
-        following = order[place + 1 :] + order[:place]
+        following = (order[(place + k) % len(order)] for k in range(1, len(order)))
         other = next((i for i in following if prompts[i] != prompts[row]), order[place - 1])
         answer = firsts[other].tokens[firsts[other].prompt_length :]
-        out[row] = Sequence(array("i", [*prompts[row], *answer]), len(prompts[row]))
+        whole = [*prompts[row], *answer][: max(max_seq_len, len(prompts[row]) + 1)]
+        out[row] = Sequence(array("i", whole), len(prompts[row]))
     return [out[row] for row in range(len(rows))]
 
 

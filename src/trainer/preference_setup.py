@@ -8,8 +8,10 @@ import torch
 from src.checkpoint.load import load_model, load_sharing
 from src.identity import held
 from src.logs import RunLog
+from src.models.batch import Sequence
 from src.models.transformer import Transformer
 from src.parallel.setup import Parallel
+from src.settings.model import SCORED_AT_ONCE
 from src.settings.preference import PreferenceTrainSettings
 from src.trainer.fit import rows_per_step
 from src.trainer.inputs import PreferenceInputs
@@ -32,7 +34,9 @@ def make_objective(
     preference, batches = settings.preference, settings.batches
     share_prompts = not policy.config.n_experts
     needs_point = "kto" in preference.names
-    off_prompt = mismatched(inputs.rows, settings.run.seed) if needs_point else []
+    off_prompt: list[Sequence] = []
+    if needs_point:
+        off_prompt = mismatched(inputs.rows, settings.run.seed, batches.max_seq_len)
 
     # The reference's numbers of every row, and of KTO's answers to other prompts.
     reference: Reference | None = None
@@ -48,8 +52,9 @@ def make_objective(
         def load() -> Transformer:
             return reference_model(inputs, policy, settings, dtype, parallel, cache is None)
 
-        size = settings.evaluation.eval_batch_size
-        found = references(lists, cache, load, share_prompts, size, parallel, log)
+        tokens = batches.max_tokens_per_batch or SCORED_AT_ONCE
+        limits = settings.evaluation.eval_batch_size, tokens
+        found = references(lists, cache, load, share_prompts, limits, parallel, log)
         reference, of_mismatched = found[0], found[-1]
 
     options: dict[str, Any] = {
@@ -99,11 +104,12 @@ def reference_model(
 ) -> Transformer:
     """The policy before it is trained, frozen. stays: while it is trained.
 
-    With a new adapter it is the policy without it: the same weights.
+    With an adapter it is on the policy's own frozen weights: without the adapter, or with the one
+    that is trained on, as it was.
     """
     start = inputs.model.checkpoint
-    if inputs.lora is not None and start.adapter is None:
-        return load_sharing(policy, parallel, "lm")
+    if inputs.lora is not None:
+        return load_sharing(policy, parallel, "lm", adapter=start.adapter)
     if not stays:
         return policy
     quantize = settings.lora.quantize
@@ -117,8 +123,10 @@ def _key(
     lists: list[Groups],
 ) -> dict[str, str]:
     """What the reference's numbers depend on, each as a text."""
-    model, adapter = settings.model, settings.model.adapter_dir
-    weights = [held(model.ckpt_dir), None if adapter is None else held(adapter)]
+    model = settings.model
+    paths = model.ckpt_dir, model.adapter_dir, model.config_file
+    weights = [None if path is None else held(path) for path in paths]
+    weights.append(str(inputs.lora is not None))  # else an adapter is added into the weights
     ids = hashlib.sha256()
     for groups in lists:
         for group in groups:
@@ -131,4 +139,6 @@ def _key(
         "rows or pairs of it, as tokens": ids.hexdigest(),
         "dtype": str(dtype),
         "quantisation": str(settings.lora.quantize),
+        "setting of --deterministic": str(settings.run.deterministic),
+        "setting of --compile": str(settings.run.compile),
     }

@@ -138,8 +138,8 @@ class Cache:
             save_file(tensors, unfinished, {"key": json.dumps(self.key)})
             sync(unfinished)
             unfinished.replace(self.path)
-        except OSError as error:
-            raise UserError(f"--cache_reference {self.path}: {error.strerror}") from None
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"--cache_reference {self.path}: cannot be written: {error}") from None
 
 
 def read_cache(path: Path) -> tuple[dict[str, str], list[tuple[Tensor, Tensor]]]:
@@ -170,11 +170,14 @@ def score_all(
     model: Transformer,
     groups: Groups,
     share_prompts: bool,
-    max_batch_size: int,
+    limits: tuple[int, int],
     parallel: Parallel,
     log: RunLog,
 ) -> list[list[float]]:
-    """The model's numbers for every group, the same on every rank."""
+    """The model's numbers for every group, the same on every rank.
+
+    limits: groups, and tokens, at a time.
+    """
 
     def compute(rows: list[int]) -> list[list[float]]:
         chosen = [groups[i] for i in rows]
@@ -184,7 +187,7 @@ def score_all(
     lengths = [sum(len(s.tokens) for s in group) for group in groups]
     bar = log.progress(len(groups), "scoring by the reference", unit="row", work=sum(lengths))
     with bar:
-        return over_ranks(compute, lengths, max_batch_size, parallel, bar)
+        return over_ranks(compute, lengths, limits[0], parallel, bar, limits[1])
 
 
 def digest_of(value: object) -> str:
@@ -197,13 +200,13 @@ def references(
     cache: Cache | None,
     load: Callable[[], Transformer],
     share_prompts: bool,
-    max_batch_size: int,
+    limits: tuple[int, int],
     parallel: Parallel,
     log: RunLog,
 ) -> list[Reference]:
     """A reference for each list of groups: of a frozen model, or with a cache of its numbers.
 
-    load: the model, which is the policy before it is trained.
+    load: the model, which is the policy before it is trained; limits: see `score_all`.
     """
     if cache is None:
         return [LiveReference(load(), share_prompts)] * len(lists_of)
@@ -211,8 +214,7 @@ def references(
     if lists is None:
         model = load()
         lists = [
-            score_all(model, groups, share_prompts, max_batch_size, parallel, log)
-            for groups in lists_of
+            score_all(model, groups, share_prompts, limits, parallel, log) for groups in lists_of
         ]
         cache.save(lists, parallel)
         log.info(f"wrote the reference's log-probabilities to {cache.path}")

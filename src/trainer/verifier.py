@@ -28,11 +28,13 @@ def margins(scores: Tensor, compared: list[Comparison]) -> list[Tensor]:
 
     scores: of all responses, comparison after comparison.
     """
-    parts = scores.split([len(c.responses) for c in compared])
-    return [
-        part[[better for better, _ in c.pairs]] - part[[worse for _, worse in c.pairs]]
-        for part, c in zip(parts, compared)
-    ]
+    places: list[tuple[int, int]] = []
+    first = 0
+    for c in compared:
+        places += [(first + better, first + worse) for better, worse in c.pairs]
+        first += len(c.responses)
+    better, worse = torch.tensor(places, device=scores.device).T  # [pairs] each
+    return list((scores[better] - scores[worse]).split([len(c.pairs) for c in compared]))
 
 
 class VerifierObjective(Objective):

@@ -214,7 +214,7 @@ def test_labels_come_from_rows_or_from_sides(file, tokenizer):
     one = {"instruction": "say", "output": "a", "label": False}
     with pytest.raises(UserError, match="every row's label is false; good and bad outputs are"):
         labelled(file(one, one), tokenizer, 99)
-    with pytest.raises(UserError, match="ranks more than two outputs: one between is neither"):
+    with pytest.raises(UserError, match="1 of 1 rows rank more than two outputs: one between is"):
         labelled(file(ranked("a", "b", "ab")), tokenizer, 99)
 
 
@@ -226,6 +226,10 @@ def test_labels_come_from_rows_or_from_sides(file, tokenizer):
         (["a", ".", "b", ".", ""], [1, 4]),  # nothing behind the last separator
         (["a", "b", ""], [2]),
         (["a.b", ".c", ""], [0, 1, 2]),
+        (["a", ".", ".", "b", ""], [1, 4]),  # separators in a row are one
+        (["a", "..", " .", "b", ". .", ""], [1, 5]),
+        ([".", "a.b.", "c", ""], [1, 1, 3]),  # two steps may end in one token
+        (["", ""], [1]),
     ],
 )
 def test_a_step_ends_with_the_token_that_completes_its_separator(pieces, places):
@@ -247,3 +251,11 @@ def test_steps_and_grades_must_be_as_many(file, tokenizer):
     flat = [{"instruction": "say", "output": x, "label": True} for x in "ab"]
     with pytest.raises(UserError, match="every label is 1: there is nothing to tell apart"):
         graded_rows(file(*flat), tokenizer, 99, False, "classification", None)
+
+
+def test_a_tie_with_the_best_is_in_no_pair_and_left_out(file, tokenizer):
+    """Else it would be labelled a bad one, though it is as good."""
+    path = file(ranked("a", "b", "ab", scores=[1, 1, 0]))
+    (row,), _ = labelled(path, tokenizer, 99, rules=PairRules("best"))
+    texts = [tokenizer.decode(s.tokens[s.prompt_length :]) for s in row.responses]
+    assert texts == ["a", "ab"] and row.labels == [True, False]

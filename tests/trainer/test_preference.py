@@ -49,7 +49,7 @@ def ours_of(folder, parallel, rows, weighted, point=False) -> trl_losses.Found:
     model = ours(folder / "lm", parallel)
     has_reference = not {name for _, name in weighted} <= set(WITHOUT_REFERENCE)
     reference = LiveReference(ours(folder / "reference", parallel), True)
-    off_prompt = mismatched(rows, 0)
+    off_prompt = mismatched(rows, 0, 99)
     of_kto = Mismatched(off_prompt, reference, parallel, 3) if point else None
     objective = PreferenceObjective(
         rows, weighted, KNOBS, reference if has_reference else None, parallel, True, of_kto
@@ -99,7 +99,7 @@ def test_kto_is_trl_s(folder, parallel, tmp_path, kind, seed):
         rows = [Labelled([row.responses[not ok]], [ok]) for row, ok in zip(compared, labels)]
     sequences = [s for row in rows for s in row.responses]
     of_sequences = labels if kind == "labels" else [True, False] * ROWS
-    off_prompt = mismatched(rows, 0)
+    off_prompt = mismatched(rows, 0, 99)
     # TRL has an answer to another prompt for each sequence; a mean over twice the same is the same.
     for_each = [off_prompt[i] for i, row in enumerate(rows) for _ in row.responses]
     model, reference = theirs(folder / "lm"), theirs(folder / "reference")

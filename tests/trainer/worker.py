@@ -144,14 +144,14 @@ def preference_objective(
 ) -> PreferenceObjective:
     """With a live reference of other weights, or its numbers, found before."""
     rows, share_prompts = comparisons(), more.get("share_prompts", True)
-    off_prompt = mismatched(rows, SEED)
+    off_prompt = mismatched(rows, SEED, 99)
     name = "experts" if more.get("model") == "experts" else "reference"
     frozen = ours(folder / name, parallel)
     lists = [[row.responses for row in rows], [[s] for s in off_prompt]]
     reference = of_mismatched = LiveReference(frozen, share_prompts)
     if more.get("kept"):
         with RunLog(None, "test", {}, rank=1) as log:
-            numbers = [score_all(frozen, x, share_prompts, 4, parallel, log) for x in lists]
+            numbers = [score_all(frozen, x, share_prompts, (4, 50), parallel, log) for x in lists]
         reference, of_mismatched = (KeptReference(x, parallel.device) for x in numbers)
     point = Mismatched(off_prompt, of_mismatched, parallel, 3) if "kto" in losses else None
     weighted = list(zip((1.0, 0.5), losses))
@@ -199,7 +199,10 @@ def distillation_run(folder: Path, parallel: Parallel, beta: float, micro: int, 
         with RunLog(None, "test", {}, rank=1) as log, torch.no_grad():
             whole = ours(folder / "teacher", parallel)
             scored = score_responses(whole, parallel, sequences, 1.0, 4, log, k)
-        tops = [x.top_tokens for x in scored], [x.top_logprobs for x in scored]
+        tops = (
+            [torch.tensor(x.top_tokens) for x in scored],
+            [torch.tensor(x.top_logprobs) for x in scored],
+        )
         held = KeptTeacher(*tops, distance, parallel.device)
     sample, share = None, more.get("on_policy", 0.0)
     if share:
