@@ -97,6 +97,9 @@ DISTILLATION_RUNS = {
     "distilled, top 6": (0.0, 1, {"k": 6}),
     "distilled, own answers": (0.3, 1, {"on_policy": 0.6}),
 }
+# Adam divides a gradient by its own size: one that is nothing but rounding would move a weight as
+# far as any other. Against this one it counts for nothing.
+EPSILON = 1e-4
 KNOBS = Knobs(0.3, 0.2, 0.4, 1.5, 0.7)
 
 
@@ -143,7 +146,8 @@ def preference_objective(
     folder: Path, parallel: Parallel, model: Transformer, losses: list[str], more: dict
 ) -> PreferenceObjective:
     """With a live reference of other weights, or its numbers, found before."""
-    rows, share_prompts = comparisons(), more.get("share_prompts", True)
+    # Two steps, the second of three rows.
+    rows, share_prompts = comparisons()[:7], more.get("share_prompts", True)
     off_prompt = mismatched(rows, SEED, 99)
     name = "experts" if more.get("model") == "experts" else "reference"
     frozen = ours(folder / name, parallel)
@@ -166,7 +170,8 @@ def preference_run(
     model = ours(folder / more.get("model", "lm"), parallel)
     if more.get("lora"):
         add_lora(model, LORA, LORA_SEED, parallel)
-    optimizer = Optimizer(model, parallel, WEIGHT_DECAY, MAX_GRAD_NORM, zero=more.get("zero", 1))
+    zero = more.get("zero", 1)
+    optimizer = Optimizer(model, parallel, WEIGHT_DECAY, MAX_GRAD_NORM, zero=zero, eps=EPSILON)
     objective = preference_objective(folder, parallel, model, losses, more)
     before = vocab.LOGITS_AT_ONCE
     vocab.LOGITS_AT_ONCE = more.get("logits_at_once", before)
@@ -179,7 +184,7 @@ def preference_run(
 def distillation_run(folder: Path, parallel: Parallel, beta: float, micro: int, more: dict) -> dict:
     """A student beside a teacher of other sizes: 3 layers, a width and a vocabulary of its own."""
     model, teacher = ours(folder / "lm", parallel), Checkpoint.open(str(folder / "teacher"))
-    optimizer = Optimizer(model, parallel, WEIGHT_DECAY, MAX_GRAD_NORM)
+    optimizer = Optimizer(model, parallel, WEIGHT_DECAY, MAX_GRAD_NORM, eps=EPSILON)
     sequences, distance = some_sequences(ROWS), Distance(beta)
     degree = more.get("degree")
     degree = max(1, parallel.mp_size // 2) if degree == "half" else degree
