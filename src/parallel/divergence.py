@@ -17,7 +17,7 @@ from torch import Tensor
 from src.parallel.deterministic import linear
 from src.parallel.vocab import (
     IMPOSSIBLE,
-    add_product,
+    ProductGradients,
     chunks_of,
     mp_all_reduce,
     row_sums,
@@ -69,9 +69,10 @@ class _Distilled(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, real: int, teacher: LogitsOf, options: tuple):
         beta, temperature, holes = options
         ctx.scale = 1024.0 if weight.dtype == torch.float16 else 1.0  # as in `target_loss`
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grad_weight, loss = None, torch.zeros((), device=hidden.device)
+        grads_of, loss = (
+            ProductGradients(ctx, hidden, weight),
+            hidden.new_zeros((), dtype=torch.float32),
+        )
         # Two models' logits at a time: half as many rows of each.
         for (rows,) in chunks_of(hidden.size(0), weight, copies=2):
             # Both models' log-probabilities: [rows, vocabulary / n], fp32.
@@ -84,22 +85,13 @@ class _Distilled(torch.autograd.Function):
             apart, grad = divergence(logs[0], logs[1], beta)
             loss += apart.sum()
             # From the logits' gradient to what they are a product of.
-            grad = grad.mul_(ctx.scale / temperature).to(weight.dtype)
-            if grad_hidden is not None:
-                torch.mm(grad, weight, out=grad_hidden[rows])
-            if wants_weight and grad_weight is None:
-                grad_weight = torch.mm(grad.t(), hidden[rows]).float()
-            elif grad_weight is not None:
-                grad_weight = add_product(grad_weight, grad.t(), hidden[rows])
-        ctx.save_for_backward(grad_hidden, grad_weight)
+            grads_of.add(rows, grad.mul_(ctx.scale / temperature))
+        grads_of.save()
         return loss
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        hidden, weight = (
-            None if x is None else x.mul_(grad / ctx.scale) for x in ctx.saved_tensors
-        )
-        return hidden, weight, None, None, None
+        return *ProductGradients.scaled(ctx, grad), None, None, None
 
 
 def distilled(

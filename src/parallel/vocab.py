@@ -1,7 +1,7 @@
 """Log-probabilities over a vocabulary that is split across ranks: the logits are never gathered."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -204,9 +204,10 @@ class _TargetLoss(torch.autograd.Function):
         temperature, entropy, kept, holes, groups = options
         # fp16 would lose what is smaller than 6e-8
         ctx.scale = 1024.0 if weight.dtype == torch.float16 else 1.0
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grad_weight, loss = None, torch.zeros((), device=hidden.device)
+        grads_of, loss = (
+            ProductGradients(ctx, hidden, weight),
+            hidden.new_zeros((), dtype=torch.float32),
+        )
 
         def softmax(rows: slice) -> tuple[Tensor, Tensor, Tensor | None, _SoftmaxState]:
             """The exponentials of some rows' logits, and what `_softmax` says of them."""
@@ -242,28 +243,53 @@ class _TargetLoss(torch.autograd.Function):
                 within = slice(rows.start - chunk.start, rows.stop - chunk.start)
                 grad, grad_h = (None if x is None else x[within] for x in (*grads, None)[:2])
                 grad = _softmax_gradient(z, grad, grad_h, h, state, ctx.scale / temperature)
-                grad = grad.to(weight.dtype)
-                if grad_hidden is not None:
-                    torch.mm(grad, weight, out=grad_hidden[rows])
-                if wants_weight and grad_weight is None:
-                    grad_weight = torch.mm(grad.t(), hidden[rows]).float()
-                elif grad_weight is not None:
-                    grad_weight = add_product(grad_weight, grad.t(), hidden[rows])
-        ctx.save_for_backward(grad_hidden, grad_weight)
+                grads_of.add(rows, grad)
+        grads_of.save()
         return loss
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        # in place, once: what is saved is this function's own
-        hidden, weight = (
-            None if x is None else x.mul_(grad / ctx.scale) for x in ctx.saved_tensors
-        )
-        return hidden, weight, None, None, None, None
+        return *ProductGradients.scaled(ctx, grad), None, None, None, None
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """total + a b, in place; total is fp32."""
-    return total.addmm_(a, b) if a.dtype == total.dtype else total.add_(torch.mm(a, b))
+class ProductGradients:
+    """The gradients of logits' two factors, hidden states and weight, a chunk of rows at a time.
+
+    They are made in a function's forward and scaled in its backward. ctx.scale: what they are
+    multiplied by until then.
+    """
+
+    def __init__(self, ctx: Any, hidden: Tensor, weight: Tensor) -> None:
+        """ctx: of a function whose first two inputs these are."""
+        self.ctx, self.hidden, self.weight = ctx, hidden, weight
+        wants_hidden, self.wants_weight = ctx.needs_input_grad[:2]
+        self.of_hidden = torch.empty_like(hidden) if wants_hidden else None
+        self.of_weight: Tensor | None = None  # fp32
+
+    def add(self, rows: slice, grad: Tensor) -> None:
+        """grad: for the rows' logits, [rows, vocabulary / n]."""
+        grad, hidden = grad.to(self.weight.dtype), self.hidden[rows]
+        if self.of_hidden is not None:
+            torch.mm(grad, self.weight, out=self.of_hidden[rows])
+        if not self.wants_weight:
+            return
+        if self.of_weight is None:
+            self.of_weight = torch.mm(grad.t(), hidden).float()
+        elif grad.dtype == self.of_weight.dtype:
+            self.of_weight.addmm_(grad.t(), hidden)
+        else:
+            self.of_weight.add_(torch.mm(grad.t(), hidden))
+
+    def save(self) -> None:
+        """For backward."""
+        self.ctx.save_for_backward(self.of_hidden, self.of_weight)
+
+    @staticmethod
+    def scaled(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """What was saved, times the loss's gradient; in place, once: it is the function's own."""
+        hidden, weight = ctx.saved_tensors
+        factor = grad / ctx.scale
+        return tuple(None if x is None else x.mul_(factor) for x in (hidden, weight))
 
 
 def target_loss(

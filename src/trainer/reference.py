@@ -24,7 +24,6 @@ from src.parallel.deterministic import same_rows
 from src.parallel.setup import Parallel, agreed
 
 Groups = list[list[Sequence]]
-SUFFIX = ".safetensors"
 
 
 def packed(groups: Groups, share_prompts: bool, device: torch.device) -> Batch | PromptTree:
@@ -142,14 +141,16 @@ class Cache:
             raise UserError(f"--cache_reference {self.path}: cannot be written: {error}") from None
 
 
-def read_cache(path: Path) -> tuple[dict[str, str], list[tuple[Tensor, Tensor]]]:
+def read_cache(
+    path: Path, only_key: bool = False
+) -> tuple[dict[str, str], list[tuple[Tensor, Tensor]]]:
     """A cache's key, and of each list its numbers and each row's count of them.
 
-    Raises UserError for a file that is none of ours.
+    only_key: the numbers are left where they are. Raises UserError for a file that is none of ours.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            n = len(list(file.keys())) // 2
+            n = 0 if only_key else len(list(file.keys())) // 2
             key = json.loads((file.metadata() or {})["key"])
             names = [(f"{i}/logprobs", f"{i}/sizes") for i in range(n)]
             return key, [(file.get_tensor(a), file.get_tensor(b)) for a, b in names]
@@ -163,7 +164,7 @@ def read_cache(path: Path) -> tuple[dict[str, str], list[tuple[Tensor, Tensor]]]
 def check_cache(path: str) -> None:
     """Raise UserError where a cache is to be that is something else."""
     if Path(path).exists():
-        read_cache(Path(path))
+        read_cache(Path(path), only_key=True)
 
 
 def score_all(
