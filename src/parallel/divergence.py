@@ -68,10 +68,9 @@ class _Distilled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, real: int, teacher: LogitsOf, options: tuple):
         beta, temperature, holes = options
-        ctx.scale = 1024.0 if weight.dtype == torch.float16 else 1.0  # as in `target_loss`
         grads_of, loss = (
             ProductGradients(ctx, hidden, weight),
-            hidden.new_zeros((), dtype=torch.float32),
+            torch.zeros((), device=hidden.device),
         )
         # Two models' logits at a time: half as many rows of each.
         for (rows,) in chunks_of(hidden.size(0), weight, copies=2):

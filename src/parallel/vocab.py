@@ -202,11 +202,9 @@ class _TargetLoss(torch.autograd.Function):
         options: tuple,
     ):
         temperature, entropy, kept, holes, groups = options
-        # fp16 would lose what is smaller than 6e-8
-        ctx.scale = 1024.0 if weight.dtype == torch.float16 else 1.0
         grads_of, loss = (
             ProductGradients(ctx, hidden, weight),
-            hidden.new_zeros((), dtype=torch.float32),
+            torch.zeros((), device=hidden.device),
         )
 
         def softmax(rows: slice) -> tuple[Tensor, Tensor, Tensor | None, _SoftmaxState]:
@@ -255,13 +253,15 @@ class _TargetLoss(torch.autograd.Function):
 class ProductGradients:
     """The gradients of logits' two factors, hidden states and weight, a chunk of rows at a time.
 
-    They are made in a function's forward and scaled in its backward. ctx.scale: what they are
-    multiplied by until then.
+    They are made in a function's forward and scaled in its backward. ctx.scale: what the caller
+    multiplies them by until then.
     """
 
     def __init__(self, ctx: Any, hidden: Tensor, weight: Tensor) -> None:
         """ctx: of a function whose first two inputs these are."""
         self.ctx, self.hidden, self.weight = ctx, hidden, weight
+        # fp16 would lose what is smaller than 6e-8
+        ctx.scale = 1024.0 if weight.dtype == torch.float16 else 1.0
         wants_hidden, self.wants_weight = ctx.needs_input_grad[:2]
         self.of_hidden = torch.empty_like(hidden) if wants_hidden else None
         self.of_weight: Tensor | None = None  # fp32
@@ -287,9 +287,9 @@ class ProductGradients:
     @staticmethod
     def scaled(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """What was saved, times the loss's gradient; in place, once: it is the function's own."""
-        hidden, weight = ctx.saved_tensors
         factor = grad / ctx.scale
-        return tuple(None if x is None else x.mul_(factor) for x in (hidden, weight))
+        hidden, weight = (None if x is None else x.mul_(factor) for x in ctx.saved_tensors)
+        return hidden, weight
 
 
 def target_loss(
