@@ -21,7 +21,7 @@ from src.models.config import ModelConfig
 from src.models.lora import LoRAConfig, default_targets
 from src.models.transformer import Transformer
 from src.parallel.setup import Parallel
-from src.settings.model import AdaptedModelSettings, ModelSettings
+from src.settings.model import AdaptedModelSettings, ModelSettings, TextModelSettings
 from src.settings.training import LoRASettings, OptimizerSettings
 
 
@@ -215,6 +215,27 @@ def check_writable(path: str, suffix: str, *read: str) -> None:
     existing = next(parent for parent in target.absolute().parents if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"{path}: {existing} is not a folder that can be written to")
+
+
+def read_alike(
+    model: TextModelSettings, ckpt_dir: str, tokenizer_file: str | None
+) -> ModelSettings:
+    """Another model, which reads instructions as `model` does."""
+    return ModelSettings(
+        ckpt_dir=ckpt_dir,
+        tokenizer_file=tokenizer_file,
+        use_chat_template=model.use_chat_template,
+        special_tokens=model.special_tokens,
+        chat_date=model.chat_date,
+    )
+
+
+def verifier_tokenizer(folder: str, given: str | None, solver: Tokenizer) -> str | None:
+    """The one that is given; else (None) whatever lies in the verifier's folder; else the solver's.
+
+    folder: the verifier's.
+    """
+    return given or (None if find_tokenizer(Path(folder)) else str(solver.path))
 
 
 def same_tokenizer(a: Tokenizer, b: Tokenizer) -> bool:

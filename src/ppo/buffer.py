@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from src.data.encoding import Prompt
+from src.generation.engine import Completion
 from src.models.attention import Packed
 from src.models.batch import Batch, end_to_end
 from src.parallel.setup import Parallel
@@ -107,6 +108,32 @@ class RolloutBuffer:
             lengths=[self.lengths[i] for i in rows],
             components={name: x[index["sequence"]] for name, x in self.components.items()},
             **known,
+        )
+
+    @classmethod
+    def of(
+        cls,
+        prompts: list[Prompt],
+        completions: list[Completion],
+        places: list[int],
+        device: torch.device,
+        keeps_masks: bool = False,
+    ) -> "RolloutBuffer":
+        """Completions end to end, without padding, on the device.
+
+        prompts: of each; keeps_masks: they know which tokens each was chosen among.
+        """
+        pairs = list(zip(prompts, completions))
+        ids = [token for p, c in pairs for token in (*p.tokens, *c.tokens)]
+        masks = [c.kept for c in completions if c.kept is not None] if keeps_masks else []
+        return cls(
+            prompts=prompts,
+            places=places,
+            tokens=torch.tensor(ids, dtype=torch.long, device=device),
+            lengths=[len(p.tokens) + len(c.tokens) for p, c in pairs],
+            truncated=torch.tensor([c.stop_reason == "length" for _, c in pairs], device=device),
+            rollout_logprobs=torch.tensor([x for _, c in pairs for x in c.logprobs], device=device),
+            kept=torch.cat(masks) if keeps_masks else None,
         )
 
     @classmethod

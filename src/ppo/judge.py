@@ -6,23 +6,27 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
-from src.checkpoint.folder import find_tokenizer
 from src.checkpoint.load import load_model
 from src.checkpoint.save import read_score_moments
 from src.data.encoding import Prompt, gold_of, ppo_prompts
 from src.data.tokenizer import Tokenizer
 from src.evaluation.tasks import Task, find_task
 from src.generation.engine import Completion
-from src.inputs import OpenedModel, open_model, same_tokenizer
+from src.inputs import (
+    OpenedModel,
+    open_model,
+    read_alike,
+    same_tokenizer,
+    verifier_tokenizer,
+)
 from src.models.transformer import Transformer
 from src.parallel.setup import Parallel
 from src.ppo.buffer import RolloutBuffer, by_place
-from src.ppo.rewards import Reward, RewardedSettings, RewardInputs, make_rewards
+from src.ppo.rewards import Reward, RewardedSettings, RewardInputs, earned, make_rewards
 from src.ppo.rewards.file import UserScore, load_score
 from src.ppo.roles import Role, Stage
-from src.settings.model import ModelSettings, TextModelSettings
+from src.settings.model import TextModelSettings
 from src.settings.rewards import JudgeSettings
 
 
@@ -73,14 +77,7 @@ class OpenedJudge:
         verifier = moments = task = score = None
         if folder is not None:
             model, own = settings.model, settings.judge.reward_tokenizer_file
-            found = own or (None if find_tokenizer(Path(folder)) else str(tokenizer.path))
-            source = ModelSettings(
-                ckpt_dir=folder,
-                tokenizer_file=found,
-                use_chat_template=model.use_chat_template,
-                special_tokens=model.special_tokens,
-                chat_date=model.chat_date,
-            )
+            source = read_alike(model, folder, verifier_tokenizer(folder, own, tokenizer))
             verifier = open_model(source, parallel, head="score", chat_family=model.model_type)
             moments = read_score_moments(Path(folder))
         if "rule" in names:
@@ -150,29 +147,8 @@ class Judge:
         """
         p = self.parallel
         places = list(range(p.dp_rank, len(completions), p.dp_size))
-        buffer = buffer_of(prompts, completions, places, p.device)
-        scores = torch.zeros(len(places), dtype=torch.float64, device=p.device)
-        known = torch.zeros(len(places), dtype=torch.bool, device=p.device)
-        for weight, reward in self.rewards:
-            values: Tensor = reward(buffer)
-            scores += weight * values.nan_to_num(0.0)
-            known |= ~values.isnan()
+        own = [prompts[i] for i in places], [completions[i] for i in places]
+        _, scores, known = earned(self.rewards, RolloutBuffer.of(*own, places, p.device))
         sums = by_place(scores, places, len(completions), p).tolist()
         has_score = by_place(known.double(), places, len(completions), p).tolist()
         return [x if is_known else None for x, is_known in zip(sums, has_score)]
-
-
-def buffer_of(
-    prompts: list[Prompt], completions: list[Completion], places: list[int], device: torch.device
-) -> RolloutBuffer:
-    """Some of the completions as rollouts."""
-    pairs = [(prompts[i], completions[i]) for i in places]
-    ids = [token for p, c in pairs for token in (*p.tokens, *c.tokens)]
-    return RolloutBuffer(
-        prompts=[p for p, _ in pairs],
-        places=places,
-        tokens=torch.tensor(ids, dtype=torch.long, device=device),
-        lengths=[len(p.tokens) + len(c.tokens) for p, c in pairs],
-        truncated=torch.tensor([c.stop_reason == "length" for _, c in pairs], device=device),
-        rollout_logprobs=torch.tensor([x for _, c in pairs for x in c.logprobs], device=device),
-    )

@@ -12,7 +12,7 @@ from src.generation.relayout import RelaidEngine
 from src.generation.sampling import Sampling
 from src.parallel.setup import Parallel
 from src.ppo.buffer import RolloutBuffer, by_place
-from src.ppo.rewards import Reward
+from src.ppo.rewards import Reward, earned
 from src.ppo.roles import Stage
 from src.ppo.statistics import Timer
 from src.settings.ppo import RolloutSettings
@@ -97,22 +97,8 @@ class Rollouts:
                 **masks,
             )
 
-        # End to end, without padding, on the device.
-        pairs = list(zip(local_prompts, completions))
-        keeps_masks = masks and self.sampling.leaves_out
-        return RolloutBuffer(
-            prompts=local_prompts,
-            places=places,
-            tokens=torch.tensor(
-                [t for p, c in pairs for t in (*p.tokens, *c.tokens)], device=device
-            ),
-            lengths=[len(p.tokens) + len(c.tokens) for p, c in pairs],
-            truncated=torch.tensor([c.stop_reason == "length" for _, c in pairs], device=device),
-            rollout_logprobs=torch.tensor([x for _, c in pairs for x in c.logprobs], device=device),
-            kept=torch.cat([c.kept for _, c in pairs if c.kept is not None])
-            if keeps_masks
-            else None,
-        )
+        keeps_masks = bool(masks) and self.sampling.leaves_out
+        return RolloutBuffer.of(local_prompts, completions, places, device, keeps_masks)
 
     @torch.no_grad()
     def _reward(self, buffer: RolloutBuffer) -> None:
@@ -121,14 +107,8 @@ class Rollouts:
         A component without an opinion adds nothing to the sum.
         """
         with self.stage.at_work("reward"), self.timer("reward"):
-            buffer.components = {reward.name: reward(buffer) for _, reward in self.rewards}
+            buffer.components, buffer.scores, buffer.rewarded = earned(self.rewards, buffer)
             known = {name: ~x.isnan() for name, x in buffer.components.items()}
-            terms = [
-                weight * torch.where(known[reward.name], buffer.components[reward.name], 0.0)
-                for weight, reward in self.rewards
-            ]
-            buffer.scores = sum(terms, start=torch.zeros(()))
-            buffer.rewarded = torch.stack([*known.values()]).any(0)
         self._add("reward", buffer.scores, buffer.rewarded)
         for name, x in buffer.components.items():
             self._add(f"reward/{name}", x, known[name])

@@ -7,7 +7,6 @@ from typing import Any, Protocol
 import torch
 
 from src.checkpoint.adapter import Adapter
-from src.checkpoint.folder import find_tokenizer
 from src.checkpoint.load import load_model, load_sharing
 from src.checkpoint.save import check_save, read_score_moments
 from src.checkpoint.source import adapter_on
@@ -19,7 +18,9 @@ from src.inputs import (
     check_trainable,
     lora_of,
     open_model,
+    read_alike,
     same_tokenizer,
+    verifier_tokenizer,
 )
 from src.models.fp8 import check_device
 from src.models.lora import LoRAConfig
@@ -96,13 +97,13 @@ def open_roles(settings: PPOTrainSettings, parallel: Parallel, dtype: torch.dtyp
         adapters = _trunk_adapters(settings, actor)
     else:
         if roles.critic_ckpt_dir is not None:
-            source = _beside_actor(settings, roles.critic_ckpt_dir, roles.tokenizer_file)
+            source = read_alike(roles, roles.critic_ckpt_dir, roles.tokenizer_file)
             critic = open_model(source, parallel, chat_family=roles.model_type, own_dtype=own_dtype)
             _check_trainable(settings, critic)
             check_same_tokenizer(actor, critic)
         if roles.reward_model_ckpt_dir is not None:
-            tokenizer_file = _verifier_tokenizer(settings, actor)
-            source = _beside_actor(settings, roles.reward_model_ckpt_dir, tokenizer_file)
+            folder, given = roles.reward_model_ckpt_dir, roles.reward_tokenizer_file
+            source = read_alike(roles, folder, verifier_tokenizer(folder, given, actor.tokenizer))
             verifier = open_model(source, parallel, head="score", chat_family=roles.model_type)
     if critic and roles.critic_save_dir:
         check_save(roles.critic_save_dir, critic.checkpoint, dtype, own_dtype)
@@ -111,19 +112,6 @@ def open_roles(settings: PPOTrainSettings, parallel: Parallel, dtype: torch.dtyp
     critic_lora = lora_of(lora, critic.checkpoint) if critic else None
     actor_lora = lora_of(lora, actor.checkpoint)
     return OpenedRoles(actor, critic, verifier, actor_lora, critic_lora, adapters, moments)
-
-
-def _beside_actor(
-    settings: PPOTrainSettings, ckpt_dir: str, tokenizer_file: str | None
-) -> ModelSettings:
-    """Another role's model, which reads instructions as the actor does."""
-    return ModelSettings(
-        ckpt_dir=ckpt_dir,
-        tokenizer_file=tokenizer_file,
-        use_chat_template=settings.roles.use_chat_template,
-        special_tokens=settings.roles.special_tokens,
-        chat_date=settings.roles.chat_date,
-    )
 
 
 def _check_trainable(settings: PPOTrainSettings, model: OpenedModel) -> None:
@@ -150,15 +138,6 @@ def _trunk_adapters(settings: PPOTrainSettings, actor: OpenedModel) -> dict[str,
             )
         adapters["reward"] = adapter
     return adapters
-
-
-def _verifier_tokenizer(settings: PPOTrainSettings, actor: OpenedModel) -> str | None:
-    """The setting's; else whatever lies in the verifier's folder; else the actor's."""
-    roles = settings.roles
-    folder = Path(roles.reward_model_ckpt_dir or "")
-    if roles.reward_tokenizer_file or find_tokenizer(folder):
-        return roles.reward_tokenizer_file
-    return str(actor.tokenizer.path)
 
 
 class Division(Protocol):

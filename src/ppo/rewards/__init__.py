@@ -8,6 +8,7 @@ import importlib
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from src.data.tokenizer import Tokenizer
@@ -64,6 +65,22 @@ class RewardInputs:
     verifier_tokenizer: Tokenizer | None = None
     moments: tuple[float, float] | None = None
     rule: Task | None = None
+
+
+def earned(
+    rewards: list[tuple[float, Reward]], buffer: RolloutBuffer
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """The components of the reward, their weighted sum, and whether there is any, [B] each.
+
+    A component without an opinion (NaN) adds nothing to the sum.
+    """
+    components = {reward.name: reward(buffer) for _, reward in rewards}
+    known = {name: ~x.isnan() for name, x in components.items()}
+    terms = [
+        weight * torch.where(known[reward.name], components[reward.name], 0.0)
+        for weight, reward in rewards
+    ]
+    return components, sum(terms, start=torch.zeros(())), torch.stack([*known.values()]).any(0)
 
 
 def make_rewards(inputs: RewardInputs) -> list[tuple[float, Reward]]:
