@@ -358,8 +358,9 @@ def _limit_lines(
     batches, memory = settings.batches, device_memory(parallel.device)
     tokens = batches.max_tokens_per_batch
     if tokens is None and memory is not None:
-        recompute, lora = settings.run.checkpoint_activations, settings.lora.is_on
-        of_each = [activations(c, ranks.mp_size, dtype, recompute, lora) for c in configs]
+        run, lora = settings.run, settings.lora.is_on
+        how = run.checkpoint_activations, lora, run.sequence_parallel
+        of_each = [activations(c, ranks.mp_size, dtype, *how) for c in configs]
         tokens = tokens_at_once(of_each, memory, held, batches.max_seq_len)
     return described(tokens)
 

@@ -71,6 +71,8 @@ class Chunk(Packed):
     one of the same chunk writes.
     """
 
+    is_whole = False
+
     def __init__(
         self,
         cache: Cache,
@@ -125,6 +127,8 @@ class Decode:
     table: the pages of each, [n, pages]; lengths: tokens already in them, [n]; prompt_lengths:
     those of them that were the prompt; context: more than any of the lengths.
     """
+
+    is_whole = False
 
     def __init__(
         self, cache: Cache, table: Tensor, lengths: Tensor, prompt_lengths: Tensor, context: int

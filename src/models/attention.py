@@ -73,6 +73,7 @@ class Packed:
     """
 
     fuses = False  # whether it takes queries, keys and values as the product gives them
+    is_whole = True  # whether the tokens are whole sequences, as in training and scoring
     balance_loss: Tensor | None = None  # of each sequence, after a forward with experts
 
     def __init__(

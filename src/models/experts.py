@@ -13,11 +13,8 @@ from torch import Tensor, nn
 from src.models.config import ModelConfig
 from src.models.quantize import Quantized, dense
 from src.parallel import deterministic
-from src.parallel.layers import (
-    ReplicatedLinear,
-    copy_to_model_parallel_region,
-    reduce_from_model_parallel_region,
-)
+from src.parallel.layers import ReplicatedLinear
+from src.parallel.mappings import WHOLE, Region, copy_to_model_parallel_region
 
 _GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -125,20 +122,20 @@ class MixtureOfExperts(nn.Module):
         self.gate = ReplicatedLinear(shard["gate.weight"])
         self.experts = Experts(shard.part("experts"))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, region: Region = WHOLE) -> tuple[Tensor, Tensor]:
         """[N, dim] → [N, dim], and how the router decided, [N, 2, experts].
 
-        That is its probabilities and its choices (0 or 1).
+        That is its probabilities and its choices (0 or 1), of all tokens, wherever x has them.
         """
         k = self.config.experts_per_token
-        probabilities = self.gate(x).float().softmax(-1)
+        probabilities = region.whole(self.gate(x)).float().softmax(-1)
         weights, chosen = probabilities.topk(k, sorted=False)  # [N, k] each
         if self.config.norm_topk_prob:
             weights = weights / weights.sum(-1, keepdim=True)
         # Each rank's experts give a part of the output, so the gradient of the weights is a sum
         # over the ranks, like x's.
         weights = copy_to_model_parallel_region(weights.to(x.dtype))
-        rows = copy_to_model_parallel_region(x)
+        rows = region.enter(x)
         # Each token k times, sorted by expert: [N, dim] → [N · k, dim]; and back.
         order = chosen.flatten().argsort(stable=True)
         places = torch.empty_like(order).scatter_(
@@ -149,7 +146,7 @@ class MixtureOfExperts(nn.Module):
         ends = choices.sum(0, dtype=torch.int32).cumsum(0, dtype=torch.int32)
         out = self.experts(_Reordered.apply(rows, order // k, places), ends)
         out = _Reordered.apply(out, places, order).unflatten(0, (-1, k))
-        out = reduce_from_model_parallel_region(torch.einsum("tkd,tk->td", out, weights))
+        out = region.leave(torch.einsum("tkd,tk->td", out, weights))
         return out, torch.stack((probabilities, choices), 1)
 
 

@@ -34,10 +34,14 @@ from src.parallel.layers import (
     ReplicatedLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
-    copy_to_model_parallel_region,
     exact_linear,
     parameter,
-    reduce_from_model_parallel_region,
+)
+from src.parallel.mappings import (
+    WHOLE,
+    Region,
+    SplitTokens,
+    copy_to_model_parallel_region,
 )
 from src.parallel.vocab import IMPOSSIBLE
 
@@ -121,10 +125,19 @@ class Attention(nn.Module):
         self.projections.stack([self.wq, self.wk, self.wv], device)
 
     def forward(
-        self, x: Tensor, layout, rotary: tuple[Tensor, Tensor], rows: Tensor | None = None
+        self,
+        x: Tensor,
+        layout,
+        rotary: tuple[Tensor, Tensor],
+        rows: Tensor | None = None,
+        before: Region = WHOLE,
+        after: Region = WHOLE,
     ) -> Tensor:
-        """[N, dim] → [N, dim]; with `rows` the output is computed for these tokens only."""
-        x = copy_to_model_parallel_region(x)
+        """[N, dim] → [N, dim]; with `rows` the output is computed for these tokens only.
+
+        before, after: how tokens lie on this model's ranks in the input, and in the output.
+        """
+        x = before.enter(x)
         projections = (self.wq, self.wk, self.wv)
         if layout.fuses:
             qkv = self.projections.joined(x, *projections)
@@ -143,7 +156,7 @@ class Attention(nn.Module):
         # A padded head beside a real kv head would give the mean of its values, and the zeros of
         # wo that meet it a gradient.
         out = fill_padding(out, self.real_heads, dim=1).flatten(-2)  # [N, heads · head_dim]
-        return reduce_from_model_parallel_region(self.wo(gather_rows(out, rows)))
+        return after.leave(self.wo(gather_rows(out, rows)))
 
 
 class FeedForward(nn.Module):
@@ -157,13 +170,13 @@ class FeedForward(nn.Module):
     def stack(self, device: torch.device) -> None:
         self.projections.stack([self.w1, self.w3], device)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+    def forward(self, x: Tensor, region: Region = WHOLE) -> tuple[Tensor, None]:
         """[N, dim] → [N, dim], and None where `MixtureOfExperts` has its router's decisions."""
-        x = copy_to_model_parallel_region(x)
+        x = region.enter(x)
         gated = self.projections.gated(x, self.w1, self.w3)
         if gated is None:
             gated = swiglu(self.projections.joined(x, self.w1, self.w3))
-        return reduce_from_model_parallel_region(self.w2(gated)), None
+        return region.leave(self.w2(gated)), None
 
 
 class Block(nn.Module):
@@ -188,16 +201,20 @@ class Block(nn.Module):
         rotary: tuple[Tensor, Tensor],
         rows: Tensor | None = None,
         delta: Tensor | None = None,
+        before: Region = WHOLE,
+        after: Region = WHOLE,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """x + delta → x and delta after the block, at `rows` only if given.
 
         delta: what the block before adds, which one kernel may sum and norm; nothing if None. The
-        third is its router's decisions, with experts.
+        third is its router's decisions, with experts. before, after: see `Attention`.
         """
         x, normed = add_rms_norm(x, delta, self.attention_norm)
-        attended = self.attention(normed, layout, rotary, rows)
-        x, normed = add_rms_norm(gather_rows(x, rows), attended, self.ffn_norm)
-        return x, *self.feed_forward(normed)
+        attended = self.attention(normed, layout, rotary, rows, before, after)
+        if rows is not None:
+            x = after.own(gather_rows(before.whole(x), rows))
+        x, normed = add_rms_norm(x, attended, self.ffn_norm)
+        return x, *self.feed_forward(normed, after)
 
 
 class Transformer(nn.Module):
@@ -249,6 +266,9 @@ class Transformer(nn.Module):
         wk = shard.spec("layers.0.attention.wk.weight")
         self.kv_heads = wk.local_shape(n)[0] // config.head_dim  # of this rank
         self.recompute = "none"  # activation checkpointing: see CHECKPOINTING
+        # Whether each of the model's ranks holds a part of the tokens between the products, of
+        # whole sequences: see `SplitTokens`.
+        self.sequence_parallel = False
         self.router_aux_loss_coef = config.router_aux_loss_coef
         self._rotary: Tensor | None = None
 
@@ -260,27 +280,43 @@ class Transformer(nn.Module):
         `balance_loss`.
         """
         rotary = self.rotary(layout)
-        x, delta, routers, last = self.tok_embeddings(tokens), None, [], self.layers[-1]
+        region: Region = WHOLE
+        if self.sequence_parallel and layout.is_whole:
+            region = SplitTokens(tokens.size(0))
+        x, delta, routers, last = self.tok_embeddings(tokens, region), None, [], self.layers[-1]
         for block in self.layers:
             # Past the last attention only the wanted rows matter; the experts' balance, though,
             # counts every token.
             wanted = rows if block is last and not self.config.n_experts else None
+            before = region
+            region = region if wanted is None else region.of(wanted.size(0))
             if self.recompute != "none" and torch.is_grad_enabled():
                 # A block keeps what it begins with: one tensor, not two.
                 x = x if delta is None else x + delta
                 contexts = CHECKPOINTING[self.recompute]
+                inputs = x, layout, rotary, wanted, None, before, region
                 x, delta, router = checkpoint(
-                    block, x, layout, rotary, wanted, use_reentrant=False, context_fn=contexts
+                    block, *inputs, use_reentrant=False, context_fn=contexts
                 )
             else:
-                x, delta, router = block(x, layout, rotary, wanted, delta)
+                x, delta, router = block(x, layout, rotary, wanted, delta, before, region)
             if router is not None and torch.is_grad_enabled() and self.router_aux_loss_coef:
                 routers.append(layout.means(router))
         if routers:
             layout.balance_loss = balance_loss(routers)
-        if self.config.n_experts and delta is not None:
-            x, delta = gather_rows(x, rows), gather_rows(delta, rows)
-        return add_rms_norm(x, delta, self.norm)[1]
+        hidden = region.whole(add_rms_norm(x, delta, self.norm)[1])
+        return gather_rows(hidden, rows) if self.config.n_experts else hidden
+
+    def partial_gradients(self) -> list[nn.Parameter]:
+        """Weights of which each of the model's ranks has a part of the gradient: their tokens'."""
+        if not self.sequence_parallel:
+            return []
+        return [
+            weight
+            for name, part in self.named_modules()
+            if type(part) is RMSNorm or name.endswith(".gate")  # not the heads' norms
+            for weight in part.parameters()
+        ]
 
     def stackable(self) -> list[Attention | FeedForward]:
         """The parts with projections that may be stacked, in order: not the experts."""

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from src.kernels import cpu, runtime
 from src.parallel import deterministic
 from src.parallel.mappings import (
+    WHOLE,
+    Region,
     copy_to_model_parallel_region,
     gather_from_model_parallel_region,
     reduce_from_model_parallel_region,
@@ -357,10 +359,10 @@ class ParallelEmbedding(fairscale_layers.ParallelEmbedding):
         nn.Module.__init__(self)
         self.weight, self.embedding_dim = weight, embedding_dim
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Ids [N] → [N, embedding_dim]."""
+    def forward(self, tokens: Tensor, region: Region = WHOLE) -> Tensor:
+        """Ids [N] → [N, embedding_dim], as activations lie in the region."""
         whole = gather_from_model_parallel_region(F.embedding(tokens, self.weight))
-        return whole[..., : self.embedding_dim]  # without the last rank's padding, if any
+        return region.own(whole[..., : self.embedding_dim])  # without the last rank's padding
 
 
 class VocabParallelEmbedding(fairscale_layers.VocabParallelEmbedding):
@@ -372,13 +374,13 @@ class VocabParallelEmbedding(fairscale_layers.VocabParallelEmbedding):
         nn.Module.__init__(self)
         self.weight, self.start = weight, rank * weight.size(0)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, region: Region = WHOLE) -> Tensor:
         """Ids [N] → [N, dim]: this rank's entries, zeros for the others', summed over the ranks."""
         local = tokens - self.start
         is_other = (local < 0) | (local >= self.weight.size(0))
         rows = F.embedding(local.masked_fill(is_other, 0), self.weight)
         rows = rows.masked_fill(is_other.unsqueeze(-1), 0.0)
-        return reduce_from_model_parallel_region(rows)
+        return region.leave(rows)
 
 
 class ReplicatedLinear(nn.Linear):

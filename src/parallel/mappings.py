@@ -1,10 +1,14 @@
 """What happens between ranks that share a model, forward and backward.
 
-Megatron's f and g (arXiv 1909.08053, section 3). FairScale has the same, bound to
-`torch.distributed`; these go through shared memory where the ranks share a machine.
+Megatron's f and g (arXiv 1909.08053, section 3), and those of its sequence parallelism (arXiv
+2205.05198, section 4.2.2). FairScale has the first, bound to `torch.distributed`; these go through
+shared memory where the ranks share a machine.
 """
 
+from typing import Protocol
+
 import torch
+import torch.nn.functional as F
 from fairscale.nn.model_parallel.initialize import (
     get_model_parallel_group,
     get_model_parallel_rank,
@@ -12,7 +16,7 @@ from fairscale.nn.model_parallel.initialize import (
 )
 from torch import Tensor
 
-from src.parallel.shared_memory import gathered, summed
+from src.parallel.shared_memory import gathered, scattered_sum, summed
 
 
 class _Copy(torch.autograd.Function):
@@ -59,3 +63,150 @@ def reduce_from_model_parallel_region(x: Tensor) -> Tensor:
 def gather_from_model_parallel_region(x: Tensor) -> Tensor:
     """The ranks' parts side by side, [..., n] → [..., n · ranks]; each gets its part's gradient."""
     return x if get_model_parallel_world_size() == 1 else _Gather.apply(x)
+
+
+class _GatherTokens(torch.autograd.Function):
+    """Ranks' tokens one after the other, [m, …] → [tokens, …]; the gradients' sum is dealt out."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, split: "SplitTokens") -> Tensor:
+        ctx.split = split
+        return split.gathered(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return ctx.split.scattered_sum(grad), None
+
+
+class _ScatterSum(torch.autograd.Function):
+    """This rank's tokens of the sum over the ranks, [tokens, …] → [m, …]."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, split: "SplitTokens") -> Tensor:
+        ctx.split = split
+        return split.scattered_sum(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return ctx.split.gathered(grad), None
+
+
+class _WholeTokens(torch.autograd.Function):
+    """Ranks' tokens one after the other; each gets its part of a gradient that all have whole."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, split: "SplitTokens") -> Tensor:
+        ctx.split = split
+        return split.gathered(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return ctx.split.part_of(grad), None
+
+
+class _OwnTokens(torch.autograd.Function):
+    """This rank's tokens of what all ranks have whole; the gradient is put together again."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, split: "SplitTokens") -> Tensor:
+        ctx.split = split
+        return split.part_of(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return ctx.split.gathered(grad), None
+
+
+class Region(Protocol):
+    """How activations lie between the products that a model's ranks share, and get into them."""
+
+    def enter(self, x: Tensor) -> Tensor:
+        """All tokens, for products whose ranks each give a part of x's gradient."""
+        ...
+
+    def leave(self, x: Tensor) -> Tensor:
+        """The sum over the ranks, as activations lie here."""
+        ...
+
+    def whole(self, x: Tensor) -> Tensor:
+        """All tokens, for what every rank computes alike, its gradient too."""
+        ...
+
+    def own(self, x: Tensor) -> Tensor:
+        """Of what every rank has alike, as activations lie here: the inverse of `whole`."""
+        ...
+
+    def of(self, tokens: int) -> "Region":
+        """The same for another number of tokens."""
+        ...
+
+
+class WholeTokens:
+    """Every rank holds all tokens: a `Region`."""
+
+    def enter(self, x: Tensor) -> Tensor:
+        return copy_to_model_parallel_region(x)
+
+    def leave(self, x: Tensor) -> Tensor:
+        return reduce_from_model_parallel_region(x)
+
+    def whole(self, x: Tensor) -> Tensor:
+        return x
+
+    def own(self, x: Tensor) -> Tensor:
+        return x
+
+    def of(self, tokens: int) -> "WholeTokens":
+        return self
+
+
+WHOLE = WholeTokens()
+
+
+class SplitTokens:
+    """Each of the model's n ranks holds m = ⌈tokens / n⌉ of the tokens in turn: a `Region`.
+
+    Zeros stand behind the last. Norms and sums then take 1/n of the work and of the memory; what
+    goes between the ranks are as many bytes as without. The gradient of a weight that meets split
+    tokens (a norm's) is a rank's part: the optimizer sums them up.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens, self.group = tokens, get_model_parallel_group()
+        self.rank, self.size = get_model_parallel_rank(), get_model_parallel_world_size()
+        self.m = -(-tokens // self.size)
+
+    def enter(self, x: Tensor) -> Tensor:
+        return _GatherTokens.apply(x, self)
+
+    def leave(self, x: Tensor) -> Tensor:
+        return _ScatterSum.apply(x, self)
+
+    def whole(self, x: Tensor) -> Tensor:
+        return _WholeTokens.apply(x, self)
+
+    def own(self, x: Tensor) -> Tensor:
+        return _OwnTokens.apply(x, self)
+
+    def of(self, tokens: int) -> "SplitTokens":
+        return SplitTokens(tokens)
+
+    # The same without gradients.
+
+    def gathered(self, x: Tensor) -> Tensor:
+        """[m, …] → [tokens, …]."""
+        return gathered(x, self.group).flatten(0, 1)[: self.tokens]
+
+    def scattered_sum(self, x: Tensor) -> Tensor:
+        """[tokens, …] → [m, …]."""
+        return scattered_sum(self._padded(x).unflatten(0, (self.size, self.m)), self.group)
+
+    def part_of(self, x: Tensor) -> Tensor:
+        """[tokens, …] → [m, …]."""
+        part = x[self.rank * self.m : (self.rank + 1) * self.m]
+        missing = self.m - part.size(0)
+        return F.pad(part, (0, 0) * (x.dim() - 1) + (0, missing)) if missing else part
+
+    def _padded(self, x: Tensor) -> Tensor:
+        missing = self.size * self.m - self.tokens
+        return F.pad(x, (0, 0) * (x.dim() - 1) + (0, missing)) if missing else x

@@ -1,4 +1,4 @@
-"""All-reduce and all-gather among ranks of one machine through memory that they share.
+"""All-reduce, all-gather, reduce-scatter among ranks of one machine, through memory they share.
 
 On the CPU it is far quicker than gloo over the loopback. Each rank writes its tensor into its own
 slot, says so, waits until the others have, and reads all slots; sums go in the order of ranks, so
@@ -78,6 +78,15 @@ class SharedSlots:
         length = SLOT_BYTES // x.element_size()
         for piece, result in zip(x.view(-1).split(length), out.split(length, 1)):
             result.copy_(self._exchange(piece))
+
+    def reduce_scatter(self, x: Tensor, out: Tensor) -> None:
+        """This rank's row of the sum over all ranks: x, [ranks, numbers of out]; out contiguous."""
+        length = SLOT_BYTES // x.element_size() // self.size
+        for piece, result in zip(x.split(length, 1), out.split(length)):
+            slots = self._exchange(piece.contiguous().view(-1))
+            first, *others = slots.view(self.size, self.size, -1)[:, self.rank]
+            for i, slot in enumerate(others):
+                torch.add(result if i else first, slot, out=result)
 
     def _exchange(self, x: Tensor) -> Tensor:
         """Every rank's `x`, [ranks, numbers of x], until this rank's next exchange."""
@@ -220,6 +229,23 @@ def summed(x: Tensor, group: dist.ProcessGroup) -> Tensor:
             out = torch.empty_like(x)
             if x.numel():
                 slots.all_reduce(x, out, dist.ReduceOp.SUM)
+    return out
+
+
+def scattered_sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """This rank's row of the sum over the group, in a new tensor: [ranks, …] → […].
+
+    The bits of `summed`.
+    """
+    x, slots, rank = x.contiguous(), _groups.get(group), dist.get_rank(group)
+    if slots is None and (deterministic.is_on() or not x.is_cuda):
+        return summed(x, group)[rank]  # gloo has no better
+    with clock.communication():
+        out = torch.empty_like(x[0])
+        if slots is None:
+            dist.reduce_scatter_tensor(out, x, group=group)
+        elif x.numel():
+            slots.reduce_scatter(x.view(len(x), -1), out.view(-1))
     return out
 
 

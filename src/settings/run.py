@@ -54,6 +54,13 @@ class TrainingRunSettings(RunSettings):
         "what of each block is computed again in backward, to save memory: nothing (none), all but "
         "products and attention (selective), or all but its input (full)",
     ] = "none"
+    sequence_parallel: Annotated[
+        bool,
+        MAY_CHANGE,
+        "let each of the ranks that share a model hold a part of the tokens between its products "
+        "(Megatron's sequence parallelism): norms and what residuals keep take that much less "
+        "memory, for as many bytes between the ranks",
+    ] = False
     compile: Annotated[
         bool,
         MAY_CHANGE,

@@ -43,13 +43,20 @@ class Activations:
 
 
 def activations(
-    config: ModelConfig, n: int, dtype: torch.dtype, recompute: str, lora: bool = False
+    config: ModelConfig,
+    n: int,
+    dtype: torch.dtype,
+    recompute: str,
+    lora: bool = False,
+    sequence_parallel: bool = False,
 ) -> Activations:
     """Of a model in training at `n` model-parallel ranks. recompute: --checkpoint_activations."""
     size, d, table = dtype.itemsize, config.dim, layer_table(config)
     q, k = (table[f"attention.{name}.weight"].local_shape(n)[0] for name in ("wq", "wk"))
-    # Norms: their input in fp32, what they make of it, and that times the weight.
-    norms = 2 * (FP32 + 2 * size) * d
+    split = n if sequence_parallel else 1  # ranks that share the tokens between the products
+    # Norms: their input in fp32, what they make of it, and that times the weight, which is what
+    # the products get: all tokens.
+    norms = 2 * ((FP32 + size) * d / split + size * d)
     # Products' outputs, queries and keys once more when they are rotated, and attention's output.
     attention = size * (2 * q + 3 * k + q)
     of_products = size * (q + 2 * k + d)
@@ -64,8 +71,8 @@ def activations(
     whole = norms + attention + feed_forward
     kept = {
         "none": whole,
-        "selective": size * (d + q) + of_products,
-        "full": size * d,
+        "selective": size * (d / split + q) + of_products,
+        "full": size * d / split,
     }[recompute]
     # One block more: its gradients, or what is computed again of it.
     # With adapters twice its products: counted where it was measured, with the adapters apart.
@@ -115,6 +122,7 @@ def limited(
             model.norm.weight.dtype,
             model.recompute,
             bool(lora_layers(model)),
+            model.sequence_parallel,
         )
         for model, optimizer in trained
     ]

@@ -50,6 +50,12 @@ def prepare(
     # Ranks that share a model must draw the same dropout.
     torch.manual_seed(generator_for(run.seed, f"dropout/{parallel.dp_rank}").initial_seed())
     model.recompute = run.checkpoint_activations
+    if run.sequence_parallel and parallel.mp_size == 1:
+        raise UserError(
+            "--sequence_parallel: has no effect with 1 rank per model; give "
+            "--model_parallel_size 2 or more, or leave it out"
+        )
+    model.sequence_parallel = run.sequence_parallel
     freeze_layers(model, optimizer.freeze_layers)
     if optimizer.router_aux_loss_coef is not None:
         model.router_aux_loss_coef = optimizer.router_aux_loss_coef

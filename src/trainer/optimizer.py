@@ -105,6 +105,8 @@ class Optimizer:
         # Ranks that hold the same values of each.
         self.copies = torch.tensor([copies_of(p) for p in self.parameters], device=parallel.device)
         self.buckets = GradientBuckets(self.parameters, parallel) if parallel.dp_size > 1 else None
+        # Weights that meet a part of the tokens only on each of the model's ranks.
+        self.partial = [p for p in model.partial_gradients() if p.requires_grad]
         # Weight decay is for matrices: a norm's weights are no slopes.
         matrices = [p for p in self.parameters if p.dim() > 1]
         vectors = [p for p in self.parameters if p.dim() == 1]
@@ -194,6 +196,7 @@ class Optimizer:
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
+        self._sum_partial()
         norm = float(self._grad_norm()) / self.loss_scale
         skipped = not math.isfinite(norm)
         if not skipped:
@@ -211,6 +214,16 @@ class Optimizer:
         for parameter in self.parameters:
             parameter.grad = None
         return {"grad_norm": norm, "skipped": float(skipped)}
+
+    def _sum_partial(self) -> None:
+        """What ranks of a model have parts of becomes the same on all, in one exchange."""
+        if not self.partial:
+            return
+        gradients = [p.grad for p in self.partial if p.grad is not None]
+        flat = torch.cat([grad.flatten() for grad in gradients])
+        all_reduce(flat, self.parallel.mp_group)
+        for grad, whole in zip(gradients, flat.split([grad.numel() for grad in gradients])):
+            grad.copy_(whole.view_as(grad))
 
     def check_skipped(self, limit: int, batch: str) -> None:
         """Raise UserError, on every rank alike, when so many steps in a row were skipped.

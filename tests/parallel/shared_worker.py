@@ -29,6 +29,10 @@ def main(out: str) -> None:
             whole = shared_memory.gathered(x.t(), parallel.mp_group)  # not contiguous
             alike = torch.equal(whole, torch.stack(parts).mT)
             results[f"{dtype} {size} gathered"] = [0.0, alike]
+            x = (torch.randn(parallel.world_size, size, 2, generator=generator) * 50).to(dtype)
+            row = shared_memory.scattered_sum(x, parallel.mp_group)
+            alike = torch.equal(row, shared_memory.summed(x, parallel.mp_group)[parallel.rank])
+            results[f"{dtype} {size} scattered"] = [0.0, alike]
             for name, op in OPERATIONS.items():
                 x = (torch.randn(size, generator=generator) * 50).to(dtype)
                 wanted, before = x.clone(), x.clone()

@@ -95,7 +95,7 @@ def test_settings_get_a_limit_on_a_gpu_alone(tmp_path, parallel, dtype):
 
 def test_the_log_and_the_dry_run_say_it(parallel, monkeypatch):
     class Run:
-        checkpoint_activations = "none"
+        checkpoint_activations, sequence_parallel = "none", False
 
     class Settings:
         batches, run, lora = PackedBatchSettings(), Run(), type("LoRA", (), {"is_on": False})()

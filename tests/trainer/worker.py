@@ -56,18 +56,33 @@ SOLVER_RUNS = {
     "full, micro-batches, recomputed": ("lm", 3, False, {"recompute": "full"}),
     "full, recomputed in part": ("lm", 2, False, {"recompute": "selective"}),
     "full, packed by tokens": ("lm", 1, False, {"max_tokens": 25}),
+    "full, sequence parallel": ("lm", 1, False, {"sequence_parallel": True}),
+    "full, sequence parallel, micro-batches, recomputed": (
+        "lm",
+        3,
+        False,
+        {"sequence_parallel": True, "recompute": "full", "zero": 0},
+    ),
     "lora": ("lm", 1, True, {}),
     "lora, zero 0, packed by tokens": ("lm", 1, True, {"zero": 0, "max_tokens": 40}),
     "lora, micro-batches": ("lm", 6, True, {}),
     "experts": ("experts", 1, False, {}),
     "experts, micro-batches, recomputed": ("experts", 3, False, {"recompute": "full"}),
     "experts, lora": ("experts", 2, True, {}),
+    "experts, sequence parallel": ("experts", 1, False, {"sequence_parallel": True}),
+    "experts, lora, sequence parallel, recomputed": (
+        "experts",
+        2,
+        True,
+        {"sequence_parallel": True, "recompute": "selective"},
+    ),
 }
 VERIFIER_RUNS = {
     "verifier": (1, True, {}),
     "verifier, micro-batches": (4, True, {}),
     "verifier, packed by tokens, zero 0": (1, True, {"max_tokens": 60, "zero": 0}),
     "verifier, each prompt anew": (1, False, {}),
+    "verifier, sequence parallel": (1, True, {"sequence_parallel": True}),
 }
 COMPARISONS, VERIFIER_BATCH = 18, 4
 # name: (losses, micro-batches, more settings)
@@ -82,6 +97,7 @@ PREFERENCE_RUNS = {
     "dpo, the reference kept": (["dpo"], 1, {"kept": True}),
     "kto, the reference kept": (["kto"], 1, {"kept": True}),
     "dpo, lora": (["dpo"], 1, {"lora": True}),
+    "dpo, lora, sequence parallel": (["dpo"], 1, {"lora": True, "sequence_parallel": True}),
     "dpo, experts": (["dpo"], 2, {"model": "experts", "share_prompts": False}),
 }
 # name: (β, micro-batches, more settings); the teacher has other sizes, and in some its own degree.
@@ -124,6 +140,7 @@ def solver_run(
 ) -> dict:
     model = ours(folder / name, parallel)
     model.recompute = more.get("recompute", "none")
+    model.sequence_parallel = more.get("sequence_parallel", False)
     if lora:
         add_lora(model, LORA, LORA_SEED, parallel)
     optimizer = Optimizer(model, parallel, WEIGHT_DECAY, MAX_GRAD_NORM, zero=more.get("zero", 1))
@@ -135,6 +152,7 @@ def verifier_run(
     folder: Path, parallel: Parallel, micro: int, share_prompts: bool, more: dict
 ) -> dict:
     model = ours(folder / "score", parallel)
+    model.sequence_parallel = more.get("sequence_parallel", False)
     objective = VerifierObjective(comparisons(), parallel.device, share_prompts)
     optimizer = Optimizer(model, parallel, WEIGHT_DECAY, MAX_GRAD_NORM, zero=more.get("zero", 1))
     return trained(
@@ -168,6 +186,7 @@ def preference_run(
     folder: Path, parallel: Parallel, losses: list[str], micro: int, more: dict
 ) -> dict:
     model = ours(folder / more.get("model", "lm"), parallel)
+    model.sequence_parallel = more.get("sequence_parallel", False)
     if more.get("lora"):
         add_lora(model, LORA, LORA_SEED, parallel)
     zero = more.get("zero", 1)
