@@ -47,7 +47,8 @@ def main(settings: DistillTrainSettings) -> None:
     # Load this rank's part of the student.
     dtype, quantize = pick_dtype(run.dtype, parallel.device), settings.lora.quantize
     start_from = inputs.model.checkpoint
-    model = load_model(start_from, parallel, dtype, "lm", run.seed, quantize, inputs.lora)
+    how = run.seed, quantize, inputs.lora, run.zero, run.offload_params
+    model = load_model(start_from, parallel, dtype, "lm", *how)
 
     with RunLog(places.logs, "distill_train", settings, parallel.rank) as log:
         inputs.model.announce(log)

@@ -48,7 +48,8 @@ def main(settings: PreferenceTrainSettings) -> None:
     # Load this rank's part of the policy.
     dtype, quantize = pick_dtype(run.dtype, parallel.device), settings.lora.quantize
     start_from = inputs.model.checkpoint
-    model = load_model(start_from, parallel, dtype, "lm", run.seed, quantize, inputs.lora)
+    how = run.seed, quantize, inputs.lora, run.zero, run.offload_params
+    model = load_model(start_from, parallel, dtype, "lm", *how)
 
     with RunLog(places.logs, "preference_train", settings, parallel.rank) as log:
         inputs.model.announce(log)

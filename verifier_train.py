@@ -47,7 +47,8 @@ def main(settings: VerifierTrainSettings) -> None:
     # Load this rank's part of the model, with a scalar head.
     dtype, quantize = pick_dtype(run.dtype, parallel.device), settings.lora.quantize
     start_from = inputs.model.checkpoint
-    model = load_model(start_from, parallel, dtype, "score", run.seed, quantize, inputs.lora)
+    how = run.seed, quantize, inputs.lora, run.zero, run.offload_params
+    model = load_model(start_from, parallel, dtype, "score", *how)
 
     with RunLog(places.logs, "verifier_train", settings, parallel.rank) as log:
         inputs.model.announce(log)

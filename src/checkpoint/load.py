@@ -9,10 +9,19 @@ from src.checkpoint.adapter import Adapter
 from src.checkpoint.source import Checkpoint
 from src.models.init import random_tensor
 from src.models.layout import TensorSpec, tensor_table
-from src.models.lora import TARGETS, LoRAConfig, add_lora, sharing
+from src.models.lora import (
+    TARGETS,
+    LoRA,
+    LoRAConfig,
+    adapter_parts,
+    add_lora,
+    sharing,
+    wrap_lora,
+)
 from src.models.quantize import quantized
 from src.models.transformer import Transformer, build
 from src.parallel.setup import Parallel, agreed
+from src.parallel.sharding import fill, shard
 
 
 @torch.no_grad()
@@ -24,6 +33,8 @@ def load_model(
     seed: int = 0,
     quantize: str | None = None,
     lora: LoRAConfig | None = None,
+    zero: int = 0,
+    offload: bool = False,
 ) -> Transformer:
     """This rank's model with the checkpoint's weights, each read, cast and put in place by itself.
 
@@ -31,12 +42,15 @@ def load_model(
     from N(0, 1/(dim + 1)) (N Implementation Details of RLHF with PPO); every other weight must come
     from the checkpoint. quantize: nf4 or int8, the frozen kind of the linear layers' weights. lora:
     the adapter to train, which goes on from the checkpoint's if that has one. An adapter that is
-    not trained is added to the weights, or, when these are quantised, stays beside them. Raises
+    not trained is added to the weights, or, when these are quantised, stays beside them. zero: from
+    stage 2 on the data-parallel ranks share the weights, in host memory with `offload`. Raises
     UserError, on every rank, when a weight is not finite.
     """
     config = checkpoint.config.with_head(head or checkpoint.config.head)
     if config.head == "lm" and checkpoint.config.head != "lm":
         raise ValueError(f"{checkpoint.folder} has no output layer")
+    if parallel.dp_size == 1 and not offload:
+        zero = 0  # there is nobody to share with
     table, rank, n = tensor_table(config), parallel.mp_rank, parallel.mp_size
     # With more ranks than kv heads, neighbours hold the same head and sum its gradients.
     replicas = parallel.replicas(table["layers.0.attention.wk.weight"].copies(n))
@@ -44,7 +58,7 @@ def load_model(
     # The adapter that stays an adapter; any other is added to the weights as they are read.
     adapter = checkpoint.adapter if quantize or lora else None
 
-    def fill() -> None:
+    def read() -> None:
         for name in table:
             if name == "score.weight" and checkpoint.config.head != "score":
                 local = random_tensor(
@@ -55,12 +69,22 @@ def load_model(
                     name, checkpoint.local(name, rank, n, merged=adapter is None)
                 )
             put(model, name, local, parallel.device, quantize)
+        if zero >= 2 and lora is not None:
+            start_from = None if adapter is None else adapter.tensors
+            for name, local in adapter_parts(config, lora, seed, parallel, start_from):
+                put(model, name, local, parallel.device)
 
-    # q, k, v become neighbours in memory, and w1, w3, for one product each: plain weights only.
-    if not quantize:
+    if zero >= 2:
+        if lora is not None:
+            wrap_lora(model, lora, parallel)
+        shard(model, parallel, zero, offload)
+    elif not quantize:
+        # q, k, v become neighbours in memory, and w1, w3, for one product each: plain weights only.
         model.stack_projections(parallel.device)
-    agreed(fill)
+    agreed(read)
     checkpoint.release()
+    if zero >= 2:
+        return model
     if lora is not None:
         add_lora(model, lora, seed, parallel, None if adapter is None else adapter.tensors)
     elif adapter is not None:
@@ -102,9 +126,11 @@ def put(
     """Put a rank's part of a weight in its place in a model that was just built, in its dtype."""
     module_name, attribute = name.rsplit(".", 1)
     module = model.get_submodule(module_name)
+    if isinstance(module, LoRA) and attribute == "weight":
+        module = module.base
     unfilled = getattr(module, attribute)
-    if not unfilled.is_meta:  # allocated already, as a part of stacked weights
-        unfilled.copy_(local)
+    if not unfilled.is_meta:  # allocated already: a part of stacked weights, or a rank's rows
+        fill(unfilled, local)
         return
     # a copy: a slice of a mapped file would keep the file's pages
     local = torch.empty(local.shape, dtype=unfilled.dtype, device=device).copy_(local)

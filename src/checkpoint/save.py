@@ -27,10 +27,14 @@ from src.checkpoint.manifest import described
 from src.checkpoint.source import Checkpoint
 from src.checkpoint.write import shard_name, write_params
 from src.errors import UserError
+from src.models.exchange import exchanged, layout_of
+from src.models.layout import tensor_table
 from src.models.lora import lora_layers, lora_table, merged_parts
+from src.models.places import Layout
 from src.models.quantize import Quantized
 from src.models.transformer import Transformer
 from src.parallel.setup import Parallel, agreed
+from src.parallel.sharding import whole
 
 
 def saved_dtype(base: Checkpoint, name: str, dtype: torch.dtype, own: bool) -> torch.dtype:
@@ -49,6 +53,8 @@ def merged_weights(
 ) -> dict[str, Tensor]:
     """This rank's plain weights on the host, adapters added in: a checkpoint without LoRA.
 
+    Where data-parallel ranks share the weights all come here, and the first gets those of all.
+
     own: in `base`'s own dtypes, see `saved_dtype`. Under a quantised weight lies the base's own,
     unquantised, which is read again from `base`. Raises UserError for what fp16 cannot hold.
     """
@@ -61,14 +67,23 @@ def merged_weights(
         return unquantised.to(parallel.device)
 
     weights: dict[str, Tensor] = {}
+    problems: list[str] = []
+    table, layout = tensor_table(model.config), layout_of(model, parallel)
+    first_only = Layout(parallel.mp_size), parallel.rank, parallel.world
     for name, weight in merged_parts(model, plain):
+        if layout.sharded:
+            weight = exchanged(weight, table[name], layout, *first_only)
+            if parallel.dp_rank:
+                continue
         dtype = weight.dtype if base is None else saved_dtype(base, name, weight.dtype, own)
         weights[name] = weight.to(device="cpu", dtype=dtype, copy=True)
         if dtype == torch.float16 != weight.dtype and weights[name].isinf().any():
-            raise UserError(
+            problems.append(
                 f"{name} holds {weight.abs().max():g}, above what fp16 can; give --dtype fp32, to "
                 "compute and to save in"
             )
+    if problems:
+        raise UserError(problems[0])
     return weights
 
 
@@ -85,14 +100,14 @@ def whole_adapter(model: Transformer, parallel: Parallel) -> dict[str, Tensor]:
     parameters = dict(model.named_parameters())
     adapter: dict[str, Tensor] = {}
     for name, spec in table.items():
-        local = parameters[name].detach().contiguous()
+        local = whole(parameters[name].detach()).contiguous()
         parts = [local]
         if spec.dim is not None and parallel.mp_size > 1:
             parts = [torch.empty_like(local) for _ in range(parallel.mp_size)]
             dist.all_gather(parts, local, group=parallel.mp_group)
         adapter[name] = spec.join(parts).cpu()
     if model.config.head == "score":
-        adapter["score.weight"] = model.score.weight.detach().cpu()
+        adapter["score.weight"] = whole(model.score.weight.detach()).cpu()
     return adapter
 
 
@@ -114,7 +129,11 @@ def save_model(
     """
     folder = Path(save_dir).resolve()
     target = temporary_of(folder)
-    adapter = whole_adapter(model, parallel)  # by all ranks together, before one can fail to write
+    # By all ranks together, before one can fail to write.
+    adapter = whole_adapter(model, parallel)
+    weights: dict[str, Tensor] = {}
+    if model.shard_stage >= 2:
+        weights = agreed(lambda: merged_weights(model, parallel, base, own_dtype))
 
     def write() -> dict[str, dict]:
         """This rank's share of the files, and the manifest's entries of its tensors."""
@@ -122,7 +141,8 @@ def save_model(
         try:
             if parallel.dp_rank == 0:  # the other data-parallel ranks hold the same
                 shard = shard_name(parallel.mp_rank)
-                torch.save(merged_weights(model, parallel, base, own_dtype), target / shard)
+                of_rank = weights or merged_weights(model, parallel, base, own_dtype)
+                torch.save(of_rank, target / shard)
                 written[shard] = described(target / shard)
             if parallel.is_main:
                 write_params(model.config, target)

@@ -14,6 +14,7 @@ from src.evaluation.solver import evaluate_solver, headline, write_results
 from src.evaluation.tasks import LabelledRows, read_labels
 from src.evaluation.verifier import evaluate_graded, evaluate_pairs
 from src.generation.engine import Engine
+from src.generation.relayout import plain
 from src.generation.sampling import Sampling
 from src.logs import RunLog
 from src.models.transformer import Transformer
@@ -83,11 +84,12 @@ class SolverEvaluation:
         if self.data is None:
             return {}
         data = self.data
-        engine = Engine(model, parallel, self.batch_size, self.max_seq_len)
         sampling = Sampling(max_new_tokens=self.max_new_tokens, temperature=0.0)
-        summary, predictions = evaluate_solver(
-            engine, tokenizer, data.task, data.instructions, data.golds, sampling, log
-        )
+        with plain(model, parallel) as (whole, division):
+            engine = Engine(whole, division, self.batch_size, self.max_seq_len)
+            summary, predictions = evaluate_solver(
+                engine, tokenizer, data.task, data.instructions, data.golds, sampling, log
+            )
         log.info(f"after {moment}: {headline(summary)}")
         metrics = {k: v for k, v in summary.items() if isinstance(v, float)}
         log.scalars(number, metrics, prefix=f"eval/{data.task.name}")
@@ -139,14 +141,17 @@ class VerifierEvaluation:
         """
         if self.data is None:
             return {}
+        with plain(model, parallel) as (whole, division):
+            if objective == "pairwise":
+                compared = cast(list[Comparison], self.data)
+                summary, rows = evaluate_pairs(whole, division, compared, self.batch_size, log)
+            else:
+                graded = cast(list[Graded], self.data)
+                options = objective, self.batch_size, log
+                summary, rows = evaluate_graded(whole, division, graded, *options)
         if objective == "pairwise":
-            compared = cast(list[Comparison], self.data)
-            summary, rows = evaluate_pairs(model, parallel, compared, self.batch_size, log)
             share = f"pair accuracy {100 * summary['accuracy']:.1f} % on {summary['pairs']} pairs"
         else:
-            graded = cast(list[Graded], self.data)
-            options = objective, self.batch_size, log
-            summary, rows = evaluate_graded(model, parallel, graded, *options)
             metric = METRICS[objective][0]
             share = f"{metric} {summary[metric]:.3f} on {summary['graded']} grades"
         log.info(f"after {moment}: {self.name}, {share}")

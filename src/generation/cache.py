@@ -42,7 +42,7 @@ class Cache:
     def page_bytes(model: Transformer) -> int:
         """What one page takes on this rank, in all layers."""
         numbers = 2 * len(model.layers) * model.kv_heads * PAGE * model.config.head_dim
-        return numbers * model.norm.weight.dtype.itemsize
+        return numbers * model.dtype.itemsize
 
     def rows(self, pages: Tensor, positions: Tensor) -> Tensor:
         """Where tokens lie in a layer's store seen as [pages · kv heads · PAGE, head_dim].

@@ -340,7 +340,7 @@ def completion_of(request: Request) -> Completion:
 
 def bytes_besides(model: Transformer, slots: int, sampling: Sampling, keep_masks: bool) -> int:
     """About what a session takes beside weights and cache: logits, prompts at work, masks."""
-    size, part = model.norm.weight.dtype.itemsize, model.vocabulary_part
+    size, part = model.dtype.itemsize, model.vocabulary_part
     # Logits in their dtype and in fp32, their exponentials, and what choosing makes of them.
     logits = slots * part * 24
     widest = max(model.config.hidden_dim, model.config.dim)

@@ -29,6 +29,7 @@ from src.parallel.layers import (
     with_copies,
 )
 from src.parallel.setup import Parallel
+from src.parallel.sharding import own, whole
 
 TARGETS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
 
@@ -137,8 +138,13 @@ class LoRA(nn.Module):
         return kept
 
     def delta(self) -> Tensor:
-        """What the adapter adds to this rank's base weight, in fp32; no communication."""
-        return self.config.scale * (self.lora_b.float() @ self.lora_a.float())
+        """What the adapter adds to what this rank keeps of the base weight, in fp32.
+
+        Where data-parallel ranks share the weights, a collective of theirs.
+        """
+        # Experts are shared as wholes, both their factors; of a matrix B has W's rows.
+        a = own(self.lora_a) if self.lora_a.dim() == 3 else whole(self.lora_a)
+        return self.config.scale * (own(self.lora_b).float() @ a.float())
 
 
 def lora_table(config: ModelConfig, lora: LoRAConfig) -> dict[str, TensorSpec]:
@@ -171,9 +177,22 @@ def add_lora(
     But not a score head, which is new. start_from: whole factors of an adapter to go on from, by
     our names; by default A is random and B zero.
     """
+    wrap_lora(model, lora, parallel)
+    n = parallel.mp_size
+    for name, local in adapter_parts(model.config, lora, seed, parallel, start_from):
+        stem, factor = name.rsplit(".", 1)
+        local = local.to(device=parallel.device, dtype=model.dtype)
+        # A copy: a cut may be a view of the whole.
+        weight = nn.Parameter(local.clone(memory_format=torch.contiguous_format))
+        copies = lora_table(model.config, lora)[name].copies(n)
+        setattr(model.get_submodule(stem), factor, with_copies(weight, copies))
+
+
+def wrap_lora(model: Transformer, lora: LoRAConfig, parallel: Parallel) -> None:
+    """`add_lora` up to the factors' values: they are on the meta device."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name == "score.weight")
-    rank, n, base_table = parallel.mp_rank, parallel.mp_size, tensor_table(model.config)
+    base_table = tensor_table(model.config)
     for name, spec in lora_table(model.config, lora).items():
         stem, factor = name.rsplit(".", 1)
         parent_name, child = stem.rsplit(".", 1)
@@ -182,16 +201,27 @@ def add_lora(
         if not isinstance(layer, LoRA):
             layer = LoRA(layer, base_table[f"{stem}.weight"], lora, parallel)
             setattr(parent, child, layer)
+        n = parallel.mp_size
+        empty = torch.empty(spec.local_shape(n), dtype=model.dtype, device="meta")
+        setattr(layer, factor, with_copies(nn.Parameter(empty), spec.copies(n)))
+
+
+def adapter_parts(
+    config: ModelConfig,
+    lora: LoRAConfig,
+    seed: int,
+    parallel: Parallel,
+    start_from: dict[str, Tensor] | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, this rank's part) of every factor of an adapter, as `add_lora` says."""
+    for name, spec in lora_table(config, lora).items():
         if start_from is not None:
-            whole = start_from[name]
-        elif factor == "lora_b":
-            whole = torch.zeros(spec.shape)
+            whole_factor = start_from[name]
+        elif name.endswith("lora_b"):
+            whole_factor = torch.zeros(spec.shape)
         else:
-            whole = random_tensor(name, spec, spec.shape[-1] ** -0.5, seed)
-        local = spec.cut(whole, rank, n).to(device=parallel.device, dtype=model.norm.weight.dtype)
-        # A copy: a cut may be a view of the whole.
-        local = local.clone(memory_format=torch.contiguous_format)
-        setattr(layer, factor, with_copies(nn.Parameter(local), spec.copies(n)))
+            whole_factor = random_tensor(name, spec, spec.shape[-1] ** -0.5, seed)
+        yield name, spec.cut(whole_factor, parallel.mp_rank, parallel.mp_size)
 
 
 def sharing(model: Transformer, head: str, parallel: Parallel) -> Transformer:
@@ -203,7 +233,7 @@ def sharing(model: Transformer, head: str, parallel: Parallel) -> Transformer:
     table = tensor_table(model.config)
     replicas = parallel.replicas(table["layers.0.attention.wk.weight"].copies(parallel.mp_size))
     config = model.config.with_head(head)
-    new = build(config, parallel.mp_rank, parallel.mp_size, model.norm.weight.dtype, replicas)
+    new = build(config, parallel.mp_rank, parallel.mp_size, model.dtype, replicas)
     for name, module in list(new.named_modules()):
         if name == "score" or next(module.parameters(recurse=False), None) is None:
             continue
@@ -234,20 +264,21 @@ def freeze_layers(model: Transformer, n: int) -> None:
 def merged_parts(
     model: Transformer, plain: Callable[[str, Tensor], Tensor] = lambda _, weight: dense(weight)
 ) -> Iterator[tuple[str, Tensor]]:
-    """(name, this rank's part) of every weight with its adapter added in.
+    """(name, what this rank keeps) of every weight with its adapter added in.
 
-    Names are those of a model without adapters. plain(name, weight) gives the weight under a
-    quantised one: by default what it was rounded to.
+    A collective where data-parallel ranks share the weights. Names are those of a model without
+    adapters. plain(name, weight) gives the weight under a quantised one: by default what it was
+    rounded to.
     """
     adapted = dict(lora_layers(model))
     for name, parameter in model.named_parameters():
         if name.endswith((".lora_a", ".lora_b")):
             continue
         stem, name = name.removesuffix(".base.weight"), name.replace(".base.", ".")
-        weight = plain(name, parameter.detach())
+        weight = plain(name, own(parameter.detach()))
         if stem in adapted:
             weight = weight.float() + adapted[stem].delta()
-        yield name, weight.to(model.norm.weight.dtype)
+        yield name, weight.to(model.dtype)
 
 
 def lora_layers(model: Transformer) -> list[tuple[str, LoRA]]:

@@ -269,8 +269,16 @@ class Transformer(nn.Module):
         # Whether each of the model's ranks holds a part of the tokens between the products, of
         # whole sequences: see `SplitTokens`.
         self.sequence_parallel = False
+        # Weights that data-parallel ranks share: what they are computed in, and ZeRO's stage.
+        self.computes_in: torch.dtype | None = None
+        self.shard_stage = 0
         self.router_aux_loss_coef = config.router_aux_loss_coef
         self._rotary: Tensor | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations, and of weights while they are computed with."""
+        return self.norm.weight.dtype if self.computes_in is None else self.computes_in
 
     def forward(self, tokens: Tensor, layout, rows: Tensor | None = None) -> Tensor:
         """Hidden states after the last norm. tokens: ids [N], laid out as `layout` says → [N, dim].

@@ -56,6 +56,12 @@ class Parallel:
     _replicas: dict[int, dist.ProcessGroup] = field(default_factory=dict)
 
     @property
+    def world(self) -> dist.ProcessGroup:
+        """All ranks of the run."""
+        assert dist.group.WORLD is not None
+        return dist.group.WORLD
+
+    @property
     def is_main(self) -> bool:
         return self.rank == 0
 
@@ -74,6 +80,10 @@ class Parallel:
                 f"{mp_size} ranks per model do not divide the {self.mp_size} of "
                 "--model_parallel_size"
             )
+        return self.regrouped(mp_size)
+
+    def regrouped(self, mp_size: int) -> "Parallel":
+        """The same ranks as other models, also larger ones. All ranks must ask together."""
         return _divide(self.rank, self.world_size, mp_size, self.device, self.timeout)
 
     @contextmanager

@@ -249,6 +249,32 @@ def scattered_sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return out
 
 
+def gather_into(
+    out: Tensor, x: Tensor, group: dist.ProcessGroup, async_op: bool = False
+) -> dist.Work | None:
+    """Every rank's x into out, one after the other: [n] → [ranks · n]."""
+    slots = _groups.get(group)
+    if slots is None:
+        return dist.all_gather_into_tensor(out, x, group=group, async_op=async_op)
+    if x.numel():
+        with clock.communication():
+            slots.all_gather(x.contiguous(), out.view(slots.size, -1))
+    return None
+
+
+def scatter_sum_into(
+    out: Tensor, x: Tensor, group: dist.ProcessGroup, async_op: bool = False
+) -> dist.Work | None:
+    """This rank's part of the sum over the group into out: [ranks · n] → [n]."""
+    slots = _groups.get(group)
+    if slots is None:
+        return dist.reduce_scatter_tensor(out, x, group=group, async_op=async_op)
+    if x.numel():
+        with clock.communication():
+            slots.reduce_scatter(x.view(slots.size, -1), out.view(-1))
+    return None
+
+
 def _summed_in_order(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum in the order of ranks, in a new tensor.
 

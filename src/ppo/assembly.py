@@ -76,7 +76,8 @@ def engine_of(
         settings.batches.max_seq_len,
         settings.generation.kv_cache_gb,
     )
-    if degree is None or degree == parallel.mp_size:
+    degree = parallel.mp_size if degree is None else degree
+    if degree == parallel.mp_size and not policy.shard_stage:
         return Engine(policy, parallel, *limits)
     return RelaidEngine(policy, parallel, degree, *limits)
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from src.models.batch import Sequence
 from src.ppo.roles import Role
 from src.settings.ppo import PPOSettings
-from src.trainer.batches import EndlessBatches, share_of
+from src.trainer.batches import EndlessBatches, shares_of, turns_of
 from src.trainer.solver import SolverObjective
 
 
@@ -33,13 +33,12 @@ class PretrainingMix:
         objective, batch, limits = self.objective, next(self.batches), self.settings.batches
         tokens = sum(objective.weights[i] for i in batch)
         total = torch.zeros((), device=objective.device)
-        for rows in share_of(
-            batch,
-            objective.lengths,
-            role.parallel,
-            limits.max_batch_size,
-            limits.max_tokens_per_batch,
-        ):
+        division, most = role.parallel, (limits.max_batch_size, limits.max_tokens_per_batch)
+        shares = shares_of(batch, objective.lengths, division.dp_size, *most)
+        for rows in turns_of(shares, division.dp_rank, role.optimizer.shares_weights):
+            if rows is None:
+                role.optimizer.idle_backward()
+                continue
             loss, _ = objective.loss(role.model, rows, tokens)
             role.optimizer.backward(self.settings.pretraining.ptx_coef * loss)
             total += loss.detach()

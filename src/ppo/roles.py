@@ -9,11 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from src.models.lora import merged_parts
+from src.models.exchange import tensor_parallel_parts
 from src.models.quantize import plain_parts
 from src.models.transformer import Transformer
 from src.parallel.host import Offload, Storages, storages_of
 from src.parallel.setup import Parallel
+from src.parallel.sharding import let_go, own
 from src.trainer.optimizer import Optimizer
 
 T = TypeVar("T")
@@ -55,7 +56,7 @@ class Role:
 
     def weights(self) -> list[Tensor]:
         """As plain tensors."""
-        parts = (part for w in self.model.parameters() for part in plain_parts(w.data))
+        parts = (part for w in self.model.parameters() for part in plain_parts(own(w.data)))
         return [*parts, *self.beside.values()]
 
     def state(self) -> list[Tensor]:
@@ -66,7 +67,7 @@ class Role:
         """Of the gradients, while a step is under way."""
         if self.optimizer is None:
             return 0
-        return sum(4 * p.numel() for p in self.model.parameters() if p.requires_grad)
+        return sum(4 * own(p).numel() for p in self.model.parameters() if p.requires_grad)
 
 
 class Stage:
@@ -102,7 +103,11 @@ class Stage:
         if self.host is not None:
             self._place((names, training), self.host)
         yield
-        self._measure([self.roles[name] for name in names if name in self.roles] * training)
+        at_work = [self.roles[name] for name in names if name in self.roles]
+        for role in at_work:
+            if role.model.shard_stage:
+                let_go(role.model)
+        self._measure(at_work * training)
 
     def _place(self, now: AtWork, host: Offload) -> None:
         """All that is not at work now, nor next if there is room, to host memory; the rest here."""
@@ -147,7 +152,7 @@ class MovingReference:
     """
 
     def __init__(self, reference: Role, decay: float) -> None:
-        self.decay = decay
+        self.decay, self.parallel = decay, reference.parallel
         self.weights = dict(reference.model.named_parameters())
         self.exact = reference.beside
         for name, weight in self.weights.items():
@@ -156,7 +161,7 @@ class MovingReference:
     @torch.no_grad()
     def follow(self, policy: Transformer) -> None:
         """One step towards the policy, its adapter added in."""
-        for name, weight in merged_parts(policy):
+        for name, weight in tensor_parallel_parts(policy, self.parallel):
             self.exact[name].lerp_(weight.float(), 1 - self.decay)
         self.round()
 

@@ -206,11 +206,14 @@ def load_roles(
     # The policy, and the reference, which is it before anything was trained. The reference first:
     # --freeze_layers and the like are the policy's alone.
     actor = opened.actor.checkpoint
-    policy = load_model(actor, parallel, dtype, "lm", lora=opened.lora, **common)
+    shared: dict[str, Any] = {"zero": run.zero, "offload": run.offload_params}
+    policy = load_model(actor, parallel, dtype, "lm", lora=opened.lora, **common, **shared)
     reference = None
     if with_reference:
         stays = settings.penalty.ref_ema is None
-        if opened.lora is not None and stays and actor.adapter is None:
+        # Of weights that ranks share, what puts them together belongs to one model.
+        is_plain = not policy.shard_stage
+        if opened.lora is not None and stays and actor.adapter is None and is_plain:
             reference = load_sharing(policy, parallel, "lm")  # the policy with its adapter off
         else:
             reference = load_model(actor, parallel, dtype, "lm", **common)
@@ -227,7 +230,7 @@ def load_roles(
         else:
             division = _division(roles.critic_model_parallel_size, parallel)
             checkpoint, lora = opened.critic.checkpoint, opened.critic_lora
-            value = load_model(checkpoint, division, dtype, "score", lora=lora, **common)
+            value = load_model(checkpoint, division, dtype, "score", lora=lora, **common, **shared)
             trained("value", value, division)
 
     # The reward model.

@@ -6,7 +6,7 @@ function in `advantages.py` and `loss.py`; which prompts come and when to stop i
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +37,7 @@ from src.ppo.state import PPOState
 from src.ppo.statistics import Timer, costs, reward_statistics, rollout_statistics
 from src.settings.ppo import PPOSettings
 from src.trainer.fit import summed
+from src.trainer.optimizer import idle_forward, most_of
 
 Stats = dict[str, float]
 
@@ -156,7 +157,9 @@ class PPO:
             torch.empty_like(buffer.rollout_logprobs) for _ in range(2)
         )
         with self.stage.at_work("policy"), self.timer("logprobs"):
-            for rows in groups:
+            for rows in self._in_step(self.policy, groups):
+                if rows is None:
+                    continue
                 batch, index = buffer.select(rows)
                 logprobs, entropy = self._logprobs(self.policy, batch, index, buffer)
                 buffer.logprobs[index], buffer.entropy[index] = logprobs, entropy
@@ -170,6 +173,19 @@ class PPO:
         if self.value is not None:
             with self.stage.at_work("value"), self.timer("values"):
                 self._values(self.value, buffer, groups)
+
+    def _in_step(self, role: Role, groups: list[list[int]]) -> Iterator[list[int] | None]:
+        """The groups, and then, while other data-parallel ranks have more, None.
+
+        Ranks that share the role's weights compute together: one that has no more takes part.
+        """
+        yield from groups
+        if role.optimizer is not None and role.optimizer.shares_weights:
+            parallel = role.parallel
+            for _ in range(most_of(len(groups), parallel.dp_group, parallel.device) - len(groups)):
+                if not torch.is_grad_enabled():
+                    idle_forward(role.model, parallel.device)
+                yield None
 
     def _logprobs(
         self, role: Role, batch: Batch, index: Tensor, buffer: RolloutBuffer
@@ -185,7 +201,9 @@ class PPO:
         """
         values, last_values = torch.zeros_like(buffer.logprobs), torch.zeros_like(buffer.scores)
         with role.parallel.active():
-            for rows in role.share(groups, self.parallel):
+            for rows in self._in_step(role, role.share(groups, self.parallel)):
+                if rows is None:
+                    continue
                 batch, index = buffer.select(rows)
                 values[index], last_values[rows] = response_values(role.model, batch)
         buffer.old_values = role.collect(values, self.parallel)
@@ -346,13 +364,17 @@ class PPO:
         sums: dict[str, Tensor] = {}
         if is_policy and mix is not None:
             sums = mix.backward(role)
-        share = role.share(minibatch.rows, self.parallel)
-        for rows in share:
+        share = list(self._in_step(role, role.share(minibatch.rows, self.parallel)))
+        for turn, rows in enumerate(share):
+            is_last = turn == len(share) - 1
+            if rows is None:
+                role.optimizer.idle_backward(is_last)
+                continue
             # A micro-batch's loss is divided by the whole minibatch's counts: gradients add up.
             batch, index = buffer.select(rows)
             loss, stats = loss_of(batch, index, buffer, minibatch)
             balance = weighted_balance_loss(role.model, batch, batch.responses, minibatch.tokens)
-            role.optimizer.backward(loss + balance, last=rows is share[-1])
+            role.optimizer.backward(loss + balance, is_last)
             for name, x in {f"{role.name}_loss": loss.detach(), **stats}.items():
                 sums[name] = sums[name] + x if name in sums else x
         done = role.optimizer.step(lr)

@@ -28,6 +28,7 @@ from src.settings.training import (
     PolicyEvaluationSettings,
     SavingSettings,
     idle_fp8,
+    unshareable,
 )
 
 
@@ -447,6 +448,7 @@ class PPOTrainSettings(PPOSettings):
         yield from super().problems()
         yield from self.saving.unchangeable(type(self))
         yield from idle_fp8(self.run, self.lora)
+        yield from unshareable(self.run, self.lora)
         roles, names = self.roles, self.rewards.names
         is_plan = self.dry_run.dry_run  # which may lack files
         if "verifier" in names and roles.reward_model_ckpt_dir is None and not is_plan:
@@ -486,6 +488,11 @@ class PPOTrainSettings(PPOSettings):
     def _shared_trunk_problems(self) -> Iterator[str]:
         if not self.lora.is_on:
             yield "--shared_trunk: the roles are adapters on one trunk; give --lora_rank"
+        if self.run.zero >= 2:
+            yield (
+                f"--shared_trunk: does not go with --zero {self.run.zero}, which puts together the "
+                "weights of one model at a time; give --zero 1, or no --shared_trunk"
+            )
         given = {
             "critic_model_parallel_size": self.roles.critic_model_parallel_size,
             "reward_model_parallel_size": self.roles.reward_model_parallel_size,

@@ -43,11 +43,18 @@ class TrainingRunSettings(RunSettings):
     """The run: ranks, numbers, seed, memory."""
 
     zero: Annotated[
-        Literal[0, 1],
+        Literal[0, 1, 2, 3],
         MAY_CHANGE,
-        "1 shares the optimizer's state among the data-parallel ranks (ZeRO stage 1); 0 keeps it "
-        "whole on each",
+        "what data-parallel ranks share: the optimizer's state (1, ZeRO stage 1), gradients and, "
+        "between steps, weights too (2), weights at all times, put together block by block (3); "
+        "nothing (0)",
     ] = 1
+    offload_params: Annotated[
+        bool,
+        MAY_CHANGE,
+        "keep each rank's share of weights, gradients and optimizer in host memory, and update it "
+        "there; blocks come to the device when they are computed. With --zero 3",
+    ] = False
     checkpoint_activations: Annotated[
         Literal["none", "selective", "full"],
         MAY_CHANGE,
@@ -75,6 +82,8 @@ class TrainingRunSettings(RunSettings):
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
+        if self.offload_params and self.zero != 3:
+            yield f"--offload_params: is for --zero 3, and it is {self.zero}"
         if self.fp8 and self.dtype not in (None, "bf16"):
             yield f"--fp8: is for --dtype bf16, and it is {self.dtype}"
         if self.fp8 and self.deterministic:

@@ -31,6 +31,7 @@ from src.settings.training import (
     Rule,
     TaskEvaluationSettings,
     idle_fp8,
+    unshareable,
 )
 
 # --- Training -------------------------------------------------------------------------------------
@@ -57,6 +58,7 @@ class TrainSettings(Settings):
     def problems(self) -> Iterator[str]:
         yield from self.saving.unchangeable(type(self))
         yield from idle_fp8(self.run, self.lora)
+        yield from unshareable(self.run, self.lora)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -123,6 +123,15 @@ def idle_fp8(run: TrainingRunSettings, lora: LoRASettings) -> Iterator[str]:
         )
 
 
+def unshareable(run: TrainingRunSettings, lora: LoRASettings) -> Iterator[str]:
+    """What is wrong with weights that data-parallel ranks are to share."""
+    if run.zero >= 2 and lora.quantize:
+        yield (
+            f"--zero {run.zero}: does not go with --quantize {lora.quantize}, whose codes are not "
+            "shared; give --zero 1, or no --quantize"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class DropoutLoRASettings(LoRASettings):
     """Adapters (LoRA)."""

@@ -19,6 +19,7 @@ from src.models.lora import lora_layers
 from src.models.quantize import stored_bytes
 from src.models.transformer import Transformer
 from src.parallel.setup import Parallel
+from src.parallel.sharding import own
 from src.parallel.vocab import LOGITS_AT_ONCE_CUDA
 from src.settings.model import PackedBatchSettings
 from src.trainer.optimizer import Optimizer
@@ -119,7 +120,7 @@ def limited(
         activations(
             model.config,
             optimizer.parallel.mp_size,
-            model.norm.weight.dtype,
+            model.dtype,
             model.recompute,
             bool(lora_layers(model)),
             model.sequence_parallel,
@@ -138,12 +139,34 @@ def held_bytes(models: Iterable[nn.Module], optimizers: Iterable[Optimizer]) -> 
     Weights, those that several models share once; gradients, both averages and the masters, also
     before they are made.
     """
+    models = list(models)
     weights = {id(weight): weight for model in models for weight in model.parameters()}
-    held = sum(stored_bytes(weight.data) for weight in weights.values())
+    held = sum(stored_bytes(own(weight.data)) for weight in weights.values())
+    held += sum(gathered_bytes(model) for model in models if isinstance(model, Transformer))
     for optimizer in optimizers:
-        held += sum(FP32 * p.numel() for p in optimizer.parameters)
+        held += sum(FP32 * own(p).numel() for p in optimizer.parameters)
         held += sum((2 + (kept is not p)) * FP32 * kept.numel() for p, kept in optimizer.kept())
     return held
+
+
+def gathered_bytes(model: Transformer) -> int:
+    """What data-parallel ranks that share weights put together of them at a time, at most.
+
+    In stage 3 two blocks, the next one beside the one at work, with the gradients of one, and the
+    ends; in stage 2 all.
+    """
+    if not model.shard_stage:
+        return 0
+    of_blocks = [numbers_of(block) for block in model.layers]
+    ends = numbers_of(model) - sum(of_blocks)
+    blocks = 2 * max(of_blocks) if model.shard_stage == 3 else sum(of_blocks)
+    gradients = FP32 * max(max(of_blocks), ends)
+    return model.dtype.itemsize * (blocks + ends) + gradients
+
+
+def numbers_of(part: nn.Module) -> int:
+    """In a part's weights, all rows of those that ranks share."""
+    return sum(weight.numel() for weight in part.parameters())
 
 
 def device_memory(device: torch.device) -> int | None:

@@ -5,14 +5,13 @@ import random
 from collections.abc import Callable, Iterator
 
 from src.models.batch import micro_batches
-from src.parallel.setup import Parallel
 
 
 def epoch_batches(n_rows: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """Every row once, in random batches, in an order fixed by seed and epoch alone.
 
     Batches are not sorted by length, which would sort them by content: packing makes that needless.
-    Inside a batch, `share_of` puts rows alike in length into the same micro-batch.
+    Inside a batch, `shares_of` puts rows alike in length into the same micro-batch.
     """
     order = _shuffled(n_rows, seed, epoch)
     return [order[i : i + batch_size] for i in range(0, n_rows, batch_size)]
@@ -57,24 +56,35 @@ class EndlessBatches:
             next(self)
 
 
-def share_of(
+def shares_of(
     batch: list[int],
     lengths: list[int],
-    parallel: Parallel,
+    dp_size: int,
     max_batch_size: int,
     max_tokens: int | None = None,
-) -> list[list[int]]:
-    """This data-parallel rank's rows of a batch, in micro-batches.
+) -> list[list[list[int]]]:
+    """Each data-parallel rank's rows of a batch, in micro-batches.
 
     Row after row, the longest first, goes to the rank with the fewest tokens, while that has not
     got its share of rows.
     """
     order = sorted(batch, key=lambda i: (-lengths[i], i))
-    most = -(-len(batch) // parallel.dp_size)
-    shares: list[list[int]] = [[] for _ in range(parallel.dp_size)]
+    most = -(-len(batch) // dp_size)
+    shares: list[list[int]] = [[] for _ in range(dp_size)]
     for i in order:
         open_shares = (share for share in shares if len(share) < most)
         min(open_shares, key=lambda share: sum(lengths[j] for j in share)).append(i)
-    local_rows = shares[parallel.dp_rank]
-    groups = micro_batches([lengths[i] for i in local_rows], max_batch_size, max_tokens)
-    return [[local_rows[i] for i in group] for group in groups]
+    return [
+        [[rows[i] for i in group] for group in micro_batches(of_rank, max_batch_size, max_tokens)]
+        for rows in shares
+        for of_rank in [[lengths[i] for i in rows]]
+    ]
+
+
+def turns_of(shares: list[list[list[int]]], rank: int, together: bool) -> list[list[int] | None]:
+    """One data-parallel rank's micro-batches; `together`, then None while others have more.
+
+    Ranks that share weights put them together for each micro-batch, so that all have as many turns.
+    """
+    idle = max(map(len, shares)) - len(shares[rank]) if together else 0
+    return [*shares[rank], *[None] * idle]

@@ -12,6 +12,7 @@ from src.kernels.codes import BLOCK
 from src.models.config import ModelConfig
 from src.models.layout import TensorSpec, tensor_table
 from src.models.lora import TARGETS, LoRAConfig, lora_table
+from src.models.places import Layout
 
 FP32 = 4  # bytes of a gradient, of each of Adam's averages, and of a master weight
 
@@ -61,14 +62,23 @@ def training_budget(
         trained = lora_table(config, lora)
         weights += sum(_numel(spec, n) for spec in trained.values()) * dtype.itemsize
         trained |= {name: spec for name, spec in table.items() if name == "score.weight"}
+    at_first = dict(trained)
     frozen = {"tok_embeddings"} | {f"layers.{i}" for i in range(freeze_layers)}
     if freeze_layers:
         trained = {name: spec for name, spec in trained.items() if not _is_in(name, frozen)}
+    masters = 0 if dtype == torch.float32 else FP32
+    per_number = 2 * FP32 + masters  # both averages, and the master
+    if zero >= 2 and dp_size > 1:
+        # Each rank keeps its rows, in fp32 what is trained but for --freeze_layers, as FSDP has it.
+        layout = Layout(n, dp_size, sharded=True)
+        rows = {name: _numel_of(layout, spec) for name, spec in {**table, **at_first}.items()}
+        exact, learned = (sum(rows[name] for name in part) for part in (at_first, trained))
+        weights = FP32 * exact + dtype.itemsize * (sum(rows.values()) - exact)
+        optimizer = 2 * FP32 * learned + FP32 * len(trained)
+        return Budget(weights, FP32 * learned, optimizer)
     sizes = [(_numel(spec, n), len(spec.shape)) for spec in trained.values()]
     gradients = FP32 * sum(size for size, _ in sizes)
     shares = _zero_shares(sizes, dp_size) if zero and dp_size > 1 else [sizes]
-    masters = 0 if dtype == torch.float32 else FP32
-    per_number = 2 * FP32 + masters  # both averages, and the master
     # Each parameter has a step counter, too.
     optimizer = max(sum(per_number * size + FP32 for size, _ in share) for share in shares)
     return Budget(weights, gradients, optimizer)
@@ -78,6 +88,11 @@ def adapter_bytes(config: ModelConfig, n: int, dtype: torch.dtype, lora: LoRACon
     """A frozen adapter at `n` ranks."""
     specs = lora_table(config, lora).values() if lora is not None else []
     return sum(_numel(spec, n) for spec in specs) * dtype.itemsize
+
+
+def _numel_of(layout: Layout, spec: TensorSpec) -> int:
+    """Of the first rank, which has no fewer rows than others."""
+    return torch.Size(layout.local_shape(spec, 0)).numel()
 
 
 def _numel(spec: TensorSpec, n: int) -> int:

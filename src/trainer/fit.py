@@ -23,7 +23,7 @@ from src.settings.run import TrainingRunSettings
 from src.settings.scripts import TrainSettings
 from src.settings.training import OptimizerSettings
 from src.trainer.activations import described, held_bytes, limited
-from src.trainer.batches import epoch_batches, share_of
+from src.trainer.batches import epoch_batches, shares_of, turns_of
 from src.trainer.meter import Meter, profiler
 from src.trainer.objective import Objective
 from src.trainer.optimizer import Optimizer, lr_at
@@ -179,13 +179,18 @@ def train_step(
         batch = [i for i in batch if objective.weights[i]]
         denominator = sum(objective.weights[i] for i in batch)
         limits = batches.max_batch_size, batches.max_tokens_per_batch
-        share = share_of(batch, objective.lengths, parallel, *limits)
+        shares = shares_of(batch, objective.lengths, parallel.dp_size, *limits)
+        turns = turns_of(shares, parallel.dp_rank, optimizer.shares_weights)
     # Each micro-batch's loss is its sum over the whole batch's count: gradients simply add up.
-    for rows in share:
+    for turn, rows in enumerate(turns, 1):
+        is_last = turn == len(turns)
+        if rows is None:
+            optimizer.idle_backward(is_last)
+            continue
         with clock.phase("forward"):
             loss, stats = objective.loss(model, rows, denominator)
         with clock.phase("backward"):
-            optimizer.backward(loss, last=rows is share[-1])
+            optimizer.backward(loss, is_last)
         for name, value in {"loss": loss.detach(), **stats}.items():
             sums[name] = sums[name] + value if name in sums else value
     with clock.phase("optimizer"):

@@ -47,7 +47,7 @@ class Meter:
         self.objective, self.parallel, self.config = objective, parallel, model.config
         models = [model] + ([] if objective.frozen is None else [objective.frozen])
         self.flops = [TrainingFlops.of(each) for each in models]
-        dtype, device = model.norm.weight.dtype, parallel.device
+        dtype, device = model.dtype, parallel.device
         rate = torch.tensor(matmul_rate(dtype, device), dtype=torch.float64, device=device)
         dist.all_reduce(rate)  # of all ranks, measured at the same time
         self.rate = float(rate)

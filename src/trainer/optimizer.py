@@ -1,16 +1,20 @@
 """AdamW on fp32 master weights, with a gradient norm that is right under tensor parallelism."""
 
 import math
+import operator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from src.errors import UserError
+from src.models.attention import Packed
 from src.models.transformer import Transformer
 from src.parallel.gradients import GradientBuckets
 from src.parallel.layers import copies_of
 from src.parallel.setup import Parallel
+from src.parallel.sharding import let_go, let_go_after_backward, own
 from src.parallel.shared_memory import all_reduce
 from src.settings.training import OptimizerSettings
 
@@ -80,12 +84,25 @@ def sums_of_squares(tensors: list[Tensor], by_rows: bool) -> Tensor:
     return torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float64)).square()
 
 
+def idle_forward(model: Transformer, device: torch.device) -> Tensor:
+    """A forward of one token, whatever it is: this rank's part in what others put together."""
+    return model(torch.zeros(1, dtype=torch.long, device=device), Packed([1], device))
+
+
+def most_of(count: int, group: dist.ProcessGroup, device: torch.device) -> int:
+    """The largest of the ranks' counts."""
+    most = torch.tensor(count, device=device)
+    all_reduce(most, group, dist.ReduceOp.MAX)
+    return int(most)
+
+
 class Optimizer:
     """One model's optimizer. Call `backward` for each micro-batch, then `step` once.
 
     Gradients are fp32 whatever the weights are. With `zero` 1 each data-parallel rank keeps the
     optimizer's state, masters included, of its share of the parameters (ZeRO stage 1, arXiv
-    1910.02054), by PyTorch's ZeroRedundancyOptimizer.
+    1910.02054), by PyTorch's ZeroRedundancyOptimizer. Of a model whose weights are shared (stages 2
+    and 3) each keeps that of its rows.
     """
 
     def __init__(
@@ -99,25 +116,31 @@ class Optimizer:
         zero: int = 1,
     ) -> None:
         self.parallel, self.max_grad_norm = parallel, max_grad_norm
+        self.model, self.shares_weights = model, model.shard_stage >= 2
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        for parameter in self.parameters:
-            parameter.grad_dtype = torch.float32
+        if not self.shares_weights:
+            for parameter in self.parameters:
+                parameter.grad_dtype = torch.float32
         # Ranks that hold the same values of each.
         self.copies = torch.tensor([copies_of(p) for p in self.parameters], device=parallel.device)
-        self.buckets = GradientBuckets(self.parameters, parallel) if parallel.dp_size > 1 else None
+        # Where weights are between steps: shared ones may be in host memory.
+        self.rests_on = own(self.parameters[0]).device if self.parameters else parallel.device
+        self.buckets = None  # with shared weights, FSDP sums the gradients
+        if parallel.dp_size > 1 and not self.shares_weights:
+            self.buckets = GradientBuckets(self.parameters, parallel)
         # Weights that meet a part of the tokens only on each of the model's ranks.
         self.partial = [p for p in model.partial_gradients() if p.requires_grad]
         # Weight decay is for matrices: a norm's weights are no slopes.
         matrices = [p for p in self.parameters if p.dim() > 1]
         vectors = [p for p in self.parameters if p.dim() == 1]
         groups: list[dict[str, Any]] = [
-            {"params": parameters, "weight_decay": decay}
+            {"params": [own(p) for p in parameters], "weight_decay": decay}
             for parameters, decay in ((matrices, weight_decay), (vectors, 0.0))
             if parameters
         ]
         self.adam: torch.optim.Optimizer
         self.local: MasterAdamW  # of the parameters whose state this rank keeps
-        if zero and parallel.dp_size > 1:
+        if zero and parallel.dp_size > 1 and not self.shares_weights:
             # it takes a while to import
             from torch.distributed.optim import ZeroRedundancyOptimizer
 
@@ -128,7 +151,7 @@ class Optimizer:
         else:
             self.adam = self.local = MasterAdamW(groups, betas=betas, eps=eps)
         # fp16 gradients under 6e-8 vanish: the loss is scaled up, and the gradients down again.
-        self.fp16 = any(p.dtype == torch.float16 for p in self.parameters)
+        self.fp16 = bool(self.parameters) and model.dtype == torch.float16
         self.loss_scale = 2.0**16 if self.fp16 else 1.0
         self.good_steps = self.skipped_in_a_row = 0
 
@@ -149,7 +172,22 @@ class Optimizer:
         """Add one micro-batch's gradient; with `last` ranks begin to sum while it is computed."""
         if last and self.buckets:
             self.buckets.arm()
+        if self.shares_weights:
+            let_go_after_backward(self.model, last or self.model.shard_stage == 3)
         (loss * self.loss_scale).backward()
+
+    def idle_backward(self, last: bool = False) -> None:
+        """A micro-batch of nothing, whose gradients are zeros.
+
+        Ranks that share weights put them together in each, so that all must have as many.
+        """
+        hidden = idle_forward(self.model, self.parallel.device)
+        model, loss = self.model, hidden.float().sum() * 0.0
+        # What losses use beside the forward.
+        ends = {"lm": "vocabulary_weight", "score": "score.weight"}
+        if head := ends.get(model.config.head):
+            loss = loss + operator.attrgetter(head)(model).float().sum() * 0.0
+        self.backward(loss, last)
 
     def backward_done(self) -> None:
         """To be called before any other exchange of the data-parallel ranks in a step.
@@ -162,11 +200,11 @@ class Optimizer:
 
     @property
     def sharded(self) -> bool:
-        """Whether each data-parallel rank keeps the state of some parameters only."""
-        return self.adam is not self.local
+        """Whether each data-parallel rank keeps a part of the state only."""
+        return self.adam is not self.local or self.shares_weights
 
     def kept(self) -> list[tuple[Tensor, Tensor]]:
-        """(parameter, its fp32 master or itself) of those whose state this rank keeps."""
+        """(what this rank keeps of a weight, its fp32 master or itself), where it has the state."""
         parameters = {master: parameter for parameter, master in self.local.rounded}
         return [
             (parameters.get(kept, kept), kept)
@@ -196,6 +234,8 @@ class Optimizer:
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
+            if self.shares_weights:
+                own(parameter).grad = own(parameter.grad)
         self._sum_partial()
         norm = float(self._grad_norm()) / self.loss_scale
         skipped = not math.isfinite(norm)
@@ -204,7 +244,7 @@ class Optimizer:
             # The fused step divides the gradients by this, so that clipping takes no pass of its
             # own.
             self.local.grad_scale = (
-                None if factor == 1.0 else torch.tensor(1 / factor, device=self.parallel.device)
+                None if factor == 1.0 else torch.tensor(1 / factor, device=self.rests_on)
             )
             for group in self.adam.param_groups:
                 group["lr"] = lr
@@ -212,15 +252,17 @@ class Optimizer:
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         self._rescale(skipped)
         for parameter in self.parameters:
-            parameter.grad = None
+            parameter.grad = own(parameter).grad = None
+        if self.shares_weights:
+            let_go(self.model)
         return {"grad_norm": norm, "skipped": float(skipped)}
 
     def _sum_partial(self) -> None:
         """What ranks of a model have parts of becomes the same on all, in one exchange."""
         if not self.partial:
             return
-        gradients = [p.grad for p in self.partial if p.grad is not None]
-        flat = torch.cat([grad.flatten() for grad in gradients])
+        gradients = [own(p.grad) for p in self.partial if p.grad is not None]
+        flat = torch.cat([grad.flatten() for grad in gradients]).to(self.parallel.device)
         all_reduce(flat, self.parallel.mp_group)
         for grad, whole in zip(gradients, flat.split([grad.numel() for grad in gradients])):
             grad.copy_(whole.view_as(grad))
@@ -242,10 +284,12 @@ class Optimizer:
 
         What several ranks hold alike is counted once.
         """
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        squares = sums_of_squares(gradients, by_rows=self.parallel.device.type == "cpu")
-        total = (squares / self.copies).sum()
+        gradients = [own(p.grad) for p in self.parameters if p.grad is not None]
+        squares = sums_of_squares(gradients, by_rows=gradients[0].device.type == "cpu")
+        total = (squares.to(self.parallel.device) / self.copies).sum()
         all_reduce(total, self.parallel.mp_group)
+        if self.shares_weights:
+            all_reduce(total, self.parallel.dp_group)
         return total.sqrt()
 
     def _rescale(self, skipped: bool) -> None:

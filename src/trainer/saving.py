@@ -27,13 +27,21 @@ from src.data.rows import write_json
 from src.errors import Stopped, UserError
 from src.logs import RunLog
 from src.models.layout import TensorSpec
+from src.models.places import Layout
 from src.models.transformer import Transformer
 from src.parallel.host import HostCopies
 from src.parallel.setup import Parallel, agreed
 from src.settings.training import SavingSettings
 from src.trainer.earlier import FAILED, Earlier
 from src.trainer.optimizer import Optimizer
-from src.trainer.state import SavedModel, bytes_of, counters_of, restore, tensors_of
+from src.trainer.state import (
+    SavedModel,
+    bytes_of,
+    counters_of,
+    described,
+    restore,
+    tensors_of,
+)
 
 Part = tuple[Callable[[], Any], Callable[[Any], None]]
 SECOND_SIGNAL_S = 3.0
@@ -149,12 +157,12 @@ class Saving:
                 with self.at_work(name):
                     saved = SavedModel(path, name, manifest["layouts"][name])
                     restore(model, optimizer, saved, manifest["counters"][name])
-            rank, n = self.parallel.mp_rank, self.parallel.mp_size
+            layout, rank = Layout(self.parallel.mp_size), self.parallel.mp_rank
             for name, (tensors, specs) in self.tensors.items():
                 saved = SavedModel(path, name, manifest["layouts"][name])
                 with self.at_work(name):
                     for key, tensor in tensors.items():
-                        tensor.copy_(saved.local(key, specs[key], rank, n))
+                        tensor.copy_(saved.local(key, specs[key], layout, rank))
             for name, (_, set_part) in self.parts.items():
                 if not self.earlier.has_changed(*ANEW.get(name, ())):
                     set_part(manifest["parts"][name])
@@ -223,7 +231,7 @@ class Saving:
                 counters[name] = counters_of(optimizer)
             if tensors:
                 files[file_of(name, division.mp_rank, division.dp_rank)] = tensors
-            layouts[name] = {"mp": division.mp_size, "dp": division.dp_size}
+            layouts[name] = described(optimizer)
         # Other tensors, and the state of dropout: alike on ranks that hold the same, so one saves.
         for name, (others, _) in self.tensors.items():
             if p.dp_rank == 0:

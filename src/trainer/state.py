@@ -9,9 +9,12 @@ from torch import Tensor
 
 from src.checkpoint.steps import file_of
 from src.errors import UserError
+from src.models.exchange import layout_of
 from src.models.layout import TensorSpec, tensor_table
 from src.models.lora import lora_layers, lora_table
+from src.models.places import Layout, pieces_of, within
 from src.models.transformer import Transformer
+from src.parallel.sharding import let_go, own
 from src.trainer.optimizer import Optimizer
 
 WEIGHT, MASTER, MEAN, SQUARE = "weight", "master", "exp_avg", "exp_avg_sq"
@@ -34,14 +37,17 @@ def specs_of(model: Transformer) -> dict[str, TensorSpec]:
 def tensors_of(model: Transformer, optimizer: Optimizer) -> dict[str, Tensor]:
     """This rank's share.
 
-    Trained weights (from the first data-parallel rank), and the optimizer's state of the parameters
-    that it keeps it for.
+    Trained weights (from the first data-parallel rank, unless all share them), and the optimizer's
+    state of the parameters that it keeps it for.
     """
     out: dict[str, Tensor] = {}
-    parallel = optimizer.parallel
-    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
-    if parallel.dp_rank == 0:
-        out |= {f"{WEIGHT}/{name}": p for p, name in names.items()}
+    parallel, shared = optimizer.parallel, optimizer.shares_weights
+    trained = [(name, own(p)) for name, p in model.named_parameters() if p.requires_grad]
+    names = {weight: name for name, weight in trained}
+    if parallel.dp_rank == 0 or shared:
+        # What is shared of a model in half precision are its masters.
+        kind = MASTER if shared and model.dtype != torch.float32 else WEIGHT
+        out |= {f"{kind}/{name}": weight for name, weight in trained}
     first = parallel.dp_rank == 0 or optimizer.sharded
     for parameter, kept in optimizer.kept():
         name, state = names[parameter], optimizer.local.state.get(kept, {})
@@ -56,7 +62,9 @@ def tensors_of(model: Transformer, optimizer: Optimizer) -> dict[str, Tensor]:
 def bytes_of(model: Transformer, optimizer: Optimizer) -> int:
     """What `tensors_of` takes on this rank, once the optimizer has averages."""
     first = optimizer.parallel.dp_rank == 0
-    weights = sum(p.nbytes for p in model.parameters() if p.requires_grad) if first else 0
+    weights = 0
+    if first or optimizer.shares_weights:
+        weights = sum(own(p).nbytes for p in model.parameters() if p.requires_grad)
     if not (first or optimizer.sharded):
         return weights
     fp32 = 4  # bytes of a number in the averages
@@ -78,51 +86,64 @@ def counters_of(optimizer: Optimizer) -> dict:
 
 
 class SavedModel:
-    """One model's files in a saved step; gives any rank's part of any tensor at any degree."""
+    """One model's files in a saved step; gives any rank's part of any tensor in any layout."""
 
-    def __init__(self, folder: Path, name: str, layout: dict[str, int]) -> None:
-        """layout: {"mp": …, "dp": …} of the run that saved it."""
-        self.folder, self.mp_size = folder, layout["mp"]
-        # Of each model-parallel rank: key → file.
-        self.places: list[dict[str, Any]] = [{} for _ in range(self.mp_size)]
-        for mp_rank in range(self.mp_size):
-            for dp_rank in range(layout["dp"]):
-                path = folder / file_of(name, mp_rank, dp_rank)
-                if path.is_file():
-                    file = safe_open(path, framework="pt")
-                    self.places[mp_rank] |= dict.fromkeys(file.keys(), file)
+    def __init__(self, folder: Path, name: str, saved: dict[str, int]) -> None:
+        """saved: {"mp": …, "dp": …} of the run that saved it, and "shared", as `described` says."""
+        self.folder = folder
+        self.layout = Layout(saved["mp"], saved["dp"], bool(saved.get("shared")))
+        # Of each rank: key → file. Where weights are not shared, whichever data-parallel rank has
+        # the key.
+        self.places: list[dict[str, Any]] = [{} for _ in range(self.layout.tp * self.layout.dp)]
+        for rank in range(len(self.places)):
+            dp_rank, mp_rank = divmod(rank, self.layout.tp)
+            path = folder / file_of(name, mp_rank, dp_rank)
+            if path.is_file():
+                file = safe_open(path, framework="pt")
+                first = rank if self.layout.sharded else mp_rank
+                self.places[first] |= dict.fromkeys(file.keys(), file)
 
     def __contains__(self, key: str) -> bool:
-        return key in self.places[0]
+        return any(key in places for places in self.places)
 
-    def local(self, key: str, spec: TensorSpec, rank: int, n: int) -> Tensor:
-        """Rank `rank` of `n`'s part of a tensor that is cut by `spec`."""
+    def local(self, key: str, spec: TensorSpec, layout: Layout, rank: int) -> Tensor:
+        """A rank's part, in its layout, of a tensor that is cut by `spec`."""
         if key not in self:
             raise UserError(
                 f"{self.folder}: has no {key}; it was saved by a run of another model or other "
                 "trained layers"
             )
-        if spec.dim is None:
-            return self.places[0][key].get_tensor(key)
-        if n == self.mp_size:
-            return self.places[rank][key].get_tensor(key)
-        start, stop = spec.local_range(rank, n)
-        pieces = []
-        for owner, first, last in spec.owners(self.mp_size):
-            low, high = max(start, first), min(stop, last)
-            if low < high:
-                cut = tuple(
-                    slice(low - first, high - first) if d == spec.dim else slice(None)
-                    for d in range(spec.dim + 1)
+        near = rank % self.layout.tp if layout.tp == self.layout.tp else 0
+        own_box = None if self.layout.sharded else self.layout.box(spec, near)
+        box, owners = layout.box(spec, rank), self.layout.owners(spec)
+        part: Tensor | None = None
+        for owner, owned, overlap in pieces_of(box, owners, own_box):
+            rank_of_piece = near if owner is None else owner
+            source = self.places[rank_of_piece][key].get_slice(key)
+            shape = self.layout.local_shape(spec, rank_of_piece)
+            if tuple(source.get_shape()) != shape:
+                raise UserError(
+                    f"{self.folder}: {key} has shape {source.get_shape()} on rank {rank_of_piece}, "
+                    f"and the model's {list(shape)}: it was saved by a run of another model"
                 )
-                pieces.append(self.places[owner][key].get_slice(key)[cut])
-        if not pieces:
-            whole = self.places[0][key].get_slice(key)
-            empty = tuple(
-                slice(0, 0) if d == spec.dim else slice(None) for d in range(spec.dim + 1)
-            )
-            pieces = [whole[empty]]
-        return spec.padded(torch.cat(pieces, spec.dim), n)
+            piece = source[within(overlap, owned)]
+            if part is None:
+                shape = layout.local_shape(spec, rank)
+                if piece.shape == shape:
+                    return piece
+                part = piece.new_zeros(shape)
+            part[within(overlap, box)] = piece
+        if part is None:  # padding alone, or no rows
+            some = next(places[key] for places in self.places if key in places).get_tensor(key)
+            part = some.new_zeros(layout.local_shape(spec, rank))
+        return part
+
+
+def described(optimizer: Optimizer) -> dict[str, int]:
+    """How a model's files in a saved step are cut."""
+    parallel = optimizer.parallel
+    shared = {"shared": 1} if optimizer.shares_weights else {}
+    return {"mp": parallel.mp_size, "dp": parallel.dp_size, **shared}
 
 
 @torch.no_grad()
@@ -132,24 +153,22 @@ def restore(model: Transformer, optimizer: Optimizer, saved: SavedModel, counter
     Raises UserError when the step is of another model.
     """
     parallel, specs = optimizer.parallel, specs_of(model)
-    parameters = dict(model.named_parameters())
+    layout, rank = layout_of(model, parallel), parallel.rank
+    weights = {name: own(p) for name, p in model.named_parameters()}
 
     def fill(tensor: Tensor, name: str, *kinds: str) -> None:
         """Copy the first of the kinds that there is: what was read is the file's memory."""
         key = next((f"{k}/{name}" for k in kinds if f"{k}/{name}" in saved), f"{kinds[0]}/{name}")
-        part = saved.local(key, specs[name], parallel.mp_rank, parallel.mp_size)
-        if part.shape != tensor.shape:
-            raise UserError(
-                f"{saved.folder}: {key} has shape {list(part.shape)} on this rank, and the model's "
-                f"{list(tensor.shape)}: it was saved by a run of another model"
-            )
-        tensor.copy_(part)
+        tensor.copy_(saved.local(key, specs[name], layout, rank))
 
     for name in specs:
-        weight = parameters[name]
+        weight = weights[name]
         # In fp32 a weight is its own master, whatever it was before.
-        fill(weight, name, *((MASTER, WEIGHT) if weight.dtype == torch.float32 else (WEIGHT,)))
-    names: dict[Tensor, str] = {p: name for name, p in parameters.items()}
+        kinds = (MASTER, WEIGHT) if weight.dtype == torch.float32 else (WEIGHT, MASTER)
+        fill(weight, name, *kinds)
+    if optimizer.shares_weights:
+        let_go(model)
+    names = {weight: name for name, weight in weights.items()}
     for parameter, kept in optimizer.kept():
         name = names[parameter]
         if kept is not parameter:

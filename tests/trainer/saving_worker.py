@@ -1,29 +1,34 @@
-"""Saves a model in training at each degree and brings it back at every other.
+"""Saves a model in training in each layout and brings it back in every other.
 
 What differs is written down.
 
     torchrun --nproc_per_node 4 tests/trainer/saving_worker.py FOLDER
 
-FOLDER holds the models `lm` and `score`; FOLDER/saving.pt gets, for every pair of degrees, the
+FOLDER holds the models `lm` and `score`; FOLDER/saving.pt gets, for every pair of layouts, the
 names of what was not the same bit for bit.
 """
 
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from src.checkpoint.steps import Steps, list_steps, open_step
-from src.models.lora import LoRAConfig, add_lora
+from src.models.exchange import layout_of
+from src.models.lora import LoRAConfig
+from src.models.places import within
 from src.parallel.host import HostCopies
 from src.parallel.setup import Parallel, start, stop
+from src.parallel.sharding import fill
 from src.trainer.optimizer import Optimizer
 from src.trainer.state import (
     SavedModel,
     bytes_of,
     counters_of,
+    described,
     file_of,
     restore,
     specs_of,
@@ -31,7 +36,14 @@ from src.trainer.state import (
 )
 from tests.trainer.tiny import ours
 
-DEGREES = (1, 2, 4)
+# name: (model-parallel ranks of the four, ZeRO's stage)
+LAYOUTS = {
+    "DP 4": (1, 1),
+    "TP 2, DP 2": (2, 1),
+    "TP 4": (4, 1),
+    "ZeRO 3": (1, 3),
+    "TP 2, ZeRO 3": (2, 3),
+}
 KINDS = {
     "full fp32": (torch.float32, False),
     "full bf16": (torch.bfloat16, False),
@@ -39,11 +51,20 @@ KINDS = {
 }
 
 
-def made(folder: Path, parallel: Parallel, kind: str, seed: int) -> tuple:
+ADAPTED = ("DP 4", "TP 4", "TP 2, ZeRO 3")  # layouts that adapters are tried in
+
+
+def pairs() -> Iterator[tuple[str, str, str]]:
+    """(kind, layout, layout) of what is saved in the first and brought back in the second."""
+    for kind, (_, adapted) in KINDS.items():
+        layouts = ADAPTED if adapted else LAYOUTS
+        yield from ((kind, before, after) for before in layouts for after in layouts)
+
+
+def made(folder: Path, parallel: Parallel, kind: str, seed: int, zero: int = 1) -> tuple:
     dtype, adapted = KINDS[kind]
-    model = ours(folder / "lm", parallel, dtype)
-    if adapted:
-        add_lora(model, LoRAConfig(rank=3), seed, parallel)
+    adapter = LoRAConfig(rank=3) if adapted else None
+    model = ours(folder / "lm", parallel, dtype, seed=seed, lora=adapter, zero=zero)
     generator = torch.Generator().manual_seed(seed)
     optimizer = Optimizer(model, parallel, weight_decay=0.1)
     specs = specs_of(model)
@@ -52,9 +73,11 @@ def made(folder: Path, parallel: Parallel, kind: str, seed: int) -> tuple:
         for parameter in optimizer.parameters:
             spec = specs[names[parameter]]
             whole = torch.randn(spec.shape, generator=generator)
-            parameter.grad = (
-                spec.cut(whole, parallel.mp_rank, parallel.mp_size).clone() / parallel.dp_size
-            )
+            part = spec.cut(whole, parallel.mp_rank, parallel.mp_size)
+            # Shared weights' gradients are summed as they come, others' in the step.
+            ranks = 1 if model.shard_stage else parallel.dp_size
+            parameter.grad = torch.empty_like(parameter, dtype=torch.float32)
+            fill(parameter.grad, part / ranks)
         optimizer.step(1e-2)
     return model, optimizer
 
@@ -66,22 +89,32 @@ def copies(model, optimizer) -> dict[str, torch.Tensor]:
 def whole_state(model, optimizer) -> dict[str, torch.Tensor]:
     """Weights, masters and averages of all ranks put together; padding cut off."""
     parallel, specs = optimizer.parallel, specs_of(model)
-    every = [None] * parallel.world_size
-    dist.all_gather_object(every, (parallel.mp_rank, copies(model, optimizer)))
-    parts = [{} for _ in range(parallel.mp_size)]
-    for rank, tensors in every:
-        parts[rank] |= tensors
-    return {
-        key: specs[key.split("/", 1)[1]].join([part[key] for part in parts]) for key in parts[0]
-    }
+    every, layout = [None] * parallel.world_size, layout_of(model, parallel)
+    dist.all_gather_object(every, copies(model, optimizer))
+    state: dict[str, torch.Tensor] = {}
+    for rank, tensors in enumerate(every):
+        for key, part in tensors.items():
+            spec = specs[key.split("/", 1)[1]]
+            whole = state.setdefault(key, torch.full(spec.shape, torch.nan, dtype=part.dtype))
+            box = layout.box(spec, rank)
+            whole[tuple(slice(*ends) for ends in box)] = part[within(box, box)]
+    return state
+
+
+def as_in_fp32(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Without the weights that masters were rounded to: ranks that share them keep none."""
+    rounded = {key.replace("master/", "weight/") for key in state if key.startswith("master/")}
+    return {key: x for key, x in state.items() if key not in rounded}
 
 
 def main(folder: Path) -> None:
     wrong = {}
     for kind in KINDS:
-        for a in DEGREES:
-            parallel = start(a, timeout=120)
-            model, optimizer = made(folder, parallel, kind, seed=1)
+        layouts = [name for of_kind, name, after in pairs() if of_kind == kind and name == after]
+        for a in layouts:
+            mp_size, zero = LAYOUTS[a]
+            parallel = start(mp_size, timeout=120)
+            model, optimizer = made(folder, parallel, kind, 1, zero)
             want = whole_state(model, optimizer)
             place = folder / f"steps {kind} {a}"
             steps = Steps(place, 2, parallel)
@@ -93,13 +126,12 @@ def main(folder: Path) -> None:
             files = (
                 {file_of("model", parallel.mp_rank, parallel.dp_rank): tensors} if tensors else {}
             )
-            steps.save(
-                7, files, {"layout": {"mp": a, "dp": parallel.dp_size}, "counters": counters}
-            )
+            steps.save(7, files, {"layout": described(optimizer), "counters": counters})
             steps.wait()
-            for b in DEGREES:
-                other = start(b, timeout=120)
-                model, optimizer = made(folder, other, kind, seed=2)
+            for b in layouts:
+                other_mp_size, other_zero = LAYOUTS[b]
+                other = start(other_mp_size, timeout=120)
+                model, optimizer = made(folder, other, kind, 2, other_zero)
                 manifest = open_step(list_steps(place)[-1], other)
                 restore(
                     model,
@@ -108,8 +140,11 @@ def main(folder: Path) -> None:
                     manifest["counters"],
                 )
                 got = whole_state(model, optimizer)
-                differ = sorted(want.keys() ^ got.keys()) + [
-                    k for k in want.keys() & got.keys() if not torch.equal(want[k], got[k])
+                wanted = want
+                if zero != other_zero:
+                    wanted, got = as_in_fp32(want), as_in_fp32(got)
+                differ = sorted(wanted.keys() ^ got.keys()) + [
+                    k for k in wanted.keys() & got.keys() if not torch.equal(wanted[k], got[k])
                 ]
                 wrong[kind, a, b] = (
                     differ

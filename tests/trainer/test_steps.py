@@ -231,6 +231,11 @@ def test_each_data_parallel_rank_keeps_its_share_of_the_optimizer_s_state(result
     )
 
 
+def test_shared_weights_take_the_bytes_that_were_planned(results, layout):
+    for kept, planned in results[layout]["state"]["shared"].values():
+        assert kept == planned
+
+
 def test_recomputed_activations_change_nothing(results, layout):
     a, b = results[layout]["full"], results[layout]["full, micro-batches, recomputed"]
     assert apart(a["weights"], b["weights"]) < 1e-6

@@ -12,6 +12,7 @@ from src.checkpoint.save import merged_weights
 from src.checkpoint.source import Checkpoint
 from src.models.batch import Sequence
 from src.models.layout import tensor_table
+from src.models.lora import LoRAConfig
 from src.models.transformer import Transformer
 from src.parallel.setup import Parallel
 from src.settings.declaration import build
@@ -114,8 +115,13 @@ def ours(
     dtype: torch.dtype = torch.float32,
     head: str | None = None,
     seed: int = 0,
+    lora: LoRAConfig | None = None,
+    zero: int = 0,
+    offload: bool = False,
 ):
-    return load_model(Checkpoint.open(str(folder)), parallel, dtype, head, seed)
+    checkpoint = Checkpoint.open(str(folder))
+    shared = {"zero": zero, "offload": offload}
+    return load_model(checkpoint, parallel, dtype, head, seed, lora=lora, **shared)
 
 
 def whole_weights(model: Transformer, parallel: Parallel) -> dict[str, torch.Tensor]:

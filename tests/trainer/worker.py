@@ -8,6 +8,7 @@ FOLDER holds the models `lm` and `score`; FOLDER/N-MP.pt gets the results of eac
 ranks.
 """
 
+import itertools
 import random
 import sys
 from pathlib import Path
@@ -27,10 +28,12 @@ from src.models.lora import LoRAConfig, add_lora
 from src.models.transformer import Transformer
 from src.parallel import vocab
 from src.parallel.setup import Parallel, start, stop
+from src.parallel.sharding import own, whole
 from src.settings.declaration import build
 from src.settings.distillation import DistillTrainSettings
 from src.settings.preference import PAIR_LOSSES
 from src.settings.scripts import TrainSettings
+from src.trainer.budget import training_budget
 from src.trainer.distillation import Distance, DistillationObjective, KeptTeacher
 from src.trainer.distillation_setup import load_teacher
 from src.trainer.fit import fit
@@ -63,12 +66,28 @@ SOLVER_RUNS = {
         False,
         {"sequence_parallel": True, "recompute": "full", "zero": 0},
     ),
+    "full, zero 2": ("lm", 1, False, {"zero": 2}),
+    "full, zero 3": ("lm", 1, False, {"zero": 3}),
+    "full, zero 2, micro-batches, recomputed": ("lm", 3, False, {"zero": 2, "recompute": "full"}),
+    "full, zero 3, micro-batches, recomputed in part, sequence parallel": (
+        "lm",
+        3,
+        False,
+        {"zero": 3, "recompute": "selective", "sequence_parallel": True},
+    ),
+    "full, zero 3, packed by tokens": ("lm", 1, False, {"zero": 3, "max_tokens": 25}),
+    "full, zero 3, in host memory": ("lm", 2, False, {"zero": 3, "offload": True}),
     "lora": ("lm", 1, True, {}),
+    "lora, zero 2": ("lm", 1, True, {"zero": 2}),
+    "lora, zero 3, micro-batches": ("lm", 6, True, {"zero": 3}),
     "lora, zero 0, packed by tokens": ("lm", 1, True, {"zero": 0, "max_tokens": 40}),
     "lora, micro-batches": ("lm", 6, True, {}),
     "experts": ("experts", 1, False, {}),
     "experts, micro-batches, recomputed": ("experts", 3, False, {"recompute": "full"}),
     "experts, lora": ("experts", 2, True, {}),
+    "experts, zero 3": ("experts", 1, False, {"zero": 3}),
+    "experts, zero 2, recomputed": ("experts", 3, False, {"zero": 2, "recompute": "full"}),
+    "experts, lora, zero 3": ("experts", 2, True, {"zero": 3}),
     "experts, sequence parallel": ("experts", 1, False, {"sequence_parallel": True}),
     "experts, lora, sequence parallel, recomputed": (
         "experts",
@@ -82,6 +101,7 @@ VERIFIER_RUNS = {
     "verifier, micro-batches": (4, True, {}),
     "verifier, packed by tokens, zero 0": (1, True, {"max_tokens": 60, "zero": 0}),
     "verifier, each prompt anew": (1, False, {}),
+    "verifier, zero 3, packed by tokens": (1, True, {"zero": 3, "max_tokens": 60}),
     "verifier, sequence parallel": (1, True, {"sequence_parallel": True}),
 }
 COMPARISONS, VERIFIER_BATCH = 18, 4
@@ -138,11 +158,11 @@ def comparisons() -> list[Comparison]:
 def solver_run(
     folder: Path, parallel: Parallel, name: str, micro: int, lora: bool, more: dict
 ) -> dict:
-    model = ours(folder / name, parallel)
+    shared = {"zero": more.get("zero", 1), "offload": more.get("offload", False)}
+    adapter = LORA if lora else None
+    model = ours(folder / name, parallel, seed=LORA_SEED, lora=adapter, **shared)
     model.recompute = more.get("recompute", "none")
     model.sequence_parallel = more.get("sequence_parallel", False)
-    if lora:
-        add_lora(model, LORA, LORA_SEED, parallel)
     optimizer = Optimizer(model, parallel, WEIGHT_DECAY, MAX_GRAD_NORM, zero=more.get("zero", 1))
     objective = SolverObjective(some_sequences(ROWS), parallel.device)
     return trained(model, optimizer, objective, settings(BATCH, micro, parallel, more), parallel)
@@ -151,7 +171,7 @@ def solver_run(
 def verifier_run(
     folder: Path, parallel: Parallel, micro: int, share_prompts: bool, more: dict
 ) -> dict:
-    model = ours(folder / "score", parallel)
+    model = ours(folder / "score", parallel, zero=more.get("zero", 1))
     model.sequence_parallel = more.get("sequence_parallel", False)
     objective = VerifierObjective(comparisons(), parallel.device, share_prompts)
     optimizer = Optimizer(model, parallel, WEIGHT_DECAY, MAX_GRAD_NORM, zero=more.get("zero", 1))
@@ -283,7 +303,7 @@ def trained(model, optimizer, objective, plan: TrainSettings, parallel: Parallel
             lambda at, number: evaluated.append(number),
         )
     replicated = {
-        n: p.detach() for n, p in model.named_parameters() if p.copies == parallel.mp_size
+        n: whole(p.detach()) for n, p in model.named_parameters() if p.copies == parallel.mp_size
     }
     every = [None] * parallel.world_size
     dist.all_gather_object(every, replicated)
@@ -354,7 +374,26 @@ def sharded_state(folder: Path, parallel: Parallel) -> dict:
         every = [None] * parallel.world_size
         dist.all_gather_object(every, (held, masters))
         found[zero] = {"held": every, "weights": whole_weights(model, parallel)}
-    return {**found, "numbers": sum(p.numel() for p in model.parameters())}
+    numbers = sum(p.numel() for p in model.parameters())
+    return {**found, "numbers": numbers, "shared": shared_bytes(folder, parallel)}
+
+
+def shared_bytes(folder: Path, parallel: Parallel) -> dict:
+    """(kept by rank 0, planned) of weights and optimizer after a step with shared weights."""
+    found = {}
+    for dtype, lora in itertools.product((torch.float32, torch.bfloat16), (None, LORA)):
+        model = ours(folder / "lm", parallel, dtype, lora=lora, zero=3)
+        optimizer = Optimizer(model, parallel, zero=3)
+        optimizer.idle_backward(last=True)
+        optimizer.step(1e-3)
+        kept = (
+            sum(own(p).nbytes for p in model.parameters()),
+            sum(x.nbytes for x in optimizer.state_tensors()),
+        )
+        division = parallel.mp_size, parallel.dp_size
+        plan = training_budget(model.config, *division, dtype, lora, zero=3)
+        found[dtype, lora is not None] = kept, (plan.weights, plan.optimizer)
+    return found
 
 
 def measure(folder: Path, parallel: Parallel) -> dict:

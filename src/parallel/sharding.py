@@ -1,0 +1,131 @@
+"""Weights that data-parallel ranks share: ZeRO stages 2 and 3 by PyTorch's `fully_shard` (FSDP2).
+
+Each rank keeps some rows of every tensor-parallel part. A block's weights are put together when
+its forward or backward comes, and its gradients are summed and dealt out again, in fp32. What is
+kept of trained weights is fp32, whatever is computed in: they are their own masters.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor
+
+from src.parallel.layers import copies_of, with_copies
+from src.parallel.setup import Parallel
+from src.parallel.shared_memory import gather_into, gathered, scatter_sum_into
+
+
+class _Gather:
+    """FSDP's all-gather by the quickest way that there is."""
+
+    def allocate(self, size, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op=False
+    ) -> dist.Work | None:
+        return gather_into(output_tensor, input_tensor, group, async_op)
+
+
+class _ScatterSum(_Gather):
+    """FSDP's reduce-scatter by the quickest way that there is; always a sum."""
+
+    def __call__(  # type: ignore[override]  # FSDP's own signature
+        self, output_tensor: Tensor, input_tensor: Tensor, group, op, async_op=False
+    ) -> dist.Work | None:
+        return scatter_sum_into(output_tensor, input_tensor, group, async_op)
+
+
+def shard(model, parallel: Parallel, stage: int, offload: bool = False) -> None:
+    """Let the data-parallel ranks share the model's weights. On the meta device; to be filled.
+
+    stage: 2 keeps what was put together from a step's first forward to its last backward, 3 lets go
+    of it block by block. offload: a rank's share rests in host memory, and so do its gradients.
+    """
+    compute = model.dtype
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
+    copies = {name: copies_of(weight) for name, weight in model.named_parameters()}
+    mesh = DeviceMesh.from_group(parallel.dp_group, parallel.device.type, mesh_dim_names=("dp",))
+    pinned = parallel.device.type == "cuda"
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False),
+        "offload_policy": CPUOffloadPolicy(pinned) if offload else OffloadPolicy(),
+    }
+    for block in model.layers:
+        fully_shard(block, reshard_after_forward=stage == 3, **options)
+    # The ends of the model are used together, by its loss, after its forward.
+    fully_shard(model, reshard_after_forward=False, **options)
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            # Gradients add up, as everywhere here: nothing is averaged.
+            part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)
+            if parallel.device.type == "cpu":
+                part.set_custom_all_gather(_Gather())  # type: ignore[arg-type]  # has its methods
+                part.set_custom_reduce_scatter(_ScatterSum())  # type: ignore[arg-type]
+    model.computes_in, model.shard_stage = compute, stage
+    model.to_empty(device=torch.device("cpu") if offload else parallel.device)
+    for name, weight in model.named_parameters():
+        with_copies(weight, copies[name])
+
+
+def own(weight: Tensor) -> Tensor:
+    """What this rank keeps of a weight or a gradient: its rows, or all of what is not shared.
+
+    The same tensor each time, as optimizers want it, where `to_local` would make a new one.
+    """
+    return weight._local_tensor if isinstance(weight, DTensor) else weight
+
+
+@torch.no_grad()
+def whole(weight: Tensor) -> Tensor:
+    """All rows of a weight. A collective of the data-parallel ranks, if they share it."""
+    if not isinstance(weight, DTensor):
+        return weight
+    group, rows = weight.device_mesh.get_group(), weight.size(0)
+    part = own(weight).to(weight.device_mesh.device_type)
+    padded = part.new_zeros(share_of_rows(rows, dist.get_world_size(group)), *part.shape[1:])
+    padded[: part.size(0)] = part
+    return gathered(padded, group).flatten(0, 1)[:rows]
+
+
+def share_of_rows(rows: int, n: int) -> int:
+    """How many of the rows each of n ranks keeps, but for the last ones."""
+    return -(-rows // n)
+
+
+@torch.no_grad()
+def fill(weight: Tensor, local: Tensor) -> None:
+    """Copy this rank's rows of a tensor-parallel part to where the rank keeps them."""
+    if isinstance(weight, DTensor):
+        group, rows = weight.device_mesh.get_group(), weight.size(0)
+        share = share_of_rows(rows, dist.get_world_size(group))
+        local = local[dist.get_rank(group) * share :][:share]
+    own(weight).copy_(local)
+
+
+def let_go_after_backward(model: nn.Module, yes: bool) -> None:
+    """Whether the next backward lets go of the weights that it put together."""
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.set_reshard_after_backward(yes, recurse=False)
+
+
+def let_go(model: nn.Module) -> None:
+    """Of what was put together: after weights have changed, it is not them any more."""
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
