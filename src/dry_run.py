@@ -278,6 +278,7 @@ def _role_budgets(
     if opened is not None and opened.verifier:
         verifier = opened.verifier.checkpoint.config.with_head("score")
     roles, quantize = settings.roles, settings.lora.quantize
+    shares = settings.run.zero >= 2 and ranks.dp_size > 1  # the weights of what is trained
     trunk = roles.shared_trunk
 
     lora = opened.lora if opened is not None else _new_adapter(settings, actor)
@@ -286,12 +287,14 @@ def _role_budgets(
     if inputs is not None:
         has_reference = inputs.has_reference(settings)
     if has_reference:
-        # With an adapter the reference is the policy without it; one that moves is exact in fp32.
+        # With an adapter the reference is the policy without it, unless ranks share its weights;
+        # one that moves is exact in fp32.
         moves = settings.penalty.ref_ema is not None
         frozen = model_budget(actor, ranks.mp_size, dtype, quantize).weights
         exact = model_budget(actor, ranks.mp_size, torch.float32).weights
         exact = exact if moves and dtype != torch.float32 else 0
-        budgets["reference"] = Budget(0 if settings.lora.is_on and not moves else frozen + exact)
+        is_policy = settings.lora.is_on and not moves and not shares
+        budgets["reference"] = Budget(0 if is_policy else frozen + exact)
     if settings.advantages.has_value:
         n = roles.critic_model_parallel_size or ranks.mp_size
         copies = Ranks(n, ranks.mp_size * ranks.dp_size // n)
@@ -311,7 +314,8 @@ def _role_budgets(
             reward = Budget(adapter_bytes(verifier, n, dtype, lora) + verifier.dim * dtype.itemsize)
         budgets["reward"] = reward
     degree = roles.rollout_model_parallel_size
-    if degree is not None and degree != ranks.mp_size:
+    degree = ranks.mp_size if degree is None else degree
+    if degree != ranks.mp_size or shares:
         budgets["policy again, in rollouts"] = model_budget(actor, degree, dtype)
     return budgets
 

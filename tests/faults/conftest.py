@@ -39,19 +39,22 @@ def command(base, full):
     settings = {
         "SFT": supervised | dict(train_file=train_file, lora_dropout=0.1, lora_rank=4, lr=1e-2),
         "verifier": supervised | dict(train_file=pairs, lr=1e-3),
+        "SFT, ZeRO 3": supervised
+        | dict(train_file=train_file, lr=1e-3, zero=3, model_parallel_size=1),
         "PPO": dict(actor_ckpt_dir=start, critic_ckpt_dir=verifier, reward_model_ckpt_dir=verifier)
         | dict(train_file=train_file, max_batch_size=4, max_buffer_size=8, iterations=iterations)
         | dict(mini_batches=2, ppo_epochs=2, max_new_tokens=6, lr=1e-3, critic_lr=1e-3)
         | dict(kl_target=1.0, kl_horizon=50.0, value_norm=True, reward_norm=True, ref_ema=0.9)
         | dict(save_every=2),
     }
-    scripts = {"SFT": "solver_train.py", "verifier": "verifier_train.py", "PPO": "ppo_train.py"}
+    scripts = {"verifier": "verifier_train.py", "PPO": "ppo_train.py"}
 
     def of(trainer: str, folder, **more) -> list[str]:
         saved = {"save_dir": folder / "model"}
         if trainer == "PPO":
             saved = {"actor_save_dir": folder / "model", "critic_save_dir": folder / "critic"}
-        return [scripts[trainer], *flags(**settings[trainer] | saved | more)]
+        script = scripts.get(trainer, "solver_train.py")
+        return [script, *flags(**settings[trainer] | saved | more)]
 
     return of
 

@@ -31,7 +31,7 @@ from tests.launch import ROOT, start
 from tests.test_scripts import call, refused
 from tests.trainer.test_saving import STAGES
 
-CUT = {("SFT", 1): 1}  # kills in `make test`; 20 of each trainer and degree in `make faults`
+CUT = {("SFT", 1): 1, ("SFT, ZeRO 3", 2): 1}  # kills in `make test`; 20 of each trainer and degree in `make faults`
 
 
 def whole_steps(state) -> None:
@@ -46,7 +46,7 @@ def finished(command: list[str], ranks: int, log) -> str:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("trainer", ["SFT", "verifier", "PPO"])
+@pytest.mark.parametrize("trainer", ["SFT", "verifier", "PPO", "SFT, ZeRO 3"])
 def test_killed_at_random_moments_a_run_goes_on_bit_for_bit(
     command, undisturbed, full, tmp_path, trainer, ranks
 ):

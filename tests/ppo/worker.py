@@ -22,6 +22,7 @@ from src.checkpoint.source import Checkpoint
 from src.data.encoding import Prompt
 from src.evaluation.tasks import find_task
 from src.generation.engine import Engine
+from src.generation.relayout import RelaidEngine
 from src.generation.sampling import Sampling
 from src.models.batch import Batch, response_logprobs, response_values, sequence_scores
 from src.models.transformer import Transformer
@@ -75,6 +76,8 @@ class Run:
     iterations: int = 1
     offload: bool = False
     value_mp: int | None = None
+    zero: int = 1
+    sequence_parallel: bool = False
     state: tuple[dict, dict] = ({}, {})
     worth: tuple[tuple[float, ...], ...] = ()
 
@@ -142,6 +145,12 @@ RUNS = {
         PAIRS | dict(advantage="rloo", filter_rounds=2),
         worth=((1, NONE, 0, 0.5, NONE, NONE, 2, 2), (1, 0, 3, NONE, NONE, NONE, 0.25, 2)),
     ),
+    "zero 3": Run(zero=3, sequence_parallel=True),
+    "zero 2, micro-batches, ptx, ref_ema": Run(
+        ONCE | dict(max_batch_size=1, ptx_coef=0.4, ref_ema=0.7), zero=2
+    ),
+    "sequence parallel": Run(ONCE | dict(max_batch_size=2), sequence_parallel=True),
+    "zero 3, in turn, offloaded": Run(dict(update="in_turn"), offload=True, zero=3),
     "twice": Run(ONCE, iterations=2),
     "twice, in turn, offloaded": Run(ONCE | dict(update="in_turn"), iterations=2, offload=True),
 }
@@ -157,6 +166,7 @@ AT_FOUR = (
     "top_k",
     "top_p, min_new_tokens",
     "ptx",
+    "sequence parallel",
     "filter, one group",
     "filter, nothing",
     "twice",
@@ -203,6 +213,8 @@ def make_ppo(
     sampling: Sampling | None = None,
     offload: bool = False,
     value_mp: int | None = None,
+    zero: int = 1,
+    sequence_parallel: bool = False,
     **flags,
 ) -> PPO:
     """The four roles, each another random model; two rewards.
@@ -217,7 +229,8 @@ def make_ppo(
     )
     trained = {"policy": parallel} | ({"value": divided} if settings.advantages.has_value else {})
     for name, division in trained.items():
-        model = ours(folder / name, division, dtype)
+        model = ours(folder / name, division, dtype, zero=zero)
+        model.sequence_parallel = sequence_parallel and division.mp_size > 1
         stage.add(
             Role(
                 name,
@@ -241,10 +254,12 @@ def make_ppo(
         if settings.pretraining.ptx_coef
         else None
     )
+    policy, limits = stage.roles["policy"].model, (5, 64)
+    own = Engine(policy, parallel, *limits)
     return PPO(
         stage,
         rewards,
-        Engine(stage.roles["policy"].model, parallel, 5, 64),
+        RelaidEngine(policy, parallel, parallel.mp_size, *limits) if policy.shard_stage else own,
         sampling,
         STOPS,
         KLController(KL_COEF),
@@ -479,6 +494,8 @@ def one_run(folder: Path, parallel: Parallel, run: Run, dump: str | None = None)
         sampling=run.sampling,
         offload=run.offload,
         value_mp=run.value_mp,
+        zero=run.zero,
+        sequence_parallel=run.sequence_parallel,
         **run.settings,
     )
     ppo.rollouts.stop_ids = run.stops
