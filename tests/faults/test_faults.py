@@ -31,7 +31,8 @@ from tests.launch import ROOT, start
 from tests.test_scripts import call, refused
 from tests.trainer.test_saving import STAGES
 
-CUT = {("SFT", 1): 1, ("SFT, ZeRO 3", 2): 1}  # kills in `make test`; 20 of each trainer and degree in `make faults`
+# Kills in `make test`; 20 of each trainer and degree in `make faults`.
+CUT = {("SFT", 1): 1, ("SFT, ZeRO 3", 2): 1}
 
 
 def whole_steps(state) -> None:
