@@ -257,8 +257,11 @@ def default_targets(config: ModelConfig) -> tuple[str, ...]:
 def freeze_layers(model: Transformer, n: int) -> None:
     """Freeze the embedding (a tied output layer with it) and the first n layers; none for 0."""
     if n:
-        for part in (model.tok_embeddings, *model.layers[:n]):
-            part.requires_grad_(False)
+        for name, weight in model.named_parameters():
+            stem = name.split(".")
+            is_below = stem[0] == "layers" and int(stem[1]) < n
+            if is_below or stem[0] == "tok_embeddings":
+                weight.requires_grad_(False)
 
 
 def merged_parts(

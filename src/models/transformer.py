@@ -8,7 +8,9 @@ families differ in are values of the config.
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -26,6 +28,7 @@ from src.models.elementwise import HeadNorm, RMSNorm, add_rms_norm, rotate, swig
 from src.models.experts import MixtureOfExperts, balance_loss
 from src.models.layout import TensorSpec, fill_padding, tensor_table
 from src.models.rotary import logn, ntk_rotary, rotary_table
+from src.models.stages import Stages
 from src.parallel.deterministic import linear
 from src.parallel.layers import (
     ColumnParallelLinear,
@@ -34,8 +37,10 @@ from src.parallel.layers import (
     ReplicatedLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
+    copies_of,
     exact_linear,
     parameter,
+    with_copies,
 )
 from src.parallel.mappings import (
     WHOLE,
@@ -217,12 +222,55 @@ class Block(nn.Module):
         return x, *self.feed_forward(normed, after)
 
 
+class Layers(nn.ModuleList):
+    """Blocks under their numbers in the model, of which a stage of a pipeline has some."""
+
+    def __init__(self, blocks: dict[int, Block]) -> None:
+        super().__init__()
+        for number, block in blocks.items():
+            self.add_module(str(number), block)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a rank computes of a model: all of it, or its stages of a pipeline.
+
+    layers: of each of its stages; first, last: whether its first stage embeds, and its last one has
+    the head.
+    """
+
+    layers: tuple[range, ...]
+    first: bool = True
+    last: bool = True
+
+    @classmethod
+    def of(cls, config: ModelConfig, stages: Stages | None = None, rank: int = 0) -> "Part":
+        """A rank's of a pipeline; all of the model without one."""
+        if stages is None or stages.count == 1:
+            return cls((range(config.n_layers),))
+        numbers = stages.of_rank(rank)
+        layers = tuple(stages.layers(s) for s in numbers)
+        return cls(layers, 0 in numbers, stages.count - 1 in numbers)
+
+
+@dataclass
+class Received:
+    """What comes to a stage from the one before, in place of tokens.
+
+    x: [N, dim]; router: what the layers so far decided, [N, 2, experts], with experts.
+    """
+
+    stage: int  # among the rank's own
+    x: Tensor
+    router: Tensor | None = None
+
+
 class Transformer(nn.Module):
     """The trunk and its head: `output` (vocabulary logits) or `score` (a scalar), by `config.head`.
 
-    It is rank `rank` of `n`'s part. Parameters are uninitialised: `src/checkpoint` fills them.
-    `replicas`: the ranks that share this rank's kv heads. In training mode Qwen v1's extrapolation
-    past its context is off, as in its own code.
+    It is rank `rank` of `n`'s part, and of a pipeline the stages in `part`. Parameters are
+    uninitialised: `src/checkpoint` fills them. `replicas`: the ranks that share this rank's kv
+    heads. In training mode Qwen v1's extrapolation past its context is off, as in its own code.
     """
 
     def __init__(
@@ -231,19 +279,43 @@ class Transformer(nn.Module):
         rank: int = 0,
         n: int = 1,
         replicas: dist.ProcessGroup | None = None,
+        part: Part | None = None,
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.part = config, part or Part.of(config)
         shard = Shard(tensor_table(config), rank, n)
-        embedding = shard["tok_embeddings.weight"]
         self.tok_embeddings: VocabParallelEmbedding | ParallelEmbedding
-        if config.tie_word_embeddings:
+        if config.tie_word_embeddings and (self.part.first or self.part.last):
+            embedding = shard["tok_embeddings.weight"]
+            if not (self.part.first and self.part.last):  # both ends hold it
+                with_copies(embedding, 2 * copies_of(embedding))
             self.tok_embeddings = VocabParallelEmbedding(embedding, rank)
-        else:
-            self.tok_embeddings = ParallelEmbedding(embedding, config.dim)
-        self.layers = nn.ModuleList(
-            Block(config, i, shard.part(f"layers.{i}"), replicas) for i in range(config.n_layers)
+        elif self.part.first:
+            self.tok_embeddings = ParallelEmbedding(shard["tok_embeddings.weight"], config.dim)
+        self.layers = Layers(
+            {
+                i: Block(config, i, shard.part(f"layers.{i}"), replicas)
+                for layers in self.part.layers
+                for i in layers
+            }
         )
+        if self.part.last:
+            self._add_head(shard, rank, n)
+        wk = shard.spec("layers.0.attention.wk.weight")
+        self.kv_heads = wk.local_shape(n)[0] // config.head_dim  # of this rank
+        self.recompute = "none"  # activation checkpointing: see CHECKPOINTING
+        # Whether each of the model's ranks holds a part of the tokens between the products, of
+        # whole sequences: see `SplitTokens`.
+        self.sequence_parallel = False
+        # Weights that data-parallel ranks share: what they are computed in, and ZeRO's stage.
+        self.computes_in: torch.dtype | None = None
+        self.shard_stage = 0
+        self.received: Received | None = None  # by the stage of a pipeline that is to compute
+        self.router_aux_loss_coef = config.router_aux_loss_coef
+        self._rotary: Tensor | None = None
+
+    def _add_head(self, shard: Shard, rank: int, n: int) -> None:
+        config = self.config
         self.norm = RMSNorm(shard["norm.weight"], config.norm_eps)
         if config.head == "score":
             self.score = ReplicatedLinear(shard["score.weight"])
@@ -263,22 +335,13 @@ class Transformer(nn.Module):
                     self.holes.append((start, stop))
             if not config.tie_word_embeddings:
                 self.output = ColumnParallelLinear(shard["output.weight"])
-        wk = shard.spec("layers.0.attention.wk.weight")
-        self.kv_heads = wk.local_shape(n)[0] // config.head_dim  # of this rank
-        self.recompute = "none"  # activation checkpointing: see CHECKPOINTING
-        # Whether each of the model's ranks holds a part of the tokens between the products, of
-        # whole sequences: see `SplitTokens`.
-        self.sequence_parallel = False
-        # Weights that data-parallel ranks share: what they are computed in, and ZeRO's stage.
-        self.computes_in: torch.dtype | None = None
-        self.shard_stage = 0
-        self.router_aux_loss_coef = config.router_aux_loss_coef
-        self._rotary: Tensor | None = None
 
     @property
     def dtype(self) -> torch.dtype:
         """Of activations, and of weights while they are computed with."""
-        return self.norm.weight.dtype if self.computes_in is None else self.computes_in
+        if self.computes_in is not None:
+            return self.computes_in
+        return cast(Block, next(iter(self.layers))).attention_norm.weight.dtype
 
     def forward(self, tokens: Tensor, layout, rows: Tensor | None = None) -> Tensor:
         """Hidden states after the last norm. tokens: ids [N], laid out as `layout` says → [N, dim].
@@ -287,15 +350,51 @@ class Transformer(nn.Module):
         is computed for others. With experts, and gradients wanted, the layout gets each sequence's
         `balance_loss`.
         """
+        x, delta, router, region = self._through(tokens, layout, rows)
+        if router is not None:
+            layout.balance_loss = balance_loss([layout.means(router / self.config.n_layers)])
+        hidden = region.whole(add_rms_norm(x, delta, self.norm)[1])
+        return gather_rows(hidden, rows) if self.config.n_experts else hidden
+
+    def region_of(self, tokens: int, layout) -> Region:
+        """How so many tokens lie on the model's ranks."""
+        splits = self.sequence_parallel and layout.is_whole
+        return SplitTokens(tokens) if splits else WHOLE
+
+    def pass_on(self, tokens: Tensor, layout) -> tuple[Tensor, ...]:
+        """What a stage of a pipeline, but the last, gives to the next: `Received`'s tensors."""
+        x, delta, router, _ = self._through(tokens, layout)
+        x = x if delta is None else x + delta
+        return (x,) if router is None else (x, router)
+
+    @property
+    def balances(self) -> bool:
+        """Whether the decisions of experts' routers have a loss of their own."""
+        wanted = self.config.n_experts and self.router_aux_loss_coef
+        return bool(wanted) and torch.is_grad_enabled()
+
+    def _through(
+        self, tokens: Tensor, layout, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Region]:
+        """Tokens, or what was received in their place, through the layers of one stage.
+
+        Returns x, what is to be added to it, the sum of the routers' decisions over the layers so
+        far where these are balanced, and how x lies.
+        """
+        region = self.region_of(tokens.size(0), layout)
+        stage, router_sum = 0, None
+        if self.received is None:
+            x = self.tok_embeddings(tokens, region)
+        else:
+            stage, x, router_sum = self.received.stage, self.received.x, self.received.router
         rotary = self.rotary(layout)
-        region: Region = WHOLE
-        if self.sequence_parallel and layout.is_whole:
-            region = SplitTokens(tokens.size(0))
-        x, delta, routers, last = self.tok_embeddings(tokens, region), None, [], self.layers[-1]
-        for block in self.layers:
+        delta: Tensor | None = None
+        for number in self.part.layers[stage]:
+            block = self.layers.get_submodule(str(number))
             # Past the last attention only the wanted rows matter; the experts' balance, though,
             # counts every token.
-            wanted = rows if block is last and not self.config.n_experts else None
+            is_last = number == self.config.n_layers - 1
+            wanted = rows if is_last and not self.config.n_experts else None
             before = region
             region = region if wanted is None else region.of(wanted.size(0))
             if self.recompute != "none" and torch.is_grad_enabled():
@@ -308,12 +407,9 @@ class Transformer(nn.Module):
                 )
             else:
                 x, delta, router = block(x, layout, rotary, wanted, delta, before, region)
-            if router is not None and torch.is_grad_enabled() and self.router_aux_loss_coef:
-                routers.append(layout.means(router))
-        if routers:
-            layout.balance_loss = balance_loss(routers)
-        hidden = region.whole(add_rms_norm(x, delta, self.norm)[1])
-        return gather_rows(hidden, rows) if self.config.n_experts else hidden
+            if self.balances:
+                router_sum = router if router_sum is None else router_sum + router
+        return x, delta, router_sum, region
 
     def partial_gradients(self) -> list[nn.Parameter]:
         """Weights of which each of the model's ranks has a part of the gradient: their tokens'."""
@@ -395,10 +491,11 @@ def build(
     n: int,
     dtype: torch.dtype,
     replicas: dist.ProcessGroup | None = None,
+    part: Part | None = None,
 ) -> Transformer:
     """Rank `rank` of `n`'s part on the meta device: names, shapes and copies, no memory."""
     with torch.device("meta"):
-        model = Transformer(config, rank, n, replicas)
+        model = Transformer(config, rank, n, replicas, part)
     for weight in model.parameters():
         weight.data = weight.data.to(dtype)
     return model

@@ -1,8 +1,9 @@
 """Processes, devices and groups: what torchrun started, and how it is divided.
 
-Ranks are laid out as [data parallel, model parallel]: neighbours share a model. The groups are made
-here, with a timeout each, and handed to FairScale, whose own initialiser clamps a wrong degree in
-silence, prints, and makes groups that wait for half an hour.
+Ranks are laid out as [data parallel, pipeline, model parallel]: neighbours share a stage's tensors,
+and stages a model. The groups are made here, with a timeout each, and handed to FairScale, whose
+own initialiser clamps a wrong degree in silence, prints, and makes groups that wait for half an
+hour.
 """
 
 import ctypes
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -40,7 +41,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 class Parallel:
     """Where this process stands.
 
-    mp_*: among the ranks that share one model; dp_*: among the models.
+    mp_*: among the ranks that share tensors; pp_*: among the stages of a model; dp_*: among the
+    models. Without a pipeline the ranks that share tensors share a model.
     """
 
     rank: int
@@ -53,6 +55,11 @@ class Parallel:
     mp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
     timeout: timedelta
+    pp_rank: int = 0
+    pp_size: int = 1
+    pp_group: dist.ProcessGroup | None = None  # where there is a pipeline
+    model_group: dist.ProcessGroup | None = None  # all ranks of a model, where that is more than mp
+    ends_group: dist.ProcessGroup | None = None  # of a rank of the first or the last stage: both
     _replicas: dict[int, dist.ProcessGroup] = field(default_factory=dict)
 
     @property
@@ -68,7 +75,8 @@ class Parallel:
     @property
     def described(self) -> str:
         """In words, for the log."""
-        return f"ranks: {self.mp_size} model-parallel × {self.dp_size} data-parallel"
+        stages = f"{self.pp_size} stages × " if self.pp_size > 1 else ""
+        return f"ranks: {self.mp_size} model-parallel × {stages}{self.dp_size} data-parallel"
 
     def divided(self, mp_size: int) -> "Parallel":
         """The same ranks as more, smaller models: neighbours share one.
@@ -84,7 +92,7 @@ class Parallel:
 
     def regrouped(self, mp_size: int) -> "Parallel":
         """The same ranks as other models, also larger ones. All ranks must ask together."""
-        return _divide(self.rank, self.world_size, mp_size, self.device, self.timeout)
+        return _divide(self.rank, self.world_size, mp_size, 1, self.device, self.timeout)
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -110,13 +118,17 @@ class Parallel:
 
 
 def start(
-    model_parallel_size: int | None = None, timeout: float = 1800, deterministic: bool = False
+    model_parallel_size: int | None = None,
+    timeout: float = 1800,
+    deterministic: bool = False,
+    pipeline_parallel_size: int = 1,
 ) -> Parallel:
     """Join the process group (one process needs no launcher) and divide it.
 
-    model_parallel_size: ranks per model, all of them by default; timeout: seconds a collective may
-    take; deterministic: see `deterministic.py`. Raises UserError when the degree does not divide
-    the number of ranks.
+    model_parallel_size: ranks that share a tensor, all of a stage's by default; timeout: seconds a
+    collective may take; deterministic: see `deterministic.py`; pipeline_parallel_size: stages that
+    a model's layers are divided into. Raises UserError when the degrees do not divide the number of
+    ranks.
     """
     if deterministic:
         turn_on("cuda" if torch.cuda.is_available() else "cpu")
@@ -137,7 +149,19 @@ def start(
                 backend, store=store, rank=0, world_size=1, timeout=limit, device_id=bound
             )
     rank, world = dist.get_rank(), dist.get_world_size()
-    mp = world if model_parallel_size is None else model_parallel_size
+    pp = pipeline_parallel_size
+    if world % pp:
+        raise UserError(
+            f"--pipeline_parallel_size {pp} does not divide the {world} rank{'s' * (world > 1)} "
+            f"of this run: start a multiple of {pp} ranks (torchrun --nproc_per_node N) "
+            f"or give a divisor of {world}"
+        )
+    mp = world // pp if model_parallel_size is None else model_parallel_size
+    if pp > 1 and world % (mp * pp):
+        raise UserError(
+            f"--model_parallel_size {mp} x --pipeline_parallel_size {pp} do not divide the {world} "
+            f"ranks of this run: start a multiple of {mp * pp} ranks, or give lower degrees"
+        )
     if mp < 1 or world % mp:
         raise UserError(
             f"--model_parallel_size {mp} does not divide the {world} rank{'s' * (world > 1)} "
@@ -148,7 +172,7 @@ def start(
         settle_number()
         settle_vector_math()
         watch.start()
-    parallel = _divide(rank, world, mp, device, limit)
+    parallel = _divide(rank, world, mp, pp, device, limit)
     _hand_over(parallel.mp_group, parallel.dp_group)
     if device.type == "cuda" and world > 1:
         watch_collectives(parallel, timeout)
@@ -164,14 +188,38 @@ def watch_collectives(parallel: Parallel, timeout: float) -> None:
     roll_call.start(RollCall(with_ranks, parallel.rank, parallel.world_size, timeout))
 
 
-def _divide(rank: int, world: int, mp: int, device: torch.device, limit: timedelta) -> Parallel:
-    grid = torch.arange(world).view(-1, mp)
-    mp_group = _own_group(grid.tolist(), rank, limit)
-    dp_group = _own_group(grid.T.tolist(), rank, limit)
-    for group in (mp_group, dp_group):
+def _divide(
+    rank: int, world: int, mp: int, pp: int, device: torch.device, limit: timedelta
+) -> Parallel:
+    grid = torch.arange(world).view(-1, pp, mp)  # [data parallel, stages, model parallel]
+    mp_group = _own_group(grid.flatten(0, 1).tolist(), rank, limit)
+    dp_group = _own_group(grid.flatten(1).T.tolist(), rank, limit)
+    groups, dp = [mp_group, dp_group], world // (mp * pp)
+    pipeline: dict = {}
+    if pp > 1:
+        stages = grid.transpose(1, 2).flatten(0, 1)  # [models · mp, stages]
+        pipeline = {
+            "pp_rank": rank // mp % pp,
+            "pp_size": pp,
+            "pp_group": _own_group(stages.tolist(), rank, limit),
+            "model_group": _own_group(grid.flatten(1).tolist(), rank, limit),
+            "ends_group": _own_group(stages[:, [0, -1]].tolist(), rank, limit),
+        }
+        groups += [pipeline["pp_group"], pipeline["model_group"]]
+    for group in groups:
         share_memory(group, device, limit.total_seconds())
     return Parallel(
-        rank, world, rank % mp, mp, rank // mp, world // mp, device, mp_group, dp_group, limit
+        rank,
+        world,
+        rank % mp,
+        mp,
+        rank // (mp * pp),
+        dp,
+        device,
+        mp_group,
+        dp_group,
+        limit,
+        **pipeline,
     )
 
 
@@ -181,10 +229,13 @@ def _hand_over(mp_group: dist.ProcessGroup, dp_group: dist.ProcessGroup) -> None
     fairscale_groups._DATA_PARALLEL_GROUP = dp_group
 
 
-def _own_group(divisions: list[list[int]], rank: int, limit: timedelta) -> dist.ProcessGroup:
-    """The group, one of `divisions`, that this rank is in. Every rank must make every group."""
+def _own_group(divisions: list[list[int]], rank: int, limit: timedelta) -> Any:
+    """The group, one of `divisions`, that this rank is in; None if in none.
+
+    Every rank must make every group.
+    """
     groups = [dist.new_group(ranks, timeout=limit) for ranks in divisions]
-    return next(group for ranks, group in zip(divisions, groups) if rank in ranks)
+    return next((group for ranks, group in zip(divisions, groups) if rank in ranks), None)
 
 
 def stop() -> None:
