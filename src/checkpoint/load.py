@@ -19,6 +19,7 @@ from src.models.lora import (
     wrap_lora,
 )
 from src.models.quantize import quantized
+from src.models.stages import cut_in_stages
 from src.models.transformer import Transformer, build
 from src.parallel.setup import Parallel, agreed
 from src.parallel.sharding import fill, shard
@@ -35,6 +36,7 @@ def load_model(
     lora: LoRAConfig | None = None,
     zero: int = 0,
     offload: bool = False,
+    stages_per_rank: int = 1,
 ) -> Transformer:
     """This rank's model with the checkpoint's weights, each read, cast and put in place by itself.
 
@@ -43,8 +45,9 @@ def load_model(
     from the checkpoint. quantize: nf4 or int8, the frozen kind of the linear layers' weights. lora:
     the adapter to train, which goes on from the checkpoint's if that has one. An adapter that is
     not trained is added to the weights, or, when these are quantised, stays beside them. zero: from
-    stage 2 on the data-parallel ranks share the weights, in host memory with `offload`. Raises
-    UserError, on every rank, when a weight is not finite.
+    stage 2 on the data-parallel ranks share the weights, in host memory with `offload`. Of a
+    pipeline each rank gets its `stages_per_rank` stages. Raises UserError, on every rank, when a
+    weight is not finite.
     """
     config = checkpoint.config.with_head(head or checkpoint.config.head)
     if config.head == "lm" and checkpoint.config.head != "lm":
@@ -54,12 +57,14 @@ def load_model(
     table, rank, n = tensor_table(config), parallel.mp_rank, parallel.mp_size
     # With more ranks than kv heads, neighbours hold the same head and sum its gradients.
     replicas = parallel.replicas(table["layers.0.attention.wk.weight"].copies(n))
-    model = build(config, rank, n, dtype, replicas)
+    stages = cut_in_stages(config, parallel.pp_size, stages_per_rank)
+    model = build(config, rank, n, dtype, replicas, stages, parallel.pp_rank)
+    held = {name for name, _ in model.named_parameters()}  # of the stages of this rank
     # The adapter that stays an adapter; any other is added to the weights as they are read.
     adapter = checkpoint.adapter if quantize or lora else None
 
     def read() -> None:
-        for name in table:
+        for name in (name for name in table if name in held):
             if name == "score.weight" and checkpoint.config.head != "score":
                 local = random_tensor(
                     name, TensorSpec((1, config.dim)), (config.dim + 1) ** -0.5, seed

@@ -27,14 +27,14 @@ from src.checkpoint.manifest import described
 from src.checkpoint.source import Checkpoint
 from src.checkpoint.write import shard_name, write_params
 from src.errors import UserError
-from src.models.exchange import exchanged, layout_of
+from src.models.exchange import exchanged, is_spread, layout_of, tensor_parallel_parts
 from src.models.layout import tensor_table
-from src.models.lora import lora_layers, lora_table, merged_parts
+from src.models.lora import LoRAConfig, lora_layers, lora_table, merged_parts
 from src.models.places import Layout
 from src.models.quantize import Quantized
 from src.models.transformer import Transformer
 from src.parallel.setup import Parallel, agreed
-from src.parallel.sharding import whole
+from src.parallel.sharding import own as kept_rows
 
 
 def saved_dtype(base: Checkpoint, name: str, dtype: torch.dtype, own: bool) -> torch.dtype:
@@ -53,7 +53,8 @@ def merged_weights(
 ) -> dict[str, Tensor]:
     """This rank's plain weights on the host, adapters added in: a checkpoint without LoRA.
 
-    Where data-parallel ranks share the weights all come here, and the first gets those of all.
+    Where ranks share the weights otherwise than by tensor parallelism all come here, and the first
+    get those of all.
 
     own: in `base`'s own dtypes, see `saved_dtype`. Under a quantised weight lies the base's own,
     unquantised, which is read again from `base`. Raises UserError for what fp16 cannot hold.
@@ -68,13 +69,12 @@ def merged_weights(
 
     weights: dict[str, Tensor] = {}
     problems: list[str] = []
-    table, layout = tensor_table(model.config), layout_of(model, parallel)
-    first_only = Layout(parallel.mp_size), parallel.rank, parallel.world
-    for name, weight in merged_parts(model, plain):
-        if layout.sharded:
-            weight = exchanged(weight, table[name], layout, *first_only)
-            if parallel.dp_rank:
-                continue
+    parts = merged_parts(model, plain)
+    if is_spread(model):
+        parts = tensor_parallel_parts(model, parallel, Layout(parallel.mp_size), plain)
+    for name, weight in parts:
+        if is_spread(model) and parallel.rank >= parallel.mp_size:
+            continue  # the first ranks get all
         dtype = weight.dtype if base is None else saved_dtype(base, name, weight.dtype, own)
         weights[name] = weight.to(device="cpu", dtype=dtype, copy=True)
         if dtype == torch.float16 != weight.dtype and weights[name].isinf().any():
@@ -91,24 +91,35 @@ def merged_weights(
 def whole_adapter(model: Transformer, parallel: Parallel) -> dict[str, Tensor]:
     """The adapter's factors whole, by our names, and a score head; empty without LoRA.
 
-    A collective over the model's ranks.
+    On the first rank; a collective of all.
     """
-    layers = lora_layers(model)
-    if not layers:
+    lora = lora_of(model, parallel)
+    if lora is None:
         return {}
-    table = lora_table(model.config, layers[0][1].config)
+    table = dict(lora_table(model.config, lora))
+    if model.config.head == "score":
+        table["score.weight"] = tensor_table(model.config)["score.weight"]
     parameters = dict(model.named_parameters())
     adapter: dict[str, Tensor] = {}
     for name, spec in table.items():
-        local = whole(parameters[name].detach()).contiguous()
-        parts = [local]
-        if spec.dim is not None and parallel.mp_size > 1:
-            parts = [torch.empty_like(local) for _ in range(parallel.mp_size)]
-            dist.all_gather(parts, local, group=parallel.mp_group)
-        adapter[name] = spec.join(parts).cpu()
-    if model.config.head == "score":
-        adapter["score.weight"] = whole(model.score.weight.detach()).cpu()
+        held = parameters.get(name)
+        local = torch.empty(0, dtype=model.dtype, device=parallel.device)
+        local = local if held is None else kept_rows(held.detach())
+        source = layout_of(model, parallel, name)
+        whole = exchanged(local, spec, source, Layout(1), parallel.rank, parallel.world)
+        adapter[name] = whole.to("cpu", model.dtype)
     return adapter
+
+
+def lora_of(model: Transformer, parallel: Parallel) -> LoRAConfig | None:
+    """The adapter that a model is trained with, on whatever stages; a collective of all ranks."""
+    layers = lora_layers(model)
+    lora = layers[0][1].config if layers else None
+    if parallel.pp_size == 1:
+        return lora
+    every: list[LoRAConfig | None] = [None] * parallel.world_size
+    dist.all_gather_object(every, lora)
+    return next((found for found in every if found is not None), None)
 
 
 def save_model(
@@ -130,16 +141,16 @@ def save_model(
     folder = Path(save_dir).resolve()
     target = temporary_of(folder)
     # By all ranks together, before one can fail to write.
-    adapter = whole_adapter(model, parallel)
+    lora, adapter = lora_of(model, parallel), whole_adapter(model, parallel)
     weights: dict[str, Tensor] = {}
-    if model.shard_stage >= 2:
+    if is_spread(model):
         weights = agreed(lambda: merged_weights(model, parallel, base, own_dtype))
 
     def write() -> dict[str, dict]:
         """This rank's share of the files, and the manifest's entries of its tensors."""
         written = {}
         try:
-            if parallel.dp_rank == 0:  # the other data-parallel ranks hold the same
+            if parallel.rank < parallel.mp_size:  # the other models' ranks hold the same
                 shard = shard_name(parallel.mp_rank)
                 of_rank = weights or merged_weights(model, parallel, base, own_dtype)
                 torch.save(of_rank, target / shard)
@@ -155,10 +166,10 @@ def save_model(
                 (target / SCORES_FILE).unlink(missing_ok=True)
                 for name, note in (notes or {}).items():
                     (target / name).write_text(json.dumps(note) + "\n")
-                if adapter:
+                if lora is not None:
                     write_adapter(
                         model.config,
-                        lora_layers(model)[0][1].config,
+                        lora,
                         adapter,
                         target / "adapter",
                         base.folder,

@@ -191,13 +191,15 @@ def _remove(path: Path) -> None:
         raise UserError(f"{path}: cannot be removed: {error.strerror or error}") from None
 
 
-def file_of(name: str, mp_rank: int, dp_rank: int) -> str:
+def file_of(name: str, mp_rank: int, dp_rank: int, pp_rank: int = 0) -> str:
     """Where a rank's tensors of the model of that name are, in a step's folder."""
-    return f"{name}.mp-{mp_rank:02d}.dp-{dp_rank:02d}.safetensors"
+    stage = f".pp-{pp_rank:02d}" if pp_rank else ""
+    return f"{name}{stage}.mp-{mp_rank:02d}.dp-{dp_rank:02d}.safetensors"
 
 
-def random_file(dp_rank: int) -> str:
-    return f"random.dp-{dp_rank:02d}.safetensors"
+def random_file(dp_rank: int, pp_rank: int = 0) -> str:
+    stage = f".pp-{pp_rank:02d}" if pp_rank else ""
+    return f"random{stage}.dp-{dp_rank:02d}.safetensors"
 
 
 def is_step(path: Path) -> bool:
@@ -241,12 +243,13 @@ def step_facts(step: Path) -> dict:
     # The layouts tell which files there must be: of each model a file of every mp rank, at least.
     expected = {random_file(0)}
     for name, layout in manifest["layouts"].items():
-        degrees = (
-            [layout.get(degree) for degree in ("mp", "dp")] if isinstance(layout, dict) else [None]
-        )
+        degrees = [None]
+        if isinstance(layout, dict):
+            degrees = [layout.get("mp"), layout.get("dp"), layout.get("pp", 1)]
         if any(type(degree) is not int or not 0 < degree < MOST_RANKS for degree in degrees):
             raise UserError(f"{path}: the layout of {name} is {str(layout)[:60]}: damaged")
-        expected |= {file_of(name, rank, 0) for rank in range(layout["mp"])}
+        stages = range(layout.get("pp", 1))
+        expected |= {file_of(name, r, 0, stage) for r in range(layout["mp"]) for stage in stages}
     for name, counters in manifest["counters"].items():
         if not isinstance(counters, dict) or not all(
             type(count) in (int, float) for count in counters.values()

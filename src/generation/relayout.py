@@ -15,7 +15,7 @@ import torch.distributed as dist
 from src.checkpoint.load import put
 from src.generation.engine import Completion, Engine, Stop
 from src.generation.sampling import Sampling
-from src.models.exchange import tensor_parallel_parts
+from src.models.exchange import is_spread, tensor_parallel_parts
 from src.models.layout import tensor_table
 from src.models.places import Layout
 from src.models.transformer import Transformer, build
@@ -42,16 +42,18 @@ def relaid(model: Transformer, parallel: Parallel, division: Parallel) -> Transf
 def plain(model: Transformer, parallel: Parallel) -> Iterator[tuple[Transformer, Parallel]]:
     """A model that every data-parallel rank can compute with at its own pace, and its division.
 
-    The model itself, unless these ranks share its weights. Then a copy at a degree at which a
-    machine's ranks share it, so that it takes no more memory than it must; dropped afterwards.
+    The model itself, unless it is stages of a pipeline, or these ranks share its weights. Then a
+    copy at a degree at which the pipeline's, or a machine's, ranks share it, so that it takes no
+    more memory than it must; dropped afterwards.
     """
-    if not model.shard_stage:
+    if not is_spread(model):
         yield model, parallel
         return
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", parallel.world_size))
-    fits = ranks_here % parallel.mp_size == 0 and parallel.world_size % ranks_here == 0
+    of_model = parallel.mp_size * parallel.pp_size
+    fits = ranks_here % of_model == 0 and parallel.world_size % ranks_here == 0
     wide = model.shard_stage == 3 and fits
-    division = parallel.regrouped(ranks_here if wide else parallel.mp_size)
+    division = parallel.regrouped(ranks_here if wide else of_model)
     copy = relaid(model, parallel, division)
     with division.active():
         yield copy, division

@@ -1,21 +1,31 @@
 """Tensors that move from one layout to another, between ranks and in memory."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from src.models.layout import TensorSpec, tensor_table
-from src.models.lora import merged_parts
+from src.models.lora import merged, merged_parts
 from src.models.places import Layout, pieces_of, within
+from src.models.quantize import dense
 from src.models.transformer import Transformer
 from src.parallel.setup import Parallel
 
 
-def layout_of(model: Transformer, parallel: Parallel) -> Layout:
-    """How a model lies on the ranks of its division."""
-    return Layout(parallel.mp_size, parallel.dp_size, model.shard_stage >= 2)
+def layout_of(model: Transformer, parallel: Parallel, name: str = "") -> Layout:
+    """How a model's tensors, or the one of that name, lie on the ranks of its division."""
+    shares = model.shard_stage >= 2
+    layout = Layout(parallel.mp_size, parallel.dp_size, shares, parallel.pp_size)
+    if parallel.pp_size == 1 or not name:
+        return layout
+    return layout.held_by(model.stages.holders(name, model.config.tie_word_embeddings))
+
+
+def is_spread(model: Transformer) -> bool:
+    """Whether a model's weights lie otherwise than by tensor parallelism alone."""
+    return bool(model.shard_stage) or model.stages.count > 1
 
 
 def exchanged(
@@ -29,9 +39,10 @@ def exchanged(
     """This rank's part of a weight in the target layout, from what ranks hold in the source's.
 
     A collective over the group, whose ranks both layouts count. Each sends every other what that
-    one's new part overlaps with; nobody holds the whole.
+    one's new part overlaps with; nobody holds the whole. part: of a rank that holds nothing, an
+    empty tensor of the dtype and device.
     """
-    if source == target or spec.dim is None and not source.sharded and not target.sharded:
+    if source == target:
         return part
     own, box = source.box(spec, rank), target.box(spec, rank)
     new = part.new_zeros(target.local_shape(spec, rank))
@@ -63,14 +74,25 @@ def exchanged(
 
 
 def tensor_parallel_parts(
-    model: Transformer, parallel: Parallel, layout: Layout | None = None
+    model: Transformer,
+    parallel: Parallel,
+    layout: Layout | None = None,
+    plain: Callable[[str, Tensor], Tensor] = lambda _, weight: dense(weight),
 ) -> Iterator[tuple[str, Tensor]]:
-    """`merged_parts`, of data-parallel ranks that share weights all rows each.
+    """`merged_parts` of all stages, of ranks that share weights all rows each.
 
-    A collective of all ranks then. layout: another one to have the parts of.
+    A collective of all ranks, unless each has its part already. layout: another one to have the
+    parts of; plain: see `merged_parts`.
     """
-    source = layout_of(model, parallel)
-    target = layout or Layout(source.tp, source.dp)
-    table = tensor_table(model.config)
-    for name, part in merged_parts(model):
-        yield name, exchanged(part, table[name], source, target, parallel.rank, parallel.world)
+    target = layout or Layout(parallel.mp_size, parallel.dp_size, pp=parallel.pp_size)
+    if layout is None:
+        target = target.held_by(range(parallel.pp_size))
+    if layout_of(model, parallel) == target:
+        yield from merged_parts(model, plain)
+        return
+    parts = merged(model, plain)
+    empty = torch.empty(0, dtype=model.dtype, device=parallel.device)
+    for name, spec in tensor_table(model.config).items():
+        part = parts[name]() if name in parts else empty
+        source = layout_of(model, parallel, name)
+        yield name, exchanged(part, spec, source, target, parallel.rank, parallel.world)

@@ -6,7 +6,7 @@ Recomputation is not counted.
 import math
 from dataclasses import dataclass
 
-from torch import nn
+import torch.distributed as dist
 
 from src.models.config import ModelConfig
 from src.models.layout import tensor_table
@@ -27,20 +27,29 @@ class TrainingFlops:
     per_pair: float
 
     @classmethod
-    def of(cls, model: Transformer) -> "TrainingFlops":
+    def of(cls, model: Transformer, pipeline: dist.ProcessGroup | None = None) -> "TrainingFlops":
         """2 per weight forward, 2 for the input's gradient, and 2 more for a trained weight's own.
 
         Layers below the lowest with a trained weight need no gradients; of a frozen model only the
-        forward is left. Of the experts those count that a token goes through.
+        forward is left. Of the experts those count that a token goes through. A collective of the
+        ranks that are stages of the model, if it is a pipeline.
         """
         config = model.config
         trained = {
             name.replace(".base.", "."): p.requires_grad for name, p in model.named_parameters()
         }
+        adapters = [
+            (name, layer.config.rank, layer.spec.shape) for name, layer in lora_layers(model)
+        ]
+        if pipeline is not None:
+            every: list = [None] * dist.get_world_size(pipeline)
+            dist.all_gather_object(every, (trained, adapters), group=pipeline)
+            trained = {name: flag for part, _ in every for name, flag in part.items()}
+            adapters = [adapter for _, part in every for adapter in part]
         # The lowest layer that needs gradients; the embedding is below all of them.
-        lowest = next(
-            (i for i, block in enumerate(model.layers) if _trains(block)), config.n_layers
-        )
+        trains = [name.split(".") for name, is_trained in trained.items() if is_trained]
+        layers = [int(number) for part, number, *_ in trains if part == "layers"]
+        lowest = min(layers, default=config.n_layers)
         lowest = -1 if trained["tok_embeddings.weight"] else lowest
         # The model's own weights: a matrix each, or a stack of the experts'.
         per_token = per_needed = 0.0
@@ -60,9 +69,9 @@ class TrainingFlops:
             else:
                 per_token += flops
         # Adapters, whose factors are all trained.
-        for name, layer in lora_layers(model):
-            weights = layer.config.rank * (layer.spec.shape[-1] + layer.spec.shape[-2])
-            flops = 6.0 * weights * (config.experts_per_token if len(layer.spec.shape) == 3 else 1)
+        for name, rank, shape in adapters:
+            weights = rank * (shape[-1] + shape[-2])
+            flops = 6.0 * weights * (config.experts_per_token if len(shape) == 3 else 1)
             if _past_attention(name, config):
                 per_needed += flops
             else:
@@ -100,7 +109,3 @@ def attention_pairs(config: ModelConfig, length: int, prefix: int = 0) -> float:
     if config.sliding_window:
         plain = min(config.first_window_layer, layers)
     return (plain * pairs(0) + (layers - plain) * pairs(config.sliding_window)) / layers
-
-
-def _trains(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters())

@@ -7,6 +7,7 @@ model starts as the base model.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import cast
 
 import torch
@@ -273,15 +274,28 @@ def merged_parts(
     adapters. plain(name, weight) gives the weight under a quantised one: by default what it was
     rounded to.
     """
+    for name, part in merged(model, plain).items():
+        yield name, part()
+
+
+def merged(
+    model: Transformer, plain: Callable[[str, Tensor], Tensor] = lambda _, weight: dense(weight)
+) -> dict[str, Callable[[], Tensor]]:
+    """How to get each of `merged_parts`, by its name."""
     adapted = dict(lora_layers(model))
-    for name, parameter in model.named_parameters():
-        if name.endswith((".lora_a", ".lora_b")):
-            continue
-        stem, name = name.removesuffix(".base.weight"), name.replace(".base.", ".")
+
+    def part(stem: str, name: str, parameter: nn.Parameter) -> Tensor:
         weight = plain(name, own(parameter.detach()))
         if stem in adapted:
             weight = weight.float() + adapted[stem].delta()
-        yield name, weight.to(model.dtype)
+        return weight.to(model.dtype)
+
+    stems = {
+        name.replace(".base.", "."): (name.removesuffix(".base.weight"), parameter)
+        for name, parameter in model.named_parameters()
+        if not name.endswith((".lora_a", ".lora_b"))
+    }
+    return {name: partial(part, stem, name, parameter) for name, (stem, parameter) in stems.items()}
 
 
 def lora_layers(model: Transformer) -> list[tuple[str, LoRA]]:

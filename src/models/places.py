@@ -5,8 +5,8 @@ local tensor, with zeros behind it where the cut left less than a full share. So
 from any layout to any other, between ranks or out of files, by what boxes have in common.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -18,17 +18,22 @@ Box = tuple[tuple[int, int], ...]  # [start, stop) along each axis of the whole 
 
 @dataclass(frozen=True)
 class Layout:
-    """A model on dp · tp ranks: rank = (data-parallel rank) · tp + (tensor-parallel rank).
-
-    Ranks beyond these hold nothing.
+    """A tensor of a model on dp · pp · tp ranks, in this order: neighbours are tensor-parallel.
 
     sharded: data-parallel ranks hold the rows of a tensor-parallel part among them, as
-    `fully_shard` deals them out (ZeRO 3), and not the same each.
+    `fully_shard` deals them out (ZeRO 3), and not the same each. holders: the ranks of a pipeline
+    (of `pp`) that have the tensor. Ranks beyond these hold nothing.
     """
 
     tp: int
     dp: int = 1
     sharded: bool = False
+    pp: int = 1
+    holders: tuple[int, ...] = (0,)
+
+    def held_by(self, holders: Iterable[int]) -> "Layout":
+        """The same for a tensor of other ranks of the pipeline."""
+        return replace(self, holders=tuple(holders))
 
     def local_shape(self, spec: TensorSpec, rank: int) -> tuple[int, ...]:
         """Shape of what the rank holds, zeros behind its box and all."""
@@ -42,12 +47,12 @@ class Layout:
 
     def _rows(self, rows: int, rank: int) -> tuple[int, int]:
         """[first, last) of a tensor-parallel part's rows."""
-        if rank >= self.dp * self.tp:
+        dp_rank, rest = divmod(rank, self.pp * self.tp)
+        if dp_rank >= self.dp or rest // self.tp not in self.holders:
             return 0, 0
         if not self.sharded:
             return 0, rows
         share = -(-rows // self.dp)
-        dp_rank = rank // self.tp
         return min(dp_rank * share, rows), min((dp_rank + 1) * share, rows)
 
     def owners(self, spec: TensorSpec, near: int = 0) -> list[tuple[int, Box]]:
@@ -55,13 +60,14 @@ class Layout:
 
         near: a rank, whose own copy of the model it is, where there are several.
         """
-        if self.sharded:
-            replicas = range(self.dp)
-        else:
-            replica = min(near // self.tp, self.dp - 1)
-            replicas = range(replica, replica + 1)
+        replica, rest = divmod(near, self.pp * self.tp)
+        replicas = range(self.dp) if self.sharded else [min(replica, self.dp - 1)]
+        stage = rest // self.tp
+        stage = stage if stage in self.holders else self.holders[0]
         tp_ranks = [0] if spec.dim is None else [rank for rank, *_ in spec.owners(self.tp)]
-        ranks = [replica * self.tp + rank for replica in replicas for rank in tp_ranks]
+        if spec.dim is None and not self.sharded:
+            tp_ranks = [near % self.tp]
+        ranks = [(dp * self.pp + stage) * self.tp + rank for dp in replicas for rank in tp_ranks]
         return [(rank, box) for rank in ranks if not is_empty(box := self.box(spec, rank))]
 
 

@@ -244,9 +244,9 @@ class Part:
     last: bool = True
 
     @classmethod
-    def of(cls, config: ModelConfig, stages: Stages | None = None, rank: int = 0) -> "Part":
+    def of(cls, config: ModelConfig, stages: Stages, rank: int) -> "Part":
         """A rank's of a pipeline; all of the model without one."""
-        if stages is None or stages.count == 1:
+        if stages.count == 1:
             return cls((range(config.n_layers),))
         numbers = stages.of_rank(rank)
         layers = tuple(stages.layers(s) for s in numbers)
@@ -268,9 +268,10 @@ class Received:
 class Transformer(nn.Module):
     """The trunk and its head: `output` (vocabulary logits) or `score` (a scalar), by `config.head`.
 
-    It is rank `rank` of `n`'s part, and of a pipeline the stages in `part`. Parameters are
-    uninitialised: `src/checkpoint` fills them. `replicas`: the ranks that share this rank's kv
-    heads. In training mode Qwen v1's extrapolation past its context is off, as in its own code.
+    It is rank `rank` of `n`'s part, and of a pipeline the stages of its rank `stage_rank`.
+    Parameters are uninitialised: `src/checkpoint` fills them. `replicas`: the ranks that share this
+    rank's kv heads. In training mode Qwen v1's extrapolation past its context is off, as in its own
+    code.
     """
 
     def __init__(
@@ -279,10 +280,12 @@ class Transformer(nn.Module):
         rank: int = 0,
         n: int = 1,
         replicas: dist.ProcessGroup | None = None,
-        part: Part | None = None,
+        stages: Stages | None = None,
+        stage_rank: int = 0,
     ) -> None:
         super().__init__()
-        self.config, self.part = config, part or Part.of(config)
+        self.config, self.stages = config, stages or Stages()
+        self.part = Part.of(config, self.stages, stage_rank)
         shard = Shard(tensor_table(config), rank, n)
         self.tok_embeddings: VocabParallelEmbedding | ParallelEmbedding
         if config.tie_word_embeddings and (self.part.first or self.part.last):
@@ -491,11 +494,12 @@ def build(
     n: int,
     dtype: torch.dtype,
     replicas: dist.ProcessGroup | None = None,
-    part: Part | None = None,
+    stages: Stages | None = None,
+    stage_rank: int = 0,
 ) -> Transformer:
     """Rank `rank` of `n`'s part on the meta device: names, shapes and copies, no memory."""
     with torch.device("meta"):
-        model = Transformer(config, rank, n, replicas, part)
+        model = Transformer(config, rank, n, replicas, stages, stage_rank)
     for weight in model.parameters():
         weight.data = weight.data.to(dtype)
     return model

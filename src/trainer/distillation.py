@@ -184,11 +184,14 @@ class DistillationObjective(Objective):
         share = {"on_policy": len(own) / len(batch), "generated_tokens": tokens}
         self.noted = {**share, "response_length": tokens / max(1, len(own))}
 
+    def batch(self, rows: list[int]) -> Batch:
+        return Batch.of([self.sequences[i] for i in rows], self.parallel.device)
+
     def loss(
         self, model: Transformer, rows: list[int], denominator: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
         sequences = [self.sequences[i] for i in rows]
-        batch = Batch.of(sequences, self.parallel.device)
+        batch = self.batch(rows)
         loss = self.teacher.distance(model, batch, rows, sequences) / denominator
         balance = weighted_balance_loss(model, batch, batch.responses, denominator)
         return loss + balance, {"balance_loss": balance.detach()}

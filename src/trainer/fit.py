@@ -27,6 +27,7 @@ from src.trainer.batches import epoch_batches, shares_of, turns_of
 from src.trainer.meter import Meter, profiler
 from src.trainer.objective import Objective
 from src.trainer.optimizer import Optimizer, lr_at
+from src.trainer.pipelined import PipelinedStep
 from src.trainer.saving import Saving
 
 
@@ -112,6 +113,9 @@ def fit(
     for line in described(batches.max_tokens_per_batch):
         log.info(line)
     meter = Meter(model, objective, parallel)
+    pipeline = None
+    if parallel.pp_size > 1:
+        pipeline = PipelinedStep(model, optimizer, objective, parallel)
     tokens_left = sum(objective.lengths) * (total - step) / steps_per_epoch
 
     def evaluate_aside(bar: Progress, name: str, number: int) -> None:
@@ -132,7 +136,8 @@ def fit(
                 meter.start()
                 lr = lr_at(step, total, plan.lr, plan.warmup, plan.schedule)
                 objective.begin(step, batch, model)
-                scalars = train_step(model, optimizer, objective, batch, batches, parallel, lr)
+                roles = model, optimizer, objective
+                scalars = train_step(*roles, batch, batches, parallel, lr, pipeline)
                 step += 1
                 if scalars["skipped"]:
                     norm = scalars["grad_norm"]
@@ -166,6 +171,7 @@ def train_step(
     batches: PackedBatchSettings,
     parallel: Parallel,
     lr: float,
+    pipeline: PipelinedStep | None = None,
 ) -> dict[str, float]:
     """One optimizer step on a batch of all ranks' rows.
 
@@ -182,6 +188,8 @@ def train_step(
         shares = shares_of(batch, objective.lengths, parallel.dp_size, *limits)
         turns = turns_of(shares, parallel.dp_rank, optimizer.shares_weights)
     # Each micro-batch's loss is its sum over the whole batch's count: gradients simply add up.
+    if pipeline is not None:
+        sums, turns = pipeline.run(turns, denominator), []
     for turn, rows in enumerate(turns, 1):
         is_last = turn == len(turns)
         if rows is None:
@@ -199,8 +207,13 @@ def train_step(
 
 
 def summed(sums: dict[str, Tensor], names: tuple[str, ...], parallel: Parallel) -> dict[str, float]:
-    """The named sums, 0 where this rank has none, added over the data-parallel ranks."""
+    """The named sums, 0 where this rank has none, added over the data-parallel ranks.
+
+    And over the stages of a pipeline, of which the last one has them.
+    """
     zero = torch.zeros((), dtype=torch.float64, device=parallel.device)
     values = torch.stack([sums[name].double() if name in sums else zero for name in names])
     all_reduce(values, parallel.dp_group)
+    if parallel.pp_group is not None:
+        all_reduce(values, parallel.pp_group)
     return dict(zip(names, values.tolist()))

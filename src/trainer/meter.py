@@ -46,7 +46,7 @@ class Meter:
     def __init__(self, model: Transformer, objective: "Objective", parallel: Parallel) -> None:
         self.objective, self.parallel, self.config = objective, parallel, model.config
         models = [model] + ([] if objective.frozen is None else [objective.frozen])
-        self.flops = [TrainingFlops.of(each) for each in models]
+        self.flops = [TrainingFlops.of(each, parallel.pp_group) for each in models]
         dtype, device = model.dtype, parallel.device
         rate = torch.tensor(matmul_rate(dtype, device), dtype=torch.float64, device=device)
         dist.all_reduce(rate)  # of all ranks, measured at the same time

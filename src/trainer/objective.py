@@ -5,6 +5,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from src.models.batch import Batch, PromptTree
 from src.models.transformer import Transformer
 
 
@@ -36,6 +37,10 @@ class Objective(Protocol):
 
     def pieces(self, row: int) -> list[tuple[int, int]]:
         """How a row is computed: (tokens, tokens before them that they see too) of each piece."""
+        ...
+
+    def batch(self, rows: list[int]) -> Batch | PromptTree:
+        """What `loss` puts through the model for these rows."""
         ...
 
     def loss(

@@ -181,13 +181,15 @@ class Optimizer:
 
         Ranks that share weights put them together in each, so that all must have as many.
         """
-        hidden = idle_forward(self.model, self.parallel.device)
-        model, loss = self.model, hidden.float().sum() * 0.0
-        # What losses use beside the forward.
+        self.backward(self.idle_loss(idle_forward(self.model, self.parallel.device)), last)
+
+    def idle_loss(self, hidden: Tensor) -> Tensor:
+        """0, which everything has gone into that losses use, so that all gets a gradient."""
+        loss = hidden.float().sum() * 0.0
         ends = {"lm": "vocabulary_weight", "score": "score.weight"}
-        if head := ends.get(model.config.head):
-            loss = loss + operator.attrgetter(head)(model).float().sum() * 0.0
-        self.backward(loss, last)
+        if head := ends.get(self.model.config.head):
+            loss = loss + operator.attrgetter(head)(self.model).float().sum() * 0.0
+        return loss
 
     def backward_done(self) -> None:
         """To be called before any other exchange of the data-parallel ranks in a step.
@@ -237,6 +239,7 @@ class Optimizer:
             if self.shares_weights:
                 own(parameter).grad = own(parameter.grad)
         self._sum_partial()
+        self._sum_ends()
         norm = float(self._grad_norm()) / self.loss_scale
         skipped = not math.isfinite(norm)
         if not skipped:
@@ -267,6 +270,16 @@ class Optimizer:
         for grad, whole in zip(gradients, flat.split([grad.numel() for grad in gradients])):
             grad.copy_(whole.view_as(grad))
 
+    def _sum_ends(self) -> None:
+        """A tied embedding on the first and on the last stage stays one weight."""
+        part = self.model.part
+        at_both = self.model.config.tie_word_embeddings and part.first != part.last
+        if not at_both or self.parallel.ends_group is None:
+            return
+        grad = self.model.vocabulary_weight.grad
+        if grad is not None:
+            all_reduce(grad, self.parallel.ends_group)
+
     def check_skipped(self, limit: int, batch: str) -> None:
         """Raise UserError, on every rank alike, when so many steps in a row were skipped.
 
@@ -285,9 +298,11 @@ class Optimizer:
         What several ranks hold alike is counted once.
         """
         gradients = [own(p.grad) for p in self.parameters if p.grad is not None]
-        squares = sums_of_squares(gradients, by_rows=gradients[0].device.type == "cpu")
-        total = (squares.to(self.parallel.device) / self.copies).sum()
-        all_reduce(total, self.parallel.mp_group)
+        total = torch.zeros((), dtype=torch.float64, device=self.parallel.device)
+        if gradients:  # a stage may train nothing
+            squares = sums_of_squares(gradients, by_rows=gradients[0].device.type == "cpu")
+            total += (squares.to(self.parallel.device) / self.copies).sum()
+        all_reduce(total, self.parallel.model_group or self.parallel.mp_group)
         if self.shares_weights:
             all_reduce(total, self.parallel.dp_group)
         return total.sqrt()

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from src.data.encoding import Comparison, Labelled
 from src.models.batch import (
+    Batch,
+    PromptTree,
     Sequence,
     micro_batches,
     pieces_of,
@@ -115,6 +117,10 @@ class PreferenceObjective(Objective):
         good, bad = sum(labels), labels.count(False)
         self.totals = Totals(max(1, good), max(1, bad), good + bad, max(1, good_tokens), kl)
 
+    def batch(self, rows: list[int]) -> Batch | PromptTree:
+        groups = [self.rows[i].responses for i in rows]
+        return packed(groups, self.share_prompts, self.parallel.device)
+
     def loss(
         self, model: Transformer, rows: list[int], denominator: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -122,7 +128,7 @@ class PreferenceObjective(Objective):
         chosen = [self.rows[i] for i in rows]
         groups = [row.responses for row in chosen]
         responses = [len(group) for group in groups]
-        batch = packed(groups, self.share_prompts, device)
+        batch = self.batch(rows)
         # The reference first: its activations are gone when the policy's come. [responses], fp64
         reference = torch.zeros(sum(responses), dtype=torch.float64, device=device)
         if self.reference is not None:

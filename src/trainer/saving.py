@@ -230,7 +230,8 @@ class Saving:
                 tensors = self.copies.of(name, tensors_of(model, optimizer))
                 counters[name] = counters_of(optimizer)
             if tensors:
-                files[file_of(name, division.mp_rank, division.dp_rank)] = tensors
+                place = division.mp_rank, division.dp_rank, division.pp_rank
+                files[file_of(name, *place)] = tensors
             layouts[name] = described(optimizer)
         # Other tensors, and the state of dropout: alike on ranks that hold the same, so one saves.
         for name, (others, _) in self.tensors.items():
@@ -239,7 +240,7 @@ class Saving:
                     files[file_of(name, p.mp_rank, 0)] = self.copies.of(name, others)
             layouts[name] = {"mp": p.mp_size, "dp": 1}
         if p.mp_rank == 0:
-            files[random_file(p.dp_rank)] = self._random()
+            files[random_file(p.dp_rank, p.pp_rank)] = self._random()
         about = {
             **self.earlier.facts,
             "layouts": layouts,
@@ -274,7 +275,7 @@ class Saving:
 
     def _restore_random(self, path: Path) -> None:
         """Dropout's state; a data-parallel rank that there was none of keeps its first one."""
-        file = path / random_file(self.parallel.dp_rank)
+        file = path / random_file(self.parallel.dp_rank, self.parallel.pp_rank)
         if file.is_file():
             with safe_open(file, framework="pt") as states:
                 torch.set_rng_state(states.get_tensor("cpu"))

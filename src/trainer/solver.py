@@ -21,10 +21,13 @@ class SolverObjective(Objective):
     def pieces(self, row: int) -> list[tuple[int, int]]:
         return [(self.lengths[row], 0)]
 
+    def batch(self, rows: list[int]) -> Batch:
+        return Batch.of([self.sequences[i] for i in rows], self.device)
+
     def loss(
         self, model: Transformer, rows: list[int], denominator: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        batch = Batch.of([self.sequences[i] for i in rows], self.device)
+        batch = self.batch(rows)
         loss = (
             response_loss(model, batch, lambda logprobs, entropy, chunk: -logprobs.sum())
             / denominator

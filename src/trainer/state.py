@@ -91,16 +91,17 @@ class SavedModel:
     def __init__(self, folder: Path, name: str, saved: dict[str, int]) -> None:
         """saved: {"mp": …, "dp": …} of the run that saved it, and "shared", as `described` says."""
         self.folder = folder
-        self.layout = Layout(saved["mp"], saved["dp"], bool(saved.get("shared")))
+        tp, dp, pp = saved["mp"], saved["dp"], saved.get("pp", 1)
+        self.layout = Layout(tp, dp, bool(saved.get("shared")), pp)
         # Of each rank: key → file. Where weights are not shared, whichever data-parallel rank has
         # the key.
-        self.places: list[dict[str, Any]] = [{} for _ in range(self.layout.tp * self.layout.dp)]
+        self.places: list[dict[str, Any]] = [{} for _ in range(tp * pp * dp)]
         for rank in range(len(self.places)):
-            dp_rank, mp_rank = divmod(rank, self.layout.tp)
-            path = folder / file_of(name, mp_rank, dp_rank)
+            dp_rank, of_model = divmod(rank, pp * tp)
+            path = folder / file_of(name, of_model % tp, dp_rank, of_model // tp)
             if path.is_file():
                 file = safe_open(path, framework="pt")
-                first = rank if self.layout.sharded else mp_rank
+                first = rank if self.layout.sharded else of_model
                 self.places[first] |= dict.fromkeys(file.keys(), file)
 
     def __contains__(self, key: str) -> bool:
@@ -113,20 +114,24 @@ class SavedModel:
                 f"{self.folder}: has no {key}; it was saved by a run of another model or other "
                 "trained layers"
             )
-        near = rank % self.layout.tp if layout.tp == self.layout.tp else 0
-        own_box = None if self.layout.sharded else self.layout.box(spec, near)
-        box, owners = layout.box(spec, rank), self.layout.owners(spec)
+        tp = self.layout.tp
+        stage = next(i for i, places in enumerate(self.places) if key in places) // tp
+        source = self.layout.held_by([stage % self.layout.pp])
+        near = stage % self.layout.pp * tp + (rank % tp if layout.tp == tp else 0)
+        own_box = None if source.sharded else source.box(spec, near)
+        box, owners = layout.box(spec, rank), source.owners(spec, near)
         part: Tensor | None = None
         for owner, owned, overlap in pieces_of(box, owners, own_box):
             rank_of_piece = near if owner is None else owner
-            source = self.places[rank_of_piece][key].get_slice(key)
-            shape = self.layout.local_shape(spec, rank_of_piece)
-            if tuple(source.get_shape()) != shape:
+            saved_part = self.places[rank_of_piece][key].get_slice(key)
+            shape = source.local_shape(spec, rank_of_piece)
+            if tuple(saved_part.get_shape()) != shape:
                 raise UserError(
-                    f"{self.folder}: {key} has shape {source.get_shape()} on rank {rank_of_piece}, "
-                    f"and the model's {list(shape)}: it was saved by a run of another model"
+                    f"{self.folder}: {key} has shape {saved_part.get_shape()} on rank "
+                    f"{rank_of_piece}, and the model's {list(shape)}: it was saved by a run of "
+                    "another model"
                 )
-            piece = source[within(overlap, owned)]
+            piece = saved_part[within(overlap, owned)]
             if part is None:
                 shape = layout.local_shape(spec, rank)
                 if piece.shape == shape:
@@ -142,8 +147,9 @@ class SavedModel:
 def described(optimizer: Optimizer) -> dict[str, int]:
     """How a model's files in a saved step are cut."""
     parallel = optimizer.parallel
-    shared = {"shared": 1} if optimizer.shares_weights else {}
-    return {"mp": parallel.mp_size, "dp": parallel.dp_size, **shared}
+    more = {"shared": 1} if optimizer.shares_weights else {}
+    more |= {"pp": parallel.pp_size} if parallel.pp_size > 1 else {}
+    return {"mp": parallel.mp_size, "dp": parallel.dp_size, **more}
 
 
 @torch.no_grad()
@@ -154,6 +160,7 @@ def restore(model: Transformer, optimizer: Optimizer, saved: SavedModel, counter
     """
     parallel, specs = optimizer.parallel, specs_of(model)
     layout, rank = layout_of(model, parallel), parallel.rank
+    layout = layout.held_by([parallel.pp_rank])  # of what is this rank's own
     weights = {name: own(p) for name, p in model.named_parameters()}
 
     def fill(tensor: Tensor, name: str, *kinds: str) -> None:

@@ -59,16 +59,17 @@ class VerifierObjective(Objective):
     def pieces(self, row: int) -> list[tuple[int, int]]:
         return pieces_of(self.comparisons[row].responses, self.share_prompts)
 
+    def batch(self, rows: list[int]) -> Batch | PromptTree:
+        groups = [self.comparisons[i].responses for i in rows]  # one forward for all sides
+        if self.share_prompts:
+            return PromptTree(groups, self.device)
+        return Batch.of([s for group in groups for s in group], self.device)
+
     def loss(
         self, model: Transformer, rows: list[int], denominator: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
         compared = [self.comparisons[i] for i in rows]
-        groups = [c.responses for c in compared]  # one forward for all sides
-        batch: Batch | PromptTree
-        if self.share_prompts:
-            batch = PromptTree(groups, self.device)
-        else:
-            batch = Batch.of([s for group in groups for s in group], self.device)
+        groups, batch = [c.responses for c in compared], self.batch(rows)
         pairs = margins(sequence_scores(model, batch), compared)
         loss = torch.stack([-F.logsigmoid(m).mean() for m in pairs]).sum() / denominator
         correct = torch.stack([(m.detach() > 0).float().mean() for m in pairs]).sum()
@@ -107,11 +108,13 @@ class GradedObjective(Objective):
     def pieces(self, row: int) -> list[tuple[int, int]]:
         return [(self.lengths[row], 0)]
 
+    def batch(self, rows: list[int]) -> Batch:
+        return Batch.of([self.rows[i].sequence for i in rows], self.device)
+
     def loss(
         self, model: Transformer, rows: list[int], denominator: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        chosen = [self.rows[i] for i in rows]
-        batch = Batch.of([row.sequence for row in chosen], self.device)
+        chosen, batch = [self.rows[i] for i in rows], self.batch(rows)
         scores = place_scores(model, batch, [row.places for row in chosen])  # [places]
         grades = torch.tensor([x for row in chosen for x in row.grades], device=self.device)
         shares = [1 / len(row.places) for row in chosen for _ in row.places]
@@ -122,9 +125,10 @@ class GradedObjective(Objective):
         return loss + balance, {"accuracy": right, "balance_loss": balance.detach()}
 
 
-def objective_of(rows: list[Comparison] | list[Graded], kind: str, model: Transformer) -> Objective:
+def objective_of(
+    rows: list[Comparison] | list[Graded], kind: str, model: Transformer, device: torch.device
+) -> Objective:
     """What --objective asks for."""
-    device = model.norm.weight.device
     if kind == "pairwise":
         compared = cast(list[Comparison], rows)
         return VerifierObjective(compared, device, share_prompts=not model.config.n_experts)

@@ -307,7 +307,8 @@ def trained(model, optimizer, objective, plan: TrainSettings, parallel: Parallel
     }
     every = [None] * parallel.world_size
     dist.all_gather_object(every, replicated)
-    alike = all(torch.equal(other[n], replicated[n]) for other in every for n in replicated)
+    pairs = [(other[n], replicated[n]) for other in every for n in replicated if n in other]
+    alike = all(torch.equal(a, b) for a, b in pairs)
     weights = whole_weights(model, parallel)
     return {
         "history": history,
