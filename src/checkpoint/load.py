@@ -57,7 +57,8 @@ def load_model(
     table, rank, n = tensor_table(config), parallel.mp_rank, parallel.mp_size
     # With more ranks than kv heads, neighbours hold the same head and sum its gradients.
     replicas = parallel.replicas(table["layers.0.attention.wk.weight"].copies(n))
-    stages = cut_in_stages(config, parallel.pp_size, stages_per_rank)
+    per_rank = stages_per_rank if parallel.pp_size > 1 else 1
+    stages = cut_in_stages(config, parallel.pp_size, per_rank)
     model = build(config, rank, n, dtype, replicas, stages, parallel.pp_rank)
     held = {name for name, _ in model.named_parameters()}  # of the stages of this rank
     # The adapter that stays an adapter; any other is added to the weights as they are read.
@@ -76,7 +77,7 @@ def load_model(
             put(model, name, local, parallel.device, quantize)
         if zero >= 2 and lora is not None:
             start_from = None if adapter is None else adapter.tensors
-            for name, local in adapter_parts(config, lora, seed, parallel, start_from):
+            for name, local in adapter_parts(model, lora, seed, parallel, start_from):
                 put(model, name, local, parallel.device)
 
     if zero >= 2:

@@ -180,7 +180,7 @@ def add_lora(
     """
     wrap_lora(model, lora, parallel)
     n = parallel.mp_size
-    for name, local in adapter_parts(model.config, lora, seed, parallel, start_from):
+    for name, local in adapter_parts(model, lora, seed, parallel, start_from):
         stem, factor = name.rsplit(".", 1)
         local = local.to(device=parallel.device, dtype=model.dtype)
         # A copy: a cut may be a view of the whole.
@@ -194,7 +194,7 @@ def wrap_lora(model: Transformer, lora: LoRAConfig, parallel: Parallel) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name == "score.weight")
     base_table = tensor_table(model.config)
-    for name, spec in lora_table(model.config, lora).items():
+    for name, spec in own_lora_table(model, lora).items():
         stem, factor = name.rsplit(".", 1)
         parent_name, child = stem.rsplit(".", 1)
         parent = model.get_submodule(parent_name)
@@ -207,15 +207,22 @@ def wrap_lora(model: Transformer, lora: LoRAConfig, parallel: Parallel) -> None:
         setattr(layer, factor, with_copies(nn.Parameter(empty), spec.copies(n)))
 
 
+def own_lora_table(model: Transformer, lora: LoRAConfig) -> dict[str, TensorSpec]:
+    """`lora_table` of the layers that this rank computes."""
+    own = tuple(f"layers.{number}." for layers in model.part.layers for number in layers)
+    table = lora_table(model.config, lora)
+    return {name: spec for name, spec in table.items() if name.startswith(own)}
+
+
 def adapter_parts(
-    config: ModelConfig,
+    model: Transformer,
     lora: LoRAConfig,
     seed: int,
     parallel: Parallel,
     start_from: dict[str, Tensor] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, this rank's part) of every factor of an adapter, as `add_lora` says."""
-    for name, spec in lora_table(config, lora).items():
+    for name, spec in own_lora_table(model, lora).items():
         if start_from is not None:
             whole_factor = start_from[name]
         elif name.endswith("lora_b"):

@@ -94,6 +94,40 @@ class TrainingRunSettings(RunSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PipelinedRunSettings(TrainingRunSettings):
+    """The run: ranks, numbers, seed, memory."""
+
+    pipeline_parallel_size: Annotated[
+        int,
+        AtLeast(1),
+        MAY_CHANGE,
+        "cut the model's layers into so many stages, each on ranks of its own (1F1B), that compute "
+        "a step's micro-batches one after the other; give as many of these as there are stages, or "
+        "more (--accumulation_steps, --max_tokens_per_batch)",
+    ] = 1
+    stages_per_rank: Annotated[
+        int,
+        AtLeast(1),
+        MAY_CHANGE,
+        "stages that each rank of a pipeline computes (interleaved 1F1B): ranks wait less, and "
+        "exchange more",
+    ] = 1
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if self.stages_per_rank > 1 and self.pipeline_parallel_size == 1:
+            yield (
+                f"--stages_per_rank {self.stages_per_rank}: has no effect without "
+                "--pipeline_parallel_size"
+            )
+        if self.pipeline_parallel_size > 1 and self.zero >= 2:
+            yield (
+                f"--pipeline_parallel_size {self.pipeline_parallel_size} --zero {self.zero}: "
+                "weights would be put together for every micro-batch of every stage; give --zero 1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class DryRunSettings(Settings):
     """Dry run."""
 

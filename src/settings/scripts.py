@@ -21,7 +21,12 @@ from src.settings.model import (
     TrainingBatchSettings,
 )
 from src.settings.rewards import BestOfSettings, JudgeSettings, RewardSettings
-from src.settings.run import DryRunSettings, RunSettings, TrainingRunSettings
+from src.settings.run import (
+    DryRunSettings,
+    PipelinedRunSettings,
+    RunSettings,
+    TrainingRunSettings,
+)
 from src.settings.training import (
     DropoutLoRASettings,
     EvaluationSettings,
@@ -72,6 +77,7 @@ class SolverEvaluationSettings(TaskEvaluationSettings):
 class SolverTrainSettings(TrainSettings):
     """All that solver_train.py knows."""
 
+    run: PipelinedRunSettings = PipelinedRunSettings()
     evaluation: SolverEvaluationSettings = SolverEvaluationSettings()
 
 
@@ -133,6 +139,7 @@ class VerifierTrainSettings(TrainSettings):
     """All that verifier_train.py knows."""
 
     data: PairDataSettings
+    run: PipelinedRunSettings = PipelinedRunSettings()
     objective: VerifierObjectiveSettings = VerifierObjectiveSettings()
     evaluation: VerifierEvaluationSettings = VerifierEvaluationSettings(eval_batch_size=64)
 

@@ -118,9 +118,10 @@ def ours(
     lora: LoRAConfig | None = None,
     zero: int = 0,
     offload: bool = False,
+    stages_per_rank: int = 1,
 ):
     checkpoint = Checkpoint.open(str(folder))
-    shared = {"zero": zero, "offload": offload}
+    shared = {"zero": zero, "offload": offload, "stages_per_rank": stages_per_rank}
     return load_model(checkpoint, parallel, dtype, head, seed, lora=lora, **shared)
 
 

@@ -88,6 +88,16 @@ SOLVER_RUNS = {
     "experts, zero 3": ("experts", 1, False, {"zero": 3}),
     "experts, zero 2, recomputed": ("experts", 3, False, {"zero": 2, "recompute": "full"}),
     "experts, lora, zero 3": ("experts", 2, True, {"zero": 3}),
+    "deep": ("deep", 1, False, {}),
+    "deep, micro-batches, recomputed": ("deep", 3, False, {"recompute": "full"}),
+    "deep, interleaved": ("deep", 3, False, {"stages_per_rank": 2}),
+    "deep, interleaved, lora, recomputed": (
+        "deep",
+        2,
+        True,
+        {"stages_per_rank": 2, "recompute": "full", "max_tokens": 40},
+    ),
+    "deep, lora, packed by tokens": ("deep", 1, True, {"max_tokens": 25}),
     "experts, sequence parallel": ("experts", 1, False, {"sequence_parallel": True}),
     "experts, lora, sequence parallel, recomputed": (
         "experts",
@@ -158,7 +168,7 @@ def comparisons() -> list[Comparison]:
 def solver_run(
     folder: Path, parallel: Parallel, name: str, micro: int, lora: bool, more: dict
 ) -> dict:
-    shared = {"zero": more.get("zero", 1), "offload": more.get("offload", False)}
+    shared = {name: more[name] for name in ("zero", "offload", "stages_per_rank") if name in more}
     adapter = LORA if lora else None
     model = ours(folder / name, parallel, seed=LORA_SEED, lora=adapter, **shared)
     model.recompute = more.get("recompute", "none")
