@@ -13,7 +13,7 @@ def base(tmp_path_factory):
     base = tmp_path_factory.mktemp("faults")
     must("dataset/build.py", "arithmetic", *flags(save_dir=base / "data", n_train=48, n_test=5))
     train_file, start = base / "data" / "train.json", base / "start"
-    sizes = dict(vocab_size=430, dim=32, n_layers=1, n_heads=4)
+    sizes = dict(vocab_size=430, dim=32, n_layers=2, n_heads=4)
     must("dataset/start.py", *flags(train_file=train_file, save_dir=start, **sizes))
     rows = json.loads(train_file.read_text())
     pairs = [
@@ -47,6 +47,9 @@ def command(base, full):
         | dict(kl_target=1.0, kl_horizon=50.0, value_norm=True, reward_norm=True, ref_ema=0.9)
         | dict(save_every=2),
     }
+    settings["SFT, PP 2"] = settings["SFT"] | dict(
+        model_parallel_size=1, pipeline_parallel_size=2, max_batch_size=2, accumulation_steps=2
+    )
     scripts = {"verifier": "verifier_train.py", "PPO": "ppo_train.py"}
 
     def of(trainer: str, folder, **more) -> list[str]:

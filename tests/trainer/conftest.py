@@ -26,6 +26,8 @@ def folder(tmp_path_factory):
     # As a larger model of a family may have: more rows in the vocabulary than there are ids.
     sizes = dict(vocab_size=VOCAB + 7, hidden_size=48, num_hidden_layers=3, num_key_value_heads=8)
     save_llama(folder / "teacher", "lm", 6, **sizes)
+    save_llama(folder / "deep", "lm", 7, num_hidden_layers=5)
+    save_llama(folder / "tied", "lm", 8, tied=True, num_hidden_layers=3)
     save_experts(folder / "experts")
     return folder
 
@@ -37,6 +39,25 @@ def results(folder):
     launch(2, "tests/trainer/worker.py", str(folder), "2", "1")
     launch(4, "tests/trainer/worker.py", str(folder), "4", "2", "1")
     return {name: torch.load(folder / f"{file}.pt") for name, file in LAYOUTS.items()}
+
+
+PIPELINES = {
+    "PP 2": "2-1-2",
+    "PP 2, TP 2": "4-2-2",
+    "PP 2, DP 2": "4-1-2",
+    "PP 4": "4-1-4",
+    "PP 2, TP 2, DP 2": "8-2-2",
+}
+
+
+@pytest.fixture(scope="session")
+def pipelined(folder):
+    """Pipeline → what the worker found there."""
+    script = "tests/trainer/worker.py"
+    launch(2, script, str(folder), "1:2")
+    launch(4, script, str(folder), "2:2", "1:2", "1:4")
+    launch(8, script, str(folder), "2:2", timeout=480)
+    return {name: torch.load(folder / f"{file}.pt") for name, file in PIPELINES.items()}
 
 
 @pytest.fixture(params=LAYOUTS)

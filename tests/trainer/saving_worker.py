@@ -18,7 +18,8 @@ import torch.distributed as dist
 
 from src.checkpoint.steps import Steps, list_steps, open_step
 from src.models.exchange import layout_of
-from src.models.lora import LoRAConfig
+from src.models.layout import tensor_table
+from src.models.lora import LoRAConfig, lora_layers, lora_table
 from src.models.places import within
 from src.parallel.host import HostCopies
 from src.parallel.setup import Parallel, start, stop
@@ -36,13 +37,14 @@ from src.trainer.state import (
 )
 from tests.trainer.tiny import ours
 
-# name: (model-parallel ranks of the four, ZeRO's stage)
+# name: (model-parallel ranks of the four, ZeRO's stage, stages of a pipeline)
 LAYOUTS = {
-    "DP 4": (1, 1),
-    "TP 2, DP 2": (2, 1),
-    "TP 4": (4, 1),
-    "ZeRO 3": (1, 3),
-    "TP 2, ZeRO 3": (2, 3),
+    "DP 4": (1, 1, 1),
+    "TP 2, DP 2": (2, 1, 1),
+    "TP 4": (4, 1, 1),
+    "ZeRO 3": (1, 3, 1),
+    "TP 2, ZeRO 3": (2, 3, 1),
+    "PP 2, TP 2": (2, 1, 2),
 }
 KINDS = {
     "full fp32": (torch.float32, False),
@@ -51,7 +53,7 @@ KINDS = {
 }
 
 
-ADAPTED = ("DP 4", "TP 4", "TP 2, ZeRO 3")  # layouts that adapters are tried in
+ADAPTED = ("TP 4", "TP 2, ZeRO 3", "PP 2, TP 2")  # layouts that adapters are tried in
 
 
 def pairs() -> Iterator[tuple[str, str, str]]:
@@ -88,13 +90,17 @@ def copies(model, optimizer) -> dict[str, torch.Tensor]:
 
 def whole_state(model, optimizer) -> dict[str, torch.Tensor]:
     """Weights, masters and averages of all ranks put together; padding cut off."""
-    parallel, specs = optimizer.parallel, specs_of(model)
-    every, layout = [None] * parallel.world_size, layout_of(model, parallel)
+    parallel, adapters = optimizer.parallel, lora_layers(model)
+    table = tensor_table(model.config)
+    table |= lora_table(model.config, adapters[0][1].config) if adapters else {}
+    every, of_model = [None] * parallel.world_size, layout_of(model, parallel)
     dist.all_gather_object(every, copies(model, optimizer))
     state: dict[str, torch.Tensor] = {}
     for rank, tensors in enumerate(every):
         for key, part in tensors.items():
-            spec = specs[key.split("/", 1)[1]]
+            name = key.split("/", 1)[1]
+            spec = table[name.replace(".base.", ".")]
+            layout = of_model.held_by([rank // parallel.mp_size % parallel.pp_size])
             whole = state.setdefault(key, torch.full(spec.shape, torch.nan, dtype=part.dtype))
             box = layout.box(spec, rank)
             whole[tuple(slice(*ends) for ends in box)] = part[within(box, box)]
@@ -112,8 +118,8 @@ def main(folder: Path) -> None:
     for kind in KINDS:
         layouts = [name for of_kind, name, after in pairs() if of_kind == kind and name == after]
         for a in layouts:
-            mp_size, zero = LAYOUTS[a]
-            parallel = start(mp_size, timeout=120)
+            mp_size, zero, stages = LAYOUTS[a]
+            parallel = start(mp_size, timeout=120, pipeline_parallel_size=stages)
             model, optimizer = made(folder, parallel, kind, 1, zero)
             want = whole_state(model, optimizer)
             place = folder / f"steps {kind} {a}"
@@ -124,13 +130,15 @@ def main(folder: Path) -> None:
                 foretold, bytes_of(model, optimizer) == sum(x.nbytes for x in tensors.values())
             )
             files = (
-                {file_of("model", parallel.mp_rank, parallel.dp_rank): tensors} if tensors else {}
+                {file_of("model", parallel.mp_rank, parallel.dp_rank, parallel.pp_rank): tensors}
+                if tensors
+                else {}
             )
             steps.save(7, files, {"layout": described(optimizer), "counters": counters})
             steps.wait()
             for b in layouts:
-                other_mp_size, other_zero = LAYOUTS[b]
-                other = start(other_mp_size, timeout=120)
+                other_mp_size, other_zero, other_stages = LAYOUTS[b]
+                other = start(other_mp_size, timeout=120, pipeline_parallel_size=other_stages)
                 model, optimizer = made(folder, other, kind, 2, other_zero)
                 manifest = open_step(list_steps(place)[-1], other)
                 restore(

@@ -23,7 +23,9 @@ PAD = 0  # never inside a sequence: transformers' classifier finds the last toke
 EOS = 2
 
 
-def save_llama(folder: Path, head: str = "lm", seed: int = 0, **sizes: int) -> Path:
+def save_llama(
+    folder: Path, head: str = "lm", seed: int = 0, tied: bool = False, **sizes: int
+) -> Path:
     """A Hugging Face folder with large enough weights for every part to matter.
 
     Grouped heads, degrees 1, 2 and 4.
@@ -48,7 +50,7 @@ def save_llama(folder: Path, head: str = "lm", seed: int = 0, **sizes: int) -> P
         max_position_embeddings=64,
         initializer_range=0.2,
         rms_norm_eps=1e-5,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
         pad_token_id=PAD,
         bos_token_id=1,
         eos_token_id=EOS,

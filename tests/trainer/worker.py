@@ -5,7 +5,7 @@ The results are asserted on by pytest.
     torchrun --nproc_per_node N tests/trainer/worker.py FOLDER MP_SIZE [MP_SIZE ...]
 
 FOLDER holds the models `lm` and `score`; FOLDER/N-MP.pt gets the results of each division of the N
-ranks.
+ranks. MP_SIZE:STAGES makes a pipeline, for what is in `PIPELINED` and `DEEP_RUNS`: N-MP-STAGES.pt.
 """
 
 import itertools
@@ -88,16 +88,6 @@ SOLVER_RUNS = {
     "experts, zero 3": ("experts", 1, False, {"zero": 3}),
     "experts, zero 2, recomputed": ("experts", 3, False, {"zero": 2, "recompute": "full"}),
     "experts, lora, zero 3": ("experts", 2, True, {"zero": 3}),
-    "deep": ("deep", 1, False, {}),
-    "deep, micro-batches, recomputed": ("deep", 3, False, {"recompute": "full"}),
-    "deep, interleaved": ("deep", 3, False, {"stages_per_rank": 2}),
-    "deep, interleaved, lora, recomputed": (
-        "deep",
-        2,
-        True,
-        {"stages_per_rank": 2, "recompute": "full", "max_tokens": 40},
-    ),
-    "deep, lora, packed by tokens": ("deep", 1, True, {"max_tokens": 25}),
     "experts, sequence parallel": ("experts", 1, False, {"sequence_parallel": True}),
     "experts, lora, sequence parallel, recomputed": (
         "experts",
@@ -114,6 +104,34 @@ VERIFIER_RUNS = {
     "verifier, zero 3, packed by tokens": (1, True, {"zero": 3, "max_tokens": 60}),
     "verifier, sequence parallel": (1, True, {"sequence_parallel": True}),
 }
+# More layers, for more stages; and an embedding that both ends of a pipeline have.
+DEEP_RUNS = {
+    "deep": ("deep", 1, False, {}),
+    "deep, micro-batches, recomputed": ("deep", 3, False, {"recompute": "full"}),
+    "deep, interleaved": ("deep", 3, False, {"stages_per_rank": 2}),
+    "deep, interleaved, lora, recomputed": (
+        "deep",
+        2,
+        True,
+        {"stages_per_rank": 2, "recompute": "full", "max_tokens": 40},
+    ),
+    "deep, lora, packed by tokens": ("deep", 1, True, {"max_tokens": 25}),
+    "tied": ("tied", 1, False, {}),
+    "tied, micro-batches, zero 0": ("tied", 3, False, {"zero": 0}),
+}
+# Where ranks are stages of a pipeline; with more than two the models of two layers are left out.
+PIPELINED = (
+    "full",
+    "full, micro-batches, recomputed",
+    "full, packed by tokens",
+    "full, sequence parallel, micro-batches, recomputed",
+    "lora, micro-batches",
+    "experts",
+    "experts, micro-batches, recomputed",
+    "experts, lora, sequence parallel, recomputed",
+    "verifier",
+    "verifier, packed by tokens, zero 0",
+)
 COMPARISONS, VERIFIER_BATCH = 18, 4
 # name: (losses, micro-batches, more settings)
 PREFERENCE_RUNS = {
@@ -438,10 +456,40 @@ def all_checks(folder: Path, mp_sizes: list[int]) -> None:
         results["poisoned"] = poisoned(folder, parallel)
         results["pairs"] = measure(folder, parallel)
         results["state"] = sharded_state(folder, parallel)
+        if parallel.world_size == 1:
+            deep = {name: solver_run(folder, parallel, *run) for name, run in DEEP_RUNS.items()}
+            results |= deep
         if parallel.is_main:
             torch.save(results, folder / f"{parallel.world_size}-{mp_size}.pt")
     stop()
 
 
+def runs_in_stages(name: str, stages: int) -> bool:
+    """Whether a run is one of a pipeline of so many ranks: five layers make five stages at most."""
+    if stages > 2:
+        return name.startswith("deep") and "interleaved" not in name
+    return name in DEEP_RUNS or name in PIPELINED
+
+
+def pipelined_checks(folder: Path, divisions: list[tuple[int, int]]) -> None:
+    """divisions: (ranks that share tensors, stages) of each."""
+    for mp_size, stages in divisions:
+        parallel = start(mp_size, timeout=120, pipeline_parallel_size=stages)
+        results = {}
+        for name, run in (DEEP_RUNS | SOLVER_RUNS | VERIFIER_RUNS).items():
+            if not runs_in_stages(name, stages):
+                continue
+            of = verifier_run if name in VERIFIER_RUNS else solver_run
+            results[name] = of(folder, parallel, *run)
+        if parallel.is_main:
+            torch.save(results, folder / f"{parallel.world_size}-{mp_size}-{stages}.pt")
+    stop()
+
+
 if __name__ == "__main__":
-    all_checks(Path(sys.argv[1]), [int(size) for size in sys.argv[2:]])
+    asked = sys.argv[2:]
+    if ":" in asked[0]:
+        divisions = [tuple(map(int, pair.split(":"))) for pair in asked]
+        pipelined_checks(Path(sys.argv[1]), divisions)
+    else:
+        all_checks(Path(sys.argv[1]), [int(size) for size in asked])
