@@ -36,7 +36,9 @@ LONG = (
 )
 
 # Files whose checks are all made by one run of tests/trainer/worker.py at each number of ranks.
-ONE_LAUNCH = {f"trainer/test_{name}.py" for name in ("steps", "preference", "distillation", "pipeline")}
+ONE_LAUNCH = {
+    f"trainer/test_{name}.py" for name in ("steps", "preference", "distillation", "pipeline")
+}
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # each process takes its share of the cores
     os.environ["LOCAL_WORLD_SIZE"] = os.environ["PYTEST_XDIST_WORKER_COUNT"]

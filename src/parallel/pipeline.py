@@ -44,6 +44,9 @@ class _Stage(PipelineStage):
     sending: "_Sends | None" = None  # of an interleaved schedule
     before_last_backward = staticmethod(lambda: None)
 
+    def _validate_stage_tensors(self, *args, **kwargs) -> None:
+        """PyTorch expects the same rows of all micro-batches."""
+
     def _setup_forward_recv_info(self, num_microbatches, has_backward):
         super()._setup_forward_recv_info(num_microbatches, has_backward)
         if not self.is_first:

@@ -58,8 +58,8 @@ def save_adapter(
 def results(folder):
     """Layout → what the worker found there."""
     all_checks(folder, [1])
-    launch(2, "tests/ppo/worker.py", str(folder), "2", "1")
-    launch(4, "tests/ppo/worker.py", str(folder), "4", "2")
+    launch(2, "tests/ppo/worker.py", str(folder), "2", "1", timeout=480)
+    launch(4, "tests/ppo/worker.py", str(folder), "4", "2", timeout=480)
     return {name: torch.load(folder / f"{file}.pt") for name, file in LAYOUTS.items()}
 
 

@@ -36,8 +36,8 @@ def folder(tmp_path_factory):
 def results(folder):
     """Layout → what the worker found there."""
     all_checks(folder, [1])
-    launch(2, "tests/trainer/worker.py", str(folder), "2", "1")
-    launch(4, "tests/trainer/worker.py", str(folder), "4", "2", "1")
+    launch(2, "tests/trainer/worker.py", str(folder), "2", "1", timeout=480)
+    launch(4, "tests/trainer/worker.py", str(folder), "4", "2", "1", timeout=600)
     return {name: torch.load(folder / f"{file}.pt") for name, file in LAYOUTS.items()}
 
 
@@ -55,8 +55,8 @@ def pipelined(folder):
     """Pipeline → what the worker found there."""
     script = "tests/trainer/worker.py"
     launch(2, script, str(folder), "1:2")
-    launch(4, script, str(folder), "2:2", "1:2", "1:4")
-    launch(8, script, str(folder), "2:2", timeout=480)
+    launch(4, script, str(folder), "2:2", "1:2", "1:4", timeout=480)
+    launch(8, script, str(folder), "2:2", timeout=600)
     return {name: torch.load(folder / f"{file}.pt") for name, file in PIPELINES.items()}
 
 

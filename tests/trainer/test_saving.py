@@ -25,7 +25,7 @@ STAGES = ("made", "written", "manifest", "renamed", "published", "pruned")
 def reloaded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saving")
     save_llama(folder / "lm", "lm", 0)
-    launch(4, "tests/trainer/saving_worker.py", folder)
+    launch(4, "tests/trainer/saving_worker.py", folder, timeout=480)
     return torch.load(folder / "saving.pt")
 
 
