@@ -150,7 +150,7 @@ RUNS = {
         ONCE | dict(max_batch_size=1, ptx_coef=0.4, ref_ema=0.7), zero=2
     ),
     "sequence parallel": Run(ONCE | dict(max_batch_size=2), sequence_parallel=True),
-    "zero 3, in turn, offloaded": Run(dict(update="in_turn"), offload=True, zero=3),
+    "zero 3, offloaded": Run(offload=True, zero=3),
     "twice": Run(ONCE, iterations=2),
     "twice, in turn, offloaded": Run(ONCE | dict(update="in_turn"), iterations=2, offload=True),
 }

@@ -9,7 +9,7 @@ import torch
 from src.errors import UserError
 from src.logs import RunLog
 from src.trainer import optimizer as optimizer_module
-from src.trainer.batches import epoch_batches, share_of
+from src.trainer.batches import epoch_batches, shares_of
 from src.trainer.fit import check_compiler, fit
 from src.trainer.optimizer import Optimizer, lr_at, sums_of_squares
 from src.trainer.solver import SolverObjective
@@ -56,13 +56,10 @@ def test_every_row_once_per_epoch_in_an_order_fixed_by_seed_and_epoch():
 @pytest.mark.parametrize("dp_size", [1, 2, 3])
 @pytest.mark.parametrize("max_batch_size", [1, 2, 8])
 def test_ranks_share_a_batch_without_loss_in_micro_batches(parallel, dp_size, max_batch_size):
-    from dataclasses import replace
 
     lengths, batch = [5, 9, 2, 2, 7, 1, 8, 3], [0, 2, 3, 4, 6, 7, 1]
-    shares = [
-        share_of(batch, lengths, replace(parallel, dp_rank=r, dp_size=dp_size), max_batch_size)
-        for r in range(dp_size)
-    ]
+    shares = shares_of(batch, lengths, dp_size, max_batch_size)
+    assert len(shares) == dp_size
     assert sorted(i for share in shares for micro in share for i in micro) == sorted(batch)
     assert all(len(micro) <= max_batch_size for share in shares for micro in share)
     rows = [sum(map(len, share)) for share in shares]
