@@ -325,8 +325,12 @@ def trained(model, optimizer, objective, plan: TrainSettings, parallel: Parallel
             log,
             lambda at, number: evaluated.append(number),
         )
+    # What all of a model's ranks hold; and a tied embedding, which both ends of a pipeline hold.
+    embedding = "tok_embeddings.weight"
     replicated = {
-        n: whole(p.detach()) for n, p in model.named_parameters() if p.copies == parallel.mp_size
+        n if n != embedding else f"{n} of {parallel.mp_rank}": whole(p.detach())
+        for n, p in model.named_parameters()
+        if n == embedding or p.copies == parallel.mp_size
     }
     every = [None] * parallel.world_size
     dist.all_gather_object(every, replicated)
