@@ -70,13 +70,25 @@ class _Stage(PipelineStage):
         super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
 
     def get_fwd_send_ops(self, fwd_chunk_id):
-        return self._sent(super().get_fwd_send_ops(fwd_chunk_id))
+        received = [] if self.is_first else self.args_recv_info[fwd_chunk_id]
+        return self._sent(super().get_fwd_send_ops(fwd_chunk_id), received)
 
     def get_bwd_send_ops(self, bwd_chunk_id):
-        return self._sent(super().get_bwd_send_ops(bwd_chunk_id))
+        received = self.grad_recv_info.get(bwd_chunk_id, ())
+        return self._sent(super().get_bwd_send_ops(bwd_chunk_id), received)
 
-    def _sent(self, operations):
-        """PyTorch's interleaved schedule keeps every send, and its tensor, until its end."""
+    def _sent(self, operations, received):
+        """PyTorch's interleaved schedule keeps every send, and its tensor, until its end.
+
+        received: buffers, which are used again. What is passed on as it came is copied first, such
+        as the gradient of routers' decisions, which are added up.
+        """
+        buffers = {
+            info.buffer.untyped_storage().data_ptr() for info in received if info.buffer is not None
+        }
+        for operation in operations:
+            if operation.tensor.untyped_storage().data_ptr() in buffers:
+                operation.tensor = operation.tensor.clone()
         if self.sending is None:
             return operations
         self.sending.begin(operations)

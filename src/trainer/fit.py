@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -27,8 +28,10 @@ from src.trainer.batches import epoch_batches, shares_of, turns_of
 from src.trainer.meter import Meter, profiler
 from src.trainer.objective import Objective
 from src.trainer.optimizer import Optimizer, lr_at
-from src.trainer.pipelined import PipelinedStep
 from src.trainer.saving import Saving
+
+if TYPE_CHECKING:
+    from src.trainer.pipelined import PipelinedStep
 
 
 def prepare(
@@ -115,6 +118,9 @@ def fit(
     meter = Meter(model, objective, parallel)
     pipeline = None
     if parallel.pp_size > 1:
+        # PyTorch's pipelines take seconds to import.
+        from src.trainer.pipelined import PipelinedStep
+
         pipeline = PipelinedStep(model, optimizer, objective, parallel)
     tokens_left = sum(objective.lengths) * (total - step) / steps_per_epoch
 
@@ -171,7 +177,7 @@ def train_step(
     batches: PackedBatchSettings,
     parallel: Parallel,
     lr: float,
-    pipeline: PipelinedStep | None = None,
+    pipeline: "PipelinedStep | None" = None,
 ) -> dict[str, float]:
     """One optimizer step on a batch of all ranks' rows.
 
