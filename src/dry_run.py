@@ -20,7 +20,8 @@ from src.inputs import OpenedModel, adapter_config, check_trainable
 from src.models.batch import Sequence
 from src.models.config import ModelConfig
 from src.models.lora import LoRAConfig
-from src.parallel.setup import Parallel, agreed, pick_dtype, start, stop
+from src.models.stages import cut_in_stages
+from src.parallel.setup import Parallel, agreed, degrees_in_words, pick_dtype, start, stop
 from src.ppo.fit import iterations_of
 from src.ppo.inputs import PPOInputs
 from src.ppo.setup import check_degrees, together_on_device
@@ -28,6 +29,7 @@ from src.settings.distillation import DistillTrainSettings
 from src.settings.model import TextModelSettings
 from src.settings.ppo import PPOTrainSettings
 from src.settings.preference import PreferenceTrainSettings
+from src.settings.run import PipelinedRunSettings
 from src.settings.scripts import SolverTrainSettings, TrainSettings, VerifierTrainSettings
 from src.trainer.activations import activations, described, device_memory, tokens_at_once
 from src.trainer.budget import Budget, adapter_bytes, model_budget, training_budget
@@ -47,18 +49,29 @@ class Ranks:
 
     mp_size: int
     dp_size: int
+    pp_size: int = 1
+    stages_per_rank: int = 1
 
     @classmethod
     def of(cls, settings: TrainSettings | PPOTrainSettings, parallel: Parallel) -> "Ranks":
-        """Raises UserError when the degree does not divide their number."""
-        world_size = settings.dry_run.world_size or parallel.world_size
-        mp_size = settings.run.model_parallel_size or world_size
-        if world_size % mp_size:
+        """Raises UserError when the degrees do not divide their number."""
+        world_size, run = settings.dry_run.world_size or parallel.world_size, settings.run
+        pp_size, per_rank = 1, 1
+        if isinstance(run, PipelinedRunSettings):
+            pp_size, per_rank = run.pipeline_parallel_size, run.stages_per_rank
+        mp_size = run.model_parallel_size or max(1, world_size // pp_size)
+        if world_size % (mp_size * pp_size):
+            stages = f" x --pipeline_parallel_size {pp_size}" if pp_size > 1 else ""
             raise UserError(
-                f"--model_parallel_size {mp_size} does not divide the {world_size} ranks that are "
-                "planned for (--world_size)"
+                f"--model_parallel_size {mp_size}{stages} does not divide the {world_size} ranks "
+                "that are planned for (--world_size)"
             )
-        return cls(mp_size, world_size // mp_size)
+        return cls(mp_size, world_size // (mp_size * pp_size), pp_size, per_rank)
+
+    @property
+    def described(self) -> str:
+        """In words."""
+        return degrees_in_words(self.mp_size, self.pp_size, self.dp_size)
 
 
 def solver_plan(settings: SolverTrainSettings) -> None:
@@ -260,6 +273,7 @@ def _trained(
         settings.lora.quantize,
         settings.optimizer.freeze_layers,
         settings.run.zero,
+        cut_in_stages(config, ranks.pp_size, ranks.stages_per_rank),
     )
 
 
@@ -344,7 +358,7 @@ def _bytes_lines(
     return [
         "dry run: nothing is trained or written",
         f"model: {config.family}, {config.n_layers} layers of width {config.dim}; {number_type}",
-        f"ranks: {ranks.mp_size} model-parallel × {ranks.dp_size} data-parallel",
+        ranks.described,
         *table,
         "  activations, batches, keys and values, and the libraries come on top",
     ]

@@ -7,8 +7,11 @@ import torch
 
 from src.checkpoint.load import load_model
 from src.checkpoint.source import Checkpoint
-from src.models.lora import LoRAConfig, freeze_layers
+from src.models.config import ModelConfig
+from src.models.lora import LoRAConfig, freeze_layers, wrap_lora
 from src.models.quantize import stored_bytes
+from src.models.stages import cut_in_stages
+from src.models.transformer import build
 from src.settings.scripts import SolverTrainSettings
 from src.trainer.budget import model_budget, training_budget
 from src.trainer.optimizer import Optimizer
@@ -47,6 +50,22 @@ def test_the_bytes_are_those_of_a_step(folder, parallel, dtype, head, lora, quan
     assert budget.gradients == gradients
     assert budget.optimizer == sum(x.nbytes for x in optimizer.state_tensors())
     assert budget.total == budget.weights + budget.gradients + budget.optimizer
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+@pytest.mark.parametrize("ranks, per_rank", [(2, 1), (3, 1), (2, 2)])
+def test_the_bytes_of_a_pipeline_are_those_of_its_fullest_rank(parallel, lora, ranks, per_rank):
+    config = ModelConfig(64, 5, 4, 2, 16, 96, 500)
+    stages, kept = cut_in_stages(config, ranks, per_rank), []
+    for rank in range(ranks):
+        model = build(config, 0, 1, torch.bfloat16, None, stages, rank)
+        if lora is not None:
+            wrap_lora(model, lora, parallel)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        kept.append((sum(p.nbytes for p in model.parameters()), 4 * trained))
+    budget = training_budget(config, 1, 1, torch.bfloat16, lora, stages=stages)
+    assert (budget.weights, budget.gradients) in kept
+    assert all(weights + 4 * gradients <= budget.total for weights, gradients in kept)
 
 
 @pytest.mark.parametrize("quantize", [None, "nf4", "int8"])

@@ -63,6 +63,10 @@ def load_model(
     held = {name for name, _ in model.named_parameters()}  # of the stages of this rank
     # The adapter that stays an adapter; any other is added to the weights as they are read.
     adapter = checkpoint.adapter if quantize or lora else None
+    kept = lora
+    if lora is None and adapter is not None:
+        kept = replace(adapter.lora, dropout=0.0)
+    start_from = None if adapter is None else adapter.tensors
 
     def read() -> None:
         for name in (name for name in table if name in held):
@@ -75,28 +79,20 @@ def load_model(
                     name, checkpoint.local(name, rank, n, merged=adapter is None)
                 )
             put(model, name, local, parallel.device, quantize)
-        if zero >= 2 and lora is not None:
-            start_from = None if adapter is None else adapter.tensors
-            for name, local in adapter_parts(model, lora, seed, parallel, start_from):
+        if kept is not None:
+            for name, local in adapter_parts(model, kept, seed, parallel, start_from):
                 put(model, name, local, parallel.device)
 
-    if zero >= 2:
-        if lora is not None:
-            wrap_lora(model, lora, parallel)
-        shard(model, parallel, zero, offload)
-    elif not quantize:
-        # q, k, v become neighbours in memory, and w1, w3, for one product each: plain weights only.
+    # q, k, v become neighbours in memory, and w1, w3, for one product each: plain weights only.
+    if zero < 2 and not quantize:
         model.stack_projections(parallel.device)
+    if kept is not None:
+        wrap_lora(model, kept, parallel)
+    if zero >= 2:
+        shard(model, parallel, zero, offload)
     agreed(read)
     checkpoint.release()
-    if zero >= 2:
-        return model
-    if lora is not None:
-        add_lora(model, lora, seed, parallel, None if adapter is None else adapter.tensors)
-    elif adapter is not None:
-        add_lora(model, replace(adapter.lora, dropout=0.0), seed, parallel, adapter.tensors)
-        model.requires_grad_(False)
-    return model
+    return model.requires_grad_(False) if kept and lora is None else model
 
 
 @torch.no_grad()
@@ -143,7 +139,7 @@ def put(
     if quantize and name.split(".")[-2] in TARGETS and attribute == "weight":
         weight = quantized(local, quantize)
     else:
-        weight = nn.Parameter(local)
+        weight = nn.Parameter(local, requires_grad=unfilled.requires_grad)
     # on how many ranks it is the same, which the gradient norm counts once
     weight.copies = unfilled.copies  # type: ignore[attr-defined]  # not torch's, ours
     setattr(module, attribute, weight)

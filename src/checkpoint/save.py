@@ -88,14 +88,11 @@ def merged_weights(
 
 
 @torch.no_grad()
-def whole_adapter(model: Transformer, parallel: Parallel) -> dict[str, Tensor]:
-    """The adapter's factors whole, by our names, and a score head; empty without LoRA.
+def whole_adapter(model: Transformer, parallel: Parallel, lora: LoRAConfig) -> dict[str, Tensor]:
+    """The adapter's factors whole, by our names, and a score head: on the first rank.
 
-    On the first rank; a collective of all.
+    A collective of all. lora: see `lora_of`.
     """
-    lora = lora_of(model, parallel)
-    if lora is None:
-        return {}
     table = dict(lora_table(model.config, lora))
     if model.config.head == "score":
         table["score.weight"] = tensor_table(model.config)["score.weight"]
@@ -141,7 +138,8 @@ def save_model(
     folder = Path(save_dir).resolve()
     target = temporary_of(folder)
     # By all ranks together, before one can fail to write.
-    lora, adapter = lora_of(model, parallel), whole_adapter(model, parallel)
+    lora = lora_of(model, parallel)
+    adapter = {} if lora is None else whole_adapter(model, parallel, lora)
     weights: dict[str, Tensor] = {}
     if is_spread(model):
         weights = agreed(lambda: merged_weights(model, parallel, base, own_dtype))

@@ -145,15 +145,14 @@ class VerifierEvaluation:
             if objective == "pairwise":
                 compared = cast(list[Comparison], self.data)
                 summary, rows = evaluate_pairs(whole, division, compared, self.batch_size, log)
+                accuracy = 100 * summary["accuracy"]
+                share = f"pair accuracy {accuracy:.1f} % on {summary['pairs']} pairs"
             else:
                 graded = cast(list[Graded], self.data)
                 options = objective, self.batch_size, log
                 summary, rows = evaluate_graded(whole, division, graded, *options)
-        if objective == "pairwise":
-            share = f"pair accuracy {100 * summary['accuracy']:.1f} % on {summary['pairs']} pairs"
-        else:
-            metric = METRICS[objective][0]
-            share = f"{metric} {summary[metric]:.3f} on {summary['graded']} grades"
+                metric = METRICS[objective][0]
+                share = f"{metric} {summary[metric]:.3f} on {summary['graded']} grades"
         log.info(f"after {moment}: {self.name}, {share}")
         metrics = {name: x for name, x in summary.items() if isinstance(x, float)}
         log.scalars(number, metrics, prefix=f"eval/{self.name}")

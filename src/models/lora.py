@@ -25,6 +25,7 @@ from src.parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
     Stacked,
+    copies_of,
     copy_to_model_parallel_region,
     sum_gradient,
     with_copies,
@@ -179,14 +180,13 @@ def add_lora(
     our names; by default A is random and B zero.
     """
     wrap_lora(model, lora, parallel)
-    n = parallel.mp_size
     for name, local in adapter_parts(model, lora, seed, parallel, start_from):
         stem, factor = name.rsplit(".", 1)
+        layer = model.get_submodule(stem)
         local = local.to(device=parallel.device, dtype=model.dtype)
         # A copy: a cut may be a view of the whole.
         weight = nn.Parameter(local.clone(memory_format=torch.contiguous_format))
-        copies = lora_table(model.config, lora)[name].copies(n)
-        setattr(model.get_submodule(stem), factor, with_copies(weight, copies))
+        setattr(layer, factor, with_copies(weight, copies_of(getattr(layer, factor))))
 
 
 def wrap_lora(model: Transformer, lora: LoRAConfig, parallel: Parallel) -> None:

@@ -9,8 +9,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-import torch
-
 from src.models.layout import TensorSpec
 
 Box = tuple[tuple[int, int], ...]  # [start, stop) along each axis of the whole tensor
@@ -96,10 +94,6 @@ def is_empty(box: Box) -> bool:
 def within(box: Box, outer: Box) -> tuple[slice, ...]:
     """Where a box's numbers are in a local tensor that holds `outer`."""
     return tuple(slice(a - first, b - first) for (a, b), (first, _) in zip(box, outer))
-
-
-def numel(box: Box) -> int:
-    return torch.Size(stop - start for start, stop in box).numel()
 
 
 def pieces_of(

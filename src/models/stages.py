@@ -31,6 +31,8 @@ class Stages:
 
     def holders(self, name: str, tied: bool) -> list[int]:
         """Ranks of the pipeline that hold a tensor: one, or both ends a tied embedding."""
+        if self.count == 1:
+            return [0]
         last = (self.count - 1) % self.ranks
         if name.startswith("layers."):
             number = int(name.split(".")[1])

@@ -5,6 +5,7 @@ Megatron's f and g (arXiv 1909.08053, section 3), and those of its sequence para
 shared memory where the ranks share a machine.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -17,6 +18,8 @@ from fairscale.nn.model_parallel.initialize import (
 from torch import Tensor
 
 from src.parallel.shared_memory import gathered, scattered_sum, summed
+
+Exchange = Callable[[Tensor], Tensor]
 
 
 class _Copy(torch.autograd.Function):
@@ -65,56 +68,17 @@ def gather_from_model_parallel_region(x: Tensor) -> Tensor:
     return x if get_model_parallel_world_size() == 1 else _Gather.apply(x)
 
 
-class _GatherTokens(torch.autograd.Function):
-    """Ranks' tokens one after the other, [m, …] → [tokens, …]; the gradients' sum is dealt out."""
+class _Linear(torch.autograd.Function):
+    """A linear function between ranks; `back` is what its gradient goes through."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, split: "SplitTokens") -> Tensor:
-        ctx.split = split
-        return split.gathered(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return ctx.split.scattered_sum(grad), None
-
-
-class _ScatterSum(torch.autograd.Function):
-    """This rank's tokens of the sum over the ranks, [tokens, …] → [m, …]."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, split: "SplitTokens") -> Tensor:
-        ctx.split = split
-        return split.scattered_sum(x)
+    def forward(ctx, x: Tensor, there: Exchange, back: Exchange) -> Tensor:
+        ctx.back = back
+        return there(x)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return ctx.split.gathered(grad), None
-
-
-class _WholeTokens(torch.autograd.Function):
-    """Ranks' tokens one after the other; each gets its part of a gradient that all have whole."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, split: "SplitTokens") -> Tensor:
-        ctx.split = split
-        return split.gathered(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return ctx.split.part_of(grad), None
-
-
-class _OwnTokens(torch.autograd.Function):
-    """This rank's tokens of what all ranks have whole; the gradient is put together again."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, split: "SplitTokens") -> Tensor:
-        ctx.split = split
-        return split.part_of(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return ctx.split.gathered(grad), None
+        return ctx.back(grad), None, None
 
 
 class Region(Protocol):
@@ -177,16 +141,16 @@ class SplitTokens:
         self.m = -(-tokens // self.size)
 
     def enter(self, x: Tensor) -> Tensor:
-        return _GatherTokens.apply(x, self)
+        return _Linear.apply(x, self.gathered, self.scattered_sum)
 
     def leave(self, x: Tensor) -> Tensor:
-        return _ScatterSum.apply(x, self)
+        return _Linear.apply(x, self.scattered_sum, self.gathered)
 
     def whole(self, x: Tensor) -> Tensor:
-        return _WholeTokens.apply(x, self)
+        return _Linear.apply(x, self.gathered, self.part_of)
 
     def own(self, x: Tensor) -> Tensor:
-        return _OwnTokens.apply(x, self)
+        return _Linear.apply(x, self.part_of, self.gathered)
 
     def of(self, tokens: int) -> "SplitTokens":
         return SplitTokens(tokens)
@@ -199,14 +163,15 @@ class SplitTokens:
 
     def scattered_sum(self, x: Tensor) -> Tensor:
         """[tokens, …] → [m, …]."""
-        return scattered_sum(self._padded(x).unflatten(0, (self.size, self.m)), self.group)
+        whole = _padded(x, self.size * self.m)
+        return scattered_sum(whole.unflatten(0, (self.size, self.m)), self.group)
 
     def part_of(self, x: Tensor) -> Tensor:
         """[tokens, …] → [m, …]."""
-        part = x[self.rank * self.m : (self.rank + 1) * self.m]
-        missing = self.m - part.size(0)
-        return F.pad(part, (0, 0) * (x.dim() - 1) + (0, missing)) if missing else part
+        return _padded(x[self.rank * self.m : (self.rank + 1) * self.m], self.m)
 
-    def _padded(self, x: Tensor) -> Tensor:
-        missing = self.size * self.m - self.tokens
-        return F.pad(x, (0, 0) * (x.dim() - 1) + (0, missing)) if missing else x
+
+def _padded(x: Tensor, rows: int) -> Tensor:
+    """x with zeros behind it, up to so many rows."""
+    missing = rows - x.size(0)
+    return F.pad(x, (0, 0) * (x.dim() - 1) + (0, missing)) if missing else x

@@ -61,6 +61,7 @@ class Parallel:
     model_group: dist.ProcessGroup | None = None  # all ranks of a model, where that is more than mp
     ends_group: dist.ProcessGroup | None = None  # of a rank of the first or the last stage: both
     _replicas: dict[int, dist.ProcessGroup] = field(default_factory=dict)
+    _divisions: "dict[int, Parallel]" = field(default_factory=dict)
 
     @property
     def world(self) -> dist.ProcessGroup:
@@ -75,8 +76,7 @@ class Parallel:
     @property
     def described(self) -> str:
         """In words, for the log."""
-        stages = f"{self.pp_size} stages × " if self.pp_size > 1 else ""
-        return f"ranks: {self.mp_size} model-parallel × {stages}{self.dp_size} data-parallel"
+        return degrees_in_words(self.mp_size, self.pp_size, self.dp_size)
 
     def divided(self, mp_size: int) -> "Parallel":
         """The same ranks as more, smaller models: neighbours share one.
@@ -91,8 +91,11 @@ class Parallel:
         return self.regrouped(mp_size)
 
     def regrouped(self, mp_size: int) -> "Parallel":
-        """The same ranks as other models, also larger ones. All ranks must ask together."""
-        return _divide(self.rank, self.world_size, mp_size, 1, self.device, self.timeout)
+        """The same ranks as other models, also larger ones: made once, by all ranks together."""
+        if mp_size not in self._divisions:
+            how = mp_size, 1, self.device, self.timeout
+            self._divisions[mp_size] = _divide(self.rank, self.world_size, *how)
+        return self._divisions[mp_size]
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -115,6 +118,12 @@ class Parallel:
             neighbours = [ranks.tolist() for model in models for ranks in model.split(size)]
             self._replicas[size] = _own_group(neighbours, self.rank, self.timeout)
         return self._replicas.get(size)
+
+
+def degrees_in_words(mp_size: int, pp_size: int, dp_size: int) -> str:
+    """How ranks are divided, for the log and the dry run."""
+    stages = f"{pp_size} stages × " if pp_size > 1 else ""
+    return f"ranks: {mp_size} model-parallel × {stages}{dp_size} data-parallel"
 
 
 def start(

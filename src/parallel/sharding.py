@@ -9,16 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-)
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
 from src.parallel.layers import copies_of, with_copies
 from src.parallel.setup import Parallel
@@ -52,6 +43,15 @@ def shard(model, parallel: Parallel, stage: int, offload: bool = False) -> None:
     stage: 2 keeps what was put together from a step's first forward to its last backward, 3 lets go
     of it block by block. offload: a rank's share rests in host memory, and so do its gradients.
     """
+    # Seconds to import, which runs without shared weights need not spend.
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        MixedPrecisionPolicy,
+        OffloadPolicy,
+        fully_shard,
+    )
+
     compute = model.dtype
     for weight in model.parameters():
         if weight.requires_grad:
@@ -66,37 +66,42 @@ def shard(model, parallel: Parallel, stage: int, offload: bool = False) -> None:
     }
     for block in model.layers:
         fully_shard(block, reshard_after_forward=stage == 3, **options)
+    model.computes_in, model.shard_stage = compute, stage
     # The ends of the model are used together, by its loss, after its forward.
     fully_shard(model, reshard_after_forward=False, **options)
-    for part in model.modules():
-        if isinstance(part, FSDPModule):
-            # Gradients add up, as everywhere here: nothing is averaged.
-            part.set_gradient_divide_factor(1.0)
-            part.set_force_sum_reduction_for_comms(True)
-            if parallel.device.type == "cpu":
-                part.set_custom_all_gather(_Gather())  # type: ignore[arg-type]  # has its methods
-                part.set_custom_reduce_scatter(_ScatterSum())  # type: ignore[arg-type]
-    model.computes_in, model.shard_stage = compute, stage
+    for part in sharded_parts(model):
+        # Gradients add up, as everywhere here: nothing is averaged.
+        part.set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(True)
+        if parallel.device.type == "cpu":
+            part.set_custom_all_gather(_Gather())
+            part.set_custom_reduce_scatter(_ScatterSum())
     model.to_empty(device=torch.device("cpu") if offload else parallel.device)
     for name, weight in model.named_parameters():
         with_copies(weight, copies[name])
 
 
+def sharded_parts(model) -> list[Any]:
+    """What `shard` made `fully_shard` look after: the blocks, and the model around them."""
+    return [*model.layers, model] if model.shard_stage else []
+
+
 def own(weight: Tensor) -> Tensor:
     """What this rank keeps of a weight or a gradient: its rows, or all of what is not shared.
 
-    The same tensor each time, as optimizers want it, where `to_local` would make a new one.
+    The same tensor each time, as optimizers want it, where a DTensor's `to_local` would make a new
+    one.
     """
-    return weight._local_tensor if isinstance(weight, DTensor) else weight
+    return getattr(weight, "_local_tensor", weight)
 
 
 @torch.no_grad()
 def whole(weight: Tensor) -> Tensor:
     """All rows of a weight. A collective of the data-parallel ranks, if they share it."""
-    if not isinstance(weight, DTensor):
+    if own(weight) is weight:
         return weight
-    group, rows = weight.device_mesh.get_group(), weight.size(0)
-    part = own(weight).to(weight.device_mesh.device_type)
+    mesh = weight.device_mesh  # type: ignore[attr-defined]  # a DTensor's
+    group, rows, part = mesh.get_group(), weight.size(0), own(weight).to(mesh.device_type)
     padded = part.new_zeros(share_of_rows(rows, dist.get_world_size(group)), *part.shape[1:])
     padded[: part.size(0)] = part
     return gathered(padded, group).flatten(0, 1)[:rows]
@@ -110,22 +115,20 @@ def share_of_rows(rows: int, n: int) -> int:
 @torch.no_grad()
 def fill(weight: Tensor, local: Tensor) -> None:
     """Copy this rank's rows of a tensor-parallel part to where the rank keeps them."""
-    if isinstance(weight, DTensor):
-        group, rows = weight.device_mesh.get_group(), weight.size(0)
-        share = share_of_rows(rows, dist.get_world_size(group))
+    if own(weight) is not weight:
+        group = weight.device_mesh.get_group()  # type: ignore[attr-defined]  # a DTensor's
+        share = share_of_rows(weight.size(0), dist.get_world_size(group))
         local = local[dist.get_rank(group) * share :][:share]
     own(weight).copy_(local)
 
 
-def let_go_after_backward(model: nn.Module, yes: bool) -> None:
+def let_go_after_backward(model, yes: bool) -> None:
     """Whether the next backward lets go of the weights that it put together."""
-    for part in model.modules():
-        if isinstance(part, FSDPModule):
-            part.set_reshard_after_backward(yes, recurse=False)
+    for part in sharded_parts(model):
+        part.set_reshard_after_backward(yes, recurse=False)
 
 
-def let_go(model: nn.Module) -> None:
+def let_go(model) -> None:
     """Of what was put together: after weights have changed, it is not them any more."""
-    for part in model.modules():
-        if isinstance(part, FSDPModule):
-            part.reshard()
+    for part in sharded_parts(model):
+        part.reshard()

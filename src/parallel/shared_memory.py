@@ -237,40 +237,37 @@ def scattered_sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
     The bits of `summed`.
     """
-    x, slots, rank = x.contiguous(), _groups.get(group), dist.get_rank(group)
-    if slots is None and (deterministic.is_on() or not x.is_cuda):
-        return summed(x, group)[rank]  # gloo has no better
-    with clock.communication():
-        out = torch.empty_like(x[0])
-        if slots is None:
-            dist.reduce_scatter_tensor(out, x, group=group)
-        elif x.numel():
-            slots.reduce_scatter(x.view(len(x), -1), out.view(-1))
+    if deterministic.is_on() and group not in _groups:
+        return summed(x, group)[dist.get_rank(group)]
+    out = torch.empty_like(x[0], memory_format=torch.contiguous_format)
+    scatter_sum_into(out, x.contiguous(), group)
     return out
 
 
 def gather_into(
     out: Tensor, x: Tensor, group: dist.ProcessGroup, async_op: bool = False
 ) -> dist.Work | None:
-    """Every rank's x into out, one after the other: [n] → [ranks · n]."""
+    """Every rank's x into out, one after the other; both contiguous."""
     slots = _groups.get(group)
-    if slots is None:
-        return dist.all_gather_into_tensor(out, x, group=group, async_op=async_op)
-    if x.numel():
-        with clock.communication():
-            slots.all_gather(x.contiguous(), out.view(slots.size, -1))
+    with clock.communication():
+        if slots is None:
+            flat = out.view(-1), x.view(-1)
+            return dist.all_gather_into_tensor(*flat, group=group, async_op=async_op)
+        if x.numel():
+            slots.all_gather(x, out.view(slots.size, -1))
     return None
 
 
 def scatter_sum_into(
     out: Tensor, x: Tensor, group: dist.ProcessGroup, async_op: bool = False
 ) -> dist.Work | None:
-    """This rank's part of the sum over the group into out: [ranks · n] → [n]."""
+    """This rank's part of the sum over the group of x into out; both contiguous."""
     slots = _groups.get(group)
-    if slots is None:
-        return dist.reduce_scatter_tensor(out, x, group=group, async_op=async_op)
-    if x.numel():
-        with clock.communication():
+    with clock.communication():
+        if slots is None:
+            flat = out.view(-1), x.view(-1)
+            return dist.reduce_scatter_tensor(*flat, group=group, async_op=async_op)
+        if x.numel():
             slots.reduce_scatter(x.view(slots.size, -1), out.view(-1))
     return None
 
@@ -288,11 +285,6 @@ def _summed_in_order(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 def gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Every rank's tensor, of one shape, in a new one: [ranks, …]."""
-    x, slots = x.contiguous(), _groups.get(group)
-    with clock.communication():
-        out = x.new_empty(dist.get_world_size(group), *x.shape)
-        if slots is None:
-            dist.all_gather(list(out.unbind()), x, group=group)
-        elif x.numel():
-            slots.all_gather(x, out.view(len(out), -1))
+    out = x.new_empty(dist.get_world_size(group), *x.shape)
+    gather_into(out, x.contiguous(), group)
     return out

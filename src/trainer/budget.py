@@ -13,6 +13,7 @@ from src.models.config import ModelConfig
 from src.models.layout import TensorSpec, tensor_table
 from src.models.lora import TARGETS, LoRAConfig, lora_table
 from src.models.places import Layout
+from src.models.stages import Stages
 
 FP32 = 4  # bytes of a gradient, of each of Adam's averages, and of a master weight
 
@@ -49,19 +50,46 @@ def training_budget(
     quantize: str | None = None,
     freeze_layers: int = 0,
     zero: int = 1,
+    stages: Stages | None = None,
 ) -> Budget:
     """A model in training at `n` model-parallel and `dp_size` data-parallel ranks.
 
-    lora: the adapter that is trained in place of the weights.
+    lora: the adapter that is trained in place of the weights; stages: of a pipeline, whose fullest
+    rank counts.
     """
-    table = tensor_table(config)
-    weights = model_budget(config, n, dtype, quantize).weights
-    if lora is None:
-        trained = dict(table)
-    else:
-        trained = lora_table(config, lora)
-        weights += sum(_numel(spec, n) for spec in trained.values()) * dtype.itemsize
-        trained |= {name: spec for name, spec in table.items() if name == "score.weight"}
+    stages = stages or Stages()
+    adapter = {} if lora is None else lora_table(config, lora)
+    how = lora is not None, n, dp_size, dtype, quantize, freeze_layers, zero
+    tied = config.tie_word_embeddings
+
+    def held(table: dict[str, TensorSpec], rank: int) -> dict[str, TensorSpec]:
+        return {k: spec for k, spec in table.items() if rank in stages.holders(k, tied)}
+
+    budgets = [
+        _rank_budget(held(tensor_table(config), rank), held(adapter, rank), *how)
+        for rank in range(stages.ranks)
+    ]
+    return max(budgets, key=lambda budget: budget.total)
+
+
+def _rank_budget(
+    table: dict[str, TensorSpec],
+    adapter: dict[str, TensorSpec],
+    adapted: bool,
+    n: int,
+    dp_size: int,
+    dtype: torch.dtype,
+    quantize: str | None,
+    freeze_layers: int,
+    zero: int,
+) -> Budget:
+    """`training_budget` of a rank with these tensors, of the model and of its adapter."""
+    weights = sum(_weight_bytes(name, spec, n, dtype, quantize) for name, spec in table.items())
+    trained = dict(table)
+    if adapted:
+        weights += sum(_numel(spec, n) for spec in adapter.values()) * dtype.itemsize
+        score = {name: spec for name, spec in table.items() if name == "score.weight"}
+        trained = adapter | score
     at_first = dict(trained)
     frozen = {"tok_embeddings"} | {f"layers.{i}" for i in range(freeze_layers)}
     if freeze_layers:

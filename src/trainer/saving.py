@@ -38,7 +38,7 @@ from src.trainer.state import (
     SavedModel,
     bytes_of,
     counters_of,
-    described,
+    layout_facts,
     restore,
     tensors_of,
 )
@@ -232,7 +232,7 @@ class Saving:
             if tensors:
                 place = division.mp_rank, division.dp_rank, division.pp_rank
                 files[file_of(name, *place)] = tensors
-            layouts[name] = described(optimizer)
+            layouts[name] = layout_facts(optimizer)
         # Other tensors, and the state of dropout: alike on ranks that hold the same, so one saves.
         for name, (others, _) in self.tensors.items():
             if p.dp_rank == 0:

@@ -89,7 +89,7 @@ class SavedModel:
     """One model's files in a saved step; gives any rank's part of any tensor in any layout."""
 
     def __init__(self, folder: Path, name: str, saved: dict[str, int]) -> None:
-        """saved: {"mp": …, "dp": …} of the run that saved it, and "shared", as `described` says."""
+        """saved: how the run that saved it had the model, as `layout_facts` says."""
         self.folder = folder
         tp, dp, pp = saved["mp"], saved["dp"], saved.get("pp", 1)
         self.layout = Layout(tp, dp, bool(saved.get("shared")), pp)
@@ -144,7 +144,7 @@ class SavedModel:
         return part
 
 
-def described(optimizer: Optimizer) -> dict[str, int]:
+def layout_facts(optimizer: Optimizer) -> dict[str, int]:
     """How a model's files in a saved step are cut."""
     parallel = optimizer.parallel
     more = {"shared": 1} if optimizer.shares_weights else {}

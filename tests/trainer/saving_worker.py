@@ -29,8 +29,8 @@ from src.trainer.state import (
     SavedModel,
     bytes_of,
     counters_of,
-    described,
     file_of,
+    layout_facts,
     restore,
     specs_of,
     tensors_of,
@@ -134,7 +134,7 @@ def main(folder: Path) -> None:
                 if tensors
                 else {}
             )
-            steps.save(7, files, {"layout": described(optimizer), "counters": counters})
+            steps.save(7, files, {"layout": layout_facts(optimizer), "counters": counters})
             steps.wait()
             for b in layouts:
                 other_mp_size, other_zero, other_stages = LAYOUTS[b]
