@@ -29,6 +29,7 @@ def folder(tmp_path_factory):
     save_llama(folder / "deep", "lm", 7, num_hidden_layers=5)
     save_llama(folder / "tied", "lm", 8, tied=True, num_hidden_layers=3)
     save_experts(folder / "experts")
+    save_experts(folder / "deep experts", layers=4)
     return folder
 
 

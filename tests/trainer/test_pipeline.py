@@ -1,10 +1,14 @@
 """Training steps through the stages of a pipeline are those of one process, and of transformers."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from src.errors import UserError
 from src.models.config import ModelConfig
 from src.models.stages import cut_in_stages
+from src.parallel.pipeline import _Stage
 from src.trainer.batches import epoch_batches
 from tests.trainer import worker
 from tests.trainer.conftest import PIPELINES
@@ -53,6 +57,17 @@ def test_one_process_takes_the_steps_of_transformers(results, folder, run):
 def test_weights_that_ranks_share_stay_the_same_bits(pipelined, pipeline, run):
     """Among them an embedding that is also the output layer, on the first and the last stage."""
     assert pipelined[pipeline][run]["alike"]
+
+
+def test_what_is_passed_on_as_it_came_is_no_buffer_that_is_used_again():
+    """Such as the gradient of routers' decisions. In time or not, a send reads what it was given."""
+    buffer, own = torch.arange(6.0), torch.arange(3.0)
+    passed_on, made = SimpleNamespace(tensor=buffer[:4]), SimpleNamespace(tensor=own)
+    received = [SimpleNamespace(buffer=buffer[:5]), SimpleNamespace(buffer=None)]
+    stage = SimpleNamespace(sending=None)
+    assert _Stage._sent(stage, [passed_on, made], received) == [passed_on, made]
+    buffer.zero_()
+    assert passed_on.tensor.tolist() == [0, 1, 2, 3] and made.tensor is own
 
 
 LLAMA = ModelConfig(4096, 32, 32, 32, 128, 11008, 32000)

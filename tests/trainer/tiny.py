@@ -65,7 +65,7 @@ def save_llama(
     return folder
 
 
-def save_experts(folder: Path) -> Path:
+def save_experts(folder: Path, layers: int = 2) -> Path:
     """A Mixtral of which nothing divides by 2 or 4: heads, kv heads, widths, vocabulary.
 
     As different as save_llama's.
@@ -77,7 +77,7 @@ def save_experts(folder: Path) -> Path:
         vocab_size=VOCAB + 3,
         hidden_size=33,
         intermediate_size=21,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=3,
         head_dim=10,
         num_key_value_heads=1,

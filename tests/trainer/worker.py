@@ -111,6 +111,7 @@ DEEP_RUNS = {
         {"stages_per_rank": 2, "recompute": "full", "max_tokens": 40},
     ),
     "deep, lora, packed by tokens": ("deep", 1, True, {"max_tokens": 25}),
+    "deep experts, interleaved": ("deep experts", 3, False, {"stages_per_rank": 2}),
     "tied": ("tied", 1, False, {}),
     "tied, micro-batches, zero 0": ("tied", 3, False, {"zero": 0}),
 }
