@@ -60,7 +60,7 @@ def test_weights_that_ranks_share_stay_the_same_bits(pipelined, pipeline, run):
 
 
 def test_what_is_passed_on_as_it_came_is_no_buffer_that_is_used_again():
-    """Such as the gradient of routers' decisions. In time or not, a send reads what it was given."""
+    """Such as the gradient of routers' decisions: a send reads what it was given, also later."""
     buffer, own = torch.arange(6.0), torch.arange(3.0)
     passed_on, made = SimpleNamespace(tensor=buffer[:4]), SimpleNamespace(tensor=own)
     received = [SimpleNamespace(buffer=buffer[:5]), SimpleNamespace(buffer=None)]
