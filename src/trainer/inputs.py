@@ -22,6 +22,7 @@ from src.data.encoding import (
 from src.errors import UserError
 from src.evaluation.training import GradedData, SolverEvaluation, VerifierEvaluation
 from src.evaluation.verifier import score_moments
+from src.generation.relayout import plain
 from src.inputs import (
     OpenedModel,
     check_log_dir,
@@ -159,7 +160,8 @@ class VerifierInputs:
         notes = None
         if evaluation.normalize_scores:
             size = evaluation.eval_batch_size
-            mean, std = score_moments(model, parallel, self.sequences, size, log)
+            with plain(model, parallel) as (whole, division):
+                mean, std = score_moments(whole, division, self.sequences, size, log)
             log.info(
                 f"scores on the train file: mean {mean:.4f}, standard deviation {std:.4f}; stored "
                 "with them"

@@ -25,6 +25,7 @@ from src.models.transformer import Transformer
 from src.parallel.setup import Parallel
 from src.trainer.losses import PAIR_LOSSES, RESPONSE_LOSSES, SFT, Knobs, Sides
 from src.trainer.objective import Objective
+from src.trainer.optimizer import idle_forward
 from src.trainer.reference import Groups, Reference, packed, scored, sums
 
 SIDES = ("chosen", "rejected")
@@ -270,10 +271,15 @@ class Mismatched:
         rows = sorted(batch)[self.parallel.dp_rank :: self.parallel.dp_size]
         total = torch.zeros(2, dtype=torch.float64, device=self.parallel.device)
         lengths = [len(self.responses[i].tokens) for i in rows]
-        for part in micro_batches(lengths, self.max_batch_size):
+        parts = micro_batches(lengths, self.max_batch_size)
+        for part in parts:
             chosen = [rows[i] for i in part]
             groups: Groups = [[self.responses[i]] for i in chosen]
             ratios = scored(model, groups, False) - self.reference(chosen, groups)
             total += torch.stack((ratios.sum(), torch.tensor(float(len(chosen))).to(ratios)))
+        if model.shard_stage:  # ranks that share weights take part as often as any of them
+            most = -(-len(batch) // self.parallel.dp_size)
+            for _ in range(-(-most // self.max_batch_size) - len(parts)):
+                idle_forward(model, self.parallel.device)
         torch.distributed.all_reduce(total, group=self.parallel.dp_group)
         return max(0.0, float(total[0] / total[1]))

@@ -20,11 +20,10 @@ from src.checkpoint.source import Checkpoint
 from src.data.encoding import Comparison
 from src.evaluation.logprobs import score_responses
 from src.evaluation.verifier import evaluate_pairs
-from src.generation.engine import Completion, Engine, generate_sharded
 from src.generation.sampling import Sampling
 from src.logs import RunLog
 from src.models.batch import Sequence
-from src.models.lora import LoRAConfig, add_lora
+from src.models.lora import LoRAConfig
 from src.models.transformer import Transformer
 from src.parallel import vocab
 from src.parallel.setup import Parallel, start, stop
@@ -41,6 +40,7 @@ from src.trainer.losses import Knobs
 from src.trainer.optimizer import Optimizer
 from src.trainer.preference import Mismatched, PreferenceObjective, mismatched
 from src.trainer.reference import KeptReference, LiveReference, score_all
+from src.trainer.sampling import sampling_from
 from src.trainer.solver import SolverObjective
 from src.trainer.verifier import VerifierObjective
 from tests.trainer.tiny import EOS, VOCAB, ours, some_sequences, training, whole_weights
@@ -135,6 +135,8 @@ PREFERENCE_RUNS = {
     "dpo and sft, micro-batches": (["dpo", "sft"], 4, {}),
     "dpo and sft": (["dpo", "sft"], 1, {}),
     "kto, micro-batches, zero 0": (["kto"], 4, {"zero": 0}),
+    "kto, micro-batches, zero 3": (["kto"], 4, {"zero": 3}),
+    "dpo, lora, zero 2": (["dpo"], 1, {"lora": True, "zero": 2}),
     "dpo, packed by tokens": (["dpo"], 1, {"max_tokens": 60}),
     "dpo, each prompt anew": (["dpo"], 1, {"share_prompts": False}),
     "dpo, in small chunks of logits": (["dpo"], 1, {"logits_at_once": 5 * VOCAB}),
@@ -156,6 +158,7 @@ DISTILLATION_RUNS = {
     "distilled, js, in small chunks of logits": (0.3, 1, {"logits_at_once": 5 * VOCAB}),
     "distilled, top 6": (0.0, 1, {"k": 6}),
     "distilled, own answers": (0.3, 1, {"on_policy": 0.6}),
+    "distilled, own answers, zero 3": (0.3, 2, {"on_policy": 0.6, "zero": 3}),
 }
 # Adam divides a gradient by its own size: one that is nothing but rounding would move a weight as
 # far as any other. Against this one it counts for nothing.
@@ -229,11 +232,10 @@ def preference_objective(
 def preference_run(
     folder: Path, parallel: Parallel, losses: list[str], micro: int, more: dict
 ) -> dict:
-    model = ours(folder / more.get("model", "lm"), parallel)
+    zero, adapter = more.get("zero", 1), LORA if more.get("lora") else None
+    start_from = folder / more.get("model", "lm")
+    model = ours(start_from, parallel, seed=LORA_SEED, lora=adapter, zero=zero)
     model.sequence_parallel = more.get("sequence_parallel", False)
-    if more.get("lora"):
-        add_lora(model, LORA, LORA_SEED, parallel)
-    zero = more.get("zero", 1)
     optimizer = Optimizer(model, parallel, WEIGHT_DECAY, MAX_GRAD_NORM, zero=zero, eps=EPSILON)
     objective = preference_objective(folder, parallel, model, losses, more)
     before = vocab.LOGITS_AT_ONCE
@@ -246,7 +248,8 @@ def preference_run(
 
 def distillation_run(folder: Path, parallel: Parallel, beta: float, micro: int, more: dict) -> dict:
     """A student beside a teacher of other sizes: 3 layers, a width and a vocabulary of its own."""
-    model, teacher = ours(folder / "lm", parallel), Checkpoint.open(str(folder / "teacher"))
+    model = ours(folder / "lm", parallel, zero=more.get("zero", 1))
+    teacher = Checkpoint.open(str(folder / "teacher"))
     optimizer = Optimizer(model, parallel, WEIGHT_DECAY, MAX_GRAD_NORM, eps=EPSILON)
     sequences, distance = some_sequences(ROWS), Distance(beta)
     degree = more.get("degree")
@@ -274,11 +277,8 @@ def distillation_run(folder: Path, parallel: Parallel, beta: float, micro: int, 
         held = KeptTeacher(*tops, distance, parallel.device)
     sample, share = None, more.get("on_policy", 0.0)
     if share:
-        engine = Engine(model, parallel, 4, 32)
-
-        def sample(prompts: list[list[int]], numbers: list[int]) -> list[Completion]:
-            sampling = Sampling(max_new_tokens=6, temperature=1.0, seed=SEED)
-            return generate_sharded(engine, prompts, sampling, {EOS}, numbers)
+        sampling = Sampling(max_new_tokens=6, temperature=1.0, seed=SEED)
+        sample = sampling_from(model, parallel, sampling, {EOS}, (4, 32, None))
 
     objective = DistillationObjective(sequences, held, parallel, sample, share, BATCH, SEED)
     before = vocab.LOGITS_AT_ONCE
