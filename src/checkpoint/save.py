@@ -91,7 +91,7 @@ def merged_weights(
 def whole_adapter(model: Transformer, parallel: Parallel, lora: LoRAConfig) -> dict[str, Tensor]:
     """The adapter's factors whole, by our names, and a score head: on the first rank.
 
-    A collective of all. lora: see `lora_of`.
+    A collective of all. lora: see `trained_lora`.
     """
     table = dict(lora_table(model.config, lora))
     if model.config.head == "score":
@@ -108,7 +108,7 @@ def whole_adapter(model: Transformer, parallel: Parallel, lora: LoRAConfig) -> d
     return adapter
 
 
-def lora_of(model: Transformer, parallel: Parallel) -> LoRAConfig | None:
+def trained_lora(model: Transformer, parallel: Parallel) -> LoRAConfig | None:
     """The adapter that a model is trained with, on whatever stages; a collective of all ranks."""
     layers = lora_layers(model)
     lora = layers[0][1].config if layers else None
@@ -116,7 +116,7 @@ def lora_of(model: Transformer, parallel: Parallel) -> LoRAConfig | None:
         return lora
     every: list[LoRAConfig | None] = [None] * parallel.world_size
     dist.all_gather_object(every, lora)
-    return next((found for found in every if found is not None), None)
+    return next((config for config in every if config is not None), None)
 
 
 def save_model(
@@ -138,7 +138,7 @@ def save_model(
     folder = Path(save_dir).resolve()
     target = temporary_of(folder)
     # By all ranks together, before one can fail to write.
-    lora = lora_of(model, parallel)
+    lora = trained_lora(model, parallel)
     adapter = {} if lora is None else whole_adapter(model, parallel, lora)
     weights: dict[str, Tensor] = {}
     if is_spread(model):

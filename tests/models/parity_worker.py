@@ -228,7 +228,7 @@ def check_lora(case: Case, out: Path) -> None:
     with torch.no_grad():
         base = case.logits(model)
     add_lora(model, LORA, 5, case.parallel)
-    save_whole(case, out / f"{case.name}-fresh.safetensors", whole_adapter(model, case.parallel))
+    save_whole(case, out / f"{case.name}-fresh.safetensors", whole_adapter(model, case.parallel, LORA))
     with torch.no_grad():
         # B is zero (asserted on the saved factors); kernels round differently for slices of a
         # stacked product and for sums
@@ -312,7 +312,7 @@ def check_dropout(case: Case, out: Path) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.grad
-    tensors = {"logits": whole_logits(case, logits), **whole_adapter(model, case.parallel)}
+    tensors = {"logits": whole_logits(case, logits), **whole_adapter(model, case.parallel, lora)}
     save_whole(case, out / f"{case.name}-dropout.safetensors", tensors)
 
 
