@@ -228,7 +228,8 @@ def check_lora(case: Case, out: Path) -> None:
     with torch.no_grad():
         base = case.logits(model)
     add_lora(model, LORA, 5, case.parallel)
-    save_whole(case, out / f"{case.name}-fresh.safetensors", whole_adapter(model, case.parallel, LORA))
+    adapter = whole_adapter(model, case.parallel, LORA)
+    save_whole(case, out / f"{case.name}-fresh.safetensors", adapter)
     with torch.no_grad():
         # B is zero (asserted on the saved factors); kernels round differently for slices of a
         # stacked product and for sums
