@@ -58,7 +58,7 @@ def main(settings: VerifierTrainSettings) -> None:
 
         # What is trained, how, and what is looked at on the way.
         prepare(model, plan, run, parallel)
-        optimizer = Optimizer.of(plan, model, parallel, run.zero)
+        optimizer = Optimizer.of(plan, model, parallel, run)
         objective = objective_of(inputs.rows, settings.objective.objective, model)
         save = partial(inputs.save, model, parallel, settings.evaluation, log)
         evaluations = Evaluations(

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from src.models.layout import TensorSpec, tensor_table
-from src.models.lora import merged_parts
+from src.models.lora import lora_layers, lora_table, merged_parts
 from src.models.places import Layout, pieces_of, within
 from src.models.transformer import Transformer
 from src.parallel.setup import Parallel
@@ -16,6 +16,20 @@ from src.parallel.setup import Parallel
 def layout_of(model: Transformer, parallel: Parallel) -> Layout:
     """How a model lies on the ranks of its division."""
     return Layout(parallel.mp_size, parallel.dp_size, model.shard_stage >= 2)
+
+
+def specs_of(model: Transformer) -> dict[str, TensorSpec]:
+    """How each trained parameter is cut, by its name in the model."""
+    layers = lora_layers(model)
+    table = {
+        **tensor_table(model.config),
+        **(lora_table(model.config, layers[0][1].config) if layers else {}),
+    }
+    return {
+        name: table[name.replace(".base.", ".")]
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
 
 
 def exchanged(

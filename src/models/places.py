@@ -18,9 +18,9 @@ Box = tuple[tuple[int, int], ...]  # [start, stop) along each axis of the whole 
 
 @dataclass(frozen=True)
 class Layout:
-    """A model on dp · tp ranks: rank = (data-parallel rank) · tp + (tensor-parallel rank).
+    """A model on dp · tp ranks: rank = first + (data-parallel rank) · tp + (tensor-parallel rank).
 
-    Ranks beyond these hold nothing.
+    All other ranks hold nothing.
 
     sharded: data-parallel ranks hold the rows of a tensor-parallel part among them, as
     `fully_shard` deals them out (ZeRO 3), and not the same each.
@@ -29,6 +29,7 @@ class Layout:
     tp: int
     dp: int = 1
     sharded: bool = False
+    first: int = 0
 
     def local_shape(self, spec: TensorSpec, rank: int) -> tuple[int, ...]:
         """Shape of what the rank holds, zeros behind its box and all."""
@@ -42,12 +43,12 @@ class Layout:
 
     def _rows(self, rows: int, rank: int) -> tuple[int, int]:
         """[first, last) of a tensor-parallel part's rows."""
-        if rank >= self.dp * self.tp:
+        dp_rank = (rank - self.first) // self.tp
+        if not 0 <= dp_rank < self.dp:
             return 0, 0
         if not self.sharded:
             return 0, rows
         share = -(-rows // self.dp)
-        dp_rank = rank // self.tp
         return min(dp_rank * share, rows), min((dp_rank + 1) * share, rows)
 
     def owners(self, spec: TensorSpec, near: int = 0) -> list[tuple[int, Box]]:
@@ -58,10 +59,10 @@ class Layout:
         if self.sharded:
             replicas = range(self.dp)
         else:
-            replica = min(near // self.tp, self.dp - 1)
+            replica = min(max(near - self.first, 0) // self.tp, self.dp - 1)
             replicas = range(replica, replica + 1)
         tp_ranks = [0] if spec.dim is None else [rank for rank, *_ in spec.owners(self.tp)]
-        ranks = [replica * self.tp + rank for replica in replicas for rank in tp_ranks]
+        ranks = [self.first + replica * self.tp + rank for replica in replicas for rank in tp_ranks]
         return [(rank, box) for rank in ranks if not is_empty(box := self.box(spec, rank))]
 
 
@@ -69,7 +70,7 @@ class Layout:
 def _box(layout: Layout, spec: TensorSpec, rank: int) -> Box:
     box = [(0, size) for size in spec.shape]
     if spec.dim is not None:
-        box[spec.dim] = spec.local_range(rank % layout.tp, layout.tp)
+        box[spec.dim] = spec.local_range((rank - layout.first) % layout.tp, layout.tp)
     # Of the local rows, this rank's, as far as they are no padding.
     first, last = layout._rows(spec.local_shape(layout.tp)[0], rank)
     start, stop = box[0]

@@ -60,8 +60,10 @@ class Role:
         return [*parts, *self.beside.values()]
 
     def state(self) -> list[Tensor]:
-        """The optimizer's."""
-        return [] if self.optimizer is None else self.optimizer.state_tensors()
+        """The optimizer's, but for what rests in host memory anyway."""
+        if self.optimizer is None or self.optimizer.rests_in_host:
+            return []
+        return self.optimizer.state_tensors()
 
     def gradient_bytes(self) -> int:
         """Of the gradients, while a step is under way."""
