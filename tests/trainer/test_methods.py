@@ -99,13 +99,16 @@ def test_padding_stays_exactly_zero(parallel, small_parts):
 
 
 def test_a_square_that_codes_round_to_zero_does_not_blow_up_its_step(parallel, small_parts):
-    """Beside one 10⁸ times as large in its block; AdamW's step is of the size of lr."""
+    """Beside one 10⁸ times as large in its block, and with a gradient of 0 after others.
+
+    AdamW's step is of the size of lr.
+    """
     weight = torch.nn.Parameter(torch.zeros(16, 256))
     places = adam.Places(parallel, {weight: adam.TensorSpec((16, 256))}, adam.Layout(1))
     group = {"params": [weight], "kind": "adamw8bit", "weight_decay": 0.0}
     optimizer = adam.MasterAdamW([group], Method("adamw8bit"), places, lr=1e-2)
-    for _ in range(STEPS):
-        weight.grad = torch.full_like(weight, 1e-4)
+    for step in range(STEPS):
+        weight.grad = torch.full_like(weight, 1e-4 if step < STEPS - 1 else 0.0)
         weight.grad[:, 0] = 1.0
         optimizer.step()
     assert weight.abs().max() < 2e-2 * STEPS
