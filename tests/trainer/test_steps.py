@@ -48,9 +48,8 @@ def reference(model, loss_of, batches, with_muon=False):
         {"params": [p for p in others if p.dim() == 1], "weight_decay": 0.0},
     ]
     adam = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.999), eps=1e-8)
-    muon = torch.optim.Muon(
-        of_muon, weight_decay=worker.WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"
-    )
+    matrices = [{"params": of_muon, "weight_decay": worker.WEIGHT_DECAY}]
+    muon = torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw")
     steps, weights = [], []
     for step, rows in enumerate(batches):
         loss = loss_of(model, rows)
