@@ -59,7 +59,7 @@ def main(settings: DistillTrainSettings) -> None:
         # What is minimised, by which teacher; what is trained, how, and what is looked at.
         objective = make_objective(settings, inputs, model, dtype, parallel)
         prepare(model, plan, run, parallel)
-        optimizer = Optimizer.of(plan, model, parallel, run.zero)
+        optimizer = Optimizer.of(plan, model, parallel, run)
         evaluations = Evaluations(
             partial(
                 inputs.evaluation.run,

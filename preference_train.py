@@ -60,7 +60,7 @@ def main(settings: PreferenceTrainSettings) -> None:
         # What is trained, how, and what is minimised, beside what reference; what is looked at.
         prepare(model, plan, run, parallel)
         objective = make_objective(settings, inputs, model, dtype, parallel, log)
-        optimizer = Optimizer.of(plan, model, parallel, run.zero)
+        optimizer = Optimizer.of(plan, model, parallel, run)
         evaluations = Evaluations(
             partial(
                 inputs.evaluation.run,

@@ -58,7 +58,7 @@ def main(settings: SolverTrainSettings) -> None:
 
         # What is trained, how, and what is looked at on the way.
         prepare(model, plan, run, parallel)
-        optimizer = Optimizer.of(plan, model, parallel, run.zero)
+        optimizer = Optimizer.of(plan, model, parallel, run)
         objective = SolverObjective(inputs.sequences, parallel.device)
         evaluations = Evaluations(
             partial(

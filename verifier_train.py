@@ -59,7 +59,7 @@ def main(settings: VerifierTrainSettings) -> None:
 
         # What is trained, how, and what is looked at on the way.
         prepare(model, plan, run, parallel)
-        optimizer = Optimizer.of(plan, model, parallel, run.zero)
+        optimizer = Optimizer.of(plan, model, parallel, run)
         kind = settings.objective.objective
         objective = objective_of(inputs.rows, kind, model, parallel.device)
         save = partial(inputs.save, model, parallel, settings.evaluation, log)

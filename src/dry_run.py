@@ -5,7 +5,7 @@ checkpoint at hand, --model_type alone is enough for the bytes.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -32,6 +32,7 @@ from src.settings.preference import PreferenceTrainSettings
 from src.settings.run import PipelinedRunSettings
 from src.settings.scripts import SolverTrainSettings, TrainSettings, VerifierTrainSettings
 from src.trainer.activations import activations, described, device_memory, tokens_at_once
+from src.trainer.averages import Method
 from src.trainer.budget import Budget, adapter_bytes, model_budget, training_budget
 from src.trainer.fit import rows_per_step
 from src.trainer.inputs import DistillationInputs, PreferenceInputs, SolverInputs, VerifierInputs
@@ -212,7 +213,7 @@ def ppo_plan(settings: PPOTrainSettings) -> None:
     actor = _config(roles, roles.actor_ckpt_dir, opened).with_head("lm")
     budgets = _role_budgets(settings, actor, inputs, ranks, dtype)
     lines = _bytes_lines(actor, ranks, dtype, budgets)
-    trained = [name for name, budget in budgets.items() if budget.optimizer]
+    trained = [name for name, budget in budgets.items() if budget.gradients]
     held = max(
         sum(budgets[name].total for name in names)
         for names in together_on_device(list(budgets), trained, settings)
@@ -274,6 +275,7 @@ def _trained(
         settings.optimizer.freeze_layers,
         settings.run.zero,
         cut_in_stages(config, ranks.pp_size, ranks.stages_per_rank),
+        Method.of(settings.optimizer, settings.run),
     )
 
 
@@ -318,7 +320,7 @@ def _role_budgets(
         value = _trained(settings, critic, copies, dtype, lora)
         shared = model_budget(critic, n, dtype, quantize).weights - critic.dim * dtype.itemsize
         weights = value.weights - (shared if trunk else 0)
-        budgets["value"] = Budget(weights, value.gradients, value.optimizer)
+        budgets["value"] = replace(value, weights=weights)
     if "verifier" in settings.rewards.names:
         n = roles.reward_model_parallel_size or ranks.mp_size
         reward = model_budget(verifier, n, dtype, quantize)
@@ -344,10 +346,13 @@ def _bytes_lines(
         (f"  {name}", *(f"{x:,}" for x in (b.weights, b.gradients, b.optimizer, b.total)))
         for name, b in budgets.items()
     ]
+    if any(b.host for b in budgets.values()):  # of the optimizer
+        in_host = ("in host memory", *(f"{b.host:,}" for b in budgets.values()))
+        rows = [(*row, host) for row, host in zip(rows, in_host)]
     if len(budgets) > 1:
         total = sum(b.total for b in budgets.values())
-        rows += [("  all roles", "", "", "", f"{total:,}")]
-    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        rows += [("  all roles", "", "", "", f"{total:,}", *[""] * (len(rows[0]) - 5))]
+    widths = [max(map(len, column)) for column in zip(*rows)]
     table = [
         "  ".join(
             cell.ljust(w) if i == 0 else cell.rjust(w)

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from src.models.layout import TensorSpec, tensor_table
-from src.models.lora import merged, merged_parts
+from src.models.lora import lora_layers, lora_table, merged, merged_parts
 from src.models.places import Layout, pieces_of, within
 from src.models.quantize import dense
 from src.models.transformer import Transformer
@@ -26,6 +26,20 @@ def layout_of(model: Transformer, parallel: Parallel, name: str = "") -> Layout:
 def is_spread(model: Transformer) -> bool:
     """Whether a model's weights lie otherwise than by tensor parallelism alone."""
     return bool(model.shard_stage) or model.stages.count > 1
+
+
+def specs_of(model: Transformer) -> dict[str, TensorSpec]:
+    """How each trained parameter is cut, by its name in the model."""
+    layers = lora_layers(model)
+    table = {
+        **tensor_table(model.config),
+        **(lora_table(model.config, layers[0][1].config) if layers else {}),
+    }
+    return {
+        name: table[name.replace(".base.", ".")]
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
 
 
 def exchanged(

@@ -18,6 +18,8 @@ Box = tuple[tuple[int, int], ...]  # [start, stop) along each axis of the whole 
 class Layout:
     """A tensor of a model on dp · pp · tp ranks, in this order: neighbours are tensor-parallel.
 
+    first: the number of the first of them.
+
     sharded: data-parallel ranks hold the rows of a tensor-parallel part among them, as
     `fully_shard` deals them out (ZeRO 3), and not the same each. holders: the ranks of a pipeline
     (of `pp`) that have the tensor. Ranks beyond these hold nothing.
@@ -28,6 +30,7 @@ class Layout:
     sharded: bool = False
     pp: int = 1
     holders: tuple[int, ...] = (0,)
+    first: int = 0
 
     def held_by(self, holders: Iterable[int]) -> "Layout":
         """The same for a tensor of other ranks of the pipeline."""
@@ -45,8 +48,8 @@ class Layout:
 
     def _rows(self, rows: int, rank: int) -> tuple[int, int]:
         """[first, last) of a tensor-parallel part's rows."""
-        dp_rank, rest = divmod(rank, self.pp * self.tp)
-        if dp_rank >= self.dp or rest // self.tp not in self.holders:
+        dp_rank, rest = divmod(rank - self.first, self.pp * self.tp)
+        if not 0 <= dp_rank < self.dp or rest // self.tp not in self.holders:
             return 0, 0
         if not self.sharded:
             return 0, rows
@@ -58,14 +61,18 @@ class Layout:
 
         near: a rank, whose own copy of the model it is, where there are several.
         """
-        replica, rest = divmod(near, self.pp * self.tp)
+        replica, rest = divmod(max(near - self.first, 0), self.pp * self.tp)
         replicas = range(self.dp) if self.sharded else [min(replica, self.dp - 1)]
         stage = rest // self.tp
         stage = stage if stage in self.holders else self.holders[0]
         tp_ranks = [0] if spec.dim is None else [rank for rank, *_ in spec.owners(self.tp)]
         if spec.dim is None and not self.sharded:
-            tp_ranks = [near % self.tp]
-        ranks = [(dp * self.pp + stage) * self.tp + rank for dp in replicas for rank in tp_ranks]
+            tp_ranks = [rest % self.tp]
+        ranks = [
+            self.first + (dp * self.pp + stage) * self.tp + rank
+            for dp in replicas
+            for rank in tp_ranks
+        ]
         return [(rank, box) for rank in ranks if not is_empty(box := self.box(spec, rank))]
 
 
@@ -73,7 +80,7 @@ class Layout:
 def _box(layout: Layout, spec: TensorSpec, rank: int) -> Box:
     box = [(0, size) for size in spec.shape]
     if spec.dim is not None:
-        box[spec.dim] = spec.local_range(rank % layout.tp, layout.tp)
+        box[spec.dim] = spec.local_range((rank - layout.first) % layout.tp, layout.tp)
     # Of the local rows, this rank's, as far as they are no padding.
     first, last = layout._rows(spec.local_shape(layout.tp)[0], rank)
     start, stop = box[0]

@@ -23,7 +23,7 @@ KINDS = ("nf4", "int8")
 
 
 @functools.cache
-def _library():
+def library():
     """bitsandbytes' operators.
 
     But for this its import takes 6 s, to compile what nothing here calls, and warns of an optional
@@ -78,9 +78,9 @@ class Quantized(Tensor):
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         if self.kind == "nf4":
             padded = (*self.codes.shape[:-1], self.codes.shape[-1] * 2)
-            whole = _library().dequantize_4bit(self.codes, self.scales, BLOCK, "nf4", padded, dtype)
+            whole = library().dequantize_4bit(self.codes, self.scales, BLOCK, "nf4", padded, dtype)
         else:
-            whole = _library().dequantize_blockwise(
+            whole = library().dequantize_blockwise(
                 self.codes, self.scales, _levels(self.codes.device), BLOCK, dtype
             )
         return whole[..., : self.shape[-1]]
@@ -167,9 +167,9 @@ def quantized(weight: Tensor, kind: str) -> nn.Parameter:
     rows, in_features = weight.shape[:-1], weight.shape[-1]
     padded = F.pad(weight, (0, -in_features % BLOCK)).contiguous()
     if kind == "nf4":
-        codes, scales = _library().quantize_4bit(padded, BLOCK, "nf4", torch.uint8)
+        codes, scales = library().quantize_4bit(padded, BLOCK, "nf4", torch.uint8)
     else:
-        codes, scales = _library().quantize_blockwise(padded, _levels(weight.device), BLOCK)
+        codes, scales = library().quantize_blockwise(padded, _levels(weight.device), BLOCK)
     inner = Quantized(
         codes.view(*rows, -1), scales.view(*rows, -1), kind, in_features, weight.dtype
     )

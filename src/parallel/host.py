@@ -5,6 +5,7 @@ the same code runs on plain memory.
 """
 
 import mmap
+from collections import deque
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -42,6 +43,84 @@ class HostBuffer:
     def __del__(self) -> None:
         if getattr(self, "locked", False):
             torch.cuda.cudart().cudaHostUnregister(self.memory.data_ptr())
+
+
+def host_tensors(
+    forms: dict[str, tuple[tuple[int, ...], torch.dtype]], device: torch.device
+) -> tuple[dict[str, Tensor], HostBuffer]:
+    """(zeros by name, of a shape and dtype each; their memory, to be kept as long as they are)."""
+    sizes = [torch.Size(shape).numel() * dtype.itemsize for shape, dtype in forms.values()]
+    buffer = HostBuffer(sizes, device)
+    tensors = {
+        name: place[:size].view(dtype).view(shape)
+        for (name, (shape, dtype)), size, place in zip(forms.items(), sizes, buffer.places)
+    }
+    return tensors, buffer
+
+
+class Ferry:
+    """Copies of parts of what rests in host memory to where it is worked on, and back.
+
+    To the device, or of gradients to the host. They go on streams of their own, beside what is
+    computed; few parts are under way at a time. On the CPU they are plain copies.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        on_gpu = device.type == "cuda"
+        self.coming = torch.cuda.Stream(device) if on_gpu else None
+        self.leaving = torch.cuda.Stream(device) if on_gpu else None
+        self.under_way: deque[torch.cuda.Event] = deque()  # on the way back
+
+    def bring(
+        self, tensors: Iterable[Tensor], to: torch.device
+    ) -> tuple[list[Tensor], torch.cuda.Event | None]:
+        """Begin to copy, after what was computed so far: (copies, which are for `arrived`)."""
+        if self.coming is None:
+            return [x.clone() for x in tensors], None
+        main = torch.cuda.current_stream(self.device)
+        self.coming.wait_stream(main)
+        with torch.cuda.stream(self.coming):
+            here = []
+            for x in tensors:
+                copy = torch.empty_like(x, device=to, pin_memory=to.type == "cpu")
+                copy.copy_(x, non_blocking=True)
+                (copy if copy.is_cuda else x).record_stream(main if copy.is_cuda else self.coming)
+                here.append(copy)
+            return here, self.coming.record_event()
+
+    def arrived(self, event: torch.cuda.Event | None, to: torch.device) -> None:
+        """What is computed from here on may use what was brought."""
+        if event is not None and to.type == "cpu":
+            event.synchronize()
+        elif event is not None:
+            torch.cuda.current_stream(self.device).wait_event(event)
+
+    def send(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Begin to copy each second one to the first, after what was computed so far.
+
+        Waits for what was sent before the last time: memory would fill with parts else.
+        """
+        if self.leaving is None:
+            for place, x in pairs:
+                place.copy_(x)
+            return
+        self.leaving.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.leaving):
+            for place, x in pairs:
+                if x.is_cuda:
+                    x.record_stream(self.leaving)
+                elif x.dtype != place.dtype:  # rounded here, into memory that is copied from beside
+                    x = torch.empty_like(x, dtype=place.dtype, pin_memory=True).copy_(x)
+                place.copy_(x, non_blocking=True)
+            self.under_way.append(self.leaving.record_event())
+        if len(self.under_way) > 1:
+            self.under_way.popleft().synchronize()
+
+    def finish(self) -> None:
+        """Wait until all is where it belongs."""
+        while self.under_way:
+            self.under_way.popleft().synchronize()
 
 
 class HostCopies:

@@ -197,7 +197,7 @@ def load_roles(
 
     def trained(name: str, model: Transformer, division: Parallel) -> Role:
         prepare(model, settings.optimizer, run, division)
-        optimizer = Optimizer.of(settings.optimizer, model, division, run.zero, eps=ADAM_EPSILON)
+        optimizer = Optimizer.of(settings.optimizer, model, division, run, eps=ADAM_EPSILON)
         return stage.add(Role(name, model, division, optimizer))
 
     def frozen(name: str, model: Transformer, division: Parallel) -> Role:

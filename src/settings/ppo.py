@@ -28,6 +28,7 @@ from src.settings.training import (
     PolicyEvaluationSettings,
     SavingSettings,
     idle_fp8,
+    not_on_cpu,
     unshareable,
 )
 
@@ -449,6 +450,7 @@ class PPOTrainSettings(PPOSettings):
         yield from self.saving.unchangeable(type(self))
         yield from idle_fp8(self.run, self.lora)
         yield from unshareable(self.run, self.lora)
+        yield from not_on_cpu(self.run, self.optimizer)
         roles, names = self.roles, self.rewards.names
         is_plan = self.dry_run.dry_run  # which may lack files
         if "verifier" in names and roles.reward_model_ckpt_dir is None and not is_plan:

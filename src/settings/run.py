@@ -55,6 +55,19 @@ class TrainingRunSettings(RunSettings):
         "keep each rank's share of weights, gradients and optimizer in host memory, and update it "
         "there; blocks come to the device when they are computed. With --zero 3",
     ] = False
+    offload_optimizer: Annotated[
+        bool,
+        MAY_CHANGE,
+        "keep the optimizer's averages, and half precision's fp32 masters, in host memory; they "
+        "pass over the device in parts while a step is taken",
+    ] = False
+    cpu_adam: Annotated[
+        bool,
+        MAY_CHANGE,
+        "with --offload_optimizer: update the weights on the CPU, where the state is; gradients go "
+        "there and new weights come back. For where that is quicker than the state's way to the "
+        "device and back",
+    ] = False
     checkpoint_activations: Annotated[
         Literal["none", "selective", "full"],
         MAY_CHANGE,
@@ -84,6 +97,17 @@ class TrainingRunSettings(RunSettings):
         yield from super().problems()
         if self.offload_params and self.zero != 3:
             yield f"--offload_params: is for --zero 3, and it is {self.zero}"
+        for name in ("offload_optimizer", "cpu_adam"):
+            if self.offload_params and getattr(self, name):
+                yield (
+                    f"--{name}: has no effect with --offload_params, which keeps the optimizer's "
+                    "state in host memory and updates weights there already; give one of the two"
+                )
+        if self.cpu_adam and not (self.offload_optimizer or self.offload_params):
+            yield (
+                "--cpu_adam: updates weights where the optimizer's state is in host memory; give "
+                "--offload_optimizer too"
+            )
         if self.fp8 and self.dtype not in (None, "bf16"):
             yield f"--fp8: is for --dtype bf16, and it is {self.dtype}"
         if self.fp8 and self.deterministic:

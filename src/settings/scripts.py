@@ -36,6 +36,7 @@ from src.settings.training import (
     Rule,
     TaskEvaluationSettings,
     idle_fp8,
+    not_on_cpu,
     unshareable,
 )
 
@@ -64,6 +65,7 @@ class TrainSettings(Settings):
         yield from self.saving.unchangeable(type(self))
         yield from idle_fp8(self.run, self.lora)
         yield from unshareable(self.run, self.lora)
+        yield from not_on_cpu(self.run, self.optimizer)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,13 @@ Quantize = Annotated[
 class OptimizerSettings(Settings):
     """The optimizer and its schedule."""
 
+    optimizer: Annotated[
+        Literal["adamw", "adamw8bit", "muon"],
+        FIXED,
+        "adamw; adamw8bit, which keeps its two averages in 8 bits each; or muon, which makes the "
+        "updates of matrices orthogonal (adapters' too) and keeps one average of them, beside "
+        "AdamW for embedding, output, routers, norms and biases",
+    ] = "adamw"
     lr: Annotated[float, Above(0), "the highest learning rate (of PPO's policy)"] = 1e-5
     epochs: Annotated[int, AtLeast(1), "passes over the train file"] = 1
     warmup: Annotated[
@@ -120,6 +127,15 @@ def idle_fp8(run: TrainingRunSettings, lora: LoRASettings) -> Iterator[str]:
         yield (
             f"--fp8: has no effect with --quantize {lora.quantize}, whose layers compute in bf16; "
             "give one of the two"
+        )
+
+
+def not_on_cpu(run: TrainingRunSettings, optimizer: OptimizerSettings) -> Iterator[str]:
+    """What is wrong with an update on the CPU."""
+    if run.cpu_adam and optimizer.optimizer == "muon":
+        yield (
+            "--cpu_adam: does not go with --optimizer muon, whose products of matrices are the "
+            "device's; give --offload_optimizer alone, or --optimizer adamw"
         )
 
 

@@ -22,6 +22,7 @@ from src.parallel.setup import Parallel
 from src.parallel.sharding import own
 from src.parallel.vocab import LOGITS_AT_ONCE_CUDA
 from src.settings.model import PackedBatchSettings
+from src.trainer.averages import PASSING
 from src.trainer.optimizer import Optimizer
 
 FP32 = 4
@@ -145,7 +146,8 @@ def held_bytes(models: Iterable[nn.Module], optimizers: Iterable[Optimizer]) -> 
     held += sum(gathered_bytes(model) for model in models if isinstance(model, Transformer))
     for optimizer in optimizers:
         held += sum(FP32 * own(p).numel() for p in optimizer.parameters)
-        held += sum((2 + (kept is not p)) * FP32 * kept.numel() for p, kept in optimizer.kept())
+        state = optimizer.state_bytes()
+        held += min(state, PASSING) if optimizer.method.offload else state
     return held
 
 

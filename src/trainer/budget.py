@@ -14,8 +14,9 @@ from src.models.layout import TensorSpec, tensor_table
 from src.models.lora import TARGETS, LoRAConfig, lora_table
 from src.models.places import Layout
 from src.models.stages import Stages
+from src.trainer.averages import PASSING, PLAIN, Method, bytes_of_form, form_of, is_for_muon
 
-FP32 = 4  # bytes of a gradient, of each of Adam's averages, and of a master weight
+FP32 = 4  # bytes of a gradient, and of a master weight
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,12 @@ class Budget:
     weights: int
     gradients: int = 0
     optimizer: int = 0
+    host: int = 0  # of the optimizer's state in host memory
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer
+        """On the device, with what of the state in host memory passes over it at a time."""
+        return self.weights + self.gradients + self.optimizer + min(self.host, PASSING)
 
 
 def model_budget(
@@ -51,15 +54,16 @@ def training_budget(
     freeze_layers: int = 0,
     zero: int = 1,
     stages: Stages | None = None,
+    method: Method = PLAIN,
 ) -> Budget:
     """A model in training at `n` model-parallel and `dp_size` data-parallel ranks.
 
     lora: the adapter that is trained in place of the weights; stages: of a pipeline, whose fullest
-    rank counts.
+    rank counts; method: of the optimizer.
     """
     stages = stages or Stages()
     adapter = {} if lora is None else lora_table(config, lora)
-    how = lora is not None, n, dp_size, dtype, quantize, freeze_layers, zero
+    how = lora is not None, n, dp_size, dtype, quantize, freeze_layers, zero, method
     tied = config.tie_word_embeddings
 
     def held(table: dict[str, TensorSpec], rank: int) -> dict[str, TensorSpec]:
@@ -82,6 +86,7 @@ def _rank_budget(
     quantize: str | None,
     freeze_layers: int,
     zero: int,
+    method: Method,
 ) -> Budget:
     """`training_budget` of a rank with these tensors, of the model and of its adapter."""
     weights = sum(_weight_bytes(name, spec, n, dtype, quantize) for name, spec in table.items())
@@ -94,21 +99,34 @@ def _rank_budget(
     frozen = {"tok_embeddings"} | {f"layers.{i}" for i in range(freeze_layers)}
     if freeze_layers:
         trained = {name: spec for name, spec in trained.items() if not _is_in(name, frozen)}
-    masters = 0 if dtype == torch.float32 else FP32
-    per_number = 2 * FP32 + masters  # both averages, and the master
-    if zero >= 2 and dp_size > 1:
+    shares_weights = zero >= 2 and dp_size > 1
+    # Weights that are in fp32 anyway are their own masters, but for an update elsewhere.
+    is_own_master = (dtype == torch.float32 or shares_weights) and not method.on_cpu
+    layout = Layout(n, dp_size, sharded=shares_weights)
+
+    def state(name: str, spec: TensorSpec) -> _State:
+        """Both averages, or what the method has, the master, and a counter of steps."""
+        group = 2 if len(spec.shape) == 1 else 1
+        kind = method.kind
+        if kind == "muon":
+            group, kind = (0, kind) if is_for_muon(name, len(spec.shape)) else (group, "adamw")
+        shape = layout.local_shape(spec, 0)  # the first rank has no fewer rows than others
+        numbers, whole = torch.Size(shape).numel(), torch.Size(spec.shape).numel()
+        averages = bytes_of_form(form_of(kind, shape, whole))
+        return _State(numbers, group, averages + (0 if is_own_master else FP32 * numbers) + FP32)
+
+    states = [state(name, spec) for name, spec in trained.items()]
+    gradients = FP32 * sum(each.numbers for each in states)
+    if shares_weights:
         # Each rank keeps its rows, in fp32 what is trained but for --freeze_layers, as FSDP has it.
-        layout = Layout(n, dp_size, sharded=True)
         rows = {name: _numel_of(layout, spec) for name, spec in {**table, **at_first}.items()}
-        exact, learned = (sum(rows[name] for name in part) for part in (at_first, trained))
+        exact = sum(rows[name] for name in at_first)
         weights = FP32 * exact + dtype.itemsize * (sum(rows.values()) - exact)
-        optimizer = 2 * FP32 * learned + FP32 * len(trained)
-        return Budget(weights, FP32 * learned, optimizer)
-    sizes = [(_numel(spec, n), len(spec.shape)) for spec in trained.values()]
-    gradients = FP32 * sum(size for size, _ in sizes)
-    shares = _zero_shares(sizes, dp_size) if zero and dp_size > 1 else [sizes]
-    # Each parameter has a step counter, too.
-    optimizer = max(sum(per_number * size + FP32 for size, _ in share) for share in shares)
+    divides = zero and dp_size > 1 and not shares_weights
+    shares = _zero_shares(states, dp_size) if divides else [states]
+    optimizer = max(sum(each.size for each in share) for share in shares)
+    if method.offload:
+        return Budget(weights, gradients, 0, optimizer)
     return Budget(weights, gradients, optimizer)
 
 
@@ -142,15 +160,21 @@ def _is_in(name: str, parts: set[str]) -> bool:
     return any(name.startswith(f"{part}.") for part in parts)
 
 
-def _zero_shares(sizes: list[tuple[int, int]], dp_size: int) -> list[list[tuple[int, int]]]:
-    """Whole parameters, matrices before vectors, the largest first, each to the emptiest rank."""
-    shares: list[list[tuple[int, int]]] = [[] for _ in range(dp_size)]
+@dataclass(frozen=True)
+class _State:
+    """Of a parameter: how many numbers it has, its group in the optimizer, its state's bytes."""
+
+    numbers: int
+    group: int
+    size: int
+
+
+def _zero_shares(states: list[_State], dp_size: int) -> list[list[_State]]:
+    """Whole parameters, group after group, the largest first, each to the emptiest rank."""
+    shares: list[list[_State]] = [[] for _ in range(dp_size)]
     filled = [0] * dp_size
-    matrices = [size for size in sizes if size[1] > 1]
-    vectors = [size for size in sizes if size[1] == 1]
-    for group in (matrices, vectors):
-        for size in sorted(group, key=lambda size: -size[0]):
-            rank = filled.index(min(filled))
-            shares[rank].append(size)
-            filled[rank] += size[0]
+    for each in sorted(states, key=lambda each: (each.group, -each.numbers)):
+        rank = filled.index(min(filled))
+        shares[rank].append(each)
+        filled[rank] += each.numbers
     return shares

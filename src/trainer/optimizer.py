@@ -1,7 +1,8 @@
-"""AdamW on fp32 master weights, with a gradient norm that is right under tensor parallelism."""
+"""An optimizer's step, with a gradient norm that is right under tensor parallelism."""
 
 import math
 import operator
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,13 +11,18 @@ from torch import Tensor
 
 from src.errors import UserError
 from src.models.attention import Packed
+from src.models.exchange import layout_of, specs_of
+from src.models.places import Layout
 from src.models.transformer import Transformer
 from src.parallel.gradients import GradientBuckets
 from src.parallel.layers import copies_of
 from src.parallel.setup import Parallel
 from src.parallel.sharding import let_go, let_go_after_backward, own
 from src.parallel.shared_memory import all_reduce
+from src.settings.run import TrainingRunSettings
 from src.settings.training import OptimizerSettings
+from src.trainer.adam import MasterAdamW, Places
+from src.trainer.averages import PLAIN, Method, bytes_of_form, is_for_muon
 
 GOOD_STEPS_TO_DOUBLE = 1000  # of the fp16 loss scale
 
@@ -41,35 +47,18 @@ def lr_at(step: int, total: int, lr: float, warmup: float, schedule: str) -> flo
     )
 
 
-class MasterAdamW(torch.optim.AdamW):
-    """PyTorch's fused AdamW on fp32 masters of half-precision parameters.
-
-    The masters are updated and then rounded.
-    """
-
-    def __init__(self, params: list[dict], **options) -> None:
-        groups = [{**group, "params": [_master(p) for p in group["params"]]} for group in params]
-        # The fused step divides the gradients by this.
-        self.grad_scale: Tensor | None = None
-        super().__init__(groups, fused=True, **options)
-        parameters = [p for group in params for p in group["params"]]
-        masters = [m for group in groups for m in group["params"]]
-        self.rounded = [(p, m) for p, m in zip(parameters, masters) if m is not p]
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # nothing returned
-        for parameter, master in self.rounded:
-            master.grad = parameter.grad
-        super().step(closure)
-        if self.rounded:
-            parameters, masters = map(list, zip(*self.rounded))
-            torch._foreach_copy_(parameters, masters)  # few kernels for all of them
-            for master in masters:
-                master.grad = None
+def places_of(model: Transformer, parallel: Parallel) -> Places:
+    """How what is trained of a model lies on its ranks."""
+    layout = layout_of(model, parallel)
+    if not layout.sharded:
+        layout = Layout(layout.tp)
+    specs, weights = specs_of(model), dict(model.named_parameters())
+    return Places(parallel, {own(weights[name]): spec for name, spec in specs.items()}, layout)
 
 
-def _master(parameter: Tensor) -> Tensor:
-    return parameter if parameter.dtype == torch.float32 else parameter.detach().float()
+def has_master(parameter: Tensor, kept: Tensor) -> bool:
+    """Whether a weight's fp32 master holds more than the weight, of which it may be a copy."""
+    return kept.dtype != parameter.dtype
 
 
 def sums_of_squares(tensors: list[Tensor], by_rows: bool) -> Tensor:
@@ -114,7 +103,9 @@ class Optimizer:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         zero: int = 1,
+        method: Method = PLAIN,
     ) -> None:
+        self.method = method
         self.parallel, self.max_grad_norm = parallel, max_grad_norm
         self.model, self.shares_weights = model, model.shard_stage >= 2
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -124,7 +115,10 @@ class Optimizer:
         # Ranks that hold the same values of each.
         self.copies = torch.tensor([copies_of(p) for p in self.parameters], device=parallel.device)
         # Where weights are between steps: shared ones may be in host memory.
-        self.rests_on = own(self.parameters[0]).device if self.parameters else parallel.device
+        rests_on = own(self.parameters[0]).device if self.parameters else parallel.device
+        self.works_on = torch.device("cpu") if method.on_cpu else rests_on
+        # Whether masters and averages are in host memory between steps.
+        self.rests_in_host = method.offload or rests_on.type != parallel.device.type
         self.buckets = None  # with shared weights, FSDP sums the gradients
         if parallel.dp_size > 1 and not self.shares_weights:
             self.buckets = GradientBuckets(self.parameters, parallel)
@@ -133,11 +127,23 @@ class Optimizer:
         # Weight decay is for matrices: a norm's weights are no slopes.
         matrices = [p for p in self.parameters if p.dim() > 1]
         vectors = [p for p in self.parameters if p.dim() == 1]
+        adam = "adamw" if method.kind == "muon" else method.kind
+        of_muon: set[Tensor] = set()
+        if method.kind == "muon":
+            named = model.named_parameters()
+            of_muon = {p for name, p in named if p.requires_grad and is_for_muon(name, p.dim())}
         groups: list[dict[str, Any]] = [
-            {"params": [own(p) for p in parameters], "weight_decay": decay}
-            for parameters, decay in ((matrices, weight_decay), (vectors, 0.0))
+            {"params": [own(p) for p in parameters], "weight_decay": decay, "kind": kind}
+            for parameters, decay, kind in (
+                ([p for p in matrices if p in of_muon], weight_decay, "muon"),
+                ([p for p in matrices if p not in of_muon], weight_decay, adam),
+                (vectors, 0.0, adam),
+            )
             if parameters
         ]
+        make: Any = MasterAdamW
+        if method != PLAIN:
+            make = partial(MasterAdamW, method=method, places=places_of(model, parallel))
         self.adam: torch.optim.Optimizer
         self.local: MasterAdamW  # of the parameters whose state this rank keeps
         if zero and parallel.dp_size > 1 and not self.shares_weights:
@@ -145,11 +151,11 @@ class Optimizer:
             from torch.distributed.optim import ZeroRedundancyOptimizer
 
             self.adam = ZeroRedundancyOptimizer(
-                groups, MasterAdamW, process_group=parallel.dp_group, betas=betas, eps=eps, lr=0.0
+                groups, make, process_group=parallel.dp_group, betas=betas, eps=eps, lr=0.0
             )
             self.local = self.adam.optim
         else:
-            self.adam = self.local = MasterAdamW(groups, betas=betas, eps=eps)
+            self.adam = self.local = make(groups, betas=betas, eps=eps)
         # fp16 gradients under 6e-8 vanish: the loss is scaled up, and the gradients down again.
         self.fp16 = bool(self.parameters) and model.dtype == torch.float16
         self.loss_scale = 2.0**16 if self.fp16 else 1.0
@@ -161,12 +167,14 @@ class Optimizer:
         settings: OptimizerSettings,
         model: Transformer,
         parallel: Parallel,
-        zero: int,
+        run: TrainingRunSettings,
         eps: float = 1e-8,
     ) -> "Optimizer":
         """By a script's settings."""
         decay, norm = settings.weight_decay, settings.max_grad_norm
-        return cls(model, parallel, decay, norm, (settings.beta1, settings.beta2), eps, zero)
+        betas = settings.beta1, settings.beta2
+        method = Method.of(settings, run)
+        return cls(model, parallel, decay, norm, betas, eps, run.zero, method)
 
     def backward(self, loss: Tensor, last: bool = False) -> None:
         """Add one micro-batch's gradient; with `last` ranks begin to sum while it is computed."""
@@ -207,12 +215,7 @@ class Optimizer:
 
     def kept(self) -> list[tuple[Tensor, Tensor]]:
         """(what this rank keeps of a weight, its fp32 master or itself), where it has the state."""
-        parameters = {master: parameter for parameter, master in self.local.rounded}
-        return [
-            (parameters.get(kept, kept), kept)
-            for group in self.local.param_groups
-            for kept in group["params"]
-        ]
+        return [(self.local.parameter_of[kept], kept) for kept, _ in self.local.forms()]
 
     def state_tensors(self) -> list[Tensor]:
         """What this rank keeps from step to step: Adam's averages, and half precision's masters."""
@@ -223,6 +226,11 @@ class Optimizer:
             if isinstance(x, Tensor)
         ]
         return averages + [master for _, master in self.local.rounded]
+
+    def state_bytes(self) -> int:
+        """What this rank saves of it: the same but for the counters; also before the first step."""
+        averages = sum(bytes_of_form(form) for _, form in self.local.forms())
+        return averages + sum(kept.nbytes for p, kept in self.kept() if has_master(p, kept))
 
     @torch.no_grad()
     def step(self, lr: float) -> dict[str, float]:
@@ -247,7 +255,7 @@ class Optimizer:
             # The fused step divides the gradients by this, so that clipping takes no pass of its
             # own.
             self.local.grad_scale = (
-                None if factor == 1.0 else torch.tensor(1 / factor, device=self.rests_on)
+                None if factor == 1.0 else torch.tensor(1 / factor, device=self.works_on)
             )
             for group in self.adam.param_groups:
                 group["lr"] = lr

@@ -1,5 +1,6 @@
 """A model in training and its optimizer as named tensors, and back at any degree, exactly."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,29 +10,15 @@ from torch import Tensor
 
 from src.checkpoint.steps import file_of
 from src.errors import UserError
-from src.models.exchange import layout_of
-from src.models.layout import TensorSpec, tensor_table
-from src.models.lora import lora_layers, lora_table
+from src.models.exchange import layout_of, specs_of
+from src.models.layout import TensorSpec
 from src.models.places import Layout, pieces_of, within
 from src.models.transformer import Transformer
 from src.parallel.sharding import let_go, own
-from src.trainer.optimizer import Optimizer
+from src.trainer.averages import ABSMAX, MEAN, SQUARE, STEP, dequantized, write
+from src.trainer.optimizer import Optimizer, has_master
 
-WEIGHT, MASTER, MEAN, SQUARE = "weight", "master", "exp_avg", "exp_avg_sq"
-
-
-def specs_of(model: Transformer) -> dict[str, TensorSpec]:
-    """How each trained parameter is cut, by its name in the model."""
-    layers = lora_layers(model)
-    table = {
-        **tensor_table(model.config),
-        **(lora_table(model.config, layers[0][1].config) if layers else {}),
-    }
-    return {
-        name: table[name.replace(".base.", ".")]
-        for name, p in model.named_parameters()
-        if p.requires_grad
-    }
+WEIGHT, MASTER = "weight", "master"
 
 
 def tensors_of(model: Transformer, optimizer: Optimizer) -> dict[str, Tensor]:
@@ -53,9 +40,9 @@ def tensors_of(model: Transformer, optimizer: Optimizer) -> dict[str, Tensor]:
         name, state = names[parameter], optimizer.local.state.get(kept, {})
         if not first:
             continue  # without ZeRO all data-parallel ranks hold the same
-        if kept is not parameter:
+        if has_master(parameter, kept):
             out[f"{MASTER}/{name}"] = kept
-        out |= {f"{kind}/{name}": state[kind] for kind in (MEAN, SQUARE) if kind in state}
+        out |= {f"{kind}/{name}": x for kind, x in state.items() if kind != STEP}
     return out
 
 
@@ -67,10 +54,7 @@ def bytes_of(model: Transformer, optimizer: Optimizer) -> int:
         weights = sum(own(p).nbytes for p in model.parameters() if p.requires_grad)
     if not (first or optimizer.sharded):
         return weights
-    fp32 = 4  # bytes of a number in the averages
-    return weights + sum(
-        2 * fp32 * kept.numel() + (kept is not p) * kept.nbytes for p, kept in optimizer.kept()
-    )
+    return weights + optimizer.state_bytes()
 
 
 def counters_of(optimizer: Optimizer) -> dict:
@@ -123,13 +107,12 @@ class SavedModel:
         part: Tensor | None = None
         for owner, owned, overlap in pieces_of(box, owners, own_box):
             rank_of_piece = near if owner is None else owner
-            saved_part = self.places[rank_of_piece][key].get_slice(key)
+            saved_part, saved_shape = self._source(key, rank_of_piece)
             shape = source.local_shape(spec, rank_of_piece)
-            if tuple(saved_part.get_shape()) != shape:
+            if tuple(saved_shape) != shape:
                 raise UserError(
-                    f"{self.folder}: {key} has shape {saved_part.get_shape()} on rank "
-                    f"{rank_of_piece}, and the model's {list(shape)}: it was saved by a run of "
-                    "another model"
+                    f"{self.folder}: {key} has shape {list(saved_shape)} on rank {rank_of_piece}, "
+                    f"and the model's {list(shape)}: it was saved by a run of another model"
                 )
             piece = saved_part[within(overlap, owned)]
             if part is None:
@@ -139,9 +122,37 @@ class SavedModel:
                 part = piece.new_zeros(shape)
             part[within(overlap, box)] = piece
         if part is None:  # padding alone, or no rows
-            some = next(places[key] for places in self.places if key in places).get_tensor(key)
-            part = some.new_zeros(layout.local_shape(spec, rank))
+            holder = next(rank for rank, places in enumerate(self.places) if key in places)
+            saved_part, _ = self._source(key, holder)
+            part = saved_part[:0].new_zeros(layout.local_shape(spec, rank))
         return part
+
+    def _source(self, key: str, rank: int) -> tuple[Any, Sequence[int]]:
+        """(what a rank has of it, to be sliced, its shape); of 8-bit codes what they stand for.
+
+        Codes are read whole: their scales are of numbers in a row, wherever rows end.
+        """
+        file, (kind, name) = self.places[rank][key], key.split("/", 1)
+        scales = f"{kind}{ABSMAX}/{name}"
+        if scales not in self.places[rank]:
+            part = file.get_slice(key)
+            return part, part.get_shape()
+        codes, absmax = file.get_tensor(key), self.places[rank][scales].get_tensor(scales)
+        whole = dequantized(codes, absmax, kind)
+        return whole, whole.shape
+
+    def codes(
+        self, kind: str, name: str, spec: TensorSpec, layout: Layout, rank: int
+    ) -> tuple[Tensor, Tensor] | None:
+        """An average's codes and scales as they are, where some rank had the very same part."""
+        key, scales = f"{kind}/{name}", f"{kind}{ABSMAX}/{name}"
+        wanted = layout.box(spec, rank), layout.local_shape(spec, rank)
+        for other, places in enumerate(self.places):
+            source = self.layout.held_by([other // self.layout.tp % self.layout.pp])
+            has = source.box(spec, other), source.local_shape(spec, other)
+            if scales in places and has == wanted:
+                return places[key].get_tensor(key), places[scales].get_tensor(scales)
+        return None
 
 
 def layout_facts(optimizer: Optimizer) -> dict[str, int]:
@@ -176,20 +187,30 @@ def restore(model: Transformer, optimizer: Optimizer, saved: SavedModel, counter
     if optimizer.shares_weights:
         let_go(model)
     names = {weight: name for name, weight in weights.items()}
+    forms = dict(optimizer.local.forms())
     for parameter, kept in optimizer.kept():
         name = names[parameter]
         if kept is not parameter:
             fill(kept, name, MASTER, WEIGHT)  # a run in fp32 has no masters: its weights are them
-        if counters["adam_step"]:
-            averages = {
-                kind: torch.empty_like(kept, dtype=torch.float32) for kind in (MEAN, SQUARE)
-            }
-            for kind, average in averages.items():
-                fill(average, name, kind)
-            step = torch.tensor(
-                float(counters["adam_step"]), dtype=torch.float32, device=kept.device
-            )
-            optimizer.local.state[kept] = {"step": step, **averages}
+        if not counters["adam_step"]:
+            continue
+        state = optimizer.local.state[kept] = optimizer.local.begin(kept, forms[kept])
+        state[STEP].fill_(counters["adam_step"])
+        if MEAN + ABSMAX in state:
+            spec = specs[name]
+            as_saved = {k: saved.codes(k, name, spec, layout, rank) for k in (MEAN, SQUARE)}
+            for kind, found in as_saved.items():
+                if found is not None:
+                    state[kind].copy_(found[0])
+                    state[kind + ABSMAX].copy_(found[1])
+            if None in as_saved.values():  # the cut is another: blocks are other numbers
+                averages = [torch.empty_like(kept, dtype=torch.float32) for _ in as_saved]
+                for average, kind in zip(averages, as_saved):
+                    fill(average, name, kind)
+                write(state, *averages)
+            continue
+        for kind in forms[kept]:
+            fill(state[kind], name, kind)
     if counters.get("fp16", optimizer.fp16) == optimizer.fp16:  # else the scale is of another dtype
         optimizer.loss_scale, optimizer.good_steps = counters["loss_scale"], counters["good_steps"]
     optimizer.skipped_in_a_row = counters["skipped_in_a_row"]

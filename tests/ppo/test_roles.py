@@ -8,8 +8,9 @@ from src.checkpoint.source import Checkpoint
 from src.models.lora import LoRAConfig
 from src.models.quantize import Quantized
 from src.ppo.roles import MovingReference, Role, Stage
+from src.trainer.averages import Method
 from src.trainer.optimizer import Optimizer
-from tests.ppo.worker import LR, VALUE_LR, digest, make_ppo, prompts
+from tests.ppo.worker import LR, VALUE_LR, digest, make_ppo, prompts, whole
 from tests.trainer.tiny import ours
 
 
@@ -125,6 +126,25 @@ def test_the_next_role_comes_back_while_there_is_room(folder, parallel, monkeypa
     assert here[0] == {"value"}, "nobody knows yet who comes next"
     assert here[1] == ({"value", "policy"} if spare else {"value"})
     assert digest(ppo) == digest(plain)
+
+
+@pytest.mark.parametrize("on_cpu", [False, True])
+def test_an_optimizer_s_state_in_host_memory_stays_there(folder, parallel, on_cpu):
+    """While its role comes and goes; and the weights are those of a plain run."""
+    method = Method(offload=True, on_cpu=on_cpu)
+    moving = make_ppo(folder, parallel, offload=True, update="in_turn", ppo_epochs=1, method=method)
+    plain = make_ppo(folder, parallel, update="in_turn", ppo_epochs=1)
+    for number in (0, 1):
+        for ppo in (moving, plain):
+            ppo.iteration(number, prompts(), LR, VALUE_LR)
+    role = moving.stage.roles["policy"]
+    with moving.stage.at_work():
+        assert all(x.untyped_storage().nbytes() == 0 for x in role.weights())
+        state = role.optimizer.state_tensors()
+        assert state and all(x.untyped_storage().nbytes() for x in state)
+    for name in ("policy", "value"):
+        weights = [whole(ppo, name) for ppo in (moving, plain)]
+        assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[1])
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])

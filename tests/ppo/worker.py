@@ -37,6 +37,7 @@ from src.ppo.roles import Role, Stage
 from src.ppo.trainer import PPO
 from src.settings.declaration import build
 from src.settings.ppo import PPOSettings
+from src.trainer.averages import PLAIN, Method
 from src.trainer.optimizer import Optimizer
 from tests.trainer.tiny import ours, some_sequences, whole_weights
 
@@ -78,6 +79,7 @@ class Run:
     value_mp: int | None = None
     zero: int = 1
     sequence_parallel: bool = False
+    method: Method = PLAIN
     state: tuple[dict, dict] = ({}, {})
     worth: tuple[tuple[float, ...], ...] = ()
 
@@ -151,6 +153,9 @@ RUNS = {
     ),
     "sequence parallel": Run(ONCE | dict(max_batch_size=2), sequence_parallel=True),
     "zero 3, offloaded": Run(offload=True, zero=3),
+    "in turn, offloaded, updated on the CPU": Run(
+        dict(update="in_turn"), offload=True, method=Method(offload=True, on_cpu=True)
+    ),
     "twice": Run(ONCE, iterations=2),
     "twice, in turn, offloaded": Run(ONCE | dict(update="in_turn"), iterations=2, offload=True),
 }
@@ -215,6 +220,7 @@ def make_ppo(
     value_mp: int | None = None,
     zero: int = 1,
     sequence_parallel: bool = False,
+    method: Method = PLAIN,
     **flags,
 ) -> PPO:
     """The four roles, each another random model; two rewards.
@@ -236,7 +242,7 @@ def make_ppo(
                 name,
                 model,
                 division,
-                Optimizer(model, division, max_grad_norm=MAX_GRAD_NORM, eps=1e-5),
+                Optimizer(model, division, max_grad_norm=MAX_GRAD_NORM, eps=1e-5, method=method),
             )
         )
     for name, role in {"reference": "reference", "reward": "verifier"}.items():
@@ -496,6 +502,7 @@ def one_run(folder: Path, parallel: Parallel, run: Run, dump: str | None = None)
         value_mp=run.value_mp,
         zero=run.zero,
         sequence_parallel=run.sequence_parallel,
+        method=run.method,
         **run.settings,
     )
     ppo.rollouts.stop_ids = run.stops

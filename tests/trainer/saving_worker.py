@@ -24,6 +24,8 @@ from src.models.places import within
 from src.parallel.host import HostCopies
 from src.parallel.setup import Parallel, start, stop
 from src.parallel.sharding import fill
+from src.trainer import averages
+from src.trainer.averages import Method
 from src.trainer.optimizer import Optimizer
 from src.trainer.state import (
     SavedModel,
@@ -46,29 +48,37 @@ LAYOUTS = {
     "TP 2, ZeRO 3": (2, 3, 1),
     "PP 2, TP 2": (2, 1, 2),
 }
-KINDS = {
-    "full fp32": (torch.float32, False),
-    "full bf16": (torch.bfloat16, False),
-    "LoRA": (torch.float32, True),
+KINDS = {  # (dtype, adapted, method)
+    "full fp32": (torch.float32, False, Method()),
+    "full bf16": (torch.bfloat16, False, Method()),
+    "LoRA": (torch.float32, True, Method()),
+    "8 bits, updated on the CPU": (
+        torch.bfloat16,
+        False,
+        Method("adamw8bit", offload=True, on_cpu=True),
+    ),
+    "Muon, state in host memory": (torch.bfloat16, False, Method("muon", offload=True)),
 }
-
-
-ADAPTED = ("TP 4", "TP 2, ZeRO 3", "PP 2, TP 2")  # layouts that adapters are tried in
+CODES = "8 bits, updated on the CPU"
+# Layouts that kinds with less of their own are tried in.
+FEW = ("DP 4", "TP 4", "TP 2, ZeRO 3", "PP 2, TP 2")
 
 
 def pairs() -> Iterator[tuple[str, str, str]]:
     """(kind, layout, layout) of what is saved in the first and brought back in the second."""
-    for kind, (_, adapted) in KINDS.items():
-        layouts = ADAPTED if adapted else LAYOUTS
+    for kind in KINDS:
+        layouts = tuple(LAYOUTS) if kind.startswith("full") else FEW
+        layouts = layouts[2:] if kind.startswith("Muon") else layouts
         yield from ((kind, before, after) for before in layouts for after in layouts)
 
 
 def made(folder: Path, parallel: Parallel, kind: str, seed: int, zero: int = 1) -> tuple:
-    dtype, adapted = KINDS[kind]
+    dtype, adapted, method = KINDS[kind]
+    averages.SMALLEST = 1500  # numbers, of which these models have few more
     adapter = LoRAConfig(rank=3) if adapted else None
     model = ours(folder / "lm", parallel, dtype, seed=seed, lora=adapter, zero=zero)
     generator = torch.Generator().manual_seed(seed)
-    optimizer = Optimizer(model, parallel, weight_decay=0.1)
+    optimizer = Optimizer(model, parallel, weight_decay=0.1, method=method)
     specs = specs_of(model)
     names = {p: name for name, p in model.named_parameters()}
     for _ in range(2):
@@ -88,8 +98,27 @@ def copies(model, optimizer) -> dict[str, torch.Tensor]:
     return HostCopies(optimizer.parallel.device).of("model", tensors_of(model, optimizer))
 
 
+def decoded(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """With what 8-bit averages stand for, by bitsandbytes' own function, in their place."""
+    from bitsandbytes.functional import create_dynamic_map
+
+    out = {}
+    for key, x in tensors.items():
+        kind, name = key.split("/", 1)
+        scales = tensors.get(f"{kind}_absmax/{name}")
+        if scales is not None:
+            levels = create_dynamic_map(signed=kind == "exp_avg")[x.flatten().long()]
+            x = (levels * scales.repeat_interleave(256)[: x.numel()]).view(x.shape)
+        if not kind.endswith("_absmax"):
+            out[key] = x
+    return out
+
+
 def whole_state(model, optimizer) -> dict[str, torch.Tensor]:
-    """Weights, masters and averages of all ranks put together; padding cut off."""
+    """Weights, masters and averages of all ranks put together; padding cut off.
+
+    Padding that is not zero becomes a state of its own, which no other has.
+    """
     parallel, adapters = optimizer.parallel, lora_layers(model)
     table = tensor_table(model.config)
     table |= lora_table(model.config, adapters[0][1].config) if adapters else {}
@@ -97,14 +126,23 @@ def whole_state(model, optimizer) -> dict[str, torch.Tensor]:
     dist.all_gather_object(every, copies(model, optimizer))
     state: dict[str, torch.Tensor] = {}
     for rank, tensors in enumerate(every):
-        for key, part in tensors.items():
+        for key, part in decoded(tensors).items():
             name = key.split("/", 1)[1]
             spec = table[name.replace(".base.", ".")]
             layout = of_model.held_by([rank // parallel.mp_size % parallel.pp_size])
             whole = state.setdefault(key, torch.full(spec.shape, torch.nan, dtype=part.dtype))
             box = layout.box(spec, rank)
             whole[tuple(slice(*ends) for ends in box)] = part[within(box, box)]
+            padded = part.clone()
+            padded[within(box, box)] = 0
+            if padded.any():
+                state[f"padding of {key} on rank {rank}"] = padded
     return state
+
+
+def alike(a: torch.Tensor, b: torch.Tensor, exact: bool) -> bool:
+    """8-bit averages of other blocks are rounded once more: by a hundredth or so."""
+    return torch.equal(a, b) if exact else bool((a - b).norm() <= 0.02 * a.norm())
 
 
 def as_in_fp32(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -114,7 +152,7 @@ def as_in_fp32(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def main(folder: Path) -> None:
-    wrong = {}
+    wrong, kept = {}, {}
     for kind in KINDS:
         layouts = [name for of_kind, name, after in pairs() if of_kind == kind and name == after]
         for a in layouts:
@@ -122,9 +160,10 @@ def main(folder: Path) -> None:
             parallel = start(mp_size, timeout=120, pipeline_parallel_size=stages)
             model, optimizer = made(folder, parallel, kind, 1, zero)
             want = whole_state(model, optimizer)
+            tensors, counters = copies(model, optimizer), counters_of(optimizer)
+            kept[kind, a] = sorted({key.split("/")[0] for key in tensors})
             place = folder / f"steps {kind} {a}"
             steps = Steps(place, 2, parallel)
-            tensors, counters = copies(model, optimizer), counters_of(optimizer)
             foretold = [None] * parallel.world_size
             dist.all_gather_object(
                 foretold, bytes_of(model, optimizer) == sum(x.nbytes for x in tensors.values())
@@ -152,7 +191,10 @@ def main(folder: Path) -> None:
                 if zero != other_zero:
                     wanted, got = as_in_fp32(want), as_in_fp32(got)
                 differ = sorted(wanted.keys() ^ got.keys()) + [
-                    k for k in wanted.keys() & got.keys() if not torch.equal(wanted[k], got[k])
+                    k
+                    for k in wanted.keys() & got.keys()
+                    if not alike(wanted[k], got[k], exact="exp_avg" not in k or kind != CODES)
+                    or (a == b and not torch.equal(wanted[k], got[k]))
                 ]
                 wrong[kind, a, b] = (
                     differ
@@ -163,10 +205,7 @@ def main(folder: Path) -> None:
             if parallel.is_main:
                 shutil.rmtree(place)
     if dist.get_rank() == 0:
-        torch.save(
-            {"wrong": wrong, "tensors": {key: tuple(x.shape) for key, x in want.items()}},
-            folder / "saving.pt",
-        )
+        torch.save({"wrong": wrong, "kept": kept}, folder / "saving.pt")
     stop()
 
 

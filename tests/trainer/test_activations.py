@@ -10,6 +10,7 @@ from src.models.config import ModelConfig
 from src.models.lora import LoRAConfig
 from src.settings.model import PackedBatchSettings
 from src.trainer import activations as module
+from src.trainer import averages
 from src.trainer.activations import (
     Activations,
     activations,
@@ -18,6 +19,7 @@ from src.trainer.activations import (
     rounded_down,
     tokens_at_once,
 )
+from src.trainer.averages import Method
 from src.trainer.budget import training_budget
 from src.trainer.optimizer import Optimizer
 from tests.trainer.tiny import ours, save_llama
@@ -27,6 +29,12 @@ SEVEN = ModelConfig(4096, 32, 32, 32, 128, 11008, 32000)
 MIXTRAL = replace(SEVEN, n_kv_heads=8, hidden_dim=14336, n_experts=8, experts_per_token=2)
 H100 = 84_900_000_000  # bytes of an H100 80GB
 LORA = LoRAConfig(16)
+METHODS = [
+    Method("adamw8bit"),
+    Method("muon"),
+    Method("adamw", offload=True),
+    Method("adamw8bit", offload=True, on_cpu=True),
+]
 
 # docs/performance.md, 8 x 2048 tokens on an H100: GB at most; without the gradients, which are not
 # there yet when a step's first backward begins.
@@ -91,6 +99,26 @@ def test_settings_get_a_limit_on_a_gpu_alone(tmp_path, parallel, dtype):
     memory = (held + each.fixed + 1600 * each.per_token) / module.USABLE
     found = limited(batches, pair, held, parallel, memory=int(memory))
     assert found == replace(batches, max_tokens_per_batch=1536)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", METHODS)
+def test_what_other_optimizers_hold_is_counted(tmp_path, parallel, monkeypatch, dtype, method):
+    monkeypatch.setattr(averages, "SMALLEST", 1500)
+    model = ours(save_llama(tmp_path / "lm"), parallel, dtype)
+    optimizer = Optimizer(model, parallel, method=method)
+    budget = training_budget(model.config, 1, 1, dtype, method=method)
+    held = held_bytes([model], [optimizer])
+    counters = 4 * len(optimizer.parameters)
+    masters = sum(4 * p.numel() for p in optimizer.parameters)
+    # An update on the CPU has fp32 masters of its own there, which need not be saved.
+    unsaved = masters if method.on_cpu and dtype == torch.float32 else 0
+    assert held == budget.total - counters - unsaved
+    optimizer.idle_backward()
+    optimizer.step(1e-3)
+    kept = sum(x.nbytes for x in optimizer.state_tensors())
+    assert (budget.optimizer, budget.host) == ((0, kept) if method.offload else (kept, 0))
+    assert optimizer.state_bytes() == kept - counters - unsaved
 
 
 def test_the_log_and_the_dry_run_say_it(parallel, monkeypatch):

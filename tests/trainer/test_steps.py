@@ -5,6 +5,7 @@ That is transformers, PEFT, and torch's own AdamW and clipping.
 
 import json
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -33,29 +34,41 @@ def lr_of(step: int, total: int) -> float:
     return worker.LR * (1 + math.cos(math.pi * (step - warm) / (total - warm))) / 2
 
 
-def reference(model, loss_of, batches):
+def reference(model, loss_of, batches, with_muon=False):
     """Each step's (loss, gradient norm), and the weights after the first and the last.
 
-    PEFT's adapters are merged in.
+    PEFT's adapters are merged in. with_muon: for the blocks' matrices, torch's own.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    trained = [p for _, p in named]
+    of_muon = [p for name, p in named if with_muon and "layers." in name and p.dim() == 2]
+    others = [p for p in trained if all(p is not other for other in of_muon)]
     groups = [
-        {"params": [p for p in trained if p.dim() > 1], "weight_decay": worker.WEIGHT_DECAY},
-        {"params": [p for p in trained if p.dim() == 1], "weight_decay": 0.0},
+        {"params": [p for p in others if p.dim() > 1], "weight_decay": worker.WEIGHT_DECAY},
+        {"params": [p for p in others if p.dim() == 1], "weight_decay": 0.0},
     ]
     adam = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.999), eps=1e-8)
+    matrices = [{"params": of_muon, "weight_decay": worker.WEIGHT_DECAY}]
+    muon = torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw")
     steps, weights = [], []
     for step, rows in enumerate(batches):
         loss = loss_of(model, rows)
-        adam.zero_grad()
+        model.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(trained, worker.MAX_GRAD_NORM)
-        for group in adam.param_groups:
+        for group in (*adam.param_groups, *muon.param_groups):
             group["lr"] = lr_of(step, len(batches))
         adam.step()
+        with in_their_own_numbers():
+            muon.step()
         steps.append((float(loss.detach()), float(norm)))
         weights.append(merged(model))
     return {"steps": steps, "first": weights[0], "weights": weights[-1]}
+
+
+def in_their_own_numbers():
+    """Muon's products in the dtype of the matrices, where torch has them in bf16."""
+    return mock.patch.object(torch.Tensor, "bfloat16", torch.Tensor.clone)
 
 
 def merged(model) -> dict[str, torch.Tensor]:
@@ -141,6 +154,7 @@ def expected(folder, tmp_path_factory):
             peft_model(folder, tmp_path_factory.mktemp("adapter")), solver_loss, solver_batches
         ),
         "experts": reference(theirs(folder / "experts"), experts_loss, solver_batches),
+        "muon": reference(theirs(folder / "lm"), solver_loss, solver_batches, with_muon=True),
         "verifier": reference(theirs(folder / "score").double(), verifier_loss, verifier_batches),
     }
 
@@ -159,11 +173,12 @@ def peft_model(folder, saved):
     )
 
 
-RUNS = [*worker.SOLVER_RUNS, *worker.VERIFIER_RUNS]
-ADAPTED_EXPERTS = [run for run in RUNS if run.startswith("experts, lora")]
+RUNS = [*worker.SOLVER_RUNS, *worker.METHOD_RUNS, *worker.VERIFIER_RUNS]
+# Whose reference is one rank's run: the model has one elsewhere, and so has the method.
+AS_ONE_RANK = [run for run in RUNS if run.startswith(("experts, lora", "muon of"))]
 
 
-@pytest.mark.parametrize("run", [run for run in RUNS if run not in ADAPTED_EXPERTS])
+@pytest.mark.parametrize("run", [run for run in RUNS if run not in AS_ONE_RANK])
 def test_losses_norms_and_weights_are_the_reference_s(results, expected, layout, run):
     got, want = results[layout][run], expected[run.split(",")[0]]
     assert len(got["history"]) == len(want["steps"])
@@ -176,13 +191,14 @@ def test_losses_norms_and_weights_are_the_reference_s(results, expected, layout,
     assert apart(got["weights"], want["weights"]) < TOLERANCE
 
 
-@pytest.mark.parametrize("run", ADAPTED_EXPERTS)
-def test_adapters_of_experts_train_alike_at_any_division(results, layout, run):
+@pytest.mark.parametrize("run", AS_ONE_RANK)
+def test_adapters_of_experts_and_muon_of_others_train_alike_at_any_division(results, layout, run):
     """Their loss and gradients are tested with the model.
 
     Here all ranks take the steps that one rank takes.
     """
-    got, one = results[layout][run], results["one rank"]["experts, lora"]
+    first = "experts, lora" if run.startswith("experts, lora") else run.split(",")[0]
+    got, one = results[layout][run], results["one rank"][first]
     for step, other in zip(got["history"], one["history"]):
         assert step["loss"] == pytest.approx(other["loss"], rel=TOLERANCE)
         assert step["grad_norm"] == pytest.approx(other["grad_norm"], rel=TOLERANCE)

@@ -32,6 +32,7 @@ from src.settings.declaration import build
 from src.settings.distillation import DistillTrainSettings
 from src.settings.preference import PAIR_LOSSES
 from src.settings.scripts import TrainSettings
+from src.trainer.averages import Method
 from src.trainer.budget import training_budget
 from src.trainer.distillation import Distance, DistillationObjective, KeptTeacher
 from src.trainer.distillation_setup import load_teacher
@@ -90,6 +91,35 @@ SOLVER_RUNS = {
         True,
         {"sequence_parallel": True, "recompute": "selective"},
     ),
+}
+# Other optimizers and places of its state; the first three do what plain AdamW does.
+IN_HOST, ON_CPU = Method(offload=True), Method(offload=True, on_cpu=True)
+METHOD_RUNS = {
+    "full, state in host memory": ("lm", 1, False, {"method": IN_HOST}),
+    "full, zero 0, updated on the CPU": ("lm", 1, False, {"zero": 0, "method": ON_CPU}),
+    "full, updated on the CPU": ("lm", 1, False, {"method": ON_CPU}),
+    "full, zero 3, state in host memory": ("lm", 1, False, {"zero": 3, "method": IN_HOST}),
+    "full, zero 2, updated on the CPU": ("lm", 1, False, {"zero": 2, "method": ON_CPU}),
+    "lora, state in host memory": ("lm", 1, True, {"method": IN_HOST}),
+    "muon": ("lm", 1, False, {"method": Method("muon")}),
+    "muon, zero 0": ("lm", 1, False, {"zero": 0, "method": Method("muon")}),
+    "muon, zero 2": ("lm", 1, False, {"zero": 2, "method": Method("muon")}),
+    "muon, zero 3, state in host memory": (
+        "lm",
+        1,
+        False,
+        {"zero": 3, "method": Method("muon", offload=True)},
+    ),
+    "muon, zero 3, weights in host memory": (
+        "lm",
+        1,
+        False,
+        {"zero": 3, "offload": True, "method": Method("muon")},
+    ),
+    "muon of experts": ("experts", 1, False, {"method": Method("muon")}),
+    "muon of experts, zero 3": ("experts", 1, False, {"zero": 3, "method": Method("muon")}),
+    "muon of adapters": ("lm", 1, True, {"method": Method("muon")}),
+    "muon of adapters, zero 3": ("lm", 1, True, {"zero": 3, "method": Method("muon")}),
 }
 VERIFIER_RUNS = {
     "verifier": (1, True, {}),
@@ -190,7 +220,9 @@ def solver_run(
     model = ours(folder / name, parallel, seed=LORA_SEED, lora=adapter, **shared)
     model.recompute = more.get("recompute", "none")
     model.sequence_parallel = more.get("sequence_parallel", False)
-    optimizer = Optimizer(model, parallel, WEIGHT_DECAY, MAX_GRAD_NORM, zero=more.get("zero", 1))
+    zero, method = more.get("zero", 1), more.get("method", Method())
+    decay_and_norm = WEIGHT_DECAY, MAX_GRAD_NORM
+    optimizer = Optimizer(model, parallel, *decay_and_norm, zero=zero, method=method)
     objective = SolverObjective(some_sequences(ROWS), parallel.device)
     return trained(model, optimizer, objective, settings(BATCH, micro, parallel, more), parallel)
 
@@ -442,7 +474,10 @@ def measure(folder: Path, parallel: Parallel) -> dict:
 def all_checks(folder: Path, mp_sizes: list[int]) -> None:
     for mp_size in mp_sizes:
         parallel = start(mp_size, timeout=120)
-        results = {name: solver_run(folder, parallel, *run) for name, run in SOLVER_RUNS.items()}
+        results = {
+            name: solver_run(folder, parallel, *run)
+            for name, run in (SOLVER_RUNS | METHOD_RUNS).items()
+        }
         results |= {
             name: verifier_run(folder, parallel, *run) for name, run in VERIFIER_RUNS.items()
         }
