@@ -37,7 +37,8 @@ def main(settings: DistillTrainSettings) -> None:
     # Join the other ranks.
     run, plan, saving_plan = settings.run, settings.optimizer, settings.saving
     places = Places.of(saving_plan.log_dir, saving_plan.save_dir)
-    parallel = start(run.model_parallel_size, run.timeout, run.deterministic)
+    degrees = run.model_parallel_size, run.timeout, run.deterministic, run.pipeline_parallel_size
+    parallel = start(*degrees)
 
     # Read and check everything, and what an earlier run of this command left, before any work.
     inputs = agreed(lambda: DistillationInputs.read(settings, parallel))
@@ -47,7 +48,7 @@ def main(settings: DistillTrainSettings) -> None:
     # Load this rank's part of the student.
     dtype, quantize = pick_dtype(run.dtype, parallel.device), settings.lora.quantize
     start_from = inputs.model.checkpoint
-    how = run.seed, quantize, inputs.lora, run.zero, run.offload_params
+    how = run.seed, quantize, inputs.lora, run.zero, run.offload_params, run.stages_per_rank
     model = load_model(start_from, parallel, dtype, "lm", *how)
 
     with RunLog(places.logs, "distill_train", settings, parallel.rank) as log:

@@ -38,7 +38,8 @@ def main(settings: PPOTrainSettings) -> None:
     roles, plan = settings.roles, settings.optimizer
     places = Places.of(settings.saving.log_dir, roles.actor_save_dir)
     run = settings.run
-    parallel = start(run.model_parallel_size, run.timeout, run.deterministic)
+    degrees = run.model_parallel_size, run.timeout, run.deterministic, run.pipeline_parallel_size
+    parallel = start(*degrees)
     check_degrees(settings, parallel)
     dtype = pick_dtype(settings.run.dtype, parallel.device)
 

@@ -29,7 +29,6 @@ from src.settings.distillation import DistillTrainSettings
 from src.settings.model import TextModelSettings
 from src.settings.ppo import PPOTrainSettings
 from src.settings.preference import PreferenceTrainSettings
-from src.settings.run import PipelinedRunSettings
 from src.settings.scripts import SolverTrainSettings, TrainSettings, VerifierTrainSettings
 from src.trainer.activations import activations, described, device_memory, tokens_at_once
 from src.trainer.averages import Method
@@ -57,9 +56,7 @@ class Ranks:
     def of(cls, settings: TrainSettings | PPOTrainSettings, parallel: Parallel) -> "Ranks":
         """Raises UserError when the degrees do not divide their number."""
         world_size, run = settings.dry_run.world_size or parallel.world_size, settings.run
-        pp_size, per_rank = 1, 1
-        if isinstance(run, PipelinedRunSettings):
-            pp_size, per_rank = run.pipeline_parallel_size, run.stages_per_rank
+        pp_size, per_rank = run.pipeline_parallel_size, run.stages_per_rank
         mp_size = run.model_parallel_size or max(1, world_size // pp_size)
         if world_size % (mp_size * pp_size):
             stages = f" x --pipeline_parallel_size {pp_size}" if pp_size > 1 else ""
@@ -130,12 +127,12 @@ def preference_plan(settings: PreferenceTrainSettings) -> None:
     def beside(config: ModelConfig, ranks: Ranks, dtype: torch.dtype) -> dict[str, Budget]:
         is_live = preference.has_reference and preference.cache_reference is None
         shares = settings.lora.is_on
-        frozen = model_budget(config, ranks.mp_size, dtype, settings.lora.quantize)
+        frozen = model_budget(config, ranks.mp_size, dtype, settings.lora.quantize, ranks.pp_size)
         budgets = {"reference": Budget(0) if shares else frozen} if is_live else {}
         folder = settings.judge.reward_model_ckpt_dir
         if folder is not None:
             verifier = Checkpoint.open(folder, None, None, alone=True).config
-            budgets["reward"] = model_budget(verifier, ranks.mp_size, dtype)
+            budgets["reward"] = model_budget(verifier, ranks.mp_size, dtype, None, ranks.pp_size)
         return budgets
 
     _plan(settings, "lm", partial(PreferenceInputs.read, settings), example, beside)
@@ -159,7 +156,8 @@ def distillation_plan(settings: DistillTrainSettings) -> None:
             return {}
         teacher = Checkpoint.open(of_teacher.teacher_ckpt_dir, None, None, alone=True).config
         n = of_teacher.teacher_model_parallel_size or ranks.mp_size
-        return {"teacher": model_budget(teacher, n, dtype, of_teacher.teacher_quantize)}
+        quantize = of_teacher.teacher_quantize
+        return {"teacher": model_budget(teacher, n, dtype, quantize, ranks.pp_size)}
 
     has_all = of_teacher.is_live or not of_teacher.on_policy
     _plan(settings, "lm", partial(DistillationInputs.read, settings), example, beside, has_all)
@@ -306,32 +304,33 @@ def _role_budgets(
         # With an adapter the reference is the policy without it, unless ranks share its weights;
         # one that moves is exact in fp32.
         moves = settings.penalty.ref_ema is not None
-        frozen = model_budget(actor, ranks.mp_size, dtype, quantize).weights
-        exact = model_budget(actor, ranks.mp_size, torch.float32).weights
+        frozen = model_budget(actor, ranks.mp_size, dtype, quantize, ranks.pp_size).weights
+        exact = model_budget(actor, ranks.mp_size, torch.float32, None, ranks.pp_size).weights
         exact = exact if moves and dtype != torch.float32 else 0
         is_policy = settings.lora.is_on and not moves and not shares
         budgets["reference"] = Budget(0 if is_policy else frozen + exact)
     if settings.advantages.has_value:
         n = roles.critic_model_parallel_size or ranks.mp_size
-        copies = Ranks(n, ranks.mp_size * ranks.dp_size // n)
+        copies = replace(ranks, mp_size=n, dp_size=ranks.mp_size * ranks.dp_size // n)
         lora = opened.critic_lora if opened is not None else _new_adapter(settings, critic)
         adapter = opened.adapters.get("value") if opened is not None else None
         lora = adapter.lora if adapter is not None else lora
         value = _trained(settings, critic, copies, dtype, lora)
-        shared = model_budget(critic, n, dtype, quantize).weights - critic.dim * dtype.itemsize
+        shared = model_budget(critic, n, dtype, quantize, ranks.pp_size).weights
+        shared -= critic.dim * dtype.itemsize
         weights = value.weights - (shared if trunk else 0)
         budgets["value"] = replace(value, weights=weights)
     if "verifier" in settings.rewards.names:
         n = roles.reward_model_parallel_size or ranks.mp_size
-        reward = model_budget(verifier, n, dtype, quantize)
+        reward = model_budget(verifier, n, dtype, quantize, ranks.pp_size)
         if trunk:
             adapter = opened.adapters.get("reward") if opened is not None else None
             lora = adapter.lora if adapter is not None else _new_adapter(settings, verifier)
             reward = Budget(adapter_bytes(verifier, n, dtype, lora) + verifier.dim * dtype.itemsize)
         budgets["reward"] = reward
     degree = roles.rollout_model_parallel_size
-    degree = ranks.mp_size if degree is None else degree
-    if degree != ranks.mp_size or shares:
+    degree = ranks.mp_size * ranks.pp_size if degree is None else degree
+    if degree != ranks.mp_size or shares or ranks.pp_size > 1:
         budgets["policy again, in rollouts"] = model_budget(actor, degree, dtype)
     return budgets
 

@@ -110,7 +110,7 @@ def load_sharing(
     adapter to start from nothing; adapter: one to go on from, with its score head, if it has one.
     """
     role = sharing(model, head, parallel)
-    if head == "score":
+    if head == "score" and role.part.last:
         dim, name = model.config.dim, "score.weight"
         fresh = random_tensor(name, TensorSpec((1, dim)), (dim + 1) ** -0.5, seed)
         score = fresh if adapter is None or adapter.score is None else adapter.score

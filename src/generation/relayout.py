@@ -50,7 +50,7 @@ def plain(model: Transformer, parallel: Parallel) -> Iterator[tuple[Transformer,
         yield model, parallel
         return
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", parallel.world_size))
-    of_model = parallel.mp_size * parallel.pp_size
+    of_model = parallel.model_size
     fits = ranks_here % of_model == 0 and parallel.world_size % ranks_here == 0
     wide = model.shard_stage == 3 and fits
     division = parallel.regrouped(ranks_here if wide else of_model)
@@ -93,17 +93,17 @@ class RelaidEngine:
         began = time.perf_counter()
         model = relaid(self.model, self.parallel, self.division)
         self.seconds = time.perf_counter() - began
-        if self.division.mp_size > self.parallel.mp_size:
+        if self.division.mp_size > self.parallel.model_size:
             return self._together(model, prompts, sampling, stop, samples, on_tokens)
         # The smaller models share the prompts.
-        models = self.parallel.mp_size // self.division.mp_size
-        local = list(range(self.parallel.mp_rank // self.division.mp_size, len(prompts), models))
+        models = self.parallel.model_size // self.division.mp_size
+        local = list(range(self.parallel.model_rank // self.division.mp_size, len(prompts), models))
         local_prompts, local_samples = [prompts[i] for i in local], [samples[i] for i in local]
         with self.division.active():
             engine = Engine(model, self.division, *self.limits)
             done = engine.generate(local_prompts, sampling, stop, local_samples, on_tokens)
-        parts = [list(zip(local, done))] * self.parallel.mp_size
-        dist.all_gather_object(parts, list(zip(local, done)), group=self.parallel.mp_group)
+        parts = [list(zip(local, done))] * self.parallel.model_size
+        dist.all_gather_object(parts, list(zip(local, done)), group=self.parallel.model_group)
         completion_of = dict(pair for part in parts for pair in part)
         return [completion_of[i] for i in range(len(prompts))]
 
@@ -119,12 +119,12 @@ class RelaidEngine:
         """The prompts of all training models whose ranks share the larger one."""
         asked: list = [None] * self.division.mp_size
         dist.all_gather_object(asked, (prompts, samples), group=self.division.mp_group)
-        of_models = asked[:: self.parallel.mp_size]
+        of_models = asked[:: self.parallel.model_size]
         with self.division.active():
             engine = Engine(model, self.division, *self.limits)
             all_prompts = [prompt for prompts, _ in of_models for prompt in prompts]
             all_samples = [sample for _, samples in of_models for sample in samples]
             done = engine.generate(all_prompts, sampling, stop, all_samples, on_tokens)
-        number = self.division.mp_rank // self.parallel.mp_size
+        number = self.division.mp_rank // self.parallel.model_size
         first = sum(len(prompts) for prompts, _ in of_models[:number])
         return done[first : first + len(prompts)]

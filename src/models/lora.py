@@ -241,7 +241,8 @@ def sharing(model: Transformer, head: str, parallel: Parallel) -> Transformer:
     table = tensor_table(model.config)
     replicas = parallel.replicas(table["layers.0.attention.wk.weight"].copies(parallel.mp_size))
     config = model.config.with_head(head)
-    new = build(config, parallel.mp_rank, parallel.mp_size, model.dtype, replicas)
+    how = model.dtype, replicas, model.stages, parallel.pp_rank
+    new = build(config, parallel.mp_rank, parallel.mp_size, *how)
     for name, module in list(new.named_modules()):
         if name == "score" or next(module.parameters(recurse=False), None) is None:
             continue

@@ -41,7 +41,7 @@ class _Stage(PipelineStage):
 
     boundaries: list[Boundary] = []
     buffers: dict[str, int] = {}  # "forward", "backward": how many are there, taken in turns
-    sending: "_Sends | None" = None  # of an interleaved schedule
+    sending: "_Sends | None" = None  # where PyTorch's schedule would keep every send
     before_last_backward = staticmethod(lambda: None)
 
     def _validate_stage_tensors(self, *args, **kwargs) -> None:
@@ -64,6 +64,13 @@ class _Stage(PipelineStage):
             for info, buffer, boundary in zip(infos[i], buffers[i % kept], self.boundaries):
                 info.buffer = None if buffer is None else buffer[: boundary.rows[i]]
 
+    def forward_one_chunk(self, fwd_chunk_id, *args, **kwargs):
+        output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        if not self.has_backward:  # PyTorch keeps all that goes in and out to the end
+            given, _ = self.fwd_cache[fwd_chunk_id]
+            self.fwd_cache[fwd_chunk_id] = (() if self.is_last else given, [])
+        return output
+
     def backward_one_chunk(self, bwd_chunk_id, loss=None, full_backward=True, last_backward=False):
         if last_backward:
             self.before_last_backward()
@@ -71,14 +78,17 @@ class _Stage(PipelineStage):
 
     def get_fwd_send_ops(self, fwd_chunk_id):
         received = [] if self.is_first else self.args_recv_info[fwd_chunk_id]
-        return self._sent(super().get_fwd_send_ops(fwd_chunk_id), received)
+        operations = self._sent(super().get_fwd_send_ops(fwd_chunk_id), received)
+        if not self.has_backward:
+            del self.fwd_cache[fwd_chunk_id]
+        return operations
 
     def get_bwd_send_ops(self, bwd_chunk_id):
         received = self.grad_recv_info.get(bwd_chunk_id, ())
         return self._sent(super().get_bwd_send_ops(bwd_chunk_id), received)
 
     def _sent(self, operations, received):
-        """PyTorch's interleaved schedule keeps every send, and its tensor, until its end.
+        """PyTorch's schedules may keep every send, and its tensor, until their end.
 
         received: buffers, which are used again. What is passed on as it came is copied first, such
         as the gradient of routers' decisions, which are added up.
@@ -103,8 +113,8 @@ class _Sends:
 
     def begin(self, operations: list[dist.P2POp]) -> None:
         for p2p in operations:
-            send = p2p.op(p2p.tensor, group=p2p.group, tag=p2p.tag, group_dst=p2p.group_peer)
-            self.under_way.append(send)
+            # In a batch of its own, as PyTorch receives: NCCL tells batches from single exchanges.
+            self.under_way.extend(dist.batch_isend_irecv([p2p]))
         self.finish(SENDS_UNDER_WAY)
 
     def finish(self, left: int = 0) -> None:
@@ -132,12 +142,10 @@ class Pipeline:
         count: int,
         group: dist.ProcessGroup,
         device: torch.device,
-        trains: list[bool],
     ) -> None:
-        """count: stages in all, rank r has r, r + ranks, …; trains: which of them train weights."""
+        """count: stages in all, rank r has r, r + ranks, …."""
         self.compute, self.count, self.group, self.device = compute, count, group, device
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
-        self.trains = trains
         self.local = list(range(self.rank, count, self.ranks))
 
     def idle_needed(self, n: int) -> int:
@@ -153,41 +161,63 @@ class Pipeline:
         self,
         n: int,
         boundaries: list[Boundary],
+        trains: list[bool],
         before_last_backward: Callable[[], None] = lambda: None,
     ) -> None:
         """Forward and backward of n micro-batches; gradients are added up.
 
-        before_last_backward: is called when this rank's last backward of the step is to come.
+        trains: which of all stages train weights; before_last_backward: is called when this rank's
+        last backward of the step is to come.
         """
+        if n:
+            stages = [self._stage(index, boundaries, trains) for index in self.local]
+            # The rank's last backward of all is its lowest stage's.
+            stages[0].before_last_backward = before_last_backward
+            numbers = torch.arange(n)
+            self._run(stages, n, numbers, loss_fn=lambda loss, number: loss, target=numbers)
+
+    def score(self, n: int, boundaries: list[Boundary]) -> None:
+        """Forward of n micro-batches, without gradients."""
+        if n:
+            trains = [False] * self.count
+            stages = [self._stage(index, boundaries, trains) for index in self.local]
+            self._run(stages, n, torch.arange(n))
+
+    def _run(
+        self,
+        stages: list[_Stage],
+        n: int,
+        numbers: Tensor,
+        loss_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
+        target: Tensor | None = None,
+    ) -> None:
+        """By a schedule that is made anew, which takes no time to speak of: n may be another."""
         sends = _Sends()
-        stages = [self._stage(index, boundaries) for index in self.local]
-        # The rank's last backward of all is its lowest stage's.
-        stages[0].before_last_backward = before_last_backward
-        schedule = self._schedule(stages, n, sends)
-        numbers = torch.arange(n)
-        options = {"number": numbers, "target": numbers, "return_outputs": False}
-        schedule.step(numbers, **options)
+        schedule = self._schedule(stages, n, sends, {"loss_fn": loss_fn, "scale_grads": False})
+        schedule.step(numbers, number=numbers, target=target, return_outputs=False)
         sends.finish()
 
-    def _stage(self, index: int, boundaries: list[Boundary]) -> _Stage:
+    def _stage(self, index: int, boundaries: list[Boundary], trains: list[bool]) -> _Stage:
         stage = _Stage(
             _Part(self.compute, self.local.index(index)),
             index,
             self.count,
             self.device,
-            input_args=self._shapes(index, boundaries),
-            output_args=self._shapes(index + 1, boundaries),
+            input_args=self._shapes(index, boundaries, trains),
+            output_args=self._shapes(index + 1, boundaries, trains),
             group=self.group,
         )
         stage.boundaries = boundaries
         return stage
 
-    def _shapes(self, index: int, boundaries: list[Boundary]) -> tuple[Tensor, ...]:
+    def _shapes(
+        self, index: int, boundaries: list[Boundary], trains: list[bool]
+    ) -> tuple[Tensor, ...]:
         """What comes into a stage: numbers of micro-batches first, a loss out of the last."""
         meta = torch.device("meta")
         if index == 0:
             return (torch.empty(1, dtype=torch.long, device=meta),)
-        has_gradient = any(self.trains[:index])
+        has_gradient = any(trains[:index])
         if index == self.count:
             return (torch.empty((), device=meta, requires_grad=has_gradient),)
         return tuple(
@@ -197,19 +227,21 @@ class Pipeline:
             for b in boundaries
         )
 
-    def _schedule(self, stages: list[_Stage], n: int, sends: _Sends):
-        """Made anew for each step, which takes no time to speak of: n may be another."""
-        options: dict[str, Any] = {"loss_fn": lambda loss, number: loss, "scale_grads": False}
+    def _schedule(self, stages: list[_Stage], n: int, sends: _Sends, options: dict[str, Any]):
         if len(stages) > 1:
             schedule = ScheduleInterleaved1F1B([*stages], n, **options)
             for stage in stages:
                 stage.sending = sends
                 stage.buffers = buffers_needed(schedule, self.rank, stage.stage_index)
             return schedule
+        (stage,) = stages
+        if options["loss_fn"] is None:  # forward alone
+            stage.sending, stage.buffers = sends, {"forward": 1}
+            return ScheduleGPipe(stage, n, **options)
         if n < self.count:  # 1F1B wants as many as there are stages
-            return ScheduleGPipe(stages[0], n, **options)
-        stages[0].buffers = {"forward": self.count - stages[0].stage_index, "backward": 1}
-        return Schedule1F1B(stages[0], n, **options)
+            return ScheduleGPipe(stage, n, **options)
+        stage.buffers = {"forward": self.count - stage.stage_index, "backward": 1}
+        return Schedule1F1B(stage, n, **options)
 
 
 def buffers_needed(schedule: Any, rank: int, stage: int) -> dict[str, int]:

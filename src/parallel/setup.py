@@ -41,8 +41,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 class Parallel:
     """Where this process stands.
 
-    mp_*: among the ranks that share tensors; pp_*: among the stages of a model; dp_*: among the
-    models. Without a pipeline the ranks that share tensors share a model.
+    mp_*: among the ranks that share tensors; pp_*: among the stages of a model; model_*: among all
+    ranks of a model, which without a pipeline are those of mp_*; dp_*: among the models.
     """
 
     rank: int
@@ -54,11 +54,11 @@ class Parallel:
     device: torch.device
     mp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
+    model_group: dist.ProcessGroup
     timeout: timedelta
     pp_rank: int = 0
     pp_size: int = 1
     pp_group: dist.ProcessGroup | None = None  # where there is a pipeline
-    model_group: dist.ProcessGroup | None = None  # all ranks of a model, where that is more than mp
     ends_group: dist.ProcessGroup | None = None  # of a rank of the first or the last stage: both
     _replicas: dict[int, dist.ProcessGroup] = field(default_factory=dict)
     _divisions: "dict[int, Parallel]" = field(default_factory=dict)
@@ -72,6 +72,14 @@ class Parallel:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def model_size(self) -> int:
+        return self.mp_size * self.pp_size
+
+    @property
+    def model_rank(self) -> int:
+        return self.rank % self.model_size
 
     @property
     def described(self) -> str:
@@ -203,7 +211,7 @@ def _divide(
     grid = torch.arange(world).view(-1, pp, mp)  # [data parallel, stages, model parallel]
     mp_group = _own_group(grid.flatten(0, 1).tolist(), rank, limit)
     dp_group = _own_group(grid.flatten(1).T.tolist(), rank, limit)
-    groups, dp = [mp_group, dp_group], world // (mp * pp)
+    groups, dp, model_group = [mp_group, dp_group], world // (mp * pp), mp_group
     pipeline: dict = {}
     if pp > 1:
         stages = grid.transpose(1, 2).flatten(0, 1)  # [models · mp, stages]
@@ -211,10 +219,10 @@ def _divide(
             "pp_rank": rank // mp % pp,
             "pp_size": pp,
             "pp_group": _own_group(stages.tolist(), rank, limit),
-            "model_group": _own_group(grid.flatten(1).tolist(), rank, limit),
             "ends_group": _own_group(stages[:, [0, -1]].tolist(), rank, limit),
         }
-        groups += [pipeline["pp_group"], pipeline["model_group"]]
+        model_group = _own_group(grid.flatten(1).tolist(), rank, limit)
+        groups += [pipeline["pp_group"], model_group]
     for group in groups:
         share_memory(group, device, limit.total_seconds())
     return Parallel(
@@ -227,6 +235,7 @@ def _divide(
         device,
         mp_group,
         dp_group,
+        model_group,
         limit,
         **pipeline,
     )

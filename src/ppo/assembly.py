@@ -9,6 +9,7 @@ from src.generation.from_settings import sampling_of
 from src.generation.relayout import RelaidEngine
 from src.inputs import OpenedModel
 from src.logs import RunLog
+from src.models.exchange import is_spread
 from src.parallel.setup import Parallel
 from src.ppo.dump import RolloutDump, SampleTexts
 from src.ppo.fit import STATE_FILE
@@ -76,8 +77,8 @@ def engine_of(
         settings.batches.max_seq_len,
         settings.generation.kv_cache_gb,
     )
-    degree = parallel.mp_size if degree is None else degree
-    if degree == parallel.mp_size and not policy.shard_stage:
+    degree = parallel.model_size if degree is None else degree
+    if degree == parallel.mp_size and not is_spread(policy):
         return Engine(policy, parallel, *limits)
     return RelaidEngine(policy, parallel, degree, *limits)
 

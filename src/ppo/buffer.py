@@ -93,6 +93,10 @@ class RolloutBuffer:
             self.tokens.device
         )
 
+    def batch(self, rows: list[int]) -> Batch:
+        """Some sequences as a batch."""
+        return self.select(rows)[0]
+
     def take(self, rows: list[int], places: list[int]) -> "RolloutBuffer":
         """A buffer of some of the sequences, under new places."""
         batch, responses = self.select(rows)

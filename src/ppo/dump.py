@@ -64,7 +64,7 @@ class RolloutDump:
         self.folder, self.tokenizer, self.parallel = Path(folder), tokenizer, parallel
 
     def __call__(self, number: int, buffer: RolloutBuffer) -> None:
-        if self.parallel.mp_rank:
+        if self.parallel.model_rank:
             return  # the ranks of a model all have the same
         parts: list[Any] | None = [None] * self.parallel.dp_size if self.parallel.is_main else None
         local_rows = rows_of(buffer, self.tokenizer)

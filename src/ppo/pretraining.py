@@ -35,11 +35,12 @@ class PretrainingMix:
         total = torch.zeros((), device=objective.device)
         division, most = role.parallel, (limits.max_batch_size, limits.max_tokens_per_batch)
         shares = shares_of(batch, objective.lengths, division.dp_size, *most)
-        for rows in turns_of(shares, division.dp_rank, role.optimizer.shares_weights):
-            if rows is None:
-                role.optimizer.idle_backward()
-                continue
+
+        def loss_of(rows: list[int]) -> Tensor:
             loss, _ = objective.loss(role.model, rows, tokens)
-            role.optimizer.backward(self.settings.pretraining.ptx_coef * loss)
-            total += loss.detach()
+            total.add_(loss.detach())
+            return self.settings.pretraining.ptx_coef * loss
+
+        turns = turns_of(shares, division.dp_rank, role.optimizer.shares_weights)
+        role.passes.train(turns, objective.batch, loss_of, last=False)
         return {"ptx_loss": total}

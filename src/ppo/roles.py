@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TypeVar
 
 import torch
@@ -10,12 +11,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from src.models.exchange import tensor_parallel_parts
+from src.models.lora import merged_parts
 from src.models.quantize import plain_parts
 from src.models.transformer import Transformer
 from src.parallel.host import Offload, Storages, storages_of
 from src.parallel.setup import Parallel
 from src.parallel.sharding import let_go, own
 from src.trainer.optimizer import Optimizer
+from src.trainer.passes import Passes, from_last_stage, passes_of
 
 T = TypeVar("T")
 AtWork = tuple[tuple[str, ...], bool]  # names of roles, and whether they are trained
@@ -43,8 +46,13 @@ class Role:
         models = whole.mp_size // self.parallel.mp_size
         return groups[whole.mp_rank // self.parallel.mp_size :: models]
 
+    @cached_property
+    def passes(self) -> Passes:
+        """How its micro-batches go through it."""
+        return passes_of(self.model, self.parallel, self.optimizer)
+
     def collect(self, x: Tensor, whole: Parallel) -> Tensor:
-        """The parts that the models of `share` filled in, put together on all of them; in place.
+        """What the models of `share`, or a last stage, filled in, on all of them; in place.
 
         The rest of x is 0.
         """
@@ -52,7 +60,7 @@ class Role:
             if self.parallel.mp_rank:
                 x.zero_()  # the first rank of each model speaks for it
             dist.all_reduce(x, group=whole.mp_group)
-        return x
+        return from_last_stage(x, self.parallel)
 
     def weights(self) -> list[Tensor]:
         """As plain tensors; none that rest in host memory anyway (--offload_params)."""
@@ -164,7 +172,10 @@ class MovingReference:
     @torch.no_grad()
     def follow(self, policy: Transformer) -> None:
         """One step towards the policy, its adapter added in."""
-        for name, weight in tensor_parallel_parts(policy, self.parallel):
+        # A stage of a pipeline follows its own.
+        shares = bool(policy.shard_stage)
+        parts = tensor_parallel_parts(policy, self.parallel) if shares else merged_parts(policy)
+        for name, weight in parts:
             self.exact[name].lerp_(weight.float(), 1 - self.decay)
         self.round()
 

@@ -147,6 +147,9 @@ class Division(Protocol):
     def mp_size(self) -> int: ...
 
     @property
+    def pp_size(self) -> int: ...
+
+    @property
     def dp_size(self) -> int: ...
 
 
@@ -158,16 +161,23 @@ def check_degrees(settings: PPOTrainSettings, parallel: Division) -> None:
             f"--max_buffer_size {buffer_size}: the {parallel.dp_size} data-parallel ranks share "
             "the rollouts, and each needs one: raise it, or --model_parallel_size"
         )
-    roles = settings.roles
+    roles, of_model = settings.roles, parallel.mp_size * parallel.pp_size
+    flags = "--model_parallel_size" + " x --pipeline_parallel_size" * (parallel.pp_size > 1)
     for flag, size in (
         ("rollout_model_parallel_size", roles.rollout_model_parallel_size),
         ("critic_model_parallel_size", roles.critic_model_parallel_size),
         ("reward_model_parallel_size", roles.reward_model_parallel_size),
     ):
-        if size is not None and parallel.mp_size % size:
+        if size is not None and of_model % size:
             raise UserError(
-                f"--{flag} {size} does not divide the {parallel.mp_size} ranks that share a model "
-                "in training (--model_parallel_size)"
+                f"--{flag} {size} does not divide the {of_model} ranks that share a model "
+                f"in training ({flags})"
+            )
+        is_role = not flag.startswith("rollout")
+        if size is not None and size != parallel.mp_size and parallel.pp_size > 1 and is_role:
+            raise UserError(
+                f"--{flag} {size}: with --pipeline_parallel_size every role's stages lie on "
+                f"{parallel.mp_size} ranks each, as the policy's do: leave it out"
             )
 
 
@@ -206,8 +216,13 @@ def load_roles(
     # The policy, and the reference, which is it before anything was trained. The reference first:
     # --freeze_layers and the like are the policy's alone.
     actor = opened.actor.checkpoint
-    shared: dict[str, Any] = {"zero": run.zero, "offload": run.offload_params}
-    policy = load_model(actor, parallel, dtype, "lm", lora=opened.lora, **common, **shared)
+    how: dict[str, Any] = {
+        **common,
+        "zero": run.zero,
+        "offload": run.offload_params,
+        "stages_per_rank": run.stages_per_rank,
+    }
+    policy = load_model(actor, parallel, dtype, "lm", lora=opened.lora, **how)
     reference = None
     if with_reference:
         stays = settings.penalty.ref_ema is None
@@ -230,7 +245,7 @@ def load_roles(
         else:
             division = _division(roles.critic_model_parallel_size, parallel)
             checkpoint, lora = opened.critic.checkpoint, opened.critic_lora
-            value = load_model(checkpoint, division, dtype, "score", lora=lora, **common, **shared)
+            value = load_model(checkpoint, division, dtype, "score", lora=lora, **how)
             trained("value", value, division)
 
     # The reward model.

@@ -6,7 +6,7 @@ function in `advantages.py` and `loss.py`; which prompts come and when to stop i
 """
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +37,7 @@ from src.ppo.state import PPOState
 from src.ppo.statistics import Timer, costs, reward_statistics, rollout_statistics
 from src.settings.ppo import PPOSettings
 from src.trainer.fit import summed
-from src.trainer.optimizer import idle_forward, most_of
+from src.trainer.optimizer import most_of
 
 Stats = dict[str, float]
 
@@ -153,45 +153,40 @@ class PPO:
         groups: the first epoch's own micro-batches. The same code on the same batches gives the
         same bits: the first update's ratio is exactly 1.
         """
-        buffer.logprobs, buffer.entropy = (
-            torch.empty_like(buffer.rollout_logprobs) for _ in range(2)
-        )
         with self.stage.at_work("policy"), self.timer("logprobs"):
-            for rows in self._in_step(self.policy, groups):
-                if rows is None:
-                    continue
-                batch, index = buffer.select(rows)
-                logprobs, entropy = self._logprobs(self.policy, batch, index, buffer)
-                buffer.logprobs[index], buffer.entropy[index] = logprobs, entropy
+            buffer.logprobs, buffer.entropy = self._logprobs(self.policy, buffer, groups)
         if self.reference is not None:
-            buffer.ref_logprobs = torch.empty_like(buffer.logprobs)
             with self.stage.at_work("reference"), self.timer("ref_logprobs"):
-                for rows in groups:
-                    batch, index = buffer.select(rows)
-                    logprobs, _ = self._logprobs(self.reference, batch, index, buffer)
-                    buffer.ref_logprobs[index] = logprobs
+                buffer.ref_logprobs, _ = self._logprobs(self.reference, buffer, groups)
         if self.value is not None:
             with self.stage.at_work("value"), self.timer("values"):
                 self._values(self.value, buffer, groups)
 
-    def _in_step(self, role: Role, groups: list[list[int]]) -> Iterator[list[int] | None]:
+    def _in_step(self, role: Role, groups: list[list[int]]) -> list[list[int] | None]:
         """The groups, and then, while other data-parallel ranks have more, None.
 
         Ranks that share the role's weights compute together: one that has no more takes part.
         """
-        yield from groups
+        parallel, idle = role.parallel, 0
         if role.optimizer is not None and role.optimizer.shares_weights:
-            parallel = role.parallel
-            for _ in range(most_of(len(groups), parallel.dp_group, parallel.device) - len(groups)):
-                if not torch.is_grad_enabled():
-                    idle_forward(role.model, parallel.device)
-                yield None
+            idle = most_of(len(groups), parallel.dp_group, parallel.device) - len(groups)
+        return [*groups, *[None] * idle]
 
     def _logprobs(
-        self, role: Role, batch: Batch, index: Tensor, buffer: RolloutBuffer
+        self, role: Role, buffer: RolloutBuffer, groups: list[list[int]]
     ) -> tuple[Tensor, Tensor]:
-        kept = None if buffer.kept is None else buffer.kept[index]
-        return response_logprobs(role.model, batch, self.sampling.temperature, kept)
+        """Log-probability and entropy of every response token, [R] each."""
+        logprobs, entropy = (torch.zeros_like(buffer.rollout_logprobs) for _ in range(2))
+
+        def read(rows: list[int]) -> None:
+            batch, index = buffer.select(rows)
+            kept = None if buffer.kept is None else buffer.kept[index]
+            logprobs[index], entropy[index] = response_logprobs(
+                role.model, batch, self.sampling.temperature, kept
+            )
+
+        role.passes.score(self._in_step(role, groups), buffer.batch, read)
+        return role.collect(logprobs, self.parallel), role.collect(entropy, self.parallel)
 
     def _values(self, role: Role, buffer: RolloutBuffer, groups: list[list[int]]) -> None:
         """Before each response token, [R], and after the last one, [B].
@@ -200,12 +195,14 @@ class PPO:
         its share of the groups, and they are put together.
         """
         values, last_values = torch.zeros_like(buffer.logprobs), torch.zeros_like(buffer.scores)
+
+        def read(rows: list[int]) -> None:
+            batch, index = buffer.select(rows)
+            values[index], last_values[rows] = response_values(role.model, batch)
+
         with role.parallel.active():
-            for rows in self._in_step(role, role.share(groups, self.parallel)):
-                if rows is None:
-                    continue
-                batch, index = buffer.select(rows)
-                values[index], last_values[rows] = response_values(role.model, batch)
+            share = self._in_step(role, role.share(groups, self.parallel))
+            role.passes.score(share, buffer.batch, read)
         buffer.old_values = role.collect(values, self.parallel)
         buffer.values = self.state.in_reward_units(buffer.old_values)
         buffer.last_values = self.state.in_reward_units(role.collect(last_values, self.parallel))
@@ -364,19 +361,18 @@ class PPO:
         sums: dict[str, Tensor] = {}
         if is_policy and mix is not None:
             sums = mix.backward(role)
-        share = list(self._in_step(role, role.share(minibatch.rows, self.parallel)))
-        for turn, rows in enumerate(share):
-            is_last = turn == len(share) - 1
-            if rows is None:
-                role.optimizer.idle_backward(is_last)
-                continue
-            # A micro-batch's loss is divided by the whole minibatch's counts: gradients add up.
+
+        # A micro-batch's loss is divided by the whole minibatch's counts: gradients add up.
+        def micro_batch_loss(rows: list[int]) -> Tensor:
             batch, index = buffer.select(rows)
             loss, stats = loss_of(batch, index, buffer, minibatch)
             balance = weighted_balance_loss(role.model, batch, batch.responses, minibatch.tokens)
-            role.optimizer.backward(loss + balance, is_last)
             for name, x in {f"{role.name}_loss": loss.detach(), **stats}.items():
                 sums[name] = sums[name] + x if name in sums else x
+            return loss + balance
+
+        share = self._in_step(role, role.share(minibatch.rows, self.parallel))
+        role.passes.train(share, buffer.batch, micro_batch_loss)
         done = role.optimizer.step(lr)
         names: tuple[str, ...] = ("value_loss", "value_clipfrac")
         if is_policy:

@@ -479,6 +479,13 @@ class PPOTrainSettings(PPOSettings):
                 "--replay_mask: masks are cut like the vocabulary in training; leave "
                 "--rollout_model_parallel_size out"
             )
+        run = self.run
+        if self.rollouts.replay_mask and (run.zero >= 2 or run.pipeline_parallel_size > 1):
+            flag = f"--zero {run.zero}" if run.zero >= 2 else "--pipeline_parallel_size"
+            yield (
+                f"--replay_mask: masks are cut like the vocabulary in training, and with {flag} "
+                "rollouts are made by a copy that lies otherwise; leave one of the two out"
+            )
         if roles.shared_trunk:
             yield from self._shared_trunk_problems()
         if self.penalty.ref_ema is not None and self.lora.quantize:

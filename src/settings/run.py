@@ -42,6 +42,21 @@ class RunSettings(Settings):
 class TrainingRunSettings(RunSettings):
     """The run: ranks, numbers, seed, memory."""
 
+    pipeline_parallel_size: Annotated[
+        int,
+        AtLeast(1),
+        MAY_CHANGE,
+        "cut the model's layers into so many stages, each on ranks of its own (1F1B), that compute "
+        "a step's micro-batches one after the other; give as many of these as there are stages, or "
+        "more (--accumulation_steps, --max_tokens_per_batch)",
+    ] = 1
+    stages_per_rank: Annotated[
+        int,
+        AtLeast(1),
+        MAY_CHANGE,
+        "stages that each rank of a pipeline computes (interleaved 1F1B): ranks wait less, and "
+        "exchange more",
+    ] = 1
     zero: Annotated[
         Literal[0, 1, 2, 3],
         MAY_CHANGE,
@@ -95,6 +110,16 @@ class TrainingRunSettings(RunSettings):
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
+        if self.stages_per_rank > 1 and self.pipeline_parallel_size == 1:
+            yield (
+                f"--stages_per_rank {self.stages_per_rank}: has no effect without "
+                "--pipeline_parallel_size"
+            )
+        if self.pipeline_parallel_size > 1 and self.zero >= 2:
+            yield (
+                f"--pipeline_parallel_size {self.pipeline_parallel_size} --zero {self.zero}: "
+                "weights would be put together for every micro-batch of every stage; give --zero 1"
+            )
         if self.offload_params and self.zero != 3:
             yield f"--offload_params: is for --zero 3, and it is {self.zero}"
         for name in ("offload_optimizer", "cpu_adam"):
@@ -114,40 +139,6 @@ class TrainingRunSettings(RunSettings):
             yield (
                 "--fp8 --deterministic: a tensor's scale is that of its largest number, so that "
                 "rows depend on those beside them; give one of the two"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class PipelinedRunSettings(TrainingRunSettings):
-    """The run: ranks, numbers, seed, memory."""
-
-    pipeline_parallel_size: Annotated[
-        int,
-        AtLeast(1),
-        MAY_CHANGE,
-        "cut the model's layers into so many stages, each on ranks of its own (1F1B), that compute "
-        "a step's micro-batches one after the other; give as many of these as there are stages, or "
-        "more (--accumulation_steps, --max_tokens_per_batch)",
-    ] = 1
-    stages_per_rank: Annotated[
-        int,
-        AtLeast(1),
-        MAY_CHANGE,
-        "stages that each rank of a pipeline computes (interleaved 1F1B): ranks wait less, and "
-        "exchange more",
-    ] = 1
-
-    def problems(self) -> Iterator[str]:
-        yield from super().problems()
-        if self.stages_per_rank > 1 and self.pipeline_parallel_size == 1:
-            yield (
-                f"--stages_per_rank {self.stages_per_rank}: has no effect without "
-                "--pipeline_parallel_size"
-            )
-        if self.pipeline_parallel_size > 1 and self.zero >= 2:
-            yield (
-                f"--pipeline_parallel_size {self.pipeline_parallel_size} --zero {self.zero}: "
-                "weights would be put together for every micro-batch of every stage; give --zero 1"
             )
 
 

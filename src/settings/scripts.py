@@ -21,12 +21,7 @@ from src.settings.model import (
     TrainingBatchSettings,
 )
 from src.settings.rewards import BestOfSettings, JudgeSettings, RewardSettings
-from src.settings.run import (
-    DryRunSettings,
-    PipelinedRunSettings,
-    RunSettings,
-    TrainingRunSettings,
-)
+from src.settings.run import DryRunSettings, RunSettings, TrainingRunSettings
 from src.settings.training import (
     DropoutLoRASettings,
     EvaluationSettings,
@@ -79,7 +74,6 @@ class SolverEvaluationSettings(TaskEvaluationSettings):
 class SolverTrainSettings(TrainSettings):
     """All that solver_train.py knows."""
 
-    run: PipelinedRunSettings = PipelinedRunSettings()
     evaluation: SolverEvaluationSettings = SolverEvaluationSettings()
 
 
@@ -141,7 +135,6 @@ class VerifierTrainSettings(TrainSettings):
     """All that verifier_train.py knows."""
 
     data: PairDataSettings
-    run: PipelinedRunSettings = PipelinedRunSettings()
     objective: VerifierObjectiveSettings = VerifierObjectiveSettings()
     evaluation: VerifierEvaluationSettings = VerifierEvaluationSettings(eval_batch_size=64)
 

@@ -13,7 +13,7 @@ from src.models.config import ModelConfig
 from src.models.layout import TensorSpec, tensor_table
 from src.models.lora import TARGETS, LoRAConfig, lora_table
 from src.models.places import Layout
-from src.models.stages import Stages
+from src.models.stages import Stages, cut_in_stages
 from src.trainer.averages import PASSING, PLAIN, Method, bytes_of_form, form_of, is_for_muon
 
 FP32 = 4  # bytes of a gradient, and of a master weight
@@ -35,13 +35,19 @@ class Budget:
 
 
 def model_budget(
-    config: ModelConfig, n: int, dtype: torch.dtype, quantize: str | None = None
+    config: ModelConfig,
+    n: int,
+    dtype: torch.dtype,
+    quantize: str | None = None,
+    pp_size: int = 1,
 ) -> Budget:
-    """A frozen model at `n` ranks."""
-    table = tensor_table(config)
-    return Budget(
-        sum(_weight_bytes(name, spec, n, dtype, quantize) for name, spec in table.items())
-    )
+    """A frozen model at `n` ranks, or at so many for each stage of a pipeline."""
+    stages = cut_in_stages(config, pp_size)
+    weights = [0] * pp_size
+    for name, spec in tensor_table(config).items():
+        for rank in stages.holders(name, config.tie_word_embeddings):
+            weights[rank] += _weight_bytes(name, spec, n, dtype, quantize)
+    return Budget(max(weights))
 
 
 def training_budget(

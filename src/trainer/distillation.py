@@ -39,6 +39,10 @@ class Teacher(Protocol):
         """What lies on the device for it."""
         ...
 
+    def consult(self, turns: list[list[int]], parts: list[list[Sequence]]) -> None:
+        """What it has to be asked before the student's micro-batches. parts: of rows, `turns`."""
+        ...
+
     def distance(
         self, student: Transformer, batch: Batch, rows: list[int], sequences: list[Sequence]
     ) -> Tensor:
@@ -69,13 +73,35 @@ class LiveTeacher:
         self.stage, self.head, self.of, self.whole = stage, head, distance, whole
         self.role = stage.roles["teacher"]
         self.model = self.role.model
+        self.kept: dict[tuple[int, ...], Tensor | None] = {}  # hidden states by their rows
         output = nn.ParameterList([nn.Parameter(head, requires_grad=False)])
         self.held = (output,) if stage.host is not None else (output, self.model)
+
+    def consult(self, turns: list[list[int]], parts: list[list[Sequence]]) -> None:
+        """A pipeline's last stage keeps a step's hidden states: no stage can ask in between."""
+        if self.model.stages.count == 1:
+            return
+        self.kept = dict.fromkeys(map(tuple, turns))
+        sequences_of = dict(zip(self.kept, parts))
+
+        def batch_of(rows: tuple[int, ...]) -> Batch:
+            return Batch.of(sequences_of[rows], self.whole.device)
+
+        def read(rows: tuple[int, ...]) -> None:
+            batch = batch_of(rows)
+            self.kept[rows] = self.model(batch.tokens, batch.layout, batch.rows)
+
+        with self.stage.at_work("teacher"), evaluating(self.model):
+            self.role.passes.score([*self.kept], batch_of, read)
+        with self.stage.at_work():  # with --offload_teacher it makes room
+            return
 
     def distance(
         self, student: Transformer, batch: Batch, rows: list[int], sequences: list[Sequence]
     ) -> Tensor:
-        teacher = head_logits(self.hidden(sequences), self.head)
+        hidden = self.kept.pop(tuple(rows), None)
+        hidden = self.hidden(sequences) if hidden is None else hidden
+        teacher = head_logits(hidden, self.head)
         return response_distances(student, batch, teacher, self.of.beta, self.of.temperature)
 
     @torch.no_grad()
@@ -115,6 +141,9 @@ class KeptTeacher:
     ) -> None:
         """ids, logprobs: of each row's response tokens, [tokens, k] each."""
         self.ids, self.logprobs, self.of, self.device = ids, logprobs, distance, device
+
+    def consult(self, turns: list[list[int]], parts: list[list[Sequence]]) -> None:
+        """It was asked before the run."""
 
     def distance(
         self, student: Transformer, batch: Batch, rows: list[int], sequences: list[Sequence]
@@ -183,6 +212,9 @@ class DistillationObjective(Objective):
             self.weights[i] = self.needed[i] = sequence.response_length
         share = {"on_policy": len(own) / len(batch), "generated_tokens": tokens}
         self.noted = {**share, "response_length": tokens / max(1, len(own))}
+
+    def consult(self, turns: list[list[int]]) -> None:
+        self.teacher.consult(turns, [[self.sequences[i] for i in rows] for rows in turns])
 
     def batch(self, rows: list[int]) -> Batch:
         return Batch.of([self.sequences[i] for i in rows], self.parallel.device)

@@ -87,7 +87,8 @@ def output_rows(
     """The output layer's rows of this rank's part of the student's vocabulary.
 
     A teacher may have more rows than the student, or fewer: ids past its own stay 0, and have no
-    text. → [vocabulary / n, dim].
+    text. Nothing where the student's head is not: in a pipeline before the last stage. →
+    [vocabulary / n, dim].
     """
     tied = student.tie_word_embeddings
     spec = tensor_table(student)["tok_embeddings.weight" if tied else "output.weight"]
@@ -96,6 +97,8 @@ def output_rows(
     name = "tok_embeddings.weight" if teacher.tie_word_embeddings else "output.weight"
     start, stop = (min(i, teacher.vocab_size) for i in (start, stop))
     size = spec.local_shape(parallel.mp_size)[0]
+    if parallel.pp_rank < parallel.pp_size - 1:
+        start = stop = size = 0
     rows = torch.zeros(size, teacher.dim, dtype=dtype, device=parallel.device)
     rows[: stop - start] = checkpoint.read(name, 0, start, stop).to(rows)
     return rows

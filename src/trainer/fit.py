@@ -3,7 +3,6 @@
 import os
 import shutil
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -28,10 +27,8 @@ from src.trainer.batches import epoch_batches, shares_of, turns_of
 from src.trainer.meter import Meter, profiler
 from src.trainer.objective import Objective
 from src.trainer.optimizer import Optimizer, lr_at
+from src.trainer.passes import Passes, from_last_stage, passes_of
 from src.trainer.saving import Saving
-
-if TYPE_CHECKING:
-    from src.trainer.pipelined import PipelinedStep
 
 
 def prepare(
@@ -116,12 +113,7 @@ def fit(
     for line in described(batches.max_tokens_per_batch):
         log.info(line)
     meter = Meter(model, objective, parallel)
-    pipeline = None
-    if parallel.pp_size > 1:
-        # PyTorch's pipelines take seconds to import.
-        from src.trainer.pipelined import PipelinedStep
-
-        pipeline = PipelinedStep(model, optimizer, objective, parallel)
+    passes = passes_of(model, parallel, optimizer)
     tokens_left = sum(objective.lengths) * (total - step) / steps_per_epoch
 
     def evaluate_aside(bar: Progress, name: str, number: int) -> None:
@@ -143,7 +135,7 @@ def fit(
                 lr = lr_at(step, total, plan.lr, plan.warmup, plan.schedule)
                 objective.begin(step, batch, model)
                 roles = model, optimizer, objective
-                scalars = train_step(*roles, batch, batches, parallel, lr, pipeline)
+                scalars = train_step(*roles, batch, batches, parallel, lr, passes)
                 step += 1
                 if scalars["skipped"]:
                     norm = scalars["grad_norm"]
@@ -177,36 +169,35 @@ def train_step(
     batches: PackedBatchSettings,
     parallel: Parallel,
     lr: float,
-    pipeline: "PipelinedStep | None" = None,
+    passes: Passes | None = None,
 ) -> dict[str, float]:
     """One optimizer step on a batch of all ranks' rows.
 
-    Returns the objective's sums, the gradient norm, and `skipped`.
+    Returns the objective's sums, the gradient norm, and `skipped`. passes: the model's, made when
+    not given.
     """
     names = objective.stats + (("balance_loss",) if model.config.n_experts else ())
     if not any(objective.weights[i] for i in batch):  # nothing to learn from: no step is taken
         return dict.fromkeys((*names, "grad_norm", "skipped"), 0.0)
-    sums: dict[str, Tensor] = {}
     with clock.phase("data"):
         batch = [i for i in batch if objective.weights[i]]
         denominator = sum(objective.weights[i] for i in batch)
         limits = batches.max_batch_size, batches.max_tokens_per_batch
         shares = shares_of(batch, objective.lengths, parallel.dp_size, *limits)
         turns = turns_of(shares, parallel.dp_rank, optimizer.shares_weights)
+    with clock.phase("forward"):
+        objective.consult([rows for rows in turns if rows is not None])
+    sums: dict[str, Tensor] = {}
+
     # Each micro-batch's loss is its sum over the whole batch's count: gradients simply add up.
-    if pipeline is not None:
-        sums, turns = pipeline.run(turns, denominator), []
-    for turn, rows in enumerate(turns, 1):
-        is_last = turn == len(turns)
-        if rows is None:
-            optimizer.idle_backward(is_last)
-            continue
-        with clock.phase("forward"):
-            loss, stats = objective.loss(model, rows, denominator)
-        with clock.phase("backward"):
-            optimizer.backward(loss, is_last)
+    def loss_of(rows: list[int]) -> Tensor:
+        loss, stats = objective.loss(model, rows, denominator)
         for name, value in {"loss": loss.detach(), **stats}.items():
             sums[name] = sums[name] + value if name in sums else value
+        return loss
+
+    passes = passes_of(model, parallel, optimizer) if passes is None else passes
+    passes.train(turns, objective.batch, loss_of)
     with clock.phase("optimizer"):
         done = optimizer.step(lr)
         return {**summed(sums, names, parallel), **done}
@@ -215,11 +206,9 @@ def train_step(
 def summed(sums: dict[str, Tensor], names: tuple[str, ...], parallel: Parallel) -> dict[str, float]:
     """The named sums, 0 where this rank has none, added over the data-parallel ranks.
 
-    And over the stages of a pipeline, of which the last one has them.
+    Those of a pipeline are its last stage's.
     """
     zero = torch.zeros((), dtype=torch.float64, device=parallel.device)
     values = torch.stack([sums[name].double() if name in sums else zero for name in names])
     all_reduce(values, parallel.dp_group)
-    if parallel.pp_group is not None:
-        all_reduce(values, parallel.pp_group)
-    return dict(zip(names, values.tolist()))
+    return dict(zip(names, from_last_stage(values, parallel).tolist()))

@@ -289,6 +289,11 @@ class DistillationInputs:
                 f"--teacher_model_parallel_size {degree} does not divide the {mp_size} ranks that "
                 "share a model in training (--model_parallel_size)"
             )
+        if degree not in (None, mp_size) and parallel.pp_size > 1:
+            raise UserError(
+                f"--teacher_model_parallel_size {degree}: with --pipeline_parallel_size the "
+                f"teacher's stages lie on {mp_size} ranks each, as the student's do: leave it out"
+            )
         return cls(model, lora, evaluation, sequences, teacher, None, notes)
 
 

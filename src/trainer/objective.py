@@ -39,6 +39,13 @@ class Objective(Protocol):
         """How a row is computed: (tokens, tokens before them that they see too) of each piece."""
         ...
 
+    def consult(self, turns: list[list[int]]) -> None:
+        """Ask frozen models about this rank's micro-batches of the step, before any is trained on.
+
+        By default there is nobody to ask.
+        """
+        return None
+
     def batch(self, rows: list[int]) -> Batch | PromptTree:
         """What `loss` puts through the model for these rows."""
         ...

@@ -310,7 +310,7 @@ class Optimizer:
         if gradients:  # a stage may train nothing
             squares = sums_of_squares(gradients, by_rows=gradients[0].device.type == "cpu")
             total += (squares.to(self.parallel.device) / self.copies).sum()
-        all_reduce(total, self.parallel.model_group or self.parallel.mp_group)
+        all_reduce(total, self.parallel.model_group)
         if self.shares_weights:
             all_reduce(total, self.parallel.dp_group)
         return total.sqrt()

@@ -1,4 +1,7 @@
-"""An optimizer step's micro-batches through the stages of a pipeline."""
+"""Micro-batches through the stages of a pipeline."""
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,33 +13,88 @@ from src.models.transformer import Received, Transformer
 from src.parallel.clock import clock
 from src.parallel.pipeline import Boundary, Pipeline
 from src.parallel.setup import Parallel
-from src.trainer.objective import Objective
-from src.trainer.optimizer import Optimizer
+from src.trainer.optimizer import Optimizer, idle_forward
+from src.trainer.passes import T, Turns
 
 
-class PipelinedStep:
-    """Forward and backward of a step's micro-batches, of which each stage computes its layers.
+class Pipelined:
+    """`Passes` in which each stage computes its layers of every micro-batch.
 
-    All stages know the rows, so that none is told how long they are. The last one's output is the
-    objective's loss.
+    All stages know the rows, so that none is told how long they are. Collectives of the model's
+    ranks.
     """
 
-    def __init__(
-        self, model: Transformer, optimizer: Optimizer, objective: Objective, parallel: Parallel
-    ) -> None:
-        self.model, self.optimizer, self.objective = model, optimizer, objective
-        self.parallel = parallel
+    def __init__(self, model: Transformer, parallel: Parallel, optimizer: Optimizer | None) -> None:
+        self.model, self.parallel, self.optimizer = model, parallel, optimizer
         assert parallel.pp_group is not None
-        stages = model.stages
         self.pipeline = Pipeline(
-            self._compute, stages.count, parallel.pp_group, parallel.device, self._trains()
+            self._compute, model.stages.count, parallel.pp_group, parallel.device
         )
-        self.turns: list[list[int] | None] = []
+        self.trains: list[bool] | None = None  # which of all stages train anything, once known
+        # Of the pass that is under way: its turns, their tokens and layouts, and what ends it.
+        self.turns: list[Any] = []
         self.batches: list[tuple[Tensor, Packed]] = []
-        self.denominator, self.sums = 1.0, dict[str, Tensor]()
+        self.end_of: Callable[[Any], Tensor | None] = lambda turn: None
+
+    def train(
+        self,
+        turns: Turns[T],
+        batch_of: Callable[[T], Batch | PromptTree],
+        loss_of: Callable[[T], Tensor],
+        last: bool = True,
+    ) -> None:
+        assert self.optimizer is not None
+        if self.trains is None:
+            self.trains = self._trains()
+        buckets = self.optimizer.buckets
+        arm = buckets.arm if buckets and last else lambda: None
+        with clock.phase("data"):
+            boundaries = self._begin(turns, batch_of, loss_of)
+        with clock.phase("forward and backward"):
+            self.pipeline.train(len(self.turns), boundaries, self.trains, arm)
+        self.batches = []
+
+    @torch.no_grad()
+    def score(
+        self,
+        turns: Turns[T],
+        batch_of: Callable[[T], Batch | PromptTree],
+        read: Callable[[T], None],
+    ) -> None:
+        boundaries = self._begin(turns, batch_of, read)
+        self.pipeline.score(len(self.turns), boundaries)
+        self.batches = []
+
+    def _begin(
+        self,
+        turns: Turns[T],
+        batch_of: Callable[[T], Batch | PromptTree],
+        end_of: Callable[[T], Tensor | None],
+    ) -> list[Boundary]:
+        """Set up a pass; what goes from stage to stage in it."""
+        self.turns = [*turns, *[None] * self.pipeline.idle_needed(len(turns))]
+        self.end_of = end_of
+        self.batches = [self._tokens(turn, batch_of) for turn in self.turns]
+        model, config = self.model, self.model.config
+        tokens = [len(of_turn) for of_turn, _ in self.batches]
+        split = self.parallel.mp_size if model.sequence_parallel else 1
+        boundaries = [Boundary([-(-n // split) for n in tokens], (config.dim,), model.dtype)]
+        if model.balances:  # the experts' decisions, too
+            boundaries.append(Boundary(tokens, (2, config.n_experts), torch.float32))
+        return boundaries
+
+    def _tokens(
+        self, turn: T | None, batch_of: Callable[[T], Batch | PromptTree]
+    ) -> tuple[Tensor, Packed]:
+        """Tokens and layout of a micro-batch."""
+        device = self.parallel.device
+        if turn is None:
+            return torch.zeros(1, dtype=torch.long, device=device), Packed([1], device)
+        batch = batch_of(turn)
+        return batch.tokens, batch.layout
 
     def _trains(self) -> list[bool]:
-        """Which of all stages train anything; a collective of the pipeline's ranks."""
+        """Which of all stages train anything."""
         model, count = self.model, self.model.stages.count
         trains = [False] * count
         own = model.stages.of_rank(self.parallel.pp_rank)
@@ -53,43 +111,6 @@ class PipelinedStep:
         dist.all_gather_object(every, trains, group=self.parallel.pp_group)
         return [any(of_stage) for of_stage in zip(*every)]
 
-    def run(self, turns: list[list[int] | None], denominator: float) -> dict[str, Tensor]:
-        """All micro-batches; sums to be logged, on the last stage's ranks.
-
-        turns: rows of each; None: a micro-batch of nothing.
-        """
-        idle = self.pipeline.idle_needed(len(turns))
-        self.turns, self.denominator, self.sums = [*turns, *[None] * idle], denominator, {}
-        if not self.turns:
-            return {}
-        with clock.phase("data"):
-            self.batches = [self._batch(rows) for rows in self.turns]
-            boundaries = self._boundaries([len(tokens) for tokens, _ in self.batches])
-        buckets = self.optimizer.buckets
-        arm = buckets.arm if buckets else lambda: None
-        with clock.phase("forward and backward"):
-            self.pipeline.train(len(self.turns), boundaries, arm)
-        self.batches = []
-        return self.sums
-
-    def _batch(self, rows: list[int] | None) -> tuple[Tensor, Packed]:
-        """Tokens and layout of a micro-batch."""
-        device = self.parallel.device
-        if rows is None:
-            return torch.zeros(1, dtype=torch.long, device=device), Packed([1], device)
-        batch: Batch | PromptTree = self.objective.batch(rows)
-        return batch.tokens, batch.layout
-
-    def _boundaries(self, tokens: list[int]) -> list[Boundary]:
-        """What goes from stage to stage: hidden states, and experts' decisions where they count."""
-        model, config = self.model, self.model.config
-        split = self.parallel.mp_size if model.sequence_parallel else 1
-        rows = [-(-n // split) for n in tokens]
-        boundaries = [Boundary(rows, (config.dim,), model.dtype)]
-        if model.balances:
-            boundaries.append(Boundary(tokens, (2, config.n_experts), torch.float32))
-        return boundaries
-
     def _compute(
         self, stage: int, received: tuple[Tensor, ...], number: int
     ) -> tuple[Tensor, ...] | Tensor:
@@ -100,12 +121,21 @@ class PipelinedStep:
         try:
             if index < model.stages.count - 1:
                 return model.pass_on(tokens, layout)
-            rows = self.turns[number]
-            if rows is None:
-                return self.optimizer.idle_loss(model(tokens, layout))
-            loss, stats = self.objective.loss(model, rows, self.denominator)
+            return self._end(self.turns[number])
         finally:
             model.received = None
-        for name, value in {"loss": loss.detach(), **stats}.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def _end(self, turn: Any) -> Tensor:
+        """What the last stage makes of a micro-batch: its loss; nothing of what is only read."""
+        if not torch.is_grad_enabled():
+            if turn is None:
+                idle_forward(self.model, self.parallel.device)
+            else:
+                self.end_of(turn)
+            return torch.zeros((), device=self.parallel.device)
+        assert self.optimizer is not None
+        if turn is None:
+            return self.optimizer.idle_loss(idle_forward(self.model, self.parallel.device))
+        loss = self.end_of(turn)
+        assert loss is not None
         return loss * self.optimizer.loss_scale

@@ -26,6 +26,7 @@ from src.parallel.setup import Parallel
 from src.trainer.losses import PAIR_LOSSES, RESPONSE_LOSSES, SFT, Knobs, Sides
 from src.trainer.objective import Objective
 from src.trainer.optimizer import idle_forward
+from src.trainer.passes import passes_of
 from src.trainer.reference import Groups, Reference, packed, scored, sums
 
 SIDES = ("chosen", "rejected")
@@ -99,6 +100,8 @@ class PreferenceObjective(Objective):
         )
         self.stats += ("kl",) if reference is not None else ()
         self.totals = Totals(1, 1, 1, 1)
+        # Of a step's rows, each response's log-probability by the reference.
+        self.of_reference: dict[int, Tensor] = {}
 
     def pieces(self, row: int) -> list[tuple[int, int]]:
         return pieces_of(self.rows[row].responses, self.share_prompts)
@@ -118,6 +121,17 @@ class PreferenceObjective(Objective):
         good, bad = sum(labels), labels.count(False)
         self.totals = Totals(max(1, good), max(1, bad), good + bad, max(1, good_tokens), kl)
 
+    def consult(self, turns: list[list[int]]) -> None:
+        if self.reference is None:
+            return
+        parts = [[self.rows[i].responses for i in rows] for rows in turns]
+        found = self.reference(turns, parts)
+        self.of_reference = {
+            i: of_row
+            for rows, groups, of_rows in zip(turns, parts, found)
+            for i, of_row in zip(rows, of_rows.split([len(group) for group in groups]))
+        }
+
     def batch(self, rows: list[int]) -> Batch | PromptTree:
         groups = [self.rows[i].responses for i in rows]
         return packed(groups, self.share_prompts, self.parallel.device)
@@ -130,10 +144,9 @@ class PreferenceObjective(Objective):
         groups = [row.responses for row in chosen]
         responses = [len(group) for group in groups]
         batch = self.batch(rows)
-        # The reference first: its activations are gone when the policy's come. [responses], fp64
         reference = torch.zeros(sum(responses), dtype=torch.float64, device=device)
         if self.reference is not None:
-            reference = self.reference(rows, groups)
+            reference = torch.cat([self.of_reference[i] for i in rows])
         stats: dict[str, Tensor] = {}
 
         def loss_of(logprobs: Tensor, entropy: Tensor | None, tokens: slice) -> Tensor:
@@ -269,14 +282,14 @@ class Mismatched:
     @torch.no_grad()
     def __call__(self, batch: list[int], model: Transformer) -> float:
         rows = sorted(batch)[self.parallel.dp_rank :: self.parallel.dp_size]
-        total = torch.zeros(2, dtype=torch.float64, device=self.parallel.device)
         lengths = [len(self.responses[i].tokens) for i in rows]
-        parts = micro_batches(lengths, self.max_batch_size)
-        for part in parts:
-            chosen = [rows[i] for i in part]
-            groups: Groups = [[self.responses[i]] for i in chosen]
-            ratios = scored(model, groups, False) - self.reference(chosen, groups)
-            total += torch.stack((ratios.sum(), torch.tensor(float(len(chosen))).to(ratios)))
+        turns = [[rows[i] for i in part] for part in micro_batches(lengths, self.max_batch_size)]
+        parts: list[Groups] = [[[self.responses[i]] for i in turn] for turn in turns]
+        passes = passes_of(model, self.parallel)
+        logprobs = scored(model, passes, parts, False, self.parallel)
+        ratios = [x - y for x, y in zip(logprobs, self.reference(turns, parts))]
+        total = torch.tensor([0.0, len(rows)], dtype=torch.float64, device=self.parallel.device)
+        total[0] = sum(x.sum() for x in ratios)
         if model.shard_stage:  # ranks that share weights take part as often as any of them
             most = -(-len(batch) // self.parallel.dp_size)
             for _ in range(-(-most // self.max_batch_size) - len(parts)):

@@ -17,11 +17,13 @@ from torch import Tensor
 
 from src.checkpoint.manifest import sync
 from src.errors import UserError
+from src.generation.relayout import plain
 from src.logs import RunLog
 from src.models.batch import Batch, PromptTree, Sequence, over_ranks, response_logprobs
 from src.models.transformer import Transformer, evaluating
 from src.parallel.deterministic import same_rows
 from src.parallel.setup import Parallel, agreed
+from src.trainer.passes import Passes, from_last_stage, passes_of
 
 Groups = list[list[Sequence]]
 
@@ -38,36 +40,53 @@ def sums(logprobs: Tensor, lengths: list[int]) -> Tensor:
     return torch.stack([part.sum() for part in logprobs.double().split(lengths)])
 
 
-@torch.no_grad()
-def scored(model: Transformer, groups: Groups, share_prompts: bool) -> Tensor:
-    """Σ_t log π(y_t) of each response of the groups, [responses], fp64."""
-    batch = packed(groups, share_prompts, model.norm.weight.device)
-    with evaluating(model), same_rows():
+def scored(
+    model: Transformer, passes: Passes, parts: list[Groups], share_prompts: bool, parallel: Parallel
+) -> list[Tensor]:
+    """Σ_t log π(y_t) of each response of some micro-batches of groups, [responses] each, fp64.
+
+    passes: the model's.
+    """
+    device = parallel.device
+    sizes = [sum(map(len, groups)) for groups in parts]
+    every = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
+    of_part = every.split(sizes)
+
+    def batch_of(number: int) -> Batch | PromptTree:
+        return packed(parts[number], share_prompts, device)
+
+    def read(number: int) -> None:
+        batch = batch_of(number)
         logprobs, _ = response_logprobs(model, batch)
-    return sums(logprobs, batch.responses)
+        of_part[number].copy_(sums(logprobs, batch.responses))
+
+    with evaluating(model), same_rows():
+        passes.score(range(len(parts)), batch_of, read)
+    return list(from_last_stage(every, parallel).split(sizes))
 
 
 class Reference(Protocol):
-    """Gives Σ_t log π_ref(y_t) of rows' responses, [responses], fp64."""
+    """Gives Σ_t log π_ref(y_t) of rows' responses, fp64."""
 
     @property
     def model(self) -> Transformer | None:
         """The one that computes them, if any does."""
         ...
 
-    def __call__(self, rows: list[int], groups: Groups) -> Tensor:
-        """rows: the numbers of the groups."""
+    def __call__(self, turns: list[list[int]], parts: list[Groups]) -> list[Tensor]:
+        """Of micro-batches of rows, [responses] each. parts: the groups of the rows in `turns`."""
         ...
 
 
 class LiveReference:
     """By a frozen model, whenever it is asked."""
 
-    def __init__(self, model: Transformer, share_prompts: bool) -> None:
+    def __init__(self, model: Transformer, share_prompts: bool, parallel: Parallel) -> None:
         self.model, self.share_prompts = model.requires_grad_(False), share_prompts
+        self.passes, self.parallel = passes_of(model, parallel), parallel
 
-    def __call__(self, rows: list[int], groups: Groups) -> Tensor:
-        return scored(self.model, groups, self.share_prompts)
+    def __call__(self, turns: list[list[int]], parts: list[Groups]) -> list[Tensor]:
+        return scored(self.model, self.passes, parts, self.share_prompts, self.parallel)
 
 
 class KeptReference:
@@ -78,9 +97,9 @@ class KeptReference:
     def __init__(self, of_rows: list[list[float]], device: torch.device) -> None:
         self.of_rows, self.device = of_rows, device
 
-    def __call__(self, rows: list[int], groups: Groups) -> Tensor:
-        numbers = [x for row in rows for x in self.of_rows[row]]
-        return torch.tensor(numbers, dtype=torch.float64, device=self.device)
+    def __call__(self, turns: list[list[int]], parts: list[Groups]) -> list[Tensor]:
+        numbers = ([x for row in rows for x in self.of_rows[row]] for rows in turns)
+        return [torch.tensor(x, dtype=torch.float64, device=self.device) for x in numbers]
 
 
 class Cache:
@@ -177,18 +196,19 @@ def score_all(
 ) -> list[list[float]]:
     """The model's numbers for every group, the same on every rank.
 
-    limits: groups, and tokens, at a time.
+    limits: groups, and tokens, at a time. Of a pipeline a copy computes them, see `plain`.
     """
-
-    def compute(rows: list[int]) -> list[list[float]]:
-        chosen = [groups[i] for i in rows]
-        parts = scored(model, chosen, share_prompts).split([len(group) for group in chosen])
-        return [part.tolist() for part in parts]
-
     lengths = [sum(len(s.tokens) for s in group) for group in groups]
     bar = log.progress(len(groups), "scoring by the reference", unit="row", work=sum(lengths))
-    with bar:
-        return over_ranks(compute, lengths, limits[0], parallel, bar, limits[1])
+    with plain(model, parallel) as (whole, division), bar:
+        passes = passes_of(whole, division)
+
+        def compute(rows: list[int]) -> list[list[float]]:
+            chosen = [groups[i] for i in rows]
+            (of_responses,) = scored(whole, passes, [chosen], share_prompts, division)
+            return [part.tolist() for part in of_responses.split([len(x) for x in chosen])]
+
+        return over_ranks(compute, lengths, limits[0], division, bar, limits[1])
 
 
 def digest_of(value: object) -> str:
@@ -210,7 +230,7 @@ def references(
     load: the model, which is the policy before it is trained; limits: see `score_all`.
     """
     if cache is None:
-        return [LiveReference(load(), share_prompts)] * len(lists_of)
+        return [LiveReference(load(), share_prompts, parallel)] * len(lists_of)
     lists = cache.load(parallel, log)
     if lists is None:
         model = load()

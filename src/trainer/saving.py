@@ -157,12 +157,13 @@ class Saving:
                 with self.at_work(name):
                     saved = SavedModel(path, name, manifest["layouts"][name])
                     restore(model, optimizer, saved, manifest["counters"][name])
-            layout, rank = Layout(self.parallel.mp_size), self.parallel.mp_rank
+            p = self.parallel
+            layout = Layout(p.mp_size, pp=p.pp_size).held_by([p.pp_rank])
             for name, (tensors, specs) in self.tensors.items():
                 saved = SavedModel(path, name, manifest["layouts"][name])
                 with self.at_work(name):
                     for key, tensor in tensors.items():
-                        tensor.copy_(saved.local(key, specs[key], layout, rank))
+                        tensor.copy_(saved.local(key, specs[key], layout, p.model_rank))
             for name, (_, set_part) in self.parts.items():
                 if not self.earlier.has_changed(*ANEW.get(name, ())):
                     set_part(manifest["parts"][name])
@@ -237,8 +238,8 @@ class Saving:
         for name, (others, _) in self.tensors.items():
             if p.dp_rank == 0:
                 with self.at_work(name):
-                    files[file_of(name, p.mp_rank, 0)] = self.copies.of(name, others)
-            layouts[name] = {"mp": p.mp_size, "dp": 1}
+                    files[file_of(name, p.mp_rank, 0, p.pp_rank)] = self.copies.of(name, others)
+            layouts[name] = {"mp": p.mp_size, "dp": 1, "pp": p.pp_size}
         if p.mp_rank == 0:
             files[random_file(p.dp_rank, p.pp_rank)] = self._random()
         about = {

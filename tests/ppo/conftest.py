@@ -11,7 +11,16 @@ from tests.launch import launch
 from tests.ppo.worker import all_checks
 from tests.trainer.tiny import save_llama
 
-LAYOUTS = {"one rank": "1-1", "TP 2": "2-2", "DP 2": "2-1", "TP 4": "4-4", "TP 2, DP 2": "4-2"}
+LAYOUTS = {
+    "one rank": "1-1",
+    "TP 2": "2-2",
+    "DP 2": "2-1",
+    "TP 4": "4-4",
+    "TP 2, DP 2": "4-2",
+    "PP 2": "2-1-2",
+    "PP 2, TP 2": "4-2-2",
+    "PP 2, DP 2": "4-1-2",
+}
 
 
 @pytest.fixture(scope="session")
@@ -57,9 +66,9 @@ def save_adapter(
 @pytest.fixture(scope="session")
 def results(folder):
     """Layout → what the worker found there."""
-    all_checks(folder, [1])
-    launch(2, "tests/ppo/worker.py", str(folder), "2", "1", timeout=480)
-    launch(4, "tests/ppo/worker.py", str(folder), "4", "2", timeout=480)
+    all_checks(folder, [(1, 1)])
+    launch(2, "tests/ppo/worker.py", str(folder), "2", "1", "1:2", timeout=480)
+    launch(4, "tests/ppo/worker.py", str(folder), "4", "2", "2:2", "1:2", timeout=600)
     return {name: torch.load(folder / f"{file}.pt") for name, file in LAYOUTS.items()}
 
 

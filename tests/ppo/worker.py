@@ -4,7 +4,7 @@
 
 FOLDER holds the models `policy`, `reference`, `value` and `verifier`, and adapters on `policy`:
 `policy adapter`, `value adapter`, `verifier adapter`; FOLDER/N-MP.pt gets the results of each
-division.
+division. MP_SIZE:STAGES makes a pipeline, for what is in `IN_STAGES`: N-MP-STAGES.pt.
 """
 
 import hashlib
@@ -25,6 +25,7 @@ from src.generation.engine import Engine
 from src.generation.relayout import RelaidEngine
 from src.generation.sampling import Sampling
 from src.models.batch import Batch, response_logprobs, response_values, sequence_scores
+from src.models.exchange import is_spread
 from src.models.transformer import Transformer
 from src.parallel.setup import Parallel, start, stop
 from src.ppo import trainer
@@ -178,6 +179,31 @@ AT_FOUR = (
     "twice, in turn, offloaded",
 )
 
+# Where ranks are stages of a pipeline.
+IN_STAGES = (
+    "iteration",
+    "micro-batches",
+    "grpo",
+    "k2, entropy",
+    "k3, by sequence",
+    "value_norm",
+    "ref_ema",
+    "ptx",
+    "filter, one group",
+    "filter, nothing",
+    "critic_warmup",
+    "sequence parallel",
+    "twice",
+    "twice, in turn, offloaded",
+)
+
+
+def runs_at(run: str, mp_size: int, stages: int) -> bool:
+    """Whether a run is one of a division."""
+    if stages > 1:
+        return run in IN_STAGES
+    return mp_size < 4 or run in AT_FOUR
+
 
 class Parity:
     """Reads any ids as "#### 0" or "#### 1"."""
@@ -261,11 +287,12 @@ def make_ppo(
         else None
     )
     policy, limits = stage.roles["policy"].model, (5, 64)
-    own = Engine(policy, parallel, *limits)
+    relaid = is_spread(policy)
+    own = RelaidEngine(policy, parallel, parallel.model_size, *limits) if relaid else None
     return PPO(
         stage,
         rewards,
-        RelaidEngine(policy, parallel, parallel.mp_size, *limits) if policy.shard_stage else own,
+        own or Engine(policy, parallel, *limits),
         sampling,
         STOPS,
         KLController(KL_COEF),
@@ -547,9 +574,11 @@ def one_run(folder: Path, parallel: Parallel, run: Run, dump: str | None = None)
     }
 
 
-def all_checks(folder: Path, mp_sizes: list[int]) -> None:
-    for mp_size in mp_sizes:
-        parallel, name = start(mp_size, timeout=120), f"{dist.get_world_size()}-{mp_size}"
+def all_checks(folder: Path, divisions: list[tuple[int, int]]) -> None:
+    """divisions: (ranks that share tensors, stages) of each."""
+    for mp_size, stages in divisions:
+        parallel = start(mp_size, timeout=120, pipeline_parallel_size=stages)
+        name = f"{parallel.world_size}-{mp_size}" + (f"-{stages}" if stages > 1 else "")
         torch.set_num_threads(1)  # tensors this small only wait for more
         Remembered.known.clear()
         results = {
@@ -557,9 +586,9 @@ def all_checks(folder: Path, mp_sizes: list[int]) -> None:
                 folder, parallel, what, str(folder / f"dump {name}") if run == "iteration" else None
             )
             for run, what in RUNS.items()
-            if mp_size < 4 or run in AT_FOUR
+            if runs_at(run, mp_size, stages)
         }
-        if parallel.world_size < 4:
+        if parallel.world_size < 4 and stages == 1:
             results["separate"] = adapters_run(folder, parallel, shared=False)
             results["shared"] = adapters_run(folder, parallel, shared=True)
             results["shared, offloaded"] = adapters_run(folder, parallel, shared=True, offload=True)
@@ -569,4 +598,5 @@ def all_checks(folder: Path, mp_sizes: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    all_checks(Path(sys.argv[1]), [int(size) for size in sys.argv[2:]])
+    asked = [[*map(int, division.split(":")), 1][:2] for division in sys.argv[2:]]
+    all_checks(Path(sys.argv[1]), [(mp_size, stages) for mp_size, stages in asked])

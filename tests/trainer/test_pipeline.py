@@ -18,13 +18,16 @@ from tests.trainer.tiny import apart, theirs
 RUNS = [
     (pipeline, run)
     for pipeline, file in PIPELINES.items()
-    for run in (*worker.DEEP_RUNS, *worker.PIPELINED)
+    for run in dict.fromkeys((*worker.DEEP_RUNS, *worker.PIPELINED))
     if worker.runs_in_stages(run, int(file.split("-")[2]))
 ]
 
+# What objectives log beside the loss.
+LOGGED = ("accuracy", "margin", "reward/", "logprob", "kl", "loss/", "balance", "response", "on_p")
 
-def same_steps(got: dict, one: dict) -> None:
-    assert len(got["history"]) == len(one["history"]) == 5
+
+def same_steps(got: dict, one: dict, steps: int = 5) -> None:
+    assert len(got["history"]) == len(one["history"]) == steps
     for step, other in zip(got["history"], one["history"]):
         for name in ("loss", "grad_norm"):
             assert step[name] == pytest.approx(other[name], rel=TOLERANCE)
@@ -35,9 +38,12 @@ def same_steps(got: dict, one: dict) -> None:
 
 @pytest.mark.parametrize("pipeline, run", RUNS)
 def test_steps_of_a_pipeline_are_those_of_one_process(pipelined, results, pipeline, run):
-    if run in worker.VERIFIER_RUNS:  # its comparisons make as many steps
-        assert len(results["one rank"][run]["history"]) == 5
-    same_steps(pipelined[pipeline][run], results["one rank"][run])
+    got, one = pipelined[pipeline][run], results["one rank"][run]
+    steps = 2 if run in worker.PREFERENCE_RUNS else 5
+    same_steps(got, one, steps)
+    for step, other in zip(got["history"], one["history"]):
+        for name in (name for name in other if name.startswith(LOGGED)):
+            assert step[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), name
 
 
 @pytest.mark.parametrize("run", ["deep", "tied"])

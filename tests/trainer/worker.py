@@ -20,6 +20,7 @@ from src.checkpoint.source import Checkpoint
 from src.data.encoding import Comparison
 from src.evaluation.logprobs import score_responses
 from src.evaluation.verifier import evaluate_pairs
+from src.generation.relayout import plain
 from src.generation.sampling import Sampling
 from src.logs import RunLog
 from src.models.batch import Sequence
@@ -157,6 +158,18 @@ PIPELINED = (
     "experts, lora, sequence parallel, recomputed",
     "verifier",
     "verifier, packed by tokens, zero 0",
+    "dpo and sft, micro-batches",
+    "dpo, packed by tokens",
+    "dpo, the reference kept",
+    "dpo, lora",
+    "dpo, experts",
+    "dpo, deep, micro-batches",
+    "kto, micro-batches, zero 0",
+    "simpo loss",
+    "distilled, forward, micro-batches",
+    "distilled, js, the teacher in host memory",
+    "distilled, top 6",
+    "distilled, own answers",
 )
 COMPARISONS, VERIFIER_BATCH = 18, 4
 # name: (losses, micro-batches, more settings)
@@ -175,6 +188,7 @@ PREFERENCE_RUNS = {
     "dpo, lora": (["dpo"], 1, {"lora": True}),
     "dpo, lora, sequence parallel": (["dpo"], 1, {"lora": True, "sequence_parallel": True}),
     "dpo, experts": (["dpo"], 2, {"model": "experts", "share_prompts": False}),
+    "dpo, deep, micro-batches": (["dpo"], 4, {"model": "deep"}),
 }
 # name: (β, micro-batches, more settings); the teacher has other sizes, and in some its own degree.
 DISTILLATION_RUNS = {
@@ -246,10 +260,9 @@ def preference_objective(
     # Two steps, the second of three rows.
     rows, share_prompts = comparisons()[:7], more.get("share_prompts", True)
     off_prompt = mismatched(rows, SEED, 99)
-    name = "experts" if more.get("model") == "experts" else "reference"
-    frozen = ours(folder / name, parallel)
+    frozen = ours(folder / more.get("model", "reference"), parallel)
     lists = [[row.responses for row in rows], [[s] for s in off_prompt]]
-    reference = of_mismatched = LiveReference(frozen, share_prompts)
+    reference = of_mismatched = LiveReference(frozen, share_prompts, parallel)
     if more.get("kept"):
         with RunLog(None, "test", {}, rank=1) as log:
             numbers = [score_all(frozen, x, share_prompts, (4, 50), parallel, log) for x in lists]
@@ -281,7 +294,7 @@ def preference_run(
 def distillation_run(folder: Path, parallel: Parallel, beta: float, micro: int, more: dict) -> dict:
     """A student beside a teacher of other sizes: 3 layers, a width and a vocabulary of its own."""
     model = ours(folder / "lm", parallel, zero=more.get("zero", 1))
-    teacher = Checkpoint.open(str(folder / "teacher"))
+    opened = Checkpoint.open(str(folder / "teacher"))
     optimizer = Optimizer(model, parallel, WEIGHT_DECAY, MAX_GRAD_NORM, eps=EPSILON)
     sequences, distance = some_sequences(ROWS), Distance(beta)
     degree = more.get("degree")
@@ -295,13 +308,13 @@ def distillation_run(folder: Path, parallel: Parallel, beta: float, micro: int, 
         "offload_teacher": more.get("offload", False),
     }
     given = {name: value for name, value in flags.items() if value is not None}
-    plan = build(DistillTrainSettings, given)
-    live = load_teacher(plan, teacher, model.config, distance, torch.float32, parallel)
+    flags_given = build(DistillTrainSettings, given)
+    live = load_teacher(flags_given, opened, model.config, distance, torch.float32, parallel)
     held = live
     if k := more.get("k"):
-        with RunLog(None, "test", {}, rank=1) as log, torch.no_grad():
-            whole = ours(folder / "teacher", parallel)
-            scored = score_responses(whole, parallel, sequences, 1.0, 4, log, k)
+        whole = plain(ours(folder / "teacher", parallel), parallel)
+        with RunLog(None, "test", {}, rank=1) as log, torch.no_grad(), whole as (teacher, division):
+            scored = score_responses(teacher, division, sequences, 1.0, 4, log, k)
         tops = (
             [torch.tensor(x.top_tokens) for x in scored],
             [torch.tensor(x.top_logprobs) for x in scored],
@@ -471,29 +484,26 @@ def measure(folder: Path, parallel: Parallel) -> dict:
     }
 
 
+KINDS_OF_RUNS = (
+    (solver_run, SOLVER_RUNS),
+    (solver_run, METHOD_RUNS),
+    (solver_run, DEEP_RUNS),
+    (verifier_run, VERIFIER_RUNS),
+    (preference_run, PREFERENCE_RUNS),
+    (distillation_run, DISTILLATION_RUNS),
+)
+
+
 def all_checks(folder: Path, mp_sizes: list[int]) -> None:
     for mp_size in mp_sizes:
         parallel = start(mp_size, timeout=120)
-        results = {
-            name: solver_run(folder, parallel, *run)
-            for name, run in (SOLVER_RUNS | METHOD_RUNS).items()
-        }
-        results |= {
-            name: verifier_run(folder, parallel, *run) for name, run in VERIFIER_RUNS.items()
-        }
-        results |= {
-            name: preference_run(folder, parallel, *run) for name, run in PREFERENCE_RUNS.items()
-        }
-        results |= {
-            name: distillation_run(folder, parallel, *run)
-            for name, run in DISTILLATION_RUNS.items()
-        }
+        results = {}
+        for of, runs in KINDS_OF_RUNS:
+            if runs is not DEEP_RUNS or parallel.world_size == 1:
+                results |= {name: of(folder, parallel, *run) for name, run in runs.items()}
         results["poisoned"] = poisoned(folder, parallel)
         results["pairs"] = measure(folder, parallel)
         results["state"] = sharded_state(folder, parallel)
-        if parallel.world_size == 1:
-            deep = {name: solver_run(folder, parallel, *run) for name, run in DEEP_RUNS.items()}
-            results |= deep
         if parallel.is_main:
             torch.save(results, folder / f"{parallel.world_size}-{mp_size}.pt")
     stop()
@@ -502,7 +512,7 @@ def all_checks(folder: Path, mp_sizes: list[int]) -> None:
 def runs_in_stages(name: str, stages: int) -> bool:
     """Whether a run is one of a pipeline of so many ranks: five layers make five stages at most."""
     if stages > 2:
-        return name.startswith("deep") and "interleaved" not in name
+        return "deep" in name and "interleaved" not in name and "experts" not in name
     return name in DEEP_RUNS or name in PIPELINED
 
 
@@ -511,11 +521,9 @@ def pipelined_checks(folder: Path, divisions: list[tuple[int, int]]) -> None:
     for mp_size, stages in divisions:
         parallel = start(mp_size, timeout=120, pipeline_parallel_size=stages)
         results = {}
-        for name, run in (DEEP_RUNS | SOLVER_RUNS | VERIFIER_RUNS).items():
-            if not runs_in_stages(name, stages):
-                continue
-            of = verifier_run if name in VERIFIER_RUNS else solver_run
-            results[name] = of(folder, parallel, *run)
+        for of, runs in KINDS_OF_RUNS:
+            names = [name for name in runs if runs_in_stages(name, stages)]
+            results |= {name: of(folder, parallel, *runs[name]) for name in names}
         if parallel.is_main:
             torch.save(results, folder / f"{parallel.world_size}-{mp_size}-{stages}.pt")
     stop()

@@ -54,13 +54,13 @@ class FileReward:
         scores = torch.zeros(len(buffer), device=buffer.tokens.device)  # [B]
         # One rank of each model asks, and tells the others: a function need not say the same twice.
         try:
-            answers = agreed(lambda: self._ask(buffer) if self.parallel.mp_rank == 0 else None)
+            answers = agreed(lambda: self._ask(buffer) if self.parallel.model_rank == 0 else None)
         except UserError as error:
             raise RewardFailed(str(error)) from error
         if answers is not None:
             numbers = [math.nan if answer is None else answer for answer in answers]
             scores += torch.tensor(numbers, dtype=torch.float32, device=scores.device)
-        dist.all_reduce(scores, group=self.parallel.mp_group)
+        dist.all_reduce(scores, group=self.parallel.model_group)
         return scores
 
     def _ask(self, buffer: RolloutBuffer) -> list[float | None]:

@@ -26,9 +26,9 @@ class RuleReward:
         device, parallel = buffer.tokens.device, self.parallel
         if parallel is None:
             return torch.tensor(self._right(buffer, 0, 1), device=device)
-        share = parallel.mp_rank, parallel.mp_size
+        share = parallel.model_rank, parallel.model_size
         scores = torch.tensor(agreed(lambda: self._right(buffer, *share)), device=device)  # [B]
-        dist.all_reduce(scores, group=parallel.mp_group)
+        dist.all_reduce(scores, group=parallel.model_group)
         return scores
 
     def _right(self, buffer: RolloutBuffer, first: int, step: int) -> list[float]:

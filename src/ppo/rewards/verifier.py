@@ -43,14 +43,20 @@ class VerifierReward:
         sequences = self.translate(buffer) if self.translate else None
         lengths = buffer.lengths if sequences is None else [len(s.tokens) for s in sequences]
         scores = torch.zeros(len(buffer), device=device)  # [B]
+
+        def batch_of(rows: list[int]) -> Batch:
+            if sequences is None:
+                return buffer.batch(rows)
+            return Batch.of([sequences[i] for i in rows], device)
+
+        def read(rows: list[int]) -> None:
+            raw = sequence_scores(self.role.model, batch_of(rows))
+            scores[rows] = (raw - self.mean) / self.std
+
         # Several smaller models share the work; each scores its groups, and they are put together.
         with self.role.parallel.active():
-            for rows in self.role.share(micro_batches(lengths, *self.limits), self.whole):
-                if sequences is None:
-                    batch, _ = buffer.select(rows)
-                else:
-                    batch = Batch.of([sequences[i] for i in rows], device)
-                scores[rows] = (sequence_scores(self.role.model, batch) - self.mean) / self.std
+            share = self.role.share(micro_batches(lengths, *self.limits), self.whole)
+            self.role.passes.score(share, batch_of, read)
         scores = self.role.collect(scores, self.whole)
         agreed(lambda: _check_finite(scores))
         return scores
