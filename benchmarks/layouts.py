@@ -1,0 +1,406 @@
+"""What each layout of a model over ranks takes of memory and time, and how a pipeline waits.
+
+    python benchmarks/layouts.py --out runs/layouts.md             # all tables
+    python benchmarks/layouts.py --only memory --n_layers 4        # a smaller model
+
+Memory: a random Llama on 4 ranks in fp32, two steps of SFT; bytes per rank of weights, gradients,
+optimizer and of what autograd keeps, beside what `training_budget` and `activations` say, and the
+growth of the process's own memory. Linux; the model of 22 layers needs 23 GB for all ranks.
+
+Idle: forward and backward of a step's micro-batches through stages. Two ranks compute on a core
+each; where there are more ranks than cores, and to see the schedule by itself, stages wait for a
+fixed time in place of computing, as a device would be busy.
+
+Zero: a step of the 58M Llama on two data-parallel ranks, by ZeRO's stage.
+"""
+
+import json
+import os
+import subprocess
+import tempfile
+import threading
+import time
+import weakref
+from collections import Counter
+from pathlib import Path
+
+from checkpoint_memory import status_bytes
+from common import make_model, median, report, torchrun
+
+from src.cli import run
+
+GB = 1e9
+LAYOUTS = {  # name: --model_parallel_size, --pipeline_parallel_size, --zero, --sequence_parallel
+    "TP 4": (4, 1, 1, False),
+    "TP 4, sequence parallel": (4, 1, 1, True),
+    "ZeRO 3": (1, 1, 3, False),
+    "TP 2, ZeRO 3": (2, 1, 3, False),
+    "TP 2, ZeRO 3, sequence parallel": (2, 1, 3, True),
+    "PP 4": (1, 4, 1, False),
+    "PP 2, TP 2": (2, 2, 1, False),
+}
+WIDTH = dict(dim=2048, n_heads=32, n_kv_heads=4, hidden_dim=5632, vocab_size=8192)
+TOKENS, MICRO_BATCHES = 64, 8  # tokens of a micro-batch, micro-batches of a model
+# (stages' ranks, stages of each, micro-batches, whether they compute or wait)
+PIPELINES = [
+    (2, 1, 4, True),
+    (2, 1, 8, True),
+    (2, 2, 8, True),
+    (2, 1, 8, False),
+    (2, 2, 8, False),
+    (4, 1, 4, False),
+    (4, 1, 8, False),
+    (4, 1, 16, False),
+    (4, 2, 8, False),
+    (4, 2, 16, False),
+]
+WAIT = 0.06  # seconds of a rank's forward of a micro-batch, where it waits; backward takes twice
+
+
+class Kept:
+    """Bytes that autograd keeps for backward, each piece of memory once; weights do not count."""
+
+    def __init__(self, weights: list) -> None:
+        self.weights = {weight.untyped_storage()._cdata for weight in weights}
+        self.holders: Counter[int] = Counter()
+        self.now = self.most = 0
+
+    def pack(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata in self.weights:
+            return tensor
+        holder = _Held(tensor)
+        self.holders[storage._cdata] += 1
+        if self.holders[storage._cdata] == 1:
+            self.now += storage.nbytes()
+            self.most = max(self.most, self.now)
+        weakref.finalize(holder, self._let_go, storage._cdata, storage.nbytes())
+        return holder
+
+    def _let_go(self, key: int, size: int) -> None:
+        self.holders[key] -= 1
+        if not self.holders[key]:
+            self.now -= size
+
+    @staticmethod
+    def unpack(held):
+        return held.tensor if isinstance(held, _Held) else held
+
+
+class _Held:
+    def __init__(self, tensor) -> None:
+        self.tensor = tensor
+
+
+class Peak:
+    """The process's own memory at its most, sampled."""
+
+    def __init__(self) -> None:
+        self.most, self.over = 0, threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+
+    def _watch(self) -> None:
+        while not self.over.wait(0.005):
+            self.most = max(self.most, status_bytes("RssAnon"))
+
+    def __enter__(self) -> "Peak":
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.over.set()
+        self.thread.join()
+
+
+def memory_of(folder: str, name: str, out: str) -> None:
+    """One layout, on the ranks that run."""
+    import torch
+    import torch.distributed as dist
+
+    from src.checkpoint.load import load_model
+    from src.checkpoint.source import Checkpoint
+    from src.models.batch import Sequence
+    from src.parallel.setup import reuse_memory, start, stop
+    from src.parallel.sharding import own
+    from src.trainer.activations import activations, gathered_bytes
+    from src.trainer.batches import turns_of
+    from src.trainer.budget import training_budget
+    from src.trainer.optimizer import Optimizer
+    from src.trainer.passes import passes_of
+    from src.trainer.solver import SolverObjective
+
+    mp, pp, zero, sequence_parallel = LAYOUTS[name]
+    parallel = start(mp, pipeline_parallel_size=pp)
+    reuse_memory()
+    torch.set_num_threads(1)
+    before = status_bytes("RssAnon")
+    model = load_model(Checkpoint.open(folder), parallel, torch.float32, "lm", zero=zero)
+    model.sequence_parallel = sequence_parallel
+    optimizer = Optimizer(model, parallel, zero=zero)
+    # Each data-parallel rank its share of the micro-batches, of one row each.
+    rows = MICRO_BATCHES if pp > 1 else 1
+    generator = torch.Generator().manual_seed(parallel.dp_rank)
+    ids = torch.randint(3, WIDTH["vocab_size"], (rows, TOKENS), generator=generator).tolist()
+    objective = SolverObjective([Sequence(row, 1) for row in ids], parallel.device)
+    turns = turns_of([[[i] for i in range(rows)]], 0, together=False)
+    passes = passes_of(model, parallel, optimizer)
+    kept = Kept([own(p) for p in model.parameters()])
+    gradients = 0
+    with Peak() as peak:
+        for _ in range(2):  # the first makes the averages
+            kept.most = 0
+            with torch.autograd.graph.saved_tensors_hooks(kept.pack, kept.unpack):
+                passes.train(
+                    turns, objective.batch, lambda i: objective.loss(model, i, rows * TOKENS)[0]
+                )
+            grads = [p.grad for p in optimizer.parameters if p.grad is not None]
+            gradients = sum(own(grad).nbytes for grad in grads)
+            optimizer.step(1e-4)
+    stages = model.stages
+    plan = training_budget(
+        model.config, mp, parallel.dp_size, torch.float32, zero=zero, stages=stages
+    )
+    of_layers = activations(
+        model.config, mp, torch.float32, "none", sequence_parallel=sequence_parallel
+    )
+    own_figures = {
+        "weights": sum(own(p).nbytes for p in model.parameters()),
+        "gradients": gradients,
+        "optimizer": sum(x.nbytes for x in optimizer.state_tensors()),
+        "activations": kept.most,
+        "growth": peak.most - before,
+        "gathered": gathered_bytes(model),
+    }
+    every: list[dict] = [{}] * parallel.world_size
+    dist.all_gather_object(every, own_figures)
+    if parallel.is_main:
+        fullest = {key: max(of_rank[key] for of_rank in every) for key in own_figures}
+        planned = {
+            "weights": plan.weights,
+            "gradients": plan.gradients,
+            "optimizer": plan.optimizer,
+            "activations": of_layers.per_token * TOKENS,
+        }
+        of_each = [of_rank["activations"] for of_rank in every]
+        result = {"measured": fullest, "planned": planned, "activations": of_each}
+        Path(out).write_text(json.dumps(result))
+    stop()
+
+
+def idle_of(folder: str, ranks: int, per_rank: int, n: int, computes: bool, out: str) -> None:
+    """Seconds that each rank was busy, and that the passes took: medians of some steps."""
+    import torch
+    import torch.distributed as dist
+
+    from src.parallel.pipeline import Boundary, Pipeline, _Stage
+    from src.parallel.setup import start, stop
+
+    parallel = start(1, pipeline_parallel_size=ranks)
+    torch.set_num_threads(1)
+    busy = [0.0]
+
+    def timed(function):
+        def call(*args, **kwargs):
+            began = time.perf_counter()
+            result = function(*args, **kwargs)
+            busy[0] += time.perf_counter() - began
+            return result
+
+        return call
+
+    class Busy(torch.autograd.Function):
+        """Takes its time, and is the same."""
+
+        @staticmethod
+        def forward(ctx, x):
+            time.sleep(WAIT / per_rank)
+            return x * 1.0
+
+        @staticmethod
+        def backward(ctx, grad):
+            time.sleep(2 * WAIT / per_rank)
+            return grad * 1.0
+
+    _Stage.forward_one_chunk = timed(_Stage.forward_one_chunk)
+    _Stage.backward_one_chunk = timed(_Stage.backward_one_chunk)
+    if computes:
+        step = _training_step(folder, parallel, per_rank, n)
+    else:
+        weight = torch.zeros(1, requires_grad=True)
+
+        def compute(stage: int, received: tuple, number: int):
+            x = torch.ones(TOKENS, 64) * (1.0 + weight) if not received else received[0]
+            x = Busy.apply(x)
+            is_last = pipeline.local[stage] == ranks * per_rank - 1
+            return x.sum() if is_last else (x,)
+
+        assert parallel.pp_group is not None
+        pipeline = Pipeline(compute, ranks * per_rank, parallel.pp_group, parallel.device)
+        boundaries = [Boundary([TOKENS] * n, (64,), torch.float32)]
+
+        def step() -> None:
+            pipeline.train(n, boundaries, [True] * (ranks * per_rank))
+
+    figures = []
+    for _ in range(5):
+        dist.barrier()
+        busy[0], began = 0.0, time.perf_counter()
+        step()
+        dist.barrier()
+        figures.append((busy[0], time.perf_counter() - began))
+    shares = median([of_step / took for of_step, took in figures[1:]])
+    every: list[float] = [0.0] * ranks
+    dist.all_gather_object(every, shares)
+    if parallel.is_main:
+        idle = 1 - sum(every) / ranks
+        Path(out).write_text(json.dumps({"idle": idle, "seconds": median([t for _, t in figures])}))
+    stop()
+
+
+def zero_of(folder: str, n: int, out: str) -> None:
+    """Seconds of a step of n micro-batches at each of ZeRO's stages, which take turns."""
+    import torch
+    from common import alternate
+
+    from src.parallel.setup import start, stop
+
+    parallel = start(1)
+    torch.set_num_threads(1)
+    steps = {zero: _training_step(folder, parallel, 1, n, zero) for zero in (0, 1, 2, 3)}
+
+    def timed(zero: int) -> float:
+        torch.distributed.barrier()
+        began = time.perf_counter()
+        steps[zero]()
+        torch.distributed.barrier()
+        return time.perf_counter() - began
+
+    found = alternate({str(zero): lambda zero=zero: timed(zero) for zero in steps}, 7)
+    if parallel.is_main:
+        Path(out).write_text(json.dumps({zero: median(times) for zero, times in found.items()}))
+    stop()
+
+
+def _training_step(folder: str, parallel, per_rank: int, n: int, zero: int | None = None):
+    """What makes a step's passes over n micro-batches of a real model.
+
+    zero: ZeRO's stage; without one no step is taken.
+    """
+    import torch
+
+    from src.checkpoint.load import load_model
+    from src.checkpoint.source import Checkpoint
+    from src.models.batch import Sequence
+    from src.parallel.setup import reuse_memory
+    from src.trainer.optimizer import Optimizer
+    from src.trainer.passes import passes_of
+    from src.trainer.solver import SolverObjective
+
+    reuse_memory()
+    checkpoint = Checkpoint.open(folder)
+    how = {"stages_per_rank": per_rank, "zero": zero or 0}
+    model = load_model(checkpoint, parallel, torch.float32, "lm", **how)
+    optimizer = Optimizer(model, parallel, zero=zero or 0)
+    generator = torch.Generator().manual_seed(parallel.dp_rank)
+    ids = torch.randint(3, model.config.vocab_size, (n, 4 * TOKENS), generator=generator).tolist()
+    objective = SolverObjective([Sequence(row, 1) for row in ids], parallel.device)
+    passes = passes_of(model, parallel, optimizer)
+
+    def step() -> None:
+        turns = [[i] for i in range(n)]
+        passes.train(turns, objective.batch, lambda i: objective.loss(model, i, n)[0])
+        if zero is not None:
+            optimizer.step(1e-5)
+        for parameter in optimizer.parameters:
+            parameter.grad = None
+
+    return step
+
+
+def _launched(ranks: int, *arguments: object) -> dict:
+    """What a worker of this file, on so many ranks, found."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "result.json"
+        given = [str(x) for x in (*arguments, "--out", out)]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run([*torchrun(ranks), __file__, *given], check=True, env=env)
+        return json.loads(out.read_text())
+
+
+def memory_table(n_layers: int) -> list[str]:
+    folder = Path(tempfile.gettempdir()) / f"layouts-{n_layers}-layers"
+    make_model(folder, n_layers=n_layers, **WIDTH)
+    kinds = ("weights", "gradients", "optimizer", "activations")
+    head = [*(f"{kind}, planned" for kind in kinds), "process grew", "sum", "and gathered"]
+    lines = [
+        f"4 ranks, fp32, {n_layers} layers of width {WIDTH['dim']}; {TOKENS} tokens in a "
+        f"micro-batch, {MICRO_BATCHES} micro-batches through a pipeline, else one. GB of the "
+        "fullest rank:",
+        "",
+        "| layout | " + " | ".join(head) + " | activations of each rank |",
+        "|---" * (len(head) + 2) + "|",
+    ]
+    for name in LAYOUTS:
+        found = _launched(4, "--worker", "memory", "--folder", folder, "--name", name)
+        measured, planned = found["measured"], found["planned"]
+        cells = [f"{measured[kind] / GB:.3f}, {planned[kind] / GB:.3f}" for kind in kinds]
+        total = sum(measured[kind] for kind in kinds)
+        gathered = measured["gathered"]
+        cells += [f"{x / GB:.2f}" for x in (measured["growth"], total, total + gathered)]
+        each = ", ".join(f"{x / GB:.3f}" for x in found["activations"])
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {each} |")
+    return lines
+
+
+def idle_table() -> list[str]:
+    folder = Path(tempfile.gettempdir()) / "layouts-58M"
+    make_model(folder)
+    lines = [
+        "| ranks | stages of each | micro-batches | | idle | (P − 1) / (P − 1 + V · m) | seconds |",
+        "|---" * 7 + "|",
+    ]
+    for ranks, per_rank, n, computes in PIPELINES:
+        given = "--ranks", ranks, "--per_rank", per_rank, "--n", n, "--computes", computes
+        found = _launched(ranks, "--worker", "idle", "--folder", folder, *given)
+        formula = (ranks - 1) / (ranks - 1 + per_rank * n)
+        how = "computes" if computes else "waits"
+        figures = f"{found['idle']:.3f} | {formula:.3f} | {found['seconds']:.2f}"
+        lines.append(f"| {ranks} | {per_rank} | {n} | {how} | {figures} |")
+    return lines
+
+
+def zero_table() -> list[str]:
+    folder = Path(tempfile.gettempdir()) / "layouts-58M"
+    make_model(folder)
+    lines = ["Seconds of a step:", "", "| micro-batches | --zero 0 | 1 | 2 | 3 |", "|---" * 5 + "|"]
+    for n in (1, 4):
+        found = _launched(2, "--worker", "zero", "--folder", folder, "--n", n)
+        lines.append(f"| {n} | " + " | ".join(f"{found[str(z)]:.3f}" for z in range(4)) + " |")
+    return lines
+
+
+def main(
+    only: str | None = None,
+    out: str | None = None,
+    n_layers: int = 22,
+    worker: str | None = None,
+    folder: str = "",
+    name: str = "",
+    ranks: int = 2,
+    per_rank: int = 1,
+    n: int = 8,
+    computes: bool = True,
+) -> None:
+    """only: "memory", "idle" or "zero". The rest is for its own processes."""
+    if worker == "memory":
+        return memory_of(folder, name, str(out))
+    if worker == "idle":
+        return idle_of(folder, ranks, per_rank, n, computes, str(out))
+    if worker == "zero":
+        return zero_of(folder, n, str(out))
+    tables = {"memory": lambda: memory_table(n_layers), "idle": idle_table, "zero": zero_table}
+    report(tables, only, out)
+
+
+if __name__ == "__main__":
+    run(main)
