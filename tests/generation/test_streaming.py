@@ -19,12 +19,13 @@ from src.parallel.host import aligned, storages_of
 from src.trainer.budget import model_budget, streamed_bytes
 from tests.launch import launch, once
 from tests.models import families
+from tests.test_scripts import call, flags, must, refused, rows_of
 
 LENGTHS = [5, 1, 23, 9, 14, 2, 40, 9]  # of prompts: more than there are slots
 PROMPTS = [[(7 * i + 5 * j) % 90 + 3 for j in range(n)] for i, n in enumerate(LENGTHS)]
 SAMPLINGS = {
-    "greedy": dict(temperature=0.0, max_new_tokens=9),
-    "sampled": dict(temperature=1.3, max_new_tokens=9, seed=3),
+    "greedy": dict(temperature=0.0, max_new_tokens=6),
+    "sampled": dict(temperature=1.3, max_new_tokens=6, seed=3),
 }
 MODELS = {  # what is loaded of which family, with how many layers
     "odd": ("llama", 5, {}),
@@ -40,6 +41,8 @@ MODELS = {  # what is loaded of which family, with how many layers
     "adapter beside 4 bits": ("llama", 5, dict(quantize="nf4", adapter=True)),
     "verifier": ("llama", 3, dict(head="score")),
 }
+AT_TWO_RANKS = ("odd", "even", "experts", "adapter beside 4 bits")
+RUNS = [(1, name) for name in MODELS] + [(2, name) for name in AT_TWO_RANKS]
 
 
 @pytest.fixture(scope="module")
@@ -63,20 +66,19 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def results(folders, tmp_path_factory):
     root = tmp_path_factory.mktemp("streamed-out")
-    tasks = dict(prompts=PROMPTS, samplings=SAMPLINGS, models=folders)
-    (root / "tasks.json").write_text(json.dumps(tasks))
 
     @once
     def run(n: int) -> dict:
-        worker = "tests/generation/streaming_worker.py"
-        launch(n, worker, str(root / "tasks.json"), str(root / f"{n}.json"))
-        return json.loads((root / f"{n}.json").read_text())
+        models = {name: folders[name] for ranks, name in RUNS if ranks == n}
+        tasks, out = root / f"{n} tasks.json", root / f"{n}.json"
+        tasks.write_text(json.dumps(dict(prompts=PROMPTS, samplings=SAMPLINGS, models=models)))
+        launch(n, "tests/generation/streaming_worker.py", str(tasks), str(out))
+        return json.loads(out.read_text())
 
     return run
 
 
-@pytest.mark.parametrize("n", (1, 2))
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("n, name", RUNS)
 def test_it_changes_no_bit(results, n, name):
     plain, streamed = (results(n)[name][way] for way in ("plain", "streamed"))
     assert plain.keys() == streamed.keys() and len(plain) > 1
@@ -84,8 +86,7 @@ def test_it_changes_no_bit(results, n, name):
         assert plain[kind] == streamed[kind], kind
 
 
-@pytest.mark.parametrize("n", (1, 2))
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("n, name", RUNS)
 def test_the_device_holds_two_layers_and_the_ends(folders, results, n, name):
     source, layers = folders[name], MODELS[name][1]
     opened = Checkpoint.open(source["folder"], adapter_dir=source.get("adapter"))
@@ -209,8 +210,9 @@ def test_a_gpu_s_copies_are_waited_for_and_wait(folders, parallel, monkeypatch, 
         buffer.fill_(255)  # NaN
     for number in range(2):
         streamed._bring(number)
-    for _ in range(3):
+    for forwards in range(1, 4):
         assert torch.equal(logits_of(model), logits_of(wanted))
+        assert stream.begun == 2 + forwards * len(model.layers), "each layer comes once a forward"
     assert stream.begun - stream.done == 2, "the next forward's first layers are on their way"
     streamed.stream = None
 
@@ -238,3 +240,64 @@ def test_the_layers_are_read_to_host_memory(folders, parallel, monkeypatch):
             load_model(checkpoint, on_meta, torch.float32, streamed=True)
         assert set(seen) == {"cpu"}
         seen.clear()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A solver of four layers, a verifier of its weights, and rows, as a user has them."""
+    folder = tmp_path_factory.mktemp("streamed-scripts")
+    must("dataset/build.py", "arithmetic", *flags(save_dir=folder / "data", n_train=30, n_test=5))
+    rows = flags(train_file=folder / "data" / "train.json", save_dir=folder / "start")
+    must("dataset/start.py", *rows, *flags(vocab_size=430, dim=32, n_layers=4, n_heads=4))
+    pairs = folder / "data" / "verifier_train.json"
+    start = flags(ckpt_dir=folder / "start", train_file=pairs, max_batch_size=60, lr=1e-9)
+    must("verifier_train.py", *start, *flags(save_dir=folder / "verifier"))
+    return folder
+
+
+def test_scripts_write_the_same_with_it(tiny, tmp_path):
+    rows, solver = tiny / "data" / "train.json", flags(ckpt_dir=tiny / "start")
+    sampled = flags(temperature=1.1, max_new_tokens=6, max_rows=5, max_batch_size=3)
+    best = flags(num_samples=3, best_of="verifier", reward_model_ckpt_dir=tiny / "verifier")
+    greedy = flags(task="GSM8K", label_file=tiny / "data" / "test.json", max_new_tokens=6)
+    judged = [*flags(ckpt_dir=tiny / "verifier", input_file=rows)]
+    for way, more in (("plain", []), ("streamed", ["--offload_params"])):
+        out = tmp_path / way
+        out.mkdir()
+        asked = [*solver, *flags(input_file=rows), *more]
+        must("solver_generate.py", *asked, *sampled, *flags(output_file=out / "generated.jsonl"))
+        must("solver_generate.py", *asked, *sampled, *best, *flags(output_file=out / "best.jsonl"))
+        must("solver_score.py", *asked, *flags(output_file=out / "scored.jsonl"))
+        must("verifier_evaluate.py", *judged, *more, *flags(output_file=out / "judged.jsonl"))
+        must("solver_evaluate.py", *solver, *more, *greedy, *flags(log_dir=out / "logs"))
+    names = ["generated.jsonl", "best.jsonl", "scored.jsonl", "judged.jsonl"]
+    for name in (*names, "logs/predictions.jsonl"):
+        plain, streamed = (rows_of(tmp_path / way / name) for way in ("plain", "streamed"))
+        assert plain == streamed, name
+    assert len(rows_of(tmp_path / "plain" / "judged.jsonl")) == 30
+
+
+def test_the_dry_run_says_what_is_where(tiny, tmp_path):
+    given = [*flags(ckpt_dir=tiny / "start", dtype="fp32"), "--dry_run"]
+    config = Checkpoint.open(str(tiny / "start")).config
+    whole = model_budget(config, 1, torch.float32).weights
+    device, host = streamed_bytes(config, 1, torch.float32)
+    assert host < whole and device == whole - host // 2
+    out = must("solver_generate.py", *given).out
+    assert f"{whole:,} on the device, all weights" in out and "host memory" not in out
+    evaluated = [*given, *flags(task="GSM8K", max_seq_len=100)]
+    for script, more in (("solver_generate.py", given), ("solver_evaluate.py", evaluated)):
+        out = must(script, *more, "--offload_params").out
+        assert f"{device:,} on the device, two layers and both ends" in out
+        assert f"{host:,} in host memory, all 4 layers" in out
+    cached = 2 * 4 * config.n_kv_heads * config.head_dim * 4 * 112  # seven pages
+    assert f"keys and values of 100 tokens (--max_seq_len): {cached:,}" in out
+    two = must("solver_generate.py", *given, "--offload_params", *flags(world_size=2)).out
+    assert f"{streamed_bytes(config, 2, torch.float32)[0]:,} on the device" in two
+
+
+@pytest.mark.parametrize("flag", ("--offload_params", "--dry_run", "--quantize=nf4"))
+def test_texts_that_are_there_need_no_weights(tmp_path, flag):
+    given = flags(task="GSM8K", label_file="a.json", log_dir=tmp_path, prediction_file="b.jsonl")
+    done = call("solver_evaluate.py", *given, flag)
+    refused(done, "has no effect with --prediction_file, without a model")
