@@ -20,6 +20,7 @@ from src.settings.scripts import SolverEvaluateSettings
 def main(settings: SolverEvaluateSettings) -> None:
     """Generate (or read) the answers, grade them, write the results."""
     from src.checkpoint.load import load_model
+    from src.dry_run import generation_plan
     from src.evaluation.inputs import SolverEvaluationInputs
     from src.evaluation.solver import evaluate_solver, graded, headline, write_results
     from src.generation.from_settings import engine_of, sampling_of
@@ -27,8 +28,11 @@ def main(settings: SolverEvaluateSettings) -> None:
     from src.parallel.setup import agreed, pick_dtype, start, stop
     from src.settings.declaration import flat
 
+    if settings.dry_run.dry_run:
+        return generation_plan(settings)
+
     # Join the other ranks.
-    run, log_dir = settings.run, settings.rows.log_dir
+    run, weights, log_dir = settings.run, settings.weights, settings.rows.log_dir
     decoding, sampling = settings.generation, sampling_of(settings.generation, run.seed)
     stop_strings = tuple(decoding.stop_strings or ())
     parallel = start(run.model_parallel_size, run.timeout, run.deterministic)
@@ -39,9 +43,9 @@ def main(settings: SolverEvaluateSettings) -> None:
 
     # Load this rank's part of the model, if there is one.
     if inputs.model is not None:
-        dtype, quantize = pick_dtype(run.dtype, parallel.device), settings.weights.quantize
-        source = inputs.model.checkpoint
-        model = load_model(source, parallel, dtype, "lm", run.seed, quantize)
+        dtype, source = pick_dtype(run.dtype, parallel.device), inputs.model.checkpoint
+        how, streamed = (run.seed, weights.quantize), weights.offload_params
+        model = load_model(source, parallel, dtype, "lm", *how, streamed=streamed)
 
     with RunLog(log_dir, "solver_evaluate", settings, parallel.rank) as log:
         if inputs.model is not None:

@@ -19,6 +19,7 @@ def main(settings: SolverGenerateSettings) -> None:
     """Write one line per sample."""
     from src.checkpoint.load import load_model
     from src.data.rows import write_jsonl
+    from src.dry_run import generation_plan
     from src.generation.engine import Stop
     from src.generation.from_settings import engine_of, sampling_of
     from src.generation.journal import generate_all
@@ -26,8 +27,11 @@ def main(settings: SolverGenerateSettings) -> None:
     from src.logs import RunLog
     from src.parallel.setup import agreed, pick_dtype, start, stop
 
+    if settings.dry_run.dry_run:
+        return generation_plan(settings)
+
     # Join the other ranks.
-    run, rows = settings.run, settings.rows
+    run, rows, weights = settings.run, settings.rows, settings.weights
     sampling = sampling_of(settings.generation, run.seed)
     parallel = start(run.model_parallel_size, run.timeout, run.deterministic)
 
@@ -41,10 +45,9 @@ def main(settings: SolverGenerateSettings) -> None:
             log.warning(note)
 
         # Load this rank's part of the model.
-        dtype, quantize = pick_dtype(run.dtype, parallel.device), settings.weights.quantize
-        model = load_model(
-            inputs.model.checkpoint, parallel, dtype, "lm", run.seed, quantize
-        ).eval()
+        dtype, source = pick_dtype(run.dtype, parallel.device), inputs.model.checkpoint
+        how, streamed = (run.seed, weights.quantize), weights.offload_params
+        model = load_model(source, parallel, dtype, "lm", *how, streamed=streamed).eval()
 
         # Generate; completions are on disk as they finish.
         engine = engine_of(model, parallel, settings.batches, settings.generation)
@@ -58,7 +61,7 @@ def main(settings: SolverGenerateSettings) -> None:
         scores = None
         if inputs.judge is not None:
             del engine, model  # a verifier takes their memory
-            judge = inputs.judge.load(parallel, dtype)
+            judge = inputs.judge.load(parallel, dtype, streamed)
             scores = judge(inputs.asked, inputs.cut(completions, strings))
         lines = inputs.lines(completions, strings, scores)
         if scores is not None:

@@ -29,7 +29,7 @@ def main(settings: SolverScoreSettings) -> None:
     from src.parallel.setup import agreed, pick_dtype, start, stop
 
     # Join the other ranks.
-    run, rows, batches = settings.run, settings.rows, settings.batches
+    run, rows, batches, weights = settings.run, settings.rows, settings.batches, settings.weights
     parallel = start(run.model_parallel_size, run.timeout, run.deterministic)
 
     # Read and check everything, before any work.
@@ -45,8 +45,9 @@ def main(settings: SolverScoreSettings) -> None:
             log.warning(note)
 
         # Load this rank's part of the model.
-        dtype, quantize = pick_dtype(run.dtype, parallel.device), settings.weights.quantize
-        model = load_model(source.checkpoint, parallel, dtype, "lm", run.seed, quantize).eval()
+        dtype, checkpoint = pick_dtype(run.dtype, parallel.device), source.checkpoint
+        how, streamed = (run.seed, weights.quantize), weights.offload_params
+        model = load_model(checkpoint, parallel, dtype, "lm", *how, streamed=streamed).eval()
 
         # Score, each data-parallel rank its share, and write everything in order.
         temperature, size = settings.softmax.temperature, batches.max_batch_size

@@ -30,14 +30,16 @@ def main(settings: VerifierEvaluateSettings) -> None:
 
     # Join the other ranks.
     run, rows, size = settings.run, settings.rows, settings.batches.max_batch_size
+    weights = settings.weights
     parallel = start(run.model_parallel_size, run.timeout, run.deterministic)
 
     # Read and check everything, before any work.
     inputs = agreed(lambda: VerifierEvaluationInputs.read(settings, parallel))
 
     # Load this rank's part of the model.
-    dtype, quantize = pick_dtype(run.dtype, parallel.device), settings.weights.quantize
-    model = load_model(inputs.model.checkpoint, parallel, dtype, "score", run.seed, quantize)
+    dtype, source = pick_dtype(run.dtype, parallel.device), inputs.model.checkpoint
+    how, streamed = (run.seed, weights.quantize), weights.offload_params
+    model = load_model(source, parallel, dtype, "score", *how, streamed=streamed)
 
     with RunLog(rows.log_dir, "verifier_evaluate", settings, parallel.rank) as log:
         inputs.model.announce(log)

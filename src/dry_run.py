@@ -1,7 +1,8 @@
 """The dry run of a training script: everything is read and checked, and nothing trained or written.
 
 It prints the bytes of each rank, the rows, an example with its loss mask, and the steps. Without a
-checkpoint at hand, --model_type alone is enough for the bytes.
+checkpoint at hand, --model_type alone is enough for the bytes. That of a script that generates
+prints the bytes alone.
 """
 
 from collections.abc import Callable
@@ -16,11 +17,13 @@ from src.checkpoint.source import Checkpoint, config_of_type
 from src.data.encoding import Graded
 from src.data.tokenizer import Tokenizer
 from src.errors import UserError
+from src.generation.cache import Cache, pages_for
 from src.inputs import OpenedModel, adapter_config, check_trainable
 from src.models.batch import Sequence
 from src.models.config import ModelConfig
 from src.models.lora import LoRAConfig
 from src.models.stages import cut_in_stages
+from src.models.transformer import build
 from src.parallel.setup import Parallel, agreed, degrees_in_words, pick_dtype, start, stop
 from src.ppo.fit import iterations_of
 from src.ppo.inputs import PPOInputs
@@ -29,10 +32,23 @@ from src.settings.distillation import DistillTrainSettings
 from src.settings.model import TextModelSettings
 from src.settings.ppo import PPOTrainSettings
 from src.settings.preference import PreferenceTrainSettings
-from src.settings.scripts import SolverTrainSettings, TrainSettings, VerifierTrainSettings
+from src.settings.run import TrainingRunSettings
+from src.settings.scripts import (
+    SolverEvaluateSettings,
+    SolverGenerateSettings,
+    SolverTrainSettings,
+    TrainSettings,
+    VerifierTrainSettings,
+)
 from src.trainer.activations import activations, described, device_memory, tokens_at_once
 from src.trainer.averages import Method
-from src.trainer.budget import Budget, adapter_bytes, model_budget, training_budget
+from src.trainer.budget import (
+    Budget,
+    adapter_bytes,
+    model_budget,
+    streamed_bytes,
+    training_budget,
+)
 from src.trainer.fit import rows_per_step
 from src.trainer.inputs import DistillationInputs, PreferenceInputs, SolverInputs, VerifierInputs
 from src.trainer.preference import Row
@@ -40,6 +56,8 @@ from src.trainer.preference import Row
 TrainInputs = TypeVar(
     "TrainInputs", SolverInputs, VerifierInputs, PreferenceInputs, DistillationInputs
 )
+Generating = SolverGenerateSettings | SolverEvaluateSettings
+Planned = TrainSettings | PPOTrainSettings | Generating
 NOT_READ = "rows, steps and an example: give a checkpoint and the train file"
 
 
@@ -53,10 +71,12 @@ class Ranks:
     stages_per_rank: int = 1
 
     @classmethod
-    def of(cls, settings: TrainSettings | PPOTrainSettings, parallel: Parallel) -> "Ranks":
+    def of(cls, settings: Planned, parallel: Parallel) -> "Ranks":
         """Raises UserError when the degrees do not divide their number."""
         world_size, run = settings.dry_run.world_size or parallel.world_size, settings.run
-        pp_size, per_rank = run.pipeline_parallel_size, run.stages_per_rank
+        pp_size, per_rank = 1, 1
+        if isinstance(run, TrainingRunSettings):
+            pp_size, per_rank = run.pipeline_parallel_size, run.stages_per_rank
         mp_size = run.model_parallel_size or max(1, world_size // pp_size)
         if world_size % (mp_size * pp_size):
             stages = f" x --pipeline_parallel_size {pp_size}" if pp_size > 1 else ""
@@ -240,7 +260,39 @@ def ppo_plan(settings: PPOTrainSettings) -> None:
     _print(lines, parallel)
 
 
-def _config(model: TextModelSettings, ckpt_dir: str, opened: OpenedModel | None) -> ModelConfig:
+def generation_plan(settings: Generating) -> None:
+    """Print what a script that generates would hold in memory."""
+    model, weights, run = settings.model, settings.weights, settings.run
+    parallel = start(None, run.timeout, run.deterministic)
+    ranks, dtype = Ranks.of(settings, parallel), pick_dtype(run.dtype, parallel.device)
+    config, lora = _config(model, model.ckpt_dir, None).with_head("lm"), None
+    if model.ckpt_dir and weights.quantize:  # else an adapter is part of the weights
+        adapter = Checkpoint.open(model.ckpt_dir, model.config_file, model.adapter_dir).adapter
+        lora = None if adapter is None else adapter.lora
+    how = config, ranks.mp_size, dtype, weights.quantize
+    device = model_budget(*how).weights + adapter_bytes(config, ranks.mp_size, dtype, lora)
+    bytes_line = f"bytes per rank: {device:,} on the device, all weights"
+    if weights.offload_params:
+        device, host = streamed_bytes(*how, lora)
+        bytes_line = (
+            f"bytes per rank: {device:,} on the device, two layers and both ends; {host:,} in host "
+            f"memory, all {config.n_layers} layers"
+        )
+    page = Cache.page_bytes(build(config, 0, ranks.mp_size, dtype))
+    longest = settings.batches.max_seq_len
+    lines = [
+        "dry run: nothing is generated or written",
+        *_model_lines(config, ranks, dtype),
+        bytes_line,
+        f"  keys and values of {longest:,} tokens (--max_seq_len): {pages_for(longest) * page:,}",
+        "  activations and the libraries come on top",
+    ]
+    _print(lines, parallel)
+
+
+def _config(
+    model: TextModelSettings, ckpt_dir: str | None, opened: OpenedModel | None
+) -> ModelConfig:
     """The model's sizes: the checkpoint's, a config file's, or those of a --model_type."""
     if opened is not None:
         return opened.checkpoint.config
@@ -339,7 +391,6 @@ def _bytes_lines(
     config: ModelConfig, ranks: Ranks, dtype: torch.dtype, budgets: dict[str, Budget]
 ) -> list[str]:
     """A table of what the fullest rank holds."""
-    number_type = str(dtype).removeprefix("torch.")
     rows: list[tuple[str, ...]] = [("bytes per rank", "weights", "gradients", "optimizer", "all")]
     rows += [
         (f"  {name}", *(f"{x:,}" for x in (b.weights, b.gradients, b.optimizer, b.total)))
@@ -361,10 +412,17 @@ def _bytes_lines(
     ]
     return [
         "dry run: nothing is trained or written",
-        f"model: {config.family}, {config.n_layers} layers of width {config.dim}; {number_type}",
-        ranks.described,
+        *_model_lines(config, ranks, dtype),
         *table,
         "  activations, batches, keys and values, and the libraries come on top",
+    ]
+
+
+def _model_lines(config: ModelConfig, ranks: Ranks, dtype: torch.dtype) -> list[str]:
+    number_type = str(dtype).removeprefix("torch.")
+    return [
+        f"model: {config.family}, {config.n_layers} layers of width {config.dim}; {number_type}",
+        ranks.described,
     ]
 
 

@@ -31,6 +31,7 @@ LONG = (
     "checkpoint/test_formats.py",
     "parallel/test_vocab.py",
     "parallel/test_shared_memory.py",
+    "generation/test_streaming.py",
     "generation/test_session.py",
     "generation/test_journal.py",
 )

@@ -139,10 +139,12 @@ FREE = {
     *("rollout_model_parallel_size", "critic_model_parallel_size", "reward_model_parallel_size"),
     *("rollout_batch_size", "eval_batch_size", "max_batch_size", "accumulation_steps"),
     *("max_tokens_per_batch", "output_file", "dry_run", "world_size"),
+    *("offload_params", "offload_optimizer", "cpu_adam", "sequence_parallel"),
+    *("pipeline_parallel_size", "stages_per_rank"),
     *("cache_reference", "teacher_model_parallel_size", "offload_teacher", "best_of"),
 }
 # What a saved step holds depends on them: they can never be others.
-FIXED_NAMES = {"lora_rank", "lora_targets", "freeze_layers", "shared_trunk", "ref_ema"}
+FIXED_NAMES = {"lora_rank", "lora_targets", "freeze_layers", "shared_trunk", "ref_ema", "optimizer"}
 SCRIPTS = (
     SolverTrainSettings,
     VerifierTrainSettings,

@@ -18,7 +18,7 @@ from src.models.lora import (
     sharing,
     wrap_lora,
 )
-from src.models.quantize import quantized
+from src.models.quantize import plain_parts, quantized
 from src.models.stages import cut_in_stages
 from src.models.transformer import Transformer, build
 from src.parallel.setup import Parallel, agreed
@@ -37,6 +37,7 @@ def load_model(
     zero: int = 0,
     offload: bool = False,
     stages_per_rank: int = 1,
+    streamed: bool = False,
 ) -> Transformer:
     """This rank's model with the checkpoint's weights, each read, cast and put in place by itself.
 
@@ -46,8 +47,9 @@ def load_model(
     the adapter to train, which goes on from the checkpoint's if that has one. An adapter that is
     not trained is added to the weights, or, when these are quantised, stays beside them. zero: from
     stage 2 on the data-parallel ranks share the weights, in host memory with `offload`. Of a
-    pipeline each rank gets its `stages_per_rank` stages. Raises UserError, on every rank, when a
-    weight is not finite.
+    pipeline each rank gets its `stages_per_rank` stages. streamed: the layers, which are not
+    trained, rest in host memory, where they go as they are read. Raises UserError, on every rank,
+    when a weight is not finite.
     """
     config = checkpoint.config.with_head(head or checkpoint.config.head)
     if config.head == "lm" and checkpoint.config.head != "lm":
@@ -68,6 +70,11 @@ def load_model(
         kept = replace(adapter.lora, dropout=0.0)
     start_from = None if adapter is None else adapter.tensors
 
+    def rests_on(name: str) -> torch.device:
+        """Where a weight is kept."""
+        is_streamed = streamed and name.startswith("layers.")
+        return torch.device("cpu") if is_streamed else parallel.device
+
     def read() -> None:
         for name in (name for name in table if name in held):
             if name == "score.weight" and checkpoint.config.head != "score":
@@ -78,20 +85,22 @@ def load_model(
                 local = checkpoint.check_finite(
                     name, checkpoint.local(name, rank, n, merged=adapter is None)
                 )
-            put(model, name, local, parallel.device, quantize)
+            put(model, name, local, parallel.device, quantize, rests_on(name))
         if kept is not None:
             for name, local in adapter_parts(model, kept, seed, parallel, start_from):
-                put(model, name, local, parallel.device)
+                put(model, name, local, parallel.device, None, rests_on(name))
 
     # q, k, v become neighbours in memory, and w1, w3, for one product each: plain weights only.
     if zero < 2 and not quantize:
-        model.stack_projections(parallel.device)
+        model.stack_projections(rests_on("layers."))
     if kept is not None:
         wrap_lora(model, kept, parallel)
     if zero >= 2:
         shard(model, parallel, zero, offload)
     agreed(read)
     checkpoint.release()
+    if streamed:
+        model.stream_layers(parallel.device)
     return model.requires_grad_(False) if kept and lora is None else model
 
 
@@ -123,9 +132,17 @@ def load_sharing(
 
 
 def put(
-    model: Transformer, name: str, local: Tensor, device: torch.device, quantize: str | None = None
+    model: Transformer,
+    name: str,
+    local: Tensor,
+    device: torch.device,
+    quantize: str | None = None,
+    rests_on: torch.device | None = None,
 ) -> None:
-    """Put a rank's part of a weight in its place in a model that was just built, in its dtype."""
+    """Put a rank's part of a weight in its place in a model that was just built, in its dtype.
+
+    rests_on: where it is kept, if not on the device, which quantises it in any case.
+    """
     module_name, attribute = name.rsplit(".", 1)
     module = model.get_submodule(module_name)
     if isinstance(module, LoRA) and attribute == "weight":
@@ -134,10 +151,15 @@ def put(
     if not unfilled.is_meta:  # allocated already: a part of stacked weights, or a rank's rows
         fill(unfilled, local)
         return
+    rests_on = rests_on or device
+    kind = quantize if name.split(".")[-2] in TARGETS and attribute == "weight" else None
     # a copy: a slice of a mapped file would keep the file's pages
-    local = torch.empty(local.shape, dtype=unfilled.dtype, device=device).copy_(local)
-    if quantize and name.split(".")[-2] in TARGETS and attribute == "weight":
-        weight = quantized(local, quantize)
+    where = device if kind else rests_on
+    local = torch.empty(local.shape, dtype=unfilled.dtype, device=where).copy_(local)
+    if kind:
+        weight = quantized(local, kind)
+        for part in plain_parts(weight):
+            part.data = part.to(rests_on)
     else:
         weight = nn.Parameter(local, requires_grad=unfilled.requires_grad)
     # on how many ranks it is the same, which the gradient norm counts once

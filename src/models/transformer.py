@@ -29,6 +29,7 @@ from src.models.experts import MixtureOfExperts, balance_loss
 from src.models.layout import TensorSpec, fill_padding, tensor_table
 from src.models.rotary import logn, ntk_rotary, rotary_table
 from src.models.stages import Stages
+from src.models.streaming import StreamedLayers
 from src.parallel.deterministic import linear
 from src.parallel.layers import (
     ColumnParallelLinear,
@@ -313,6 +314,7 @@ class Transformer(nn.Module):
         # Weights that data-parallel ranks share: what they are computed in, and ZeRO's stage.
         self.computes_in: torch.dtype | None = None
         self.shard_stage = 0
+        self.streamed: StreamedLayers | None = None  # if layers rest in host memory
         self.received: Received | None = None  # by the stage of a pipeline that is to compute
         self.router_aux_loss_coef = config.router_aux_loss_coef
         self._rotary: Tensor | None = None
@@ -436,6 +438,11 @@ class Transformer(nn.Module):
         """
         for part in self.stackable():
             part.stack(device)
+
+    def stream_layers(self, device: torch.device) -> None:
+        """Let the layers, which are in host memory, come to the device in turn; freezes them."""
+        self.requires_grad_(False)
+        self.streamed = StreamedLayers(self.layers, device)
 
     @property
     def vocabulary_layer(self) -> ColumnParallelLinear | VocabParallelEmbedding:

@@ -17,6 +17,11 @@ ALIGNMENT = 64  # bytes; of each tensor's place in a buffer
 Storages = dict[int, torch.UntypedStorage]  # by their identity
 
 
+def aligned(size: int) -> int:
+    """The bytes of a place that holds so many."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
 def storages_of(tensors: Iterable[Tensor]) -> Storages:
     """The tensors' memory, each piece once, by its identity.
 
@@ -31,7 +36,7 @@ class HostBuffer:
 
     def __init__(self, sizes: Iterable[int], device: torch.device) -> None:
         """sizes: of the places in it, in bytes."""
-        padded = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
+        padded = [aligned(size) for size in sizes]
         self.memory = torch.frombuffer(mmap.mmap(-1, max(sum(padded), 1)), dtype=torch.uint8)
         self.places = self.memory[: sum(padded)].split(padded)  # [size, padded] each
         self.locked = device.type == "cuda"
@@ -175,7 +180,7 @@ class Offload:
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with self._beside():
             for key, storage in storages.items():
-                self.places[key][0].copy_(_bytes(storage), non_blocking=True)
+                self.places[key][0].copy_(bytes_of(storage), non_blocking=True)
                 self._used_by(storage, self.stream)
         for storage in storages.values():
             storage.resize_(0)
@@ -191,7 +196,7 @@ class Offload:
             for key in keys:
                 storage, place = self.away.pop(key), self.places[key][0]
                 storage.resize_(place.numel())
-                _bytes(storage).copy_(place, non_blocking=True)
+                bytes_of(storage).copy_(place, non_blocking=True)
                 self._used_by(storage, main)
 
     def arrived(self) -> None:
@@ -225,9 +230,9 @@ class Offload:
     def _used_by(self, storage: torch.UntypedStorage, stream: torch.cuda.Stream | None) -> None:
         """Its memory is not given to others, once it is free, before `stream` has come so far."""
         if stream is not None:
-            _bytes(storage).record_stream(stream)
+            bytes_of(storage).record_stream(stream)
 
 
-def _bytes(storage: torch.UntypedStorage) -> Tensor:
+def bytes_of(storage: torch.UntypedStorage) -> Tensor:
     """All of a storage as numbers."""
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)

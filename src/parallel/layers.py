@@ -10,7 +10,7 @@ and v), `reduce_from_model_parallel_region` after the row layers.
 
 import operator
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from typing import Protocol, cast
@@ -262,6 +262,16 @@ class Projections:
         return None
 
 
+def stacks_of(model: nn.Module) -> list[Stacked]:
+    """The stacks of a model's layers, or of a part's."""
+    return [
+        value.stacked
+        for module in model.modules()
+        for value in module.__dict__.values()
+        if isinstance(value, Projections) and value.stacked is not None
+    ]
+
+
 class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
     """y_local = x W_localᵀ + b_local: [..., in] → [..., out / n].
 
@@ -306,19 +316,42 @@ def packed_weights(model: nn.Module, parallel) -> Iterator[None]:
     """A copy of each weight in the order in which products read them: on the CPU, for a while.
 
     The weights stay as they are meanwhile, and no gradients are taken. Only where the copies are
-    small beside the machine's memory: they take as much as the weights.
+    small beside the machine's memory: they take as much as the weights. Layers that come in turn
+    (`src/models/streaming.py`) have copies while they are computed.
     """
     holders = _packable(model) if parallel.device.type == "cpu" else []
     have_room = _have_room(holders)
-    try:
+
+    def pack(holders: list) -> None:
         for holder in holders:
             weight = holder.weight.detach()
             packs = have_room and has_products_in(weight.dtype)
             holder.packed = torch.ops.mkldnn._reorder_linear_weight(weight) if packs else weight
-        yield
-    finally:
+
+    def unpack(holders: list) -> None:
         for holder in holders:
             holder.packed = None
+
+    hooks = []
+    for layer in _streamed(model) if holders else []:
+        of_layer = _packable(layer)
+        holders = [holder for holder in holders if holder not in of_layer]
+        hooks += [
+            layer.register_forward_pre_hook(lambda *_, those=of_layer: pack(those)),
+            layer.register_forward_hook(lambda *_, those=of_layer: unpack(those)),
+        ]
+    try:
+        pack(holders)
+        yield
+    finally:
+        unpack(holders)
+        for hook in hooks:
+            hook.remove()
+
+
+def _streamed(model: nn.Module) -> Iterable[nn.Module]:
+    """The layers that come in turn, if they do."""
+    return cast(nn.ModuleList, model.layers) if getattr(model, "streamed", None) else ()
 
 
 def _have_room(holders: list) -> bool:
@@ -332,12 +365,7 @@ def _packable(model: nn.Module) -> list:
     """What multiplies by a plain weight of a dtype that is packed, or has a kernel for few rows."""
     if not torch.backends.mkldnn.is_available():
         return []
-    stacks = [
-        value.stacked
-        for module in model.modules()
-        for value in module.__dict__.values()
-        if isinstance(value, Projections) and value.stacked is not None
-    ]
+    stacks = stacks_of(model)
     in_stacks = {id(layer) for stack in stacks for layer in stack.layers}
     layers = [
         module

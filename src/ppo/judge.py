@@ -111,11 +111,12 @@ class OpenedJudge:
             self.score.try_out(rows[0])
         return found
 
-    def load(self, parallel: Parallel, dtype: torch.dtype) -> "Judge":
-        """With the verifier in memory, where there is one."""
+    def load(self, parallel: Parallel, dtype: torch.dtype, streamed: bool = False) -> "Judge":
+        """With the verifier in memory, where there is one. streamed: see `load_model`."""
         stage = Stage(False, parallel.device)
         if self.verifier is not None:
-            model = load_model(self.verifier.checkpoint, parallel, dtype, "score")
+            source = self.verifier.checkpoint
+            model = load_model(source, parallel, dtype, "score", streamed=streamed)
             stage.add(Role("reward", model.eval().requires_grad_(False), parallel))
         other = None
         if self.verifier and not same_tokenizer(self.tokenizer, self.verifier.tokenizer):

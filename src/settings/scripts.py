@@ -150,10 +150,38 @@ class VerifierTrainSettings(TrainSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MemoryDryRunSettings(DryRunSettings):
+    """Dry run."""
+
+    dry_run: Annotated[
+        bool,
+        MAY_CHANGE,
+        "only print what each rank would hold on the device and in host memory; --model_type alone "
+        "is enough",
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedSettings(Settings):
+    """What the scripts that generate have in common."""
+
+    @classmethod
+    def may_lack_required(cls, values: Mapping[str, Any]) -> bool:
+        return values.get("dry_run") is True
+
+
+@dataclass(frozen=True, kw_only=True)
 class WeightSettings(Settings):
     """The weights in memory."""
 
     quantize: Quantize = None
+    offload_params: Annotated[
+        bool,
+        MAY_CHANGE,
+        "keep the layers' weights in host memory, for a model larger than the device's: they come "
+        "one layer after the other, each while the one before it is computed. Many sequences at a "
+        "time (--max_batch_size) hide that; results are the same",
+    ] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +202,7 @@ class GenerationRowSettings(OutputSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SolverGenerateSettings(Settings):
+class SolverGenerateSettings(PlannedSettings):
     """All that solver_generate.py knows."""
 
     model: ModelSettings
@@ -185,6 +213,7 @@ class SolverGenerateSettings(Settings):
     judge: JudgeSettings = JudgeSettings()
     weights: WeightSettings = WeightSettings()
     run: RunSettings = RunSettings()
+    dry_run: MemoryDryRunSettings = MemoryDryRunSettings()
 
     @property
     def rewards(self) -> RewardSettings:
@@ -265,7 +294,7 @@ class TaskRowSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SolverEvaluateSettings(Settings):
+class SolverEvaluateSettings(PlannedSettings):
     """All that solver_evaluate.py knows."""
 
     rows: TaskRowSettings
@@ -274,13 +303,20 @@ class SolverEvaluateSettings(Settings):
     generation: StoppedDecodingSettings = StoppedDecodingSettings(temperature=0.0)
     weights: WeightSettings = WeightSettings()
     run: RunSettings = RunSettings()
+    dry_run: MemoryDryRunSettings = MemoryDryRunSettings()
 
     def problems(self) -> Iterator[str]:
-        if (self.model.ckpt_dir is None) == (self.rows.prediction_file is None):
+        grades = self.rows.prediction_file is not None
+        generates = self.model.ckpt_dir is not None or (self.dry_run.dry_run and not grades)
+        if generates == grades:
             yield (
                 "give --ckpt_dir to generate answers, or --prediction_file to grade existing ones: "
                 "one of the two"
             )
+        if grades:
+            with_model = ("quantize", "offload_params")
+            yield from idle(self.weights, with_model, "with --prediction_file, without a model")
+            yield from idle(self.dry_run, ("dry_run",), "with --prediction_file, without a model")
 
 
 @dataclass(frozen=True, kw_only=True)

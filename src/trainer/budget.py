@@ -14,6 +14,7 @@ from src.models.layout import TensorSpec, tensor_table
 from src.models.lora import TARGETS, LoRAConfig, lora_table
 from src.models.places import Layout
 from src.models.stages import Stages, cut_in_stages
+from src.models.streaming import BUFFERS
 from src.trainer.averages import PASSING, PLAIN, Method, bytes_of_form, form_of, is_for_muon
 
 FP32 = 4  # bytes of a gradient, and of a master weight
@@ -48,6 +49,28 @@ def model_budget(
         for rank in stages.holders(name, config.tie_word_embeddings):
             weights[rank] += _weight_bytes(name, spec, n, dtype, quantize)
     return Budget(max(weights))
+
+
+def streamed_bytes(
+    config: ModelConfig,
+    n: int,
+    dtype: torch.dtype,
+    quantize: str | None = None,
+    lora: LoRAConfig | None = None,
+) -> tuple[int, int]:
+    """(bytes on the device, bytes in host memory) of a model whose layers come in turn.
+
+    At `n` ranks, with an adapter beside the weights, if there is one. What aligns the tensors of a
+    layer, less than 64 bytes each, comes on top.
+    """
+    layers = sum(
+        _weight_bytes(name, spec, n, dtype, quantize)
+        for name, spec in tensor_table(config).items()
+        if name.startswith("layers.")
+    )
+    ends = model_budget(config, n, dtype, quantize).weights - layers
+    layers += adapter_bytes(config, n, dtype, lora)
+    return ends + layers // config.n_layers * min(BUFFERS, config.n_layers), layers
 
 
 def training_budget(

@@ -110,9 +110,10 @@ def implementations(name: str) -> dict:
     return {"attn_implementation": "eager", **experts}
 
 
-def build(name: str, scored: bool = False):
-    """A case's model, as a language model or with a scalar head."""
+def build(name: str, scored: bool = False, **changes):
+    """A case's model, as a language model or with a scalar head; changes: to its config."""
     kind, sizes = CASES[name]
+    sizes = sizes | changes
     more = dict(initializer_range=0.2, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     if scored:
         more["num_labels"] = 1
