@@ -65,14 +65,14 @@ class Role:
     def weights(self) -> list[Tensor]:
         """As plain tensors; none that rest in host memory anyway (--offload_params)."""
         parts = (part for w in self.model.parameters() for part in plain_parts(own(w.data)))
-        return self._on_device([*parts, *self.beside.values()])
+        weights = [*parts, *self.beside.values()]
+        return [x for x in weights if x.device.type == self.parallel.device.type]
 
     def state(self) -> list[Tensor]:
         """The optimizer's, as `weights`."""
-        return [] if self.optimizer is None else self._on_device(self.optimizer.state_tensors())
-
-    def _on_device(self, tensors: list[Tensor]) -> list[Tensor]:
-        return [x for x in tensors if x.device.type == self.parallel.device.type]
+        if self.optimizer is None or self.optimizer.rests_in_host:
+            return []
+        return self.optimizer.state_tensors()
 
     def gradient_bytes(self) -> int:
         """Of the gradients, while a step is under way."""
