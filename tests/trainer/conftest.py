@@ -5,7 +5,7 @@ import torch
 
 from tests.launch import launch
 from tests.trainer.tiny import VOCAB, save_experts, save_llama
-from tests.trainer.worker import all_checks
+from tests.trainer.worker import all_checks, runs_at
 
 LAYOUTS = {
     "one rank": "1-1",
@@ -59,6 +59,13 @@ def pipelined(folder):
     launch(4, script, str(folder), "2:2", "1:2", "1:4", timeout=480)
     launch(8, script, str(folder), "2:2", timeout=600)
     return {name: torch.load(folder / f"{file}.pt") for name, file in PIPELINES.items()}
+
+
+def everywhere(runs):
+    """Each of the runs at each layout that has it."""
+    ranks = {layout: int(file.split("-")[0]) for layout, file in LAYOUTS.items()}
+    places = [(at, run) for at in LAYOUTS for run in runs if runs_at(run, ranks[at])]
+    return pytest.mark.parametrize("layout, run", places)
 
 
 @pytest.fixture(params=LAYOUTS)

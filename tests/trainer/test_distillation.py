@@ -5,6 +5,7 @@ import torch
 
 from src.trainer.batches import epoch_batches
 from tests.trainer import worker
+from tests.trainer.conftest import everywhere
 from tests.trainer.tiny import VOCAB, apart, some_sequences, theirs
 
 TOLERANCE = 1e-5
@@ -30,14 +31,14 @@ def reference_loss(folder, rows: list[int], beta: float) -> torch.Tensor:
     return float(total) / tokens
 
 
-@pytest.mark.parametrize("run", ["distilled, forward", "distilled, reverse", "distilled, js"])
+@everywhere(["distilled, forward", "distilled, reverse", "distilled, js"])
 def test_the_first_loss_is_trl_s(results, layout, folder, run):
     rows = epoch_batches(worker.ROWS, worker.BATCH, worker.SEED, 1)[0]
     got = results[layout][run]["history"][0]["loss"]
     assert got == pytest.approx(reference_loss(folder, rows, RUNS[run][0]), rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("run", RUNS)
+@everywhere(RUNS)
 def test_a_run_takes_the_same_steps_at_any_layout(results, layout, run):
     got, one = results[layout][run], results["one rank"][run]
     assert apart(one["weights"], one["first"]) > 30 * TOLERANCE
@@ -48,7 +49,7 @@ def test_a_run_takes_the_same_steps_at_any_layout(results, layout, run):
     assert got["alike"]
 
 
-@pytest.mark.parametrize("run", [run for run in RUNS if run.startswith("distilled, js,")])
+@everywhere([run for run in RUNS if run.startswith("distilled, js,")])
 def test_where_the_teacher_lies_and_how_rows_are_cut_changes_nothing(results, layout, run):
     a, b = results[layout][run], results[layout]["distilled, js"]
     assert apart(a["weights"], b["weights"]) < TOLERANCE

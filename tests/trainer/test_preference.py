@@ -15,7 +15,7 @@ from src.trainer.losses import RESPONSE_LOSSES, Sides, log1mexp
 from src.trainer.preference import Mismatched, PreferenceObjective, mismatched
 from src.trainer.reference import LiveReference
 from tests.trainer import trl_losses, worker
-from tests.trainer.conftest import LAYOUTS
+from tests.trainer.conftest import everywhere
 from tests.trainer.tiny import apart, ours, some_sequences, theirs
 
 TOLERANCE = 1e-5
@@ -189,9 +189,9 @@ def test_every_loss_of_the_flag_is_there():
     assert set(LOSSES) == {*losses_module.PAIR_LOSSES, *RESPONSE_LOSSES, losses_module.SFT}
 
 
-@pytest.mark.parametrize("run", worker.PREFERENCE_RUNS)
-def test_a_run_takes_the_same_steps_at_any_layout(results, run):
-    one = results["one rank"][run]
+@everywhere(worker.PREFERENCE_RUNS)
+def test_a_run_takes_the_same_steps_at_any_layout(results, layout, run):
+    got, one = results[layout][run], results["one rank"][run]
     near = {
         "kl": 1e-4,
         "margin": 1e-4,
@@ -199,39 +199,37 @@ def test_a_run_takes_the_same_steps_at_any_layout(results, run):
         "reward/rejected": 1e-4,
     }  # differences
     assert any(step["grad_norm"] > worker.MAX_GRAD_NORM for step in one["history"])
-    for layout in LAYOUTS:
-        got = results[layout][run]
-        for step, other in zip(got["history"], one["history"]):
-            for name in other:
-                if name.startswith(("loss", "grad_norm", "reward", "logprob", "kl", "margin")):
-                    assert step[name] == pytest.approx(
-                        other[name], rel=TOLERANCE, abs=near.get(name, 1e-6)
-                    ), name
-        assert apart(got["weights"], one["weights"]) < TOLERANCE, layout
-        assert got["alike"]
+    for step, other in zip(got["history"], one["history"]):
+        for name in other:
+            if name.startswith(("loss", "grad_norm", "reward", "logprob", "kl", "margin")):
+                assert step[name] == pytest.approx(
+                    other[name], rel=TOLERANCE, abs=near.get(name, 1e-6)
+                ), name
+    assert apart(got["weights"], one["weights"]) < TOLERANCE
+    assert got["alike"]
     if "kto" in run:
         assert max(step["kl_reference_point"] for step in one["history"]) > 0.1
 
 
-@pytest.mark.parametrize(
-    "run, other",
-    [
-        ("dpo and sft, micro-batches", "dpo and sft"),
-        ("kto, micro-batches, zero 0", "kto loss"),
-        ("dpo, packed by tokens", "dpo loss"),
-        ("dpo, each prompt anew", "dpo loss"),
-        ("dpo, in small chunks of logits", "dpo loss"),
-    ],
-)
-def test_how_rows_are_cut_and_packed_changes_nothing(results, layout, run, other):
-    a, b = results[layout][run], results[layout][other]
+WHOLE = {
+    "dpo and sft, micro-batches": "dpo and sft",
+    "kto, micro-batches, zero 0": "kto loss",
+    "dpo, packed by tokens": "dpo loss",
+    "dpo, each prompt anew": "dpo loss",
+    "dpo, in small chunks of logits": "dpo loss",
+}
+
+
+@everywhere(WHOLE)
+def test_how_rows_are_cut_and_packed_changes_nothing(results, layout, run):
+    a, b = results[layout][run], results["one rank"][WHOLE[run]]
     assert apart(a["weights"], b["weights"]) < TOLERANCE
     for step, same_step in zip(a["history"], b["history"]):
         assert step["loss"] == pytest.approx(same_step["loss"], rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("loss", ["dpo", "kto"])
-def test_a_kept_reference_gives_the_bits_of_a_live_one(results, layout, loss):
-    kept, live = (results[layout][f"{loss}{x}"] for x in (", the reference kept", " loss"))
+@everywhere(["dpo, the reference kept", "kto, the reference kept"])
+def test_a_kept_reference_gives_the_bits_of_a_live_one(results, layout, run):
+    kept, live = results[layout][run], results[layout][run.split(",")[0] + " loss"]
     assert [s["loss"] for s in kept["history"]] == [s["loss"] for s in live["history"]]
     assert all(torch.equal(kept["weights"][n], live["weights"][n]) for n in live["weights"])

@@ -204,6 +204,33 @@ DISTILLATION_RUNS = {
     "distilled, own answers": (0.3, 1, {"on_policy": 0.6}),
     "distilled, own answers, zero 3": (0.3, 2, {"on_policy": 0.6, "zero": 3}),
 }
+# What four ranks have nothing of their own in: losses, places of the optimizer's state, cuts into
+# chunks. They differ from two in how heads and the vocabulary are cut, and in how many share rows.
+NOT_AT_FOUR = {
+    *(f"{loss} loss" for loss in (*PAIR_LOSSES, "kto") if loss != "dpo"),
+    *(f"full, {where}" for where in ("state in host memory", "updated on the CPU")),
+    "full, recomputed in part",
+    "full, zero 0, updated on the CPU",
+    "full, zero 3, packed by tokens",
+    "full, zero 3, state in host memory",
+    "lora",
+    "lora, state in host memory",
+    "lora, zero 0, packed by tokens",
+    "experts, sequence parallel",
+    "muon, zero 0",
+    "muon, zero 2",
+    "verifier",
+    "verifier, each prompt anew",
+    "dpo and sft",
+    "dpo, each prompt anew",
+    "dpo, in small chunks of logits",
+    "kto, the reference kept",
+    "distilled, forward",
+    "distilled, reverse",
+    "distilled, js, the teacher in host memory",
+    "distilled, js, in small chunks of logits",
+    "distilled, top 6",
+}
 # Adam divides a gradient by its own size: one that is nothing but rounding would move a weight as
 # far as any other. Against this one it counts for nothing.
 EPSILON = 1e-4
@@ -499,14 +526,21 @@ def all_checks(folder: Path, mp_sizes: list[int]) -> None:
         parallel = start(mp_size, timeout=120)
         results = {}
         for of, runs in KINDS_OF_RUNS:
-            if runs is not DEEP_RUNS or parallel.world_size == 1:
-                results |= {name: of(folder, parallel, *run) for name, run in runs.items()}
+            names = [name for name in runs if runs_at(name, parallel.world_size)]
+            results |= {name: of(folder, parallel, *runs[name]) for name in names}
         results["poisoned"] = poisoned(folder, parallel)
         results["pairs"] = measure(folder, parallel)
         results["state"] = sharded_state(folder, parallel)
         if parallel.is_main:
             torch.save(results, folder / f"{parallel.world_size}-{mp_size}.pt")
     stop()
+
+
+def runs_at(name: str, ranks: int) -> bool:
+    """Whether a run is one of so many ranks without a pipeline."""
+    if name in DEEP_RUNS or "deep" in name:
+        return ranks == 1
+    return ranks < 4 or name not in NOT_AT_FOUR
 
 
 def runs_in_stages(name: str, stages: int) -> bool:
