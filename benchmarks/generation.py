@@ -43,14 +43,14 @@ CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def open_engine(folder: Path, dtype: torch.dtype, slots: int):
+def open_engine(folder: Path, dtype: torch.dtype, slots: int, streamed: bool = False):
     from src.checkpoint.load import load_model
     from src.checkpoint.source import Checkpoint
     from src.generation.engine import Engine
     from src.parallel.setup import start
 
     parallel = start()
-    model = load_model(Checkpoint.open(str(folder)), parallel, dtype).eval()
+    model = load_model(Checkpoint.open(str(folder)), parallel, dtype, streamed=streamed).eval()
     return Engine(model, parallel, slots, 8192)
 
 
@@ -304,6 +304,25 @@ def scaling(folder: Path, prompts: list[list[int]], rounds: int) -> list[str]:
     return lines
 
 
+def streamed(folder: Path, prompts: list[list[int]], rounds: int) -> list[str]:
+    """A step of more and more sequences, with layers that come in turn (--offload_params).
+
+    On the CPU they are copied and packed each time, beside nothing: more than a GPU's would cost.
+    """
+    plain, in_turn = (open_engine(folder, torch.float32, 256, way) for way in (False, True))
+    lines = ["| sequences | a step, ms | with --offload_params, ms | ratio |", "|---|---|---|---|"]
+    for n in (1, 8, 64, 256):
+        some = [p[:32] for p in prompts if len(p) >= 32][:n]
+        runs = {
+            "plain": partial(decode_seconds, plain, some),
+            "in turn": partial(decode_seconds, in_turn, some),
+        }
+        a, b = (1e3 * median(took) for took in alternate(runs, rounds).values())
+        lines.append(f"| {len(some)} | {a:.1f} | {b:.1f} | {b / a:.2f} |")
+        print(lines[-1], flush=True)
+    return lines
+
+
 def decode_seconds(engine, prompts: list[list[int]]) -> float:
     """Of one decode step: the difference that 16 more steps make."""
     from src.generation.sampling import Sampling
@@ -328,7 +347,8 @@ def main(
         prompts_file: .jsonl with "question" in each line, such as GSM8K's test file.
         out: the file to write; none when not given.
         rounds: of each comparison.
-        only: transformers, ranks, roofline, scaling, stalls or before; all when not given.
+        only: transformers, ranks, roofline, scaling, stalls, streamed or before; all when not
+            given.
         before: a folder with another commit of this suite, to be compared with.
     """
     import sentencepiece
@@ -353,6 +373,7 @@ def main(
             "Steps beside 16 prompts of 4,000 tokens",
             lambda: stalls(folder, prompts, rounds),
         ),
+        "streamed": ("Layers that come in turn", lambda: streamed(folder, prompts, rounds)),
     }
     if before:
         parts["before"] = (
