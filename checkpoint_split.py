@@ -1,6 +1,7 @@
 """Cut a checkpoint into one shard per rank, in Meta's layout.
 
     python checkpoint_split.py --ckpt_file CKPT --save_path DIR --n 8
+    python checkpoint_split.py --ckpt_file CKPT --save_path DIR --n 8 --stages 4
     python checkpoint_split.py --model_type llama-2-70b --n 8 --dry_run
 
 Under torchrun (one rank does the work): torchrun -- checkpoint_split.py …; without the --,
@@ -36,7 +37,8 @@ def main(settings: CheckpointSplitSettings) -> None:
     # Without a checkpoint: what its shards would be, by the sizes alone.
     if shards.ckpt_file is None:
         config = config_of_type(model.model_type, model.config_file)
-        print("\n".join(lay_out(config, shards.n, DTYPES[shards.dtype or "bf16"]).lines()))
+        plan = lay_out(config, shards.n, DTYPES[shards.dtype or "bf16"], shards.stages)
+        print("\n".join(plan.lines()))
         return
 
     # Open and check.
@@ -50,14 +52,17 @@ def main(settings: CheckpointSplitSettings) -> None:
     # Write.
     dtype = DTYPES[shards.dtype] if shards.dtype else None
     if shards.dry_run or shards.save_path is None:
-        print("\n".join(lay_out(checkpoint.config, shards.n, dtype or checkpoint.dtype).lines()))
+        counted = dtype or checkpoint.dtype
+        plan = lay_out(checkpoint.config, shards.n, counted, shards.stages)
+        print("\n".join(plan.lines()))
         return
-    split(checkpoint, check_replaceable(shards.save_path), shards.n, dtype)
+    split(checkpoint, check_replaceable(shards.save_path), shards.n, dtype, shards.stages)
     adapter = checkpoint.adapter_folder
     tokenizer = find_tokenizer(checkpoint.folder, adapter)
     own = tokenizer is not None and tokenizer.parent == adapter
     said = ", with the adapter's own tokenizer" if own else ""
-    print(f"wrote {shards.n} shards to {shards.save_path}{said}")
+    stages = f" in {shards.stages} stages" if shards.stages > 1 else ""
+    print(f"wrote {shards.n} shards{stages} to {shards.save_path}{said}")
 
 
 command = partial(run, main)
