@@ -20,6 +20,7 @@ from tests.checkpoint.stages_worker import LAYOUTS
 from tests.checkpoint.test_adapter import ADAPTERS, merged_logits, trained
 from tests.checkpoint.tiny import assert_same, meta_tensors, read_hf, write_hf
 from tests.launch import launch, once, start
+from tests.test_scripts import flags, must, same_bits
 
 IDS = {"bos_token_id": 1, "eos_token_id": 2}
 MODELS = {  # name → how `write_hf` makes it
@@ -202,6 +203,71 @@ def test_ranks_of_any_layout_get_their_part(made, loaded, name, ranks):
             {key: again.read(key) for key in again.table},
             {key: whole[key].to(dtype) for key in source.table},
         )
+
+
+# --- the scripts
+
+
+def test_every_script_computes_the_same_from_stages(tmp_path):
+    """Texts, predictions, and the weights that a verifier's and PPO's training end with."""
+    data, train_file = tmp_path / "data", tmp_path / "data" / "train.json"
+    must("dataset/build.py", "arithmetic", *flags(save_dir=data, n_train=24, n_test=4))
+    sizes = dict(vocab_size=420, dim=32, n_layers=3, n_heads=4)
+    must("dataset/start.py", *flags(train_file=train_file, save_dir=tmp_path / "start", **sizes))
+    plain, cut = tmp_path / "plain", tmp_path / "cut"
+    for folder, model, verifier in (
+        (plain, dict(n=1), dict(n=2)),
+        (cut, dict(n=4, stages=2), dict(n=3, stages=3)),
+    ):
+        start_from = flags(ckpt_file=tmp_path / "start", save_path=folder / "model", **model)
+        must("checkpoint_split.py", *start_from)
+        generated = flags(
+            ckpt_dir=folder / "model",
+            input_file=train_file,
+            max_rows=4,
+            output_file=folder / "samples.jsonl",
+            max_new_tokens=6,
+        )
+        must("solver_generate.py", *generated)
+        evaluated = flags(
+            ckpt_dir=folder / "model",
+            task="GSM8K",
+            label_file=data / "test.json",
+            log_dir=folder / "evaluated",
+            max_new_tokens=6,
+        )
+        must("solver_evaluate.py", *evaluated)
+        trained_verifier = flags(
+            ckpt_dir=folder / "model",
+            save_dir=folder / "trained",
+            train_file=data / "verifier_test.json",
+            max_batch_size=4,
+            lr=1e-3,
+        )
+        must("verifier_train.py", *trained_verifier)
+        split_verifier = flags(
+            ckpt_file=folder / "trained", save_path=folder / "verifier", **verifier
+        )
+        must("checkpoint_split.py", *split_verifier)
+        reinforced = flags(
+            actor_ckpt_dir=folder / "model",
+            actor_save_dir=folder / "policy",
+            critic_ckpt_dir=folder / "verifier",
+            critic_save_dir=folder / "value",
+            reward_model_ckpt_dir=folder / "verifier",
+            train_file=train_file,
+            max_batch_size=4,
+            max_buffer_size=4,
+            iterations=1,
+            max_new_tokens=6,
+            lr=1e-3,
+        )
+        must("ppo_train.py", *reinforced)
+    for file in ("samples.jsonl", "evaluated/predictions.jsonl"):
+        assert (plain / file).read_text() == (cut / file).read_text()
+    for model in ("model", "trained", "verifier", "policy", "value"):
+        assert same_bits(plain / model, cut / model), model
+    assert not same_bits(plain / "policy", plain / "model")
 
 
 # --- what is wrong
@@ -388,26 +454,26 @@ def test_scripts_refuse(cut, tmp_path, script, case):
     change(cut)
     (tmp_path / "rows.json").write_text('[{"instruction": "1 + 1?"}]')
     before = sorted(tmp_path.rglob("*"))
-    flags = []
-    for name, value in SCRIPTS[script].items():
-        is_path = isinstance(value, str)
-        flags += [f"--{name}", str(tmp_path / value.format("cut")) if is_path else str(value)]
-    done = start(1, script, *flags)
+    given = {
+        name: tmp_path / value.format("cut") if isinstance(value, str) else value
+        for name, value in SCRIPTS[script].items()
+    }
+    done = start(1, script, *flags(**given))
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert all(text in done.stderr for text in texts), done.stderr
     assert sorted(tmp_path.rglob("*")) == before, "something was written"
 
 
 @pytest.mark.parametrize(
-    "flags, text",
+    "cut, text",
     (
-        (["--n", "8", "--stages", "3"], "--n 8 --stages 3: every stage has as many shards"),
-        (["--n", "6", "--stages", "6"], "--stages 6 makes 6 stages, and the model has 5 layers"),
+        (dict(n=8, stages=3), "--n 8 --stages 3: every stage has as many shards"),
+        (dict(n=6, stages=6), "--stages 6 makes 6 stages, and the model has 5 layers"),
     ),
 )
-def test_cuts_that_cannot_be(tmp_path, made, flags, text):
-    read = ["--ckpt_file", str(made("llama")[0]), "--save_path", str(tmp_path / "out")]
-    done = start(1, "checkpoint_split.py", *read, *flags)
+def test_cuts_that_cannot_be(tmp_path, made, cut, text):
+    read = flags(ckpt_file=made("llama")[0], save_path=tmp_path / "out", **cut)
+    done = start(1, "checkpoint_split.py", *read)
     assert done.returncode == 2 and text in done.stderr and "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
 
