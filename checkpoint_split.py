@@ -1,4 +1,4 @@
-"""Cut a checkpoint into one shard per rank, in Meta's layout.
+"""Cut a checkpoint into one shard per rank, in Meta's layout, or that by pipeline stage.
 
     python checkpoint_split.py --ckpt_file CKPT --save_path DIR --n 8
     python checkpoint_split.py --ckpt_file CKPT --save_path DIR --n 8 --stages 4
@@ -10,7 +10,9 @@ torchrun's own parser refuses --n as an ambiguous abbreviation of its flags.
 CKPT is a Hugging Face folder, one .bin / .pth / .safetensors file with its config beside it, a
 folder of consolidated.*.pth for any degree, or a .gguf file, which is unpacked with its tokenizer
 and chat template. DIR gets consolidated.00.pth … and params.json, and the tokenizer's files, with
---adapter_dir the adapter's own where it has them.
+--adapter_dir the adapter's own where it has them. With --stages the layers are cut, too, as for a
+pipeline, and a file holds one stage's: consolidated.stage-00-of-04.00.pth is rank 0's of the first
+of 4 stages. The other scripts read either at any layout.
 Splitting is for speed of loading: every script also reads CKPT as it is, but for GGUF.
 """
 

@@ -1,7 +1,6 @@
 """Which files a model's shards lie in: one for each model-parallel rank, of each stage.
 
-A stage's files hold that stage's layers alone. Plain shards are those of one stage, with all of
-them.
+A stage's files hold that stage's layers alone. Plain shards are those of one stage, which has all.
 """
 
 import re
