@@ -1,6 +1,7 @@
-"""Cut a checkpoint into one shard per rank, in Meta's layout.
+"""Cut a checkpoint into one shard per rank, in Meta's layout, or that by pipeline stage.
 
     python checkpoint_split.py --ckpt_file CKPT --save_path DIR --n 8
+    python checkpoint_split.py --ckpt_file CKPT --save_path DIR --n 8 --stages 4
     python checkpoint_split.py --model_type llama-2-70b --n 8 --dry_run
 
 Under torchrun (one rank does the work): torchrun -- checkpoint_split.py …; without the --,
@@ -9,7 +10,9 @@ torchrun's own parser refuses --n as an ambiguous abbreviation of its flags.
 CKPT is a Hugging Face folder, one .bin / .pth / .safetensors file with its config beside it, a
 folder of consolidated.*.pth for any degree, or a .gguf file, which is unpacked with its tokenizer
 and chat template. DIR gets consolidated.00.pth … and params.json, and the tokenizer's files, with
---adapter_dir the adapter's own where it has them.
+--adapter_dir the adapter's own where it has them. With --stages the layers are cut, too, as for a
+pipeline, and a file holds one stage's: consolidated.stage-00-of-04.00.pth is rank 0's of the first
+of 4 stages. The other scripts read either at any layout.
 Splitting is for speed of loading: every script also reads CKPT as it is, but for GGUF.
 """
 
@@ -36,7 +39,8 @@ def main(settings: CheckpointSplitSettings) -> None:
     # Without a checkpoint: what its shards would be, by the sizes alone.
     if shards.ckpt_file is None:
         config = config_of_type(model.model_type, model.config_file)
-        print("\n".join(lay_out(config, shards.n, DTYPES[shards.dtype or "bf16"]).lines()))
+        plan = lay_out(config, shards.n, DTYPES[shards.dtype or "bf16"], shards.stages)
+        print("\n".join(plan.lines()))
         return
 
     # Open and check.
@@ -50,14 +54,17 @@ def main(settings: CheckpointSplitSettings) -> None:
     # Write.
     dtype = DTYPES[shards.dtype] if shards.dtype else None
     if shards.dry_run or shards.save_path is None:
-        print("\n".join(lay_out(checkpoint.config, shards.n, dtype or checkpoint.dtype).lines()))
+        counted = dtype or checkpoint.dtype
+        plan = lay_out(checkpoint.config, shards.n, counted, shards.stages)
+        print("\n".join(plan.lines()))
         return
-    split(checkpoint, check_replaceable(shards.save_path), shards.n, dtype)
+    split(checkpoint, check_replaceable(shards.save_path), shards.n, dtype, shards.stages)
     adapter = checkpoint.adapter_folder
     tokenizer = find_tokenizer(checkpoint.folder, adapter)
     own = tokenizer is not None and tokenizer.parent == adapter
     said = ", with the adapter's own tokenizer" if own else ""
-    print(f"wrote {shards.n} shards to {shards.save_path}{said}")
+    stages = f" in {shards.stages} stages" if shards.stages > 1 else ""
+    print(f"wrote {shards.n} shards{stages} to {shards.save_path}{said}")
 
 
 command = partial(run, main)

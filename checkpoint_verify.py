@@ -2,9 +2,10 @@
 
     python checkpoint_verify.py --ckpt_dir sft
 
-Takes any folder that the scripts read or write: shards (ours or Meta's), a Hugging Face folder, one
-tensor file, an adapter in PEFT's format (with --base_dir), a saved step of a training run, or a
-SAVE_DIR-state folder with several. Exit code 0 when all is well, 2 with all that is wrong.
+Takes any folder that the scripts read or write: shards (ours, in stages or not, or Meta's), a
+Hugging Face folder, one tensor file, an adapter in PEFT's format (with --base_dir), a saved step of
+a training run, or a SAVE_DIR-state folder with several. Exit code 0 when all is well, 2 with all
+that is wrong.
 """
 
 from functools import partial

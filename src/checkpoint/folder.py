@@ -153,15 +153,15 @@ def temporary_of(folder: Path) -> Path:
     return folder.parent / f".tmp-{folder.name}"
 
 
-def publish(folder: Path, known: dict[str, dict] | None = None) -> None:
+def publish(folder: Path, known: dict[str, dict] | None = None, **facts) -> None:
     """Put the finished temporary folder in its place, and remove the older one.
 
-    known: manifest entries of files that were hashed already.
+    known: manifest entries of files that were hashed already; facts: what else goes into it.
     """
     temporary, old = temporary_of(folder), folder.parent / f".old-{folder.name}"
     for file in (f for f in temporary.rglob("*") if f.is_file()):
         sync(file)
-    write_manifest(temporary, described_all(temporary, known))
+    write_manifest(temporary, described_all(temporary, known), **facts)
     # A folder cannot be renamed over one that holds files: the older one steps aside, to go last.
     if old.exists():
         shutil.rmtree(old)
@@ -183,12 +183,15 @@ def fresh_temporary(folder: Path) -> Path:
 
 
 @contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """Write into the yielded folder, which takes `folder`'s place unless anything fails."""
+def whole_folder(folder: Path, **facts) -> Iterator[Path]:
+    """Write into the yielded folder, which takes `folder`'s place unless anything fails.
+
+    facts: what the manifest is to say beside the files' hashes.
+    """
     temporary = fresh_temporary(folder)
     try:
         yield temporary
-        publish(folder)
+        publish(folder, **facts)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -97,8 +97,10 @@ def problems(folder: Path, manifest: dict, part: int = 0, parts: int = 1) -> lis
                 lines.append(
                     f"{path}: {path.stat().st_size} bytes, {entry['size']} were written: cut short"
                 )
-            elif digest(path) != entry["sha256"]:
-                lines.append(f"{path}: its SHA-256 is not that of what was written: damaged")
+            elif (actual := digest(path)) != entry["sha256"]:
+                others = [name for name, of in manifest["files"].items() if of["sha256"] == actual]
+                why = f"that is {others[0]}'s, are they swapped?" if others else "damaged"
+                lines.append(f"{path}: its SHA-256 is not that of what was written: {why}")
         except OSError as error:
             lines.append(f"{path}: cannot be read: {error.strerror}")
     return lines

@@ -28,6 +28,12 @@ def layer_of(name: str) -> int | None:
     return int(match[0]) if match else None
 
 
+def module_of(name: str) -> str:
+    """`layers.7.ffn_norm.weight` → `layers.7`, `norm.weight` → `norm`: what one stage has whole."""
+    layer = layer_of(name)
+    return name.split(".")[0] if layer is None else f"layers.{layer}"
+
+
 def is_rotary(name: str) -> bool:
     """Whether this tensor's rows (by our name) are reordered between Meta and Hugging Face."""
     return _ROTARY.search(name) is not None

@@ -24,8 +24,9 @@ from src.checkpoint.folder import (
     temporary_of,
 )
 from src.checkpoint.manifest import described
+from src.checkpoint.shards import Place
 from src.checkpoint.source import Checkpoint
-from src.checkpoint.write import shard_name, write_params
+from src.checkpoint.write import write_params
 from src.errors import UserError
 from src.models.exchange import exchanged, is_spread, layout_of, tensor_parallel_parts
 from src.models.layout import tensor_table
@@ -149,7 +150,7 @@ def save_model(
         written = {}
         try:
             if parallel.rank < parallel.mp_size:  # the other models' ranks hold the same
-                shard = shard_name(parallel.mp_rank)
+                shard = Place(rank=parallel.mp_rank).file_name
                 of_rank = weights or merged_weights(model, parallel, base, own_dtype)
                 torch.save(of_rank, target / shard)
                 written[shard] = described(target / shard)

@@ -25,6 +25,7 @@ from src.checkpoint.names import (
     is_computed,
     is_rotary,
     layer_of,
+    module_of,
     naming_of,
     quantised_by,
     spelled,
@@ -32,6 +33,7 @@ from src.checkpoint.names import (
     unwrapped,
 )
 from src.checkpoint.rope import one_rope
+from src.checkpoint.shards import FIX, Place, brief, check_stages, shard_files, stages_of
 from src.errors import UserError
 from src.models.config import SIZES, ModelConfig, config_from_params, described
 from src.models.family import Stored
@@ -72,7 +74,7 @@ class Checkpoint:
     """Open with `Checkpoint.open`.
 
     `config`: the sizes; `table`: name → TensorSpec of every weight in it; `spelling`: how its files
-    call the tensors; `gguf`: the file, where it is one.
+    call the tensors; `gguf`: the file, where it is one; `stages`: in how many its shards are cut.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class Checkpoint:
         self.table = tensor_table(self.config)
         file = next(iter(parts[0].values())).file if parts[0] else None
         self.gguf = file if isinstance(file, GGUFFile) else None
+        self.stages = 1 if file is None else stages_of(file.path)
         self._check()
 
     @classmethod
@@ -138,7 +141,7 @@ class Checkpoint:
             config = read_config(config_file) if config_file else config_of(file.hf_config, path)
             return cls(path, config, [_located(file)], spelling)
         folder = path if path.is_dir() else path.parent
-        files = _consolidated(folder) if path.is_dir() else [path]
+        files = shard_files(folder) if path.is_dir() else {Place(): path}
         beside = _hf_files(folder) if path.is_dir() else {}
         if path.is_dir() and not files:
             if not beside:
@@ -149,9 +152,10 @@ class Checkpoint:
                 f"{path}: unknown kind of file; expected a folder or one of "
                 f"{', '.join((*SUFFIXES, '.gguf'))}"
             )
+        elif not path.is_dir() and stages_of(path) > 1:
+            raise UserError(f"{path}: holds one stage's layers alone; give {folder}, with all")
         else:
-            opened = [TensorFile(file) for file in files]
-            found = [_located(file) for file in opened]
+            found = _joined(folder, files)
         checkpoint = cls._of(folder, _config(folder, config_file), found)
         if beside:
             checkpoint._check_beside(beside, config_file)
@@ -340,6 +344,7 @@ class Checkpoint:
         All problems are in one message, by the files' own keys.
         """
         self._check_kind()
+        self._check_stages()
         n, key_of = len(self.parts), self.spelling.of
         wrong: list[str] = []
         missing: list[tuple[str, str]] = []  # what to say before it, and the key
@@ -388,9 +393,10 @@ class Checkpoint:
         shown = [line for group in zip_longest(*lines) for line in group if line][:5]
         more = f" (and {count - len(shown)} more)" if count > len(shown) else ""
         read = f" ({self.spelling.described})" if self.spelling.described else ""
+        fix = f"; {FIX}" if self.stages > 1 else ""
         raise UserError(
             f"{self.folder} does not hold the model its config describes{read}: "
-            f"{'; '.join(shown)}{more}"
+            f"{'; '.join(shown)}{more}{fix}"
         )
 
     def _check_kind(self) -> None:
@@ -407,6 +413,22 @@ class Checkpoint:
                     f"{found}: an adapter lies among the weights; save the model with it added in "
                     "(merge_and_unload), or the adapter alone, for --adapter_dir"
                 )
+
+    def _check_stages(self) -> None:
+        """Raise UserError for a layer, or another module, that none of several stages holds."""
+        if self.stages == 1:
+            return
+        held = {
+            module_of(name)
+            for name in self.table
+            if any(self._places(name)[0] in part for part in self.parts)
+        }
+        holes = [m for m in dict.fromkeys(map(module_of, self.table)) if m not in held]
+        if holes:
+            raise UserError(
+                f"{self.folder}: none of its {self.stages} stages holds {brief(holes)}, which its "
+                f"config describes; {FIX}"
+            )
 
     def _check_beside(self, beside: Part, config_file: str | None) -> None:
         """Raise UserError unless Hugging Face's files beside these shards hold the same weights.
@@ -480,28 +502,6 @@ class Checkpoint:
         ]
 
 
-def _consolidated(folder: Path) -> list[Path]:
-    """Meta's shards in order. Raises UserError when one of the row is missing."""
-    shards: dict[int, Path] = {}
-    for path in folder.glob("consolidated*"):
-        match = re.fullmatch(r"consolidated(?:\.(\d+))?\.(pth|safetensors)", path.name)
-        if match:
-            number = int(match[1] or 0)
-            if number in shards:
-                raise UserError(
-                    f"{folder}: {shards[number].name} and {path.name} are both shard {number}; "
-                    "remove one"
-                )
-            shards[number] = path
-    holes = sorted(set(range(max(shards, default=-1) + 1)) - shards.keys())
-    if holes:
-        names = ", ".join(f"consolidated.{i:02d}.pth" for i in holes)
-        raise UserError(
-            f"{folder}: {names} missing; shards up to consolidated.{max(shards):02d} are there"
-        )
-    return [shards[number] for number in sorted(shards)]
-
-
 def _nearest(key: str, others: list[str]) -> str:
     """In words, the key that one that is missing may be meant by."""
     near = get_close_matches(key, others, 1, 0.8)
@@ -510,6 +510,20 @@ def _nearest(key: str, others: list[str]) -> str:
 
 def _located(file: TensorFile | GGUFFile) -> Part:
     return {key: Located(file, key) for key in file.keys}
+
+
+def _joined(folder: Path, paths: dict[Place, Path]) -> list[Part]:
+    """Each shard's tensors, by the files' own keys, from its file of every stage.
+
+    Raises UserError when stages do not fit each other.
+    """
+    files = {place: TensorFile(path) for place, path in paths.items()}
+    if max(files).stages > 1:
+        check_stages(folder, files)
+    parts: list[Part] = [{} for _ in range(1 + max(files).rank)]
+    for place, file in files.items():
+        parts[place.rank] |= _located(file)
+    return parts
 
 
 # What training changes of these, it may change in single rows: a token's.

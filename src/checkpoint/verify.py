@@ -54,6 +54,7 @@ def model_report(folder: Path, config_file: str | None = None) -> Report:
         f"{len(checkpoint.table)} tensors, {count:,} numbers, all finite",
         f"{checkpoint.config.family}, {checkpoint.config.n_layers} layers, "
         f"head {checkpoint.config.head}",
+        *([f"{checkpoint.stages} stages"] if checkpoint.stages > 1 else []),
         compared,
         f"tokenizer {tokenizer.name}" if tokenizer else "no tokenizer beside it",
         *([checkpoint.spelling.described] if checkpoint.spelling.described else []),

@@ -20,18 +20,16 @@ from src.checkpoint.folder import (
     whole_folder,
 )
 from src.checkpoint.gguf_tokenizer import write_tokenizer
-from src.checkpoint.names import hf_tensors
+from src.checkpoint.names import hf_tensors, module_of
+from src.checkpoint.shards import Place
 from src.checkpoint.source import Checkpoint
 from src.errors import UserError
 from src.models.config import ModelConfig, params_of
 from src.models.hf_config import hf_config
+from src.models.stages import cut_in_stages
 
 MAX_FILE_BYTES = 5 * 10**9  # of an output file
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
-
-
-def shard_name(rank: int) -> str:
-    return f"consolidated.{rank:02d}.pth"
 
 
 def write_params(config: ModelConfig, folder: Path) -> None:
@@ -56,24 +54,38 @@ def cast(checkpoint: Checkpoint, name: str, tensor: Tensor, dtype: torch.dtype |
 
 
 def split(
-    checkpoint: Checkpoint, save_path: Path, n: int, dtype: torch.dtype | None = None
+    checkpoint: Checkpoint,
+    save_path: Path,
+    n: int,
+    dtype: torch.dtype | None = None,
+    stages: int = 1,
 ) -> None:
     """Write `n` consolidated shards with `params.json` and the tokenizer's files.
 
-    dtype: to write in, each tensor's own by default. Peak memory: one shard.
+    dtype: to write in, each tensor's own by default; stages: how many a shard's layers are of, and
+    n all of theirs together. Peak memory: one shard. Raises UserError for more stages than layers.
     """
+    cut = cut_in_stages(checkpoint.config, stages, flag="--stages")
+    names = [
+        [name for name in checkpoint.table if cut.holders(name, tied=False) == [stage]]
+        for stage in range(stages)
+    ]
+    modules = [list(dict.fromkeys(map(module_of, of_stage))) for of_stage in names]
+    facts = {"stages": modules} if stages > 1 else {}
     check_space(save_path, sum(checkpoint.bytes_of(name, dtype) for name in checkpoint.table))
-    with whole_folder(save_path) as folder:
-        for rank in range(n):
-            names = tqdm(checkpoint.table, desc=f"shard {rank + 1} of {n}", unit="tensor")
+    ranks = n // stages
+    with whole_folder(save_path, **facts) as folder:
+        for number in range(n):
+            stage, rank = divmod(number, ranks)
+            progress = tqdm(names[stage], desc=f"shard {number + 1} of {n}", unit="tensor")
             # Cloned: a slice of a mapped file would drag its whole storage into torch.save.
             shard = {
-                name: cast(checkpoint, name, checkpoint.local(name, rank, n), dtype).clone(
+                name: cast(checkpoint, name, checkpoint.local(name, rank, ranks), dtype).clone(
                     memory_format=torch.contiguous_format
                 )
-                for name in names
+                for name in progress
             }
-            torch.save(shard, folder / shard_name(rank))
+            torch.save(shard, folder / Place(stages, stage, rank).file_name)
             del shard  # before the next one is made
         write_params(checkpoint.config, folder)
         tokenizer = find_tokenizer(checkpoint.folder, checkpoint.adapter_folder)

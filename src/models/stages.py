@@ -43,16 +43,18 @@ class Stages:
         return [last]
 
 
-def cut_in_stages(config: ModelConfig, ranks: int, per_rank: int = 1) -> Stages:
+def cut_in_stages(
+    config: ModelConfig, ranks: int, per_rank: int = 1, flag: str = "--pipeline_parallel_size"
+) -> Stages:
     """The cut whose dearest stage costs least, by operations per token: head and all.
 
-    Raises UserError for more stages than layers.
+    flag: what said how many, for the message. Raises UserError for more stages than layers.
     """
     count = ranks * per_rank
     if count > config.n_layers:
         times = f" x --stages_per_rank {per_rank}" if per_rank > 1 else ""
         raise UserError(
-            f"--pipeline_parallel_size {ranks}{times} makes {count} stages, and the model has "
+            f"{flag} {ranks}{times} makes {count} stages, and the model has "
             f"{config.n_layers} layers: give {config.n_layers} or fewer"
         )
     layer = layer_cost(config)

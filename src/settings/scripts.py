@@ -384,8 +384,14 @@ class ShardSettings(Settings):
     n: Annotated[
         int,
         Bounds(1, 10_000, because=": at least one shard is needed"),
-        "how many shards, one per model-parallel rank: any number",
+        "how many shards in all, one per model-parallel rank (of each stage): any number",
     ] = 8
+    stages: Annotated[
+        int,
+        Bounds(1, 10_000),
+        "write the layers in so many stages, as a pipeline cuts them, of --n / --stages shards "
+        "each: a file holds one stage's layers alone. Read at any layout, like other shards",
+    ] = 1
     dry_run: Annotated[
         bool,
         "only print the names, shapes and bytes of each rank; needs no weights: --model_type or "
@@ -398,6 +404,11 @@ class ShardSettings(Settings):
     ] = None
 
     def problems(self) -> Iterator[str]:
+        if self.n % self.stages:
+            yield (
+                f"--n {self.n} --stages {self.stages}: every stage has as many shards, and --n is "
+                f"all of theirs; give a multiple of {self.stages} as --n, or another --stages"
+            )
         if self.adapter_dir is not None and self.ckpt_file is None:
             yield "--adapter_dir: has no effect without --ckpt_file"
         if not self.dry_run and (self.ckpt_file is None or self.save_path is None):

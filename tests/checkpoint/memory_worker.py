@@ -1,7 +1,7 @@
 """Splits or loads a checkpoint and prints the most anonymous memory, in bytes, that this added.
 
-    memory_worker.py split CKPT SAVE N
-    memory_worker.py load CKPT DTYPE     under torchrun: each rank's peak, and the size of its shard
+    memory_worker.py split CKPT SAVE N STAGES
+    memory_worker.py load CKPT DTYPE STAGES     under torchrun: each rank's peak, and what it holds
 
 Linux: reads /proc. Mapped file pages are the system's to take back, and not counted.
 """
@@ -44,10 +44,11 @@ def peak_of(run: Callable[[], object]) -> tuple[int, object]:
 
 def main(action: str, ckpt: str, *more: str) -> None:
     if action == "split":
-        save, n = more
-        print(peak_of(lambda: split(Checkpoint.open(ckpt), Path(save), int(n)))[0])
+        save, n, stages = more
+        checkpoint = Checkpoint.open(ckpt)
+        print(peak_of(lambda: split(checkpoint, Path(save), int(n), stages=int(stages)))[0])
         return
-    parallel = start(timeout=120)
+    parallel = start(timeout=120, pipeline_parallel_size=int(more[1]))
     dtype = getattr(torch, more[0])
     peak, model = peak_of(lambda: load_model(Checkpoint.open(ckpt), parallel, dtype))
     shard = sum(parameter.nbytes for parameter in model.parameters())

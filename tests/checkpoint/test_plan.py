@@ -97,7 +97,7 @@ def test_released_sizes(model_type):
         assert {name: list(spec.local_shape(n)) for name, spec in plan.table.items()} == expected
         assert plan.parameters == PARAMETERS[model_type]
         size = 2 * sum(torch.Size(shape).numel() for shape in expected.values())
-        assert plan.rank_bytes == size
+        assert plan.rank_bytes(0) == size
         text = "\n".join(plan.lines())
         assert f"{PARAMETERS[model_type]:,} parameters" in text
         assert f"each of {n} ranks: {size:,} bytes" in text
