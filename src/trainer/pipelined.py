@@ -6,6 +6,7 @@ from torch import Tensor
 
 from src.models.attention import Packed
 from src.models.batch import Batch, PromptTree
+from src.models.context import Divided
 from src.models.transformer import Received, Transformer
 from src.parallel.clock import clock
 from src.parallel.pipeline import Boundary, Pipeline
@@ -32,7 +33,7 @@ class PipelinedStep:
             self._compute, stages.count, parallel.pp_group, parallel.device, self._trains()
         )
         self.turns: list[list[int] | None] = []
-        self.batches: list[tuple[Tensor, Packed]] = []
+        self.batches: list[tuple[Tensor, Packed | Divided]] = []
         self.denominator, self.sums = 1.0, dict[str, Tensor]()
 
     def _trains(self) -> list[bool]:
@@ -72,7 +73,7 @@ class PipelinedStep:
         self.batches = []
         return self.sums
 
-    def _batch(self, rows: list[int] | None) -> tuple[Tensor, Packed]:
+    def _batch(self, rows: list[int] | None) -> tuple[Tensor, Packed | Divided]:
         """Tokens and layout of a micro-batch."""
         device = self.parallel.device
         if rows is None:

@@ -120,7 +120,7 @@ class PreferenceObjective(Objective):
 
     def batch(self, rows: list[int]) -> Batch | PromptTree:
         groups = [self.rows[i].responses for i in rows]
-        return packed(groups, self.share_prompts, self.parallel.device)
+        return packed(groups, self.share_prompts, self.parallel.device, self.parallel.context)
 
     def loss(
         self, model: Transformer, rows: list[int], denominator: float
@@ -268,18 +268,19 @@ class Mismatched:
 
     @torch.no_grad()
     def __call__(self, batch: list[int], model: Transformer) -> float:
-        rows = sorted(batch)[self.parallel.dp_rank :: self.parallel.dp_size]
+        rows = sorted(batch)[self.parallel.data_rank :: self.parallel.data_size]
         total = torch.zeros(2, dtype=torch.float64, device=self.parallel.device)
         lengths = [len(self.responses[i].tokens) for i in rows]
         parts = micro_batches(lengths, self.max_batch_size)
         for part in parts:
             chosen = [rows[i] for i in part]
             groups: Groups = [[self.responses[i]] for i in chosen]
-            ratios = scored(model, groups, False) - self.reference(chosen, groups)
+            ratios = scored(model, groups, False, self.parallel.context)
+            ratios -= self.reference(chosen, groups)
             total += torch.stack((ratios.sum(), torch.tensor(float(len(chosen))).to(ratios)))
         if model.shard_stage:  # ranks that share weights take part as often as any of them
-            most = -(-len(batch) // self.parallel.dp_size)
+            most = -(-len(batch) // self.parallel.data_size)
             for _ in range(-(-most // self.max_batch_size) - len(parts)):
                 idle_forward(model, self.parallel.device)
-        torch.distributed.all_reduce(total, group=self.parallel.dp_group)
+        torch.distributed.all_reduce(total, group=self.parallel.data_group)
         return max(0.0, float(total[0] / total[1]))

@@ -20,17 +20,20 @@ from src.errors import UserError
 from src.logs import RunLog
 from src.models.batch import Batch, PromptTree, Sequence, over_ranks, response_logprobs
 from src.models.transformer import Transformer, evaluating
+from src.parallel.context import ALONE, ContextGroup
 from src.parallel.deterministic import same_rows
 from src.parallel.setup import Parallel, agreed
 
 Groups = list[list[Sequence]]
 
 
-def packed(groups: Groups, share_prompts: bool, device: torch.device) -> Batch | PromptTree:
+def packed(
+    groups: Groups, share_prompts: bool, device: torch.device, context: ContextGroup = ALONE
+) -> Batch | PromptTree:
     """Groups of responses as one batch, each group's prompt once where that is asked for."""
     if share_prompts:
-        return PromptTree(groups, device)
-    return Batch.of([sequence for group in groups for sequence in group], device)
+        return PromptTree(groups, device, context)
+    return Batch.of([sequence for group in groups for sequence in group], device, context)
 
 
 def sums(logprobs: Tensor, lengths: list[int]) -> Tensor:
@@ -39,9 +42,14 @@ def sums(logprobs: Tensor, lengths: list[int]) -> Tensor:
 
 
 @torch.no_grad()
-def scored(model: Transformer, groups: Groups, share_prompts: bool) -> Tensor:
-    """Σ_t log π(y_t) of each response of the groups, [responses], fp64."""
-    batch = packed(groups, share_prompts, model.norm.weight.device)
+def scored(
+    model: Transformer, groups: Groups, share_prompts: bool, context: ContextGroup = ALONE
+) -> Tensor:
+    """Σ_t log π(y_t) of each response of the groups, [responses], fp64.
+
+    context: ranks that have the same groups, and divide their tokens.
+    """
+    batch = packed(groups, share_prompts, model.norm.weight.device, context)
     with evaluating(model), same_rows():
         logprobs, _ = response_logprobs(model, batch)
     return sums(logprobs, batch.responses)
@@ -63,11 +71,15 @@ class Reference(Protocol):
 class LiveReference:
     """By a frozen model, whenever it is asked."""
 
-    def __init__(self, model: Transformer, share_prompts: bool) -> None:
+    def __init__(
+        self, model: Transformer, share_prompts: bool, context: ContextGroup = ALONE
+    ) -> None:
+        """context: the ranks that ask for the same rows, and divide their tokens."""
         self.model, self.share_prompts = model.requires_grad_(False), share_prompts
+        self.context = context
 
     def __call__(self, rows: list[int], groups: Groups) -> Tensor:
-        return scored(self.model, groups, self.share_prompts)
+        return scored(self.model, groups, self.share_prompts, self.context)
 
 
 class KeptReference:
@@ -210,7 +222,7 @@ def references(
     load: the model, which is the policy before it is trained; limits: see `score_all`.
     """
     if cache is None:
-        return [LiveReference(load(), share_prompts)] * len(lists_of)
+        return [LiveReference(load(), share_prompts, parallel.context)] * len(lists_of)
     lists = cache.load(parallel, log)
     if lists is None:
         model = load()

@@ -6,6 +6,7 @@ The results are asserted on by pytest.
 
 FOLDER holds the models `lm` and `score`; FOLDER/N-MP.pt gets the results of each division of the N
 ranks. MP_SIZE:STAGES makes a pipeline, for what is in `PIPELINED` and `DEEP_RUNS`: N-MP-STAGES.pt.
+MP_SIZE:STAGES:RANKS lets so many divide the tokens, for `IN_CONTEXT`: N-MP-STAGES-RANKS.pt.
 """
 
 import itertools
@@ -145,6 +146,20 @@ DEEP_RUNS = {
     "tied": ("tied", 1, False, {}),
     "tied, micro-batches, zero 0": ("tied", 3, False, {"zero": 0}),
 }
+# Where ranks divide the tokens, whose heads must divide: 12 of 3 kv heads, and 4 of one.
+HEAD_RUNS = {
+    "uneven": ("uneven", 1, False, {}),
+    "uneven, lora, micro-batches, recomputed": ("uneven", 3, True, {"recompute": "full"}),
+    "even experts": ("even experts", 1, False, {}),
+    "even experts, micro-batches, recomputed, sequence parallel": (
+        "even experts",
+        3,
+        False,
+        {"recompute": "full", "sequence_parallel": True},
+    ),
+    "even experts, lora, packed by tokens": ("even experts", 1, True, {"max_tokens": 40}),
+    "even experts, zero 3": ("even experts", 2, False, {"zero": 3}),
+}
 # Where ranks are stages of a pipeline; with more than two the models of two layers are left out.
 PIPELINED = (
     "full",
@@ -157,6 +172,24 @@ PIPELINED = (
     "experts, lora, sequence parallel, recomputed",
     "verifier",
     "verifier, packed by tokens, zero 0",
+)
+# Where ranks divide the tokens; in a pipeline those of the deeper models.
+IN_CONTEXT = (
+    *HEAD_RUNS,
+    "full",
+    "full, packed by tokens",
+    "full, zero 3, micro-batches, recomputed in part, sequence parallel",
+    "lora, micro-batches",
+    "verifier, micro-batches",
+    "verifier, each prompt anew",
+    "dpo and sft, micro-batches",
+    "dpo, in small chunks of logits",
+    "dpo, lora",
+    "kto, micro-batches, zero 3",
+    "distilled, js",
+    "distilled, js, the teacher alone on each rank",
+    "distilled, top 6",
+    "distilled, own answers, zero 3",
 )
 COMPARISONS, VERIFIER_BATCH = 18, 4
 # name: (losses, micro-batches, more settings)
@@ -223,7 +256,7 @@ def solver_run(
     zero, method = more.get("zero", 1), more.get("method", Method())
     decay_and_norm = WEIGHT_DECAY, MAX_GRAD_NORM
     optimizer = Optimizer(model, parallel, *decay_and_norm, zero=zero, method=method)
-    objective = SolverObjective(some_sequences(ROWS), parallel.device)
+    objective = SolverObjective(some_sequences(ROWS), parallel.device, parallel.context)
     return trained(model, optimizer, objective, settings(BATCH, micro, parallel, more), parallel)
 
 
@@ -232,7 +265,8 @@ def verifier_run(
 ) -> dict:
     model = ours(folder / "score", parallel, zero=more.get("zero", 1))
     model.sequence_parallel = more.get("sequence_parallel", False)
-    objective = VerifierObjective(comparisons(), parallel.device, share_prompts)
+    where = parallel.device, share_prompts, parallel.context
+    objective = VerifierObjective(comparisons(), *where)
     optimizer = Optimizer(model, parallel, WEIGHT_DECAY, MAX_GRAD_NORM, zero=more.get("zero", 1))
     return trained(
         model, optimizer, objective, settings(VERIFIER_BATCH, micro, parallel, more), parallel
@@ -249,7 +283,7 @@ def preference_objective(
     name = "experts" if more.get("model") == "experts" else "reference"
     frozen = ours(folder / name, parallel)
     lists = [[row.responses for row in rows], [[s] for s in off_prompt]]
-    reference = of_mismatched = LiveReference(frozen, share_prompts)
+    reference = of_mismatched = LiveReference(frozen, share_prompts, parallel.context)
     if more.get("kept"):
         with RunLog(None, "test", {}, rank=1) as log:
             numbers = [score_all(frozen, x, share_prompts, (4, 50), parallel, log) for x in lists]
@@ -322,7 +356,7 @@ def distillation_run(folder: Path, parallel: Parallel, beta: float, micro: int, 
 
 def settings(batch: int, micro: int, parallel: Parallel, more: dict) -> TrainSettings:
     """The same rows per step whatever the division."""
-    share = batch // parallel.dp_size
+    share = batch // parallel.data_size
     per_micro = max(1, share // micro)
     return training(
         lr=LR,
@@ -492,39 +526,51 @@ def all_checks(folder: Path, mp_sizes: list[int]) -> None:
         results["pairs"] = measure(folder, parallel)
         results["state"] = sharded_state(folder, parallel)
         if parallel.world_size == 1:
-            deep = {name: solver_run(folder, parallel, *run) for name, run in DEEP_RUNS.items()}
-            results |= deep
+            alone = DEEP_RUNS | HEAD_RUNS
+            results |= {name: solver_run(folder, parallel, *run) for name, run in alone.items()}
         if parallel.is_main:
             torch.save(results, folder / f"{parallel.world_size}-{mp_size}.pt")
     stop()
 
 
-def runs_in_stages(name: str, stages: int) -> bool:
-    """Whether a run is one of a pipeline of so many ranks: five layers make five stages at most."""
+def runs_divided(name: str, stages: int, context: int = 1) -> bool:
+    """Whether a run is one of so many stages, and of so many ranks that divide the tokens.
+
+    Five layers make five stages at most.
+    """
+    if context > 1:
+        return name in IN_CONTEXT if stages == 1 else name.startswith("deep, ")
     if stages > 2:
         return name.startswith("deep") and "interleaved" not in name
     return name in DEEP_RUNS or name in PIPELINED
 
 
-def pipelined_checks(folder: Path, divisions: list[tuple[int, int]]) -> None:
-    """divisions: (ranks that share tensors, stages) of each."""
-    for mp_size, stages in divisions:
-        parallel = start(mp_size, timeout=120, pipeline_parallel_size=stages)
-        results = {}
-        for name, run in (DEEP_RUNS | SOLVER_RUNS | VERIFIER_RUNS).items():
-            if not runs_in_stages(name, stages):
-                continue
-            of = verifier_run if name in VERIFIER_RUNS else solver_run
-            results[name] = of(folder, parallel, *run)
+def divided_checks(folder: Path, divisions: list[str]) -> None:
+    """divisions: ranks that share tensors, stages, and maybe ranks that divide tokens, of each."""
+    of_kind = {
+        solver_run: DEEP_RUNS | HEAD_RUNS | SOLVER_RUNS,
+        verifier_run: VERIFIER_RUNS,
+        preference_run: PREFERENCE_RUNS,
+        distillation_run: DISTILLATION_RUNS,
+    }
+    for division in divisions:
+        mp_size, *others = map(int, division.split(":"))
+        parallel = start(mp_size, 120, False, *others)
+        results = {
+            name: of(folder, parallel, *run)
+            for of, runs in of_kind.items()
+            for name, run in runs.items()
+            if runs_divided(name, *others)
+        }
         if parallel.is_main:
-            torch.save(results, folder / f"{parallel.world_size}-{mp_size}-{stages}.pt")
+            place = f"{parallel.world_size}-{division.replace(':', '-')}.pt"
+            torch.save(results, folder / place)
     stop()
 
 
 if __name__ == "__main__":
     asked = sys.argv[2:]
     if ":" in asked[0]:
-        divisions = [tuple(map(int, pair.split(":"))) for pair in asked]
-        pipelined_checks(Path(sys.argv[1]), divisions)
+        divided_checks(Path(sys.argv[1]), asked)
     else:
         all_checks(Path(sys.argv[1]), [int(size) for size in asked])
