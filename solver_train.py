@@ -37,11 +37,11 @@ def main(settings: SolverTrainSettings) -> None:
     run, plan, saving_plan = settings.run, settings.optimizer, settings.saving
     places = Places.of(saving_plan.log_dir, saving_plan.save_dir)
     degrees = run.model_parallel_size, run.timeout, run.deterministic, run.pipeline_parallel_size
-    parallel = start(*degrees)
+    parallel = start(*degrees, run.context_parallel_size)
 
     # Read and check everything, and what an earlier run of this command left, before any work.
     inputs = agreed(lambda: SolverInputs.read(settings, parallel))
-    rows = rows_per_step(settings.batches, parallel.dp_size)
+    rows = rows_per_step(settings.batches, parallel.data_size)
     earlier = Earlier.find(settings, [saving_plan.save_dir], parallel, rows_per_step=rows)
 
     # Load this rank's part of the model.
@@ -59,7 +59,7 @@ def main(settings: SolverTrainSettings) -> None:
         # What is trained, how, and what is looked at on the way.
         prepare(model, plan, run, parallel)
         optimizer = Optimizer.of(plan, model, parallel, run)
-        objective = SolverObjective(inputs.sequences, parallel.device)
+        objective = SolverObjective(inputs.sequences, parallel.device, parallel.context)
         evaluations = Evaluations(
             partial(
                 inputs.evaluation.run,

@@ -38,11 +38,11 @@ def main(settings: VerifierTrainSettings) -> None:
     run, plan, saving_plan = settings.run, settings.optimizer, settings.saving
     places = Places.of(saving_plan.log_dir, saving_plan.save_dir)
     degrees = run.model_parallel_size, run.timeout, run.deterministic, run.pipeline_parallel_size
-    parallel = start(*degrees)
+    parallel = start(*degrees, run.context_parallel_size)
 
     # Read and check everything, and what an earlier run of this command left, before any work.
     inputs = agreed(lambda: VerifierInputs.read(settings, parallel))
-    rows = rows_per_step(settings.batches, parallel.dp_size)
+    rows = rows_per_step(settings.batches, parallel.data_size)
     earlier = Earlier.find(settings, [saving_plan.save_dir], parallel, rows_per_step=rows)
 
     # Load this rank's part of the model, with a scalar head.
@@ -61,7 +61,7 @@ def main(settings: VerifierTrainSettings) -> None:
         prepare(model, plan, run, parallel)
         optimizer = Optimizer.of(plan, model, parallel, run)
         kind = settings.objective.objective
-        objective = objective_of(inputs.rows, kind, model, parallel.device)
+        objective = objective_of(inputs.rows, kind, model, parallel)
         save = partial(inputs.save, model, parallel, settings.evaluation, log)
         evaluations = Evaluations(
             partial(

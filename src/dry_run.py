@@ -21,6 +21,7 @@ from src.generation.cache import Cache, pages_for
 from src.inputs import OpenedModel, adapter_config, check_trainable
 from src.models.batch import Sequence
 from src.models.config import ModelConfig
+from src.models.context import check_heads
 from src.models.lora import LoRAConfig
 from src.models.stages import cut_in_stages
 from src.models.transformer import build
@@ -63,12 +64,16 @@ NOT_READ = "rows, steps and an example: give a checkpoint and the train file"
 
 @dataclass(frozen=True)
 class Ranks:
-    """How many ranks are planned for, which need not be those that run."""
+    """How many ranks are planned for, which need not be those that run.
+
+    dp_size: models, of which each cp_size divide the tokens of their rows.
+    """
 
     mp_size: int
     dp_size: int
     pp_size: int = 1
     stages_per_rank: int = 1
+    cp_size: int = 1
 
     @classmethod
     def of(cls, settings: Planned, parallel: Parallel) -> "Ranks":
@@ -77,19 +82,26 @@ class Ranks:
         pp_size, per_rank = 1, 1
         if isinstance(run, TrainingRunSettings):
             pp_size, per_rank = run.pipeline_parallel_size, run.stages_per_rank
-        mp_size = run.model_parallel_size or max(1, world_size // pp_size)
-        if world_size % (mp_size * pp_size):
+        cp_size = run.context_parallel_size
+        mp_size = run.model_parallel_size or max(1, world_size // (pp_size * cp_size))
+        if world_size % (mp_size * pp_size * cp_size):
             stages = f" x --pipeline_parallel_size {pp_size}" if pp_size > 1 else ""
+            context = f" x --context_parallel_size {cp_size}" if cp_size > 1 else ""
             raise UserError(
-                f"--model_parallel_size {mp_size}{stages} does not divide the {world_size} ranks "
-                "that are planned for (--world_size)"
+                f"--model_parallel_size {mp_size}{stages}{context} does not divide the "
+                f"{world_size} ranks that are planned for (--world_size)"
             )
-        return cls(mp_size, world_size // (mp_size * pp_size), pp_size, per_rank)
+        return cls(mp_size, world_size // (mp_size * pp_size), pp_size, per_rank, cp_size)
+
+    @property
+    def data_size(self) -> int:
+        """Among how many the rows of a step are divided."""
+        return self.dp_size // self.cp_size
 
     @property
     def described(self) -> str:
         """In words."""
-        return degrees_in_words(self.mp_size, self.pp_size, self.dp_size)
+        return degrees_in_words(self.mp_size, self.pp_size, self.data_size, self.cp_size)
 
 
 def solver_plan(settings: SolverTrainSettings) -> None:
@@ -203,6 +215,7 @@ def _plan(
         inputs = agreed(lambda: read(parallel))
     opened = inputs.model if inputs is not None else None
     config = _config(settings.model, settings.model.ckpt_dir, opened).with_head(head)
+    check_heads(config, ranks.mp_size, ranks.cp_size)
     lora = inputs.lora if inputs is not None else _new_adapter(settings, config)
     budgets = {"model": _trained(settings, config, ranks, dtype, lora)}
     budgets |= beside(config, ranks, dtype) if beside is not None else {}
@@ -439,14 +452,14 @@ def _limit_lines(
     tokens = batches.max_tokens_per_batch
     if tokens is None and memory is not None:
         run, lora = settings.run, settings.lora.is_on
-        how = run.checkpoint_activations, lora, run.sequence_parallel
+        how = run.checkpoint_activations, lora, run.sequence_parallel, ranks.cp_size
         of_each = [activations(c, ranks.mp_size, dtype, *how) for c in configs]
         tokens = tokens_at_once(of_each, memory, held, batches.max_seq_len)
     return described(tokens)
 
 
 def _step_lines(settings: TrainSettings, n_rows: int, notes: list[str], ranks: Ranks) -> list[str]:
-    size, epochs = rows_per_step(settings.batches, ranks.dp_size), settings.optimizer.epochs
+    size, epochs = rows_per_step(settings.batches, ranks.data_size), settings.optimizer.epochs
     per_epoch = -(-n_rows // size)
     return [
         f"rows: {n_rows:,} of {Path(settings.data.train_file).name}",

@@ -38,7 +38,8 @@ LONG = (
 
 # Files whose checks are all made by one run of tests/trainer/worker.py at each number of ranks.
 ONE_LAUNCH = {
-    f"trainer/test_{name}.py" for name in ("steps", "preference", "distillation", "pipeline")
+    f"trainer/test_{name}.py"
+    for name in ("steps", "preference", "distillation", "pipeline", "context")
 }
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # each process takes its share of the cores

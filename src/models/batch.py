@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from src.models.attention import Packed
+from src.models.context import Divided
 from src.models.transformer import Transformer
+from src.parallel.context import ALONE, ContextGroup, Share
 from src.parallel.divergence import LogitsOf, distilled
 from src.parallel.mappings import copy_to_model_parallel_region
 from src.parallel.setup import Parallel
@@ -37,30 +39,53 @@ class Sequence:
 class Batch:
     """N tokens of some sequences end to end, R of them response tokens.
 
-    tokens: [N]; layout: where each sequence lies; rows: [R], for each response token the row
-    *before* it, whose hidden state predicts it; targets: [R], the response tokens themselves;
-    responses: each sequence's response length.
+    whole: where each sequence lies; rows: [R], for each response token the row *before* it, whose
+    hidden state predicts it; targets: [R], the response tokens themselves; responses: each
+    sequence's response length. Of these tokens a rank has its share, all where it is alone:
+    tokens, [m], and layout, for the model.
     """
 
     source: Tensor | None = None  # which of `rows` predicts each response token; None: its own
 
-    def __init__(self, tokens: Tensor, lengths: list[int], prompt_lengths: list[int]) -> None:
-        self.tokens, self.layout = tokens, Packed(lengths, tokens.device)
+    def __init__(
+        self,
+        tokens: Tensor,
+        lengths: list[int],
+        prompt_lengths: list[int],
+        context: ContextGroup = ALONE,
+    ) -> None:
+        """context: the ranks that divide the tokens."""
+        self.whole = Packed(lengths, tokens.device)
         self.responses = [length - prompt for length, prompt in zip(lengths, prompt_lengths)]
         ends = torch.tensor(lengths, dtype=torch.long).cumsum(0)
         first_rows = ends - torch.tensor(self.responses, dtype=torch.long) - 1
         self.rows = end_to_end(first_rows, self.responses).to(tokens.device)
         self.targets = tokens[self.rows + 1]
+        self.share = Share(len(tokens), context)
+        self.tokens, self.layout = self.share.of(tokens), divided(self.whole, self.share)
 
     @classmethod
-    def of(cls, sequences: list[Sequence], device: torch.device) -> "Batch":
+    def of(
+        cls, sequences: list[Sequence], device: torch.device, context: ContextGroup = ALONE
+    ) -> "Batch":
         tokens = torch.tensor([token for s in sequences for token in s.tokens], device=device)
-        return cls(tokens, [len(s.tokens) for s in sequences], [s.prompt_length for s in sequences])
+        lengths, prompts = [len(s.tokens) for s in sequences], [s.prompt_length for s in sequences]
+        return cls(tokens, lengths, prompts, context)
 
     @property
     def ends(self) -> Tensor:
         """The row of each sequence's last token, [sequences]."""
-        return self.layout.ends
+        return self.whole.ends
+
+    @cached_property
+    def own(self) -> slice:
+        """The response tokens that this rank's rows predict."""
+        return self.share.within(self.rows)
+
+
+def divided(whole: Packed, share: Share) -> Packed | Divided:
+    """The layout of a rank's share."""
+    return whole if share.size == 1 else Divided(whole, share)
 
 
 def shared_prompt(sequences: list[Sequence]) -> int:
@@ -88,13 +113,19 @@ def pieces_of(responses: list[Sequence], share_prompts: bool) -> list[tuple[int,
 class PromptTree:
     """Groups of sequences, each group's prompt only once before its responses.
 
-    tokens: [N]; ends: the row of each sequence's last token, group after group, [sequences]. And
-    what `Batch` has of the R response tokens: rows, each once, since a group's first response
-    tokens are predicted by one row; source: [R], which of them predicts each token.
+    ends: the row of each sequence's last token, group after group, [sequences]. And what `Batch`
+    has of the N tokens and of the R response tokens: rows, each once, since a group's first
+    response tokens are predicted by one row; source: [R], which of them predicts each token.
     """
 
-    def __init__(self, groups: list[list[Sequence]], device: torch.device) -> None:
-        self.groups = groups
+    def __init__(
+        self,
+        groups: list[list[Sequence]],
+        device: torch.device,
+        context: ContextGroup = ALONE,
+    ) -> None:
+        """context: the ranks that divide the tokens."""
+        self.groups, self.device = groups, device
         pieces: list[list[int] | array] = []
         prefixes: list[int | None] = []  # the piece that each goes on from
         ending: list[int] = []  # the pieces that end a sequence
@@ -108,14 +139,16 @@ class PromptTree:
                 ending.append(len(pieces))
                 pieces.append(sequence.tokens[shared:])
                 prefixes.append(prompt)
-        self.tokens = torch.tensor([token for piece in pieces for token in piece], device=device)
-        self.layout = Packed(list(map(len, pieces)), device, prefixes)
+        tokens = torch.tensor([token for piece in pieces for token in piece], device=device)
+        self.whole = Packed(list(map(len, pieces)), device, prefixes)
         self.ending = torch.tensor(ending)
+        self.share = Share(len(tokens), context)
+        self.tokens, self.layout = self.share.of(tokens), divided(self.whole, self.share)
 
     @property
     def ends(self) -> Tensor:
         """The row of each sequence's last token, [sequences]."""
-        return self.layout.ends[self.ending.to(self.tokens.device)]
+        return self.whole.ends[self.ending.to(self.device)]
 
     @property
     def responses(self) -> list[int]:
@@ -126,7 +159,7 @@ class PromptTree:
     def targets(self) -> Tensor:
         """The response tokens, [R]."""
         ids = [i for group in self.groups for s in group for i in s.tokens[s.prompt_length :]]
-        return torch.tensor(ids, device=self.tokens.device)
+        return torch.tensor(ids, device=self.device)
 
     @property
     def rows(self) -> Tensor:
@@ -137,9 +170,17 @@ class PromptTree:
         return self._predicting[1]
 
     @cached_property
+    def own(self) -> slice | Tensor:
+        """The response tokens that this rank's rows predict."""
+        if self.share.size == 1:
+            return slice(0, len(self.targets))
+        rows = self.share.within(self.rows)
+        return ((self.source >= rows.start) & (self.source < rows.stop)).nonzero().squeeze(1)
+
+    @cached_property
     def _predicting(self) -> tuple[Tensor, Tensor]:
         """(rows, source): of each response token the row before it, or its prompt's last one."""
-        size = self.layout.size
+        size = self.whole.size
         starts = size.cumsum(0) - size
         responses = torch.tensor(self.responses, dtype=torch.long)
         ends = (starts + size)[self.ending]
@@ -147,11 +188,11 @@ class PromptTree:
         # A response that is a piece of its own begins behind its prompt's piece, wherever that is.
         first = responses.cumsum(0) - responses
         for i, piece in enumerate(self.ending.tolist()):
-            prompt = self.layout.prefixes[piece]
+            prompt = self.whole.prefixes[piece]
             if prompt is not None:
                 rows[first[i]] = starts[prompt] + size[prompt] - 1
         rows, source = rows.unique(return_inverse=True)
-        return rows.to(self.tokens.device), source.to(self.tokens.device)
+        return rows.to(self.device), source.to(self.device)
 
 
 def end_to_end(starts: Tensor, lengths: list[int]) -> Tensor:
@@ -161,10 +202,22 @@ def end_to_end(starts: Tensor, lengths: list[int]) -> Tensor:
     return torch.arange(int(size.sum())) + offset.repeat_interleave(size)
 
 
+def hidden_at(model: Transformer, batch: Batch | PromptTree, rows: Tensor) -> tuple[Tensor, slice]:
+    """The last hidden states of this rank's rows, [r, dim], and which of the wanted these are.
+
+    rows: those that are wanted of the batch, each once; where ranks divide it, in ascending order.
+    """
+    own = batch.share.within(rows)
+    count = own.stop - own.start
+    # A rank that has none of them computes one for nothing.
+    wanted = rows[own] - batch.share.first if count else rows.new_zeros(1)
+    return model(batch.tokens, batch.layout, wanted)[:count], own
+
+
 def predicting(model: Transformer, batch: Batch | PromptTree) -> Tensor:
-    """The hidden state that predicts each response token: [R, dim]."""
-    hidden = model(batch.tokens, batch.layout, batch.rows)
-    return hidden if batch.source is None else hidden[batch.source]
+    """The hidden state that predicts each response token of `batch.own`: [r, dim]."""
+    hidden, rows = hidden_at(model, batch, batch.rows)
+    return hidden if batch.source is None else hidden[batch.source[batch.own] - rows.start]
 
 
 def response_logprobs(
@@ -178,8 +231,8 @@ def response_logprobs(
     kept: [R, bytes], which tokens that distribution is over; see `token_logprobs`. The logits live
     a chunk at a time, and are computed again in backward. For training see `response_loss`.
     """
-    hidden = predicting(model, batch)
-    size = rows_at_once(len(batch.targets), model.vocabulary_weight)
+    hidden, own = predicting(model, batch), batch.own
+    size = rows_at_once(len(hidden), model.vocabulary_weight)
 
     def of(hidden: Tensor, targets: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
         return token_logprobs(model.logits(hidden), targets, temperature, kept)
@@ -188,11 +241,12 @@ def response_logprobs(
         of = partial(checkpoint, of, use_reentrant=False)
     chunks = zip(
         hidden.split(size),
-        batch.targets.split(size),
-        repeat(None) if kept is None else kept.split(size),
+        batch.targets[own].split(size),
+        repeat(None) if kept is None else kept[own].split(size),
     )
-    logprobs, entropies = zip(*[of(*chunk) for chunk in chunks])
-    return torch.cat(logprobs), torch.cat(entropies)
+    logprobs, entropies = map(torch.cat, zip(*[of(*chunk) for chunk in chunks]))
+    share, n = batch.share, len(batch.targets)
+    return share.joined(logprobs, own, n), share.joined(entropies, own, n)
 
 
 def response_loss(
@@ -210,11 +264,34 @@ def response_loss(
     Its log-probabilities are those of `response_logprobs`, bit for bit. targets: others than the
     response tokens, [R], or several for each, [R, k].
     """
+    share, own, n = batch.share, batch.own, len(batch.targets)
+
+    def of_own(logprobs: Tensor, entropies: Tensor | None, rows: slice) -> Tensor:
+        """Of tokens that have their loss for themselves, by their places in the batch."""
+        assert isinstance(own, slice)
+        return loss_of(logprobs, entropies, shifted(rows, own.start))
+
+    def of_groups(logprobs: Tensor, entropies: Tensor | None, rows: slice) -> Tensor:
+        """Of groups, whose tokens several ranks may have: of all, on each rank alike."""
+        entropies = None if entropies is None else share.joined(entropies, own, n)
+        return loss_of(share.joined(logprobs, own, n), entropies, slice(0, n))
+
     hidden = copy_to_model_parallel_region(predicting(model, batch))
     weight, real, holes = model.vocabulary_weight, model.vocabulary, model.holes
+    targets = (batch.targets if targets is None else targets)[own]
+    kept = None if kept is None else kept[own]
+    if share.size > 1 and groups is not None:
+        loss_of_rows, groups = of_groups, [len(hidden)]
+    else:
+        loss_of_rows = of_own
     options = temperature, entropy, kept, holes, groups
-    targets = batch.targets if targets is None else targets
-    return target_loss(hidden, weight, real, targets, loss_of, *options)
+    loss = target_loss(hidden, weight, real, targets, loss_of_rows, *options)
+    return share.summed(loss) if groups is None else loss
+
+
+def shifted(rows: slice, by: int) -> slice:
+    """A range of rows so many further on."""
+    return slice(rows.start + by, rows.stop + by)
 
 
 def response_distances(
@@ -224,20 +301,34 @@ def response_distances(
 
     teacher: its logits of the response tokens.
     """
+
+    def of_own(rows: slice) -> Tensor:
+        return teacher(shifted(rows, batch.own.start))
+
     hidden = copy_to_model_parallel_region(predicting(model, batch))
     weight, real, holes = model.vocabulary_weight, model.vocabulary, model.holes
-    return distilled(hidden, weight, real, teacher, beta, temperature, holes)
+    loss = distilled(hidden, weight, real, of_own, beta, temperature, holes)
+    return batch.share.summed(loss)
 
 
 def response_values(model: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Scores before each response token, [R], and at each sequence's end, [sequences]; fp32."""
+    """Scores before each response token, [R], and at each sequence's end, [sequences]; fp32.
+
+    Of a batch that no ranks divide.
+    """
     scores = model.scores(model(batch.tokens, batch.layout, torch.cat((batch.rows, batch.ends))))
     return scores[: len(batch.rows)], scores[len(batch.rows) :]
 
 
 def sequence_scores(model: Transformer, batch: Batch | PromptTree) -> Tensor:
     """The score head at each sequence's last token, [sequences], fp32."""
-    return model.scores(model(batch.tokens, batch.layout, batch.ends))
+    return scores_at(model, batch, batch.ends)
+
+
+def scores_at(model: Transformer, batch: Batch | PromptTree, rows: Tensor) -> Tensor:
+    """The score head at some rows, [M], fp32. rows: see `hidden_at`."""
+    hidden, own = hidden_at(model, batch, rows)
+    return batch.share.joined(model.scores(hidden), own, len(rows))
 
 
 def place_scores(model: Transformer, batch: Batch, places: list[list[int]]) -> Tensor:
@@ -245,13 +336,13 @@ def place_scores(model: Transformer, batch: Batch, places: list[list[int]]) -> T
 
     places: of each sequence, within it.
     """
-    size = batch.layout.size
+    size = batch.whole.size
     starts = (size.cumsum(0) - size).tolist()
     rows = [start + place for start, of_sequence in zip(starts, places) for place in of_sequence]
     # Each row once, though two steps may end in one token.
     unique, source = torch.tensor(rows).unique(return_inverse=True)
     index, source = (x.to(batch.tokens.device) for x in (unique, source))
-    return model.scores(model(batch.tokens, batch.layout, index))[source]
+    return scores_at(model, batch, index)[source]
 
 
 def weighted_balance_loss(

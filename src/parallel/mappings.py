@@ -68,7 +68,7 @@ def gather_from_model_parallel_region(x: Tensor) -> Tensor:
     return x if get_model_parallel_world_size() == 1 else _Gather.apply(x)
 
 
-class _Linear(torch.autograd.Function):
+class LinearExchange(torch.autograd.Function):
     """A linear function between ranks; `back` is what its gradient goes through."""
 
     @staticmethod
@@ -141,16 +141,16 @@ class SplitTokens:
         self.m = -(-tokens // self.size)
 
     def enter(self, x: Tensor) -> Tensor:
-        return _Linear.apply(x, self.gathered, self.scattered_sum)
+        return LinearExchange.apply(x, self.gathered, self.scattered_sum)
 
     def leave(self, x: Tensor) -> Tensor:
-        return _Linear.apply(x, self.scattered_sum, self.gathered)
+        return LinearExchange.apply(x, self.scattered_sum, self.gathered)
 
     def whole(self, x: Tensor) -> Tensor:
-        return _Linear.apply(x, self.gathered, self.part_of)
+        return LinearExchange.apply(x, self.gathered, self.part_of)
 
     def own(self, x: Tensor) -> Tensor:
-        return _Linear.apply(x, self.part_of, self.gathered)
+        return LinearExchange.apply(x, self.part_of, self.gathered)
 
     def of(self, tokens: int) -> "SplitTokens":
         return SplitTokens(tokens)
@@ -163,15 +163,15 @@ class SplitTokens:
 
     def scattered_sum(self, x: Tensor) -> Tensor:
         """[tokens, …] → [m, …]."""
-        whole = _padded(x, self.size * self.m)
+        whole = padded(x, self.size * self.m)
         return scattered_sum(whole.unflatten(0, (self.size, self.m)), self.group)
 
     def part_of(self, x: Tensor) -> Tensor:
         """[tokens, …] → [m, …]."""
-        return _padded(x[self.rank * self.m : (self.rank + 1) * self.m], self.m)
+        return padded(x[self.rank * self.m : (self.rank + 1) * self.m], self.m)
 
 
-def _padded(x: Tensor, rows: int) -> Tensor:
+def padded(x: Tensor, rows: int) -> Tensor:
     """x with zeros behind it, up to so many rows."""
     missing = rows - x.size(0)
     return F.pad(x, (0, 0) * (x.dim() - 1) + (0, missing)) if missing else x

@@ -1,14 +1,15 @@
 """Processes, devices and groups: what torchrun started, and how it is divided.
 
-Ranks are laid out as [data parallel, pipeline, model parallel]: neighbours share a stage's tensors,
-and stages a model. The groups are made here, with a timeout each, and handed to FairScale, whose
-own initialiser clamps a wrong degree in silence, prints, and makes groups that wait for half an
-hour.
+Ranks are laid out as [data parallel, context parallel, pipeline, model parallel]: neighbours share
+a stage's tensors, stages a model, and models the tokens of the same rows. The groups are made here,
+with a timeout each, and handed to FairScale, whose own initialiser clamps a wrong degree in
+silence, prints, and makes groups that wait for half an hour.
 """
 
 import ctypes
 import functools
 import logging
+import math
 import os
 import platform
 import time
@@ -27,6 +28,7 @@ import torch.nn.functional as F
 from fairscale.nn.model_parallel import initialize as fairscale_groups
 
 from src.errors import UserError
+from src.parallel.context import ALONE, ContextGroup
 from src.parallel.deterministic import turn_off, turn_on
 from src.parallel.roll_call import GRACE, RollCall, roll_call
 from src.parallel.shared_memory import forget, share_memory
@@ -42,7 +44,9 @@ class Parallel:
     """Where this process stands.
 
     mp_*: among the ranks that share tensors; pp_*: among the stages of a model; model_*: among all
-    ranks of a model, which without a pipeline are those of mp_*; dp_*: among the models.
+    ranks of a model, which without a pipeline are those of mp_*; dp_*: among the models. In
+    training neighbours among the models may divide the tokens of the same rows (`context`);
+    data_*: among those that have rows of their own.
     """
 
     rank: int
@@ -60,6 +64,8 @@ class Parallel:
     pp_size: int = 1
     pp_group: dist.ProcessGroup | None = None  # where there is a pipeline
     ends_group: dist.ProcessGroup | None = None  # of a rank of the first or the last stage: both
+    context: ContextGroup = ALONE
+    _data_group: dist.ProcessGroup | None = None  # where that is not dp_group
     _replicas: dict[int, dist.ProcessGroup] = field(default_factory=dict)
     _divisions: "dict[int, Parallel]" = field(default_factory=dict)
 
@@ -82,9 +88,22 @@ class Parallel:
         return self.rank % self.model_size
 
     @property
+    def data_size(self) -> int:
+        """Among how many the rows of a training step are divided."""
+        return self.dp_size // self.context.size
+
+    @property
+    def data_rank(self) -> int:
+        return self.dp_rank // self.context.size
+
+    @property
+    def data_group(self) -> dist.ProcessGroup:
+        return self.dp_group if self._data_group is None else self._data_group
+
+    @property
     def described(self) -> str:
         """In words, for the log."""
-        return degrees_in_words(self.mp_size, self.pp_size, self.dp_size)
+        return degrees_in_words(self.mp_size, self.pp_size, self.data_size, self.context.size)
 
     def divided(self, mp_size: int) -> "Parallel":
         """The same ranks as more, smaller models: neighbours share one.
@@ -101,7 +120,7 @@ class Parallel:
     def regrouped(self, mp_size: int) -> "Parallel":
         """The same ranks as other models, also larger ones: made once, by all ranks together."""
         if mp_size not in self._divisions:
-            how = mp_size, 1, self.device, self.timeout
+            how = mp_size, 1, 1, self.device, self.timeout
             self._divisions[mp_size] = _divide(self.rank, self.world_size, *how)
         return self._divisions[mp_size]
 
@@ -128,10 +147,11 @@ class Parallel:
         return self._replicas.get(size)
 
 
-def degrees_in_words(mp_size: int, pp_size: int, dp_size: int) -> str:
+def degrees_in_words(mp_size: int, pp_size: int, data_size: int, cp_size: int = 1) -> str:
     """How ranks are divided, for the log and the dry run."""
     stages = f"{pp_size} stages × " if pp_size > 1 else ""
-    return f"ranks: {mp_size} model-parallel × {stages}{dp_size} data-parallel"
+    context = f"{cp_size} context-parallel × " if cp_size > 1 else ""
+    return f"ranks: {mp_size} model-parallel × {stages}{context}{data_size} data-parallel"
 
 
 def start(
@@ -139,13 +159,14 @@ def start(
     timeout: float = 1800,
     deterministic: bool = False,
     pipeline_parallel_size: int = 1,
+    context_parallel_size: int = 1,
 ) -> Parallel:
     """Join the process group (one process needs no launcher) and divide it.
 
     model_parallel_size: ranks that share a tensor, all of a stage's by default; timeout: seconds a
     collective may take; deterministic: see `deterministic.py`; pipeline_parallel_size: stages that
-    a model's layers are divided into. Raises UserError when the degrees do not divide the number of
-    ranks.
+    a model's layers are divided into; context_parallel_size: models that divide the tokens of their
+    rows. Raises UserError when the degrees do not divide the number of ranks.
     """
     if deterministic:
         turn_on("cuda" if torch.cuda.is_available() else "cpu")
@@ -166,49 +187,53 @@ def start(
                 backend, store=store, rank=0, world_size=1, timeout=limit, device_id=bound
             )
     rank, world = dist.get_rank(), dist.get_world_size()
-    pp = pipeline_parallel_size
-    if world % pp:
-        raise UserError(
-            f"--pipeline_parallel_size {pp} does not divide the {world} rank{'s' * (world > 1)} "
-            f"of this run: start a multiple of {pp} ranks (torchrun --nproc_per_node N) "
-            f"or give a divisor of {world}"
-        )
-    mp = world // pp if model_parallel_size is None else model_parallel_size
-    if pp > 1 and world % (mp * pp):
-        raise UserError(
-            f"--model_parallel_size {mp} x --pipeline_parallel_size {pp} do not divide the {world} "
-            f"ranks of this run: start a multiple of {mp * pp} ranks, or give lower degrees"
-        )
-    if mp < 1 or world % mp:
-        raise UserError(
-            f"--model_parallel_size {mp} does not divide the {world} rank{'s' * (world > 1)} "
-            f"of this run: start a multiple of {mp} ranks (torchrun --nproc_per_node N) "
-            f"or give a divisor of {world}"
-        )
+    pp, cp = pipeline_parallel_size, context_parallel_size
+    mp = tensor_degree(world, model_parallel_size, pp, cp)
     if device.type == "cpu":
         settle_number()
         settle_vector_math()
         watch.start()
-    parallel = _divide(rank, world, mp, pp, device, limit)
+    parallel = _divide(rank, world, mp, pp, cp, device, limit)
     _hand_over(parallel.mp_group, parallel.dp_group)
     if device.type == "cuda" and world > 1:
         watch_collectives(parallel, timeout)
     return parallel
 
 
+def tensor_degree(world: int, mp: int | None, pp: int, cp: int) -> int:
+    """How many ranks share a tensor: as asked for, or as many as there are for it.
+
+    Raises UserError when the degrees do not divide the number of ranks.
+    """
+    degrees = {"model": 1 if mp is None else mp, "pipeline": pp, "context": cp}
+    asked = [f"--{name}_parallel_size {n}" for name, n in degrees.items() if n != 1]
+    product = math.prod(degrees.values())
+    if product < 1 or world % product:
+        do, instead = (
+            ("do", "lower degrees") if len(asked) > 1 else ("does", f"a divisor of {world}")
+        )
+        raise UserError(
+            f"{' x '.join(asked)} {do} not divide the {world} rank{'s' * (world > 1)} of this run: "
+            f"start a multiple of {product} ranks (torchrun --nproc_per_node N) or give {instead}"
+        )
+    return world // (pp * cp) if mp is None else mp
+
+
 def watch_collectives(parallel: Parallel, timeout: float) -> None:
     """Let a rank that does not come to a collective be named after so many seconds."""
     assert dist.group.WORLD is not None
-    groups = (dist.group.WORLD, parallel.mp_group, parallel.dp_group)
+    groups = [dist.group.WORLD, parallel.mp_group, parallel.dp_group]
+    if parallel.context.group is not None:
+        groups.append(parallel.context.group)
     with_ranks = [(group, dist.get_process_group_ranks(group)) for group in groups]
     roll_call.stop()
     roll_call.start(RollCall(with_ranks, parallel.rank, parallel.world_size, timeout))
 
 
 def _divide(
-    rank: int, world: int, mp: int, pp: int, device: torch.device, limit: timedelta
+    rank: int, world: int, mp: int, pp: int, cp: int, device: torch.device, limit: timedelta
 ) -> Parallel:
-    grid = torch.arange(world).view(-1, pp, mp)  # [data parallel, stages, model parallel]
+    grid = torch.arange(world).view(-1, pp, mp)  # [models, stages, model parallel]
     mp_group = _own_group(grid.flatten(0, 1).tolist(), rank, limit)
     dp_group = _own_group(grid.flatten(1).T.tolist(), rank, limit)
     groups, dp, model_group = [mp_group, dp_group], world // (mp * pp), mp_group
@@ -223,6 +248,15 @@ def _divide(
         }
         model_group = _own_group(grid.flatten(1).tolist(), rank, limit)
         groups += [pipeline["pp_group"], model_group]
+    context: dict = {}
+    if cp > 1:
+        models = grid.view(-1, cp, pp * mp)  # [data parallel, context parallel, a model's ranks]
+        cp_group = _own_group(models.transpose(1, 2).flatten(0, 1).tolist(), rank, limit)
+        context = {
+            "context": ContextGroup(cp_group, rank // (mp * pp) % cp, cp),
+            "_data_group": _own_group(models.flatten(1).T.tolist(), rank, limit),
+        }
+        groups += [cp_group, context["_data_group"]]
     for group in groups:
         share_memory(group, device, limit.total_seconds())
     return Parallel(
@@ -238,6 +272,7 @@ def _divide(
         model_group,
         limit,
         **pipeline,
+        **context,
     )
 
 

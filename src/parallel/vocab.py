@@ -59,6 +59,11 @@ def row_sums(x: Tensor) -> Tensor:
     return by_tiles(lambda rows: rows.sum(-1), x)
 
 
+def in_rows(x: Tensor) -> Tensor:
+    """One number of each row, [N], as [N, 1]; several, [N, k], as they are."""
+    return x.unsqueeze(-1) if x.dim() == 1 else x
+
+
 class _SoftmaxState(NamedTuple):
     """What the gradient needs beside the exponentials: [N], and like the targets."""
 
@@ -79,7 +84,7 @@ def _softmax(
     start, stop = vocab_range(z.size(-1))
     is_local = (targets >= start) & (targets < stop)
     column = (targets - start).clamp(0, z.size(-1) - 1)
-    of_target = z.gather(-1, column.view(len(z), -1)).view_as(column) * is_local
+    of_target = z.gather(-1, in_rows(column)).view_as(column) * is_local
     if targets.dim() > 1:
         total, of_target = mp_all_reduce(row_sums(z.exp_())), mp_all_reduce(of_target)
         state = _SoftmaxState(total, column, is_local)
@@ -120,8 +125,7 @@ def _softmax_gradient(
         entropy_part = log_p.add_(entropy.unsqueeze(-1)).mul_(p).mul_(factor)
     of_row = grad if grad.dim() == 1 else grad.sum(-1)
     exp *= (-of_row / state.total).unsqueeze(-1)
-    on_target = (grad * state.is_local).view(len(exp), -1)
-    exp.scatter_add_(-1, state.column.view(len(exp), -1), on_target)
+    exp.scatter_add_(-1, in_rows(state.column), in_rows(grad * state.is_local))
     return exp if entropy_part is None else exp.sub_(entropy_part)
 
 
@@ -171,11 +175,12 @@ def chunks_of(
     """Which of n rows a loss is taken of at once, and of these which have logits at a time.
 
     groups: of rows that a loss must see together, sizes that sum to n; rows are alone without.
-    Whole groups share a chunk; one that is larger than a chunk has several.
+    Whole groups share a chunk; one that is larger than a chunk has several. There is one chunk at
+    least, empty without rows: ranks that have rows meet the others in it.
     """
     at_once = rows_at_once(n, weight, copies)
     if groups is None:
-        return [[slice(start, min(start + at_once, n))] for start in range(0, n, at_once)]
+        return [[slice(start, min(start + at_once, n))] for start in range(0, max(n, 1), at_once)]
     chunks: list[list[slice]] = []
     start = end = 0
     for size in [*groups, n + at_once]:  # the last closes what is open
@@ -184,7 +189,7 @@ def chunks_of(
             chunks.append([slice(a, min(a + at_once, end)) for a in parts])
             start = end
         end += size
-    return chunks
+    return chunks or [[slice(0, 0)]]
 
 
 LossOf = Callable[[Tensor, Tensor | None, slice], Tensor]

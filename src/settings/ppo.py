@@ -451,6 +451,12 @@ class PPOTrainSettings(PPOSettings):
         yield from idle_fp8(self.run, self.lora)
         yield from unshareable(self.run, self.lora)
         yield from not_on_cpu(self.run, self.optimizer)
+        if self.run.context_parallel_size > 1:
+            yield (
+                f"--context_parallel_size {self.run.context_parallel_size}: is for training on "
+                "rows; each rank of ppo_train.py learns from rollouts of its own, whole: leave it "
+                "out"
+            )
         roles, names = self.roles, self.rewards.names
         is_plan = self.dry_run.dry_run  # which may lack files
         if "verifier" in names and roles.reward_model_ckpt_dir is None and not is_plan:

@@ -96,6 +96,14 @@ class TrainingRunSettings(RunSettings):
         "(Megatron's sequence parallelism): norms and what residuals keep take that much less "
         "memory, for as many bytes between the ranks",
     ] = False
+    context_parallel_size: Annotated[
+        int,
+        AtLeast(1),
+        MAY_CHANGE,
+        "let so many models divide the tokens of their rows, for rows longer than a device holds: "
+        "each has a part of the tokens, and in attention all tokens of a part of its heads "
+        "(Ulysses). A divisor of the query heads that a rank of a model has",
+    ] = 1
     compile: Annotated[
         bool,
         MAY_CHANGE,

@@ -18,6 +18,7 @@ from src.models.layout import layer_table
 from src.models.lora import lora_layers
 from src.models.quantize import stored_bytes
 from src.models.transformer import Transformer
+from src.parallel.context import repeats_of
 from src.parallel.setup import Parallel
 from src.parallel.sharding import own
 from src.parallel.vocab import LOGITS_AT_ONCE_CUDA
@@ -51,16 +52,23 @@ def activations(
     recompute: str,
     lora: bool = False,
     sequence_parallel: bool = False,
+    context: int = 1,
 ) -> Activations:
-    """Of a model in training at `n` model-parallel ranks. recompute: --checkpoint_activations."""
+    """Of a model in training at `n` model-parallel ranks. recompute: --checkpoint_activations.
+
+    context: ranks that divide the tokens; `per_token` is a rank's part of the bytes of each.
+    """
     size, d, table = dtype.itemsize, config.dim, layer_table(config)
     q, k = (table[f"attention.{name}.weight"].local_shape(n)[0] for name in ("wq", "wk"))
     split = n if sequence_parallel else 1  # ranks that share the tokens between the products
+    repeats = repeats_of(k // config.head_dim, context)
     # Norms: their input in fp32, what they make of it, and that times the weight, which is what
     # the products get: all tokens.
     norms = 2 * ((FP32 + size) * d / split + size * d)
     # Products' outputs, queries and keys once more when they are rotated, and attention's output.
     attention = size * (2 * q + 3 * k + q)
+    if context > 1:  # kv heads that are repeated, and the output once more when it comes back
+        attention += size * (2 * (repeats - 1) * k + q)
     of_products = size * (q + 2 * k + d)
     if config.n_experts:  # each token goes through several, and its rows are copied for them
         f = table["feed_forward.experts.w1.weight"].local_shape(n)[1]
@@ -81,9 +89,8 @@ def activations(
     at_work = whole + (of_products if lora else 0)
     ends = (FP32 + 3 * size) * d + FP32 * 2 * config.head_dim  # embedding, last norm, rotation
     logits = LOGITS_AT_ONCE_CUDA * CHUNK_COPIES * (FP32 + size / 2)
-    return Activations(
-        config.n_layers * kept + at_work + ends, logits if config.head == "lm" else 0.0
-    )
+    per_token = (config.n_layers * kept + at_work + ends) / context
+    return Activations(per_token, logits if config.head == "lm" else 0.0)
 
 
 def rounded_down(tokens: int) -> int:
@@ -125,6 +132,7 @@ def limited(
             model.recompute,
             bool(lora_layers(model)),
             model.sequence_parallel,
+            parallel.context.size,
         )
         for model, optimizer in trained
     ]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from src.models.batch import (
     Batch,
     Sequence,
+    predicting,
     response_distances,
     response_loss,
     weighted_balance_loss,
@@ -85,11 +86,13 @@ class LiveTeacher:
         sequences_of = dict(zip(self.kept, parts))
 
         def batch_of(rows: tuple[int, ...]) -> Batch:
-            return Batch.of(sequences_of[rows], self.whole.device)
+            return Batch.of(sequences_of[rows], self.whole.device, self.whole.context)
 
         def read(rows: tuple[int, ...]) -> None:
             batch = batch_of(rows)
-            self.kept[rows] = self.model(batch.tokens, batch.layout, batch.rows)
+            hidden = self.head.new_zeros(len(batch.targets), self.head.size(1))
+            hidden[batch.own] = predicting(self.model, batch)
+            self.kept[rows] = hidden
 
         with self.stage.at_work("teacher"), evaluating(self.model):
             self.role.passes.score([*self.kept], batch_of, read)
@@ -106,7 +109,11 @@ class LiveTeacher:
 
     @torch.no_grad()
     def hidden(self, sequences: list[Sequence]) -> Tensor:
-        """The teacher's last hidden state before each response token, [R, dim]."""
+        """The teacher's last hidden state before each response token, [R, dim].
+
+        Where ranks divide its tokens, zeros for those of others, which they have from the student,
+        too.
+        """
         device, model = self.whole.device, self.model
         lengths = [s.response_length for s in sequences]
         hidden = torch.zeros(sum(lengths), self.head.size(1), dtype=self.head.dtype, device=device)
@@ -114,11 +121,12 @@ class LiveTeacher:
         places = self.role.share(list(range(len(sequences))), self.whole)
         with self.stage.at_work("teacher"), evaluating(model), self.role.parallel.active():
             if places:
-                part = Batch.of([sequences[i] for i in places], device)
-                of_part = model(part.tokens, part.layout, part.rows)
+                context = self.role.parallel.context
+                part = Batch.of([sequences[i] for i in places], device, context)
+                of_part = predicting(model, part)
                 starts = [sum(lengths[:i]) for i in places]
                 index = [k for i, s in zip(places, starts) for k in range(s, s + lengths[i])]
-                hidden[torch.tensor(index, device=device)] = of_part
+                hidden[torch.tensor(index, device=device)[part.own]] = of_part
         with self.stage.at_work():  # with --offload_teacher it makes room
             return self.role.collect(hidden, self.whole)
 
@@ -217,7 +225,8 @@ class DistillationObjective(Objective):
         self.teacher.consult(turns, [[self.sequences[i] for i in rows] for rows in turns])
 
     def batch(self, rows: list[int]) -> Batch:
-        return Batch.of([self.sequences[i] for i in rows], self.parallel.device)
+        sequences = [self.sequences[i] for i in rows]
+        return Batch.of(sequences, self.parallel.device, self.parallel.context)
 
     def loss(
         self, model: Transformer, rows: list[int], denominator: float

@@ -49,7 +49,7 @@ def make_objective(
         at_once, limit = settings.evaluation.eval_batch_size, batches.max_seq_len
         options = settings.generation, at_once, limit, settings.run.seed, parallel
         sample = sampler(student, inputs.model.tokenizer, *options)
-    rows = rows_per_step(batches, parallel.dp_size)
+    rows = rows_per_step(batches, parallel.data_size)
     return DistillationObjective(
         inputs.sequences,
         teacher,

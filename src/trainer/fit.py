@@ -48,7 +48,7 @@ def prepare(
     if run.compile:
         check_compiler(parallel.device.type)
         compile_elementwise()
-    # Ranks that share a model must draw the same dropout.
+    # Ranks that share a model must draw the same dropout; others have other tokens.
     torch.manual_seed(generator_for(run.seed, f"dropout/{parallel.dp_rank}").initial_seed())
     model.recompute = run.checkpoint_activations
     if run.sequence_parallel and parallel.mp_size == 1:
@@ -78,9 +78,9 @@ def check_compiler(device_type: str) -> None:
         )
 
 
-def rows_per_step(batches: TrainingBatchSettings, dp_size: int) -> int:
+def rows_per_step(batches: TrainingBatchSettings, data_size: int) -> int:
     """Rows of one optimizer step, over all ranks."""
-    return batches.max_batch_size * batches.accumulation_steps * dp_size
+    return batches.max_batch_size * batches.accumulation_steps * data_size
 
 
 def fit(
@@ -99,7 +99,7 @@ def fit(
     and its number.
     """
     n_rows, plan, seed = len(objective.lengths), settings.optimizer, settings.run.seed
-    batch_size = rows_per_step(settings.batches, parallel.dp_size)
+    batch_size = rows_per_step(settings.batches, parallel.data_size)
     steps_per_epoch = -(-n_rows // batch_size)
     total = steps_per_epoch * plan.epochs
     eval_every = settings.evaluation.eval_every
@@ -183,8 +183,8 @@ def train_step(
         batch = [i for i in batch if objective.weights[i]]
         denominator = sum(objective.weights[i] for i in batch)
         limits = batches.max_batch_size, batches.max_tokens_per_batch
-        shares = shares_of(batch, objective.lengths, parallel.dp_size, *limits)
-        turns = turns_of(shares, parallel.dp_rank, optimizer.shares_weights)
+        shares = shares_of(batch, objective.lengths, parallel.data_size, *limits)
+        turns = turns_of(shares, parallel.data_rank, optimizer.shares_weights)
     with clock.phase("forward"):
         objective.consult([rows for rows in turns if rows is not None])
     sums: dict[str, Tensor] = {}
@@ -210,5 +210,5 @@ def summed(sums: dict[str, Tensor], names: tuple[str, ...], parallel: Parallel) 
     """
     zero = torch.zeros((), dtype=torch.float64, device=parallel.device)
     values = torch.stack([sums[name].double() if name in sums else zero for name in names])
-    all_reduce(values, parallel.dp_group)
+    all_reduce(values, parallel.data_group)
     return dict(zip(names, from_last_stage(values, parallel).tolist()))

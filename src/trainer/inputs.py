@@ -33,6 +33,7 @@ from src.inputs import (
 )
 from src.logs import RunLog
 from src.models.batch import Sequence
+from src.models.context import check_heads
 from src.models.fp8 import check_device
 from src.models.lora import LoRAConfig
 from src.models.transformer import Transformer
@@ -316,6 +317,7 @@ def open_start(settings: TrainSettings, parallel: Parallel, head: str | None) ->
         check_apart(written, {**read, "log_dir": places.logs})
     own_dtype = settings.run.dtype is None
     opened = open_model(model, parallel, head, own_dtype=own_dtype)
+    check_heads(opened.checkpoint.config, parallel.mp_size, parallel.context.size)
     check_trainable(
         settings.optimizer,
         settings.lora,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from src.models.attention import Packed
 from src.models.batch import Batch, PromptTree
+from src.models.context import Divided
 from src.models.transformer import Received, Transformer
 from src.parallel.clock import clock
 from src.parallel.pipeline import Boundary, Pipeline
@@ -33,7 +34,7 @@ class Pipelined:
         self.trains: list[bool] | None = None  # which of all stages train anything, once known
         # Of the pass that is under way: its turns, their tokens and layouts, and what ends it.
         self.turns: list[Any] = []
-        self.batches: list[tuple[Tensor, Packed]] = []
+        self.batches: list[tuple[Tensor, Packed | Divided]] = []
         self.end_of: Callable[[Any], Tensor | None] = lambda turn: None
 
     def train(
@@ -85,7 +86,7 @@ class Pipelined:
 
     def _tokens(
         self, turn: T | None, batch_of: Callable[[T], Batch | PromptTree]
-    ) -> tuple[Tensor, Packed]:
+    ) -> tuple[Tensor, Packed | Divided]:
         """Tokens and layout of a micro-batch."""
         device = self.parallel.device
         if turn is None:

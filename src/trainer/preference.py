@@ -134,7 +134,7 @@ class PreferenceObjective(Objective):
 
     def batch(self, rows: list[int]) -> Batch | PromptTree:
         groups = [self.rows[i].responses for i in rows]
-        return packed(groups, self.share_prompts, self.parallel.device)
+        return packed(groups, self.share_prompts, self.parallel.device, self.parallel.context)
 
     def loss(
         self, model: Transformer, rows: list[int], denominator: float
@@ -281,18 +281,18 @@ class Mismatched:
 
     @torch.no_grad()
     def __call__(self, batch: list[int], model: Transformer) -> float:
-        rows = sorted(batch)[self.parallel.dp_rank :: self.parallel.dp_size]
+        rows = sorted(batch)[self.parallel.data_rank :: self.parallel.data_size]
         lengths = [len(self.responses[i].tokens) for i in rows]
         turns = [[rows[i] for i in part] for part in micro_batches(lengths, self.max_batch_size)]
         parts: list[Groups] = [[[self.responses[i]] for i in turn] for turn in turns]
         passes = passes_of(model, self.parallel)
-        logprobs = scored(model, passes, parts, False, self.parallel)
+        logprobs = scored(model, passes, parts, False, self.parallel, self.parallel.context)
         ratios = [x - y for x, y in zip(logprobs, self.reference(turns, parts))]
         total = torch.tensor([0.0, len(rows)], dtype=torch.float64, device=self.parallel.device)
         total[0] = sum(x.sum() for x in ratios)
         if model.shard_stage:  # ranks that share weights take part as often as any of them
-            most = -(-len(batch) // self.parallel.dp_size)
+            most = -(-len(batch) // self.parallel.data_size)
             for _ in range(-(-most // self.max_batch_size) - len(parts)):
                 idle_forward(model, self.parallel.device)
-        torch.distributed.all_reduce(total, group=self.parallel.dp_group)
+        torch.distributed.all_reduce(total, group=self.parallel.data_group)
         return max(0.0, float(total[0] / total[1]))

@@ -68,7 +68,7 @@ def make_objective(
         at_once, limit = settings.evaluation.eval_batch_size, batches.max_seq_len
         sampling = settings.generation, at_once, limit, settings.run.seed, parallel
         sample = sampler(policy, inputs.model.tokenizer, *sampling)
-        rows = rows_per_step(batches, parallel.dp_size)
+        rows = rows_per_step(batches, parallel.data_size)
         samples, judge = settings.online.samples_per_prompt, inputs.judge.load(parallel, dtype)
         return OnlineObjective(inputs.prompts, samples, rows, sample, judge, **options)
     point = None

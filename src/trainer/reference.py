@@ -21,6 +21,7 @@ from src.generation.relayout import plain
 from src.logs import RunLog
 from src.models.batch import Batch, PromptTree, Sequence, over_ranks, response_logprobs
 from src.models.transformer import Transformer, evaluating
+from src.parallel.context import ALONE, ContextGroup
 from src.parallel.deterministic import same_rows
 from src.parallel.setup import Parallel, agreed
 from src.trainer.passes import Passes, from_last_stage, passes_of
@@ -28,11 +29,13 @@ from src.trainer.passes import Passes, from_last_stage, passes_of
 Groups = list[list[Sequence]]
 
 
-def packed(groups: Groups, share_prompts: bool, device: torch.device) -> Batch | PromptTree:
+def packed(
+    groups: Groups, share_prompts: bool, device: torch.device, context: ContextGroup = ALONE
+) -> Batch | PromptTree:
     """Groups of responses as one batch, each group's prompt once where that is asked for."""
     if share_prompts:
-        return PromptTree(groups, device)
-    return Batch.of([sequence for group in groups for sequence in group], device)
+        return PromptTree(groups, device, context)
+    return Batch.of([sequence for group in groups for sequence in group], device, context)
 
 
 def sums(logprobs: Tensor, lengths: list[int]) -> Tensor:
@@ -41,11 +44,16 @@ def sums(logprobs: Tensor, lengths: list[int]) -> Tensor:
 
 
 def scored(
-    model: Transformer, passes: Passes, parts: list[Groups], share_prompts: bool, parallel: Parallel
+    model: Transformer,
+    passes: Passes,
+    parts: list[Groups],
+    share_prompts: bool,
+    parallel: Parallel,
+    context: ContextGroup = ALONE,
 ) -> list[Tensor]:
     """Σ_t log π(y_t) of each response of some micro-batches of groups, [responses] each, fp64.
 
-    passes: the model's.
+    passes: the model's; context: ranks that have the same groups, and divide their tokens.
     """
     device = parallel.device
     sizes = [sum(map(len, groups)) for groups in parts]
@@ -53,7 +61,7 @@ def scored(
     of_part = every.split(sizes)
 
     def batch_of(number: int) -> Batch | PromptTree:
-        return packed(parts[number], share_prompts, device)
+        return packed(parts[number], share_prompts, device, context)
 
     def read(number: int) -> None:
         batch = batch_of(number)
@@ -82,11 +90,13 @@ class LiveReference:
     """By a frozen model, whenever it is asked."""
 
     def __init__(self, model: Transformer, share_prompts: bool, parallel: Parallel) -> None:
+        """parallel: those of its ranks that divide the tokens of rows ask for the same ones."""
         self.model, self.share_prompts = model.requires_grad_(False), share_prompts
         self.passes, self.parallel = passes_of(model, parallel), parallel
 
     def __call__(self, turns: list[list[int]], parts: list[Groups]) -> list[Tensor]:
-        return scored(self.model, self.passes, parts, self.share_prompts, self.parallel)
+        options = self.share_prompts, self.parallel, self.parallel.context
+        return scored(self.model, self.passes, parts, *options)
 
 
 class KeptReference:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from src.models.batch import Batch, Sequence, response_loss, weighted_balance_loss
 from src.models.transformer import Transformer
+from src.parallel.context import ALONE, ContextGroup
 from src.trainer.objective import Objective
 
 
@@ -13,8 +14,11 @@ class SolverObjective(Objective):
 
     stats: tuple[str, ...] = ("loss",)
 
-    def __init__(self, sequences: list[Sequence], device: torch.device) -> None:
-        self.sequences, self.device = sequences, device
+    def __init__(
+        self, sequences: list[Sequence], device: torch.device, context: ContextGroup = ALONE
+    ) -> None:
+        """context: the ranks that divide the rows' tokens."""
+        self.sequences, self.device, self.context = sequences, device, context
         self.lengths = [len(s.tokens) for s in sequences]
         self.weights = self.needed = [s.response_length for s in sequences]
 
@@ -22,7 +26,7 @@ class SolverObjective(Objective):
         return [(self.lengths[row], 0)]
 
     def batch(self, rows: list[int]) -> Batch:
-        return Batch.of([self.sequences[i] for i in rows], self.device)
+        return Batch.of([self.sequences[i] for i in rows], self.device, self.context)
 
     def loss(
         self, model: Transformer, rows: list[int], denominator: float

@@ -20,6 +20,8 @@ from src.models.batch import (
     weighted_balance_loss,
 )
 from src.models.transformer import Transformer
+from src.parallel.context import ALONE, ContextGroup
+from src.parallel.setup import Parallel
 from src.trainer.objective import Objective
 
 
@@ -47,9 +49,15 @@ class VerifierObjective(Objective):
     stats: tuple[str, ...] = ("loss", "accuracy")
 
     def __init__(
-        self, comparisons: list[Comparison], device: torch.device, share_prompts: bool = True
+        self,
+        comparisons: list[Comparison],
+        device: torch.device,
+        share_prompts: bool = True,
+        context: ContextGroup = ALONE,
     ) -> None:
-        self.comparisons, self.device, self.share_prompts = comparisons, device, share_prompts
+        """context: the ranks that divide the rows' tokens."""
+        self.comparisons, self.device, self.context = comparisons, device, context
+        self.share_prompts = share_prompts
         self.lengths = [
             sum(length for length, _ in self.pieces(i)) for i in range(len(comparisons))
         ]
@@ -62,8 +70,8 @@ class VerifierObjective(Objective):
     def batch(self, rows: list[int]) -> Batch | PromptTree:
         groups = [self.comparisons[i].responses for i in rows]  # one forward for all sides
         if self.share_prompts:
-            return PromptTree(groups, self.device)
-        return Batch.of([s for group in groups for s in group], self.device)
+            return PromptTree(groups, self.device, self.context)
+        return Batch.of([s for group in groups for s in group], self.device, self.context)
 
     def loss(
         self, model: Transformer, rows: list[int], denominator: float
@@ -97,9 +105,15 @@ class GradedObjective(Objective):
 
     stats: tuple[str, ...] = ("loss",)
 
-    def __init__(self, rows: list[Graded], kind: str, device: torch.device) -> None:
-        """kind: a key of `GRADED`."""
-        self.rows, self.cost, self.device = rows, GRADED[kind], device
+    def __init__(
+        self,
+        rows: list[Graded],
+        kind: str,
+        device: torch.device,
+        context: ContextGroup = ALONE,
+    ) -> None:
+        """kind: a key of `GRADED`; context: the ranks that divide the rows' tokens."""
+        self.rows, self.cost, self.device, self.context = rows, GRADED[kind], device, context
         self.stats += ("accuracy",) if kind == "classification" else ()
         self.lengths = [len(row.sequence.tokens) for row in rows]
         self.weights = [1] * len(rows)
@@ -109,7 +123,7 @@ class GradedObjective(Objective):
         return [(self.lengths[row], 0)]
 
     def batch(self, rows: list[int]) -> Batch:
-        return Batch.of([self.rows[i].sequence for i in rows], self.device)
+        return Batch.of([self.rows[i].sequence for i in rows], self.device, self.context)
 
     def loss(
         self, model: Transformer, rows: list[int], denominator: float
@@ -126,10 +140,11 @@ class GradedObjective(Objective):
 
 
 def objective_of(
-    rows: list[Comparison] | list[Graded], kind: str, model: Transformer, device: torch.device
+    rows: list[Comparison] | list[Graded], kind: str, model: Transformer, parallel: Parallel
 ) -> Objective:
     """What --objective asks for."""
+    device, context = parallel.device, parallel.context
     if kind == "pairwise":
-        compared = cast(list[Comparison], rows)
-        return VerifierObjective(compared, device, share_prompts=not model.config.n_experts)
-    return GradedObjective(cast(list[Graded], rows), kind, device)
+        compared, share_prompts = cast(list[Comparison], rows), not model.config.n_experts
+        return VerifierObjective(compared, device, share_prompts, context)
+    return GradedObjective(cast(list[Graded], rows), kind, device, context)

@@ -33,6 +33,10 @@ def main(out: str) -> None:
             row = shared_memory.scattered_sum(x, parallel.mp_group)
             alike = torch.equal(row, shared_memory.summed(x, parallel.mp_group)[parallel.rank])
             results[f"{dtype} {size} scattered"] = [0.0, alike]
+            wanted = torch.empty_like(x)
+            dist.all_to_all_single(wanted, x, group=parallel.mp_group)
+            alike = torch.equal(shared_memory.all_to_all(x, parallel.mp_group), wanted)
+            results[f"{dtype} {size} all to all"] = [0.0, alike]
             for name, op in OPERATIONS.items():
                 x = (torch.randn(size, generator=generator) * 50).to(dtype)
                 wanted, before = x.clone(), x.clone()

@@ -21,7 +21,7 @@ def test_shared_memory_reduces_as_gloo_does(tmp_path, n):
         pytest.skip("no Linux on x86, or no shared memory: gloo's own exchanges are used")
     assert "they went apart" in results.pop("apart")
     assert results.pop("shares cores") == (n > cores())
-    assert len(results) == 4 * 4 * (3 + 2)
+    assert len(results) == 4 * 4 * (3 + 3)
     for name, (error, alike) in results.items():
         assert alike and error <= (1e-2 if "bfloat16" in name else 1e-6), name
     assert set(Path("/dev/shm").glob("all-reduce-*")) <= before, "the file is not left behind"

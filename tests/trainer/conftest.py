@@ -30,13 +30,22 @@ def folder(tmp_path_factory):
     save_llama(folder / "tied", "lm", 8, tied=True, num_hidden_layers=3)
     save_experts(folder / "experts")
     save_experts(folder / "deep experts", layers=4)
+    heads = dict(hidden_size=48, num_attention_heads=12, num_key_value_heads=3)
+    save_llama(folder / "uneven", "lm", 9, **heads)
+    save_experts(folder / "even experts", heads=4)
     return folder
 
 
 @pytest.fixture(scope="session")
-def results(folder):
-    """Layout → what the worker found there."""
+def one_rank(folder):
+    """What the worker found in one process."""
     all_checks(folder, [1])
+    return torch.load(folder / "1-1.pt")
+
+
+@pytest.fixture(scope="session")
+def results(folder, one_rank):
+    """Layout → what the worker found there."""
     launch(2, "tests/trainer/worker.py", str(folder), "2", "1", timeout=480)
     launch(4, "tests/trainer/worker.py", str(folder), "4", "2", "1", timeout=600)
     return {name: torch.load(folder / f"{file}.pt") for name, file in LAYOUTS.items()}
@@ -66,6 +75,24 @@ def everywhere(runs):
     ranks = {layout: int(file.split("-")[0]) for layout, file in LAYOUTS.items()}
     places = [(at, run) for at in LAYOUTS for run in runs if runs_at(run, ranks[at])]
     return pytest.mark.parametrize("layout, run", places)
+
+
+CONTEXTS = {
+    "CP 2": "2-1-1-2",
+    "CP 4": "4-1-1-4",
+    "CP 2, TP 2": "4-2-1-2",
+    "CP 2, DP 2": "4-1-1-2",
+    "CP 2, PP 2": "4-1-2-2",
+}
+
+
+@pytest.fixture(scope="session")
+def in_context(folder):
+    """Division → what the worker found where ranks divide the tokens."""
+    script = "tests/trainer/worker.py"
+    launch(2, script, str(folder), "1:1:2")
+    launch(4, script, str(folder), "1:1:4", "2:1:2", "1:1:2", "1:2:2", timeout=600)
+    return {name: torch.load(folder / f"{file}.pt") for name, file in CONTEXTS.items()}
 
 
 @pytest.fixture(params=LAYOUTS)

@@ -19,7 +19,7 @@ RUNS = [
     (pipeline, run)
     for pipeline, file in PIPELINES.items()
     for run in dict.fromkeys((*worker.DEEP_RUNS, *worker.PIPELINED))
-    if worker.runs_in_stages(run, int(file.split("-")[2]))
+    if worker.runs_divided(run, int(file.split("-")[2]))
 ]
 
 # What objectives log beside the loss.

@@ -65,8 +65,8 @@ def save_llama(
     return folder
 
 
-def save_experts(folder: Path, layers: int = 2) -> Path:
-    """A Mixtral of which nothing divides by 2 or 4: heads, kv heads, widths, vocabulary.
+def save_experts(folder: Path, layers: int = 2, heads: int = 3) -> Path:
+    """A Mixtral of which nothing divides by 2 or 4: heads (3), kv heads, widths, vocabulary.
 
     As different as save_llama's.
     """
@@ -78,7 +78,7 @@ def save_experts(folder: Path, layers: int = 2) -> Path:
         hidden_size=33,
         intermediate_size=21,
         num_hidden_layers=layers,
-        num_attention_heads=3,
+        num_attention_heads=heads,
         head_dim=10,
         num_key_value_heads=1,
         max_position_embeddings=64,

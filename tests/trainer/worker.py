@@ -6,6 +6,7 @@ The results are asserted on by pytest.
 
 FOLDER holds the models `lm` and `score`; FOLDER/N-MP.pt gets the results of each division of the N
 ranks. MP_SIZE:STAGES makes a pipeline, for what is in `PIPELINED` and `DEEP_RUNS`: N-MP-STAGES.pt.
+MP_SIZE:STAGES:RANKS lets so many divide the tokens, for `IN_CONTEXT`: N-MP-STAGES-RANKS.pt.
 """
 
 import itertools
@@ -146,6 +147,20 @@ DEEP_RUNS = {
     "tied": ("tied", 1, False, {}),
     "tied, micro-batches, zero 0": ("tied", 3, False, {"zero": 0}),
 }
+# Where ranks divide the tokens, whose heads must divide: 12 of 3 kv heads, and 4 of one.
+HEAD_RUNS = {
+    "uneven": ("uneven", 1, False, {}),
+    "uneven, lora, micro-batches, recomputed": ("uneven", 3, True, {"recompute": "full"}),
+    "even experts": ("even experts", 1, False, {}),
+    "even experts, micro-batches, recomputed, sequence parallel": (
+        "even experts",
+        3,
+        False,
+        {"recompute": "full", "sequence_parallel": True},
+    ),
+    "even experts, lora, packed by tokens": ("even experts", 1, True, {"max_tokens": 40}),
+    "even experts, zero 3": ("even experts", 2, False, {"zero": 3}),
+}
 # Where ranks are stages of a pipeline; with more than two the models of two layers are left out.
 PIPELINED = (
     "full",
@@ -170,6 +185,24 @@ PIPELINED = (
     "distilled, js, the teacher in host memory",
     "distilled, top 6",
     "distilled, own answers",
+)
+# Where ranks divide the tokens; in a pipeline those of the deeper models.
+IN_CONTEXT = (
+    *HEAD_RUNS,
+    "full",
+    "full, packed by tokens",
+    "full, zero 3, micro-batches, recomputed in part, sequence parallel",
+    "lora, micro-batches",
+    "verifier, micro-batches",
+    "verifier, each prompt anew",
+    "dpo and sft, micro-batches",
+    "dpo, in small chunks of logits",
+    "dpo, lora",
+    "kto, micro-batches, zero 3",
+    "distilled, js",
+    "distilled, js, the teacher alone on each rank",
+    "distilled, top 6",
+    "distilled, own answers, zero 3",
 )
 COMPARISONS, VERIFIER_BATCH = 18, 4
 # name: (losses, micro-batches, more settings)
@@ -264,7 +297,7 @@ def solver_run(
     zero, method = more.get("zero", 1), more.get("method", Method())
     decay_and_norm = WEIGHT_DECAY, MAX_GRAD_NORM
     optimizer = Optimizer(model, parallel, *decay_and_norm, zero=zero, method=method)
-    objective = SolverObjective(some_sequences(ROWS), parallel.device)
+    objective = SolverObjective(some_sequences(ROWS), parallel.device, parallel.context)
     return trained(model, optimizer, objective, settings(BATCH, micro, parallel, more), parallel)
 
 
@@ -273,7 +306,8 @@ def verifier_run(
 ) -> dict:
     model = ours(folder / "score", parallel, zero=more.get("zero", 1))
     model.sequence_parallel = more.get("sequence_parallel", False)
-    objective = VerifierObjective(comparisons(), parallel.device, share_prompts)
+    where = parallel.device, share_prompts, parallel.context
+    objective = VerifierObjective(comparisons(), *where)
     optimizer = Optimizer(model, parallel, WEIGHT_DECAY, MAX_GRAD_NORM, zero=more.get("zero", 1))
     return trained(
         model, optimizer, objective, settings(VERIFIER_BATCH, micro, parallel, more), parallel
@@ -362,7 +396,7 @@ def distillation_run(folder: Path, parallel: Parallel, beta: float, micro: int, 
 
 def settings(batch: int, micro: int, parallel: Parallel, more: dict) -> TrainSettings:
     """The same rows per step whatever the division."""
-    share = batch // parallel.dp_size
+    share = batch // parallel.data_size
     per_micro = max(1, share // micro)
     return training(
         lr=LR,
@@ -515,6 +549,7 @@ KINDS_OF_RUNS = (
     (solver_run, SOLVER_RUNS),
     (solver_run, METHOD_RUNS),
     (solver_run, DEEP_RUNS),
+    (solver_run, HEAD_RUNS),
     (verifier_run, VERIFIER_RUNS),
     (preference_run, PREFERENCE_RUNS),
     (distillation_run, DISTILLATION_RUNS),
@@ -537,36 +572,42 @@ def all_checks(folder: Path, mp_sizes: list[int]) -> None:
 
 
 def runs_at(name: str, ranks: int) -> bool:
-    """Whether a run is one of so many ranks without a pipeline."""
-    if name in DEEP_RUNS or "deep" in name:
+    """Whether a run is one of so many ranks, of which each has whole layers and rows."""
+    if name in HEAD_RUNS or name in DEEP_RUNS or "deep" in name:
         return ranks == 1
     return ranks < 4 or name not in NOT_AT_FOUR
 
 
-def runs_in_stages(name: str, stages: int) -> bool:
-    """Whether a run is one of a pipeline of so many ranks: five layers make five stages at most."""
+def runs_divided(name: str, stages: int, context: int = 1) -> bool:
+    """Whether a run is one of so many stages, and of so many ranks that divide the tokens.
+
+    Five layers make five stages at most.
+    """
+    if context > 1:
+        return name in IN_CONTEXT if stages == 1 else name.startswith("deep, ")
     if stages > 2:
         return "deep" in name and "interleaved" not in name and "experts" not in name
     return name in DEEP_RUNS or name in PIPELINED
 
 
-def pipelined_checks(folder: Path, divisions: list[tuple[int, int]]) -> None:
-    """divisions: (ranks that share tensors, stages) of each."""
-    for mp_size, stages in divisions:
-        parallel = start(mp_size, timeout=120, pipeline_parallel_size=stages)
+def divided_checks(folder: Path, divisions: list[str]) -> None:
+    """divisions: ranks that share tensors, stages, and maybe ranks that divide tokens, of each."""
+    for division in divisions:
+        mp_size, *others = map(int, division.split(":"))
+        parallel = start(mp_size, 120, False, *others)
         results = {}
         for of, runs in KINDS_OF_RUNS:
-            names = [name for name in runs if runs_in_stages(name, stages)]
+            names = [name for name in runs if runs_divided(name, *others)]
             results |= {name: of(folder, parallel, *runs[name]) for name in names}
         if parallel.is_main:
-            torch.save(results, folder / f"{parallel.world_size}-{mp_size}-{stages}.pt")
+            place = f"{parallel.world_size}-{division.replace(':', '-')}.pt"
+            torch.save(results, folder / place)
     stop()
 
 
 if __name__ == "__main__":
     asked = sys.argv[2:]
     if ":" in asked[0]:
-        divisions = [tuple(map(int, pair.split(":"))) for pair in asked]
-        pipelined_checks(Path(sys.argv[1]), divisions)
+        divided_checks(Path(sys.argv[1]), asked)
     else:
         all_checks(Path(sys.argv[1]), [int(size) for size in asked])
