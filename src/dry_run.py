@@ -79,10 +79,10 @@ class Ranks:
     def of(cls, settings: Planned, parallel: Parallel) -> "Ranks":
         """Raises UserError when the degrees do not divide their number."""
         world_size, run = settings.dry_run.world_size or parallel.world_size, settings.run
-        pp_size, per_rank = 1, 1
+        pp_size = per_rank = cp_size = 1
         if isinstance(run, TrainingRunSettings):
             pp_size, per_rank = run.pipeline_parallel_size, run.stages_per_rank
-        cp_size = run.context_parallel_size
+            cp_size = run.context_parallel_size
         mp_size = run.model_parallel_size or max(1, world_size // (pp_size * cp_size))
         if world_size % (mp_size * pp_size * cp_size):
             stages = f" x --pipeline_parallel_size {pp_size}" if pp_size > 1 else ""
