@@ -290,6 +290,9 @@ class DistillationInputs:
                 f"--teacher_model_parallel_size {degree} does not divide the {mp_size} ranks that "
                 "share a model in training (--model_parallel_size)"
             )
+        if degree in (None, mp_size):  # at another degree it sees whole rows
+            config = teacher.checkpoint.config
+            check_heads(config, mp_size, parallel.context.size, "teacher")
         return cls(model, lora, evaluation, sequences, teacher, None, notes)
 
 
