@@ -188,6 +188,8 @@ def distillation_plan(settings: DistillTrainSettings) -> None:
             return {}
         teacher = Checkpoint.open(of_teacher.teacher_ckpt_dir, None, None, alone=True).config
         n = of_teacher.teacher_model_parallel_size or ranks.mp_size
+        if n == ranks.mp_size:
+            check_heads(teacher, n, ranks.cp_size, "teacher")
         quantize = of_teacher.teacher_quantize
         return {"teacher": model_budget(teacher, n, dtype, quantize, ranks.pp_size)}
 

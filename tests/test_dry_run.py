@@ -118,6 +118,14 @@ def test_a_pair_and_a_prompt_are_shown(tiny):  # noqa: F811
             dict(model_type="llama-2-7b", world_size=6, model_parallel_size=4),
             "does not divide the 6",
         ),
+        (
+            dict(model_type="llama-2-7b", world_size=8, context_parallel_size=3),
+            "--model_parallel_size 2 x --context_parallel_size 3 does not divide the 8",
+        ),
+        (
+            dict(model_type="llama-2-7b", world_size=12, context_parallel_size=3),
+            "--context_parallel_size 3: does not divide the 8 query heads that a rank has of the",
+        ),
         (dict(ckpt_dir="nowhere", train_file="nowhere.json"), "nowhere: no such file or folder"),
         (dict(model_type="llama-2-7b", freeze_layers=33), "the model has 32 layers"),
         (dict(model_type="llama-2-7b", save_dir=""), "--save_dir: is empty"),
@@ -126,6 +134,20 @@ def test_a_pair_and_a_prompt_are_shown(tiny):  # noqa: F811
 )
 def test_what_is_wrong_is_refused_as_in_a_run(more, message):
     refused(call("solver_train.py", *flags(**more), "--dry_run"), message)
+
+
+def test_ranks_that_divide_tokens_share_the_optimizer_s_state_as_others_do():
+    """And are told apart from those that have rows of their own."""
+    size = dict(model_type="llama-2-7b", dtype="bf16", world_size=8, model_parallel_size=2)
+    plain, context = (
+        must("solver_train.py", *flags(**size, **more), "--dry_run").out.splitlines()
+        for more in ({}, dict(context_parallel_size=2))
+    )
+    assert "ranks: 2 model-parallel × 4 data-parallel" in plain
+    assert "ranks: 2 model-parallel × 2 context-parallel × 2 data-parallel" in context
+    assert [line for line in plain if "model-" not in line] == [
+        line for line in context if "model-" not in line
+    ]
 
 
 PPO = dict(model_type="qwen2.5-0.5b", dtype="bf16", world_size=8)

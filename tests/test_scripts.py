@@ -179,6 +179,28 @@ def base(tmp_path_factory):
                 profile=True,
             ),
         ],
+        [
+            "solver_train.py",
+            *solver_flags(
+                base,
+                base / "context",
+                model_parallel_size=1,
+                context_parallel_size=2,
+                save_every=2,
+                keep=9,
+            ),
+        ],
+        [
+            "solver_train.py",
+            *solver_flags(
+                base,
+                base / "context, gone on",
+                model_parallel_size=1,
+                max_batch_size=4,
+                zero=3,
+                resume=base / "context-state" / "step-00000004",
+            ),
+        ],
         ["solver_train.py", *solver_flags(base, base / "lora", lora_rank=4, epochs=1)],
         [
             "solver_train.py",
@@ -374,6 +396,19 @@ def scalars(folder: Path, name: str, prefix: str) -> list[dict]:
 
 def has_events(folder: Path) -> bool:
     return any(file.stat().st_size for file in folder.glob("events.out.tfevents.*"))
+
+
+def test_ranks_that_divide_the_tokens_train_the_same_and_go_on_as_others(base):
+    """Evaluated alike on the way, too: there each answers questions of its own."""
+    want = tensors(base / "solver")
+    for run in ("context", "context, gone on"):
+        got = tensors(base / run)
+        assert all(float((got[n] - x).norm() / x.norm()) < 1e-5 for n, x in want.items())
+    curves = [
+        [s["eval/GSM8K/accuracy"] for s in scalars(base / f"{run}-logs", "solver_train", "eval/")]
+        for run in ("solver", "context")
+    ]
+    assert curves[0] == curves[1] and len(curves[0]) == 3
 
 
 def test_solver_training_logs_every_step_and_evaluates_every_epoch(base):
@@ -1133,6 +1168,10 @@ SOLVER = {
         dict(model_parallel_size=2),
         "--model_parallel_size 2 does not divide the 1 rank",
     ),
+    "ranks that divide tokens and are not there": (
+        dict(model_parallel_size=2, context_parallel_size=3),
+        "--model_parallel_size 2 x --context_parallel_size 3 do not divide the 1 rank",
+    ),
     "misspelt flag": (dict(lrr=1e-3), "--lrr: unknown flag; did you mean --lr?"),
     "value of another type": (dict(epochs="two"), "--epochs: must be an integer, got 'two'"),
     "other model_type": (dict(model_type="llama-1-7b"), "dim 32 (a llama-1-7b has 4096)"),
@@ -1283,6 +1322,10 @@ PPO = {
         "was trained on other weights",
     ),
     "a reference for nothing": (dict(kl_coef=0, ref_ema=0.9), "which needs no reference"),
+    "divided tokens": (
+        dict(context_parallel_size=2),
+        "--context_parallel_size 2: is for training on rows; each rank of ppo_train.py learns",
+    ),
     "ranks that do not divide": (
         dict(critic_model_parallel_size=3),
         "--critic_model_parallel_size 3 does not divide the 1",

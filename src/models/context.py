@@ -44,16 +44,19 @@ class Divided:
         return share.by_tokens(self.whole.attend(layer, q, k, v, window))
 
 
-def check_heads(config: ModelConfig, tensor_ranks: int, context_ranks: int) -> None:
+def check_heads(
+    config: ModelConfig, tensor_ranks: int, context_ranks: int, role: str = "model"
+) -> None:
     """Raise UserError where ranks that divide the tokens could not divide the heads.
 
-    tensor_ranks: --model_parallel_size; context_ranks: --context_parallel_size.
+    tensor_ranks: those of the role, by --model_parallel_size; context_ranks:
+    --context_parallel_size.
     """
     heads = layer_table(config)["attention.wq.weight"].local_shape(tensor_ranks)[0]
     heads //= config.head_dim
     if heads % context_ranks:
         raise UserError(
-            f"--context_parallel_size {context_ranks}: does not divide the {heads} query heads of "
-            f"a rank ({config.n_heads} at --model_parallel_size {tensor_ranks}); give a divisor of "
-            f"{heads}, or another --model_parallel_size"
+            f"--context_parallel_size {context_ranks}: does not divide the {heads} query heads "
+            f"that a rank has of the {role} ({config.n_heads} at --model_parallel_size "
+            f"{tensor_ranks}); give a divisor of {heads}, or another --model_parallel_size"
         )

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from src.errors import UserError
+from src.models.attention import Packed
+from src.models.context import Divided
 from src.models.transformer import Transformer
 from src.parallel import deterministic, layers
 
@@ -42,7 +44,7 @@ def use_fp8(model: Transformer) -> None:
 
 
 def _enter(block: torch.nn.Module, inputs: tuple) -> None:
-    if block.training and inputs[1].is_whole:  # else it generates
+    if block.training and type(inputs[1]) in (Packed, Divided):  # else it generates
         layers.set_product(linear)
 
 

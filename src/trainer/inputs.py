@@ -295,6 +295,9 @@ class DistillationInputs:
                 f"--teacher_model_parallel_size {degree}: with --pipeline_parallel_size the "
                 f"teacher's stages lie on {mp_size} ranks each, as the student's do: leave it out"
             )
+        if degree in (None, mp_size):  # at another degree it sees whole rows
+            config = teacher.checkpoint.config
+            check_heads(config, mp_size, parallel.context.size, "teacher")
         return cls(model, lora, evaluation, sequences, teacher, None, notes)
 
 

@@ -43,6 +43,6 @@ def test_each_query_head_meets_a_copy_of_its_kv_head(ranks, kv_heads, group):
 def test_heads_that_the_ranks_do_not_divide_are_refused():
     config = ModelConfig(64, 2, 12, 4, 16, 96, 500)
     check_heads(config, tensor_ranks=2, context_ranks=3)
-    message = "--context_parallel_size 4: does not divide the 6 query heads of a rank .12 at"
+    message = "--context_parallel_size 4: does not divide the 6 query heads that a rank has"
     with pytest.raises(UserError, match=message):
         check_heads(config, tensor_ranks=2, context_ranks=4)

@@ -54,6 +54,17 @@ def test_memory_is_a_little_more_than_was_measured(recompute, lora):
     assert measured <= total / 1e9 <= 1.1 * measured
 
 
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_a_token_takes_a_part_of_its_bytes_on_each_rank_that_divides_them(recompute):
+    """And more kv heads are kept where they are repeated."""
+    for config, ranks, most in ((SEVEN, 4, 1.1), (MIXTRAL, 4, 1.1), (MIXTRAL, 32, 1.3)):
+        alone, divided = (
+            activations(config, 1, torch.bfloat16, recompute, context=n).per_token
+            for n in (1, ranks)
+        )
+        assert alone < ranks * divided < most * alone
+
+
 CASES = [  # config, recompute, lora, ranks of the model → tokens
     (FULL, "none", False, 1, 16384),
     (FULL, "selective", False, 1, 32768),
