@@ -85,7 +85,7 @@ def ours(folder: Path, job: dict) -> dict:
     if task == "verifier":
         objective = VerifierObjective(comparisons, parallel.device)
     elif task == "dpo":
-        reference = LiveReference(load_model(checkpoint, parallel, dtype, head), True)
+        reference = LiveReference(load_model(checkpoint, parallel, dtype, head), True, parallel)
         objective = PreferenceObjective(comparisons, [(1, "dpo")], Knobs(), reference, parallel)
     elif task == "dpo-kept":
         with RunLog(None, "benchmark", {}, 1) as log:

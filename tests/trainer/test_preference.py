@@ -48,7 +48,7 @@ def our_gradients(model) -> dict[str, torch.Tensor]:
 def ours_of(folder, parallel, rows, weighted, point=False) -> trl_losses.Found:
     model = ours(folder / "lm", parallel)
     has_reference = not {name for _, name in weighted} <= set(WITHOUT_REFERENCE)
-    reference = LiveReference(ours(folder / "reference", parallel), True)
+    reference = LiveReference(ours(folder / "reference", parallel), True, parallel)
     off_prompt = mismatched(rows, 0, 99)
     of_kto = Mismatched(off_prompt, reference, parallel, 3) if point else None
     objective = PreferenceObjective(
@@ -56,6 +56,7 @@ def ours_of(folder, parallel, rows, weighted, point=False) -> trl_losses.Found:
     )
     batch = list(range(len(rows)))
     objective.begin(0, batch, model)
+    objective.consult([batch])
     loss, _ = objective.loss(model, batch, len(rows))
     loss.backward()
     return float(loss.detach()), our_gradients(model)
@@ -105,7 +106,7 @@ def test_kto_is_trl_s(folder, parallel, tmp_path, kind, seed):
     model, reference = theirs(folder / "lm"), theirs(folder / "reference")
     want = trl_losses.kto(model, reference, sequences, of_sequences, for_each, KNOBS, tmp_path)
     same(ours_of(folder, parallel, rows, [(1.0, "kto")], point=True), want)
-    frozen = LiveReference(ours(folder / "reference", parallel), True)
+    frozen = LiveReference(ours(folder / "reference", parallel), True, parallel)
     point = Mismatched(off_prompt, frozen, parallel, 3)
     assert point([*range(ROWS)], ours(folder / "lm", parallel)) > 0.1
 
