@@ -98,7 +98,7 @@ def test_a_tied_output_layer_is_frozen_with_the_embedding():
 
 def test_frozen_layers_above_a_trained_embedding_have_gradients_all_the_same():
     model = Transformer(LLAMA)
-    for block in model.layers[:2]:
+    for block in list(model.layers)[:2]:
         block.requires_grad_(False)
     same(TrainingFlops.of(model), (2 * 4 + 6) * LAYER, 6 * OUTPUT, 3 * LAYERS * PAIR)
     model.tok_embeddings.requires_grad_(False)

@@ -120,7 +120,7 @@ def test_the_ranks_of_a_model_share_the_grading(size, monkeypatch):
     parts = []
     monkeypatch.setattr(rule.dist, "all_reduce", lambda scores, group: parts.append(scores))
     for rank in range(size):
-        ranks = SimpleNamespace(mp_rank=rank, mp_size=size, mp_group=None)
+        ranks = SimpleNamespace(model_rank=rank, model_size=size, model_group=None)
         RuleReward(find_task("GSM8K"), telling(texts), ranks)(buffer)
     assert torch.stack(parts).sum(0).tolist() == [1.0, 0.0, 0.0, 1.0]
     assert all(part[i] == 0 for r, part in enumerate(parts) for i in range(4) if i % size != r)

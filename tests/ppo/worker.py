@@ -154,9 +154,7 @@ RUNS = {
     ),
     "sequence parallel": Run(ONCE | dict(max_batch_size=2), sequence_parallel=True),
     "zero 3, offloaded": Run(offload=True, zero=3),
-    "in turn, offloaded, updated on the CPU": Run(
-        dict(update="in_turn"), offload=True, method=Method(offload=True, on_cpu=True)
-    ),
+    "offloaded, updated on the CPU": Run(offload=True, method=Method(offload=True, on_cpu=True)),
     "twice": Run(ONCE, iterations=2),
     "twice, in turn, offloaded": Run(ONCE | dict(update="in_turn"), iterations=2, offload=True),
 }
@@ -192,6 +190,7 @@ IN_STAGES = (
     "filter, one group",
     "filter, nothing",
     "critic_warmup",
+    "after critic_warmup",
     "sequence parallel",
     "twice",
     "twice, in turn, offloaded",
