@@ -132,7 +132,7 @@ class SavedModel:
 
         Codes are read whole: their scales are of numbers in a row, wherever rows end.
         """
-        file, (kind, name) = self.places[rank][key], key.split("/", 1)
+        file, (kind, _, name) = self.places[rank][key], key.partition("/")
         scales = f"{kind}{ABSMAX}/{name}"
         if scales not in self.places[rank]:
             part = file.get_slice(key)
