@@ -67,7 +67,6 @@ class Parallel:
     context: ContextGroup = ALONE
     _data_group: dist.ProcessGroup | None = None  # where that is not dp_group
     _replicas: dict[int, dist.ProcessGroup] = field(default_factory=dict)
-    _divisions: "dict[int, Parallel]" = field(default_factory=dict)
 
     @property
     def world(self) -> dist.ProcessGroup:
@@ -119,10 +118,7 @@ class Parallel:
 
     def regrouped(self, mp_size: int) -> "Parallel":
         """The same ranks as other models, also larger ones: made once, by all ranks together."""
-        if mp_size not in self._divisions:
-            how = mp_size, 1, 1, self.device, self.timeout
-            self._divisions[mp_size] = _divide(self.rank, self.world_size, *how)
-        return self._divisions[mp_size]
+        return _divide(self.rank, self.world_size, mp_size, 1, 1, self.device, self.timeout)
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -230,6 +226,7 @@ def watch_collectives(parallel: Parallel, timeout: float) -> None:
     roll_call.start(RollCall(with_ranks, parallel.rank, parallel.world_size, timeout))
 
 
+@functools.cache  # a group is threads that never rest: each division has its own once
 def _divide(
     rank: int, world: int, mp: int, pp: int, cp: int, device: torch.device, limit: timedelta
 ) -> Parallel:
@@ -303,6 +300,7 @@ def leave() -> None:
     watch.stop()
     roll_call.stop()
     turn_off()
+    _divide.cache_clear()
     if dist.is_initialized():
         forget()
         fairscale_groups.destroy_model_parallel()
