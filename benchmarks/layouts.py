@@ -5,7 +5,8 @@
 
 Memory: a random Llama on 4 ranks in fp32, two steps of SFT; bytes per rank of weights, gradients,
 optimizer and of what autograd keeps, beside what `training_budget` and `activations` say, and the
-growth of the process's own memory. Linux; the model of 22 layers needs 23 GB for all ranks.
+growth of the process's own memory. Linux; weights, gradients and averages of 22 layers are 16 GB
+over all ranks.
 
 Idle: forward and backward of a step's micro-batches through stages. Two ranks compute on a core
 each; where there are more ranks than cores, and to see the schedule by itself, stages wait for a

@@ -195,6 +195,18 @@ class PromptTree:
         return rows.to(self.device), source.to(self.device)
 
 
+def packed(
+    groups: list[list[Sequence]],
+    share_prompts: bool,
+    device: torch.device,
+    context: ContextGroup = ALONE,
+) -> Batch | PromptTree:
+    """Groups of responses as one batch, each group's prompt once where that is asked for."""
+    if share_prompts:
+        return PromptTree(groups, device, context)
+    return Batch.of([sequence for group in groups for sequence in group], device, context)
+
+
 def end_to_end(starts: Tensor, lengths: list[int]) -> Tensor:
     """The ranges [start, start + length) laid end to end: [n] → [Σ lengths]. On the host."""
     size = torch.tensor(lengths, dtype=torch.long)

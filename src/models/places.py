@@ -18,11 +18,10 @@ Box = tuple[tuple[int, int], ...]  # [start, stop) along each axis of the whole 
 class Layout:
     """A tensor of a model on dp · pp · tp ranks, in this order: neighbours are tensor-parallel.
 
-    first: the number of the first of them.
-
-    sharded: data-parallel ranks hold the rows of a tensor-parallel part among them, as
-    `fully_shard` deals them out (ZeRO 3), and not the same each. holders: the ranks of a pipeline
-    (of `pp`) that have the tensor. Ranks beyond these hold nothing.
+    first: the number of the first of them; sharded: data-parallel ranks hold the rows of a
+    tensor-parallel part among them, as `fully_shard` deals them out (ZeRO 3), and not the same
+    each; holders: the ranks of a pipeline (of `pp`) that have the tensor. Ranks beyond these hold
+    nothing.
     """
 
     tp: int

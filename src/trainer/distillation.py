@@ -74,61 +74,52 @@ class LiveTeacher:
         self.stage, self.head, self.of, self.whole = stage, head, distance, whole
         self.role = stage.roles["teacher"]
         self.model = self.role.model
-        self.kept: dict[tuple[int, ...], Tensor | None] = {}  # hidden states by their rows
+        self.kept: dict[tuple[int, ...], Tensor] = {}  # hidden states by their rows
         output = nn.ParameterList([nn.Parameter(head, requires_grad=False)])
         self.held = (output,) if stage.host is not None else (output, self.model)
 
     def consult(self, turns: list[list[int]], parts: list[list[Sequence]]) -> None:
         """A pipeline's last stage keeps a step's hidden states: no stage can ask in between."""
-        if self.model.stages.count == 1:
-            return
-        self.kept = dict.fromkeys(map(tuple, turns))
-        sequences_of = dict(zip(self.kept, parts))
-
-        def batch_of(rows: tuple[int, ...]) -> Batch:
-            return Batch.of(sequences_of[rows], self.whole.device, self.whole.context)
-
-        def read(rows: tuple[int, ...]) -> None:
-            batch = batch_of(rows)
-            hidden = self.head.new_zeros(len(batch.targets), self.head.size(1))
-            hidden[batch.own] = predicting(self.model, batch)
-            self.kept[rows] = hidden
-
-        with self.stage.at_work("teacher"), evaluating(self.model):
-            self.role.passes.score([*self.kept], batch_of, read)
-        with self.stage.at_work():  # with --offload_teacher it makes room
-            return
+        if self.model.stages.count > 1:
+            self.kept = dict(zip(map(tuple, turns), self.hidden(parts)))
 
     def distance(
         self, student: Transformer, batch: Batch, rows: list[int], sequences: list[Sequence]
     ) -> Tensor:
-        hidden = self.kept.pop(tuple(rows), None)
-        hidden = self.hidden(sequences) if hidden is None else hidden
+        hidden = self.kept.pop(tuple(rows)) if self.kept else self.hidden([sequences])[0]
         teacher = head_logits(hidden, self.head)
         return response_distances(student, batch, teacher, self.of.beta, self.of.temperature)
 
-    @torch.no_grad()
-    def hidden(self, sequences: list[Sequence]) -> Tensor:
-        """The teacher's last hidden state before each response token, [R, dim].
+    def hidden(self, parts: list[list[Sequence]]) -> list[Tensor]:
+        """The teacher's last hidden state before each response token, [R, dim] of each micro-batch.
 
-        Where ranks divide its tokens, zeros for those of others, which they have from the student,
-        too.
+        Of a pipeline on its last stage, zeros before. Where ranks divide its tokens, zeros for
+        those of others, which they have from the student, too.
         """
-        device, model = self.whole.device, self.model
-        lengths = [s.response_length for s in sequences]
-        hidden = torch.zeros(sum(lengths), self.head.size(1), dtype=self.head.dtype, device=device)
+        device, role = self.whole.device, self.role
+        lengths = [[s.response_length for s in sequences] for sequences in parts]
+        size = self.head.size(1)
+        hidden = [self.head.new_zeros(sum(of_part), size) for of_part in lengths]
         # Several smaller models share the sequences, and their parts are put together.
-        places = self.role.share(list(range(len(sequences))), self.whole)
-        with self.stage.at_work("teacher"), evaluating(model), self.role.parallel.active():
-            if places:
-                context = self.role.parallel.context
-                part = Batch.of([sequences[i] for i in places], device, context)
-                of_part = predicting(model, part)
-                starts = [sum(lengths[:i]) for i in places]
-                index = [k for i, s in zip(places, starts) for k in range(s, s + lengths[i])]
-                hidden[torch.tensor(index, device=device)[part.own]] = of_part
+        places = [role.share(list(range(len(sequences))), self.whole) for sequences in parts]
+
+        def batch_of(part: int) -> Batch:
+            sequences = [parts[part][i] for i in places[part]]
+            return Batch.of(sequences, device, role.parallel.context)
+
+        def read(part: int) -> None:
+            batch, of_part = batch_of(part), lengths[part]
+            starts = [sum(of_part[:i]) for i in places[part]]
+            index = [k for i, s in zip(places[part], starts) for k in range(s, s + of_part[i])]
+            rows = torch.tensor(index, device=device)[batch.own]
+            hidden[part][rows] = predicting(self.model, batch)
+
+        with self.stage.at_work("teacher"), evaluating(self.model), role.parallel.active():
+            role.passes.score([i for i in range(len(parts)) if places[i]], batch_of, read)
         with self.stage.at_work():  # with --offload_teacher it makes room
-            return self.role.collect(hidden, self.whole)
+            if self.model.stages.count > 1:
+                return hidden
+            return [role.collect(x, self.whole) for x in hidden]
 
 
 class KeptTeacher:

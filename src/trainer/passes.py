@@ -5,7 +5,7 @@ computed with the model at its end. In a pipeline that end is the last stage's.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,8 +21,11 @@ T = TypeVar("T")
 Turns = Sequence[T | None]  # what each micro-batch is made of; None: it is one of nothing
 
 
-class Passes(Protocol):
-    """A model's passes over micro-batches, with gradients and without."""
+class Passes:
+    """A model's passes over micro-batches: one after the other, on ranks that have all of it."""
+
+    def __init__(self, model: Transformer, parallel: Parallel, optimizer: Optimizer | None) -> None:
+        self.model, self.parallel, self.optimizer = model, parallel, optimizer
 
     def train(
         self,
@@ -36,34 +39,6 @@ class Passes(Protocol):
         batch_of: what `loss_of` puts through the model; loss_of: is called where the model ends;
         last: whether the optimizer's step comes next.
         """
-        ...
-
-    def score(
-        self,
-        turns: Turns[T],
-        batch_of: Callable[[T], Batch | PromptTree],
-        read: Callable[[T], None],
-    ) -> None:
-        """Forward of each micro-batch, without gradients.
-
-        read: puts `batch_of` it through the model, where that ends, and keeps what is wanted.
-        """
-        ...
-
-
-class InTurn:
-    """One micro-batch after the other, on ranks that have a whole model."""
-
-    def __init__(self, model: Transformer, parallel: Parallel, optimizer: Optimizer | None) -> None:
-        self.model, self.parallel, self.optimizer = model, parallel, optimizer
-
-    def train(
-        self,
-        turns: Turns[T],
-        batch_of: Callable[[T], Batch | PromptTree],
-        loss_of: Callable[[T], Tensor],
-        last: bool = True,
-    ) -> None:
         assert self.optimizer is not None
         for number, turn in enumerate(turns, 1):
             is_last = last and number == len(turns)
@@ -82,6 +57,10 @@ class InTurn:
         batch_of: Callable[[T], Batch | PromptTree],
         read: Callable[[T], None],
     ) -> None:
+        """Forward of each micro-batch, without gradients.
+
+        read: puts `batch_of` it through the model, where that ends, and keeps what is wanted.
+        """
         for turn in turns:
             if turn is None:
                 idle_forward(self.model, self.parallel.device)
@@ -92,7 +71,7 @@ class InTurn:
 def passes_of(model: Transformer, parallel: Parallel, optimizer: Optimizer | None = None) -> Passes:
     """As the model lies on the ranks. optimizer: of a model in training."""
     if model.stages.count == 1:
-        return InTurn(model, parallel, optimizer)
+        return Passes(model, parallel, optimizer)
     # PyTorch's pipelines take seconds to import.
     from src.trainer.pipelined import Pipelined
 

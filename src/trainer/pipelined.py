@@ -15,18 +15,18 @@ from src.parallel.clock import clock
 from src.parallel.pipeline import Boundary, Pipeline
 from src.parallel.setup import Parallel
 from src.trainer.optimizer import Optimizer, idle_forward
-from src.trainer.passes import T, Turns
+from src.trainer.passes import Passes, T, Turns
 
 
-class Pipelined:
-    """`Passes` in which each stage computes its layers of every micro-batch.
+class Pipelined(Passes):
+    """Passes in which each stage computes its layers of every micro-batch.
 
     All stages know the rows, so that none is told how long they are. Collectives of the model's
     ranks.
     """
 
     def __init__(self, model: Transformer, parallel: Parallel, optimizer: Optimizer | None) -> None:
-        self.model, self.parallel, self.optimizer = model, parallel, optimizer
+        super().__init__(model, parallel, optimizer)
         assert parallel.pp_group is not None
         self.pipeline = Pipeline(
             self._compute, model.stages.count, parallel.pp_group, parallel.device

@@ -17,6 +17,7 @@ from src.models.batch import (
     PromptTree,
     Sequence,
     micro_batches,
+    packed,
     pieces_of,
     response_loss,
     weighted_balance_loss,
@@ -27,7 +28,7 @@ from src.trainer.losses import PAIR_LOSSES, RESPONSE_LOSSES, SFT, Knobs, Sides
 from src.trainer.objective import Objective
 from src.trainer.optimizer import idle_forward
 from src.trainer.passes import passes_of
-from src.trainer.reference import Groups, Reference, packed, scored, sums
+from src.trainer.reference import Groups, Reference, scored, sums
 
 SIDES = ("chosen", "rejected")
 

@@ -19,7 +19,7 @@ from src.checkpoint.manifest import sync
 from src.errors import UserError
 from src.generation.relayout import plain
 from src.logs import RunLog
-from src.models.batch import Batch, PromptTree, Sequence, over_ranks, response_logprobs
+from src.models.batch import Batch, PromptTree, Sequence, over_ranks, packed, response_logprobs
 from src.models.transformer import Transformer, evaluating
 from src.parallel.context import ALONE, ContextGroup
 from src.parallel.deterministic import same_rows
@@ -27,15 +27,6 @@ from src.parallel.setup import Parallel, agreed
 from src.trainer.passes import Passes, from_last_stage, passes_of
 
 Groups = list[list[Sequence]]
-
-
-def packed(
-    groups: Groups, share_prompts: bool, device: torch.device, context: ContextGroup = ALONE
-) -> Batch | PromptTree:
-    """Groups of responses as one batch, each group's prompt once where that is asked for."""
-    if share_prompts:
-        return PromptTree(groups, device, context)
-    return Batch.of([sequence for group in groups for sequence in group], device, context)
 
 
 def sums(logprobs: Tensor, lengths: list[int]) -> Tensor:

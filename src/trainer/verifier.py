@@ -14,6 +14,7 @@ from src.data.encoding import Comparison, Graded
 from src.models.batch import (
     Batch,
     PromptTree,
+    packed,
     pieces_of,
     place_scores,
     sequence_scores,
@@ -69,9 +70,7 @@ class VerifierObjective(Objective):
 
     def batch(self, rows: list[int]) -> Batch | PromptTree:
         groups = [self.comparisons[i].responses for i in rows]  # one forward for all sides
-        if self.share_prompts:
-            return PromptTree(groups, self.device, self.context)
-        return Batch.of([s for group in groups for s in group], self.device, self.context)
+        return packed(groups, self.share_prompts, self.device, self.context)
 
     def loss(
         self, model: Transformer, rows: list[int], denominator: float
