@@ -145,7 +145,7 @@ def put(
     """
     module_name, attribute = name.rsplit(".", 1)
     module = model.get_submodule(module_name)
-    if isinstance(module, LoRA) and attribute == "weight":
+    if isinstance(module, LoRA) and attribute in ("weight", "bias"):
         module = module.base
     unfilled = getattr(module, attribute)
     if not unfilled.is_meta:  # allocated already: a part of stacked weights, or a rank's rows
