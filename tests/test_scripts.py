@@ -1202,7 +1202,7 @@ SOLVER = {
         dict(eval_every=3, task=None, label_file=None),
         "--eval_every 3: has no effect without --label_file",
     ),
-    "no ZeRO 2": (dict(zero=2), "--zero: must be one of 0, 1; got '2'"),
+    "no ZeRO 4": (dict(zero=4), "--zero: must be one of 0, 1, 2, 3; got '4'"),
     "no room for a token": (
         dict(max_tokens_per_batch=0),
         "--max_tokens_per_batch 0: must be at least 1",
