@@ -27,6 +27,7 @@ def folder(tmp_path_factory):
     sizes = dict(vocab_size=VOCAB + 7, hidden_size=48, num_hidden_layers=3, num_key_value_heads=8)
     save_llama(folder / "teacher", "lm", 6, **sizes)
     save_llama(folder / "deep", "lm", 7, num_hidden_layers=5)
+    save_llama(folder / "deep reference", "lm", 10, num_hidden_layers=5)
     save_llama(folder / "tied", "lm", 8, tied=True, num_hidden_layers=3)
     save_experts(folder / "experts")
     save_experts(folder / "deep experts", layers=4)

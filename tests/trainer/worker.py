@@ -236,7 +236,7 @@ PREFERENCE_RUNS = {
     "dpo, lora": (["dpo"], 1, {"lora": True}),
     "dpo, lora, sequence parallel": (["dpo"], 1, {"lora": True, "sequence_parallel": True}),
     "dpo, experts": (["dpo"], 2, {"model": "experts", "share_prompts": False}),
-    "dpo, deep, micro-batches": (["dpo"], 4, {"model": "deep"}),
+    "dpo, deep, micro-batches": (["dpo"], 4, {"model": "deep", "reference": "deep reference"}),
 }
 # name: (β, micro-batches, more settings); the teacher has other sizes, and in some its own degree.
 DISTILLATION_RUNS = {
@@ -336,7 +336,7 @@ def preference_objective(
     # Two steps, the second of three rows.
     rows, share_prompts = comparisons()[:7], more.get("share_prompts", True)
     off_prompt = mismatched(rows, SEED, 99)
-    frozen = ours(folder / more.get("model", "reference"), parallel)
+    frozen = ours(folder / more.get("reference", "reference"), parallel)
     lists = [[row.responses for row in rows], [[s] for s in off_prompt]]
     reference = of_mismatched = LiveReference(frozen, share_prompts, parallel)
     if more.get("kept"):
