@@ -22,7 +22,7 @@ import tempfile
 import threading
 import time
 import weakref
-from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from checkpoint_memory import status_bytes
@@ -61,27 +61,23 @@ WAIT = 0.06  # seconds of a rank's forward of a micro-batch, where it waits; bac
 class Kept:
     """Bytes that autograd keeps for backward, each piece of memory once; weights do not count."""
 
-    def __init__(self, weights: list) -> None:
-        self.weights = {weight.untyped_storage()._cdata for weight in weights}
-        self.holders: Counter[int] = Counter()
-        self.now = self.most = 0
+    def __init__(self, weights: Callable[[], list]) -> None:
+        """weights: what a model has of them at the time."""
+        self.weights, self.most = weights, 0
+        self.held: weakref.WeakSet[_Held] = weakref.WeakSet()
 
     def pack(self, tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata in self.weights:
-            return tensor
         holder = _Held(tensor)
-        self.holders[storage._cdata] += 1
-        if self.holders[storage._cdata] == 1:
-            self.now += storage.nbytes()
-            self.most = max(self.most, self.now)
-        weakref.finalize(holder, self._let_go, storage._cdata, storage.nbytes())
+        self.held.add(holder)
+        # Shared weights that were put together give their memory back before they are let go.
+        memory = {}
+        for kept in self.held:
+            storage = kept.tensor.untyped_storage()
+            memory[storage._cdata] = storage.nbytes()
+        for weight in self.weights():
+            memory.pop(weight.untyped_storage()._cdata, None)
+        self.most = max(self.most, sum(memory.values()))
         return holder
-
-    def _let_go(self, key: int, size: int) -> None:
-        self.holders[key] -= 1
-        if not self.holders[key]:
-            self.now -= size
 
     @staticmethod
     def unpack(held):
@@ -145,7 +141,7 @@ def memory_of(folder: str, name: str, out: str) -> None:
     objective = SolverObjective([Sequence(row, 1) for row in ids], parallel.device)
     turns = turns_of([[[i] for i in range(rows)]], 0, together=False)
     passes = passes_of(model, parallel, optimizer)
-    kept = Kept([own(p) for p in model.parameters()])
+    kept = Kept(lambda: [own(p) for p in model.parameters()])
     gradients = 0
     with Peak() as peak:
         for _ in range(2):  # the first makes the averages
@@ -230,10 +226,10 @@ def idle_of(folder: str, ranks: int, per_rank: int, n: int, computes: bool, out:
         weight = torch.zeros(1, requires_grad=True)
 
         def compute(stage: int, received: tuple, number: int):
-            x = torch.ones(TOKENS, 64) * (1.0 + weight) if not received else received[0]
+            index = pipeline.local[stage]
+            x = torch.ones(TOKENS, 64) * (1.0 + weight) if index == 0 else received[0]
             x = Busy.apply(x)
-            is_last = pipeline.local[stage] == ranks * per_rank - 1
-            return x.sum() if is_last else (x,)
+            return x.sum() if index == ranks * per_rank - 1 else (x,)
 
         assert parallel.pp_group is not None
         pipeline = Pipeline(compute, ranks * per_rank, parallel.pp_group, parallel.device)
@@ -361,8 +357,9 @@ def idle_table() -> list[str]:
         "|---" * 7 + "|",
     ]
     for ranks, per_rank, n, computes in PIPELINES:
-        given = "--ranks", ranks, "--per_rank", per_rank, "--n", n, "--computes", computes
-        found = _launched(ranks, "--worker", "idle", "--folder", folder, *given)
+        given = "--ranks", ranks, "--per_rank", per_rank, "--micro_batches", n
+        more = "--computes", computes
+        found = _launched(ranks, "--worker", "idle", "--folder", folder, *given, *more)
         formula = (ranks - 1) / (ranks - 1 + per_rank * n)
         how = "computes" if computes else "waits"
         figures = f"{found['idle']:.3f} | {formula:.3f} | {found['seconds']:.2f}"
@@ -375,7 +372,7 @@ def zero_table() -> list[str]:
     make_model(folder)
     lines = ["Seconds of a step:", "", "| micro-batches | --zero 0 | 1 | 2 | 3 |", "|---" * 5 + "|"]
     for n in (1, 4):
-        found = _launched(2, "--worker", "zero", "--folder", folder, "--n", n)
+        found = _launched(2, "--worker", "zero", "--folder", folder, "--micro_batches", n)
         lines.append(f"| {n} | " + " | ".join(f"{found[str(z)]:.3f}" for z in range(4)) + " |")
     return lines
 
@@ -389,16 +386,16 @@ def main(
     name: str = "",
     ranks: int = 2,
     per_rank: int = 1,
-    n: int = 8,
+    micro_batches: int = 8,
     computes: bool = True,
 ) -> None:
     """only: "memory", "idle" or "zero". The rest is for its own processes."""
     if worker == "memory":
         return memory_of(folder, name, str(out))
     if worker == "idle":
-        return idle_of(folder, ranks, per_rank, n, computes, str(out))
+        return idle_of(folder, ranks, per_rank, micro_batches, computes, str(out))
     if worker == "zero":
-        return zero_of(folder, n, str(out))
+        return zero_of(folder, micro_batches, str(out))
     tables = {"memory": lambda: memory_table(n_layers), "idle": idle_table, "zero": zero_table}
     report(tables, only, out)
 

@@ -51,24 +51,26 @@ def _free_port() -> int:
 
 
 def start(
-    n: int, script: Path | str, *args: str, timeout: float = 240
+    n: int, script: Path | str, *args: str, timeout: float = 240, forked: bool = True
 ) -> subprocess.CompletedProcess:
     """Run `script` (relative to the repository root) on n ranks and return whatever it came to.
 
     n == 1 is plain Python without torch.distributed. On a timeout the whole process group is ended,
-    so no rank outlives its test.
+    so no rank outlives its test. forked: ranks are forks of the launcher (tests/forked.py), which
+    have its memory.
     """
     # A launcher's variables inherited from an outer torchrun would turn one plain process into a
     # rank of it.
-    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    env = {name: value for name, value in os.environ.items() if name not in launcher}
+    of_launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    env = {name: value for name, value in os.environ.items() if name not in of_launcher}
     env.update(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
     # collectives that do not match become Python errors; at more ranks that takes minutes
     if n == 2:
         env["TORCH_DISTRIBUTED_DEBUG"] = "DETAIL"
     command = [sys.executable]
     if n > 1:
-        command += ["-m", "torch.distributed.run", "--nnodes", "1", "--nproc_per_node", str(n)]
+        launcher = [str(ROOT / "tests/forked.py")] if forked else ["-m", "torch.distributed.run"]
+        command += [*launcher, "--nnodes", "1", "--nproc_per_node", str(n)]
         command += ["--master_addr", "127.0.0.1", "--master_port", str(_free_port())]
     command += [str(ROOT / script), *map(str, args)]
     with places(n):
@@ -93,10 +95,10 @@ def start(
 
 
 def launch(
-    n: int, script: Path | str, *args: str, timeout: float = 240
+    n: int, script: Path | str, *args: str, timeout: float = 240, forked: bool = True
 ) -> subprocess.CompletedProcess:
     """`start`, and the run must succeed."""
-    done = start(n, script, *args, timeout=timeout)
+    done = start(n, script, *args, timeout=timeout, forked=forked)
     assert done.returncode == 0, (
         f"{script} on {n} ranks ended with {done.returncode}\n--- stdout\n"
         f"{_tail(done.stdout)}\n--- stderr\n{_tail(done.stderr)}"

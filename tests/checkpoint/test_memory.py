@@ -84,7 +84,7 @@ def test_ranks_load_little_more_than_their_own_part(tmp_path, form, cut, stages)
     if cut:
         split(Checkpoint.open(str(tmp_path / "hf")), tmp_path / "cut", 4 * cut, stages=cut)
     arguments = ["load", str(tmp_path / ("cut" if cut else "hf")), "float32", str(stages)]
-    done = launch(2, "tests/checkpoint/memory_worker.py", *arguments)
+    done = launch(2, "tests/checkpoint/memory_worker.py", *arguments, forked=False)
     shutil.rmtree(tmp_path)
     lines = done.stdout.splitlines()
     assert len(lines) == 2
