@@ -340,11 +340,11 @@ def memory_table(n_layers: int) -> list[str]:
     for name in LAYOUTS:
         found = _launched(4, "--worker", "memory", "--folder", folder, "--name", name)
         measured, planned = found["measured"], found["planned"]
-        cells = [f"{measured[kind] / GB:.3f}, {planned[kind] / GB:.3f}" for kind in kinds]
+        cells = [f"{measured[kind] / GB:.4f}, {planned[kind] / GB:.4f}" for kind in kinds]
         total = sum(measured[kind] for kind in kinds)
         gathered = measured["gathered"]
         cells += [f"{x / GB:.2f}" for x in (measured["growth"], total, total + gathered)]
-        each = ", ".join(f"{x / GB:.3f}" for x in found["activations"])
+        each = ", ".join(f"{x / GB:.4f}" for x in found["activations"])
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {each} |")
     return lines
 
