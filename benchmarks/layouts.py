@@ -81,7 +81,7 @@ class Kept:
 
     @staticmethod
     def unpack(held):
-        return held.tensor if isinstance(held, _Held) else held
+        return held.tensor
 
 
 class _Held:
@@ -357,9 +357,9 @@ def idle_table() -> list[str]:
         "|---" * 7 + "|",
     ]
     for ranks, per_rank, n, computes in PIPELINES:
-        given = "--ranks", ranks, "--per_rank", per_rank, "--micro_batches", n
-        more = "--computes", computes
-        found = _launched(ranks, "--worker", "idle", "--folder", folder, *given, *more)
+        given = dict(worker="idle", folder=folder, ranks=ranks, per_rank=per_rank)
+        given |= dict(micro_batches=n, computes=computes)
+        found = _launched(ranks, *[x for k, v in given.items() for x in (f"--{k}", v)])
         formula = (ranks - 1) / (ranks - 1 + per_rank * n)
         how = "computes" if computes else "waits"
         figures = f"{found['idle']:.3f} | {formula:.3f} | {found['seconds']:.2f}"

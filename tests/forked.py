@@ -3,9 +3,9 @@
     python tests/forked.py --nproc_per_node N … SCRIPT …
 
 The launcher is PyTorch's own: its rendezvous, its watch over the ranks, its ways of ending them.
-Only that no rank starts Python and imports PyTorch anew, which takes 5 to 10 s of a core each.
-What ranks do not have of their own so is an order of sets of strings. Where that, or an end that
-nobody sees coming, is what a test is about (tests/faults), ranks are started as a user does.
+Only that no rank starts Python and imports PyTorch anew, which takes seconds of a core each. What
+ranks do not have of their own so is an order of sets of strings, and their memory from the start.
+Runs that are killed (tests/faults/harness.py) are started as a user does. For Linux.
 """
 
 import atexit

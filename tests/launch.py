@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
+FORKS = sys.platform == "linux"  # elsewhere a process with PyTorch in it may not be forked
 ROOT = Path(__file__).resolve().parent.parent
 PLACES = 4  # for ranks that are launched from here and run at a time, over the suite's processes
 
@@ -51,7 +52,7 @@ def _free_port() -> int:
 
 
 def start(
-    n: int, script: Path | str, *args: str, timeout: float = 240, forked: bool = True
+    n: int, script: Path | str, *args: str, timeout: float = 240, forked: bool = FORKS
 ) -> subprocess.CompletedProcess:
     """Run `script` (relative to the repository root) on n ranks and return whatever it came to.
 
@@ -95,7 +96,7 @@ def start(
 
 
 def launch(
-    n: int, script: Path | str, *args: str, timeout: float = 240, forked: bool = True
+    n: int, script: Path | str, *args: str, timeout: float = 240, forked: bool = FORKS
 ) -> subprocess.CompletedProcess:
     """`start`, and the run must succeed."""
     done = start(n, script, *args, timeout=timeout, forked=forked)
