@@ -4,9 +4,10 @@
     python benchmarks/layouts.py --only memory --n_layers 4        # a smaller model
 
 Memory: a random Llama on 4 ranks in fp32, two steps of SFT; bytes per rank of weights, gradients,
-optimizer and of what autograd keeps, beside what `training_budget` and `activations` say, and the
-growth of the process's own memory. Linux; weights, gradients and averages of 22 layers are 16 GB
-over all ranks.
+optimizer and of what autograd keeps, beside what `training_budget` and `activations` say; all that
+is allocated at once in a step beside their sum and what ZeRO puts together; and the growth of the
+process's own memory, which keeps nothing that was freed here. Linux; weights, gradients and
+averages of 22 layers (1B) are 16 GB over all ranks; with ZeRO 3 the ranks take 19 GB in all.
 
 Idle: forward and backward of a step's micro-batches through stages. Two ranks compute on a core
 each; where there are more ranks than cores, and to see the schedule by itself, stages wait for a
@@ -17,6 +18,7 @@ Zero: a step of the 58M Llama on two data-parallel ranks, by ZeRO's stage.
 
 import json
 import os
+import re
 import subprocess
 import tempfile
 import threading
@@ -89,6 +91,20 @@ class _Held:
         self.tensor = tensor
 
 
+def most_allocated(step: Callable[[], object], folder: str) -> int:
+    """Bytes of PyTorch's on the CPU that came in a step, at their most; by its own profiler."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        step()
+    trace = Path(folder) / f"trace-{os.getpid()}.json"
+    found.export_chrome_trace(str(trace))
+    with open(trace) as lines:  # not all at once: there are as many events as operations
+        totals = [re.search(r'"Total Allocated": (\d+)', line) for line in lines]
+    trace.unlink()
+    return max(int(total[1]) for total in totals if total)
+
+
 class Peak:
     """The process's own memory at its most, sampled."""
 
@@ -117,7 +133,7 @@ def memory_of(folder: str, name: str, out: str) -> None:
     from src.checkpoint.load import load_model
     from src.checkpoint.source import Checkpoint
     from src.models.batch import Sequence
-    from src.parallel.setup import reuse_memory, start, stop
+    from src.parallel.setup import start, stop
     from src.parallel.sharding import own
     from src.trainer.activations import activations, gathered_bytes
     from src.trainer.batches import turns_of
@@ -128,7 +144,6 @@ def memory_of(folder: str, name: str, out: str) -> None:
 
     mp, pp, zero, sequence_parallel = LAYOUTS[name]
     parallel = start(mp, pipeline_parallel_size=pp)
-    reuse_memory()
     torch.set_num_threads(1)
     before = status_bytes("RssAnon")
     model = load_model(Checkpoint.open(folder), parallel, torch.float32, "lm", zero=zero)
@@ -143,16 +158,19 @@ def memory_of(folder: str, name: str, out: str) -> None:
     passes = passes_of(model, parallel, optimizer)
     kept = Kept(lambda: [own(p) for p in model.parameters()])
     gradients = 0
+
+    def train() -> None:
+        passes.train(turns, objective.batch, lambda i: objective.loss(model, i, rows * TOKENS)[0])
+
     with Peak() as peak:
-        for _ in range(2):  # the first makes the averages
-            kept.most = 0
-            with torch.autograd.graph.saved_tensors_hooks(kept.pack, kept.unpack):
-                passes.train(
-                    turns, objective.batch, lambda i: objective.loss(model, i, rows * TOKENS)[0]
-                )
-            grads = [p.grad for p in optimizer.parameters if p.grad is not None]
-            gradients = sum(own(grad).nbytes for grad in grads)
-            optimizer.step(1e-4)
+        # The first step makes the averages.
+        with torch.autograd.graph.saved_tensors_hooks(kept.pack, kept.unpack):
+            train()
+        gradients = sum(own(p.grad).nbytes for p in optimizer.parameters if p.grad is not None)
+        optimizer.step(1e-4)
+        train()
+        optimizer.step(1e-4)
+    new = most_allocated(lambda: (train(), optimizer.step(1e-4)), folder)
     stages = model.stages
     plan = training_budget(
         model.config, mp, parallel.dp_size, torch.float32, zero=zero, stages=stages
@@ -160,13 +178,16 @@ def memory_of(folder: str, name: str, out: str) -> None:
     of_layers = activations(
         model.config, mp, torch.float32, "none", sequence_parallel=sequence_parallel
     )
+    weights = sum(own(p).nbytes for p in model.parameters())
+    averages = sum(x.nbytes for x in optimizer.state_tensors())
     own_figures = {
-        "weights": sum(own(p).nbytes for p in model.parameters()),
+        "weights": weights,
         "gradients": gradients,
-        "optimizer": sum(x.nbytes for x in optimizer.state_tensors()),
+        "optimizer": averages,
         "activations": kept.most,
-        "growth": peak.most - before,
         "gathered": gathered_bytes(model),
+        "allocated": weights + averages + new,
+        "growth": peak.most - before,
     }
     every: list[dict] = [{}] * parallel.world_size
     dist.all_gather_object(every, own_figures)
@@ -319,7 +340,8 @@ def _launched(ranks: int, *arguments: object) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
         given = [str(x) for x in (*arguments, "--out", out)]
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        # glibc gives what is freed back to the system at once
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(2**16)}
         subprocess.run([*torchrun(ranks), __file__, *given], check=True, env=env)
         return json.loads(out.read_text())
 
@@ -328,7 +350,8 @@ def memory_table(n_layers: int) -> list[str]:
     folder = Path(tempfile.gettempdir()) / f"layouts-{n_layers}-layers"
     make_model(folder, n_layers=n_layers, **WIDTH)
     kinds = ("weights", "gradients", "optimizer", "activations")
-    head = [*(f"{kind}, planned" for kind in kinds), "process grew", "sum", "and gathered"]
+    head = [*(f"{kind}, planned" for kind in kinds), "all at once", "sum", "and put together"]
+    head.append("process grew")
     lines = [
         f"4 ranks, fp32, {n_layers} layers of width {WIDTH['dim']}; {TOKENS} tokens in a "
         f"micro-batch, {MICRO_BATCHES} micro-batches through a pipeline, else one. GB of the "
@@ -342,8 +365,8 @@ def memory_table(n_layers: int) -> list[str]:
         measured, planned = found["measured"], found["planned"]
         cells = [f"{measured[kind] / GB:.4f}, {planned[kind] / GB:.4f}" for kind in kinds]
         total = sum(measured[kind] for kind in kinds)
-        gathered = measured["gathered"]
-        cells += [f"{x / GB:.2f}" for x in (measured["growth"], total, total + gathered)]
+        others = measured["allocated"], total, total + measured["gathered"], measured["growth"]
+        cells += [f"{x / GB:.3f}" for x in others]
         each = ", ".join(f"{x / GB:.4f}" for x in found["activations"])
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {each} |")
     return lines

@@ -5,6 +5,7 @@ its forward or backward comes, and its gradients are summed and dealt out again,
 kept of trained weights is fp32, whatever is computed in: they are their own masters.
 """
 
+import warnings
 from typing import Any
 
 import torch
@@ -29,12 +30,18 @@ class _Gather:
 
 
 class _ScatterSum(_Gather):
-    """FSDP's reduce-scatter by the quickest way that there is; always a sum."""
+    """FSDP's reduce-scatter by the quickest way that there is; always a sum.
+
+    What it sums is a buffer of FSDP's, which would stay until the next one.
+    """
 
     def __call__(  # type: ignore[override]  # FSDP's own signature
         self, output_tensor: Tensor, input_tensor: Tensor, group, op, async_op=False
     ) -> dist.Work | None:
-        return scatter_sum_into(output_tensor, input_tensor, group, async_op)
+        work = scatter_sum_into(output_tensor, input_tensor, group, async_op)
+        if work is None:
+            input_tensor.untyped_storage().resize_(0)
+        return work
 
 
 def shard(model, parallel: Parallel, stage: int, offload: bool = False) -> None:
@@ -52,6 +59,8 @@ def shard(model, parallel: Parallel, stage: int, offload: bool = False) -> None:
         fully_shard,
     )
 
+    # What a part returns may be a view: nothing here writes over it.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
     compute = model.dtype
     for weight in model.parameters():
         if weight.requires_grad:
@@ -64,11 +73,14 @@ def shard(model, parallel: Parallel, stage: int, offload: bool = False) -> None:
         "mp_policy": MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False),
         "offload_policy": CPUOffloadPolicy(pinned) if offload else OffloadPolicy(),
     }
-    for block in model.layers:
-        fully_shard(block, reshard_after_forward=stage == 3, **options)
     model.computes_in, model.shard_stage = compute, stage
-    # The ends of the model are used together, by its loss, after its forward.
+    *parts, _ = sharded_parts(model)
+    for part in parts:
+        fully_shard(part, reshard_after_forward=stage == 3, **options)
+    # The end of the model is used by its loss, after its forward.
     fully_shard(model, reshard_after_forward=False, **options)
+    if not model.config.tie_word_embeddings:
+        model.tok_embeddings.set_unshard_in_backward(False)  # the ids are all that it takes
     for part in sharded_parts(model):
         # Gradients add up, as everywhere here: nothing is averaged.
         part.set_gradient_divide_factor(1.0)
@@ -76,14 +88,22 @@ def shard(model, parallel: Parallel, stage: int, offload: bool = False) -> None:
         if parallel.device.type == "cpu":
             part.set_custom_all_gather(_Gather())
             part.set_custom_reduce_scatter(_ScatterSum())
+            # Nothing comes beside computing here: not the next part's weights, then, either.
+            part.set_modules_to_backward_prefetch([part])
     model.to_empty(device=torch.device("cpu") if offload else parallel.device)
     for name, weight in model.named_parameters():
         with_copies(weight, copies[name])
 
 
 def sharded_parts(model) -> list[Any]:
-    """What `shard` made `fully_shard` look after: the blocks, and the model around them."""
-    return [*model.layers, model] if model.shard_stage else []
+    """What `shard` made `fully_shard` look after: the blocks, and the model around them.
+
+    Before these an embedding that is not the output layer, too.
+    """
+    if not model.shard_stage:
+        return []
+    embedding = [] if model.config.tie_word_embeddings else [model.tok_embeddings]
+    return [*embedding, *model.layers, model]
 
 
 def own(weight: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ what was measured (docs/performance.md).
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,7 @@ from src.models.quantize import stored_bytes
 from src.models.transformer import Transformer
 from src.parallel.context import repeats_of
 from src.parallel.setup import Parallel
-from src.parallel.sharding import own
+from src.parallel.sharding import own, sharded_parts
 from src.parallel.vocab import LOGITS_AT_ONCE_CUDA
 from src.settings.model import PackedBatchSettings
 from src.trainer.averages import PASSING
@@ -162,21 +162,33 @@ def held_bytes(models: Iterable[nn.Module], optimizers: Iterable[Optimizer]) -> 
 def gathered_bytes(model: Transformer) -> int:
     """What data-parallel ranks that share weights put together of them at a time, at most.
 
-    In stage 3 two blocks, the next one beside the one at work, with the gradients of one, and the
-    ends; in stage 2 all.
+    With it that much of the gradients, which are summed in fp32. Stage 3 keeps the model's end and
+    the part at work: in forward beside what it and the part before came in, in backward beside its
+    gradients; a GPU gets the next part's weights and sums the last part's gradients meanwhile.
+    Stage 2 keeps all weights.
     """
     if not model.shard_stage:
         return 0
-    of_blocks = [numbers_of(block) for block in model.layers]
-    ends = numbers_of(model) - sum(of_blocks)
-    blocks = 2 * max(of_blocks) if model.shard_stage == 3 else sum(of_blocks)
-    gradients = FP32 * max(max(of_blocks), ends)
-    return model.dtype.itemsize * (blocks + ends) + gradients
+    size, (*parts, _) = model.dtype.itemsize, sharded_parts(model)
+    of_parts, trained = [numbers_of(part) for part in parts], max(map(trained_numbers_of, parts))
+    ends = numbers_of(model) - sum(of_parts)
+    ends += trained_numbers_of(model) - sum(map(trained_numbers_of, parts))
+    most, gradients = max(of_parts), (size + FP32) * trained
+    shared: Any = next(model.parameters())
+    overlaps = shared.device_mesh.device_type == "cuda"  # also where it rests in host memory
+    at_work = max(3 * size * most, 2 * size * most * overlaps + gradients)
+    others = sum(of_parts) - most if model.shard_stage == 2 else 0
+    return at_work + size * (ends + others)
 
 
 def numbers_of(part: nn.Module) -> int:
     """In a part's weights, all rows of those that ranks share."""
     return sum(weight.numel() for weight in part.parameters())
+
+
+def trained_numbers_of(part: nn.Module) -> int:
+    """Of these, those that are trained."""
+    return sum(weight.numel() for weight in part.parameters() if weight.requires_grad)
 
 
 def device_memory(device: torch.device) -> int | None:

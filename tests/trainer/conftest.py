@@ -34,6 +34,7 @@ def folder(tmp_path_factory):
     heads = dict(hidden_size=48, num_attention_heads=12, num_key_value_heads=3)
     save_llama(folder / "uneven", "lm", 9, **heads)
     save_experts(folder / "even experts", heads=4)
+    save_llama(folder / "wide", "lm", 11, hidden_size=384, intermediate_size=512)
     return folder
 
 

@@ -248,8 +248,12 @@ def test_each_data_parallel_rank_keeps_its_share_of_the_optimizer_s_state(result
 
 
 def test_shared_weights_take_the_bytes_that_were_planned(results, layout):
-    for kept, planned in results[layout]["state"]["shared"].values():
+    for found in results[layout]["state"]["shared"].values():
+        kept, planned = found["kept"]
         assert kept == planned
+        if "DP" in layout:
+            put_together, counted = found["put together"]
+            assert 0.6 * counted < put_together < 1.01 * counted
 
 
 def test_recomputed_activations_change_nothing(results, layout):

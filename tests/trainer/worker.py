@@ -10,12 +10,16 @@ MP_SIZE:STAGES:RANKS lets so many divide the tokens, for `IN_CONTEXT`: N-MP-STAG
 """
 
 import itertools
+import json
 import random
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
 
 from src.checkpoint.source import Checkpoint
 from src.data.encoding import Comparison
@@ -34,6 +38,7 @@ from src.settings.declaration import build
 from src.settings.distillation import DistillTrainSettings
 from src.settings.preference import PAIR_LOSSES
 from src.settings.scripts import TrainSettings
+from src.trainer.activations import gathered_bytes
 from src.trainer.averages import Method
 from src.trainer.budget import training_budget
 from src.trainer.distillation import Distance, DistillationObjective, KeptTeacher
@@ -528,11 +533,28 @@ def sharded_state(folder: Path, parallel: Parallel) -> dict:
     return {**found, "numbers": numbers, "shared": shared_bytes(folder, parallel)}
 
 
+def most_allocated(call: Callable[[], object], file: Path) -> int:
+    """Bytes that came with it, at their most, by PyTorch's profiler. file: for a moment."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        call()
+    profiled.export_chrome_trace(str(file))
+    events = json.loads(file.read_text())["traceEvents"]
+    file.unlink()
+    memory = [event for event in events if event["name"] == "[memory]"]
+    seen = [event["args"] for event in sorted(memory, key=lambda event: event["ts"])]
+    before = seen[0]["Total Allocated"] - seen[0]["Bytes"]  # of earlier profiles
+    return max(of_event["Total Allocated"] for of_event in seen) - before
+
+
 def shared_bytes(folder: Path, parallel: Parallel) -> dict:
-    """(kept by rank 0, planned) of weights and optimizer after a step with shared weights."""
+    """(found on rank 0, planned) of a model whose weights are shared.
+
+    Of weights and optimizer after a step; and of what is put together in it, where a block is large
+    beside a token's activations.
+    """
     found = {}
     for dtype, lora in itertools.product((torch.float32, torch.bfloat16), (None, LORA)):
-        model = ours(folder / "lm", parallel, dtype, lora=lora, zero=3)
+        model = ours(folder / "wide", parallel, dtype, lora=lora, zero=3)
         optimizer = Optimizer(model, parallel, zero=3)
         optimizer.idle_backward(last=True)
         optimizer.step(1e-3)
@@ -540,9 +562,14 @@ def shared_bytes(folder: Path, parallel: Parallel) -> dict:
             sum(own(p).nbytes for p in model.parameters()),
             sum(x.nbytes for x in optimizer.state_tensors()),
         )
+        trace = folder / f"trace-{parallel.rank}.json"
+        most = most_allocated(partial(optimizer.idle_backward, last=True), trace)
         division = parallel.mp_size, parallel.dp_size
         plan = training_budget(model.config, *division, dtype, lora, zero=3)
-        found[dtype, lora is not None] = kept, (plan.weights, plan.optimizer)
+        found[dtype, lora is not None] = {
+            "kept": (kept, (plan.weights, plan.optimizer)),
+            "put together": (most - plan.gradients, gathered_bytes(model)),
+        }
     return found
 
 
