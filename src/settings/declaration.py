@@ -142,12 +142,17 @@ class Setting:
         return f"must be {self.bounds}"
 
 
-def declared(cls: type[Settings]) -> dict[str, Setting]:
+_known: dict[type[Settings], Mapping[str, Setting]] = {}
+
+
+def declared(cls: type[Settings]) -> Mapping[str, Setting]:
     """Every setting of a group or a script by its name, in the order of declaration.
 
     A group in a script may have a default instance: its values are the script's defaults.
     Raises TypeError for what no command line can hold, and when two groups have one name.
     """
+    if cls in _known:
+        return _known[cls]
     settings: dict[str, Setting] = {}
     hints = typing.get_type_hints(cls, include_extras=True)
     for declaration in dataclasses.fields(cls):
@@ -165,6 +170,7 @@ def declared(cls: type[Settings]) -> dict[str, Setting]:
             if name in settings:
                 raise TypeError(f"{cls.__name__}: {name} is declared by two groups")
             settings[name] = setting
+    _known[cls] = settings
     return settings
 
 
