@@ -6,7 +6,10 @@ The end of its log is shown when it fails.
 from __future__ import annotations
 
 import fcntl
+import functools
+import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -15,7 +18,8 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from tempfile import TemporaryFile
+from typing import IO, TypeVar
 
 T = TypeVar("T")
 FORKS = sys.platform == "linux"  # elsewhere a process with PyTorch in it may not be forked
@@ -57,42 +61,121 @@ def start(
     """Run `script` (relative to the repository root) on n ranks and return whatever it came to.
 
     n == 1 is plain Python without torch.distributed. On a timeout the whole process group is ended,
-    so no rank outlives its test. forked: ranks are forks of the launcher (tests/forked.py), which
-    have its memory.
+    so no rank outlives its test. forked: they are forks of a process that has PyTorch already
+    (tests/forked.py), which have its memory.
     """
-    # A launcher's variables inherited from an outer torchrun would turn one plain process into a
-    # rank of it.
-    of_launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    env = {name: value for name, value in os.environ.items() if name not in of_launcher}
-    env.update(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
+    env = environment()
     # collectives that do not match become Python errors; at more ranks that takes minutes
     if n == 2:
         env["TORCH_DISTRIBUTED_DEBUG"] = "DETAIL"
-    command = [sys.executable]
-    if n > 1:
-        launcher = [str(ROOT / "tests/forked.py")] if forked else ["-m", "torch.distributed.run"]
-        command += [*launcher, "--nnodes", "1", "--nproc_per_node", str(n)]
-        command += ["--master_addr", "127.0.0.1", "--master_port", str(_free_port())]
-    command += [str(ROOT / script), *map(str, args)]
+    command = command_of(n, str(script), *map(str, args))
     with places(n):
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=env,
-            text=True,
-            start_new_session=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
+        return ended(command, env, timeout, forked)
+
+
+def ended(
+    command: list[str], env: dict[str, str], timeout: float, forked: bool = FORKS
+) -> subprocess.CompletedProcess:
+    """What a command came to: a script and its arguments, or `torchrun` before them."""
+    with TemporaryFile("w+") as out, TemporaryFile("w+") as err:
+        process = (Forked if forked else started)(command, env, out, err)
         try:
-            stdout, stderr = process.communicate(timeout=timeout)
+            code = process.wait(timeout)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            stdout, stderr = process.communicate()
-            raise AssertionError(
-                f"{script} on {n} ranks ran past {timeout} s\n{_tail(stdout)}\n{_tail(stderr)}"
-            ) from None
-    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+            process.wait()
+            code = None
+        out.seek(0)
+        err.seek(0)
+        stdout, stderr = out.read(), err.read()
+    if code is None:
+        shown = " ".join(command)
+        raise AssertionError(f"{shown} ran past {timeout} s\n{_tail(stdout)}\n{_tail(stderr)}")
+    return subprocess.CompletedProcess(command, code, stdout, stderr)
+
+
+def environment() -> dict[str, str]:
+    """For a process with its share of the cores.
+
+    A launcher's variables inherited from an outer torchrun would turn it into a rank of that.
+    """
+    of_launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    env = {name: value for name, value in os.environ.items() if name not in of_launcher}
+    return env | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def command_of(n: int, script: str, *args: str) -> list[str]:
+    """A script of the repository, on one rank, or behind `torchrun` and its flags."""
+    command = [str(ROOT / script), *args]
+    if n == 1:
+        return command
+    address = ["--master_addr", "127.0.0.1", "--master_port", str(_free_port())]
+    return ["torchrun", "--nnodes", "1", "--nproc_per_node", str(n), *address, *command]
+
+
+def started(
+    command: list[str], env: dict[str, str], out: IO, err: IO, launcher: list[str] | None = None
+) -> subprocess.Popen:
+    """A process of such a command, in a session of its own. launcher: a program that starts it."""
+    if command[0] == "torchrun":
+        command = ["-m", "torch.distributed.run", *command[1:]]
+    return subprocess.Popen(
+        [*(launcher or []), sys.executable, *command],
+        cwd=ROOT,
+        env=env,
+        start_new_session=True,
+        stdout=out,
+        stderr=err,
+    )
+
+
+class Forked:
+    """The same by tests/forked.py: what is used of `subprocess.Popen`."""
+
+    def __init__(self, command: list[str], env: dict[str, str], out: IO, err: IO) -> None:
+        self.args, self.returncode = command, None
+        program, *args = command
+        request = {"program": program, "args": args, "env": env, "cwd": str(ROOT)}
+        self.answers, answers = os.pipe()
+        files = [out.fileno(), err.fileno(), answers]
+        socket.send_fds(_parent_of_forks(), [json.dumps(request).encode()], files)
+        os.close(answers)
+        self.pid = self._answer()
+
+    def poll(self) -> int | None:
+        with suppress(subprocess.TimeoutExpired):
+            self.wait(0)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.returncode is None:
+            if not select.select([self.answers], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(self.args, timeout or 0)
+            self.returncode = self._answer()
+            os.close(self.answers)
+        return self.returncode
+
+    def _answer(self) -> int:
+        line = b""
+        while not line.endswith(b"\n"):
+            byte = os.read(self.answers, 1)
+            assert byte, "tests/forked.py has ended"
+            line += byte
+        return int(line)
+
+
+@functools.cache
+def _parent_of_forks() -> socket.socket:
+    """Where tests/forked.py is asked, which ends with this process."""
+    requests, received = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    subprocess.Popen(
+        [sys.executable, str(ROOT / "tests/forked.py"), str(received.fileno())],
+        env=environment(),
+        pass_fds=[received.fileno()],
+        start_new_session=True,
+    )
+    received.close()
+    return requests
 
 
 def launch(

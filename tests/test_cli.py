@@ -11,7 +11,7 @@ from typing import Literal
 import pytest
 
 from src import cli
-from tests.launch import places
+from tests.launch import ended, environment, places
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -341,9 +341,9 @@ def torchrun(script, *words, **env):
     """
     for rank in (0, 1):
         Path(f"{script}.exit.{rank}").unlink(missing_ok=True)
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *words]
+    command = ["torchrun", "--standalone", "--nproc_per_node=2", str(script), *words]
     with places(2):
-        ran = launch(command, COMMANDS="1", OMP_NUM_THREADS="1", **env)
+        ran = ended(command, environment() | {"COMMANDS": "1"} | env, timeout=60)
     exits = [Path(f"{script}.exit.{rank}") for rank in (0, 1)]
     return ran.stdout + ran.stderr, [path.read_text() if path.exists() else "" for path in exits]
 

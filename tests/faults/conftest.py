@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from tests.faults import harness
 from tests.faults.harness import Run, curve, hashes
 from tests.test_scripts import flags, must
 
@@ -82,3 +83,9 @@ def undisturbed(command, tmp_path_factory):
 def full(request):
     """Whether everything is to be tried (`make faults`), or a shorter cut."""
     return request.config.getoption("--full-faults")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def as_a_user_starts_them(full):
+    if full:
+        harness.forked = False

@@ -1,6 +1,6 @@
-"""Training runs that are disturbed: started as a user would, killed, stopped, starved.
+"""Training runs that are disturbed: killed, stopped, starved; also what they left.
 
-Also what they left.
+`make faults` starts them as a user would, `make test` as forks (tests/forked.py).
 """
 
 import hashlib
@@ -9,15 +9,15 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
 
 from src.checkpoint.steps import list_steps
-from tests.launch import ROOT, _free_port
+from tests.launch import FORKS, Forked, command_of, environment, started
 
 PATIENCE_S = 120
+forked = FORKS  # tests/faults/conftest.py may have it otherwise
 
 
 class Run:
@@ -26,26 +26,15 @@ class Run:
     def __init__(
         self, arguments: list[str], ranks: int, log: Path, launcher: list[str] | None = None
     ) -> None:
+        """launcher: a program that starts the command."""
         self.ranks, self.log, self.seen = ranks, log, set()
-        command = [sys.executable]
-        if ranks > 1:
-            command += ["-m", "torch.distributed.run", "--nnodes", "1"]
-            command += ["--nproc_per_node", str(ranks)]
-            command += ["--master_addr", "127.0.0.1", "--master_port", str(_free_port())]
-        command = [*(launcher or []), *command, *arguments]
-        inherited = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-        env = {name: value for name, value in os.environ.items() if name not in inherited}
-        env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        env |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
         self.output = log.open("ab")
-        self.process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=env,
-            stdout=self.output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        command, env = command_of(ranks, *arguments), environment() | {"CUDA_VISIBLE_DEVICES": ""}
+        self.process: subprocess.Popen | Forked
+        if forked and not launcher:
+            self.process = Forked(command, env, self.output, self.output)
+        else:
+            self.process = started(command, env, self.output, self.output, launcher)
 
     def workers(self) -> list[int]:
         """The ranks' process ids, in order; [] while they are not there yet."""
