@@ -162,7 +162,11 @@ def main(
         return work(worker, folder)
     from common import make_model, median, report
 
+    from src.errors import UserError
+
     trees = {"before": Path(before).resolve(), "now": ROOT}
+    if not (trees["before"] / "src/cli.py").is_file() or trees["before"] == ROOT:
+        raise UserError(f"--before {before}: must be another tree of this repository")
     model = make_model(Path(tempfile.gettempdir()) / "58M")
 
     def table(kind: str) -> list[str]:

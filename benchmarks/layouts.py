@@ -44,18 +44,24 @@ LAYOUTS = {  # name: --model_parallel_size, --pipeline_parallel_size, --zero, --
 }
 WIDTH = dict(dim=2048, n_heads=32, n_kv_heads=4, hidden_dim=5632, vocab_size=8192)
 TOKENS, MICRO_BATCHES = 64, 8  # tokens of a micro-batch, micro-batches of a model
-# (stages' ranks, stages of each, micro-batches, whether they compute or wait)
+# What stages compute: the 58M Llama, or as wide a model of more layers and few words.
+MODELS = {"58M": {}, "16 layers": dict(n_layers=16, vocab_size=2048)}
+# (stages' ranks, stages of each, micro-batches, a model, or None where they wait)
 PIPELINES = [
-    (2, 1, 4, True),
-    (2, 1, 8, True),
-    (2, 2, 8, True),
-    (2, 1, 8, False),
-    (2, 2, 8, False),
-    (4, 1, 4, False),
-    (4, 1, 8, False),
-    (4, 1, 16, False),
-    (4, 2, 8, False),
-    (4, 2, 16, False),
+    (2, 1, 4, "58M"),
+    (2, 1, 8, "58M"),
+    (2, 2, 8, "58M"),
+    (2, 1, 4, "16 layers"),
+    (2, 1, 8, "16 layers"),
+    (2, 2, 4, "16 layers"),
+    (2, 2, 8, "16 layers"),
+    (2, 1, 8, None),
+    (2, 2, 8, None),
+    (4, 1, 4, None),
+    (4, 1, 8, None),
+    (4, 1, 16, None),
+    (4, 2, 8, None),
+    (4, 2, 16, None),
 ]
 WAIT = 0.06  # seconds of a rank's forward of a micro-batch, where it waits; backward takes twice
 
@@ -205,8 +211,11 @@ def memory_of(folder: str, name: str, out: str) -> None:
     stop()
 
 
-def idle_of(folder: str, ranks: int, per_rank: int, n: int, computes: bool, out: str) -> None:
-    """Seconds that each rank was busy, and that the passes took: medians of some steps."""
+def idle_of(folder: str, ranks: int, per_rank: int, n: int, out: str) -> None:
+    """The share of the passes in which ranks were idle, and the seconds: medians of some steps.
+
+    folder: of the model that is computed, "" where stages wait.
+    """
     import torch
     import torch.distributed as dist
 
@@ -241,7 +250,7 @@ def idle_of(folder: str, ranks: int, per_rank: int, n: int, computes: bool, out:
 
     _Stage.forward_one_chunk = timed(_Stage.forward_one_chunk)
     _Stage.backward_one_chunk = timed(_Stage.backward_one_chunk)
-    if computes:
+    if folder:
         step = _training_step(folder, parallel, per_rank, n)
     else:
         weight = torch.zeros(1, requires_grad=True)
@@ -347,7 +356,7 @@ def _launched(ranks: int, *arguments: object) -> dict:
 
 
 def memory_table(n_layers: int) -> list[str]:
-    folder = Path(tempfile.gettempdir()) / f"layouts-{n_layers}-layers"
+    folder = Path(tempfile.gettempdir()) / f"layouts-memory-{n_layers}"
     make_model(folder, n_layers=n_layers, **WIDTH)
     kinds = ("weights", "gradients", "optimizer", "activations")
     head = [*(f"{kind}, planned" for kind in kinds), "all at once", "sum", "and put together"]
@@ -373,18 +382,18 @@ def memory_table(n_layers: int) -> list[str]:
 
 
 def idle_table() -> list[str]:
-    folder = Path(tempfile.gettempdir()) / "layouts-58M"
-    make_model(folder)
     lines = [
         "| ranks | stages of each | micro-batches | | idle | (P − 1) / (P − 1 + V · m) | seconds |",
         "|---" * 7 + "|",
     ]
-    for ranks, per_rank, n, computes in PIPELINES:
-        given = dict(worker="idle", folder=folder, ranks=ranks, per_rank=per_rank)
-        given |= dict(micro_batches=n, computes=computes)
+    for ranks, per_rank, n, model in PIPELINES:
+        given = dict(worker="idle", ranks=ranks, per_rank=per_rank, micro_batches=n)
+        if model is not None:
+            name = f"layouts-idle-{model.replace(' ', '-')}"
+            given["folder"] = make_model(Path(tempfile.gettempdir()) / name, **MODELS[model])
         found = _launched(ranks, *[x for k, v in given.items() for x in (f"--{k}", v)])
         formula = (ranks - 1) / (ranks - 1 + per_rank * n)
-        how = "computes" if computes else "waits"
+        how = "waits" if model is None else model
         figures = f"{found['idle']:.3f} | {formula:.3f} | {found['seconds']:.2f}"
         lines.append(f"| {ranks} | {per_rank} | {n} | {how} | {figures} |")
     return lines
@@ -410,13 +419,12 @@ def main(
     ranks: int = 2,
     per_rank: int = 1,
     micro_batches: int = 8,
-    computes: bool = True,
 ) -> None:
     """only: "memory", "idle" or "zero". The rest is for its own processes."""
     if worker == "memory":
         return memory_of(folder, name, str(out))
     if worker == "idle":
-        return idle_of(folder, ranks, per_rank, micro_batches, computes, str(out))
+        return idle_of(folder, ranks, per_rank, micro_batches, str(out))
     if worker == "zero":
         return zero_of(folder, micro_batches, str(out))
     tables = {"memory": lambda: memory_table(n_layers), "idle": idle_table, "zero": zero_table}

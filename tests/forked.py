@@ -5,8 +5,9 @@
 A server: tests/launch.py asks it for a script, or for torchrun, whose ranks are forks then, too, so
 that none starts Python and imports PyTorch anew, which takes seconds of a core each. torchrun is
 PyTorch's own: its rendezvous, its watch over the ranks, its ways of ending them. What forks do not
-have of their own is an order of sets of strings, and their memory from the start. Runs that are
-killed (tests/faults/harness.py) are started as a user does. For Linux.
+have of their own is an order of sets of strings, their memory from the start, and the end of the
+interpreter: where these matter, and in `make faults`, processes are started as a user does. For
+Linux.
 """
 
 import atexit
@@ -112,8 +113,11 @@ def _serve(requests: socket.socket) -> None:
         if not request:
             return
         if os.fork() == 0:
+            requests.close()
             try:
                 _look_after(json.loads(request), *files)
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(1)
         for file in files:
@@ -133,6 +137,9 @@ def _look_after(request: dict, stdout: int, stderr: int, answers: int) -> None:
         program, args = request["program"], request["args"]
         launcher = program == "torchrun"
         _become(lambda: run.main(args) if launcher else _run([program, *args]), request["env"])
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for file in (0, 1, 2):  # the tests' own, which a run that is left over would keep open
+        os.dup2(nowhere, file)
     os.close(stdout)
     os.close(stderr)
     os.write(answers, f"{process}\n".encode())

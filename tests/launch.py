@@ -60,8 +60,8 @@ def start(
 ) -> subprocess.CompletedProcess:
     """Run `script` (relative to the repository root) on n ranks and return whatever it came to.
 
-    n == 1 is plain Python without torch.distributed. On a timeout the whole process group is ended,
-    so no rank outlives its test. forked: they are forks of a process that has PyTorch already
+    n == 1 is plain Python without torch.distributed. On a timeout all of it is ended, so that no
+    rank outlives its test. forked: they are forks of a process that has PyTorch already
     (tests/forked.py), which have its memory.
     """
     env = environment()
@@ -82,7 +82,9 @@ def ended(
         try:
             code = process.wait(timeout)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            for pid in (*children_of(process.pid), process.pid):
+                with suppress(ProcessLookupError):  # each has a session of its own
+                    os.killpg(pid, signal.SIGKILL)
             process.wait()
             code = None
         out.seek(0)
@@ -129,6 +131,19 @@ def started(
     )
 
 
+def children_of(pid: int) -> list[int]:
+    """The processes that it started and that have not ended. Linux; elsewhere none are found."""
+    children = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue  # gone meanwhile
+        if int(fields[1]) == pid and fields[0] != "Z":
+            children.append(int(stat.parent.name))
+    return children
+
+
 class Forked:
     """The same by tests/forked.py: what is used of `subprocess.Popen`."""
 
@@ -140,6 +155,7 @@ class Forked:
         files = [out.fileno(), err.fileno(), answers]
         socket.send_fds(_parent_of_forks(), [json.dumps(request).encode()], files)
         os.close(answers)
+        assert select.select([self.answers], [], [], 60)[0], "tests/forked.py does not answer"
         self.pid = self._answer()
 
     def poll(self) -> int | None:

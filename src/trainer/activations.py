@@ -165,20 +165,21 @@ def gathered_bytes(model: Transformer) -> int:
     With it that much of the gradients, which are summed in fp32. Stage 3 keeps the model's end and
     the part at work: in forward beside what it and the part before came in, in backward beside its
     gradients; a GPU gets the next part's weights and sums the last part's gradients meanwhile.
-    Stage 2 keeps all weights.
+    Stage 2 keeps all weights. The end comes first, and is summed last.
     """
     if not model.shard_stage:
         return 0
     size, (*parts, _) = model.dtype.itemsize, sharded_parts(model)
-    of_parts, trained = [numbers_of(part) for part in parts], max(map(trained_numbers_of, parts))
-    ends = numbers_of(model) - sum(of_parts)
-    ends += trained_numbers_of(model) - sum(map(trained_numbers_of, parts))
-    most, gradients = max(of_parts), (size + FP32) * trained
+    of_parts, trained = [numbers_of(part) for part in parts], list(map(trained_numbers_of, parts))
+    most, end = max(of_parts), numbers_of(model) - sum(of_parts)
+    trained_end = trained_numbers_of(model) - sum(trained)
     shared: Any = next(model.parameters())
     overlaps = shared.device_mesh.device_type == "cuda"  # also where it rests in host memory
-    at_work = max(3 * size * most, 2 * size * most * overlaps + gradients)
+    beside = 2 if overlaps else int(model.shard_stage == 2)
+    at_work = max(3 * size * most, beside * size * most + (size + FP32) * max(trained))
     others = sum(of_parts) - most if model.shard_stage == 2 else 0
-    return at_work + size * (ends + others)
+    at_last = max(2 * size * end, (size + FP32) * trained_end + size * trained[0])
+    return max(at_work + size * (end + trained_end + others), at_last)
 
 
 def numbers_of(part: nn.Module) -> int:

@@ -88,4 +88,4 @@ def full(request):
 @pytest.fixture(scope="session", autouse=True)
 def as_a_user_starts_them(full):
     if full:
-        harness.forked = False
+        harness.FORKED = False

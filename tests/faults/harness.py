@@ -14,24 +14,30 @@ from contextlib import suppress
 from pathlib import Path
 
 from src.checkpoint.steps import list_steps
-from tests.launch import FORKS, Forked, command_of, environment, started
+from tests.launch import FORKS, Forked, children_of, command_of, environment, started
 
 PATIENCE_S = 120
-forked = FORKS  # tests/faults/conftest.py may have it otherwise
+FORKED = FORKS  # tests/faults/conftest.py may have it otherwise
 
 
 class Run:
     """A command in a session of its own, its output in a file."""
 
     def __init__(
-        self, arguments: list[str], ranks: int, log: Path, launcher: list[str] | None = None
+        self,
+        arguments: list[str],
+        ranks: int,
+        log: Path,
+        launcher: list[str] | None = None,
+        forked: bool | None = None,
     ) -> None:
-        """launcher: a program that starts the command."""
+        """launcher: a program that starts the command. forked: False where the end of Python is
+        looked at, which forks leave out."""
         self.ranks, self.log, self.seen = ranks, log, set()
         self.output = log.open("ab")
         command, env = command_of(ranks, *arguments), environment() | {"CUDA_VISIBLE_DEVICES": ""}
         self.process: subprocess.Popen | Forked
-        if forked and not launcher:
+        if (FORKED if forked is None else forked) and not launcher:
             self.process = Forked(command, env, self.output, self.output)
         else:
             self.process = started(command, env, self.output, self.output, launcher)
@@ -67,18 +73,6 @@ class Run:
 
     def said(self) -> str:
         return self.log.read_text(errors="replace")
-
-
-def children_of(pid: int) -> list[int]:
-    children = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue  # gone meanwhile
-        if int(fields[1]) == pid and fields[0] != "Z":
-            children.append(int(stat.parent.name))
-    return children
 
 
 def alive(pid: int) -> bool:

@@ -20,14 +20,13 @@ from src.errors import STOPPED
 from tests.faults.harness import (
     Run,
     alive,
-    children_of,
     curve,
     hashes,
     kill_at_random,
     recorded,
     steps_in,
 )
-from tests.launch import ROOT, start
+from tests.launch import ROOT, children_of, start
 from tests.test_scripts import call, refused
 from tests.trainer.test_saving import STAGES
 
@@ -241,7 +240,8 @@ def test_no_thread_of_a_process_group_outlives_a_refusal(command, full, tmp_path
         pytest.skip("tried by `make faults`")
     if not Path("/proc/self/task").exists():
         pytest.skip("threads are read from /proc")
-    run = Run(["tests/faults/leaving.py", *command(trainer, tmp_path)], 1, tmp_path / "log")
+    arguments = ["tests/faults/leaving.py", *command(trainer, tmp_path)]
+    run = Run(arguments, 1, tmp_path / "log", forked=False)
     assert run.wait() == 2, run.said()
     before, after = (
         int(re.search(rf"gloo's threads {when}: (\d+)", run.said())[1])

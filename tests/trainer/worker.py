@@ -553,9 +553,10 @@ def shared_bytes(folder: Path, parallel: Parallel) -> dict:
     beside a token's activations.
     """
     found = {}
-    for dtype, lora in itertools.product((torch.float32, torch.bfloat16), (None, LORA)):
-        model = ours(folder / "wide", parallel, dtype, lora=lora, zero=3)
-        optimizer = Optimizer(model, parallel, zero=3)
+    kinds = (3, torch.float32), (3, torch.bfloat16), (2, torch.float32)
+    for (zero, dtype), lora in itertools.product(kinds, (None, LORA)):
+        model = ours(folder / "wide", parallel, dtype, lora=lora, zero=zero)
+        optimizer = Optimizer(model, parallel, zero=zero)
         optimizer.idle_backward(last=True)
         optimizer.step(1e-3)
         kept = (
@@ -565,8 +566,8 @@ def shared_bytes(folder: Path, parallel: Parallel) -> dict:
         trace = folder / f"trace-{parallel.rank}.json"
         most = most_allocated(partial(optimizer.idle_backward, last=True), trace)
         division = parallel.mp_size, parallel.dp_size
-        plan = training_budget(model.config, *division, dtype, lora, zero=3)
-        found[dtype, lora is not None] = {
+        plan = training_budget(model.config, *division, dtype, lora, zero=zero)
+        found[zero, dtype, lora is not None] = {
             "kept": (kept, (plan.weights, plan.optimizer)),
             "put together": (most - plan.gradients, gathered_bytes(model)),
         }
