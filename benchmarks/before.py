@@ -39,7 +39,6 @@ def training_step(kind: str, folder: str) -> Callable[[int], object]:
     from src.trainer.verifier import VerifierObjective
 
     parallel, rng = start(1), random.Random(0)
-    torch.set_num_threads(2)
     reuse_memory()
     if kind == "ppo":
         return _iteration(folder, parallel)
@@ -51,17 +50,15 @@ def training_step(kind: str, folder: str) -> Callable[[int], object]:
     model = load_model(Checkpoint.open(folder), parallel, torch.float32, head)
     optimizer = Optimizer(model, parallel)
     if kind == "sft":
-        objective, n = (
-            SolverObjective([Sequence(row(120), 60) for _ in range(64)], parallel.device),
-            4,
-        )
+        n, rows = 4, [Sequence(row(120), 60) for _ in range(64)]
+        objective = SolverObjective(rows, parallel.device)
     else:
-        rows = []
+        n, pairs = 2, []
         for _ in range(64):
             prompt = row(60)
             sides = [[Sequence([*prompt, *row(60)], 60)] for _ in range(2)]
-            rows.append(Comparison.of_sides(*sides))
-        objective, n = VerifierObjective(rows, parallel.device), 2
+            pairs.append(Comparison.of_sides(*sides))
+        objective = VerifierObjective(pairs, parallel.device)
     batches = SimpleNamespace(max_batch_size=n, max_tokens_per_batch=None)
 
     def step(number: int) -> None:

@@ -5,6 +5,7 @@ the machine's rates.
 """
 
 import gc
+import itertools
 import json
 import os
 import platform
@@ -72,6 +73,18 @@ def random_model(config, parallel, dtype: torch.dtype = torch.bfloat16):
             random = torch.randn(shape, dtype=dtype, device=device) * 0.02
             put(model, name, torch.ones(shape) if len(shape) == 1 else random, device)
     return model
+
+
+def most_allocated(step: Callable[[], object]) -> int:
+    """Bytes of PyTorch's on the CPU that came in a step, at their most; by its own profiler."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        step()
+    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
+    # of what comes and, less than 0, of what goes
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(sizes))
 
 
 def free_memory() -> None:

@@ -3,7 +3,7 @@
     python benchmarks/layouts.py --out runs/layouts.md             # all tables
     python benchmarks/layouts.py --only memory --n_layers 4        # a smaller model
 
-Memory: a random Llama on 4 ranks in fp32, two steps of SFT; bytes per rank of weights, gradients,
+Memory: a random Llama on 4 ranks in fp32, three steps of SFT; bytes per rank of weights, gradients,
 optimizer and of what autograd keeps, beside what `training_budget` and `activations` say; all that
 is allocated at once in a step beside their sum and what ZeRO puts together; and the growth of the
 process's own memory, which keeps nothing that was freed here. Linux; weights, gradients and
@@ -18,7 +18,6 @@ Zero: a step of the 58M Llama on two data-parallel ranks, by ZeRO's stage.
 
 import json
 import os
-import re
 import subprocess
 import tempfile
 import threading
@@ -28,7 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from checkpoint_memory import status_bytes
-from common import make_model, median, report, torchrun
+from common import make_model, median, most_allocated, report, torchrun
 
 from src.cli import run
 
@@ -97,20 +96,6 @@ class _Held:
         self.tensor = tensor
 
 
-def most_allocated(step: Callable[[], object], folder: str) -> int:
-    """Bytes of PyTorch's on the CPU that came in a step, at their most; by its own profiler."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        step()
-    trace = Path(folder) / f"trace-{os.getpid()}.json"
-    found.export_chrome_trace(str(trace))
-    with open(trace) as lines:  # not all at once: there are as many events as operations
-        totals = [re.search(r'"Total Allocated": (\d+)', line) for line in lines]
-    trace.unlink()
-    return max(int(total[1]) for total in totals if total)
-
-
 class Peak:
     """The process's own memory at its most, sampled."""
 
@@ -163,7 +148,6 @@ def memory_of(folder: str, name: str, out: str) -> None:
     turns = turns_of([[[i] for i in range(rows)]], 0, together=False)
     passes = passes_of(model, parallel, optimizer)
     kept = Kept(lambda: [own(p) for p in model.parameters()])
-    gradients = 0
 
     def train() -> None:
         passes.train(turns, objective.batch, lambda i: objective.loss(model, i, rows * TOKENS)[0])
@@ -176,7 +160,7 @@ def memory_of(folder: str, name: str, out: str) -> None:
         optimizer.step(1e-4)
         train()
         optimizer.step(1e-4)
-    new = most_allocated(lambda: (train(), optimizer.step(1e-4)), folder)
+    new = most_allocated(lambda: (train(), optimizer.step(1e-4)))
     stages = model.stages
     plan = training_budget(
         model.config, mp, parallel.dp_size, torch.float32, zero=zero, stages=stages
@@ -381,6 +365,11 @@ def memory_table(n_layers: int) -> list[str]:
     return lines
 
 
+def folder_of(model: str) -> Path:
+    name = f"layouts-{model.replace(' ', '-')}"
+    return make_model(Path(tempfile.gettempdir()) / name, **MODELS[model])
+
+
 def idle_table() -> list[str]:
     lines = [
         "| ranks | stages of each | micro-batches | | idle | (P − 1) / (P − 1 + V · m) | seconds |",
@@ -389,8 +378,7 @@ def idle_table() -> list[str]:
     for ranks, per_rank, n, model in PIPELINES:
         given = dict(worker="idle", ranks=ranks, per_rank=per_rank, micro_batches=n)
         if model is not None:
-            name = f"layouts-idle-{model.replace(' ', '-')}"
-            given["folder"] = make_model(Path(tempfile.gettempdir()) / name, **MODELS[model])
+            given["folder"] = folder_of(model)
         found = _launched(ranks, *[x for k, v in given.items() for x in (f"--{k}", v)])
         formula = (ranks - 1) / (ranks - 1 + per_rank * n)
         how = "waits" if model is None else model
@@ -400,8 +388,7 @@ def idle_table() -> list[str]:
 
 
 def zero_table() -> list[str]:
-    folder = Path(tempfile.gettempdir()) / "layouts-58M"
-    make_model(folder)
+    folder = folder_of("58M")
     lines = ["Seconds of a step:", "", "| micro-batches | --zero 0 | 1 | 2 | 3 |", "|---" * 5 + "|"]
     for n in (1, 4):
         found = _launched(2, "--worker", "zero", "--folder", folder, "--micro_batches", n)

@@ -10,16 +10,13 @@ MP_SIZE:STAGES:RANKS lets so many divide the tokens, for `IN_CONTEXT`: N-MP-STAG
 """
 
 import itertools
-import json
 import random
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.profiler import ProfilerActivity, profile
 
 from src.checkpoint.source import Checkpoint
 from src.data.encoding import Comparison
@@ -51,7 +48,11 @@ from src.trainer.reference import KeptReference, LiveReference, score_all
 from src.trainer.sampling import sampling_from
 from src.trainer.solver import SolverObjective
 from src.trainer.verifier import VerifierObjective
+from tests.launch import ROOT
 from tests.trainer.tiny import EOS, VOCAB, ours, some_sequences, training, whole_weights
+
+sys.path.append(str(ROOT / "benchmarks"))  # installed packages have a `benchmarks` of their own
+from common import most_allocated
 
 # Five steps, the last of five rows: uneven at any number of ranks.
 ROWS, BATCH, LR, WARMUP = 37, 8, 2e-3, 0.5
@@ -533,19 +534,6 @@ def sharded_state(folder: Path, parallel: Parallel) -> dict:
     return {**found, "numbers": numbers, "shared": shared_bytes(folder, parallel)}
 
 
-def most_allocated(call: Callable[[], object], file: Path) -> int:
-    """Bytes that came with it, at their most, by PyTorch's profiler. file: for a moment."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        call()
-    profiled.export_chrome_trace(str(file))
-    events = json.loads(file.read_text())["traceEvents"]
-    file.unlink()
-    memory = [event for event in events if event["name"] == "[memory]"]
-    seen = [event["args"] for event in sorted(memory, key=lambda event: event["ts"])]
-    before = seen[0]["Total Allocated"] - seen[0]["Bytes"]  # of earlier profiles
-    return max(of_event["Total Allocated"] for of_event in seen) - before
-
-
 def shared_bytes(folder: Path, parallel: Parallel) -> dict:
     """(found on rank 0, planned) of a model whose weights are shared.
 
@@ -563,8 +551,7 @@ def shared_bytes(folder: Path, parallel: Parallel) -> dict:
             sum(own(p).nbytes for p in model.parameters()),
             sum(x.nbytes for x in optimizer.state_tensors()),
         )
-        trace = folder / f"trace-{parallel.rank}.json"
-        most = most_allocated(partial(optimizer.idle_backward, last=True), trace)
+        most = most_allocated(partial(optimizer.idle_backward, last=True))
         division = parallel.mp_size, parallel.dp_size
         plan = training_budget(model.config, *division, dtype, lora, zero=zero)
         found[zero, dtype, lora is not None] = {
