@@ -26,7 +26,8 @@ def main(settings: PPOTrainSettings) -> None:
     from src.ppo.assembly import evaluations_of, make_ppo, save_role
     from src.ppo.fit import fit
     from src.ppo.inputs import PPOInputs
-    from src.ppo.setup import check_degrees, load_roles
+    from src.ppo.layouts import Layouts
+    from src.ppo.setup import load_roles
     from src.trainer.earlier import Earlier
     from src.trainer.inputs import Places
     from src.trainer.saving import Saving
@@ -37,10 +38,12 @@ def main(settings: PPOTrainSettings) -> None:
     # Join the other ranks.
     roles, plan = settings.roles, settings.optimizer
     places = Places.of(settings.saving.log_dir, roles.actor_save_dir)
-    run = settings.run
+    run, actor_train = settings.run, settings.layouts.actor_train
     degrees = run.model_parallel_size, run.timeout, run.deterministic, run.pipeline_parallel_size
-    parallel = start(*degrees)
-    check_degrees(settings, parallel)
+    parallel = start(*degrees, layout=actor_train)
+    size = settings.rollouts.max_buffer_size
+    layouts = Layouts.of(settings.layouts, run, size, parallel.world_size)
+    parallel = parallel.laid_out(layouts.actor_train)
     dtype = pick_dtype(settings.run.dtype, parallel.device)
 
     # Read and check everything, and what an earlier run of this command left, before any work.
@@ -50,13 +53,13 @@ def main(settings: PPOTrainSettings) -> None:
 
     # Load this rank's part of each role.
     has_reference = inputs.has_reference(settings)
-    stage = load_roles(inputs.roles, settings, parallel, dtype, has_reference)
+    stage = load_roles(inputs.roles, settings, layouts, parallel, dtype, has_reference)
 
     with RunLog(places.logs, "ppo_train", settings, parallel.rank) as log:
-        inputs.announce(settings, parallel, log)
+        inputs.announce(settings, layouts, log)
 
         # The engine, the rewards and what goes on from an earlier run: one object, PPO.
-        ppo = make_ppo(settings, inputs, stage, parallel, log)
+        ppo = make_ppo(settings, inputs, layouts, stage, parallel, log)
         evaluations = evaluations_of(ppo, settings, inputs, places.best, log)
         saving = Saving(
             earlier,

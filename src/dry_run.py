@@ -6,7 +6,7 @@ prints the bytes alone.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -25,10 +25,12 @@ from src.models.context import check_heads
 from src.models.lora import LoRAConfig
 from src.models.stages import cut_in_stages
 from src.models.transformer import build
-from src.parallel.setup import Parallel, agreed, degrees_in_words, pick_dtype, start, stop
+from src.parallel.layout import Layout
+from src.parallel.setup import Parallel, agreed, pick_dtype, start, stop
 from src.ppo.fit import iterations_of
 from src.ppo.inputs import PPOInputs
-from src.ppo.setup import check_degrees, together_on_device
+from src.ppo.layouts import Layouts
+from src.ppo.setup import together_on_device
 from src.settings.distillation import DistillTrainSettings
 from src.settings.model import TextModelSettings
 from src.settings.ppo import PPOTrainSettings
@@ -62,46 +64,28 @@ Planned = TrainSettings | PPOTrainSettings | Generating
 NOT_READ = "rows, steps and an example: give a checkpoint and the train file"
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """How many ranks are planned for, which need not be those that run.
+def planned_ranks(settings: Planned, parallel: Parallel) -> int:
+    """How many ranks are planned for, which need not be those that run."""
+    return settings.dry_run.world_size or parallel.world_size
 
-    dp_size: models, of which each cp_size divide the tokens of their rows.
-    """
 
-    mp_size: int
-    dp_size: int
-    pp_size: int = 1
-    stages_per_rank: int = 1
-    cp_size: int = 1
-
-    @classmethod
-    def of(cls, settings: Planned, parallel: Parallel) -> "Ranks":
-        """Raises UserError when the degrees do not divide their number."""
-        world_size, run = settings.dry_run.world_size or parallel.world_size, settings.run
-        pp_size = per_rank = cp_size = 1
-        if isinstance(run, TrainingRunSettings):
-            pp_size, per_rank = run.pipeline_parallel_size, run.stages_per_rank
-            cp_size = run.context_parallel_size
-        mp_size = run.model_parallel_size or max(1, world_size // (pp_size * cp_size))
-        if world_size % (mp_size * pp_size * cp_size):
-            stages = f" x --pipeline_parallel_size {pp_size}" if pp_size > 1 else ""
-            context = f" x --context_parallel_size {cp_size}" if cp_size > 1 else ""
-            raise UserError(
-                f"--model_parallel_size {mp_size}{stages}{context} does not divide the "
-                f"{world_size} ranks that are planned for (--world_size)"
-            )
-        return cls(mp_size, world_size // (mp_size * pp_size), pp_size, per_rank, cp_size)
-
-    @property
-    def data_size(self) -> int:
-        """Among how many the rows of a step are divided."""
-        return self.dp_size // self.cp_size
-
-    @property
-    def described(self) -> str:
-        """In words."""
-        return degrees_in_words(self.mp_size, self.pp_size, self.data_size, self.cp_size)
+def planned_layout(settings: TrainSettings | Generating, parallel: Parallel) -> Layout:
+    """Raises UserError when the degrees do not divide the ranks that are planned for."""
+    world_size, run = planned_ranks(settings, parallel), settings.run
+    pp = vp = cp = 1
+    sp, zero = False, 0
+    if isinstance(run, TrainingRunSettings):
+        pp, vp = run.pipeline_parallel_size, run.stages_per_rank
+        cp, sp, zero = run.context_parallel_size, run.sequence_parallel, run.zero
+    tp = run.model_parallel_size or max(1, world_size // (pp * cp))
+    if world_size % (tp * pp * cp):
+        stages = f" x --pipeline_parallel_size {pp}" if pp > 1 else ""
+        context = f" x --context_parallel_size {cp}" if cp > 1 else ""
+        raise UserError(
+            f"--model_parallel_size {tp}{stages}{context} does not divide the {world_size} ranks "
+            "that are planned for (--world_size)"
+        )
+    return Layout(world_size // (tp * pp * cp), pp, tp, sp, cp, zero, vp)
 
 
 def solver_plan(settings: SolverTrainSettings) -> None:
@@ -156,15 +140,15 @@ def preference_plan(settings: PreferenceTrainSettings) -> None:
             lines += [f"  {side:9}{tokenizer.spelled(tokens)!r}"]
         return lines
 
-    def beside(config: ModelConfig, ranks: Ranks, dtype: torch.dtype) -> dict[str, Budget]:
+    def beside(config: ModelConfig, layout: Layout, dtype: torch.dtype) -> dict[str, Budget]:
         is_live = preference.has_reference and preference.cache_reference is None
         shares = settings.lora.is_on
-        frozen = model_budget(config, ranks.mp_size, dtype, settings.lora.quantize, ranks.pp_size)
+        frozen = model_budget(config, layout.tp, dtype, settings.lora.quantize, layout.pp)
         budgets = {"reference": Budget(0) if shares else frozen} if is_live else {}
         folder = settings.judge.reward_model_ckpt_dir
         if folder is not None:
             verifier = Checkpoint.open(folder, None, None, alone=True).config
-            budgets["reward"] = model_budget(verifier, ranks.mp_size, dtype, None, ranks.pp_size)
+            budgets["reward"] = model_budget(verifier, layout.tp, dtype, None, layout.pp)
         return budgets
 
     _plan(settings, "lm", partial(PreferenceInputs.read, settings), example, beside)
@@ -183,15 +167,15 @@ def distillation_plan(settings: DistillTrainSettings) -> None:
         lines += [f"  no loss  {tokenizer.spelled(tokens)!r}"]
         return [*lines, "  loss     on every token of the student's response"]
 
-    def beside(config: ModelConfig, ranks: Ranks, dtype: torch.dtype) -> dict[str, Budget]:
+    def beside(config: ModelConfig, layout: Layout, dtype: torch.dtype) -> dict[str, Budget]:
         if of_teacher.teacher_ckpt_dir is None:
             return {}
         teacher = Checkpoint.open(of_teacher.teacher_ckpt_dir, None, None, alone=True).config
-        n = of_teacher.teacher_model_parallel_size or ranks.mp_size
-        if n == ranks.mp_size:
-            check_heads(teacher, n, ranks.cp_size, "teacher")
+        n = of_teacher.teacher_model_parallel_size or layout.tp
+        if n == layout.tp:
+            check_heads(teacher, n, layout.cp, "teacher")
         quantize = of_teacher.teacher_quantize
-        return {"teacher": model_budget(teacher, n, dtype, quantize, ranks.pp_size)}
+        return {"teacher": model_budget(teacher, n, dtype, quantize, layout.pp)}
 
     has_all = of_teacher.is_live or not of_teacher.on_policy
     _plan(settings, "lm", partial(DistillationInputs.read, settings), example, beside, has_all)
@@ -202,7 +186,7 @@ def _plan(
     head: str,
     read: Callable[[Parallel], TrainInputs],
     example: Callable[[TrainInputs], list[str]],
-    beside: Callable[[ModelConfig, Ranks, torch.dtype], dict[str, Budget]] | None = None,
+    beside: Callable[[ModelConfig, Layout, torch.dtype], dict[str, Budget]] | None = None,
     has_all: bool = True,
 ) -> None:
     """Print a trainer's plan.
@@ -211,23 +195,26 @@ def _plan(
     device; has_all: whether what is read beside the model and the train file is at hand.
     """
     parallel = start(None, settings.run.timeout, settings.run.deterministic)
-    ranks, dtype = Ranks.of(settings, parallel), pick_dtype(settings.run.dtype, parallel.device)
+    layout, dtype = (
+        planned_layout(settings, parallel),
+        pick_dtype(settings.run.dtype, parallel.device),
+    )
     inputs = None
     if settings.model.ckpt_dir and settings.data.train_file and has_all:
         inputs = agreed(lambda: read(parallel))
     opened = inputs.model if inputs is not None else None
     config = _config(settings.model, settings.model.ckpt_dir, opened).with_head(head)
-    check_heads(config, ranks.mp_size, ranks.cp_size)
+    check_heads(config, layout.tp, layout.cp)
     lora = inputs.lora if inputs is not None else _new_adapter(settings, config)
-    budgets = {"model": _trained(settings, config, ranks, dtype, lora)}
-    budgets |= beside(config, ranks, dtype) if beside is not None else {}
-    lines = _bytes_lines(config, ranks, dtype, budgets)
+    budgets = {"model": _trained(settings, config, layout, dtype, lora)}
+    budgets |= beside(config, layout, dtype) if beside is not None else {}
+    lines = _bytes_lines(config, layout, dtype, budgets)
     held = sum(budget.total for budget in budgets.values())
-    lines += _limit_lines(settings, [config], ranks, dtype, held, parallel)
+    lines += _limit_lines(settings, [config], layout, dtype, held, parallel)
     if inputs is None:
         lines += [NOT_READ]
     else:
-        lines += _step_lines(settings, inputs.n_rows, inputs.notes, ranks) + example(inputs)
+        lines += _step_lines(settings, inputs.n_rows, inputs.notes, layout) + example(inputs)
     _print(lines, parallel)
 
 
@@ -235,23 +222,24 @@ def ppo_plan(settings: PPOTrainSettings) -> None:
     """Print what ppo_train.py would do."""
     roles, run = settings.roles, settings.run
     parallel = start(None, run.timeout, run.deterministic)
-    ranks, dtype = Ranks.of(settings, parallel), pick_dtype(run.dtype, parallel.device)
+    ranks, size = planned_ranks(settings, parallel), settings.rollouts.max_buffer_size
+    layouts = Layouts.of(settings.layouts, run, size, ranks)
+    layout, dtype = layouts.actor_train, pick_dtype(run.dtype, parallel.device)
     inputs = None
     if roles.actor_ckpt_dir and settings.prompts.train_file:
         inputs = agreed(lambda: PPOInputs.read(settings, parallel, dtype))
 
     # Other roles whose checkpoints are not at hand are taken to be like the actor.
-    check_degrees(settings, ranks)
     opened = inputs.roles.actor if inputs is not None else None
     actor = _config(roles, roles.actor_ckpt_dir, opened).with_head("lm")
-    budgets = _role_budgets(settings, actor, inputs, ranks, dtype)
-    lines = _bytes_lines(actor, ranks, dtype, budgets)
+    budgets = _role_budgets(settings, actor, inputs, layouts, dtype)
+    lines = _bytes_lines(actor, layout, dtype, budgets, layouts.described)
     trained = [name for name, budget in budgets.items() if budget.gradients]
     held = max(
         sum(budgets[name].total for name in names)
         for names in together_on_device(list(budgets), trained, settings)
     )
-    lines += _limit_lines(settings, [actor], ranks, dtype, held, parallel)
+    lines += _limit_lines(settings, [actor], layout, dtype, held, parallel)
     if roles.offload:
         lines += ["  --offload: not all of these are on the device at once"]
     if inputs is None:
@@ -279,13 +267,13 @@ def generation_plan(settings: Generating) -> None:
     """Print what a script that generates would hold in memory."""
     model, weights, run = settings.model, settings.weights, settings.run
     parallel = start(None, run.timeout, run.deterministic)
-    ranks, dtype = Ranks.of(settings, parallel), pick_dtype(run.dtype, parallel.device)
+    layout, dtype = planned_layout(settings, parallel), pick_dtype(run.dtype, parallel.device)
     config, lora = _config(model, model.ckpt_dir, None).with_head("lm"), None
     if model.ckpt_dir and weights.quantize:  # else an adapter is part of the weights
         adapter = Checkpoint.open(model.ckpt_dir, model.config_file, model.adapter_dir).adapter
         lora = None if adapter is None else adapter.lora
-    how = config, ranks.mp_size, dtype, weights.quantize
-    device = model_budget(*how).weights + adapter_bytes(config, ranks.mp_size, dtype, lora)
+    how = config, layout.tp, dtype, weights.quantize
+    device = model_budget(*how).weights + adapter_bytes(config, layout.tp, dtype, lora)
     bytes_line = f"bytes per rank: {device:,} on the device, all weights"
     if weights.offload_params:
         device, host = streamed_bytes(*how, lora)
@@ -293,11 +281,11 @@ def generation_plan(settings: Generating) -> None:
             f"bytes per rank: {device:,} on the device, two layers and both ends; {host:,} in host "
             f"memory, all {config.n_layers} layers"
         )
-    page = Cache.page_bytes(build(config, 0, ranks.mp_size, dtype))
+    page = Cache.page_bytes(build(config, 0, layout.tp, dtype))
     longest = settings.batches.max_seq_len
     lines = [
         "dry run: nothing is generated or written",
-        *_model_lines(config, ranks, dtype),
+        *_model_lines(config, dtype, layout.described),
         bytes_line,
         f"  keys and values of {longest:,} tokens (--max_seq_len): {pages_for(longest) * page:,}",
         "  activations and the libraries come on top",
@@ -325,21 +313,21 @@ def _new_adapter(
 def _trained(
     settings: TrainSettings | PPOTrainSettings,
     config: ModelConfig,
-    ranks: Ranks,
+    layout: Layout,
     dtype: torch.dtype,
     lora: LoRAConfig | None,
 ) -> Budget:
     check_trainable(settings.optimizer, settings.lora, config, "the model")
     return training_budget(
         config,
-        ranks.mp_size,
-        ranks.dp_size,
+        layout.tp,
+        layout.models,
         dtype,
         lora,
         settings.lora.quantize,
         settings.optimizer.freeze_layers,
-        settings.run.zero,
-        cut_in_stages(config, ranks.pp_size, ranks.stages_per_rank),
+        layout.zero,
+        cut_in_stages(config, layout.pp, layout.vp),
         Method.of(settings.optimizer, settings.run),
     )
 
@@ -348,7 +336,7 @@ def _role_budgets(
     settings: PPOTrainSettings,
     actor: ModelConfig,
     inputs: PPOInputs | None,
-    ranks: Ranks,
+    layouts: Layouts,
     dtype: torch.dtype,
 ) -> dict[str, Budget]:
     """What each role of PPO takes, and a second copy of the policy where rollouts need one."""
@@ -359,11 +347,14 @@ def _role_budgets(
     if opened is not None and opened.verifier:
         verifier = opened.verifier.checkpoint.config.with_head("score")
     roles, quantize = settings.roles, settings.lora.quantize
-    shares = settings.run.zero >= 2 and ranks.dp_size > 1  # the weights of what is trained
-    trunk = roles.shared_trunk
+    train, trunk = layouts.actor_train, roles.shared_trunk
+    shares = train.zero >= 2 and train.models > 1  # the weights of what is trained
+
+    def frozen(config: ModelConfig, layout: Layout, dtype: torch.dtype, quantize=None) -> Budget:
+        return model_budget(config, layout.tp, dtype, quantize, layout.pp)
 
     lora = opened.lora if opened is not None else _new_adapter(settings, actor)
-    budgets = {"policy": _trained(settings, actor, ranks, dtype, lora)}
+    budgets = {"policy": _trained(settings, actor, train, dtype, lora)}
     has_reference = settings.penalty.kl_coef != 0
     if inputs is not None:
         has_reference = inputs.has_reference(settings)
@@ -371,41 +362,44 @@ def _role_budgets(
         # With an adapter the reference is the policy without it, unless ranks share its weights;
         # one that moves is exact in fp32.
         moves = settings.penalty.ref_ema is not None
-        frozen = model_budget(actor, ranks.mp_size, dtype, quantize, ranks.pp_size).weights
-        exact = model_budget(actor, ranks.mp_size, torch.float32, None, ranks.pp_size).weights
-        exact = exact if moves and dtype != torch.float32 else 0
-        is_policy = settings.lora.is_on and not moves and not shares
-        budgets["reference"] = Budget(0 if is_policy else frozen + exact)
+        own = frozen(actor, layouts.ref_inf, dtype, quantize).weights
+        if moves and dtype != torch.float32:
+            own += frozen(actor, layouts.ref_inf, torch.float32).weights
+        is_there = layouts.ref_inf.is_like(train) and not shares
+        is_policy = settings.lora.is_on and not moves and is_there
+        budgets["reference"] = Budget(0 if is_policy else own)
     if settings.advantages.has_value:
-        n = roles.critic_model_parallel_size or ranks.mp_size
-        copies = replace(ranks, mp_size=n, dp_size=ranks.mp_size * ranks.dp_size // n)
         lora = opened.critic_lora if opened is not None else _new_adapter(settings, critic)
         adapter = opened.adapters.get("value") if opened is not None else None
         lora = adapter.lora if adapter is not None else lora
-        value = _trained(settings, critic, copies, dtype, lora)
-        shared = model_budget(critic, n, dtype, quantize, ranks.pp_size).weights
+        value = _trained(settings, critic, layouts.critic_train, dtype, lora)
+        shared = frozen(critic, layouts.critic_train, dtype, quantize).weights
         shared -= critic.dim * dtype.itemsize
         weights = value.weights - (shared if trunk else 0)
         budgets["value"] = replace(value, weights=weights)
     if "verifier" in settings.rewards.names:
-        n = roles.reward_model_parallel_size or ranks.mp_size
-        reward = model_budget(verifier, n, dtype, quantize, ranks.pp_size)
+        reward, n = frozen(verifier, layouts.rew_inf, dtype, quantize), layouts.rew_inf.tp
         if trunk:
             adapter = opened.adapters.get("reward") if opened is not None else None
             lora = adapter.lora if adapter is not None else _new_adapter(settings, verifier)
             reward = Budget(adapter_bytes(verifier, n, dtype, lora) + verifier.dim * dtype.itemsize)
         budgets["reward"] = reward
-    degree = roles.rollout_model_parallel_size
-    degree = ranks.mp_size * ranks.pp_size if degree is None else degree
-    if degree != ranks.mp_size or shares or ranks.pp_size > 1:
-        budgets["policy again, in rollouts"] = model_budget(actor, degree, dtype)
+    generates = layouts.actor_gen
+    if not generates.is_like(train) or shares or train.pp > 1:
+        budgets["policy again, in rollouts"] = model_budget(actor, generates.tp, dtype)
+    if settings.advantages.has_value and not layouts.critic_inf.is_like(layouts.critic_train):
+        budgets["value again, for values"] = frozen(critic, layouts.critic_inf, dtype)
     return budgets
 
 
 def _bytes_lines(
-    config: ModelConfig, ranks: Ranks, dtype: torch.dtype, budgets: dict[str, Budget]
+    config: ModelConfig,
+    layout: Layout,
+    dtype: torch.dtype,
+    budgets: dict[str, Budget],
+    described: str | None = None,
 ) -> list[str]:
-    """A table of what the fullest rank holds."""
+    """A table of what the fullest rank holds. described: how ranks are divided, if in layouts."""
     rows: list[tuple[str, ...]] = [("bytes per rank", "weights", "gradients", "optimizer", "all")]
     rows += [
         (f"  {name}", *(f"{x:,}" for x in (b.weights, b.gradients, b.optimizer, b.total)))
@@ -427,24 +421,24 @@ def _bytes_lines(
     ]
     return [
         "dry run: nothing is trained or written",
-        *_model_lines(config, ranks, dtype),
+        *_model_lines(config, dtype, described or layout.described),
         *table,
         "  activations, batches, keys and values, and the libraries come on top",
     ]
 
 
-def _model_lines(config: ModelConfig, ranks: Ranks, dtype: torch.dtype) -> list[str]:
+def _model_lines(config: ModelConfig, dtype: torch.dtype, described: str) -> list[str]:
     number_type = str(dtype).removeprefix("torch.")
     return [
         f"model: {config.family}, {config.n_layers} layers of width {config.dim}; {number_type}",
-        ranks.described,
+        described,
     ]
 
 
 def _limit_lines(
     settings: TrainSettings | PPOTrainSettings,
     configs: list[ModelConfig],
-    ranks: Ranks,
+    layout: Layout,
     dtype: torch.dtype,
     held: int,
     parallel: Parallel,
@@ -454,14 +448,16 @@ def _limit_lines(
     tokens = batches.max_tokens_per_batch
     if tokens is None and memory is not None:
         run, lora = settings.run, settings.lora.is_on
-        how = run.checkpoint_activations, lora, run.sequence_parallel, ranks.cp_size
-        of_each = [activations(c, ranks.mp_size, dtype, *how) for c in configs]
+        how = run.checkpoint_activations, lora, layout.sp, layout.cp
+        of_each = [activations(c, layout.tp, dtype, *how) for c in configs]
         tokens = tokens_at_once(of_each, memory, held, batches.max_seq_len)
     return described(tokens)
 
 
-def _step_lines(settings: TrainSettings, n_rows: int, notes: list[str], ranks: Ranks) -> list[str]:
-    size, epochs = rows_per_step(settings.batches, ranks.data_size), settings.optimizer.epochs
+def _step_lines(
+    settings: TrainSettings, n_rows: int, notes: list[str], layout: Layout
+) -> list[str]:
+    size, epochs = rows_per_step(settings.batches, layout.dp), settings.optimizer.epochs
     per_epoch = -(-n_rows // size)
     return [
         f"rows: {n_rows:,} of {Path(settings.data.train_file).name}",

@@ -1,12 +1,13 @@
 """The dry run tells the bytes that are really held, the rows and steps, and writes nothing."""
 
 import json
+import re
 
 import pytest
 import torch
 
 from src.checkpoint.load import load_model
-from src.checkpoint.source import Checkpoint
+from src.checkpoint.source import Checkpoint, config_of_type
 from src.models.config import ModelConfig
 from src.models.lora import LoRAConfig, freeze_layers, wrap_lora
 from src.models.quantize import stored_bytes
@@ -153,13 +154,42 @@ def test_ranks_that_divide_tokens_share_the_optimizer_s_state_as_others_do():
 PPO = dict(model_type="qwen2.5-0.5b", dtype="bf16", world_size=8)
 
 
-@pytest.mark.parametrize("flag", ["critic", "rollout", "reward"])
-def test_degrees_of_roles_are_checked_for_the_planned_ranks(flag):
-    size = flags(**PPO, reward_model_ckpt_dir="R", **{f"{flag}_model_parallel_size": 3})
+@pytest.mark.parametrize("flag", ["actor_train", "actor_gen", "critic_inf", "rew_inf"])
+def test_layouts_of_roles_are_checked_for_the_planned_ranks(flag):
+    size = flags(**PPO, reward_model_ckpt_dir="R", **{flag: "tp3"})
     refused(
         call("ppo_train.py", *size, "--dry_run"),
-        f"--{flag}_model_parallel_size 3 does not divide the 8",
+        f"--{flag} 'tp3': makes up 3 ranks, and it is to take 8 (0-7)",
     )
+
+
+def test_each_role_s_bytes_are_those_of_its_layout():
+    """Of the fullest rank of each: half the ranks hold a reference, half a reward model."""
+    layouts = dict(actor_train="dp2 tp4", actor_gen="dp8", critic_train="pp2 tp4")
+    layouts |= dict(critic_inf="tp8", ref_inf="tp2 on 0-3", rew_inf="tp4 on 4-7")
+    out = must("ppo_train.py", *flags(**PPO, **layouts), "--dry_run").out
+    held = {
+        name.strip(): int(n.replace(",", ""))
+        for name, n in re.findall(r"^  (\w[\w ,]*?)  +([\d,]+) ", out, re.M)
+    }
+    config = config_of_type("qwen2.5-0.5b", None)
+    value = config.with_head("score")
+    assert held == {
+        "policy": weights_of(config, 4),
+        "policy again, in rollouts": weights_of(config, 1),
+        "reference": weights_of(config, 2),
+        "value": max(weights_of(value, 4, stage) for stage in range(2)),
+        "value again, for values": weights_of(value, 8),
+        "reward": weights_of(value, 4),
+    }
+    assert "critic_train dp1 pp2 tp4 on 0-7" in out and "ref_inf dp2 tp2 on 0-3" in out
+
+
+def weights_of(config: ModelConfig, n: int, stage: int | None = None) -> int:
+    """Bytes in bf16 of what is really built, of all layers or of one stage of two."""
+    stages = None if stage is None else cut_in_stages(config, 2)
+    model = build(config, 0, n, torch.bfloat16, None, stages, stage or 0)
+    return sum(weight.numel() * 2 for weight in model.parameters())
 
 
 def test_what_ppo_holds_beside_its_roles_is_counted():
@@ -178,7 +208,7 @@ def test_what_ppo_holds_beside_its_roles_is_counted():
     weights = plain["policy"][0]
     assert plain["reference"] == [weights, 0, 0, weights]
     assert rows(ref_ema=0.9)["reference"][0] == 3 * weights  # bf16, and fp32 beside it
-    copy = rows(rollout_model_parallel_size=1)["policy again, in rollouts"][0]
+    copy = rows(actor_gen="dp8")["policy again, in rollouts"][0]
     assert copy == 2 * 494_032_768
     trunk = rows(lora_rank=8, shared_trunk=True)
     head = 896 * 2

@@ -55,7 +55,7 @@ def commands_of(base: Path, data: Path) -> list[list[str]]:
     ppo |= dict(critic_ckpt_dir=verifier, critic_save_dir=base / "value")
     ppo |= dict(reward_model_ckpt_dir=verifier, reward="verifier,rule", max_buffer_size=8)
     ppo |= dict(iterations=1, mini_batches=2, ppo_epochs=1, max_new_tokens=6)
-    ppo |= dict(rollout_model_parallel_size=1)
+    ppo |= dict(actor_gen="tp1")
     evaluation = dict(labelled, ckpt_dir=base / "policy", log_dir=base / "evaluated")
     evaluation |= dict(num_samples=2, max_new_tokens=6, temperature=1.0, quantize="int8")
     return [

@@ -136,7 +136,7 @@ FREE = {
     *("profile", "save_every", "keep", "resume", "resume_changed", "timeout", "zero", "offload"),
     *("update", "context_parallel_size"),
     *("kv_cache_gb", "checkpoint_activations", "compile", "model_parallel_size"),
-    *("rollout_model_parallel_size", "critic_model_parallel_size", "reward_model_parallel_size"),
+    *("actor_train", "actor_gen", "critic_train", "critic_inf", "ref_inf", "rew_inf"),
     *("rollout_batch_size", "eval_batch_size", "max_batch_size", "accumulation_steps"),
     *("max_tokens_per_batch", "output_file", "dry_run", "world_size"),
     *("offload_params", "offload_optimizer", "cpu_adam", "sequence_parallel"),

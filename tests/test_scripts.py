@@ -304,8 +304,9 @@ def base(tmp_path_factory):
                 reward_file=f"{base / 'my_reward.py'}:score",
                 value_norm=True,
                 reward_norm=True,
-                critic_model_parallel_size=1,
-                reward_model_parallel_size=1,
+                critic_train="tp1",
+                critic_inf="dp1",
+                rew_inf="tp1",
             ),
         ],
         [
@@ -1327,8 +1328,14 @@ PPO = {
         "--context_parallel_size 2: is for training on rows; each rank of ppo_train.py learns",
     ),
     "ranks that do not divide": (
-        dict(critic_model_parallel_size=3),
-        "--critic_model_parallel_size 3 does not divide the 1",
+        dict(critic_train="tp3"),
+        "--critic_train 'tp3': makes up 3 ranks, and it is to take 1 (0-0)",
+    ),
+    "a layout of nothing": (dict(actor_gen="tq2"), "--actor_gen 'tq2': 'tq2' is no degree"),
+    "stages that generate": (dict(actor_gen="pp2"), "makes up 2 ranks"),
+    "a flag of old": (
+        dict(rollout_model_parallel_size=1),
+        "--rollout_model_parallel_size: unknown flag; it is --actor_gen 'tpN' now",
     ),
     "best of nothing": (dict(keep_best="accuracy"), "evaluation is not asked for"),
     "verifier given as solver": (dict(actor_ckpt_dir="{}/../verifier"), "is a verifier"),

@@ -20,7 +20,8 @@ from src.models.lora import (
 )
 from src.models.quantize import plain_parts, quantized
 from src.models.stages import cut_in_stages
-from src.models.transformer import Transformer, build
+from src.models.transformer import Transformer, build_part
+from src.parallel.layers import copies_of, with_copies
 from src.parallel.setup import Parallel, agreed
 from src.parallel.sharding import fill, shard
 
@@ -54,14 +55,12 @@ def load_model(
     config = checkpoint.config.with_head(head or checkpoint.config.head)
     if config.head == "lm" and checkpoint.config.head != "lm":
         raise ValueError(f"{checkpoint.folder} has no output layer")
-    if parallel.dp_size == 1 and not offload:
+    layout = parallel.layout
+    if layout.models == 1 and not offload:
         zero = 0  # there is nobody to share with
-    table, rank, n = tensor_table(config), parallel.mp_rank, parallel.mp_size
-    # With more ranks than kv heads, neighbours hold the same head and sum its gradients.
-    replicas = parallel.replicas(table["layers.0.attention.wk.weight"].copies(n))
-    per_rank = stages_per_rank if parallel.pp_size > 1 else 1
-    stages = cut_in_stages(config, parallel.pp_size, per_rank)
-    model = build(config, rank, n, dtype, replicas, stages, parallel.pp_rank)
+    table, rank, n = tensor_table(config), parallel.mp_rank, layout.tp
+    per_rank = stages_per_rank if layout.pp > 1 else 1
+    model = build_part(config, parallel, dtype, cut_in_stages(config, layout.pp, per_rank))
     held = {name for name, _ in model.named_parameters()}  # of the stages of this rank
     # The adapter that stays an adapter; any other is added to the weights as they are read.
     adapter = checkpoint.adapter if quantize or lora else None
@@ -129,6 +128,17 @@ def load_sharing(
     elif lora is not None:
         add_lora(role, lora, seed, parallel)
     return role
+
+
+def allocate(model: Transformer, device: torch.device) -> None:
+    """Memory for a model that was just built, still to be filled; projections are stacked."""
+    model.stack_projections(device)
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            if weight.is_meta:
+                empty = torch.empty_like(weight, device=device)
+                allocated = nn.Parameter(empty, requires_grad=weight.requires_grad)
+                setattr(module, name, with_copies(allocated, copies_of(weight)))
 
 
 def put(

@@ -28,12 +28,13 @@ from src.checkpoint.shards import Place
 from src.checkpoint.source import Checkpoint
 from src.checkpoint.write import write_params
 from src.errors import UserError
-from src.models.exchange import exchanged, is_spread, layout_of, tensor_parallel_parts
+from src.models.exchange import exchanged, is_spread, parts_in, placement_of
 from src.models.layout import tensor_table
 from src.models.lora import LoRAConfig, lora_layers, lora_table, merged_parts
-from src.models.places import Layout
+from src.models.places import Placement
 from src.models.quantize import Quantized
 from src.models.transformer import Transformer
+from src.parallel.layout import Layout
 from src.parallel.setup import Parallel, agreed
 from src.parallel.sharding import own as kept_rows
 
@@ -70,11 +71,11 @@ def merged_weights(
 
     weights: dict[str, Tensor] = {}
     problems: list[str] = []
-    parts = merged_parts(model, plain)
+    parts, layout = merged_parts(model, plain), parallel.layout
     if is_spread(model):
-        parts = tensor_parallel_parts(model, parallel, Layout(parallel.mp_size), plain)
+        parts = parts_in(model, parallel, Layout(tp=layout.tp, first=layout.first), plain=plain)
     for name, weight in parts:
-        if is_spread(model) and parallel.rank >= parallel.mp_size:
+        if is_spread(model) and not has_shard(parallel):
             continue  # the first ranks get all
         dtype = weight.dtype if base is None else saved_dtype(base, name, weight.dtype, own)
         weights[name] = weight.to(device="cpu", dtype=dtype, copy=True)
@@ -103,8 +104,8 @@ def whole_adapter(model: Transformer, parallel: Parallel, lora: LoRAConfig) -> d
         held = parameters.get(name)
         local = torch.empty(0, dtype=model.dtype, device=parallel.device)
         local = local if held is None else kept_rows(held.detach())
-        source = layout_of(model, parallel, name)
-        whole = exchanged(local, spec, source, Layout(1), parallel.rank, parallel.world)
+        source = placement_of(model, parallel, name)
+        whole = exchanged(local, spec, source, Placement(1), parallel.rank, parallel.world)
         adapter[name] = whole.to("cpu", model.dtype)
     return adapter
 
@@ -113,11 +114,16 @@ def trained_lora(model: Transformer, parallel: Parallel) -> LoRAConfig | None:
     """The adapter that a model is trained with, on whatever stages; a collective of all ranks."""
     layers = lora_layers(model)
     lora = layers[0][1].config if layers else None
-    if parallel.pp_size == 1:
+    if parallel.layout.pp == 1 and parallel.layout.size == parallel.world_size:
         return lora
     every: list[LoRAConfig | None] = [None] * parallel.world_size
     dist.all_gather_object(every, lora)
     return next((config for config in every if config is not None), None)
+
+
+def has_shard(parallel: Parallel) -> bool:
+    """Whether this rank writes a shard: of the first model's ranks; the others hold the same."""
+    return parallel.is_member and parallel.dp_rank == parallel.pp_rank == 0
 
 
 def save_model(
@@ -149,7 +155,7 @@ def save_model(
         """This rank's share of the files, and the manifest's entries of its tensors."""
         written = {}
         try:
-            if parallel.rank < parallel.mp_size:  # the other models' ranks hold the same
+            if has_shard(parallel):
                 shard = Place(rank=parallel.mp_rank).file_name
                 of_rank = weights or merged_weights(model, parallel, base, own_dtype)
                 torch.save(of_rank, target / shard)

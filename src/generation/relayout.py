@@ -1,7 +1,7 @@
-"""Generation at another degree than training, on the same ranks.
+"""A model in another layout than it is trained in, for what goes better there: generation, scoring.
 
 Weights change hands in memory, never through disk. Training may need 8 ranks to hold a model that
-generates faster as four models of 2 ranks each.
+generates faster as four models of 2 ranks each, or as one beside another that scores.
 """
 
 import os
@@ -10,57 +10,73 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 
-from src.checkpoint.load import put
-from src.generation.engine import Completion, Engine, Stop
+from src.checkpoint.load import allocate
+from src.generation.engine import Completion, Engine, OnTokens, Stop
 from src.generation.sampling import Sampling
-from src.models.exchange import is_spread, tensor_parallel_parts
-from src.models.layout import tensor_table
-from src.models.places import Layout
-from src.models.transformer import Transformer, build
+from src.models.exchange import Exchange, is_spread, moves_of
+from src.models.lora import merged
+from src.models.stages import cut_in_stages
+from src.models.transformer import Transformer, build_part
+from src.parallel.layout import Layout
 from src.parallel.setup import Parallel
 
 
-@torch.no_grad()
-def relaid(model: Transformer, parallel: Parallel, division: Parallel) -> Transformer:
-    """A copy of the model as `division` cuts it, adapters added in; in training mode as it is.
+class Relayout:
+    """Copies of a model in another division of the ranks, planned once and made when asked for."""
 
-    Plain weights, whatever the model's are.
-    """
-    config, n = model.config, division.mp_size
-    table = tensor_table(config)
-    replicas = division.replicas(table["layers.0.attention.wk.weight"].copies(n))
-    new = build(config, division.mp_rank, n, model.dtype, replicas)
-    new.stack_projections(division.device)
-    for name, part in tensor_parallel_parts(model, parallel, Layout(n, division.dp_size)):
-        put(new, name, part, division.device)
-    return new.requires_grad_(False).train(model.training)
+    def __init__(self, model: Transformer, parallel: Parallel, division: Parallel) -> None:
+        """parallel: the model's own division. All ranks of the run come here."""
+        self.model, self.division = model, division
+        config, layout = model.config, division.layout
+        self.stages, tied = cut_in_stages(config, layout.pp), config.tie_word_embeddings
+        moves = moves_of(model, parallel, layout, lambda name: self.stages.holders(name, tied))
+        ranks = parallel.rank, parallel.world
+        self.exchange = Exchange(moves, *ranks, model.dtype, parallel.device)
+        self.seconds = 0.0  # that the last one took
+
+    @torch.no_grad()
+    def __call__(self) -> Transformer:
+        """A copy with plain weights, adapters added in; in training mode as the model is.
+
+        A collective of all ranks; on those outside of the division it holds nothing.
+        """
+        began, device = time.perf_counter(), self.division.device
+        model = self.model
+        new = build_part(model.config, self.division, model.dtype, self.stages)
+        allocate(new.requires_grad_(False), device)
+        self.exchange(merged(model), dict(new.named_parameters()))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        self.seconds = time.perf_counter() - began
+        return new.train(model.training)
 
 
 @contextmanager
 def plain(model: Transformer, parallel: Parallel) -> Iterator[tuple[Transformer, Parallel]]:
     """A model that every data-parallel rank can compute with at its own pace, and its division.
 
-    The model itself, unless it is stages of a pipeline, or these ranks share its weights. Then a
-    copy at a degree at which the pipeline's, or a machine's, ranks share it, so that it takes no
-    more memory than it must; dropped afterwards.
+    The model itself, unless it is stages of a pipeline, these ranks share its weights, or some of
+    the run have none of it. Then a copy at a degree at which the pipeline's, or a machine's, ranks
+    share it, so that it takes no more memory than it must; dropped afterwards.
     """
-    if not is_spread(model):
+    world, of_model = parallel.world_size, parallel.layout.model_size
+    if not is_spread(model) and parallel.layout.size == world:
         yield model, parallel
         return
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", parallel.world_size))
-    of_model = parallel.model_size
-    fits = ranks_here % of_model == 0 and parallel.world_size % ranks_here == 0
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    fits = ranks_here % of_model == 0 and world % ranks_here == 0
     wide = model.shard_stage == 3 and fits
-    division = parallel.regrouped(ranks_here if wide else of_model)
-    copy = relaid(model, parallel, division)
+    # As many ranks as it is on, or the next number that divides those of the run.
+    degree = ranks_here if wide else next(n for n in range(of_model, world + 1) if world % n == 0)
+    division = parallel.regrouped(degree)
+    copy = Relayout(model, parallel, division)()
     with division.active():
         yield copy, division
 
 
 class RelaidEngine:
-    """An engine for rollouts that lays the model out at its own degree for each call.
+    """An engine for rollouts that lays the model out in a division of its own for each call.
 
     It drops the copy afterwards.
     """
@@ -69,14 +85,15 @@ class RelaidEngine:
         self,
         model: Transformer,
         parallel: Parallel,
-        mp_size: int,
+        layout: Layout,
         max_batch_size: int,
         max_seq_len: int,
         kv_cache_gb: float | None = None,
     ) -> None:
-        self.model, self.parallel, self.division = model, parallel, parallel.regrouped(mp_size)
+        """parallel: the model's own division; layout: without stages."""
+        self.parallel = parallel.laid_out(layout)
+        self.relayout = Relayout(model, parallel, self.parallel)
         self.limits = max_batch_size, max_seq_len, kv_cache_gb
-        self.seconds = 0.0  # that the last change of layout took
 
     def generate(
         self,
@@ -84,47 +101,12 @@ class RelaidEngine:
         sampling: Sampling,
         stop: Stop | set[int],
         samples: list[int],
-        on_tokens=None,
+        on_tokens: OnTokens | None = None,
     ) -> list[Completion]:
-        """`Engine.generate` for prompts that all ranks of one (training) model give alike.
-
-        All get all completions.
-        """
-        began = time.perf_counter()
-        model = relaid(self.model, self.parallel, self.division)
-        self.seconds = time.perf_counter() - began
-        if self.division.mp_size > self.parallel.model_size:
-            return self._together(model, prompts, sampling, stop, samples, on_tokens)
-        # The smaller models share the prompts.
-        models = self.parallel.model_size // self.division.mp_size
-        local = list(range(self.parallel.model_rank // self.division.mp_size, len(prompts), models))
-        local_prompts, local_samples = [prompts[i] for i in local], [samples[i] for i in local]
-        with self.division.active():
-            engine = Engine(model, self.division, *self.limits)
-            done = engine.generate(local_prompts, sampling, stop, local_samples, on_tokens)
-        parts = [list(zip(local, done))] * self.parallel.model_size
-        dist.all_gather_object(parts, list(zip(local, done)), group=self.parallel.model_group)
-        completion_of = dict(pair for part in parts for pair in part)
-        return [completion_of[i] for i in range(len(prompts))]
-
-    def _together(
-        self,
-        model: Transformer,
-        prompts: list[list[int]],
-        sampling: Sampling,
-        stop: Stop | set[int],
-        samples: list[int],
-        on_tokens,
-    ) -> list[Completion]:
-        """The prompts of all training models whose ranks share the larger one."""
-        asked: list = [None] * self.division.mp_size
-        dist.all_gather_object(asked, (prompts, samples), group=self.division.mp_group)
-        of_models = asked[:: self.parallel.model_size]
-        with self.division.active():
-            engine = Engine(model, self.division, *self.limits)
-            all_prompts = [prompt for prompts, _ in of_models for prompt in prompts]
-            all_samples = [sample for _, samples in of_models for sample in samples]
-            done = engine.generate(all_prompts, sampling, stop, all_samples, on_tokens)
-        number = self.division.mp_rank // self.parallel.model_size
-        first = sum(len(prompts) for prompts, _ in of_models[:number])
-        return done[first : first + len(prompts)]
+        """`Engine.generate`, on all ranks together; those outside of the layout have no prompts."""
+        model = self.relayout()
+        if not self.parallel.is_member:
+            return []
+        with self.parallel.active():
+            engine = Engine(model, self.parallel, *self.limits)
+            return engine.generate(prompts, sampling, stop, samples, on_tokens)

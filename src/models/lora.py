@@ -20,7 +20,7 @@ from src.models.init import random_tensor
 from src.models.layout import TensorSpec, tensor_table
 from src.models.low_rank import adapted_linear, joined
 from src.models.quantize import dense
-from src.models.transformer import Transformer, build
+from src.models.transformer import Transformer, build_part
 from src.parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -238,11 +238,7 @@ def sharing(model: Transformer, head: str, parallel: Parallel) -> Transformer:
     There is no switch to forget: a reference is simply a model without the adapter. model: one with
     an adapter; head: "lm", or "score", whose weight is left on the meta device, to be filled in.
     """
-    table = tensor_table(model.config)
-    replicas = parallel.replicas(table["layers.0.attention.wk.weight"].copies(parallel.mp_size))
-    config = model.config.with_head(head)
-    how = model.dtype, replicas, model.stages, parallel.pp_rank
-    new = build(config, parallel.mp_rank, parallel.mp_size, *how)
+    new = build_part(model.config.with_head(head), parallel, model.dtype, model.stages)
     for name, module in list(new.named_modules()):
         if name == "score" or next(module.parameters(recurse=False), None) is None:
             continue

@@ -1,4 +1,4 @@
-"""Which part of each tensor a rank of a layout holds, and how another layout's parts are got of it.
+"""Which part of each tensor a rank holds, and how another placement's parts are got of it.
 
 A part is a box: a range along each axis of the whole tensor. A rank holds it at the start of its
 local tensor, with zeros behind it where the cut left less than a full share. So a tensor moves
@@ -15,7 +15,7 @@ Box = tuple[tuple[int, int], ...]  # [start, stop) along each axis of the whole 
 
 
 @dataclass(frozen=True)
-class Layout:
+class Placement:
     """A tensor of a model on dp · pp · tp ranks, in this order: neighbours are tensor-parallel.
 
     first: the number of the first of them; sharded: data-parallel ranks hold the rows of a
@@ -31,7 +31,7 @@ class Layout:
     holders: tuple[int, ...] = (0,)
     first: int = 0
 
-    def held_by(self, holders: Iterable[int]) -> "Layout":
+    def held_by(self, holders: Iterable[int]) -> "Placement":
         """The same for a tensor of other ranks of the pipeline."""
         return replace(self, holders=tuple(holders))
 
@@ -58,10 +58,12 @@ class Layout:
     def owners(self, spec: TensorSpec, near: int = 0) -> list[tuple[int, Box]]:
         """(rank, box) of the parts that make up the whole, each number once.
 
-        near: a rank, whose own copy of the model it is, where there are several.
+        near: a rank, whose own copy of the model it is, where there are several; those that have
+        none take turns.
         """
-        replica, rest = divmod(max(near - self.first, 0), self.pp * self.tp)
-        replicas = range(self.dp) if self.sharded else [min(replica, self.dp - 1)]
+        number, size = near - self.first, self.dp * self.pp * self.tp
+        replica, rest = divmod(number if 0 <= number < size else near % size, self.pp * self.tp)
+        replicas = range(self.dp) if self.sharded else [replica]
         stage = rest // self.tp
         stage = stage if stage in self.holders else self.holders[0]
         tp_ranks = [0] if spec.dim is None else [rank for rank, *_ in spec.owners(self.tp)]
@@ -76,12 +78,12 @@ class Layout:
 
 
 @lru_cache(2**16)
-def _box(layout: Layout, spec: TensorSpec, rank: int) -> Box:
+def _box(placement: Placement, spec: TensorSpec, rank: int) -> Box:
     box = [(0, size) for size in spec.shape]
     if spec.dim is not None:
-        box[spec.dim] = spec.local_range((rank - layout.first) % layout.tp, layout.tp)
+        box[spec.dim] = spec.local_range((rank - placement.first) % placement.tp, placement.tp)
     # Of the local rows, this rank's, as far as they are no padding.
-    first, last = layout._rows(spec.local_shape(layout.tp)[0], rank)
+    first, last = placement._rows(spec.local_shape(placement.tp)[0], rank)
     start, stop = box[0]
     box[0] = min(start + first, stop), min(start + last, stop)
     return tuple(box)

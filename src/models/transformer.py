@@ -28,7 +28,7 @@ from src.models.elementwise import HeadNorm, RMSNorm, add_rms_norm, rotate, swig
 from src.models.experts import MixtureOfExperts, balance_loss
 from src.models.layout import TensorSpec, fill_padding, tensor_table
 from src.models.rotary import logn, ntk_rotary, rotary_table
-from src.models.stages import Stages
+from src.models.stages import Stages, cut_in_stages
 from src.models.streaming import StreamedLayers
 from src.parallel.deterministic import linear
 from src.parallel.layers import (
@@ -49,6 +49,7 @@ from src.parallel.mappings import (
     SplitTokens,
     copy_to_model_parallel_region,
 )
+from src.parallel.setup import Parallel
 from src.parallel.vocab import IMPOSSIBLE
 
 KEPT = {  # what is dear to compute: products and attention
@@ -234,7 +235,7 @@ class Layers(nn.ModuleList):
 
 @dataclass(frozen=True)
 class Part:
-    """What a rank computes of a model: all of it, or its stages of a pipeline.
+    """What a rank computes of a model: all of it, its stages of a pipeline, or nothing.
 
     layers: of each of its stages; first, last: whether its first stage embeds, and its last one has
     the head.
@@ -245,8 +246,10 @@ class Part:
     last: bool = True
 
     @classmethod
-    def of(cls, config: ModelConfig, stages: Stages, rank: int) -> "Part":
-        """A rank's of a pipeline; all of the model without one."""
+    def of(cls, config: ModelConfig, stages: Stages, rank: int | None) -> "Part":
+        """A rank's of a pipeline; all of the model without one; nothing of no rank of it."""
+        if rank is None:
+            return cls((), first=False, last=False)
         if stages.count == 1:
             return cls((range(config.n_layers),))
         numbers = stages.of_rank(rank)
@@ -269,10 +272,10 @@ class Received:
 class Transformer(nn.Module):
     """The trunk and its head: `output` (vocabulary logits) or `score` (a scalar), by `config.head`.
 
-    It is rank `rank` of `n`'s part, and of a pipeline the stages of its rank `stage_rank`.
-    Parameters are uninitialised: `src/checkpoint` fills them. `replicas`: the ranks that share this
-    rank's kv heads. In training mode Qwen v1's extrapolation past its context is off, as in its own
-    code.
+    It is rank `rank` of `n`'s part, and of a pipeline the stages of its rank `stage_rank`; of None
+    it is nothing, but knows what it is nothing of. Parameters are uninitialised: `src/checkpoint`
+    fills them. `replicas`: the ranks that share this rank's kv heads. In training mode Qwen v1's
+    extrapolation past its context is off, as in its own code.
     """
 
     def __init__(
@@ -282,7 +285,7 @@ class Transformer(nn.Module):
         n: int = 1,
         replicas: dist.ProcessGroup | None = None,
         stages: Stages | None = None,
-        stage_rank: int = 0,
+        stage_rank: int | None = 0,
     ) -> None:
         super().__init__()
         self.config, self.stages = config, stages or Stages()
@@ -311,7 +314,8 @@ class Transformer(nn.Module):
         # Whether each of the model's ranks holds a part of the tokens between the products, of
         # whole sequences: see `SplitTokens`.
         self.sequence_parallel = False
-        # Weights that data-parallel ranks share: what they are computed in, and ZeRO's stage.
+        # Weights that data-parallel ranks share, or of which there are none here: what they are
+        # computed in; and ZeRO's stage.
         self.computes_in: torch.dtype | None = None
         self.shard_stage = 0
         self.streamed: StreamedLayers | None = None  # if layers rest in host memory
@@ -502,11 +506,29 @@ def build(
     dtype: torch.dtype,
     replicas: dist.ProcessGroup | None = None,
     stages: Stages | None = None,
-    stage_rank: int = 0,
+    stage_rank: int | None = 0,
 ) -> Transformer:
     """Rank `rank` of `n`'s part on the meta device: names, shapes and copies, no memory."""
     with torch.device("meta"):
         model = Transformer(config, rank, n, replicas, stages, stage_rank)
     for weight in model.parameters():
         weight.data = weight.data.to(dtype)
+    if stage_rank is None:
+        model.computes_in = dtype
     return model
+
+
+def build_part(
+    config: ModelConfig, parallel: Parallel, dtype: torch.dtype, stages: Stages | None = None
+) -> Transformer:
+    """What this rank has of a model in a division, as `build` makes it; all ranks come here.
+
+    stages: of a pipeline, one for each of its ranks when not given.
+    """
+    n = parallel.layout.tp
+    # With more ranks than kv heads, neighbours hold the same head and sum its gradients.
+    wk = tensor_table(config)["layers.0.attention.wk.weight"]
+    replicas = parallel.replicas(wk.copies(n))
+    stages = stages or cut_in_stages(config, parallel.layout.pp)
+    stage_rank = parallel.pp_rank if parallel.is_member else None
+    return build(config, parallel.mp_rank, n, dtype, replicas, stages, stage_rank)

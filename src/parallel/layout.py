@@ -45,6 +45,11 @@ class Layout:
         """The ranks of the run that it takes."""
         return range(self.first, self.first + self.size)
 
+    def is_like(self, other: "Layout") -> bool:
+        """Whether the same ranks make up the same models and stages, whatever else they share."""
+        degrees = [(x.dp, x.cp, x.pp, x.tp, x.first) for x in (self, other)]
+        return degrees[0] == degrees[1]
+
     def overlaps(self, other: "Layout") -> bool:
         """Whether a rank is in both."""
         return max(self.first, other.first) < min(self.ranks.stop, other.ranks.stop)

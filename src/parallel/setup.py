@@ -15,7 +15,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -30,6 +30,7 @@ from fairscale.nn.model_parallel import initialize as fairscale_groups
 from src.errors import UserError
 from src.parallel.context import ALONE, ContextGroup
 from src.parallel.deterministic import turn_off, turn_on
+from src.parallel.layout import Layout
 from src.parallel.roll_call import GRACE, RollCall, roll_call
 from src.parallel.shared_memory import forget, share_memory
 from src.parallel.threads import settle_number, watch
@@ -41,16 +42,20 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Parallel:
-    """Where this process stands.
+    """Where this process stands in a layout.
 
     mp_*: among the ranks that share tensors; pp_*: among the stages of a model; model_*: among all
     ranks of a model, which without a pipeline are those of mp_*; dp_*: among the models. In
     training neighbours among the models may divide the tokens of the same rows (`context`);
-    data_*: among those that have rows of their own.
+    data_*: among those that have rows of their own. A rank of the run that the layout leaves out
+    (not `is_member`) is alone in groups of its own, so that what its division does together costs
+    it nothing, and holds no part of a model.
     """
 
     rank: int
     world_size: int
+    layout: Layout
+    is_member: bool
     mp_rank: int
     mp_size: int
     dp_rank: int
@@ -84,7 +89,12 @@ class Parallel:
 
     @property
     def model_rank(self) -> int:
-        return self.rank % self.model_size
+        return self.pp_rank * self.mp_size + self.mp_rank
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this is the rank that speaks for its model, all of whose ranks have the same."""
+        return self.is_member and self.model_rank == 0
 
     @property
     def data_size(self) -> int:
@@ -102,7 +112,7 @@ class Parallel:
     @property
     def described(self) -> str:
         """In words, for the log."""
-        return degrees_in_words(self.mp_size, self.pp_size, self.data_size, self.context.size)
+        return self.layout.described
 
     def divided(self, mp_size: int) -> "Parallel":
         """The same ranks as more, smaller models: neighbours share one.
@@ -117,8 +127,12 @@ class Parallel:
         return self.regrouped(mp_size)
 
     def regrouped(self, mp_size: int) -> "Parallel":
-        """The same ranks as other models, also larger ones: made once, by all ranks together."""
-        return _divide(self.rank, self.world_size, mp_size, 1, 1, self.device, self.timeout)
+        """All ranks of the run as other models, also larger ones: see `laid_out`."""
+        return self.laid_out(Layout(self.world_size // mp_size, tp=mp_size))
+
+    def laid_out(self, layout: Layout) -> "Parallel":
+        """Where this process stands in another layout: made once, by all ranks together."""
+        return _divide(self.rank, self.world_size, layout, self.device, self.timeout)
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -134,20 +148,13 @@ class Parallel:
         """This rank's group when each `size` neighbours in a model hold the same; None for 1.
 
         All ranks of the run must ask for the same sizes in the same order, since they make the
-        groups together.
+        groups together; one that is not a member asks for what it is no part of.
         """
         if size > 1 and size not in self._replicas:
-            models = torch.arange(self.world_size).split(self.mp_size)
+            models = torch.tensor(self.layout.ranks).split(self.layout.tp)
             neighbours = [ranks.tolist() for model in models for ranks in model.split(size)]
             self._replicas[size] = _own_group(neighbours, self.rank, self.timeout)
         return self._replicas.get(size)
-
-
-def degrees_in_words(mp_size: int, pp_size: int, data_size: int, cp_size: int = 1) -> str:
-    """How ranks are divided, for the log and the dry run."""
-    stages = f"{pp_size} stages × " if pp_size > 1 else ""
-    context = f"{cp_size} context-parallel × " if cp_size > 1 else ""
-    return f"ranks: {mp_size} model-parallel × {stages}{context}{data_size} data-parallel"
 
 
 def start(
@@ -156,13 +163,15 @@ def start(
     deterministic: bool = False,
     pipeline_parallel_size: int = 1,
     context_parallel_size: int = 1,
+    layout: str | None = None,
 ) -> Parallel:
     """Join the process group (one process needs no launcher) and divide it.
 
     model_parallel_size: ranks that share a tensor, all of a stage's by default; timeout: seconds a
     collective may take; deterministic: see `deterministic.py`; pipeline_parallel_size: stages that
     a model's layers are divided into; context_parallel_size: models that divide the tokens of their
-    rows. Raises UserError when the degrees do not divide the number of ranks.
+    rows; layout: all of these as one text instead (--actor_train), see `Layout.parsed`. Raises
+    UserError when the degrees do not divide the number of ranks.
     """
     if deterministic:
         turn_on("cuda" if torch.cuda.is_available() else "cpu")
@@ -184,12 +193,16 @@ def start(
             )
     rank, world = dist.get_rank(), dist.get_world_size()
     pp, cp = pipeline_parallel_size, context_parallel_size
-    mp = tensor_degree(world, model_parallel_size, pp, cp)
+    if layout is None:
+        mp = tensor_degree(world, model_parallel_size, pp, cp)
+        division = Layout(world // (mp * pp * cp), pp, mp, cp=cp)
+    else:
+        division = Layout.parsed(layout, world, "--actor_train")
     if device.type == "cpu":
         settle_number()
         settle_vector_math()
         watch.start()
-    parallel = _divide(rank, world, mp, pp, cp, device, limit)
+    parallel = _divide(rank, world, division, device, limit)
     _hand_over(parallel.mp_group, parallel.dp_group)
     if device.type == "cuda" and world > 1:
         watch_collectives(parallel, timeout)
@@ -226,43 +239,64 @@ def watch_collectives(parallel: Parallel, timeout: float) -> None:
     roll_call.start(RollCall(with_ranks, parallel.rank, parallel.world_size, timeout))
 
 
-@functools.cache  # a group is threads that never rest: each division has its own once
 def _divide(
-    rank: int, world: int, mp: int, pp: int, cp: int, device: torch.device, limit: timedelta
+    rank: int, world: int, layout: Layout, device: torch.device, limit: timedelta
 ) -> Parallel:
-    grid = torch.arange(world).view(-1, pp, mp)  # [models, stages, model parallel]
-    mp_group = _own_group(grid.flatten(0, 1).tolist(), rank, limit)
-    dp_group = _own_group(grid.flatten(1).T.tolist(), rank, limit)
-    groups, dp, model_group = [mp_group, dp_group], world // (mp * pp), mp_group
+    """See `_divided`: what is no matter of groups makes no further ones."""
+    of_groups = replace(layout, sp=False, zero=1, vp=1)
+    return replace(_divided(rank, world, of_groups, device, limit), layout=layout)
+
+
+@functools.cache  # a group is threads that never rest: each division has its own once
+def _divided(
+    rank: int, world: int, layout: Layout, device: torch.device, limit: timedelta
+) -> Parallel:
+    pp, mp, cp, is_member = layout.pp, layout.tp, layout.cp, rank in layout.ranks
+    outsiders = [[other] for other in range(world) if other not in layout.ranks]
+
+    def group_of(divisions: torch.Tensor) -> Any:
+        """The rank's own: a row of these, or itself alone."""
+        return _own_group(divisions.tolist() + outsiders, rank, limit)
+
+    grid = torch.tensor(layout.ranks).view(-1, pp, mp)  # [models, stages, model parallel]
+    mp_group, dp_group = group_of(grid.flatten(0, 1)), group_of(grid.flatten(1).T)
+    groups, model_group = [mp_group, dp_group], mp_group
     pipeline: dict = {}
+    number = rank - layout.first  # among the layout's ranks
     if pp > 1:
         stages = grid.transpose(1, 2).flatten(0, 1)  # [models · mp, stages]
+        pp_group, ends_group = group_of(stages), group_of(stages[:, [0, -1]])
         pipeline = {
-            "pp_rank": rank // mp % pp,
+            "pp_rank": number // mp % pp,
             "pp_size": pp,
-            "pp_group": _own_group(stages.tolist(), rank, limit),
-            "ends_group": _own_group(stages[:, [0, -1]].tolist(), rank, limit),
+            "pp_group": pp_group,
+            "ends_group": ends_group,
         }
-        model_group = _own_group(grid.flatten(1).tolist(), rank, limit)
-        groups += [pipeline["pp_group"], model_group]
+        model_group = group_of(grid.flatten(1))
+        groups += [pp_group, model_group]
     context: dict = {}
     if cp > 1:
-        models = grid.view(-1, cp, pp * mp)  # [data parallel, context parallel, a model's ranks]
-        cp_group = _own_group(models.transpose(1, 2).flatten(0, 1).tolist(), rank, limit)
+        rows = grid.view(-1, cp, pp * mp)  # [data parallel, context parallel, a model's ranks]
+        cp_group = group_of(rows.transpose(1, 2).flatten(0, 1))
         context = {
-            "context": ContextGroup(cp_group, rank // (mp * pp) % cp, cp),
-            "_data_group": _own_group(models.flatten(1).T.tolist(), rank, limit),
+            "context": ContextGroup(cp_group, number // (mp * pp) % cp, cp),
+            "_data_group": group_of(rows.flatten(1).T),
         }
         groups += [cp_group, context["_data_group"]]
     for group in groups:
         share_memory(group, device, limit.total_seconds())
+    mp_rank, dp_rank, models = number % mp, number // (mp * pp), layout.models
+    if not is_member:
+        mp_rank, mp, dp_rank, models, pipeline, context = 0, 1, 0, 1, {}, {}
     return Parallel(
         rank,
         world,
-        rank % mp,
+        layout,
+        is_member,
+        mp_rank,
         mp,
-        rank // (mp * pp),
-        dp,
+        dp_rank,
+        models,
         device,
         mp_group,
         dp_group,
@@ -300,7 +334,7 @@ def leave() -> None:
     watch.stop()
     roll_call.stop()
     turn_off()
-    _divide.cache_clear()
+    _divided.cache_clear()
     if dist.is_initialized():
         forget()
         fairscale_groups.destroy_model_parallel()

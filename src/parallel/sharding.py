@@ -50,6 +50,10 @@ def shard(model, parallel: Parallel, stage: int, offload: bool = False) -> None:
     stage: 2 keeps what was put together from a step's first forward to its last backward, 3 lets go
     of it block by block. offload: a rank's share rests in host memory, and so do its gradients.
     """
+    compute = model.dtype
+    model.computes_in, model.shard_stage = compute, stage
+    if not model.part.layers:  # this rank has nothing of the model
+        return
     # Seconds to import, which runs without shared weights need not spend.
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import (
@@ -61,7 +65,6 @@ def shard(model, parallel: Parallel, stage: int, offload: bool = False) -> None:
 
     # What a part returns may be a view: nothing here writes over it.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
-    compute = model.dtype
     for weight in model.parameters():
         if weight.requires_grad:
             weight.data = weight.data.float()
@@ -73,7 +76,6 @@ def shard(model, parallel: Parallel, stage: int, offload: bool = False) -> None:
         "mp_policy": MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False),
         "offload_policy": CPUOffloadPolicy(pinned) if offload else OffloadPolicy(),
     }
-    model.computes_in, model.shard_stage = compute, stage
     *parts, _ = sharded_parts(model)
     for part in parts:
         fully_shard(part, reshard_after_forward=stage == 3, **options)
@@ -100,7 +102,7 @@ def sharded_parts(model) -> list[Any]:
 
     Before these an embedding that is not the output layer, too.
     """
-    if not model.shard_stage:
+    if not model.shard_stage or not model.part.layers:
         return []
     embedding = [] if model.config.tie_word_embeddings else [model.tok_embeddings]
     return [*embedding, *model.layers, model]

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from src.parallel.setup import Parallel
+
 
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
     """r_t = −kl_coef · (log π_old − log π_ref)_t at every response token, [B, T].
@@ -75,30 +77,35 @@ def whiten(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     count = torch.tensor(float(x.numel()), device=x.device, dtype=torch.float64)
     total = x.double().sum()
     sums = torch.stack((count, total))
-    _all_reduce(sums, group)
+    if group is not None:
+        dist.all_reduce(sums, group=group)
     centred = x.double() - sums[1] / sums[0]
     squares = centred.square().sum()
-    _all_reduce(squares, group)
+    if group is not None:
+        dist.all_reduce(squares, group=group)
     return (centred / (squares / sums[0] + 1e-8).sqrt()).to(x.dtype)
 
 
 class Moments:
     """Running mean and standard deviation of numbers that come in batches.
 
-    Over all ranks of a group. decay: what the past still weighs when a batch comes; 1 counts all
-    numbers alike. Both are sums over the sum of the weights, so that the first batches do not lean
-    towards 0. Before the first batch: 0 and 1.
+    Over all models of a division. decay: what the past still weighs when a batch comes; 1 counts
+    all numbers alike. Both are sums over the sum of the weights, so that the first batches do not
+    lean towards 0. Before the first batch: 0 and 1.
     """
 
     def __init__(self, decay: float = 1.0) -> None:
         self.decay, self.sums = decay, [0.0, 0.0, 0.0]  # of the weights, the numbers, their squares
 
-    def update(self, x: Tensor, group: dist.ProcessGroup | None = None) -> None:
-        """Take in a batch of any shape; all ranks of the group must."""
+    def update(self, x: Tensor, parallel: Parallel | None = None) -> None:
+        """Take in a batch of any shape; all ranks of the run must, those of no model nothing."""
         x = x.double()
         count = torch.tensor(float(x.numel()), dtype=torch.float64, device=x.device)
         new = torch.stack((count, x.sum(), x.square().sum()))
-        _all_reduce(new, group)
+        if parallel is not None:
+            if not parallel.speaks:
+                new.zero_()
+            dist.all_reduce(new)
         self.sums = [self.decay * old + more for old, more in zip(self.sums, new.tolist())]
 
     @property
@@ -116,8 +123,3 @@ class Moments:
         if not self.sums[0]:
             return 1.0
         return max(max(self.sums[2] / self.sums[0] - self.mean**2, 0.0) ** 0.5, 1e-4)
-
-
-def _all_reduce(x: Tensor, group: dist.ProcessGroup | None) -> None:
-    if group is not None:
-        dist.all_reduce(x, group=group)

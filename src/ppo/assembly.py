@@ -14,6 +14,7 @@ from src.parallel.setup import Parallel
 from src.ppo.dump import RolloutDump, SampleTexts
 from src.ppo.fit import STATE_FILE
 from src.ppo.inputs import PPOInputs
+from src.ppo.layouts import Layouts
 from src.ppo.pretraining import PretrainingMix
 from src.ppo.rewards import make_rewards
 from src.ppo.roles import Stage
@@ -24,7 +25,12 @@ from src.trainer.activations import described, held_bytes, limited
 
 
 def make_ppo(
-    settings: PPOTrainSettings, inputs: PPOInputs, stage: Stage, parallel: Parallel, log: RunLog
+    settings: PPOTrainSettings,
+    inputs: PPOInputs,
+    layouts: Layouts,
+    stage: Stage,
+    parallel: Parallel,
+    log: RunLog,
 ) -> PPO:
     """The iteration with all that it works with, as an earlier run left it."""
     tokenizer = inputs.roles.actor.tokenizer
@@ -34,13 +40,14 @@ def make_ppo(
     ppo = PPO(
         stage,
         make_rewards(reward_inputs(inputs.roles, settings, stage, parallel, inputs.rule)),
-        engine_of(settings, stage, parallel),
+        engine_of(settings, layouts, stage, parallel),
         sampling_of(settings.generation, settings.run.seed),
         tokenizer.stop_ids,
         inputs.kl_controller(settings),
         settings,
         parallel,
         mix_of(settings, inputs, parallel),
+        None if layouts.critic_inf.is_like(layouts.critic_train) else layouts.critic_inf,
     )
     ppo.state.take_up(inputs.policy_state, inputs.value_state)
     rollouts = settings.rollouts
@@ -68,19 +75,18 @@ def with_token_limit(
 
 
 def engine_of(
-    settings: PPOTrainSettings, stage: Stage, parallel: Parallel
+    settings: PPOTrainSettings, layouts: Layouts, stage: Stage, parallel: Parallel
 ) -> Engine | RelaidEngine:
-    """Rollouts at the policy's own degree, or at another (--rollout_model_parallel_size)."""
-    policy, degree = stage.roles["policy"].model, settings.roles.rollout_model_parallel_size
+    """Rollouts in the policy's own layout, or in another (--actor_gen)."""
+    policy = stage.roles["policy"].model
     limits = (
         settings.rollouts.rollout_batch_size,
         settings.batches.max_seq_len,
         settings.generation.kv_cache_gb,
     )
-    degree = parallel.model_size if degree is None else degree
-    if degree == parallel.mp_size and not is_spread(policy):
+    if layouts.actor_gen.is_like(layouts.actor_train) and not is_spread(policy):
         return Engine(policy, parallel, *limits)
-    return RelaidEngine(policy, parallel, degree, *limits)
+    return RelaidEngine(policy, parallel, layouts.actor_gen, *limits)
 
 
 def mix_of(

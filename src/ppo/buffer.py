@@ -15,6 +15,7 @@ from src.generation.engine import Completion
 from src.models.attention import Packed
 from src.models.batch import Batch, end_to_end
 from src.parallel.setup import Parallel
+from src.ppo.homes import Homes, moved
 
 PER_TOKEN, PER_SEQUENCE = {"per": "token"}, {"per": "sequence"}
 
@@ -28,8 +29,9 @@ def _later(kind: dict[str, str]) -> Any:
 class RolloutBuffer:
     """B sequences, N tokens in all, R of them response tokens. What is known grows phase by phase.
 
-    prompts: of each sequence; places: its number among the sequences of all ranks; lengths_of_all:
-    response tokens of all ranks' sequences, by their places; slots: the number that each of these
+    prompts: of each sequence; places: its number among the sequences of all ranks; prompts_of_all,
+    lengths_of_all: prompts and response tokens of all ranks' sequences, by their places, and homes:
+    which ranks have them (None: nobody asks); slots: the number that each of these
     had before others were left out, so that slots // samples is its group; tokens: [N]; lengths: of
     each sequence; truncated: [B], by the stop reason; rollout_logprobs: [R], of sampling; kept: [R,
     bytes], which of this rank's vocabulary each token was chosen among; components: of the reward,
@@ -60,7 +62,9 @@ class RolloutBuffer:
     returns: Tensor = _later(PER_TOKEN)
     old_values: Tensor = _later(PER_TOKEN)
     value_targets: Tensor = _later(PER_TOKEN)
+    prompts_of_all: list[Prompt] = field(default_factory=list)
     lengths_of_all: list[int] = field(default_factory=list)
+    homes: Homes | None = None
     slots: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -68,6 +72,7 @@ class RolloutBuffer:
         responses = torch.tensor(self.response_lengths).long()
         self._starts = sizes.cumsum(0) - sizes  # of each sequence in [N]
         self._response_starts = responses.cumsum(0) - responses  # of each response in [R]
+        self._elsewhere: list[RolloutBuffer] = []  # the same rollouts, in other homes
 
     @property
     def prompt_lengths(self) -> list[int]:
@@ -129,13 +134,14 @@ class RolloutBuffer:
         """
         pairs = list(zip(prompts, completions))
         ids = [token for p, c in pairs for token in (*p.tokens, *c.tokens)]
+        is_cut = [c.stop_reason == "length" for _, c in pairs]
         masks = [c.kept for c in completions if c.kept is not None] if keeps_masks else []
         return cls(
             prompts=prompts,
             places=places,
             tokens=torch.tensor(ids, dtype=torch.long, device=device),
             lengths=[len(p.tokens) + len(c.tokens) for p, c in pairs],
-            truncated=torch.tensor([c.stop_reason == "length" for _, c in pairs], device=device),
+            truncated=torch.tensor(is_cut, dtype=torch.bool, device=device),
             rollout_logprobs=torch.tensor([x for _, c in pairs for x in c.logprobs], device=device),
             kept=torch.cat(masks) if keeps_masks else None,
         )
@@ -166,6 +172,58 @@ class RolloutBuffer:
             if f.metadata and getattr(self, f.name) is not None
         ]
 
+    # --- the same rollouts on the ranks of another layout -----------------------------------------
+
+    def on(self, division: Parallel) -> "RolloutBuffer":
+        """These rollouts with the models of a division; this buffer itself where these have them.
+
+        With what sampling knew of them. All ranks come here; a rank may get none.
+        """
+        if self.homes is None or self.homes.layout.is_like(division.layout):
+            return self
+        for buffer in self._elsewhere:
+            assert buffer.homes is not None
+            if buffer.homes.layout.is_like(division.layout):
+                return buffer
+        responses = self.lengths_of_all
+        lengths = [len(p.tokens) + n for p, n in zip(self.prompts_of_all, responses)]
+        homes = self.homes.nearest_in(division.layout, lengths)
+        way = self.homes, homes, division
+        (tokens,) = moved([self.tokens], lengths, *way)
+        (logprobs,) = moved([self.rollout_logprobs], responses, *way)
+        (truncated,) = moved([self.truncated], [1] * len(lengths), *way)
+        places = homes.places(division.rank)
+        buffer = RolloutBuffer(
+            [self.prompts_of_all[place] for place in places],
+            places,
+            tokens,
+            [lengths[place] for place in places],
+            truncated,
+            logprobs,
+            prompts_of_all=self.prompts_of_all,
+            lengths_of_all=responses,
+            homes=homes,
+        )
+        self._elsewhere.append(buffer)
+        return buffer
+
+    def bring(self, source: "RolloutBuffer", parallel: Parallel, *names: str) -> None:
+        """What the same rollouts' buffer of another layout knows, to this one. All ranks come here.
+
+        names: of tensors in fp32.
+        """
+        if source is self:
+            return
+        assert source.homes is not None and self.homes is not None
+        for kind, sizes in ((PER_TOKEN, self.lengths_of_all), (PER_SEQUENCE, None)):
+            of_kind = [f.name for f in fields(self) if f.name in names and f.metadata == kind]
+            if of_kind:
+                columns = [getattr(source, name) for name in of_kind]
+                sizes = sizes or [1] * len(self.lengths_of_all)
+                new = moved(columns, sizes, source.homes, self.homes, parallel)
+                for name, column in zip(of_kind, new):
+                    setattr(self, name, column)
+
     def response_layout(self) -> Packed:
         """How the response tokens [R] lie in a rectangle [B, longest response]."""
         return Packed(self.response_lengths, self.tokens.device)
@@ -179,9 +237,11 @@ def by_place(
 ) -> Tensor:
     """Every rank's numbers, one per rollout, by the rollouts' places: fp64, [total].
 
-    The same on all ranks. places: of this rank's; total: rollouts of all ranks.
+    The same on all ranks of the run. places: of this rank's; total: rollouts of all ranks;
+    parallel: the division whose models have them.
     """
     whole = torch.zeros(total, dtype=torch.float64, device=parallel.device)
-    whole[places] = torch.as_tensor(local, dtype=torch.float64, device=parallel.device)
-    dist.all_reduce(whole, group=parallel.dp_group)
+    if parallel.speaks:
+        whole[places] = torch.as_tensor(local, dtype=torch.float64, device=parallel.device)
+    dist.all_reduce(whole)
     return whole

@@ -64,11 +64,10 @@ class RolloutDump:
         self.folder, self.tokenizer, self.parallel = Path(folder), tokenizer, parallel
 
     def __call__(self, number: int, buffer: RolloutBuffer) -> None:
-        if self.parallel.model_rank:
-            return  # the ranks of a model all have the same
-        parts: list[Any] | None = [None] * self.parallel.dp_size if self.parallel.is_main else None
-        local_rows = rows_of(buffer, self.tokenizer)
-        dist.gather_object(local_rows, parts, dst=0, group=self.parallel.dp_group)
+        p = self.parallel
+        parts: list[Any] | None = [None] * p.world_size if p.is_main else None
+        # The ranks of a model all have the same.
+        dist.gather_object(rows_of(buffer, self.tokenizer) if p.speaks else [], parts, dst=0)
         rows = sorted((row for part in parts or [] for row in part), key=lambda row: row["place"])
         if rows:
             self._write(number, rows)

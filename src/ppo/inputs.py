@@ -17,6 +17,7 @@ from src.models.batch import Sequence
 from src.parallel.setup import Parallel
 from src.ppo.fit import DEFAULT_KL_COEF, changed_rewards, read_state
 from src.ppo.kl import KLController
+from src.ppo.layouts import Layouts
 from src.ppo.rewards.file import UserScore, load_score
 from src.ppo.setup import OpenedRoles, open_roles
 from src.settings.ppo import PPOTrainSettings
@@ -99,7 +100,7 @@ class PPOInputs:
         """Whether there is a KL penalty, and so a reference."""
         return self.kl_controller(settings).kl_coef > 0
 
-    def announce(self, settings: PPOTrainSettings, parallel: Parallel, log: RunLog) -> None:
+    def announce(self, settings: PPOTrainSettings, layouts: Layouts, log: RunLog) -> None:
         """Say in the log what a user should know before training."""
         self.roles.actor.announce(log)
         for note in self.notes:
@@ -113,14 +114,14 @@ class PPOInputs:
             log.info(f"the verifier's scores are centred by {mean:.4f} and divided by {std:.4f}")
         if self.roles.translates:
             log.info("the verifier has another tokenizer and reads the texts")
-        if settings.roles.offload and parallel.device.type == "cpu":
+        if settings.roles.offload and not torch.cuda.is_available():
             log.warning(
                 "--offload: on the CPU the device's memory is the host's: roles are moved, and "
                 "nothing is saved"
             )
         kl_coef = self.kl_controller(settings).kl_coef
         log.info(
-            f"{len(self.prompts)} prompts; {parallel.described}; "
+            f"{len(self.prompts)} prompts; {layouts.described}; "
             f"advantages: {settings.advantages.advantage}; kl_coef {kl_coef}"
             f"{'' if self.has_reference(settings) else ': no reference'}"
         )

@@ -34,7 +34,7 @@ class PretrainingMix:
         tokens = sum(objective.weights[i] for i in batch)
         total = torch.zeros((), device=objective.device)
         division, most = role.parallel, (limits.max_batch_size, limits.max_tokens_per_batch)
-        shares = shares_of(batch, objective.lengths, division.dp_size, *most)
+        shares = shares_of(batch, objective.lengths, division.layout.models, *most)
 
         def loss_of(rows: list[int]) -> Tensor:
             loss, _ = objective.loss(role.model, rows, tokens)
@@ -42,5 +42,6 @@ class PretrainingMix:
             return self.settings.pretraining.ptx_coef * loss
 
         turns = turns_of(shares, division.dp_rank, role.optimizer.shares_weights)
+        turns = turns if division.is_member else []
         role.passes.train(turns, objective.batch, loss_of, last=False)
         return {"ptx_loss": total}

@@ -3,24 +3,20 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import TypeVar
+from functools import cached_property, partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from src.models.exchange import tensor_parallel_parts
-from src.models.lora import merged_parts
+from src.models.exchange import parts_in
 from src.models.quantize import plain_parts
 from src.models.transformer import Transformer
 from src.parallel.host import Offload, Storages, storages_of
 from src.parallel.setup import Parallel
 from src.parallel.sharding import let_go, own
 from src.trainer.optimizer import Optimizer
-from src.trainer.passes import Passes, from_last_stage, passes_of
+from src.trainer.passes import Passes, passes_of
 
-T = TypeVar("T")
 AtWork = tuple[tuple[str, ...], bool]  # names of roles, and whether they are trained
 
 
@@ -28,8 +24,8 @@ AtWork = tuple[tuple[str, ...], bool]  # names of roles, and whether they are tr
 class Role:
     """A model: "policy", "value", "reference" or "reward"; its ranks; and, if trained, by what.
 
-    parallel: the run's own division, or one into smaller models: these then share the work that the
-    ranks have in common. beside: what else the role keeps, such as exact weights.
+    parallel: its own division of the run's ranks, or of some of them. beside: what else the role
+    keeps, such as exact weights.
     """
 
     name: str
@@ -38,29 +34,10 @@ class Role:
     optimizer: Optimizer | None = None
     beside: dict[str, Tensor] = field(default_factory=dict)
 
-    def share(self, groups: list[T], whole: Parallel) -> list[T]:
-        """Of what all ranks of one of the policy's models have to do, this model's part.
-
-        whole: the run's division.
-        """
-        models = whole.mp_size // self.parallel.mp_size
-        return groups[whole.mp_rank // self.parallel.mp_size :: models]
-
     @cached_property
     def passes(self) -> Passes:
         """How its micro-batches go through it."""
         return passes_of(self.model, self.parallel, self.optimizer)
-
-    def collect(self, x: Tensor, whole: Parallel) -> Tensor:
-        """What the models of `share`, or a last stage, filled in, on all of them; in place.
-
-        The rest of x is 0.
-        """
-        if self.parallel.mp_size != whole.mp_size:
-            if self.parallel.mp_rank:
-                x.zero_()  # the first rank of each model speaks for it
-            dist.all_reduce(x, group=whole.mp_group)
-        return from_last_stage(x, self.parallel)
 
     def weights(self) -> list[Tensor]:
         """As plain tensors; none that rest in host memory anyway (--offload_params)."""
@@ -163,20 +140,20 @@ class MovingReference:
     """
 
     def __init__(self, reference: Role, decay: float) -> None:
-        self.decay, self.parallel = decay, reference.parallel
+        self.decay, self.layout = decay, reference.parallel.layout
+        stages, tied = reference.model.stages, reference.model.config.tie_word_embeddings
+        self.held_by = partial(stages.holders, tied=tied)
         self.weights = dict(reference.model.named_parameters())
         self.exact = reference.beside
         for name, weight in self.weights.items():
             self.exact[name] = weight.detach().float()  # in fp32 the weight itself
 
     @torch.no_grad()
-    def follow(self, policy: Transformer) -> None:
+    def follow(self, policy: Role) -> None:
         """One step towards the policy, its adapter added in."""
-        # A stage of a pipeline follows its own.
-        shares = bool(policy.shard_stage)
-        parts = tensor_parallel_parts(policy, self.parallel) if shares else merged_parts(policy)
-        for name, weight in parts:
-            self.exact[name].lerp_(weight.float(), 1 - self.decay)
+        for name, weight in parts_in(policy.model, policy.parallel, self.layout, self.held_by):
+            if name in self.exact:
+                self.exact[name].lerp_(weight.float(), 1 - self.decay)
         self.round()
 
     @torch.no_grad()

@@ -12,6 +12,7 @@ from src.generation.relayout import RelaidEngine
 from src.generation.sampling import Sampling
 from src.parallel.setup import Parallel
 from src.ppo.buffer import RolloutBuffer, by_place
+from src.ppo.homes import Homes
 from src.ppo.rewards import Reward, earned
 from src.ppo.roles import Stage
 from src.ppo.statistics import Timer
@@ -37,6 +38,8 @@ class Rollouts:
         """rewards: (weight, reward) pairs, summed; see `src/ppo/rewards/`."""
         self.stage, self.engine, self.sampling, self.stop_ids = stage, engine, sampling, stop_ids
         self.rewards, self.settings, self.parallel, self.timer = rewards, settings, parallel, timer
+        # What other ranks compute of a buffer while it is rewarded: begins, and returns its end.
+        self.beside: Callable[[RolloutBuffer], Callable[[], None]] | None = None
         # Sums over all rollouts of the iteration, those that were left out included.
         self.sums: dict[str, float] = {}
 
@@ -56,7 +59,9 @@ class Rollouts:
         self.sums = {}
         size, rounds = len(prompts), max(1, self.settings.filter_rounds)
         parts: list[RolloutBuffer] = []
-        slots: list[int] = []  # of all ranks' rollouts that are kept
+        # Of all ranks' rollouts that are kept.
+        slots: list[int] = []
+        of_all: list[tuple[Prompt, int, int]] = []  # prompt, response tokens, home
         for turn in range(rounds):
             first_sample = (number * rounds + turn) * size  # no sample is drawn twice
             buffer = self._generate(prompts, first_sample, on_tokens)
@@ -64,12 +69,17 @@ class Rollouts:
             kept = self._worth_learning(buffer, size)[: size - len(slots)]
             parts.append(buffer if len(kept) == size else self._only(buffer, kept, len(slots)))
             slots += [turn * size + place for place in kept]
+            assert buffer.homes is not None
+            known = list(zip(prompts, buffer.lengths_of_all, buffer.homes.models))
+            of_all += [known[place] for place in kept]
             if len(slots) == size or turn + 1 == rounds:
                 break
             prompts = more() if more else prompts
         buffer = parts[0] if len(parts) == 1 else RolloutBuffer.joined(parts)
-        lengths = by_place(buffer.response_lengths, buffer.places, len(slots), self.parallel)
-        buffer.lengths_of_all, buffer.slots = [int(n) for n in lengths], slots
+        buffer.slots = slots
+        buffer.prompts_of_all = [prompt for prompt, *_ in of_all]
+        buffer.lengths_of_all = [length for _, length, _ in of_all]
+        buffer.homes = Homes(self.parallel.layout, tuple(home for *_, home in of_all))
         return buffer
 
     def _generate(
@@ -80,14 +90,16 @@ class Rollouts:
     ) -> RolloutBuffer:
         # Samples of one prompt stay on one rank, where there are prompts for all ranks: the prompt
         # is prefilled once.
-        samples, p, device = self.settings.samples_per_prompt, self.parallel, self.parallel.device
-        unit = samples if len(prompts) // samples >= p.dp_size else 1
-        places = [i for i in range(len(prompts)) if i // unit % p.dp_size == p.dp_rank]
+        samples, division = self.settings.samples_per_prompt, self.engine.parallel
+        models = division.layout.models
+        unit = samples if len(prompts) // samples >= models else 1
+        homes = Homes(division.layout, tuple(i // unit % models for i in range(len(prompts))))
+        places = homes.places(division.rank)
         local_prompts = [prompts[i] for i in places]
         masks: dict[str, Any] = {"keep_masks": True} if self.settings.replay_mask else {}
 
         # A change of layout is part of generating, and also named by itself.
-        with self.stage.at_work("policy"), self.timer("generate"):
+        with self.stage.at_work("policy"), self.timer("generate"), division.active():
             completions = self.engine.generate(
                 [prompt.tokens for prompt in local_prompts],
                 self.sampling,
@@ -98,7 +110,13 @@ class Rollouts:
             )
 
         keeps_masks = bool(masks) and self.sampling.leaves_out
-        return RolloutBuffer.of(local_prompts, completions, places, device, keeps_masks)
+        known = local_prompts, completions, places, division.device, keeps_masks
+        buffer = RolloutBuffer.of(*known)
+        buffer.homes, buffer.prompts_of_all = homes, prompts
+        lengths = by_place(buffer.response_lengths, places, len(prompts), division)
+        buffer.lengths_of_all = [int(n) for n in lengths]
+        # From those who generated it to those who learn from it.
+        return buffer.on(self.parallel)
 
     @torch.no_grad()
     def _reward(self, buffer: RolloutBuffer) -> None:
@@ -106,8 +124,12 @@ class Rollouts:
 
         A component without an opinion adds nothing to the sum.
         """
-        with self.stage.at_work("reward"), self.timer("reward"):
+        names = ("reward",) if self.beside is None else ("reward", "reference")
+        with self.stage.at_work(*names), self.timer("reward"):
+            finish = None if self.beside is None else self.beside(buffer)
             buffer.components, buffer.scores, buffer.rewarded = earned(self.rewards, buffer)
+            if finish is not None:
+                finish()
             known = {name: ~x.isnan() for name, x in buffer.components.items()}
         self._add("reward", buffer.scores, buffer.rewarded)
         for name, x in buffer.components.items():

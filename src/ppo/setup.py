@@ -1,8 +1,8 @@
 """From checkpoints to roles: what a PPO run's settings say of its models is opened, and loaded."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, cast
 
 import torch
 
@@ -26,6 +26,7 @@ from src.models.fp8 import check_device
 from src.models.lora import LoRAConfig
 from src.models.transformer import Transformer
 from src.parallel.setup import Parallel
+from src.ppo.layouts import Layouts
 from src.ppo.rewards import RewardInputs
 from src.ppo.roles import Role, Stage
 from src.settings.model import ModelSettings
@@ -140,47 +141,6 @@ def _trunk_adapters(settings: PPOTrainSettings, actor: OpenedModel) -> dict[str,
     return adapters
 
 
-class Division(Protocol):
-    """How many ranks share a model, and how many models there are."""
-
-    @property
-    def mp_size(self) -> int: ...
-
-    @property
-    def pp_size(self) -> int: ...
-
-    @property
-    def dp_size(self) -> int: ...
-
-
-def check_degrees(settings: PPOTrainSettings, parallel: Division) -> None:
-    """Raise UserError when the ranks cannot share the rollouts or the roles as the settings say."""
-    buffer_size = settings.rollouts.max_buffer_size
-    if buffer_size < parallel.dp_size:
-        raise UserError(
-            f"--max_buffer_size {buffer_size}: the {parallel.dp_size} data-parallel ranks share "
-            "the rollouts, and each needs one: raise it, or --model_parallel_size"
-        )
-    roles, of_model = settings.roles, parallel.mp_size * parallel.pp_size
-    flags = "--model_parallel_size" + " x --pipeline_parallel_size" * (parallel.pp_size > 1)
-    for flag, size in (
-        ("rollout_model_parallel_size", roles.rollout_model_parallel_size),
-        ("critic_model_parallel_size", roles.critic_model_parallel_size),
-        ("reward_model_parallel_size", roles.reward_model_parallel_size),
-    ):
-        if size is not None and of_model % size:
-            raise UserError(
-                f"--{flag} {size} does not divide the {of_model} ranks that share a model "
-                f"in training ({flags})"
-            )
-        is_role = not flag.startswith("rollout")
-        if size is not None and size != parallel.mp_size and parallel.pp_size > 1 and is_role:
-            raise UserError(
-                f"--{flag} {size}: with --pipeline_parallel_size every role's stages lie on "
-                f"{parallel.mp_size} ranks each, as the policy's do: leave it out"
-            )
-
-
 def together_on_device(
     names: list[str], trained: list[str], settings: PPOTrainSettings
 ) -> list[list[str]]:
@@ -193,11 +153,12 @@ def together_on_device(
 def load_roles(
     opened: OpenedRoles,
     settings: PPOTrainSettings,
+    layouts: Layouts,
     parallel: Parallel,
     dtype: torch.dtype,
     with_reference: bool,
 ) -> Stage:
-    """The roles with their optimizers.
+    """The roles with their optimizers, each in its layout.
 
     With --offload each goes to host memory before the next one is loaded.
     """
@@ -205,9 +166,16 @@ def load_roles(
     stage = Stage(roles.offload, parallel.device)
     common: dict[str, Any] = {"seed": run.seed, "quantize": settings.lora.quantize}
 
+    def how(division: Parallel) -> dict[str, Any]:
+        """What is said of a model in training."""
+        layout, rests = division.layout, run.offload_params
+        return {**common, "zero": layout.zero, "offload": rests, "stages_per_rank": layout.vp}
+
     def trained(name: str, model: Transformer, division: Parallel) -> Role:
-        prepare(model, settings.optimizer, run, division)
-        optimizer = Optimizer.of(settings.optimizer, model, division, run, eps=ADAM_EPSILON)
+        layout = division.layout
+        own = replace(run, zero=cast(Any, layout.zero), sequence_parallel=layout.sp)
+        prepare(model, settings.optimizer, own, division)
+        optimizer = Optimizer.of(settings.optimizer, model, division, own, eps=ADAM_EPSILON)
         return stage.add(Role(name, model, division, optimizer))
 
     def frozen(name: str, model: Transformer, division: Parallel) -> Role:
@@ -216,25 +184,20 @@ def load_roles(
     # The policy, and the reference, which is it before anything was trained. The reference first:
     # --freeze_layers and the like are the policy's alone.
     actor = opened.actor.checkpoint
-    how: dict[str, Any] = {
-        **common,
-        "zero": run.zero,
-        "offload": run.offload_params,
-        "stages_per_rank": run.stages_per_rank,
-    }
-    policy = load_model(actor, parallel, dtype, "lm", lora=opened.lora, **how)
-    reference = None
+    policy = load_model(actor, parallel, dtype, "lm", lora=opened.lora, **how(parallel))
+    reference, beside = None, parallel.laid_out(layouts.ref_inf)
     if with_reference:
         stays = settings.penalty.ref_ema is None
         # Of weights that ranks share, what puts them together belongs to one model.
-        is_plain = not policy.shard_stage
+        is_plain = not policy.shard_stage and layouts.ref_inf.is_like(layouts.actor_train)
         if opened.lora is not None and stays and actor.adapter is None and is_plain:
-            reference = load_sharing(policy, parallel, "lm")  # the policy with its adapter off
+            # The policy with its adapter off.
+            reference, beside = load_sharing(policy, parallel, "lm"), parallel
         else:
-            reference = load_model(actor, parallel, dtype, "lm", **common)
+            reference = load_model(actor, beside, dtype, "lm", **common)
     trained("policy", policy, parallel)
     if reference is not None:
-        frozen("reference", reference, parallel)
+        frozen("reference", reference, beside)
 
     # The value model.
     if opened.critic:
@@ -243,9 +206,9 @@ def load_roles(
             value = load_sharing(policy, parallel, "score", run.seed, lora, adapter)
             trained("value", value, parallel)
         else:
-            division = _division(roles.critic_model_parallel_size, parallel)
+            division = parallel.laid_out(layouts.critic_train)
             checkpoint, lora = opened.critic.checkpoint, opened.critic_lora
-            value = load_model(checkpoint, division, dtype, "score", lora=lora, **how)
+            value = load_model(checkpoint, division, dtype, "score", lora=lora, **how(division))
             trained("value", value, division)
 
     # The reward model.
@@ -254,7 +217,7 @@ def load_roles(
             reward = load_sharing(policy, parallel, "score", adapter=opened.adapters["reward"])
             frozen("reward", reward, parallel)
         else:
-            division = _division(roles.reward_model_parallel_size, parallel)
+            division = parallel.laid_out(layouts.rew_inf)
             reward = load_model(opened.verifier.checkpoint, division, dtype, "score", **common)
             frozen("reward", reward, division)
     return stage
@@ -271,7 +234,3 @@ def reward_inputs(
     other = opened.verifier.tokenizer if opened.verifier and opened.translates else None
     tokenizer = opened.actor.tokenizer
     return RewardInputs(settings, parallel, stage, tokenizer, other, opened.moments, rule)
-
-
-def _division(mp_size: int | None, parallel: Parallel) -> Parallel:
-    return parallel if mp_size in (None, parallel.mp_size) else parallel.divided(mp_size)

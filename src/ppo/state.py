@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from src.models.layout import TensorSpec, tensor_table
+from src.parallel.setup import Parallel
 from src.ppo.advantages import Moments
 from src.ppo.kl import KLController
 from src.ppo.pretraining import PretrainingMix
@@ -53,11 +54,15 @@ class PPOState:
             parts["ptx"] = self.mix.batches.part
         return parts
 
-    def tensors(self) -> dict[str, tuple[dict[str, Tensor], dict[str, TensorSpec]]]:
-        """What changes beside what has an optimizer: name → (this rank's tensors, their cuts)."""
+    def tensors(self) -> dict[str, tuple[dict[str, Tensor], dict[str, TensorSpec], Parallel]]:
+        """What changes beside what has an optimizer.
+
+        Name → (this rank's tensors, their cuts, the division that they lie in).
+        """
         if self.follower is None or self.reference is None:
             return {}
-        return {"reference": (self.follower.exact, tensor_table(self.reference.model.config))}
+        table = tensor_table(self.reference.model.config)
+        return {"reference": (self.follower.exact, table, self.reference.parallel)}
 
     # --- another run, from the models that this one leaves ----------------------------------------
 

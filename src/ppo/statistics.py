@@ -10,7 +10,6 @@ import torch.distributed as dist
 from src.parallel.setup import Parallel
 from src.ppo.buffer import RolloutBuffer
 from src.ppo.roles import Stage
-from src.trainer.fit import summed
 from src.trainer.meter import peak_memory
 
 
@@ -48,12 +47,7 @@ def reward_statistics(
     sums: this rank's, and under known/NAME how many numbers are in the sum NAME; "rollouts" among
     them; kept: rollouts of all ranks that were kept, None when no group is ever left out.
     """
-    names = sorted(sums)
-    totals = torch.tensor(
-        [sums[name] for name in names], dtype=torch.float64, device=parallel.device
-    )
-    dist.all_reduce(totals, group=parallel.dp_group)
-    total = dict(zip(names, totals.tolist()))
+    total = over_models(sums, parallel)
     count = total["rollouts"]
     known = {n.removeprefix("known/"): x for n, x in total.items() if n.startswith("known/")}
     means = {name: total[name] / max(x, 1) for name, x in known.items()}
@@ -90,20 +84,16 @@ def rollout_statistics(
         sums |= {"values": buffer.values, "returns": buffer.returns, "returns²": returns.square()}
         sums |= {"residuals": residuals, "residuals²": residuals.square()}
 
-    # Over the data-parallel ranks; the ranks of a model have the same.
-    local = {name: x.double().sum() for name, x in sums.items()}
-    total = summed(local, tuple(sums), parallel)
-    most = torch.tensor(
-        [float(x.max()) if len(x) else -torch.inf for x in highs.values()], device=parallel.device
-    )
-    dist.all_reduce(most, op=dist.ReduceOp.MAX, group=parallel.dp_group)
+    total = over_models({name: float(x.double().sum()) for name, x in sums.items()}, parallel)
+    highest = {name: float(x.max()) if len(x) else -torch.inf for name, x in highs.items()}
+    most = over_models(highest, parallel, dist.ReduceOp.MAX)
 
     sequences, tokens = len(buffer.lengths_of_all), sum(buffer.lengths_of_all)
     per_sequence, per_token = ("shaped_reward", "truncated", "kl"), ("entropy", "values", "returns")
     statistics = {
         **{name: total[name] / sequences for name in per_sequence if name in total},
         **{name: total[name] / tokens for name in per_token if name in total},
-        **dict(zip(highs, most.tolist())),
+        **most,
         "response_length": tokens / sequences,
     }
     if has_value:
@@ -115,19 +105,63 @@ def rollout_statistics(
 
 
 def costs(
-    timer: Timer, tokens: int, ppo_epochs: int, stage: Stage, device: torch.device
+    timer: Timer,
+    tokens: int,
+    ppo_epochs: int,
+    stage: Stage,
+    parallel: Parallel,
+    sent: dict[str, int],
 ) -> dict[str, float]:
-    """Seconds and tokens/s of each phase, and memory. tokens: of all responses."""
+    """Seconds and tokens/s of each phase, and memory: of the slowest, and of the fullest rank.
+
+    tokens: of all responses; sent: bytes by this rank in each change of layout.
+    """
     passes = {"generate": 1, "update": ppo_epochs}
     phases = {"generate": ("generate",), "update": ("update_policy", "update_value")}
+    # Roles may be on ranks of their own: no rank takes part in all phases.
+    memory = {f"memory_gb/{name}": size / 1e9 for name, size in stage.peak.items()}
+    memory["memory_gb"] = peak_memory(parallel.device) / 1e9
+    most = over_ranks({**timer.seconds, **memory}, parallel, dist.ReduceOp.MAX)
+    seconds = {phase: most[phase] for phase in timer.seconds}
     spent = {
-        name: sum(timer.seconds.get(phase, 0.0) for phase in parts)
-        for name, parts in phases.items()
+        name: sum(seconds.get(phase, 0.0) for phase in parts) for name, parts in phases.items()
     }
+    all_sent = over_ranks({f"gb/{name}": n / 1e9 for name, n in sent.items()}, parallel)
     return {
         "seconds": timer.elapsed,
-        **{f"seconds/{phase}": took for phase, took in timer.seconds.items()},
+        **{f"seconds/{phase}": took for phase, took in seconds.items()},
         **{f"tokens_per_s/{n}": tokens * passes[n] / took for n, took in spent.items() if took},
-        **{f"memory_gb/{name}": size / 1e9 for name, size in stage.peak.items()},
-        "memory_gb": peak_memory(device) / 1e9,
+        **{name: most[name] for name in memory},
+        **all_sent,
     }
+
+
+def over_models(
+    local: dict[str, float], parallel: Parallel, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
+) -> dict[str, float]:
+    """Numbers of each model of a division, put together and the same on all ranks of the run.
+
+    The ranks of a model have the same.
+    """
+    nothing = 0.0 if op == dist.ReduceOp.SUM else -torch.inf
+    own = local if parallel.speaks else dict.fromkeys(local, nothing)
+    return over_ranks(own, parallel, op)
+
+
+def over_ranks(
+    local: dict[str, float], parallel: Parallel, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
+) -> dict[str, float]:
+    """Numbers of each rank of the run, by the same names, put together."""
+    names = sorted(local)
+    values = torch.tensor([local[n] for n in names], dtype=torch.float64, device=parallel.device)
+    dist.all_reduce(values, op=op)
+    return dict(zip(names, values.tolist()))
+
+
+def known_to_all(numbers: dict[str, float], parallel: Parallel) -> dict[str, float]:
+    """What the ranks of a division know, on all ranks of the run."""
+    if parallel.layout.size == parallel.world_size:
+        return numbers
+    outcome = [numbers]
+    dist.broadcast_object_list(outcome, src=parallel.layout.first)
+    return outcome[0]

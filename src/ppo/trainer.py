@@ -14,7 +14,7 @@ from torch import Tensor
 
 from src.data.encoding import Prompt
 from src.generation.engine import Engine, OnTokens
-from src.generation.relayout import RelaidEngine
+from src.generation.relayout import RelaidEngine, Relayout
 from src.generation.sampling import Sampling
 from src.models.batch import (
     Batch,
@@ -24,6 +24,7 @@ from src.models.batch import (
     response_values,
     weighted_balance_loss,
 )
+from src.parallel.layout import Layout
 from src.parallel.setup import Parallel
 from src.ppo.advantages import gae, group_advantages, token_rewards, whiten
 from src.ppo.buffer import RolloutBuffer, by_place
@@ -34,10 +35,11 @@ from src.ppo.rewards import Reward
 from src.ppo.roles import MovingReference, Role, Stage
 from src.ppo.rollouts import Draw, Rollouts
 from src.ppo.state import PPOState
-from src.ppo.statistics import Timer, costs, reward_statistics, rollout_statistics
+from src.ppo.statistics import Timer, costs, known_to_all, reward_statistics, rollout_statistics
 from src.settings.ppo import PPOSettings
 from src.trainer.fit import summed
 from src.trainer.optimizer import most_of
+from src.trainer.passes import from_last_stage, passes_of
 
 Stats = dict[str, float]
 
@@ -74,11 +76,14 @@ class PPO:
         settings: PPOSettings,
         parallel: Parallel,
         mix: PretrainingMix | None = None,
+        values_in: Layout | None = None,
     ) -> None:
         """stage: with the roles "policy", "value" and "reference".
 
         There is a value model if the advantages need one, and a reference if there is a KL penalty.
-        rewards: (weight, reward) pairs, summed; mix: supervised rows beside them.
+        rewards: (weight, reward) pairs, summed; parallel: the policy's division, whose models have
+        the rollouts; mix: supervised rows beside them; values_in: a layout that values are computed
+        in, where it is not the one that the value model learns in.
         """
         self.stage, self.settings, self.parallel, self.sampling = (
             stage,
@@ -88,6 +93,10 @@ class PPO:
         )
         self.policy = stage.roles["policy"]
         self.value, self.reference = stage.roles.get("value"), stage.roles.get("reference")
+        self.value_again: Relayout | None = None
+        if self.value is not None and values_in is not None:
+            division = parallel.laid_out(values_in)
+            self.value_again = Relayout(self.value.model, self.value.parallel, division)
         follower = None
         if settings.penalty.ref_ema is not None:
             assert self.reference is not None
@@ -98,6 +107,8 @@ class PPO:
         self.rollouts = Rollouts(
             stage, engine, sampling, stop_ids, rewards, settings.rollouts, parallel, self.timer
         )
+        if self._scores_side_by_side:
+            self.rollouts.beside = self._begin_reference
         # Shown every iteration's buffer at its end.
         self.watch: list[Callable[[int, RolloutBuffer], None]] = []
 
@@ -123,8 +134,7 @@ class PPO:
         stats: Stats = {}
         if buffer.lengths_of_all:  # else every group was left out
             # Old and reference log-probabilities and values, in the first epoch's micro-batches.
-            first_epoch = self._plan(number, 0, buffer)
-            self._score(buffer, [rows for minibatch in first_epoch for rows in minibatch.rows])
+            self._score(number, buffer)
 
             # What each token was worth, beside what was expected of it.
             self._advantages(buffer)
@@ -133,7 +143,7 @@ class PPO:
             updates = self._update(number, buffer, lr, value_lr)
             if self.state.follower is not None:
                 with self.stage.at_work("policy", "reference"):
-                    self.state.follower.follow(self.policy.model)
+                    self.state.follower.follow(self.policy)
 
             # The KL coefficient of the next iteration.
             stats = {**rollout_statistics(buffer, self.parallel, self._is_comparable), **updates}
@@ -147,20 +157,26 @@ class PPO:
     # --- log-probabilities and values -------------------------------------------------------------
 
     @torch.no_grad()
-    def _score(self, buffer: RolloutBuffer, groups: list[list[int]]) -> None:
+    def _score(self, number: int, buffer: RolloutBuffer) -> None:
         """Old and reference log-probabilities and values.
 
-        groups: the first epoch's own micro-batches. The same code on the same batches gives the
-        same bits: the first update's ratio is exactly 1.
+        In the first epoch's own micro-batches: the same code on the same batches gives the same
+        bits, and the first update's ratio is exactly 1.
         """
         with self.stage.at_work("policy"), self.timer("logprobs"):
+            groups = self._groups(number, buffer)
             buffer.logprobs, buffer.entropy = self._logprobs(self.policy, buffer, groups)
-        if self.reference is not None:
+        if self.reference is not None and buffer.ref_logprobs is None:
             with self.stage.at_work("reference"), self.timer("ref_logprobs"):
-                buffer.ref_logprobs, _ = self._logprobs(self.reference, buffer, groups)
+                view = self._reference_logprobs(buffer, self._groups(number, buffer))
+                buffer.bring(view, self.parallel, "ref_logprobs")
         if self.value is not None:
             with self.stage.at_work("value"), self.timer("values"):
-                self._values(self.value, buffer, groups)
+                self._values(number, buffer)
+
+    def _groups(self, number: int, buffer: RolloutBuffer) -> list[list[int]]:
+        """The first epoch's micro-batches."""
+        return [rows for minibatch in self._plan(number, 0, buffer) for rows in minibatch.rows]
 
     def _in_step(self, role: Role, groups: list[list[int]]) -> list[list[int] | None]:
         """The groups, and then, while other data-parallel ranks have more, None.
@@ -185,27 +201,71 @@ class PPO:
                 role.model, batch, self.sampling.temperature, kept
             )
 
-        role.passes.score(self._in_step(role, groups), buffer.batch, read)
-        return role.collect(logprobs, self.parallel), role.collect(entropy, self.parallel)
+        with role.parallel.active():
+            role.passes.score(self._in_step(role, groups), buffer.batch, read)
+        of_all = (from_last_stage(x, role.parallel) for x in (logprobs, entropy))
+        return next(of_all), next(of_all)
 
-    def _values(self, role: Role, buffer: RolloutBuffer, groups: list[list[int]]) -> None:
-        """Before each response token, [R], and after the last one, [B].
+    @torch.no_grad()
+    def _reference_logprobs(
+        self, buffer: RolloutBuffer, groups: list[list[int]] | None = None
+    ) -> RolloutBuffer:
+        """The rollouts where the reference is, with its log-probabilities.
 
-        A value model of a smaller degree than the policy's is there several times: each computes
-        its share of the groups, and they are put together.
+        groups: the policy's micro-batches, which it takes where it is on the policy's ranks.
         """
-        values, last_values = torch.zeros_like(buffer.logprobs), torch.zeros_like(buffer.scores)
+        assert self.reference is not None
+        view = buffer.on(self.reference.parallel)
+        if groups is None or view is not buffer:
+            groups = micro_batches(view.lengths, *self.settings.batches.limits)
+        view.ref_logprobs, _ = self._logprobs(self.reference, view, groups)
+        return view
+
+    def _begin_reference(self, buffer: RolloutBuffer) -> Callable[[], None]:
+        """The reference's log-probabilities, while other ranks do other work; returns their end."""
+        # Rollouts go to where they are scored before any rank has work that others would wait for.
+        for name in ("reference", "reward"):
+            buffer.on(self.stage.roles[name].parallel)
+        view = self._reference_logprobs(buffer)
+        return lambda: buffer.bring(view, self.parallel, "ref_logprobs")
+
+    @property
+    def _scores_side_by_side(self) -> bool:
+        """Whether the reference and the reward model have ranks of their own to score on."""
+        roles, rollouts = self.stage.roles, self.settings.rollouts
+        if self.reference is None or "reward" not in roles or self.stage.host is not None:
+            return False
+        layouts = [role.parallel.layout for role in (self.reference, roles["reward"])]
+        return not layouts[0].overlaps(layouts[1]) and not rollouts.filter_rounds
+
+    def _values(self, number: int, buffer: RolloutBuffer) -> None:
+        """Before each response token, [R], and after the last one, [B]."""
+        assert self.value is not None
+        role = self.value
+        model, division, passes = role.model, role.parallel, role.passes
+        if self.value_again is not None:
+            model, division = self.value_again(), self.value_again.division
+            passes = passes_of(model, division)
+        view = buffer.on(division)
+        view.old_values, view.last_values = (
+            torch.zeros_like(x, dtype=torch.float32)
+            for x in (view.rollout_logprobs, view.truncated)
+        )
 
         def read(rows: list[int]) -> None:
-            batch, index = buffer.select(rows)
-            values[index], last_values[rows] = response_values(role.model, batch)
+            batch, index = view.select(rows)
+            view.old_values[index], view.last_values[rows] = response_values(model, batch)
 
-        with role.parallel.active():
-            share = self._in_step(role, role.share(groups, self.parallel))
-            role.passes.score(share, buffer.batch, read)
-        buffer.old_values = role.collect(values, self.parallel)
+        groups: list[list[int] | None] = [*self._groups(number, view)]
+        with division.active():
+            if self.value_again is None:
+                groups = self._in_step(role, self._groups(number, view))
+            passes.score(groups, view.batch, read)
+        for x in (view.old_values, view.last_values):
+            from_last_stage(x, division)
+        buffer.bring(view, self.parallel, "old_values", "last_values")
         buffer.values = self.state.in_reward_units(buffer.old_values)
-        buffer.last_values = self.state.in_reward_units(role.collect(last_values, self.parallel))
+        buffer.last_values = self.state.in_reward_units(buffer.last_values)
 
     # --- advantages -------------------------------------------------------------------------------
 
@@ -217,7 +277,7 @@ class PPO:
         s, scores = self.settings.rewards, buffer.scores
         if s.reward_norm:
             moments = self.state.reward_moments
-            moments.update(scores, self.parallel.dp_group)
+            moments.update(scores, self.parallel)
             scores = (scores - moments.mean) / moments.std
         scores = scores * s.reward_scale + s.reward_bias
         if s.reward_clip is not None:
@@ -280,7 +340,7 @@ class PPO:
         buffer.returns = buffer.value_targets = layout.unpad(returns)
         if s.value_norm:
             moments = self.state.value_moments
-            moments.update(buffer.returns, self.parallel.dp_group)
+            moments.update(buffer.returns, self.parallel)
             buffer.value_targets = (buffer.returns - moments.mean) / moments.std
         return advantages
 
@@ -317,8 +377,11 @@ class PPO:
     def _update(self, number: int, buffer: RolloutBuffer, lr: float, value_lr: float) -> Stats:
         """All epochs; returns the means over each role's steps."""
         s = self.settings.updates
-        values: dict[str, list[float]] = {}
-        steps: dict[str, int] = {}
+        values: dict[str, dict[str, list[float]]] = {}  # of each role's steps
+        buffers = {"policy": buffer}
+        if self.value is not None:
+            buffers["value"] = buffer.on(self.value.parallel)
+            buffers["value"].bring(buffer, self.parallel, "old_values", "value_targets")
         policy: list[tuple[Role, MicroBatchLoss, float]] = [(self.policy, self._policy_loss, lr)]
         value: list[tuple[Role, MicroBatchLoss, float]] = []
         if number < s.critic_warmup:  # the value model learns alone
@@ -329,23 +392,33 @@ class PPO:
         for trained in [policy + value] if s.update == "together" else [policy, value]:
             with self.stage.at_work(*(role.name for role, *_ in trained), training=True):
                 for epoch in range(s.ppo_epochs):
-                    for minibatch in self._plan(number, epoch, buffer):
+                    own = {id(b): b for b in (buffers[role.name] for role, *_ in trained)}
+                    plans = {key: self._plan(number, epoch, b) for key, b in own.items()}
+                    for k in range(max(map(len, plans.values()), default=0)):
                         for entry in list(trained):
                             role, loss_of, rate = entry
+                            rollouts = buffers[role.name]
+                            minibatch = plans[id(rollouts)][k]
                             with self.timer(f"update_{role.name}"), role.parallel.active():
-                                stats = self._step(role, loss_of, rate, minibatch, buffer)
-                            steps[role.name] = steps.get(role.name, 0) + 1
-                            for name, x in stats.items():
-                                values.setdefault(name, []).append(x)
-                            if role is self.policy and self._is_far(stats["approxkl"]):
+                                step = self._step(role, loss_of, rate, minibatch, rollouts)
+                            of_role = values.setdefault(role.name, {})
+                            for name, x in step.items():
+                                of_role.setdefault(name, []).append(x)
+                            if role is self.policy and self._is_far(step["approxkl"]):
                                 trained.remove(entry)
-        means = {name: sum(numbers) / len(numbers) for name, numbers in values.items()}
-        return {**means, **{f"{name}_steps": n for name, n in steps.items()}}
+        stats: Stats = {}
+        for name, columns in values.items():
+            means = {column: sum(x) / len(x) for column, x in columns.items()}
+            means[f"{name}_steps"] = len(next(iter(columns.values())))
+            stats |= known_to_all(means, self.stage.roles[name].parallel)
+        return stats
 
     def _is_far(self, approxkl: float) -> bool:
-        """Whether the policy has moved enough in this iteration."""
+        """Whether the policy has moved enough in this iteration; all ranks come here."""
         target = self.settings.updates.target_kl
-        return target is not None and approxkl > target
+        if target is None:
+            return False
+        return known_to_all({"approxkl": approxkl}, self.policy.parallel)["approxkl"] > target
 
     def _step(
         self,
@@ -371,8 +444,8 @@ class PPO:
                 sums[name] = sums[name] + x if name in sums else x
             return loss + balance
 
-        share = self._in_step(role, role.share(minibatch.rows, self.parallel))
-        role.passes.train(share, buffer.batch, micro_batch_loss)
+        turns = self._in_step(role, minibatch.rows)
+        role.passes.train(turns, buffer.batch, micro_batch_loss)
         done = role.optimizer.step(lr)
         names: tuple[str, ...] = ("value_loss", "value_clipfrac")
         if is_policy:
@@ -458,7 +531,12 @@ class PPO:
         return reward_statistics(self.rollouts.sums, kept, self.parallel)
 
     def _costs(self, buffer: RolloutBuffer) -> Stats:
-        if isinstance(self.rollouts.engine, RelaidEngine):
-            self.timer.seconds["relayout"] = self.rollouts.engine.seconds
+        engine, again = self.rollouts.engine, self.value_again
+        relaid = {
+            "relayout": engine.relayout if isinstance(engine, RelaidEngine) else None,
+            "value_relayout": again,
+        }
+        sent = {name: each.exchange.sent for name, each in relaid.items() if each is not None}
+        self.timer.seconds |= {name: each.seconds for name, each in relaid.items() if each}
         tokens, epochs = sum(buffer.lengths_of_all), self.settings.updates.ppo_epochs
-        return costs(self.timer, tokens, epochs, self.stage, self.parallel.device)
+        return costs(self.timer, tokens, epochs, self.stage, self.parallel, sent)

@@ -7,13 +7,13 @@ from typing import Annotated, Literal
 from src.settings.declaration import (
     CONTENT,
     MAY_CHANGE,
+    AtLeast,
     Between,
     Bounds,
     Settings,
     idle,
 )
 from src.settings.generation import GenerationSettings
-from src.settings.run import DegreeOfRole
 from src.settings.scripts import TrainSettings
 from src.settings.training import PolicyEvaluationSettings
 
@@ -52,7 +52,10 @@ class TeacherSettings(Settings):
         "keep the linear layers of the teacher in 4 or 8 bits",
     ] = None
     teacher_model_parallel_size: Annotated[
-        DegreeOfRole, "ranks per teacher, a divisor of --model_parallel_size"
+        int | None,
+        AtLeast(1),
+        MAY_CHANGE,
+        "ranks per teacher, a divisor of --model_parallel_size",
     ] = None
     offload_teacher: Annotated[
         bool, MAY_CHANGE, "keep the teacher in host memory while it is not needed"

@@ -12,6 +12,13 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+# Flags of old that other ones took the place of.
+REPLACED = {
+    "rollout_model_parallel_size": "--actor_gen 'tpN'",
+    "critic_model_parallel_size": "--critic_train 'tpN'",
+    "reward_model_parallel_size": "--rew_inf 'tpN'",
+}
+
 
 def parser(kind: Any) -> Callable[[str], Any]:
     """A function from text to a value of `kind`; it raises ValueError for what stands for none.
@@ -52,6 +59,8 @@ def item_kind(kind: Any) -> Any:
 
 def nearest(word: str, words: Iterable[object], prefix: str = "") -> str:
     """ "; did you mean X?" for the word that is most like it, "" when none is."""
+    if word in REPLACED:
+        return f"; it is {REPLACED[word]} now"
     close = difflib.get_close_matches(word, [str(w) for w in words], n=1)
     return f"; did you mean {prefix}{close[0]}?" if close else ""
 

@@ -21,7 +21,7 @@ from src.settings.declaration import (
 from src.settings.generation import GenerationSettings
 from src.settings.model import PackedBatchSettings, TextModelSettings
 from src.settings.rewards import RewardSettings
-from src.settings.run import DegreeOfRole, DryRunSettings, TrainingRunSettings
+from src.settings.run import DryRunSettings, TrainingRunSettings
 from src.settings.training import (
     LoRASettings,
     OptimizerSettings,
@@ -98,23 +98,50 @@ class RoleSettings(TextModelSettings):
         MAY_CHANGE,
         "keep each role, and its optimizer, in host memory while it is not needed",
     ] = False
-    rollout_model_parallel_size: Annotated[
-        DegreeOfRole,
-        "ranks per model while generating, a divisor of --model_parallel_size: more, smaller "
-        "models, whose weights change hands in memory; the same as in training when not given",
-    ] = None
-    critic_model_parallel_size: Annotated[
-        DegreeOfRole, "ranks per value model, a divisor of --model_parallel_size"
-    ] = None
-    reward_model_parallel_size: Annotated[
-        DegreeOfRole, "ranks per verifier, a divisor of --model_parallel_size"
-    ] = None
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         if self.reward_model_ckpt_dir is None:
-            names = ("reward_model_parallel_size", "reward_tokenizer_file")
+            names = ("reward_tokenizer_file",)
             yield from idle_flags(self, names, "without --reward_model_ckpt_dir")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayoutSettings(Settings):
+    """How each role lies on the ranks in each phase.
+
+    Such as 'dp2 pp2 tp2' or 'tp2 on 0-3' (docs/parallelism.md).
+    """
+
+    actor_train: Annotated[
+        str | None,
+        MAY_CHANGE,
+        "the policy while it learns and is scored: dp, pp, vp, tp, sp, zero, and which ranks; what "
+        "--model_parallel_size, --pipeline_parallel_size, --zero and the like say when not given",
+    ] = None
+    actor_gen: Annotated[
+        str | None,
+        MAY_CHANGE,
+        "the policy while it generates (dp, tp, ranks): its weights change hands in memory; each "
+        "model on the ranks that it is trained on when not given",
+    ] = None
+    critic_train: Annotated[
+        str | None, MAY_CHANGE, "the value model while it learns; as the policy when not given"
+    ] = None
+    critic_inf: Annotated[
+        str | None,
+        MAY_CHANGE,
+        "and while it gives values (dp, pp, tp, ranks); as while it learns when not given",
+    ] = None
+    ref_inf: Annotated[
+        str | None,
+        MAY_CHANGE,
+        "the reference; as the policy when not given. On other ranks than --rew_inf's both score "
+        "at the same time",
+    ] = None
+    rew_inf: Annotated[str | None, MAY_CHANGE, "the reward model; as the policy when not given"] = (
+        None
+    )
 
 
 def idle_flags(settings: Settings, names: tuple[str, ...], why: str) -> Iterator[str]:
@@ -433,6 +460,7 @@ class PPOTrainSettings(PPOSettings):
 
     roles: RoleSettings
     prompts: PromptSettings
+    layouts: LayoutSettings = LayoutSettings()
     optimizer: PolicyOptimizerSettings = PolicyOptimizerSettings(
         lr=1e-6, warmup=0.0, schedule="constant"
     )
@@ -478,13 +506,14 @@ class PPOTrainSettings(PPOSettings):
                 if getattr(roles, flag) is None and not is_plan:
                     yield f"--advantage gae needs --{flag}"
         else:
-            of_value = ("critic_ckpt_dir", "critic_save_dir", "critic_model_parallel_size")
+            of_value = ("critic_ckpt_dir", "critic_save_dir")
             yield from idle_flags(roles, of_value, f"with {advantages.no_value}")
-        if self.rollouts.replay_mask and roles.rollout_model_parallel_size is not None:
-            yield (
-                "--replay_mask: masks are cut like the vocabulary in training; leave "
-                "--rollout_model_parallel_size out"
-            )
+            of_value = ("critic_train", "critic_inf")
+            yield from idle_flags(self.layouts, of_value, f"with {advantages.no_value}")
+        if "verifier" not in names:
+            why = "without verifier in --reward"
+            yield from idle_flags(self.layouts, ("rew_inf",), why)
+        yield from self._layout_problems()
         run = self.run
         if self.rollouts.replay_mask and (run.zero >= 2 or run.pipeline_parallel_size > 1):
             flag = f"--zero {run.zero}" if run.zero >= 2 else "--pipeline_parallel_size"
@@ -500,6 +529,25 @@ class PPOTrainSettings(PPOSettings):
                 "--quantize out"
             )
 
+    def _layout_problems(self) -> Iterator[str]:
+        layouts, run, default = self.layouts, self.run, TrainingRunSettings()
+        if layouts.actor_train is not None:
+            names = ("model_parallel_size", "pipeline_parallel_size", "stages_per_rank")
+            for name in (*names, "zero", "sequence_parallel"):
+                value = getattr(run, name)
+                if value != getattr(default, name):
+                    yield (
+                        f"--{name} {value}: --actor_train '{layouts.actor_train}' says how the "
+                        "policy is divided; give one of the two"
+                    )
+        if self.rollouts.replay_mask:
+            for name in ("actor_gen", "ref_inf"):
+                if getattr(layouts, name) is not None:
+                    yield (
+                        "--replay_mask: masks are cut like the vocabulary in training; leave "
+                        f"--{name} out"
+                    )
+
     def _shared_trunk_problems(self) -> Iterator[str]:
         if not self.lora.is_on:
             yield "--shared_trunk: the roles are adapters on one trunk; give --lora_rank"
@@ -509,8 +557,10 @@ class PPOTrainSettings(PPOSettings):
                 "weights of one model at a time; give --zero 1, or no --shared_trunk"
             )
         given = {
-            "critic_model_parallel_size": self.roles.critic_model_parallel_size,
-            "reward_model_parallel_size": self.roles.reward_model_parallel_size,
+            "critic_train": self.layouts.critic_train,
+            "critic_inf": self.layouts.critic_inf,
+            "ref_inf": self.layouts.ref_inf,
+            "rew_inf": self.layouts.rew_inf,
             "ref_ema": self.penalty.ref_ema,
             "reward_tokenizer_file": self.roles.reward_tokenizer_file,
         }

@@ -12,7 +12,6 @@ Dtype = Annotated[
     "is saved in it when given, else in the checkpoint's own where that is narrower",
 ]
 Seed = Annotated[int, Between(0, 2**63 - 1), "of everything random"]
-DegreeOfRole = Annotated[int | None, AtLeast(1), MAY_CHANGE]
 
 
 @dataclass(frozen=True, kw_only=True)

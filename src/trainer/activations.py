@@ -127,7 +127,7 @@ def limited(
     of_each = [
         activations(
             model.config,
-            optimizer.parallel.mp_size,
+            optimizer.parallel.layout.tp,
             model.dtype,
             model.recompute,
             bool(lora_layers(model)),
@@ -167,7 +167,7 @@ def gathered_bytes(model: Transformer) -> int:
     gradients; a GPU gets the next part's weights and sums the last part's gradients meanwhile.
     Stage 2 keeps all weights. The end comes first, and is summed last.
     """
-    if not model.shard_stage:
+    if not sharded_parts(model):
         return 0
     size, (*parts, _) = model.dtype.itemsize, sharded_parts(model)
     of_parts, trained = [numbers_of(part) for part in parts], list(map(trained_numbers_of, parts))

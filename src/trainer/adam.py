@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from src.models.layout import TensorSpec
-from src.models.places import Layout
+from src.models.places import Placement
 from src.parallel.host import Ferry, HostBuffer, host_tensors
 from src.parallel.setup import Parallel
 from src.trainer.averages import (
@@ -32,11 +32,11 @@ WEIGHT, GRADIENT = "weight", "gradient"
 
 @dataclass(frozen=True)
 class Places:
-    """How parameters lie on the ranks: specs by parameter, and the layout of all of them."""
+    """How parameters lie on the ranks: specs by parameter, and the placement of all of them."""
 
     parallel: Parallel
     specs: dict[Tensor, TensorSpec]
-    layout: Layout  # among the ranks of one model, or, where rows are shared, among all
+    placement: Placement  # among the ranks of one model, or, where rows are shared, among all
 
 
 @dataclass(frozen=True)
@@ -195,12 +195,12 @@ class MasterAdamW(torch.optim.AdamW):
         """The update takes the gradient's place, then the change, and then it is added."""
         self._pass(group, [MOMENTUM, GRADIENT], self._with_momentum)
         places, matrices = self.places, []
-        shared = places.layout.sharded
+        shared = places.placement.sharded
         rank = places.parallel.rank if shared else places.parallel.mp_rank
         for kept in group["params"]:
             parameter = self.parameter_of[kept]
             spec = places.specs[parameter]
-            matrices += matrices_of(parameter.grad, spec, places.layout, rank)
+            matrices += matrices_of(parameter.grad, spec, places.placement, rank)
         orthogonalize(matrices, group["lr"], places.parallel, shared)
         self._pass(group, [WEIGHT, GRADIENT], self._add)
 

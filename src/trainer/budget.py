@@ -12,7 +12,7 @@ from src.kernels.codes import BLOCK
 from src.models.config import ModelConfig
 from src.models.layout import TensorSpec, tensor_table
 from src.models.lora import TARGETS, LoRAConfig, lora_table
-from src.models.places import Layout
+from src.models.places import Placement
 from src.models.stages import Stages, cut_in_stages
 from src.models.streaming import BUFFERS
 from src.trainer.averages import PASSING, PLAIN, Method, bytes_of_form, form_of, is_for_muon
@@ -131,7 +131,7 @@ def _rank_budget(
     shares_weights = zero >= 2 and dp_size > 1
     # Weights that are in fp32 anyway are their own masters, but for an update elsewhere.
     is_own_master = (dtype == torch.float32 or shares_weights) and not method.on_cpu
-    layout = Layout(n, dp_size, sharded=shares_weights)
+    placement = Placement(n, dp_size, sharded=shares_weights)
 
     def state(name: str, spec: TensorSpec) -> _State:
         """Both averages, or what the method has, the master, and a counter of steps."""
@@ -139,7 +139,7 @@ def _rank_budget(
         kind = method.kind
         if kind == "muon":
             group, kind = (0, kind) if is_for_muon(name, len(spec.shape)) else (group, "adamw")
-        shape = layout.local_shape(spec, 0)  # the first rank has no fewer rows than others
+        shape = placement.local_shape(spec, 0)  # the first rank has no fewer rows than others
         numbers, whole = torch.Size(shape).numel(), torch.Size(spec.shape).numel()
         averages = bytes_of_form(form_of(kind, shape, whole))
         return _State(numbers, group, averages + (0 if is_own_master else FP32 * numbers) + FP32)
@@ -148,7 +148,7 @@ def _rank_budget(
     gradients = FP32 * sum(each.numbers for each in states)
     if shares_weights:
         # Each rank keeps its rows, in fp32 what is trained but for --freeze_layers, as FSDP has it.
-        rows = {name: _numel_of(layout, spec) for name, spec in {**table, **at_first}.items()}
+        rows = {name: _numel_of(placement, spec) for name, spec in {**table, **at_first}.items()}
         exact = sum(rows[name] for name in at_first)
         weights = FP32 * exact + dtype.itemsize * (sum(rows.values()) - exact)
     divides = zero and dp_size > 1 and not shares_weights
@@ -165,9 +165,9 @@ def adapter_bytes(config: ModelConfig, n: int, dtype: torch.dtype, lora: LoRACon
     return sum(_numel(spec, n) for spec in specs) * dtype.itemsize
 
 
-def _numel_of(layout: Layout, spec: TensorSpec) -> int:
+def _numel_of(placement: Placement, spec: TensorSpec) -> int:
     """Of the first rank, which has no fewer rows than others."""
-    return torch.Size(layout.local_shape(spec, 0)).numel()
+    return torch.Size(placement.local_shape(spec, 0)).numel()
 
 
 def _numel(spec: TensorSpec, n: int) -> int:

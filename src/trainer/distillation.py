@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from src.models.batch import (
@@ -24,6 +25,7 @@ from src.parallel.divergence import coarse_divergence, head_logits
 from src.parallel.setup import Parallel
 from src.ppo.roles import Stage
 from src.trainer.objective import Objective
+from src.trainer.passes import from_last_stage
 from src.trainer.sampling import Sample
 
 
@@ -101,7 +103,9 @@ class LiveTeacher:
         size = self.head.size(1)
         hidden = [self.head.new_zeros(sum(of_part), size) for of_part in lengths]
         # Several smaller models share the sequences, and their parts are put together.
-        places = [role.share(list(range(len(sequences))), self.whole) for sequences in parts]
+        models = self.whole.mp_size // role.parallel.mp_size
+        first = self.whole.mp_rank // role.parallel.mp_size
+        places = [list(range(first, len(sequences), models)) for sequences in parts]
 
         def batch_of(part: int) -> Batch:
             sequences = [parts[part][i] for i in places[part]]
@@ -119,7 +123,15 @@ class LiveTeacher:
         with self.stage.at_work():  # with --offload_teacher it makes room
             if self.model.stages.count > 1:
                 return hidden
-            return [role.collect(x, self.whole) for x in hidden]
+            return [self._collected(x) for x in hidden]
+
+    def _collected(self, x: Tensor) -> Tensor:
+        """What each of several smaller models filled in, on all of them; the rest of x is 0."""
+        if self.role.parallel.mp_size != self.whole.mp_size:
+            if self.role.parallel.mp_rank:
+                x.zero_()  # the first rank of each model speaks for it
+            dist.all_reduce(x, group=self.whole.mp_group)
+        return from_last_stage(x, self.role.parallel)
 
 
 class KeptTeacher:

@@ -51,7 +51,7 @@ def prepare(
     # Ranks that share a model must draw the same dropout; others have other tokens.
     torch.manual_seed(generator_for(run.seed, f"dropout/{parallel.dp_rank}").initial_seed())
     model.recompute = run.checkpoint_activations
-    if run.sequence_parallel and parallel.mp_size == 1:
+    if run.sequence_parallel and parallel.layout.tp == 1:
         raise UserError(
             "--sequence_parallel: has no effect with 1 rank per model; give "
             "--model_parallel_size 2 or more, or leave it out"

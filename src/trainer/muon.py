@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from src.models.exchange import exchanged
 from src.models.layout import TensorSpec
-from src.models.places import Layout, is_empty
+from src.models.places import Placement, is_empty
 from src.parallel.setup import Parallel
 
 DECAY = 0.95  # of the momentum
@@ -37,31 +37,31 @@ class Matrix:
     """One matrix: how it lies on ranks, and this rank's part of it (empty where it has none)."""
 
     spec: TensorSpec
-    layout: Layout
+    placement: Placement
     part: Tensor
 
     def holders(self, ranks: int) -> list[int]:
-        return [r for r in range(ranks) if not is_empty(self.layout.box(self.spec, r))]
+        return [r for r in range(ranks) if not is_empty(self.placement.box(self.spec, r))]
 
 
-def matrices_of(part: Tensor, spec: TensorSpec, layout: Layout, rank: int) -> list[Matrix]:
+def matrices_of(part: Tensor, spec: TensorSpec, placement: Placement, rank: int) -> list[Matrix]:
     """The matrix that a parameter is, or each expert's. part: this rank's, whose views these are.
 
-    layout: of the parameter on the ranks, of which this is the number `rank`.
+    placement: of the parameter on the ranks, of which this is the number `rank`.
     """
     if len(spec.shape) == 2:
-        return [Matrix(spec, layout, part)]
+        return [Matrix(spec, placement, part)]
     dim = None if spec.dim is None else spec.dim - 1
     one = replace(spec, shape=spec.shape[1:], dim=dim)
-    if not layout.sharded:
-        return [Matrix(one, layout, each) for each in part]
+    if not placement.sharded:
+        return [Matrix(one, placement, each) for each in part]
     # Data-parallel ranks that share the rows have whole experts, as far as these are not cut.
-    share = -(-spec.shape[0] // layout.dp)
-    dp_rank = rank // layout.tp
+    share = -(-spec.shape[0] // placement.dp)
+    dp_rank = (rank - placement.first) // placement.tp
     return [
         Matrix(
             one,
-            Layout(layout.tp, first=expert // share * layout.tp),
+            Placement(placement.tp, first=placement.first + expert // share * placement.tp),
             part[expert % share] if expert // share == dp_rank else part.new_empty(0, 0),
         )
         for expert in range(spec.shape[0])
@@ -86,18 +86,18 @@ def orthogonalize(matrices: list[Matrix], lr: float, parallel: Parallel, shared:
         owned[owner].append(matrix)
     for round_ in zip_longest(*owned):
         one_each = [
-            (matrix, Layout(1, first=owner))
+            (matrix, Placement(1, first=owner))
             for owner, matrix in enumerate(round_)
             if matrix is not None
         ]
         wholes = [
-            exchanged(m.part.to(parallel.device), m.spec, m.layout, at_owner, rank, group)
+            exchanged(m.part.to(parallel.device), m.spec, m.placement, at_owner, rank, group)
             for m, at_owner in one_each
         ]
         changes = [change(whole, lr) if whole.numel() else whole for whole in wholes]
         del wholes
         for (m, at_owner), whole in zip(one_each, changes):
-            part = exchanged(whole, m.spec, at_owner, m.layout, rank, group)
+            part = exchanged(whole, m.spec, at_owner, m.placement, rank, group)
             if m.part.numel():
                 m.part.copy_(part)
 

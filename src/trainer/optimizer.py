@@ -11,8 +11,8 @@ from torch import Tensor
 
 from src.errors import UserError
 from src.models.attention import Packed
-from src.models.exchange import layout_of, specs_of
-from src.models.places import Layout
+from src.models.exchange import placement_of, specs_of
+from src.models.places import Placement
 from src.models.transformer import Transformer
 from src.parallel.gradients import GradientBuckets
 from src.parallel.layers import copies_of
@@ -49,11 +49,11 @@ def lr_at(step: int, total: int, lr: float, warmup: float, schedule: str) -> flo
 
 def places_of(model: Transformer, parallel: Parallel) -> Places:
     """How what is trained of a model lies on its ranks."""
-    layout = layout_of(model, parallel)
-    if not layout.sharded:
-        layout = Layout(layout.tp)
+    placement = placement_of(model, parallel)
+    if not placement.sharded:
+        placement = Placement(placement.tp)
     specs, weights = specs_of(model), dict(model.named_parameters())
-    return Places(parallel, {own(weights[name]): spec for name, spec in specs.items()}, layout)
+    return Places(parallel, {own(weights[name]): spec for name, spec in specs.items()}, placement)
 
 
 def has_master(parameter: Tensor, kept: Tensor) -> bool:
@@ -140,7 +140,7 @@ class Optimizer:
                 (vectors, 0.0, adam),
             )
             if parameters
-        ]
+        ] or [{"params": [], "kind": adam}]  # a rank may have nothing to train
         make: Any = MasterAdamW
         if method != PLAIN:
             make = partial(MasterAdamW, method=method, places=places_of(model, parallel))

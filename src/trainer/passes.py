@@ -70,7 +70,7 @@ class Passes:
 
 def passes_of(model: Transformer, parallel: Parallel, optimizer: Optimizer | None = None) -> Passes:
     """As the model lies on the ranks. optimizer: of a model in training."""
-    if model.stages.count == 1:
+    if model.stages.count == 1 or not parallel.is_member:
         return Passes(model, parallel, optimizer)
     # PyTorch's pipelines take seconds to import.
     from src.trainer.pipelined import Pipelined

@@ -27,7 +27,7 @@ from src.data.rows import write_json
 from src.errors import Stopped, UserError
 from src.logs import RunLog
 from src.models.layout import TensorSpec
-from src.models.places import Layout
+from src.models.places import Placement
 from src.models.transformer import Transformer
 from src.parallel.host import HostCopies
 from src.parallel.setup import Parallel, agreed
@@ -86,14 +86,15 @@ class Saving:
         parallel: Parallel,
         log: RunLog,
         parts: dict[str, Part] | None = None,
-        tensors: dict[str, tuple[dict[str, Tensor], dict[str, TensorSpec]]] | None = None,
+        tensors: dict[str, tuple[dict[str, Tensor], dict[str, TensorSpec], Parallel]] | None = None,
         at_work: Callable[[str], AbstractContextManager] = lambda name: nullcontext(),
     ) -> None:
         """models: name → (model, optimizer) of what is trained.
 
-        tensors: others that change: name → (this rank's, how they are cut); parts: what else does,
-        as JSON: name → (how to get it, how to set it), set after the tensors; at_work(name): around
-        what needs the model, or the tensors, of that name on the device.
+        tensors: others that change: name → (this rank's, how they are cut, the division that they
+        lie in); parts: what else does, as JSON: name → (how to get it, how to set it), set after
+        the tensors; at_work(name): around what needs the model, or the tensors, of that name on the
+        device.
         """
         self.earlier, self.every, self.log = earlier, settings.save_every, log
         self.models, self.parallel, self.at_work = models, parallel, at_work
@@ -157,13 +158,12 @@ class Saving:
                 with self.at_work(name):
                     saved = SavedModel(path, name, manifest["layouts"][name])
                     restore(model, optimizer, saved, manifest["counters"][name])
-            p = self.parallel
-            layout = Layout(p.mp_size, pp=p.pp_size).held_by([p.pp_rank])
-            for name, (tensors, specs) in self.tensors.items():
+            for name, (tensors, specs, p) in self.tensors.items():
+                placement = Placement(p.mp_size, pp=p.pp_size).held_by([p.pp_rank])
                 saved = SavedModel(path, name, manifest["layouts"][name])
                 with self.at_work(name):
                     for key, tensor in tensors.items():
-                        tensor.copy_(saved.local(key, specs[key], layout, p.model_rank))
+                        tensor.copy_(saved.local(key, specs[key], placement, p.model_rank))
             for name, (_, set_part) in self.parts.items():
                 if not self.earlier.has_changed(*ANEW.get(name, ())):
                     set_part(manifest["parts"][name])
@@ -235,12 +235,13 @@ class Saving:
                 files[file_of(name, *place)] = tensors
             layouts[name] = layout_facts(optimizer)
         # Other tensors, and the state of dropout: alike on ranks that hold the same, so one saves.
-        for name, (others, _) in self.tensors.items():
-            if p.dp_rank == 0:
+        for name, (others, _, division) in self.tensors.items():
+            if division.is_member and division.dp_rank == 0:
+                place = division.mp_rank, 0, division.pp_rank
                 with self.at_work(name):
-                    files[file_of(name, p.mp_rank, 0, p.pp_rank)] = self.copies.of(name, others)
-            layouts[name] = {"mp": p.mp_size, "dp": 1, "pp": p.pp_size}
-        if p.mp_rank == 0:
+                    files[file_of(name, *place)] = self.copies.of(name, others)
+            layouts[name] = {"mp": division.layout.tp, "dp": 1, "pp": division.layout.pp}
+        if p.is_member and p.mp_rank == 0:
             files[random_file(p.dp_rank, p.pp_rank)] = self._random()
         about = {
             **self.earlier.facts,
@@ -267,8 +268,9 @@ class Saving:
         staying = len(self.steps.until(self.earlier.step)[-self.steps.keep :])
         more = min(self.steps.keep + 1 - staying, steps_left // self.every)
         size = sum(bytes_of(model, optimizer) for model, optimizer in self.models.values())
-        if self.parallel.dp_rank == 0:
-            size += sum(x.nbytes for tensors, _ in self.tensors.values() for x in tensors.values())
+        for tensors, _, division in self.tensors.values():
+            if division.is_member and division.dp_rank == 0:
+                size += sum(x.nbytes for x in tensors.values())
         total = torch.tensor(size, device=self.parallel.device)
         dist.all_reduce(total)
         what = f"for {more} steps (--save_every, --keep)"

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from src.checkpoint.steps import file_of
 from src.errors import UserError
-from src.models.exchange import layout_of, specs_of
+from src.models.exchange import placement_of, specs_of
 from src.models.layout import TensorSpec
-from src.models.places import Layout, pieces_of, within
+from src.models.places import Placement, pieces_of, within
 from src.models.transformer import Transformer
 from src.parallel.sharding import let_go, own
 from src.trainer.averages import ABSMAX, MEAN, SQUARE, STEP, dequantized, write
@@ -70,13 +70,13 @@ def counters_of(optimizer: Optimizer) -> dict:
 
 
 class SavedModel:
-    """One model's files in a saved step; gives any rank's part of any tensor in any layout."""
+    """One model's files in a saved step; gives any rank's part of any tensor in any placement."""
 
     def __init__(self, folder: Path, name: str, saved: dict[str, int]) -> None:
         """saved: how the run that saved it had the model, as `layout_facts` says."""
         self.folder = folder
         tp, dp, pp = saved["mp"], saved["dp"], saved.get("pp", 1)
-        self.layout = Layout(tp, dp, bool(saved.get("shared")), pp)
+        self.placement = Placement(tp, dp, bool(saved.get("shared")), pp)
         # Of each rank: key → file. Where weights are not shared, whichever data-parallel rank has
         # the key.
         self.places: list[dict[str, Any]] = [{} for _ in range(tp * pp * dp)]
@@ -85,25 +85,26 @@ class SavedModel:
             path = folder / file_of(name, of_model % tp, dp_rank, of_model // tp)
             if path.is_file():
                 file = safe_open(path, framework="pt")
-                first = rank if self.layout.sharded else of_model
+                first = rank if self.placement.sharded else of_model
                 self.places[first] |= dict.fromkeys(file.keys(), file)
 
     def __contains__(self, key: str) -> bool:
         return any(key in places for places in self.places)
 
-    def local(self, key: str, spec: TensorSpec, layout: Layout, rank: int) -> Tensor:
-        """A rank's part, in its layout, of a tensor that is cut by `spec`."""
+    def local(self, key: str, spec: TensorSpec, placement: Placement, rank: int) -> Tensor:
+        """A rank's part, in its placement, of a tensor that is cut by `spec`."""
         if key not in self:
             raise UserError(
                 f"{self.folder}: has no {key}; it was saved by a run of another model or other "
                 "trained layers"
             )
-        tp = self.layout.tp
+        tp = self.placement.tp
         stage = next(i for i, places in enumerate(self.places) if key in places) // tp
-        source = self.layout.held_by([stage % self.layout.pp])
-        near = stage % self.layout.pp * tp + (rank % tp if layout.tp == tp else 0)
+        source = self.placement.held_by([stage % self.placement.pp])
+        of_tp = (rank - placement.first) % tp if placement.tp == tp else 0
+        near = stage % self.placement.pp * tp + of_tp
         own_box = None if source.sharded else source.box(spec, near)
-        box, owners = layout.box(spec, rank), source.owners(spec, near)
+        box, owners = placement.box(spec, rank), source.owners(spec, near)
         part: Tensor | None = None
         for owner, owned, overlap in pieces_of(box, owners, own_box):
             rank_of_piece = near if owner is None else owner
@@ -116,7 +117,7 @@ class SavedModel:
                 )
             piece = saved_part[within(overlap, owned)]
             if part is None:
-                shape = layout.local_shape(spec, rank)
+                shape = placement.local_shape(spec, rank)
                 if piece.shape == shape:
                     return piece
                 part = piece.new_zeros(shape)
@@ -124,7 +125,7 @@ class SavedModel:
         if part is None:  # padding alone, or no rows
             holder = next(rank for rank, places in enumerate(self.places) if key in places)
             saved_part, _ = self._source(key, holder)
-            part = saved_part[:0].new_zeros(layout.local_shape(spec, rank))
+            part = saved_part[:0].new_zeros(placement.local_shape(spec, rank))
         return part
 
     def _source(self, key: str, rank: int) -> tuple[Any, Sequence[int]]:
@@ -142,13 +143,13 @@ class SavedModel:
         return whole, whole.shape
 
     def codes(
-        self, kind: str, name: str, spec: TensorSpec, layout: Layout, rank: int
+        self, kind: str, name: str, spec: TensorSpec, placement: Placement, rank: int
     ) -> tuple[Tensor, Tensor] | None:
         """An average's codes and scales as they are, where some rank had the very same part."""
         key, scales = f"{kind}/{name}", f"{kind}{ABSMAX}/{name}"
-        wanted = layout.box(spec, rank), layout.local_shape(spec, rank)
+        wanted = placement.box(spec, rank), placement.local_shape(spec, rank)
         for other, places in enumerate(self.places):
-            source = self.layout.held_by([other // self.layout.tp % self.layout.pp])
+            source = self.placement.held_by([other // self.placement.tp % self.placement.pp])
             has = source.box(spec, other), source.local_shape(spec, other)
             if scales in places and has == wanted:
                 return places[key].get_tensor(key), places[scales].get_tensor(scales)
@@ -157,10 +158,10 @@ class SavedModel:
 
 def layout_facts(optimizer: Optimizer) -> dict[str, int]:
     """How a model's files in a saved step are cut."""
-    parallel = optimizer.parallel
+    layout = optimizer.parallel.layout
     more = {"shared": 1} if optimizer.shares_weights else {}
-    more |= {"pp": parallel.pp_size} if parallel.pp_size > 1 else {}
-    return {"mp": parallel.mp_size, "dp": parallel.dp_size, **more}
+    more |= {"pp": layout.pp} if layout.pp > 1 else {}
+    return {"mp": layout.tp, "dp": layout.models, **more}
 
 
 @torch.no_grad()
@@ -170,14 +171,14 @@ def restore(model: Transformer, optimizer: Optimizer, saved: SavedModel, counter
     Raises UserError when the step is of another model.
     """
     parallel, specs = optimizer.parallel, specs_of(model)
-    layout, rank = layout_of(model, parallel), parallel.rank
-    layout = layout.held_by([parallel.pp_rank])  # of what is this rank's own
+    placement, rank = placement_of(model, parallel), parallel.rank
+    placement = placement.held_by([parallel.pp_rank])  # of what is this rank's own
     weights = {name: own(p) for name, p in model.named_parameters()}
 
     def fill(tensor: Tensor, name: str, *kinds: str) -> None:
         """Copy the first of the kinds that there is: what was read is the file's memory."""
         key = next((f"{k}/{name}" for k in kinds if f"{k}/{name}" in saved), f"{kinds[0]}/{name}")
-        tensor.copy_(saved.local(key, specs[name], layout, rank))
+        tensor.copy_(saved.local(key, specs[name], placement, rank))
 
     for name in specs:
         weight = weights[name]
@@ -198,7 +199,7 @@ def restore(model: Transformer, optimizer: Optimizer, saved: SavedModel, counter
         state[STEP].fill_(counters["adam_step"])
         if MEAN + ABSMAX in state:
             spec = specs[name]
-            as_saved = {k: saved.codes(k, name, spec, layout, rank) for k in (MEAN, SQUARE)}
+            as_saved = {k: saved.codes(k, name, spec, placement, rank) for k in (MEAN, SQUARE)}
             for kind, found in as_saved.items():
                 if found is not None:
                     state[kind].copy_(found[0])

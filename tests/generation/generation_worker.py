@@ -24,6 +24,7 @@ from src.generation.sampling import Sampling, choose
 from src.models.attention import Packed
 from src.models.batch import Batch, Sequence, response_logprobs
 from src.models.lora import LoRAConfig, add_lora
+from src.parallel.layout import Layout
 from src.parallel.setup import start, stop
 from src.parallel.vocab import unpack_bits, vocab_range
 from src.progress import AnswerLengths
@@ -80,7 +81,8 @@ def run_relaid(model, parallel, prompts, sampling) -> dict:
             completions = Engine(model, parallel, 16, 200).generate(prompts, sampling, set())
             tokens["with an adapter"] = [c.tokens for c in completions]
         for n in (n for n in (1, 2) if n < parallel.mp_size):
-            engine = RelaidEngine(model, parallel, n, 16, 200)
+            layout = Layout(parallel.world_size // n, tp=n)
+            engine = RelaidEngine(model, parallel, layout, 16, 200)
             completions = engine.generate(prompts, sampling, set(), samples)
             tokens[f"{n}{', with an adapter' if adapted else ''}"] = [c.tokens for c in completions]
     return tokens

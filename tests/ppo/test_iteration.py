@@ -273,7 +273,7 @@ def test_line_26_what_is_logged(results, expected, layout, run):
     assert all(stats[name] > 0 for name in timed)
     drift = set() if run == "whole softmax" else {"logprob_drift"}
     if RUNS[run].zero >= 2 and RUNS[run].offload and "DP" in layout:
-        timed.add("seconds/relayout")  # the others' rollouts are remembered
+        timed |= {"seconds/relayout", "gb/relayout"}  # the others' rollouts are remembered
     assert set(stats) == {*want, *timed, *drift}
 
 

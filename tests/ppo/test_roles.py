@@ -221,7 +221,7 @@ def test_steps_too_small_for_bf16_add_up(folder, parallel):
     follower = MovingReference(Role("reference", reference, parallel), 0.999)
     start = {name: p.detach().float() for name, p in reference.named_parameters()}
     for _ in range(300):
-        follower.follow(policy)
+        follower.follow(Role("policy", policy, parallel))
     for name, p in policy.named_parameters():
         want = 0.999**300 * start[name] + (1 - 0.999**300) * p.detach().float()
         assert torch.allclose(reference.get_parameter(name).float(), want, rtol=1e-2, atol=1e-3), (
@@ -241,6 +241,7 @@ def test_the_reference_follows_the_policy_with_its_adapter_added_in(folder, para
     torch.nn.init.normal_(wq.lora_b, generator=torch.Generator().manual_seed(0))
     reference = ours(folder / "reference", parallel).requires_grad_(False)
     before = reference.layers[0].attention.wq.weight.clone()
-    MovingReference(Role("reference", reference, parallel), 0.5).follow(policy)
+    follower = MovingReference(Role("reference", reference, parallel), 0.5)
+    follower.follow(Role("policy", policy, parallel))
     want = 0.5 * before + 0.5 * (wq.base.weight + 2.0 * wq.lora_b @ wq.lora_a)
     assert torch.allclose(reference.layers[0].attention.wq.weight, want, atol=1e-6)

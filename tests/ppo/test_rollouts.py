@@ -36,8 +36,8 @@ def iterate(ppo, batch=None, number=0):
 class Scripted:
     """An engine that returns given completions."""
 
-    def __init__(self, completions):
-        self.completions = completions
+    def __init__(self, completions, parallel):
+        self.completions, self.parallel = completions, parallel
 
     def generate(self, prompts, sampling, stop_ids, samples=None, on_tokens=None):
         return self.completions
@@ -81,8 +81,8 @@ def test_line_3_everything_after_the_logits_is_fp32_in_a_bf16_run(folder, parall
     kept = {}
     real = ppo._score
 
-    def spy(buffer, *rest):
-        real(buffer, *rest)
+    def spy(number, buffer):
+        real(number, buffer)
         batch, index = buffer.select(list(range(len(buffer))))
         with torch.no_grad():
             model = ppo.policy.model
@@ -250,7 +250,7 @@ def test_line_11_the_value_at_the_last_token_is_not_fitted(folder, parallel, mon
 
 def test_line_15_a_single_rollout_is_safe(folder, parallel):
     ppo = make_ppo(folder, parallel, max_buffer_size=1, mini_batches=1)
-    ppo.rollouts.engine = Scripted([Completion([EOS], [-1.0], "stop")])
+    ppo.rollouts.engine = Scripted([Completion([EOS], [-1.0], "stop")], parallel)
     stats, recorder = iterate(ppo, [Prompt([1, 5, 6], "1")])
     assert (
         recorder.buffer.advantages.tolist() == [0.0]
@@ -614,8 +614,10 @@ def check_together(**change):
 
 
 OF_SEPARATE_ROLES = {
-    "critic_model_parallel_size": 1,
-    "reward_model_parallel_size": 1,
+    "critic_train": "tp1",
+    "critic_inf": "tp1",
+    "ref_inf": "tp1",
+    "rew_inf": "tp1",
     "ref_ema": 0.9,
     "reward_tokenizer_file": "T",
 }
@@ -659,18 +661,30 @@ OF_SEPARATE_ROLES = {
         ("gae needs --critic_ckpt_dir", {"critic_ckpt_dir": None}),
         ("gae needs --critic_save_dir", {"critic_save_dir": None}),
         ("--critic_ckpt_dir: has no effect with --advantage rloo", {"advantage": "rloo"}),
-        (
-            "--critic_model_parallel_size: has no effect",
-            {"advantage": "rloo", "critic_model_parallel_size": 1},
+        *(
+            (f"--{flag}: has no effect with --advantage rloo", {"advantage": "rloo", flag: "tp1"})
+            for flag in ("critic_train", "critic_inf")
+        ),
+        *(
+            (
+                f"--{flag} {value}: --actor_train 'tp2' says how the policy is divided",
+                {"actor_train": "tp2", flag: value},
+            )
+            for flag, value in (
+                ("model_parallel_size", 2),
+                ("pipeline_parallel_size", 2),
+                ("zero", 3),
+                ("sequence_parallel", True),
+            )
         ),
         ("--temperature 0", {"temperature": 0.0}),
         ("--ptx_coef 0.5", {"ptx_coef": 0.5}),
         ("--ptx_file P", {"ptx_file": "P"}),
         ("--ptx_batch_size: has no effect", {"ptx_batch_size": 2}),
         ("--replay_mask: nothing is left out", {"replay_mask": True}),
-        (
-            "leave --rollout_model_parallel_size out",
-            {"replay_mask": True, "top_k": 2, "rollout_model_parallel_size": 1},
+        *(
+            (f"leave --{flag} out", {"replay_mask": True, "top_k": 2, flag: "tp1"})
+            for flag in ("actor_gen", "ref_inf")
         ),
         ("give --lora_rank", {"shared_trunk": True}),
         *(
@@ -687,7 +701,7 @@ OF_SEPARATE_ROLES = {
                 {"reward": ["rule"], "reward_model_ckpt_dir": None, flag: value},
             )
             for flag, value in (
-                ("reward_model_parallel_size", 1),
+                ("rew_inf", "tp1"),
                 ("reward_tokenizer_file", "T"),
             )
         ),

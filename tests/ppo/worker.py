@@ -9,7 +9,7 @@ division. MP_SIZE:STAGES makes a pipeline, for what is in `IN_STAGES`: N-MP-STAG
 
 import hashlib
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,13 +31,15 @@ from src.parallel.setup import Parallel, start, stop
 from src.ppo import trainer
 from src.ppo.dump import RolloutDump
 from src.ppo.kl import KLController
+from src.ppo.layouts import Layouts
 from src.ppo.pretraining import PretrainingMix
 from src.ppo.rewards.rule import RuleReward
 from src.ppo.rewards.verifier import VerifierReward
 from src.ppo.roles import Role, Stage
 from src.ppo.trainer import PPO
 from src.settings.declaration import build
-from src.settings.ppo import PPOSettings
+from src.settings.ppo import LayoutSettings, PPOSettings
+from src.settings.run import TrainingRunSettings
 from src.trainer.averages import PLAIN, Method
 from src.trainer.optimizer import Optimizer
 from tests.trainer.tiny import ours, some_sequences, whole_weights
@@ -77,7 +79,7 @@ class Run:
     stops: frozenset = STOPS
     iterations: int = 1
     offload: bool = False
-    value_mp: int | None = None
+    layouts: dict[str, str] = field(default_factory=dict)
     zero: int = 1
     sequence_parallel: bool = False
     method: Method = PLAIN
@@ -116,7 +118,7 @@ RUNS = {
     ),
     "zero": Run(ONCE | dict(truncated="zero")),
     "penalty": Run(ONCE | dict(truncated="penalty", truncation_penalty=0.7)),
-    "value_mp": Run(ONCE | dict(max_batch_size=1), value_mp=1),
+    "value_mp": Run(ONCE | dict(max_batch_size=1), layouts=dict(critic_train="tp1", rew_inf="tp1")),
     "top_k": Run(ONCE | dict(replay_mask=True), _sampling(top_k=5)),
     "top_p, min_new_tokens": Run(
         ONCE | dict(replay_mask=True, entropy_coef=0.05), _sampling(top_p=0.8, min_new_tokens=3)
@@ -242,7 +244,7 @@ def make_ppo(
     dtype=torch.float32,
     sampling: Sampling | None = None,
     offload: bool = False,
-    value_mp: int | None = None,
+    layouts: dict[str, str] | None = None,
     zero: int = 1,
     sequence_parallel: bool = False,
     method: Method = PLAIN,
@@ -250,28 +252,32 @@ def make_ppo(
 ) -> PPO:
     """The four roles, each another random model; two rewards.
 
-    Value_mp: ranks per value and per reward model.
+    layouts: of roles and phases, as the script's flags say; else as `parallel` is.
     """
+    given = layouts or {}
+    layout = replace(parallel.layout, zero=zero, sp=sequence_parallel and parallel.mp_size > 1)
+    where = Layouts.of(
+        LayoutSettings(**{"actor_train": str(layout)} | given),
+        TrainingRunSettings(),
+        8,
+        parallel.world_size,
+    )
+    parallel = parallel.laid_out(where.actor_train)
     sampling = sampling or Sampling(max_new_tokens=MAX_NEW_TOKENS, temperature=TEMPERATURE, seed=4)
     settings = ppo_settings(**{name: getattr(sampling, name) for name in CHOICE}, **flags)
-    stage, divided = (
-        Stage(offload, parallel.device),
-        parallel if value_mp is None else parallel.divided(value_mp),
-    )
-    trained = {"policy": parallel} | ({"value": divided} if settings.advantages.has_value else {})
+    stage = Stage(offload, parallel.device)
+    trained = {"policy": parallel}
+    if settings.advantages.has_value:
+        trained["value"] = parallel.laid_out(where.critic_train)
     for name, division in trained.items():
-        model = ours(folder / name, division, dtype, zero=zero)
-        model.sequence_parallel = sequence_parallel and division.mp_size > 1
-        stage.add(
-            Role(
-                name,
-                model,
-                division,
-                Optimizer(model, division, max_grad_norm=MAX_GRAD_NORM, eps=1e-5, method=method),
-            )
-        )
+        of = division.layout
+        model = ours(folder / name, division, dtype, zero=of.zero, stages_per_rank=of.vp)
+        model.sequence_parallel = of.sp
+        options = dict(max_grad_norm=MAX_GRAD_NORM, eps=1e-5, zero=of.zero, method=method)
+        stage.add(Role(name, model, division, Optimizer(model, division, **options)))
+    frozen = {"reference": where.ref_inf, "reward": where.rew_inf}
     for name, role in {"reference": "reference", "reward": "verifier"}.items():
-        division = divided if name == "reward" else parallel
+        division = parallel.laid_out(frozen[name])
         stage.add(Role(name, ours(folder / role, division, dtype).requires_grad_(False), division))
     rewards = [
         (
@@ -286,8 +292,9 @@ def make_ppo(
         else None
     )
     policy, limits = stage.roles["policy"].model, (5, 64)
-    relaid = is_spread(policy)
-    own = RelaidEngine(policy, parallel, parallel.model_size, *limits) if relaid else None
+    relaid = is_spread(policy) or not where.actor_gen.is_like(where.actor_train)
+    own = RelaidEngine(policy, parallel, where.actor_gen, *limits) if relaid else None
+    is_value_there = where.critic_inf.is_like(where.critic_train)
     return PPO(
         stage,
         rewards,
@@ -298,6 +305,7 @@ def make_ppo(
         settings,
         parallel,
         ptx,
+        None if is_value_there else where.critic_inf,
     )
 
 
@@ -320,11 +328,12 @@ class Recorder:
             self.buffer, self.minibatches = buffer, []
             return update(number, buffer, *rest)
 
-        def keep_plan(*arguments):
-            found = plan(*arguments)
-            self.minibatches += [
-                [i for rows in minibatch.rows for i in rows] for minibatch in found
-            ]
+        def keep_plan(number, epoch, buffer):
+            found = plan(number, epoch, buffer)
+            if buffer is self.buffer:  # not where a value model of another layout has the rollouts
+                self.minibatches += [
+                    [i for rows in minibatch.rows for i in rows] for minibatch in found
+                ]
             return found
 
         def keep_losses(*arguments):
@@ -379,8 +388,7 @@ class Recorder:
                     **{name: each[name][i].tolist() for name in known},
                 }
             )
-        every = [None] * parallel.dp_size
-        dist.all_gather_object(every, mine, group=parallel.dp_group)
+        every = everyones(mine if parallel.speaks else [])
         return sorted((row for part in every for row in part), key=lambda row: row["place"])
 
 
@@ -393,7 +401,7 @@ class Remembered:
     known: dict = {}
 
     def __init__(self, engine: Engine) -> None:
-        self.engine, self.fresh = engine, True
+        self.engine, self.parallel, self.fresh = engine, engine.parallel, True
 
     def generate(self, prompts, sampling, stops, samples, on_tokens, **masks):
         key = str((self.engine.parallel.mp_size, prompts, sampling, sorted(stops), samples, masks))
@@ -525,7 +533,7 @@ def one_run(folder: Path, parallel: Parallel, run: Run, dump: str | None = None)
         parallel,
         sampling=run.sampling,
         offload=run.offload,
-        value_mp=run.value_mp,
+        layouts=run.layouts,
         zero=run.zero,
         sequence_parallel=run.sequence_parallel,
         method=run.method,

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from src.checkpoint.steps import Steps, list_steps, open_step
-from src.models.exchange import layout_of
+from src.models.exchange import placement_of
 from src.models.layout import tensor_table
 from src.models.lora import LoRAConfig, lora_layers, lora_table
 from src.models.places import within
@@ -122,7 +122,7 @@ def whole_state(model, optimizer) -> dict[str, torch.Tensor]:
     parallel, adapters = optimizer.parallel, lora_layers(model)
     table = tensor_table(model.config)
     table |= lora_table(model.config, adapters[0][1].config) if adapters else {}
-    every, of_model = [None] * parallel.world_size, layout_of(model, parallel)
+    every, of_model = [None] * parallel.world_size, placement_of(model, parallel)
     dist.all_gather_object(every, copies(model, optimizer))
     state: dict[str, torch.Tensor] = {}
     for rank, tensors in enumerate(every):

@@ -87,7 +87,7 @@ def test_padding_stays_exactly_zero(parallel, small_parts):
     with torch.no_grad():
         weight[:, 40:] = 0
     spec = adam.TensorSpec((64, 48))
-    places = adam.Places(parallel, {weight: spec}, adam.Layout(1))
+    places = adam.Places(parallel, {weight: spec}, adam.Placement(1))
     group = {"params": [weight], "kind": "adamw8bit", "weight_decay": 0.1}
     optimizer = adam.MasterAdamW([group], Method("adamw8bit"), places, lr=1e-2)
     for _ in range(STEPS):
@@ -104,7 +104,7 @@ def test_a_square_that_codes_round_to_zero_does_not_blow_up_its_step(parallel, s
     AdamW's step is of the size of lr.
     """
     weight = torch.nn.Parameter(torch.zeros(16, 256))
-    places = adam.Places(parallel, {weight: adam.TensorSpec((16, 256))}, adam.Layout(1))
+    places = adam.Places(parallel, {weight: adam.TensorSpec((16, 256))}, adam.Placement(1))
     group = {"params": [weight], "kind": "adamw8bit", "weight_decay": 0.0}
     optimizer = adam.MasterAdamW([group], Method("adamw8bit"), places, lr=1e-2)
     for step in range(STEPS):

@@ -12,6 +12,7 @@ from src.parallel.setup import Parallel, agreed
 from src.ppo.buffer import RolloutBuffer
 from src.ppo.rewards import RewardInputs
 from src.ppo.roles import Role
+from src.trainer.passes import from_last_stage
 
 
 class VerifierReward:
@@ -26,40 +27,40 @@ class VerifierReward:
     def __init__(
         self,
         role: Role,
-        whole: Parallel,
+        parallel: Parallel,
         max_batch_size: int,
         max_tokens: int | None = None,
         mean: float = 0.0,
         std: float = 1.0,
         translate: Callable[[RolloutBuffer], list[Sequence]] | None = None,
     ) -> None:
-        """whole: the run's division; translate: rollouts in the verifier's tokens, if others."""
-        self.role, self.whole, self.limits = role, whole, (max_batch_size, max_tokens)
+        """parallel: of whose models the rollouts are; translate: them in the verifier's tokens."""
+        self.role, self.parallel, self.limits = role, parallel, (max_batch_size, max_tokens)
         self.mean, self.std, self.translate = mean, std, translate
 
     @torch.no_grad()
     def __call__(self, buffer: RolloutBuffer) -> Tensor:
-        device = buffer.tokens.device
-        sequences = self.translate(buffer) if self.translate else None
-        lengths = buffer.lengths if sequences is None else [len(s.tokens) for s in sequences]
-        scores = torch.zeros(len(buffer), device=device)  # [B]
+        device, view = buffer.tokens.device, buffer.on(self.role.parallel)
+        sequences = self.translate(view) if self.translate else None
+        lengths = view.lengths if sequences is None else [len(s.tokens) for s in sequences]
+        scores = torch.zeros(len(view), device=device)  # [B]
 
         def batch_of(rows: list[int]) -> Batch:
             if sequences is None:
-                return buffer.batch(rows)
+                return view.batch(rows)
             return Batch.of([sequences[i] for i in rows], device)
 
         def read(rows: list[int]) -> None:
             raw = sequence_scores(self.role.model, batch_of(rows))
             scores[rows] = (raw - self.mean) / self.std
 
-        # Several smaller models share the work; each scores its groups, and they are put together.
+        # Where the verifier is, and back to where the rollouts are.
         with self.role.parallel.active():
-            share = self.role.share(micro_batches(lengths, *self.limits), self.whole)
-            self.role.passes.score(share, batch_of, read)
-        scores = self.role.collect(scores, self.whole)
-        agreed(lambda: _check_finite(scores))
-        return scores
+            self.role.passes.score(micro_batches(lengths, *self.limits), batch_of, read)
+        view.scores = from_last_stage(scores, self.role.parallel)
+        buffer.bring(view, self.parallel, "scores")
+        agreed(lambda: _check_finite(buffer.scores))
+        return buffer.scores
 
 
 def _check_finite(scores: Tensor) -> None:
