@@ -14,7 +14,7 @@ import torch
 from src.checkpoint.load import allocate
 from src.generation.engine import Completion, Engine, OnTokens, Stop
 from src.generation.sampling import Sampling
-from src.models.exchange import Exchange, is_spread, moves_of
+from src.models.exchange import BUCKET, Exchange, is_spread, moves_of
 from src.models.lora import merged
 from src.models.stages import cut_in_stages
 from src.models.transformer import Transformer, build_part
@@ -25,14 +25,16 @@ from src.parallel.setup import Parallel
 class Relayout:
     """Copies of a model in another division of the ranks, planned once and made when asked for."""
 
-    def __init__(self, model: Transformer, parallel: Parallel, division: Parallel) -> None:
-        """parallel: the model's own division. All ranks of the run come here."""
+    def __init__(
+        self, model: Transformer, parallel: Parallel, division: Parallel, bucket: int = BUCKET
+    ) -> None:
+        """parallel: the model's own division; bucket: see `Exchange`. All ranks come here."""
         self.model, self.division = model, division
         config, layout = model.config, division.layout
         self.stages, tied = cut_in_stages(config, layout.pp), config.tie_word_embeddings
         moves = moves_of(model, parallel, layout, lambda name: self.stages.holders(name, tied))
         ranks = parallel.rank, parallel.world
-        self.exchange = Exchange(moves, *ranks, model.dtype, parallel.device)
+        self.exchange = Exchange(moves, *ranks, model.dtype, parallel.device, bucket)
         self.seconds = 0.0  # that the last one took
 
     @torch.no_grad()

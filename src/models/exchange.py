@@ -105,13 +105,14 @@ class Exchange:
         self.dtype, self.device = dtype, device
         self.buckets: list[list[_Item]] = [[]]
         self.sent = 0  # bytes by this rank, each time
-        half = max(bucket // 2 // dtype.itemsize, 1)  # one half is on its way, one is begun
-        room = half
+        # One third is on its way while another is begun, and one has just come.
+        third = max(bucket // 3 // dtype.itemsize, 1)
+        room = third
         for name, move in moves.items():
-            for rows in _cut_by_rows(move.spec.shape, half):
-                if _numel(rows) > room < half:
+            for rows in _cut_by_rows(move.spec.shape, third):
+                if _numel(rows) > room < third:
                     self.buckets.append([])
-                    room = half
+                    room = third
                 room -= _numel(rows)
                 self.buckets[-1].append(self._item(name, move, rows))
 

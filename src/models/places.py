@@ -109,7 +109,7 @@ def pieces_of(
 ) -> Iterator[tuple[int | None, Box, Box]]:
     """(owner, its box, what both have) of what makes up a box.
 
-    local: what the asking rank has itself; if all is in it there is one piece, of owner None.
+    local: what the asking rank has itself; what of a piece is all in it has owner None.
     """
     if is_empty(box):
         return
@@ -118,5 +118,9 @@ def pieces_of(
         return
     for owner, owned in owners:
         overlap = common(box, owned)
-        if not is_empty(overlap):
+        if is_empty(overlap):
+            continue
+        if local is not None and common(overlap, local) == overlap:
+            yield None, local, overlap
+        else:
             yield owner, owned, overlap

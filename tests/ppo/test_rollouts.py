@@ -154,7 +154,8 @@ def test_line_9_truncation_is_read_from_the_stop_reason(folder, parallel):
     """Ended by EOS at exactly max_new_tokens is not truncated; shorter, cut by the context, is."""
     ppo = make_ppo(folder, parallel, sampling=Sampling(max_new_tokens=3, seed=0))
     ppo.rollouts.engine = Scripted(
-        [Completion([7, 8, EOS], [-1.0] * 3, "stop"), Completion([7, 8], [-1.0] * 2, "length")]
+        [Completion([7, 8, EOS], [-1.0] * 3, "stop"), Completion([7, 8], [-1.0] * 2, "length")],
+        parallel,
     )
     ppo.rollouts.rewards = ppo.rollouts.rewards[1:]
     buffer = ppo.rollouts.make(0, [Prompt([1, 5], "0"), Prompt([1, 6], "0")], None, None)
