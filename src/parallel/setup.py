@@ -134,6 +134,17 @@ class Parallel:
         """Where this process stands in another layout: made once, by all ranks together."""
         return _divide(self.rank, self.world_size, layout, self.device, self.timeout)
 
+    def known_to_all(self, value: T) -> T:
+        """What the division's first rank has, on all ranks of the run; its own where all are in it.
+
+        For what a division's ranks have alike. All ranks come here.
+        """
+        if self.layout.size == self.world_size:
+            return value
+        outcome = [value]
+        dist.broadcast_object_list(outcome, src=self.layout.first)
+        return outcome[0]
+
     @contextmanager
     def active(self) -> Iterator[None]:
         """Let the layers' collectives go over this division for a while."""

@@ -52,7 +52,7 @@ def make_ppo(
     ppo.state.take_up(inputs.policy_state, inputs.value_state)
     rollouts = settings.rollouts
     if rollouts.log_samples:
-        ppo.watch.append(SampleTexts(rollouts.log_samples, tokenizer, log))
+        ppo.watch.append(SampleTexts(rollouts.log_samples, tokenizer, log, parallel))
     if rollouts.dump_rollouts is not None:
         ppo.watch.append(RolloutDump(rollouts.dump_rollouts, tokenizer, parallel))
     return ppo

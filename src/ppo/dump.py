@@ -86,10 +86,17 @@ class RolloutDump:
 class SampleTexts:
     """The first few rollouts of an iteration, with their rewards, as text in the log."""
 
-    def __init__(self, count: int, tokenizer: Tokenizer, log: RunLog) -> None:
-        self.count, self.tokenizer, self.log = count, tokenizer, log
+    def __init__(self, count: int, tokenizer: Tokenizer, log: RunLog, parallel: Parallel) -> None:
+        """parallel: of whose models the rollouts are."""
+        self.count, self.tokenizer, self.log, self.parallel = count, tokenizer, log, parallel
 
     def __call__(self, number: int, buffer: RolloutBuffer) -> None:
+        # Rank 0, which writes the log, may have none.
+        for i, text in enumerate(self.parallel.known_to_all(self._texts(buffer)), 1):
+            self.log.text(number + 1, f"samples/{i}", text)
+
+    def _texts(self, buffer: RolloutBuffer) -> list[str]:
+        texts = []
         for i in range(min(self.count, len(buffer))):
             prompt, ids = buffer.prompts[i], buffer.responses()[i]
             numbers = {name: float(x[i]) for name, x in buffer.components.items()}
@@ -100,5 +107,5 @@ class SampleTexts:
             cut = ", cut at the limit" if bool(buffer.truncated[i]) else ""
             query = prompt.row.get("instruction", self.tokenizer.decode(prompt.tokens))
             reward = f"reward {float(buffer.scores[i]):.4g} ({parts}){cut}"
-            text = f"{query}\n\n{self.tokenizer.decode(ids)}\n\n{reward}"
-            self.log.text(number + 1, f"samples/{i + 1}", text)
+            texts.append(f"{query}\n\n{self.tokenizer.decode(ids)}\n\n{reward}")
+        return texts

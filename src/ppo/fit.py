@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from src.checkpoint.files import read_json
 from src.data.encoding import Prompt
 from src.errors import UserError
 from src.logs import RunLog
+from src.parallel.setup import agreed
 from src.ppo.rewards import RewardFailed
 from src.ppo.trainer import PPO
 from src.progress import Progress
@@ -85,7 +87,7 @@ def fit(
 
             # What went wrong, and what it brought.
             _warn(number, stats, log)
-            _check_skipped(ppo, number, plan.max_skipped_steps)
+            _check_skipped(ppo, number, stats, plan.max_skipped_steps)
             history.append(stats)
             log.scalars(number + 1, {**stats, "lr": lr, "critic_lr": critic_lr}, prefix="ppo")
             tokens = int(stats.get("response_length", 0) * len(batch))
@@ -121,11 +123,12 @@ def _warn(number: int, stats: dict[str, float], log: RunLog) -> None:
         log.warning(f"iteration {number + 1}: {why}: nothing was learned")
 
 
-def _check_skipped(ppo: PPO, number: int, limit: int) -> None:
+def _check_skipped(ppo: PPO, number: int, stats: dict[str, float], limit: int) -> None:
     for role in ppo.stage.roles.values():
-        if role.optimizer:
+        if role.optimizer and stats.get(f"{role.name}_skipped"):
             minibatches = f"the {role.name}'s minibatches of iteration {number + 1}"
-            role.optimizer.check_skipped(limit, minibatches)
+            # A rank that has nothing of the role has skipped nothing.
+            agreed(partial(role.optimizer.check_skipped, limit, minibatches))
 
 
 def read_state(folder: str | None) -> dict[str, Any]:

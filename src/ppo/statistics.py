@@ -156,12 +156,3 @@ def over_ranks(
     values = torch.tensor([local[n] for n in names], dtype=torch.float64, device=parallel.device)
     dist.all_reduce(values, op=op)
     return dict(zip(names, values.tolist()))
-
-
-def known_to_all(numbers: dict[str, float], parallel: Parallel) -> dict[str, float]:
-    """What the ranks of a division know, on all ranks of the run."""
-    if parallel.layout.size == parallel.world_size:
-        return numbers
-    outcome = [numbers]
-    dist.broadcast_object_list(outcome, src=parallel.layout.first)
-    return outcome[0]

@@ -35,7 +35,7 @@ from src.ppo.rewards import Reward
 from src.ppo.roles import MovingReference, Role, Stage
 from src.ppo.rollouts import Draw, Rollouts
 from src.ppo.state import PPOState
-from src.ppo.statistics import Timer, costs, known_to_all, reward_statistics, rollout_statistics
+from src.ppo.statistics import Timer, costs, reward_statistics, rollout_statistics
 from src.settings.ppo import PPOSettings
 from src.trainer.fit import summed
 from src.trainer.optimizer import most_of
@@ -410,7 +410,7 @@ class PPO:
         for name, columns in values.items():
             means = {column: sum(x) / len(x) for column, x in columns.items()}
             means[f"{name}_steps"] = len(next(iter(columns.values())))
-            stats |= known_to_all(means, self.stage.roles[name].parallel)
+            stats |= self.stage.roles[name].parallel.known_to_all(means)
         return stats
 
     def _is_far(self, approxkl: float) -> bool:
@@ -418,7 +418,7 @@ class PPO:
         target = self.settings.updates.target_kl
         if target is None:
             return False
-        return known_to_all({"approxkl": approxkl}, self.policy.parallel)["approxkl"] > target
+        return self.policy.parallel.known_to_all(approxkl) > target
 
     def _step(
         self,

@@ -229,7 +229,7 @@ class Saving:
             division = optimizer.parallel
             with self.at_work(name):
                 tensors = self.copies.of(name, tensors_of(model, optimizer))
-                counters[name] = counters_of(optimizer)
+                counters[name] = division.known_to_all(counters_of(optimizer))
             if tensors:
                 place = division.mp_rank, division.dp_rank, division.pp_rank
                 files[file_of(name, *place)] = tensors
