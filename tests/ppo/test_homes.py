@@ -24,10 +24,11 @@ def some_homes(layout: Layout, n: int = 24) -> Homes:
     return Homes(layout, tuple(i % layout.models for i in range(n)))
 
 
-@pytest.mark.parametrize("source, target", itertools.product(LAYOUTS, LAYOUTS))
+@pytest.mark.parametrize("source, target", list(itertools.product(LAYOUTS, LAYOUTS)))
 def test_every_rollout_gets_to_one_model_from_a_rank_that_has_it(source, target):
     homes = some_homes(source)
-    sizes = [random.Random(3).randint(1, 9) for _ in homes.models]
+    rng = random.Random(3)
+    sizes = [rng.randint(1, 9) for _ in homes.models]
     new = homes.nearest_in(target, sizes)
     for place in range(len(sizes)):
         holders = [rank for rank in range(8) if place in homes.places(rank)]

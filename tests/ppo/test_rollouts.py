@@ -846,10 +846,10 @@ def test_a_rollout_s_row_before_anything_but_its_reward_is_known():
 
 
 @pytest.mark.parametrize("count", [0, 1, 5])
-def test_samples_are_logged_as_text_with_their_rewards(count):
+def test_samples_are_logged_as_text_with_their_rewards(parallel, count):
     said = []
     log = SimpleNamespace(text=lambda *given: said.append(given))
-    SampleTexts(count, decoding(), log)(4, known_buffer())
+    SampleTexts(count, decoding(), log, parallel)(4, known_buffer())
     assert [(step, name) for step, name, _ in said] == [
         (5, f"samples/{i + 1}") for i in range(min(count, 2))
     ]
