@@ -8,9 +8,11 @@ FOLDER is that of worker.py. One process gives what all others must equal.
 import sys
 import time
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from src.parallel.setup import Parallel, start, stop
 from src.parallel.sharding import own
@@ -26,6 +28,9 @@ from tests.ppo.worker import (
 )
 
 NAMES = ("actor_train", "actor_gen", "critic_train", "critic_inf", "ref_inf", "rew_inf")
+
+
+MEET_S = 60  # that a role waits for another to begin
 
 
 @dataclass(frozen=True)
@@ -130,6 +135,37 @@ def whole_of(ppo, name: str) -> dict | None:
     return everyones(found if role.parallel.is_member else None)[role.parallel.layout.first]
 
 
+def meet(ppo, kind: str, *names: str) -> None:
+    """Let two roles' passes each wait until the other's have begun, on ranks of its own.
+
+    One after the other they would wait in vain.
+    """
+    store = dist.distributed_c10d._get_default_store()
+
+    def waiting(name: str, other: str, real):
+        def at_work(*given):
+            if ppo.stage.roles[name].parallel.is_member:
+                store.set(f"{kind} {name}", "began")
+                store.wait([f"{kind} {other}"], timedelta(seconds=MEET_S))
+            return real(*given)
+
+        return at_work
+
+    for name, other in zip(names, reversed(names)):
+        passes = ppo.stage.roles[name].passes
+        setattr(passes, kind, waiting(name, other, getattr(passes, kind)))
+
+
+def side_by_side(folder: Path, parallel: Parallel) -> list[str]:
+    """What is done at the same time, where layouts have no rank in common."""
+    layouts = CASES["learns on a half"].by_name | dict(ref_inf="tp1 on 4-7", rew_inf="tp2 on 0-3")
+    ppo = make_ppo(folder, parallel, layouts=layouts, ppo_epochs=1)
+    meet(ppo, "score", "reference", "reward")
+    meet(ppo, "train", "policy", "value")
+    ppo.iteration(NUMBER, prompts(), LR, VALUE_LR)
+    return ["reference and reward", "policy and value"]
+
+
 def main(folder: Path, out: Path) -> None:
     parallel = start(1, timeout=300)
     torch.set_num_threads(1)
@@ -141,6 +177,7 @@ def main(folder: Path, out: Path) -> None:
         results[name]["took"] = time.perf_counter() - began
         if parallel.is_main:
             print(name, flush=True)
+    results["side by side"] = side_by_side(folder, parallel)
     if parallel.is_main:
         torch.save(results, out)
     stop()

@@ -104,6 +104,10 @@ def test_what_moves_is_logged(everywhere):
     assert "gb/relayout" not in costs
 
 
+def test_what_has_ranks_of_its_own_goes_on_at_the_same_time(everywhere):
+    assert everywhere["side by side"] == ["reference and reward", "policy and value"]
+
+
 def test_there_are_enough_assignments():
     layouts = {tuple(case.by_name.items()) for case in CASES.values()}
     assert len(layouts) >= 21
