@@ -9,6 +9,7 @@ import itertools
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ class Steps:
         self.group = dist.new_group(backend="gloo", timeout=parallel.timeout)
         self.thread: threading.Thread | None = None
         self.failed: BaseException | None = None
+        self.longest = 0.0  # seconds that writing a step has taken at most
 
     def save(self, step: int, files: dict[str, dict[str, Tensor]], facts: dict) -> None:
         """Begin to write a step.
@@ -56,10 +58,12 @@ class Steps:
         JSON. Raises UserError when the step before could not be written.
         """
         self.wait()
+        began = time.monotonic()
 
         def work() -> None:
             try:
                 self._write(step, files, facts)
+                self.longest = max(self.longest, time.monotonic() - began)
             except BaseException as error:  # is raised in the main thread, by the next `wait`
                 self.failed = error
 

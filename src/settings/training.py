@@ -269,6 +269,22 @@ class SavingSettings(Settings):
         "from: the new ones hold from there on, and the log says so. All others must be as they "
         "were",
     ] = None
+    max_minutes: Annotated[
+        float | None,
+        Above(0, 10**7),
+        Unit("minutes"),
+        MAY_CHANGE,
+        "save and end with exit code 75 before the process is so old, as the longest step and the "
+        "longest save so far tell: for jobs that are ended at a limit. The same command goes on",
+    ] = None
+    straggler_window: Annotated[
+        int | None,
+        AtLeast(2, 10**6),
+        Unit("steps"),
+        MAY_CHANGE,
+        "compare the ranks' phases over so many steps (PPO: iterations), and name in the log the "
+        "rank that takes a quarter longer than the others, if there is one; none: do not",
+    ] = 50
     log_dir: Annotated[
         str | None,
         MAY_CHANGE,

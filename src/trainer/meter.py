@@ -84,6 +84,12 @@ class Meter:
         }
 
 
+def phases_of(scalars: dict[str, float]) -> dict[str, float]:
+    """The seconds of each phase, by its name, out of what is logged of a step."""
+    prefix = "seconds/"
+    return {name.removeprefix(prefix): x for name, x in scalars.items() if name.startswith(prefix)}
+
+
 def peak_memory(device: torch.device) -> int:
     """Bytes that this process has held at most so far: on a GPU of tensors, else all of them."""
     if device.type == "cuda":

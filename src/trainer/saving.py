@@ -33,6 +33,7 @@ from src.parallel.host import HostCopies
 from src.parallel.setup import Parallel, agreed
 from src.settings.training import SavingSettings
 from src.trainer.earlier import FAILED, Earlier
+from src.trainer.monitor import Monitor
 from src.trainer.optimizer import Optimizer
 from src.trainer.state import (
     SavedModel,
@@ -42,6 +43,7 @@ from src.trainer.state import (
     restore,
     tensors_of,
 )
+from src.trainer.time_limit import SLOW_DISK, TimeLimit, process_age
 
 Part = tuple[Callable[[], Any], Callable[[Any], None]]
 SECOND_SIGNAL_S = 3.0
@@ -100,8 +102,11 @@ class Saving:
         self.parts, self.tensors = parts or {}, tensors or {}
         self.steps = Steps(earlier.folder, settings.keep, parallel)
         self.copies = HostCopies(parallel.device)
+        self.monitor = Monitor(log, parallel, settings.straggler_window)
+        self.limit, self.minutes = TimeLimit(settings.max_minutes), settings.max_minutes
         self.step = 0  # the last that was taken
         self.saved = 0  # the last that was saved
+        self.total = 0  # that the run will take
         self.stop_signal = StopSignal()
         # A launcher that dies takes its workers along.
         if platform.system() == "Linux" and "RANK" in os.environ:
@@ -123,6 +128,7 @@ class Saving:
                 f"new ({new}); go on from an earlier one (--resume PATH), or for longer (--epochs, "
                 "--iterations)"
             )
+        agreed(self._check_time)
         agreed(lambda: self.steps.remove_unfinished() if self.parallel.is_main else None)
         self._check_space(total - last)
         if path is not None:
@@ -137,6 +143,9 @@ class Saving:
         if path is not None:
             self.log.info(f"goes on after step {self.step}, from {path}")
         self._tell_changes()
+        self.total = total
+        self.monitor.begin(self.step, total)
+        self.limit.begin()
         return self.step
 
     def _tell_changes(self) -> None:
@@ -185,21 +194,27 @@ class Saving:
     def after(self, step: int) -> None:
         """To be called after every step by all ranks. Saves when it is due.
 
-        When any rank was told to stop, saves and raises Stopped.
+        When any rank was told to stop, or has no time for another step, saves and raises Stopped.
         """
         self.step = step
-        flag = torch.tensor(float(self.stop_signal.came), device=self.parallel.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        must_stop = bool(flag)
-        if must_stop or (self.every is not None and step % self.every == 0):
+        self.limit.end()
+        self.limit.longest_save = max(self.limit.longest_save, self.steps.longest)
+        ends = step < self.total and self.limit.is_up()  # the last step is the end anyway
+        flags = torch.tensor([self.stop_signal.came, ends], device=self.parallel.device).float()
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        signalled, is_late = flags.bool().tolist()
+        if signalled or is_late or (self.every is not None and step % self.every == 0):
             self._save(step)
-        if must_stop:
+        if signalled or is_late:
             self.steps.wait()
             self.stop_signal.unhook()
+            self.monitor.end("stopped")
+            cause = "a signal" if signalled else f"--max_minutes {self.minutes:g}"
             raise Stopped(
-                f"stopped by a signal after step {step}, which is saved; the same command goes on "
+                f"stopped by {cause} after step {step}, which is saved; the same command goes on "
                 "from there"
             )
+        self.limit.begin()
 
     def failed(self, setting: str, error: UserError) -> NoReturn:
         """To be called by all ranks when a setting's file has failed, before a step was taken.
@@ -250,6 +265,7 @@ class Saving:
         }
         self.steps.save(step, files, about)
         self.saved = step
+        self.monitor.saved(step)
 
     def _random(self) -> dict[str, Tensor]:
         states = {"cpu": torch.get_rng_state()}
@@ -262,17 +278,27 @@ class Saving:
 
         Those are --keep and one more, beside those that stay.
         """
-        if self.every is None:
-            return
-        staying = len(self.steps.until(self.earlier.step)[-self.steps.keep :])
-        more = min(self.steps.keep + 1 - staying, steps_left // self.every)
         size = sum(bytes_of(model, optimizer) for model, optimizer in self.models.values())
         if self.parallel.dp_rank == 0:
             size += sum(x.nbytes for tensors, _ in self.tensors.values() for x in tensors.values())
         total = torch.tensor(size, device=self.parallel.device)
         dist.all_reduce(total)
+        machines = self.parallel.world_size / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.limit.longest_save = float(total) / max(1.0, machines) / SLOW_DISK
+        if self.every is None:
+            return
+        staying = len(self.steps.until(self.earlier.step)[-self.steps.keep :])
+        more = min(self.steps.keep + 1 - staying, steps_left // self.every)
         what = f"for {more} steps (--save_every, --keep)"
         agreed(lambda: check_space(self.earlier.folder, int(total) * more, what))
+
+    def _check_time(self) -> None:
+        """Raise UserError when --max_minutes has passed before the first step."""
+        if self.limit.is_past():
+            raise UserError(
+                f"--max_minutes {self.minutes:g}: {process_age() / 60:.1f} minutes have gone into "
+                "starting and loading alone, and no step would be taken: give more"
+            )
 
     def _restore_random(self, path: Path) -> None:
         """Dropout's state; a data-parallel rank that there was none of keeps its first one."""
@@ -291,3 +317,4 @@ class Saving:
         if self.parallel.is_main and folder.is_dir():
             write_json(folder / FINISHED, {"step": self.step, **self.earlier.facts})
             sync(folder)
+        self.monitor.end("finished")
