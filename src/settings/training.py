@@ -256,6 +256,14 @@ class SavingSettings(Settings):
         "many steps (PPO: iterations); without it only when a signal ends the run",
     ] = None
     keep: Annotated[int, AtLeast(1, 10**9), MAY_CHANGE, "so many of the newest of these stay"] = 2
+    save_copies: Annotated[
+        int | None,
+        AtLeast(1, 10**4),
+        Unit("nodes"),
+        MAY_CHANGE,
+        "where nodes share no folder: let each file of a step lie on so many of them, so that the "
+        "run goes on without one that is lost; 2 when not given. 1: each keeps its own files alone",
+    ] = None
     resume: Annotated[
         str,
         MAY_CHANGE,
@@ -296,6 +304,10 @@ class SavingSettings(Settings):
         if self.resume_changed is not None and self.resume == "none":
             names = ",".join(self.resume_changed)
             yield f"--resume_changed {names}: has no effect with --resume none, which begins anew"
+
+    def copies(self, nodes: int) -> int:
+        """How many nodes a file of a step is to lie on. nodes: that share no folder."""
+        return min(nodes, self.save_copies or 2)
 
     @property
     def named(self) -> list[str]:

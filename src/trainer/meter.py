@@ -108,6 +108,7 @@ def profiler(wanted: bool, log: RunLog) -> AbstractContextManager[Any]:
     folder, (wait, active) = Path(log.log_dir), PROFILED_STEPS
 
     def write(profile: torch.profiler.profile) -> None:
+        folder.mkdir(parents=True, exist_ok=True)  # on a node that has no log
         path = folder / f"trace-rank-{log.rank}.json"
         profile.export_chrome_trace(str(path))
         steps = f"{wait + 1} to {wait + active}"
