@@ -150,5 +150,5 @@ def fetch(
 
         agreed(make)
         with host_group(parallel) as group:
-            agreed(lambda: send_files(transfers, step, target, group))
+            send_files(transfers, step, target, group)
     return len(transfers), sum(transfer.entry["size"] for transfer in transfers)

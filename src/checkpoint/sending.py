@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -52,7 +53,7 @@ def send_files(
     """Carry out transfers, the same list on all ranks. Returns the bytes that came to this rank.
 
     source, target: this rank's folders that it reads from and writes to. What came is on the disk,
-    and as the manifest says: UserError else, on the rank that it is about, once all are through.
+    and as the manifest says: UserError on all ranks else, once all are through.
     """
     rank = dist.get_rank()
     streams: dict[tuple[int, int], list[Piece]] = {}
@@ -83,14 +84,19 @@ def send_files(
             if ends[1] == rank:
                 hashes[piece[0]].update(buffers[ends])
                 _write(piece, target, buffers[ends], problems)
-    for transfer, hashed in hashes.items():
-        if not problems and hashed.hexdigest() != transfer.entry["sha256"]:
-            problems.append(
-                f"{target / transfer.name}: came otherwise from rank {transfer.source} than the "
-                "manifest says: damaged there, or on the way"
-            )
-    if problems:
-        raise UserError(problems[0])
+    differ = [
+        f"{target / transfer.name}: came otherwise from rank {transfer.source} than the manifest "
+        "says: damaged there, or on the way"
+        for transfer, hashed in hashes.items()
+        if hashed.hexdigest() != transfer.entry["sha256"]
+    ]
+    every: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(every, (problems, differ), group=group)
+    # What a disk refused comes first: other bytes follow from it.
+    lines = [line for of_rank in every for line in of_rank[0]]
+    lines += [line for of_rank in every for line in of_rank[1]]
+    if lines:
+        raise UserError(lines[0])
     return sum(transfer.entry["size"] for transfer in hashes)
 
 

@@ -1,0 +1,208 @@
+"""Nodes that share no folder: launchers of their own, in folders of their own, on this machine.
+
+One is lost with its disk, others go on; one comes with an empty disk.
+"""
+
+import shutil
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from src.checkpoint.manifest import read_manifest
+from src.checkpoint.steps import list_steps
+from tests.faults.harness import PATIENCE_S, Run, curve, hashes, steps_in
+from tests.launch import free_port, places
+from tests.test_scripts import call, flags, refused
+
+STAGES = ("made", "written", "copied", "manifest", "renamed", "published", "pruned")
+# Of a rank's share of the batch on two ranks and on one, the rows are the same.
+SIZES = {1: dict(max_batch_size=4), 2: dict(max_batch_size=2)}
+SAME = dict(model_parallel_size=1, keep=50, timeout=20)
+
+
+class Cluster:
+    """Nodes that have nothing in common but a trainer's command, each with its copy of the data."""
+
+    def __init__(self, base: Path, folder: Path, trainer: str) -> None:
+        self.base, self.folder, self.trainer = base, folder, trainer
+
+    def disk(self, name: str) -> Path:
+        """The folder that a node works in, with the models and rows, as it was left."""
+        disk = self.folder / name
+        for part in ("start", "verifier", "data"):
+            if not (disk / part).exists():
+                shutil.copytree(self.base / part, disk / part)
+        return disk
+
+    def command(self, ranks: int, **more) -> list[str]:
+        """Relative paths throughout."""
+        given = SAME | dict(train_file="data/train.json", lr=1e-3)
+        if self.trainer == "SFT":
+            given |= dict(ckpt_dir="start", save_dir="out/model", epochs=1, save_every=4)
+            return ["solver_train.py", *flags(**given | SIZES[ranks] | more)]
+        given |= dict(actor_ckpt_dir="start", critic_ckpt_dir="verifier", max_batch_size=4)
+        given |= dict(reward_model_ckpt_dir="verifier", max_buffer_size=8, iterations=4)
+        given |= dict(actor_save_dir="out/model", critic_save_dir="out/critic", critic_lr=1e-3)
+        given |= dict(mini_batches=2, max_new_tokens=6, ref_ema=0.9, save_every=1)
+        return ["ppo_train.py", *flags(**given | more)]
+
+    def run(self, disks: list[str], lost: tuple = (), ranks: int = 1, **more) -> list[Run]:
+        """A run on nodes of so many ranks each, to its end. lost: as tests/faults/lost_node.py."""
+        script = ["tests/faults/lost_node.py", *map(str, lost)] if lost else []
+        command = [*script, *self.command(ranks * len(disks), **more)]
+        port = free_port()
+        with ExitStack() as stack:
+            stack.enter_context(places(min(4, ranks * len(disks))))
+            runs = []
+            for node, name in enumerate(disks):
+                place = dict(nodes=len(disks), node=node, port=port)
+                log = self.folder / f"{name}.log"
+                log.write_text("")
+                runs.append(Run(command, ranks, log, cwd=self.disk(name), **place))
+                stack.callback(runs[-1].end)
+            began = time.monotonic()
+            while any(run.process.poll() is None for run in runs):
+                assert time.monotonic() - began < 2 * PATIENCE_S, [r.said()[-3000:] for r in runs]
+                time.sleep(0.01)
+            return runs
+
+    def one(self, name: str, ranks: int, **more) -> Run:
+        """A run of one launcher, which must succeed."""
+        (run,) = self.run([name], ranks=ranks, **more)
+        assert run.process.returncode == 0, run.said()[-3000:]
+        return run
+
+    def state(self, name: str) -> Path:
+        return self.folder / name / "out" / "model-state"
+
+    def made(self, name: str) -> tuple:
+        out = self.folder / name / "out"
+        return hashes(out / "model"), hashes(out / "critic")
+
+    def left_at(self, source: str, name: str, step: int) -> None:
+        """A disk as a run on another one had left it after a step."""
+        shutil.copytree(self.folder / source, self.folder / name)
+        out = self.folder / name / "out"
+        for path in (*out.glob("model"), *out.glob("critic"), out / "model-logs"):
+            shutil.rmtree(path, ignore_errors=True)
+        (self.state(name) / "finished.json").unlink()
+        for path in list_steps(self.state(name)):
+            if int(path.name[5:]) > step:
+                shutil.rmtree(path)
+
+
+@pytest.fixture(scope="module")
+def cluster(base, tmp_path_factory):
+    """Of a trainer, with the disk `shared`: two ranks of one launcher trained there, to the end."""
+    known = {}
+
+    def of(trainer: str) -> Cluster:
+        if trainer not in known:
+            known[trainer] = Cluster(base, tmp_path_factory.mktemp(trainer), trainer)
+            known[trainer].one("shared", 2)
+        return known[trainer]
+
+    return of
+
+
+def saved_bits(step: Path) -> dict[str, str]:
+    return {name: entry["sha256"] for name, entry in read_manifest(step)["files"].items()}
+
+
+@pytest.mark.parametrize("trainer, lost", [("SFT", 1), ("PPO", 0)])
+def test_a_node_is_lost_and_the_other_goes_on_alone(cluster, trainer, lost):
+    """To the same bits as from a shared folder; rank 0's node is lost, or the other."""
+    nodes = cluster(trainer)
+    runs = nodes.run(["a", "b"], lost=(lost, "manifest", 2))
+    left = "b" if lost == 0 else "a"
+    said = runs[1 - lost].said()
+    assert all(run.process.returncode != 0 for run in runs)
+    if lost == 1:
+        assert "2 nodes have a out/model-state of their own" in said
+        assert "error: rank 1 of 2 did not come to what all ranks do together" in said, said[-3000:]
+    else:
+        assert "error: a rank did not come to what all ranks do together" in said, said[-3000:]
+
+    # All had written the second step when the node was lost: it is whole on the one that is left.
+    every = 4 if trainer == "SFT" else 1
+    step = list_steps(nodes.state(left))[-1]
+    assert steps_in(nodes.state(left)) == [every, 2 * every]
+    assert saved_bits(step) == saved_bits(nodes.state("shared") / step.name)
+    shutil.rmtree(nodes.folder / ("a" if lost == 0 else "b"))  # its disk, too
+    nodes.one(left, 1)
+    assert read_manifest(list_steps(nodes.state(left))[-1]).get("nodes") is None
+
+    nodes.left_at("shared", "shared, then one", 2 * every)
+    nodes.one("shared, then one", 1)
+    assert nodes.made(left) == nodes.made("shared, then one")
+    assert steps_in(nodes.state(left)) == steps_in(nodes.state("shared"))
+
+
+def test_a_node_with_an_empty_disk_joins(cluster):
+    """What it reads comes over the process group; the same bits as without a change of nodes."""
+    nodes = cluster("SFT")
+    nodes.left_at("shared", "old", 8)
+    runs = nodes.run(["old", "new"])
+    assert [run.process.returncode for run in runs] == [0, 0], runs[0].said()[-3000:]
+    said = runs[0].said()
+    entries = read_manifest(nodes.state("shared") / "step-00000008")["files"]
+    # The second rank reads the weights of the first, and what it had itself.
+    size = (
+        sum(entry["size"] for entry in entries.values())
+        - entries["random.dp-00.safetensors"]["size"]
+    )
+    assert f"3 files of step-00000008, {size:,} bytes, went between nodes to be read" in said
+    assert nodes.made("old") == nodes.made("shared")
+    assert curve(nodes.folder / "old" / "out" / "model-logs").keys() == {9, 10, 11, 12}
+    assert not (nodes.folder / "new" / "out" / "model").exists(), "it is on the first node"
+    assert not list(nodes.state("new").glob(".*")) and steps_in(nodes.state("new")) == [12]
+    new = nodes.state("new") / "step-00000012"
+    assert saved_bits(new) == saved_bits(nodes.state("shared") / "step-00000012")
+    verified = call("checkpoint_verify.py", "--ckpt_dir", new)
+    assert verified.code == 0 and "4 of 4 files are this node's, node 1" in verified.out
+
+
+def test_a_step_that_is_not_all_there_is_named(cluster, monkeypatch):
+    """With --save_copies 1 a step is gone with its node."""
+    nodes = cluster("SFT")
+    runs = nodes.run(["c", "d"], save_copies=1)
+    assert [run.process.returncode for run in runs] == [0, 0], runs[0].said()[-3000:]
+    assert nodes.made("c") == nodes.made("shared")
+    shutil.rmtree(nodes.folder / "c" / "out" / "model")
+    monkeypatch.chdir(nodes.folder / "c")
+    script, *rest = nodes.command(1, save_copies=1)
+    done = call(script, *rest)
+    message = (
+        "step-00000012: 2 of 4 files are on none of the nodes of this run: "
+        "model.mp-00.dp-01.safetensors, random.dp-01.safetensors; they were on node 1 ("
+    )
+    refused(done, message)
+
+
+@pytest.mark.parametrize("trainer", ["SFT", "PPO"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_node_is_lost_at_any_stage_of_a_step(cluster, full, trainer, stage):
+    """Two ranks on each of two nodes; then half of them, then all again, on a new disk."""
+    if not full:
+        pytest.skip("tried by `make faults`")
+    nodes, lost = cluster(trainer), STAGES.index(stage) % 2
+    disks = [f"{stage} 0", f"{stage} 1"]
+    width = dict(max_batch_size=1) if trainer == "SFT" else {}
+    nodes.run(disks, lost=(lost, stage, 2), ranks=2, **width)
+    every = 4 if trainer == "SFT" else 1
+    newest = 2 * every if STAGES.index(stage) >= STAGES.index("manifest") else every
+    left = disks[1 - lost]
+    assert max(steps_in(nodes.state(left))) == newest
+
+    # The one that is left alone, at another degree, and a shared folder with the same step.
+    nodes.left_at(left, f"{left} copied", newest) if False else None
+    shutil.copytree(nodes.folder / left, nodes.folder / f"{stage} reference")
+    nodes.one(left, 2)
+    nodes.one(f"{stage} reference", 1, **SIZES[1] if trainer == "SFT" else {})
+    at_two, at_one = nodes.state(left), nodes.state(f"{stage} reference")
+    assert steps_in(at_two) == steps_in(at_one)
+
+    # Both at first's place: the lost one's old disk, or what is left of it, counts no more.
+    assert nodes.made(left)[0].keys() == nodes.made(f"{stage} reference")[0].keys()
