@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -68,6 +69,7 @@ class Earlier:
         record = _told(lambda: identity(settings, **more), parallel)
         agreed(lambda: _check_writable(folder))
         nodes = Nodes.find(folder, parallel)
+        _check_alike(record, partial(identity, settings, **more), nodes)
         step, reader = _chosen(resume, folder, nodes)
         allowed = _told(lambda: {*named, *_repaired(folder, step)}, parallel)
 
@@ -150,6 +152,31 @@ def _told(find: Callable[[], T], parallel: Parallel) -> T:
     outcome: list[Any] = [agreed(on_main)]
     dist.broadcast_object_list(outcome, src=0)
     return outcome[0]
+
+
+def _check_alike(
+    record: dict[str, Any], identity_here: Callable[[], dict[str, Any]], nodes: Nodes
+) -> None:
+    """Raise UserError where a node was given something else than rank 0's.
+
+    Folders of weights without a manifest are passed over: they are known by times, which copies
+    have of their own.
+    """
+
+    def check() -> None:
+        if nodes.are_one or not nodes.is_first:
+            return
+        for change in differences(record, identity_here(), {}):
+            path = Path(change.now["path"]) if isinstance(change.now, dict) else None
+            if path is not None and path.is_dir() and not has_manifest(path):
+                continue
+            here, first = nodes.described()[nodes.node], nodes.described()[nodes.of_rank[0]]
+            raise UserError(
+                f"{first} and {here} do not run the same: {change}; give all nodes the same "
+                "settings and files"
+            )
+
+    agreed(check)
 
 
 def _chosen(resume: str, folder: Path, nodes: Nodes) -> tuple[Path | None, int | None]:

@@ -282,7 +282,8 @@ class Saving:
         """
         self.step = step
         self.limit.end()
-        self.limit.longest_save = max(self.limit.longest_save, self.steps.longest)
+        if self.steps.longest:  # now it is known
+            self.limit.longest_save = self.steps.longest
         ends = step < self.total and self.limit.is_up()  # the last step is the end anyway
         flags = torch.tensor([self.stop_signal.came, ends], device=self.parallel.device).float()
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
@@ -313,6 +314,7 @@ class Saving:
         self.steps.wait()
         if self.earlier.nodes.is_first:
             write_json(self.earlier.folder / FAILED, {"setting": setting, "after_step": self.step})
+        self.monitor.end("failed")
         raise UserError(
             f"{error}\nstep {self.step} is saved: the same command goes on from there, also with a "
             f"repaired file (--{setting})"

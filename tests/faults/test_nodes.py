@@ -185,6 +185,18 @@ def test_a_step_that_is_not_all_there_is_named(cluster, monkeypatch):
     refused(done, message)
 
 
+def test_nodes_with_other_rows_are_refused(cluster):
+    nodes = cluster("SFT")
+    rows = nodes.disk("f") / "data" / "train.json"
+    rows.write_text(rows.read_text().replace("1", "2", 1))
+    runs = nodes.run(["e", "f"])
+    assert all(run.process.returncode != 0 for run in runs)
+    said = runs[0].said().split("failed (exitcode")[0]  # what follows is the launcher's
+    message = "do not run the same: --train_file data/train.json holds something else now"
+    assert "error: node 0 (" in said and message in said and "Traceback" not in said
+    assert not nodes.state("e").exists() and not nodes.state("f").exists()
+
+
 @pytest.mark.parametrize("trainer", ["SFT", "PPO"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_node_is_lost_at_any_stage_of_a_step_and_comes_back(cluster, full, trainer, stage):
