@@ -24,7 +24,7 @@ LONG = (
     "test_preference_scripts.py",
     "trainer/test_saving.py",
     "faults/test_long.py",
-    "checkpoint/test_nodes.py",
+    "checkpoint/test_several_nodes.py",
     "test_cli.py",
     "test_families.py",
     "test_gpu_bench.py",
