@@ -39,6 +39,7 @@ from src.settings.parsing import is_bool, nearest
 ALLOCATOR_SETTINGS = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
 BARRIER_TIMEOUT_S = 60.0
 ROLL_CALL_S = 3.0
+STORE_S = 10.0  # for a connection to the rendezvous store: its machine is there, or lost itself
 UNREAD = 128 + 13  # as a shell names the end by SIGPIPE
 # What collectives say when a rank does not come.
 LOST = re.compile(r"timed out|connection (closed|reset)", re.IGNORECASE)
@@ -289,7 +290,7 @@ def _name_the_lost() -> None:
 
     rank, world_size = _rank(), int(os.environ["WORLD_SIZE"])
     try:
-        store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=BARRIER_TIMEOUT_S)))
+        store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=STORE_S)))
         store = PrefixStore("roll_call", store)
         store.set(str(rank), "here")
         try:
@@ -300,8 +301,8 @@ def _name_the_lost() -> None:
                 _say(message_of(lost, world_size))
     except (DistError, ValueError) as error:
         _say(
-            "error: a rank did not come to what all ranks do together, and who cannot be told "
-            f"({error})"
+            "error: a rank did not come to what all ranks do together, and who cannot be told: the "
+            f"machine of the rendezvous does not answer ({str(error).splitlines()[0]})"
         )
 
 

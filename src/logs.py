@@ -94,6 +94,11 @@ class RunLog:
             self._records.close()
             self._lines = self._records = None
 
+    @property
+    def is_written(self) -> bool:
+        """Whether this rank writes files beside the log now."""
+        return self._records is not None
+
     def info(self, message: str, level: str = "info") -> None:
         """Write a line for people, and a record of it for programs."""
         if self._records is not None:

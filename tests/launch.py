@@ -49,7 +49,7 @@ def places(n: int) -> Iterator[None]:
         yield
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
@@ -106,24 +106,35 @@ def environment() -> dict[str, str]:
     return env | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
-def command_of(n: int, script: str, *args: str) -> list[str]:
-    """A script of the repository, on one rank, or behind `torchrun` and its flags."""
+def command_of(
+    n: int, script: str, *args: str, nodes: int = 1, node: int = 0, port: int | None = None
+) -> list[str]:
+    """A script of the repository, on one rank, or behind `torchrun` and its flags.
+
+    n: ranks of the node, which is one of several, all on this machine, that meet at the port.
+    """
     command = [str(ROOT / script), *args]
-    if n == 1:
+    if n == nodes == 1:
         return command
-    address = ["--master_addr", "127.0.0.1", "--master_port", str(_free_port())]
-    return ["torchrun", "--nnodes", "1", "--nproc_per_node", str(n), *address, *command]
+    address = ["--master_addr", "127.0.0.1", "--master_port", str(port or free_port())]
+    place = ["--nnodes", str(nodes), "--node_rank", str(node), "--nproc_per_node", str(n)]
+    return ["torchrun", *place, *address, *command]
 
 
 def started(
-    command: list[str], env: dict[str, str], out: IO, err: IO, launcher: list[str] | None = None
+    command: list[str],
+    env: dict[str, str],
+    out: IO,
+    err: IO,
+    launcher: list[str] | None = None,
+    cwd: Path = ROOT,
 ) -> subprocess.Popen:
     """A process of such a command, in a session of its own. launcher: a program that starts it."""
     if command[0] == "torchrun":
         command = ["-m", "torch.distributed.run", *command[1:]]
     return subprocess.Popen(
         [*(launcher or []), sys.executable, *command],
-        cwd=ROOT,
+        cwd=cwd,
         env=env,
         start_new_session=True,
         stdout=out,
@@ -147,10 +158,12 @@ def children_of(pid: int) -> list[int]:
 class Forked:
     """The same by tests/forked.py: what is used of `subprocess.Popen`."""
 
-    def __init__(self, command: list[str], env: dict[str, str], out: IO, err: IO) -> None:
+    def __init__(
+        self, command: list[str], env: dict[str, str], out: IO, err: IO, cwd: Path = ROOT
+    ) -> None:
         self.args, self.returncode = command, None
         program, *args = command
-        request = {"program": program, "args": args, "env": env, "cwd": str(ROOT)}
+        request = {"program": program, "args": args, "env": env, "cwd": str(cwd)}
         self.answers, answers = os.pipe()
         files = [out.fileno(), err.fileno(), answers]
         socket.send_fds(_parent_of_forks(), [json.dumps(request).encode()], files)

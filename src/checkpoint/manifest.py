@@ -59,7 +59,7 @@ def read_manifest(folder: Path) -> dict:
     """The manifest, once its form is checked. Raises UserError."""
     path = folder / MANIFEST
     manifest = read_json(path)
-    files = manifest.get("files")
+    files, nodes = manifest.get("files"), manifest.get("nodes", [])
     if type(manifest.get("format")) is not int or manifest["format"] != VERSION:
         raise UserError(f"{path}: format {manifest.get('format')!r}, this code reads {VERSION}")
     # Readers join the names to the folder: they may not lead out of it.
@@ -73,6 +73,15 @@ def read_manifest(folder: Path) -> dict:
         for name, entry in files.items()
     ):
         raise UserError(f"{path}: its list of files is damaged")
+    # Of what several nodes hold: who they are, which one's folder this is, and who has a file.
+    if nodes or "node" in manifest:
+        numbers = [manifest.get("node")]
+        for entry in files.values():
+            of_file = entry.get("nodes")
+            numbers += of_file if isinstance(of_file, list) and of_file else [None]
+        known = isinstance(nodes, list) and all(isinstance(name, str) for name in nodes)
+        if not known or not all(type(n) is int and 0 <= n < len(nodes) for n in numbers):
+            raise UserError(f"{path}: its list of nodes is damaged")
     return manifest
 
 
@@ -82,28 +91,44 @@ def has_manifest(folder: Path) -> bool:
     return path.is_file() and {"format", "files"} <= read_json(path).keys()
 
 
+def of_folder(manifest: dict) -> list[str]:
+    """The files that belong into the manifest's own folder, by name: of several nodes' its own."""
+    if "node" not in manifest:
+        return sorted(manifest["files"])
+    node, files = manifest["node"], manifest["files"].items()
+    return sorted(name for name, entry in files if node in entry.get("nodes", ()))
+
+
+def identity_of(manifest: dict) -> str:
+    """What the manifests of one step have alike on all nodes, and no other step's have."""
+    alike = {key: value for key, value in manifest.items() if key != "node"}
+    return hashlib.sha256(json.dumps(alike, sort_keys=True).encode()).hexdigest()
+
+
+def problem(folder: Path, manifest: dict, name: str) -> str | None:
+    """What is wrong with a file that the manifest names; None when nothing."""
+    path, entry = folder / name, manifest["files"][name]
+    try:
+        if not path.is_file():
+            return f"{path}: missing"
+        if path.stat().st_size != entry["size"]:
+            return f"{path}: {path.stat().st_size} bytes, {entry['size']} were written: cut short"
+        if (actual := digest(path)) != entry["sha256"]:
+            others = [name for name, of in manifest["files"].items() if of["sha256"] == actual]
+            why = f"that is {others[0]}'s, are they swapped?" if others else "damaged"
+            return f"{path}: its SHA-256 is not that of what was written: {why}"
+    except OSError as error:
+        return f"{path}: cannot be read: {error.strerror}"
+    return None
+
+
 def problems(folder: Path, manifest: dict, part: int = 0, parts: int = 1) -> list[str]:
     """What is wrong with the files that the manifest names: one line each, the file named.
 
     part, parts: look at every `parts`-th file only, from number `part` on.
     """
-    lines = []
-    for name, entry in sorted(manifest["files"].items())[part::parts]:
-        path = folder / name
-        try:
-            if not path.is_file():
-                lines.append(f"{path}: missing")
-            elif path.stat().st_size != entry["size"]:
-                lines.append(
-                    f"{path}: {path.stat().st_size} bytes, {entry['size']} were written: cut short"
-                )
-            elif (actual := digest(path)) != entry["sha256"]:
-                others = [name for name, of in manifest["files"].items() if of["sha256"] == actual]
-                why = f"that is {others[0]}'s, are they swapped?" if others else "damaged"
-                lines.append(f"{path}: its SHA-256 is not that of what was written: {why}")
-        except OSError as error:
-            lines.append(f"{path}: cannot be read: {error.strerror}")
-    return lines
+    lines = (problem(folder, manifest, name) for name in of_folder(manifest)[part::parts])
+    return [line for line in lines if line is not None]
 
 
 def check_whole(folder: Path, part: int = 0, parts: int = 1) -> None:

@@ -24,6 +24,8 @@ from src.checkpoint.folder import (
     temporary_of,
 )
 from src.checkpoint.manifest import described
+from src.checkpoint.nodes import Nodes
+from src.checkpoint.sending import Transfer, host_group, send_files
 from src.checkpoint.shards import Place
 from src.checkpoint.source import Checkpoint
 from src.checkpoint.write import write_params
@@ -140,10 +142,12 @@ def save_model(
     base: what it came from; side_files(folder) writes the tokenizer's files, which are copied from
     there by default; notes: JSON files to lie beside the weights, by name; own_dtype: in the base's
     own, see `saved_dtype`. The folder appears whole or not at all, and replaces an older one only
-    then. Raises UserError on every rank when any cannot write.
+    then; where nodes share none, on the first rank's, and the others send what they wrote there.
+    Raises UserError on every rank when any cannot write.
     """
     folder = Path(save_dir).resolve()
     target = temporary_of(folder)
+    nodes = Nodes.find(folder, parallel)
     # By all ranks together, before one can fail to write.
     lora = trained_lora(model, parallel)
     adapter = {} if lora is None else whole_adapter(model, parallel, lora)
@@ -185,17 +189,30 @@ def save_model(
             ) from error
         return written
 
-    if parallel.is_main:
+    writes = nodes.is_first and min(nodes.ranks(nodes.node)) < parallel.mp_size
+    if writes:
         fresh_temporary(folder)
     dist.barrier()  # nobody writes before the folder is there
     try:
         written = agreed(write)
         written_by_rank: list[dict[str, dict]] = [{}] * parallel.world_size
         dist.all_gather_object(written_by_rank, written)
+        # To the first rank's node, of files that other nodes' ranks wrote.
+        transfers = [
+            Transfer(name, rank, 0, entry)
+            for rank, of_rank in enumerate(written_by_rank)
+            for name, entry in of_rank.items()
+            if nodes.of_rank[rank] != nodes.of_rank[0]
+        ]
+        if transfers:
+            with host_group(parallel) as group:
+                send_files(transfers, target, target, group)
     except UserError:
-        if parallel.is_main:
+        if writes:
             shutil.rmtree(target, ignore_errors=True)
         raise
+    if writes and nodes.node != nodes.of_rank[0]:
+        shutil.rmtree(target)
     if parallel.is_main:  # each rank hashed its own shard: rank 0 only collects
         publish(folder, {name: entry for part in written_by_rank for name, entry in part.items()})
     dist.barrier()  # nobody goes on before the folder is in its place

@@ -1,14 +1,19 @@
 """A run's saved steps on disk: each appears whole or not at all, and is verified before use.
 
 Every rank writes its files into `.tmp-step-N` and brings them down to the disk; their hashes are
-gathered; rank 0 writes the manifest, renames the folder to `step-N`, and only then removes older
-ones. A folder is never written to again.
+gathered; the first rank writes the manifest, renames the folder to `step-N`, and only then removes
+older ones. A folder is never written to again.
+
+Where nodes do not share the folder each does so on its own disk, and files also go to others'
+(`copies`). No node renames before the manifest is on all disks: so a step that one node has renamed
+is whole on all, and the others need only rename it (`gathering.py`).
 """
 
 import itertools
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,15 +25,19 @@ from src.checkpoint.files import save_tensors
 from src.checkpoint.manifest import (
     MANIFEST,
     described,
-    problems,
+    identity_of,
+    problem,
     read_manifest,
     sync,
     write_manifest,
 )
+from src.checkpoint.nodes import Nodes
+from src.checkpoint.sending import Transfer, send_files
 from src.errors import UserError
 from src.parallel.setup import Parallel, agreed
 
 PREFIX = "step-"
+FETCHED = ".fetched-"  # before a step's name: files of it that came from other nodes to be read
 FINISHED = "finished.json"
 Stage = Callable[[str], None]
 
@@ -40,14 +49,26 @@ class Steps:
     """
 
     def __init__(
-        self, folder: Path, keep: int, parallel: Parallel, reached: Stage = lambda stage: None
+        self,
+        folder: Path,
+        keep: int,
+        parallel: Parallel,
+        reached: Stage = lambda stage: None,
+        nodes: Nodes | None = None,
+        copies: int = 1,
     ) -> None:
-        """keep: newest steps that stay; reached(stage): called at each stage, for the tests."""
+        """keep: newest steps that stay; reached(stage): called at each stage, for the tests.
+
+        nodes: that have the folder each; copies: nodes that a file is to lie on.
+        """
         self.folder, self.keep, self.parallel, self.reached = folder, keep, parallel, reached
+        self.nodes = Nodes.one(parallel) if nodes is None else nodes
+        self.copies = min(copies, self.nodes.count)
         # The thread's own: never between others' exchanges.
         self.group = dist.new_group(backend="gloo", timeout=parallel.timeout)
         self.thread: threading.Thread | None = None
         self.failed: BaseException | None = None
+        self.longest = 0.0  # seconds that writing a step has taken at most
 
     def save(self, step: int, files: dict[str, dict[str, Tensor]], facts: dict) -> None:
         """Begin to write a step.
@@ -56,10 +77,12 @@ class Steps:
         JSON. Raises UserError when the step before could not be written.
         """
         self.wait()
+        began = time.monotonic()
 
         def work() -> None:
             try:
                 self._write(step, files, facts)
+                self.longest = max(self.longest, time.monotonic() - began)
             except BaseException as error:  # is raised in the main thread, by the next `wait`
                 self.failed = error
 
@@ -82,33 +105,68 @@ class Steps:
         """
         temporary = self.folder / f".tmp-{PREFIX}{step:08d}"
         final = self.folder / f"{PREFIX}{step:08d}"
-        self._together(
-            lambda: self._make(temporary, final) if self.parallel.is_main else None, temporary
-        )
+
+        def begin() -> dict | None:
+            self._of_node(self._make, temporary, final)
+            return facts if self.parallel.is_main else None
+
+        about = {"step": step, **self._together(begin, temporary)[0]}  # alike on all nodes
         self.reached("made")
         written = self._together(lambda: self._files(temporary, files), temporary)
         self.reached("written")
-        if self.parallel.is_main:
-            entries = {name: entry for part in written for name, entry in part.items()}
+        entries = {name: entry for part in written for name, entry in part.items()}
+        if not self.nodes.are_one:
+            entries, transfers = self._copies(written)
             self._together(
-                lambda: self._publish(temporary, final, entries, {"step": step, **facts}), temporary
+                lambda: send_files(transfers, temporary, temporary, self.group), temporary
             )
-        else:
-            self._together(lambda: None, temporary)
+            self.reached("copied")
+            about |= {"nodes": self.nodes.described(), "node": self.nodes.node}
+        self._together(
+            lambda: self._of_node(write_manifest, temporary, entries, **about), temporary
+        )
+        self.reached("manifest")
+        self._together(lambda: self._of_node(self._publish, temporary, final), temporary, True)
         self.reached("published")
-        self._together(lambda: self._prune() if self.parallel.is_main else None, temporary)
+        self._together(lambda: self._of_node(self._prune), temporary, True)
         self.reached("pruned")
 
-    def go_back_to(self, step: Path | None) -> list[Path]:
+    def _of_node(self, work: Callable, *arguments: Any, **more: Any) -> None:
+        """What one rank does for all that share its folder."""
+        if self.nodes.is_first:
+            work(*arguments, **more)
+
+    def _copies(self, written: list[dict[str, dict]]) -> tuple[dict[str, dict], list[Transfer]]:
+        """The manifest's entries, with the nodes of each file, and what must be sent for that.
+
+        written: each rank's entries. A file goes to the nodes after its own: to the rank there that
+        has the same place among its node's.
+        """
+        nodes, transfers, entries = self.nodes, [], {}
+        for rank, of_rank in enumerate(written):
+            own = nodes.of_rank[rank]
+            holders = [(own + i) % nodes.count for i in range(self.copies)]
+            place = nodes.ranks(own).index(rank)
+            for name, entry in of_rank.items():
+                entries[name] = {**entry, "nodes": sorted(holders)}
+                for node in holders[1:]:
+                    ranks = nodes.ranks(node)
+                    transfers.append(Transfer(name, rank, ranks[place % len(ranks)], entry))
+        return entries, transfers
+
+    def go_back_to(self, step: Path | None, manifest: dict | None = None) -> list[Path]:
         """From now on the run goes on from `step` (None: from nothing); move aside what it leaves.
 
         What lies after the step in this folder, all of it when the step is of another folder, is
-        another run's, and goes to a new folder `aside-N`. All ranks come here; rank 0 is told what
-        went.
+        another run's, and goes to a new folder `aside-N`; so does a step of that number that is
+        another than the manifest is of. All ranks come here, and each node's first is told what
+        went there.
         """
         later: list[Path] = []
-        if self.parallel.is_main and self.folder.is_dir():
+        if self.nodes.is_first and self.folder.is_dir():
             ours = self.until(step)
+            if step in ours and manifest is not None and not _is_same(step, manifest):
+                ours.remove(step)
             later = [
                 other for other in self.folder.iterdir() if is_step(other) and other not in ours
             ]
@@ -121,16 +179,21 @@ class Steps:
         dist.barrier()
         return later
 
+    def is_of(self, step: Path) -> bool:
+        """Whether a step is one of this folder's, wherever it lies by now."""
+        return step.resolve().parent == self.folder.resolve()
+
     def until(self, step: Path | None) -> list[Path]:
         """The steps of this folder up to `step`; none when that is None or another run's."""
-        if step is None or step.resolve().parent != self.folder.resolve():
+        if step is None or not self.is_of(step):
             return []
         return [other for other in list_steps(self.folder) if number_of(other) <= number_of(step)]
 
     def remove_unfinished(self) -> None:
-        """What runs left that were killed while writing. Rank 0 comes here."""
-        for unfinished in self.folder.glob(f".tmp-{PREFIX}*"):
-            _remove(unfinished)
+        """What runs left that were killed while writing. Each node's first rank comes here."""
+        for kind in (".tmp-", FETCHED):
+            for unfinished in self.folder.glob(f"{kind}{PREFIX}*"):
+                _remove(unfinished)
 
     def _prune(self) -> None:
         """Remove the steps that are older than the newest `keep`."""
@@ -153,15 +216,16 @@ class Steps:
             entries[name] = described(temporary / name)
         return entries
 
-    def _publish(self, temporary: Path, final: Path, entries: dict[str, dict], facts: dict) -> None:
-        write_manifest(temporary, entries, **facts)
-        self.reached("manifest")
+    def _publish(self, temporary: Path, final: Path) -> None:
         temporary.rename(final)
         self.reached("renamed")
         sync(self.folder)
 
-    def _together(self, work: Callable, temporary: Path) -> list:
-        """Every rank's result; if one fails, all raise, and nothing of the step stays."""
+    def _together(self, work: Callable, temporary: Path, decided: bool = False) -> list:
+        """Every rank's result; if one fails, all raise, and nothing of the step stays.
+
+        decided: but what is there on several nodes, of which one may have renamed its part already.
+        """
         result, problem = None, None
         try:
             result = work()
@@ -177,7 +241,7 @@ class Steps:
         dist.all_gather_object(outcomes, (result, problem), group=self.group)
         first_problem = next((problem for _, problem in outcomes if problem is not None), None)
         if first_problem is not None:
-            if self.parallel.is_main:
+            if self.nodes.is_first and not (decided and not self.nodes.are_one):
                 shutil.rmtree(temporary, ignore_errors=True)
             raise UserError(first_problem)
         return [result for result, _ in outcomes]
@@ -200,6 +264,10 @@ def file_of(name: str, mp_rank: int, dp_rank: int, pp_rank: int = 0) -> str:
 def random_file(dp_rank: int, pp_rank: int = 0) -> str:
     stage = f".pp-{pp_rank:02d}" if pp_rank else ""
     return f"random{stage}.dp-{dp_rank:02d}.safetensors"
+
+
+def _is_same(step: Path, manifest: dict) -> bool:
+    return identity_of(read_manifest(step)) == identity_of(manifest)
 
 
 def is_step(path: Path) -> bool:
@@ -261,19 +329,49 @@ def step_facts(step: Path) -> dict:
     return manifest
 
 
-def open_step(path: Path, parallel: Parallel) -> dict:
+def open_step(path: Path, parallel: Parallel, nodes: Nodes | None = None) -> dict:
     """A step's manifest, once all its files are as they were written.
 
-    The ranks share the hashing. Raises UserError on all of them.
+    Ranks of a node share the hashing. Raises UserError on all of them.
     """
+    manifest = agreed(lambda: read_manifest(path))
+    holders(path, manifest, Nodes.one(parallel) if nodes is None else nodes)
+    return manifest
 
-    def check() -> dict:
-        manifest = read_manifest(path)
-        damage = problems(path, manifest, parallel.rank, parallel.world_size)
-        if damage:
-            others = [step.name for step in list_steps(path.parent) if step != path]
-            advice = f"; --resume {path.parent / others[-1]} goes on from there" if others else ""
-            raise UserError(damage[0] + advice)
-        return manifest
 
-    return agreed(check)
+def holders(path: Path, manifest: dict, nodes: Nodes) -> tuple[dict[str, list[int]], list[str]]:
+    """The nodes that have each of a step's files as it was written, and what is damaged, in lines.
+
+    A collective of all ranks; each node's share the hashing of what it has. Raises UserError for
+    what no node has: the file is named, and the nodes that had it.
+    """
+    part, parts = nodes.part
+    looked_at = sorted(name for name in manifest["files"] if (path / name).exists())[part::parts]
+    wrong = {name: problem(path, manifest, name) for name in looked_at}
+    every: list[Any] = [None] * len(nodes.of_rank)
+    dist.all_gather_object(every, wrong)
+    have: dict[str, list[int]] = {name: [] for name in manifest["files"]}
+    for rank, of_rank in enumerate(every):
+        for name in (name for name, line in of_rank.items() if line is None):
+            have[name].append(nodes.of_rank[rank])
+    damage = {name: line for of_rank in every for name, line in of_rank.items() if line is not None}
+    missing = sorted(name for name, of in have.items() if not of)
+    if missing:
+        others = [step.name for step in list_steps(path.parent) if step != path]
+        advice = f"; --resume {path.parent / others[-1]} goes on from there" if others else ""
+        line = next((damage[name] for name in missing if name in damage), None)
+        raise UserError((line or _not_here(path, manifest, missing)) + advice)
+    return have, list(damage.values())
+
+
+def _not_here(path: Path, manifest: dict, missing: list[str]) -> str:
+    """That files are missing, and who had them."""
+    if "nodes" not in manifest:
+        return f"{path / missing[0]}: missing"
+    had = sorted({node for name in missing for node in manifest["files"][name]["nodes"]})
+    named = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if missing[3:] else "")
+    nodes = " and ".join(manifest["nodes"][node] for node in had)
+    return (
+        f"{path}: {len(missing)} of {len(manifest['files'])} files are on none of the nodes of "
+        f"this run: {named}; they were on {nodes}. Bring back a node that had them, or its folder"
+    )

@@ -8,7 +8,7 @@ import torch
 from src.checkpoint.adapter import ADAPTER_CONFIG, Adapter
 from src.checkpoint.files import TensorFile
 from src.checkpoint.folder import find_tokenizer
-from src.checkpoint.manifest import has_manifest, problems, read_manifest
+from src.checkpoint.manifest import has_manifest, of_folder, problems, read_manifest
 from src.checkpoint.source import Checkpoint
 from src.checkpoint.steps import is_step, number_of, step_facts
 from src.errors import UserError
@@ -88,8 +88,13 @@ def adapter_report(folder: Path, base_dir: str | None, base: Checkpoint | None =
 def step_report(folder: Path) -> Report:
     """A saved step of a training run: all files as written, every number finite."""
     try:
-        compared = f"{len(step_facts(folder)['files'])} hashes compared"
-        lines = problems(folder, read_manifest(folder))
+        manifest = step_facts(folder)
+        count, total = len(of_folder(manifest)), len(manifest["files"])
+        compared = f"{count} hashes compared"
+        if "node" in manifest:
+            node = manifest["nodes"][manifest["node"]]
+            compared += f" ({count} of {total} files are this node's, {node})"
+        lines = problems(folder, manifest)
     except UserError as error:
         return Report("", [str(error)])
     if not lines:  # of damaged files the numbers say nothing

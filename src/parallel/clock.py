@@ -4,7 +4,7 @@ Communication is taken out of the phase that it falls in.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -23,10 +23,14 @@ class Clock:
         self.inside: list[str] = []
         # name, the phase around it, beginning, end
         self.spans: list[tuple[str, str | None, Mark, Mark]] = []
+        # Is told of each phase that begins, exchanges left out: they are too many.
+        self.listener: Callable[[str], None] | None = None
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time what runs inside as `name`."""
+        if name != COMMUNICATION:
+            self.announce(name)
         began = self._now()
         self.inside.append(name)
         try:
@@ -34,6 +38,11 @@ class Clock:
         finally:
             self.inside.pop()
             self.spans.append((name, self.inside[-1] if self.inside else None, began, self._now()))
+
+    def announce(self, name: str) -> None:
+        """Tell the listener of a phase that somebody else times, or nobody."""
+        if self.listener is not None:
+            self.listener(name)
 
     @contextmanager
     def communication(self) -> Iterator[None]:

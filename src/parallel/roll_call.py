@@ -16,15 +16,24 @@ from typing import Any
 
 import torch.distributed as dist
 
+from src.parallel.flight_recorder import dumps
+
 PERIOD_S = 1.0  # between looks
 GRACE = timedelta(seconds=15)  # that NCCL waits longer: a few looks, and the launcher's end
 
 
 def lost(ranks: Sequence[int], world_size: int) -> str:
-    """The message that names them."""
+    """The message that names them, and where their last collectives are recorded."""
     names = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} of {world_size}"
-    return (
+    message = (
         f"error: {names} did not come to what all ranks do together (--timeout): hanging, or gone"
+    )
+    files = dumps()
+    if files is None:
+        return message
+    return (
+        f"{message}\nNCCL's flight recorder writes what each rank N did last to {files} on its "
+        "machine (torchfrtrace reads such files)"
     )
 
 

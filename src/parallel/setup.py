@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from fairscale.nn.model_parallel import initialize as fairscale_groups
 
 from src.errors import UserError
+from src.parallel import flight_recorder
 from src.parallel.context import ALONE, ContextGroup
 from src.parallel.deterministic import turn_off, turn_on
 from src.parallel.layout import Layout
@@ -192,6 +193,7 @@ def start(
         # cuDNN's attention makes a plan for each shape that it has not seen, and decoding never
         # stops bringing new ones (docs/performance.md).
         torch.backends.cuda.enable_cudnn_sdp(False)
+        flight_recorder.turn_on()
     if not dist.is_initialized():
         # With its device a rank need not guess it from its number, which differs across nodes.
         backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)

@@ -157,7 +157,9 @@ def share_memory(group: dist.ProcessGroup, device: torch.device, timeout: float)
         and os.access("/dev/shm", os.W_OK)
     )
     answers: list = [None] * size
-    dist.all_gather_object(answers, (platform.node(), works), group=group)
+    # Of one launcher: containers may have a machine's name in common, and not its memory.
+    machine = platform.node(), os.environ.get("GROUP_RANK")
+    dist.all_gather_object(answers, (machine, works), group=group)
     if any(node != answers[0][0] or not able for node, able in answers):
         return
     # The first rank makes the file, all open it.

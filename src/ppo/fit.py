@@ -10,6 +10,7 @@ from src.checkpoint.files import read_json
 from src.data.encoding import Prompt
 from src.errors import UserError
 from src.logs import RunLog
+from src.parallel.clock import clock
 from src.parallel.setup import agreed
 from src.ppo.rewards import RewardFailed
 from src.ppo.trainer import PPO
@@ -65,6 +66,7 @@ def fit(
         start = saving.resume(total)
 
     def evaluate_aside(bar: Progress, name: str, number: int, done: int) -> None:
+        clock.announce("evaluation")
         with bar.aside(left=-(-total // every) - -(-done // every)):
             evaluate(name, number)
 
@@ -95,6 +97,9 @@ def fit(
 
             # Evaluate and save when it is time.
             done = number + 1
+            if saving:  # of the timer's phases, which hold waiting, generating is a rank's own
+                phases = {**clock.take(), "generate": stats.get("seconds/generate", 0.0)}
+                saving.monitor.took(done, phases, stats)
             if done % every == 0 or done == total:
                 moment = done if unit == "iteration" else -(-done // per_epoch)
                 evaluate_aside(bar, f"{unit} {moment}", moment, done)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
+from src.parallel.clock import clock
 from src.parallel.setup import Parallel
 from src.ppo.buffer import RolloutBuffer
 from src.ppo.roles import Stage
@@ -32,6 +33,7 @@ class Timer:
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Count what happens inside as part of a phase."""
+        clock.announce(phase)
         began = time.perf_counter()
         yield
         if self.device.type == "cuda":

@@ -256,6 +256,14 @@ class SavingSettings(Settings):
         "many steps (PPO: iterations); without it only when a signal ends the run",
     ] = None
     keep: Annotated[int, AtLeast(1, 10**9), MAY_CHANGE, "so many of the newest of these stay"] = 2
+    save_copies: Annotated[
+        int | None,
+        AtLeast(1, 10**4),
+        Unit("nodes"),
+        MAY_CHANGE,
+        "where nodes share no folder: let each file of a step lie on so many of them, so that the "
+        "run goes on without one that is lost; 2 when not given. 1: each keeps its own files alone",
+    ] = None
     resume: Annotated[
         str,
         MAY_CHANGE,
@@ -269,6 +277,22 @@ class SavingSettings(Settings):
         "from: the new ones hold from there on, and the log says so. All others must be as they "
         "were",
     ] = None
+    max_minutes: Annotated[
+        float | None,
+        Above(0, 10**7),
+        Unit("minutes"),
+        MAY_CHANGE,
+        "save and end with exit code 75 before the process is so old, as the longest step and the "
+        "longest save so far tell: for jobs that are ended at a limit. The same command goes on",
+    ] = None
+    straggler_window: Annotated[
+        int | None,
+        AtLeast(2, 10**6),
+        Unit("steps"),
+        MAY_CHANGE,
+        "compare the ranks' phases over so many steps (PPO: iterations), and name in the log the "
+        "rank that takes a quarter longer than the others, if there is one; none: do not",
+    ] = 50
     log_dir: Annotated[
         str | None,
         MAY_CHANGE,
@@ -280,6 +304,10 @@ class SavingSettings(Settings):
         if self.resume_changed is not None and self.resume == "none":
             names = ",".join(self.resume_changed)
             yield f"--resume_changed {names}: has no effect with --resume none, which begins anew"
+
+    def copies(self, nodes: int) -> int:
+        """How many nodes a file of a step is to lie on. nodes: that share no folder."""
+        return min(nodes, self.save_copies or 2)
 
     @property
     def named(self) -> list[str]:

@@ -1,16 +1,20 @@
 """What an earlier run of the same command left, looked for before any model is loaded."""
 
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from src.checkpoint.files import read_json
 from src.checkpoint.folder import beside
+from src.checkpoint.gathering import complete, facts_of, newest
 from src.checkpoint.manifest import MANIFEST, has_manifest, read_manifest
-from src.checkpoint.steps import FINISHED, is_step, number_of, open_step, step_facts
+from src.checkpoint.nodes import Nodes
+from src.checkpoint.steps import FINISHED, holders, is_step, number_of
 from src.errors import Finished, UserError
 from src.identity import Change, differences, identity
 from src.parallel.setup import Parallel, agreed, stop
@@ -18,6 +22,7 @@ from src.settings.declaration import FIXED, declared, defaults
 from src.settings.ppo import PPOTrainSettings
 from src.settings.scripts import TrainSettings
 
+T = TypeVar("T")
 FAILED = "failed.json"  # which setting's file failed, and after which step
 
 
@@ -27,7 +32,9 @@ class Earlier:
 
     folder: of the run's steps; record: the settings by which a later run is known to be the same;
     step: the one to go on from; manifest: that step's; changes: what of the settings is another
-    than in that step, and may be; named: settings that may be (--resume_changed).
+    than in that step, and may be; named: settings that may be (--resume_changed); nodes: that have
+    the folder each; holders: the nodes that have each of the step's files; damage: what of these
+    is damaged on a node, and whole on another.
     """
 
     folder: Path
@@ -36,6 +43,9 @@ class Earlier:
     manifest: dict[str, Any]
     changes: list[Change]
     named: list[str]
+    nodes: Nodes
+    holders: dict[str, list[int]] = field(default_factory=dict)
+    damage: list[str] = field(default_factory=list)
 
     @classmethod
     def find(
@@ -53,51 +63,47 @@ class Earlier:
         others; Finished when this very run has been done and its model is there.
         """
         folder = Path(beside(save_dirs[0], "state"))
-        named = settings.saving.named
+        named, resume = settings.saving.named, settings.saving.resume
 
-        def look() -> tuple[dict[str, Any], str | None, list[Change], str | None]:
-            # Rank 0 looks for all: another rank may see the folder of a moment later.
-            if not parallel.is_main:
-                return {}, None, [], None
-            try:
-                record = identity(settings, **more)
-                step = _chosen(settings.saving.resume, folder)
-                _check_writable(folder)
-                allowed = {*named, *_repaired(folder, step)}
-                goes_on = settings.saving.resume == "auto" and (folder / FINISHED).exists()
-                if goes_on and all(map(_is_there, save_dirs)):
-                    number, done = _finished(folder / FINISHED)
-                    again = f"this run finished after step {number}"
-                    if not _changes(folder / FINISHED, done, record, settings, allowed):
-                        return record, None, [], f"{again}; --resume none runs it again"
-                    if step is None:
-                        raise UserError(
-                            f"{folder}: {again} and kept no step to go on from (--save_every); "
-                            "begin another run from its model"
-                        )
-                changes = []
-                if step is not None:
-                    before = step_facts(step)["settings"]
-                    changes = _changes(step, before, record, settings, allowed)
-            except OSError as error:
+        # By what the run is known, and what the nodes that are here have of its steps.
+        record = _told(lambda: identity(settings, **more), parallel)
+        agreed(lambda: _check_writable(folder))
+        nodes = Nodes.find(folder, parallel)
+        _check_alike(record, partial(identity, settings, **more), nodes)
+        step, reader = _chosen(resume, folder, nodes)
+        allowed = _told(lambda: {*named, *_repaired(folder, step)}, parallel)
+
+        def finished() -> str | None:
+            """What to say of a run that is done."""
+            goes_on = resume == "auto" and (folder / FINISHED).exists()
+            if not (goes_on and all(map(_is_there, save_dirs))):
+                return None
+            number, done = _finished(folder / FINISHED)
+            again = f"this run finished after step {number}"
+            if not _changes(folder / FINISHED, done, record, settings, allowed):
+                return f"{again}; --resume none runs it again"
+            if step is None:
                 raise UserError(
-                    f"{error.filename or folder}: cannot be read: {error.strerror}"
-                ) from None
-            return record, None if step is None else str(step), changes, None
+                    f"{folder}: {again} and kept no step to go on from (--save_every); "
+                    "begin another run from its model"
+                )
+            return None
 
-        record, *rest = agreed(look)
-        outcome: list[Any] = rest
-        dist.broadcast_object_list(outcome, src=0)
-        step, changes, finished = outcome
-        if finished:
+        ending = _told(finished, parallel)
+        if ending is not None:
             stop()
-            raise Finished(finished)
-        if step is None:
-            return cls(folder, record, None, {}, [], named)
-        manifest = open_step(Path(step), parallel)
+            raise Finished(ending)
+        if step is None or reader is None:
+            return cls(folder, record, None, {}, [], named, nodes)
+
+        # The step's settings are this run's, and its files are whole.
+        manifest = facts_of(step, reader, parallel)
+        before = manifest["settings"]
+        changes = _told(lambda: _changes(step, before, record, settings, allowed), parallel)
+        held, damage = holders(step, manifest, nodes)
         if not isinstance(manifest.get("changes", []), list):
             raise UserError(f"{step}: changes is {str(manifest['changes'])[:40]}: damaged")
-        return cls(folder, record, Path(step), manifest, changes, named)
+        return cls(folder, record, step, manifest, changes, named, nodes, held, damage)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -131,20 +137,63 @@ def _repaired(folder: Path, step: Path | None) -> list[str]:
     return [str(failed.get("setting"))] if failed.get("after_step") == number_of(step) else []
 
 
-def _chosen(resume: str, folder: Path) -> Path | None:
+def _told(find: Callable[[], T], parallel: Parallel) -> T:
+    """What rank 0 finds, on all ranks: another may see the folder of a moment later.
+
+    Raises UserError on all where rank 0 does.
+    """
+
+    def on_main() -> T | None:
+        try:
+            return find() if parallel.is_main else None
+        except OSError as error:
+            raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from None
+
+    outcome: list[Any] = [agreed(on_main)]
+    dist.broadcast_object_list(outcome, src=0)
+    return outcome[0]
+
+
+def _check_alike(
+    record: dict[str, Any], identity_here: Callable[[], dict[str, Any]], nodes: Nodes
+) -> None:
+    """Raise UserError where a node was given something else than rank 0's.
+
+    Folders of weights without a manifest are passed over: they are known by times, which copies
+    have of their own.
+    """
+
+    def check() -> None:
+        if nodes.are_one or not nodes.is_first:
+            return
+        for change in differences(record, identity_here(), {}):
+            path = Path(change.now["path"]) if isinstance(change.now, dict) else None
+            if path is not None and path.is_dir() and not has_manifest(path):
+                continue
+            here, first = nodes.described()[nodes.node], nodes.described()[nodes.of_rank[0]]
+            raise UserError(
+                f"{first} and {here} do not run the same: {change}; give all nodes the same "
+                "settings and files"
+            )
+
+    agreed(check)
+
+
+def _chosen(resume: str, folder: Path, nodes: Nodes) -> tuple[Path | None, int | None]:
+    """The step to go on from, and a rank that can read its manifest; a collective of all ranks."""
     if resume == "none":
-        return None
+        return None, None
     if resume == "auto":
-        # A step that lost its manifest is damaged, too: an older one is for the user to choose.
-        paths = folder.iterdir() if folder.is_dir() else iter(())
-        steps = [path for path in paths if is_step(path) and path.is_dir()]
-        return max((path for path in steps if any(path.iterdir())), key=number_of, default=None)
+        step = newest(folder, nodes)
+        return step, None if step is None else complete(step, nodes)
     path = Path(resume)
-    if not (is_step(path) and (path / MANIFEST).is_file()):
+    every: list[Any] = [None] * len(nodes.of_rank)
+    dist.all_gather_object(every, is_step(path) and (path / MANIFEST).is_file())
+    if not any(every):
         raise UserError(
             f"--resume {resume}: is no saved step; they are called step-… and lie in {folder}"
         )
-    return path
+    return path, complete(path, nodes)
 
 
 def _check_writable(folder: Path) -> None:

@@ -24,7 +24,7 @@ from src.settings.scripts import TrainSettings
 from src.settings.training import OptimizerSettings
 from src.trainer.activations import described, held_bytes, limited
 from src.trainer.batches import epoch_batches, shares_of, turns_of
-from src.trainer.meter import Meter, profiler
+from src.trainer.meter import Meter, phases_of, profiler
 from src.trainer.objective import Objective
 from src.trainer.optimizer import Optimizer, lr_at
 from src.trainer.passes import Passes, from_last_stage, passes_of
@@ -117,6 +117,7 @@ def fit(
     tokens_left = sum(objective.lengths) * (total - step) / steps_per_epoch
 
     def evaluate_aside(bar: Progress, name: str, number: int) -> None:
+        clock.announce("evaluation")
         with bar.aside(left=-(-total // every) - -(-step // every)):
             evaluate(name, number)
 
@@ -151,6 +152,8 @@ def fit(
                 shown = {name: scalars[name] for name in ("loss", "lr", "mfu")}
                 bar.update(1, tokens=tokens, work=tokens, **shown)
                 profile.step()
+                if saving:
+                    saving.monitor.took(step, phases_of(scalars), scalars)
 
                 # Evaluate and save when it is time.
                 if step % every == 0 or step == total:

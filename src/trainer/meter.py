@@ -84,6 +84,12 @@ class Meter:
         }
 
 
+def phases_of(scalars: dict[str, float]) -> dict[str, float]:
+    """The seconds of each phase, by its name, out of what is logged of a step."""
+    prefix = "seconds/"
+    return {name.removeprefix(prefix): x for name, x in scalars.items() if name.startswith(prefix)}
+
+
 def peak_memory(device: torch.device) -> int:
     """Bytes that this process has held at most so far: on a GPU of tensors, else all of them."""
     if device.type == "cuda":
@@ -102,6 +108,7 @@ def profiler(wanted: bool, log: RunLog) -> AbstractContextManager[Any]:
     folder, (wait, active) = Path(log.log_dir), PROFILED_STEPS
 
     def write(profile: torch.profiler.profile) -> None:
+        folder.mkdir(parents=True, exist_ok=True)  # on a node that has no log
         path = folder / f"trace-rank-{log.rank}.json"
         profile.export_chrome_trace(str(path))
         steps = f"{wait + 1} to {wait + active}"

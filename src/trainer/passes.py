@@ -65,7 +65,8 @@ class Passes:
             if turn is None:
                 idle_forward(self.model, self.parallel.device)
             else:
-                read(turn)
+                with clock.phase("score"):
+                    read(turn)
 
 
 def passes_of(model: Transformer, parallel: Parallel, optimizer: Optimizer | None = None) -> Passes:

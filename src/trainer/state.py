@@ -1,6 +1,6 @@
 """A model in training and its optimizer as named tensors, and back at any degree, exactly."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from src.checkpoint.steps import file_of
 from src.errors import UserError
 from src.models.exchange import placement_of, specs_of
 from src.models.layout import TensorSpec
-from src.models.places import Placement, pieces_of, within
+from src.models.places import Box, Placement, pieces_of, within
 from src.models.transformer import Transformer
 from src.parallel.sharding import let_go, own
 from src.trainer.averages import ABSMAX, MEAN, SQUARE, STEP, dequantized, write
@@ -72,27 +72,47 @@ def counters_of(optimizer: Optimizer) -> dict:
 class SavedModel:
     """One model's files in a saved step; gives any rank's part of any tensor in any placement."""
 
-    def __init__(self, folder: Path, name: str, saved: dict[str, int]) -> None:
-        """saved: how the run that saved it had the model, as `layout_facts` says."""
-        self.folder = folder
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        saved: dict[str, int],
+        keys: dict[str, list[str]] | None = None,
+        fetched: Path | None = None,
+    ) -> None:
+        """saved: how the run that saved it had the model, as `layout_facts` says.
+
+        keys: the tensors in each of the step's files, where not all of these are in the folder;
+        fetched: another folder, where those that are not may be, and which counts first.
+        """
+        self.folders = [folder] if fetched is None else [fetched, folder]
+        self.folder, self.opened = folder, dict[str, Any]()
         tp, dp, pp = saved["mp"], saved["dp"], saved.get("pp", 1)
         self.placement = Placement(tp, dp, bool(saved.get("shared")), pp)
         # Of each rank: key → file. Where weights are not shared, whichever data-parallel rank has
         # the key.
-        self.places: list[dict[str, Any]] = [{} for _ in range(tp * pp * dp)]
+        self.places: list[dict[str, str]] = [{} for _ in range(tp * pp * dp)]
         for rank in range(len(self.places)):
             dp_rank, of_model = divmod(rank, pp * tp)
-            path = folder / file_of(name, of_model % tp, dp_rank, of_model // tp)
-            if path.is_file():
-                file = safe_open(path, framework="pt")
-                first = rank if self.placement.sharded else of_model
-                self.places[first] |= dict.fromkeys(file.keys(), file)
+            file = file_of(name, of_model % tp, dp_rank, of_model // tp)
+            held = [] if keys is None else keys.get(file, [])
+            if keys is None and (folder / file).is_file():
+                held = list(self._open(file).keys())
+            first = rank if self.placement.sharded else of_model
+            self.places[first] |= dict.fromkeys(held, file)
 
     def __contains__(self, key: str) -> bool:
         return any(key in places for places in self.places)
 
-    def local(self, key: str, spec: TensorSpec, placement: Placement, rank: int) -> Tensor:
-        """A rank's part, in its placement, of a tensor that is cut by `spec`."""
+    def _open(self, file: str) -> Any:
+        if file not in self.opened:
+            paths = [folder / file for folder in self.folders]
+            path = next((path for path in paths if path.is_file()), paths[-1])
+            self.opened[file] = safe_open(path, framework="pt")
+        return self.opened[file]
+
+    def _near(self, key: str, placement: Placement, rank: int) -> tuple[Placement, int]:
+        """How a tensor was saved, and the rank there whose part is the likeliest."""
         if key not in self:
             raise UserError(
                 f"{self.folder}: has no {key}; it was saved by a run of another model or other "
@@ -102,12 +122,34 @@ class SavedModel:
         stage = next(i for i, places in enumerate(self.places) if key in places) // tp
         source = self.placement.held_by([stage % self.placement.pp])
         of_tp = (rank - placement.first) % tp if placement.tp == tp else 0
-        near = stage % self.placement.pp * tp + of_tp
+        return source, stage % self.placement.pp * tp + of_tp
+
+    def _pieces(
+        self, key: str, spec: TensorSpec, placement: Placement, rank: int
+    ) -> Iterator[tuple[int, Box, Box]]:
+        """(the rank that saved it, that one's box, what is wanted of it), of all pieces of a part.
+
+        Of a part of padding alone, or without rows, there are none.
+        """
+        source, near = self._near(key, placement, rank)
         own_box = None if source.sharded else source.box(spec, near)
         box, owners = placement.box(spec, rank), source.owners(spec, near)
-        part: Tensor | None = None
         for owner, owned, overlap in pieces_of(box, owners, own_box):
-            rank_of_piece = near if owner is None else owner
+            yield near if owner is None else owner, owned, overlap
+
+    def _any_holder(self, key: str) -> int:
+        return next(rank for rank, places in enumerate(self.places) if key in places)
+
+    def files_of(self, key: str, spec: TensorSpec, placement: Placement, rank: int) -> set[str]:
+        """The files that `local` reads a part from."""
+        ranks = [piece[0] for piece in self._pieces(key, spec, placement, rank)]
+        return {self.places[owner][key] for owner in ranks or [self._any_holder(key)]}
+
+    def local(self, key: str, spec: TensorSpec, placement: Placement, rank: int) -> Tensor:
+        """A rank's part, in its placement, of a tensor that is cut by `spec`."""
+        source, _ = self._near(key, placement, rank)
+        box, part = placement.box(spec, rank), None
+        for rank_of_piece, owned, overlap in self._pieces(key, spec, placement, rank):
             saved_part, saved_shape = self._source(key, rank_of_piece)
             shape = source.local_shape(spec, rank_of_piece)
             if tuple(saved_shape) != shape:
@@ -123,8 +165,7 @@ class SavedModel:
                 part = piece.new_zeros(shape)
             part[within(overlap, box)] = piece
         if part is None:  # padding alone, or no rows
-            holder = next(rank for rank, places in enumerate(self.places) if key in places)
-            saved_part, _ = self._source(key, holder)
+            saved_part, _ = self._source(key, self._any_holder(key))
             part = saved_part[:0].new_zeros(placement.local_shape(spec, rank))
         return part
 
@@ -133,12 +174,12 @@ class SavedModel:
 
         Codes are read whole: their scales are of numbers in a row, wherever rows end.
         """
-        file, (kind, _, name) = self.places[rank][key], key.partition("/")
+        file, (kind, _, name) = self._open(self.places[rank][key]), key.partition("/")
         scales = f"{kind}{ABSMAX}/{name}"
         if scales not in self.places[rank]:
             part = file.get_slice(key)
             return part, part.get_shape()
-        codes, absmax = file.get_tensor(key), self.places[rank][scales].get_tensor(scales)
+        codes, absmax = file.get_tensor(key), file.get_tensor(scales)
         whole = dequantized(codes, absmax, kind)
         return whole, whole.shape
 
@@ -147,13 +188,28 @@ class SavedModel:
     ) -> tuple[Tensor, Tensor] | None:
         """An average's codes and scales as they are, where some rank had the very same part."""
         key, scales = f"{kind}/{name}", f"{kind}{ABSMAX}/{name}"
+        place = self.place_of_codes(kind, name, spec, placement, rank)
+        if place is None:
+            return None
+        file = self._open(place)
+        return file.get_tensor(key), file.get_tensor(scales)
+
+    def place_of_codes(
+        self, kind: str, name: str, spec: TensorSpec, placement: Placement, rank: int
+    ) -> str | None:
+        """The file that `codes` reads."""
+        key, scales = f"{kind}/{name}", f"{kind}{ABSMAX}/{name}"
         wanted = placement.box(spec, rank), placement.local_shape(spec, rank)
         for other, places in enumerate(self.places):
             source = self.placement.held_by([other // self.placement.tp % self.placement.pp])
             has = source.box(spec, other), source.local_shape(spec, other)
             if scales in places and has == wanted:
-                return places[key].get_tensor(key), places[scales].get_tensor(scales)
+                return places[key]
         return None
+
+    def first_of(self, name: str, kinds: Sequence[str]) -> str:
+        """The key of the first of the kinds that there is of a tensor; of the first where none."""
+        return next((f"{k}/{name}" for k in kinds if f"{k}/{name}" in self), f"{kinds[0]}/{name}")
 
 
 def layout_facts(optimizer: Optimizer) -> dict[str, int]:
@@ -162,6 +218,39 @@ def layout_facts(optimizer: Optimizer) -> dict[str, int]:
     more = {"shared": 1} if optimizer.shares_weights else {}
     more |= {"pp": layout.pp} if layout.pp > 1 else {}
     return {"mp": layout.tp, "dp": layout.models, **more}
+
+
+def kinds_of(weight: Tensor) -> tuple[str, str]:
+    """What a weight is read from: in fp32 it is its own master, whatever it was before."""
+    return (MASTER, WEIGHT) if weight.dtype == torch.float32 else (WEIGHT, MASTER)
+
+
+def files_read(
+    model: Transformer, optimizer: Optimizer, saved: SavedModel, counters: dict
+) -> set[str]:
+    """The files of a step that `restore` reads on this rank."""
+    parallel, specs = optimizer.parallel, specs_of(model)
+    place = placement_of(model, parallel).held_by([parallel.pp_rank]), parallel.rank
+    weights = {name: own(p) for name, p in model.named_parameters()}
+    names = {weight: name for name, weight in weights.items()}
+    forms = dict(optimizer.local.forms())
+    keys = [(name, saved.first_of(name, kinds_of(weights[name]))) for name in specs]
+    files: set[str] = set()
+    for parameter, kept in optimizer.kept():
+        name = names[parameter]
+        if kept is not parameter:
+            keys.append((name, saved.first_of(name, (MASTER, WEIGHT))))
+        for kind in forms[kept] if counters["adam_step"] else ():
+            if kind.endswith(ABSMAX):
+                continue  # beside its codes
+            as_saved = None
+            if kind + ABSMAX in forms[kept]:
+                as_saved = saved.place_of_codes(kind, name, specs[name], *place)
+            if as_saved is None:
+                keys.append((name, f"{kind}/{name}"))
+            else:
+                files.add(as_saved)
+    return files.union(*(saved.files_of(key, specs[name], *place) for name, key in keys))
 
 
 @torch.no_grad()
@@ -177,14 +266,10 @@ def restore(model: Transformer, optimizer: Optimizer, saved: SavedModel, counter
 
     def fill(tensor: Tensor, name: str, *kinds: str) -> None:
         """Copy the first of the kinds that there is: what was read is the file's memory."""
-        key = next((f"{k}/{name}" for k in kinds if f"{k}/{name}" in saved), f"{kinds[0]}/{name}")
-        tensor.copy_(saved.local(key, specs[name], placement, rank))
+        tensor.copy_(saved.local(saved.first_of(name, kinds), specs[name], placement, rank))
 
     for name in specs:
-        weight = weights[name]
-        # In fp32 a weight is its own master, whatever it was before.
-        kinds = (MASTER, WEIGHT) if weight.dtype == torch.float32 else (WEIGHT, MASTER)
-        fill(weight, name, *kinds)
+        fill(weights[name], name, *kinds_of(weights[name]))
     if optimizer.shares_weights:
         let_go(model)
     names = {weight: name for name, weight in weights.items()}

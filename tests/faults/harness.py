@@ -14,7 +14,15 @@ from contextlib import suppress
 from pathlib import Path
 
 from src.checkpoint.steps import list_steps
-from tests.launch import FORKS, Forked, children_of, command_of, environment, started
+from tests.launch import (
+    FORKS,
+    ROOT,
+    Forked,
+    children_of,
+    command_of,
+    environment,
+    started,
+)
 
 PATIENCE_S = 120
 FORKED = FORKS  # tests/faults/conftest.py may have it otherwise
@@ -30,17 +38,22 @@ class Run:
         log: Path,
         launcher: list[str] | None = None,
         forked: bool | None = None,
+        cwd: Path = ROOT,
+        **node: int,
     ) -> None:
         """launcher: a program that starts the command. forked: False where the end of Python is
-        looked at, which forks leave out."""
+        looked at, which forks leave out. cwd: the folder that it works in; node: see `command_of`.
+        """
         self.ranks, self.log, self.seen = ranks, log, set()
         self.output = log.open("ab")
-        command, env = command_of(ranks, *arguments), environment() | {"CUDA_VISIBLE_DEVICES": ""}
+        command = command_of(ranks, *arguments, **node)
+        env = environment() | {"CUDA_VISIBLE_DEVICES": ""}
+        files = self.output, self.output
         self.process: subprocess.Popen | Forked
         if (FORKED if forked is None else forked) and not launcher:
-            self.process = Forked(command, env, self.output, self.output)
+            self.process = Forked(command, env, *files, cwd=cwd)
         else:
-            self.process = started(command, env, self.output, self.output, launcher)
+            self.process = started(command, env, *files, launcher, cwd)
 
     def workers(self) -> list[int]:
         """The ranks' process ids, in order; [] while they are not there yet."""

@@ -19,8 +19,8 @@ def main(stage: str, rank: int, script: str, *arguments: str) -> None:
         if current == stage and int(os.environ.get("RANK", 0)) == rank:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def init(self, folder, keep, parallel) -> None:
-        real(self, folder, keep, parallel, reached)
+    def init(self, folder, keep, parallel, **more) -> None:
+        real(self, folder, keep, parallel, reached, **more)
 
     Steps.__init__ = init
     sys.argv = [script, *arguments]
