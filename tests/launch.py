@@ -49,7 +49,8 @@ def places(n: int) -> Iterator[None]:
         yield
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """One that nobody listens on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
@@ -111,7 +112,7 @@ def command_of(n: int, script: str, *args: str) -> list[str]:
     command = [str(ROOT / script), *args]
     if n == 1:
         return command
-    address = ["--master_addr", "127.0.0.1", "--master_port", str(_free_port())]
+    address = ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
     return ["torchrun", "--nnodes", "1", "--nproc_per_node", str(n), *address, *command]
 
 
