@@ -39,7 +39,7 @@ def main() -> None:
     # or ranks that are started again may dial addresses of the last attempt
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     asked = DynamicRendezvousHandler.num_nodes_waiting
-    DynamicRendezvousHandler.num_nodes_waiting = patient(asked)  # type: ignore[method-assign]
+    DynamicRendezvousHandler.num_nodes_waiting = patient(asked)  # type: ignore[assignment]
     try:
         run.main(["--signals-to-handle", OTHER_SIGNALS, *sys.argv[1:]])
     except ChildFailedError as error:

@@ -32,6 +32,7 @@ if [ -z "${SLURM_JOB_ID:-}" ] || [ $# -eq 0 ]; then
   exit 2
 fi
 cd "$SLURM_SUBMIT_DIR" || exit 2
+# shellcheck source=/dev/null
 if [ -f .venv/bin/activate ]; then . .venv/bin/activate; fi
 
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
@@ -56,6 +57,7 @@ if [ "${MAX_RESTARTS:-0}" -gt 0 ]; then launch=(deploy/run.sh "${launch[@]}"); f
 
 # A signal is for the ranks. Not by way of srun, which answers it by killing them.
 signalled=""
+# shellcheck disable=SC2329  # called by the trap
 hand_on() {
   signalled=yes
   scancel --signal=TERM "$SLURM_JOB_ID"

@@ -225,8 +225,9 @@ def warn_of_tensors_across_nodes(mp: int, rank: int, world: int) -> None:
     if rank == 0 and per_node < world and per_node % mp:
         logging.getLogger(__name__).warning(
             "--model_parallel_size %d: ranks that share tensors lie on several nodes of %d rank%s "
-            "each, and wait for the network twice in every layer; a divisor of %d keeps them inside "
-            "a node, and --pipeline_parallel_size divides a model across nodes (docs/clusters.md)",
+            "each, and wait for the network twice in every layer; a divisor of %d keeps them "
+            "inside a node, and --pipeline_parallel_size divides a model across nodes "
+            "(docs/clusters.md)",
             mp,
             per_node,
             "s" * (per_node > 1),

@@ -12,6 +12,8 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Self
@@ -20,6 +22,7 @@ from tests.faults.harness import alive
 from tests.launch import FORKS, ROOT, Forked, children_of, environment, started
 
 PROGRAMS = ("srun", "scancel", "scontrol", "python")
+PATIENCE_S = 240
 
 
 class Cluster:
@@ -42,9 +45,9 @@ class Cluster:
         self._thread = threading.Thread(target=self._serve, daemon=True)
         stubs = folder / "bin"
         stubs.mkdir(parents=True)
+        stub = f"exec {sys.executable} -S -E {ROOT}/tests/deploy/stub.py {address}"
         for program in PROGRAMS:
-            line = f'exec {sys.executable} -S -E {ROOT}/tests/deploy/stub.py {address} {program} "$@"'
-            (stubs / program).write_text(f"#!/bin/sh\n{line}\n")
+            (stubs / program).write_text(f'#!/bin/sh\n{stub} {program} "$@"\n')
             (stubs / program).chmod(0o755)
         path = f"{stubs}:{os.environ['PATH']}"
         self.env = environment() | {"CUDA_VISIBLE_DEVICES": "", "PATH": path, **env}
@@ -69,16 +72,20 @@ class Cluster:
         """Start a script of deploy/; what it says goes to the file `name`."""
         with (self.folder / name).open("wb") as out:
             process = subprocess.Popen(
-                command, cwd=ROOT, env=self.env | env, stdout=out, stderr=out, start_new_session=True
+                command,
+                cwd=ROOT,
+                env=self.env | env,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
             )
         self.scripts.append(process)
         return process
 
     def said(self) -> str:
         """By all that ran."""
-        return "\n".join(
-            f"--- {file.name}\n{file.read_text()}" for file in self.folder.iterdir() if file.is_file()
-        )
+        files = (file for file in self.folder.iterdir() if file.is_file())
+        return "\n".join(f"--- {file.name}\n{file.read_text()}" for file in files)
 
     def called(self, program: str) -> list[list[str]]:
         """The arguments of each call of a stub."""
@@ -141,3 +148,14 @@ class Cluster:
             process = (Forked if FORKS else started)(command, env, out, out)
         self.pythons.append(process)
         return process
+
+
+def until(
+    condition: Callable[[], bool], cluster: Cluster, *running: subprocess.Popen | Forked
+) -> None:
+    """Until the condition holds. Fails when one of those that are running has ended."""
+    began = time.monotonic()
+    while not condition():
+        assert all(process.poll() is None for process in running), cluster.said()
+        assert time.monotonic() - began < PATIENCE_S, cluster.said()
+        time.sleep(0.01)

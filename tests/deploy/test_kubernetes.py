@@ -2,7 +2,7 @@
 
 import copy
 import re
-import time
+import socket
 from pathlib import Path
 
 import pytest
@@ -11,11 +11,10 @@ import yaml
 from src.cli import _read
 from src.settings.declaration import declared, find_problems
 from src.settings.ppo import PPOTrainSettings
-from tests.deploy.cluster import Cluster
+from tests.deploy.cluster import PATIENCE_S, Cluster, until
 from tests.launch import ROOT, free_port, places
 
 WORKER = "tests/deploy/worker.py"
-PATIENCE_S = 240
 PLAIN = {"str": str, "int": int, "bool": bool, "float": (int, float), "object": object}
 
 
@@ -57,6 +56,11 @@ def built(value, kind: str, path: str):
         return model(**fields)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 def worker_of(job: dict) -> dict:
@@ -123,14 +127,18 @@ def test_the_trainer_takes_the_flags(job):
 
 
 def test_two_pods_train_and_start_anew_when_one_is_evicted(job, tmp_path):
-    """Its own command, with the operator's variables; a small script stands for the trainer."""
+    """Its own command, with the operator's variables; a small script stands for the trainer.
+
+    The second one's rank takes longer to end than the first launcher, where both have met.
+    """
     [container] = worker_of(job)["template"]["spec"]["containers"]
     elastic = job["spec"]["elasticPolicy"]
     conf = ",".join(f"{item['key']}={item['value']}" for item in elastic["rdzvConf"])
+    port = free_port()
     # As its elastic.go makes them.
     variables = {
         "PET_RDZV_BACKEND": elastic["rdzvBackend"],
-        "PET_RDZV_ENDPOINT": f"127.0.0.1:{free_port()}",
+        "PET_RDZV_ENDPOINT": f"127.0.0.1:{port}",
         "PET_RDZV_CONF": conf,
         "PET_NNODES": f"{elastic['minReplicas']}:{elastic['maxReplicas']}",
         "PET_MAX_RESTARTS": str(elastic["maxRestarts"]),
@@ -141,13 +149,14 @@ def test_two_pods_train_and_start_anew_when_one_is_evicted(job, tmp_path):
     command = [one if word == gpus else word for word in container["command"]]
     flags = [WORKER, "--folder", str(tmp_path), "--save_dir", str(tmp_path / "out")]
     with places(2), Cluster(tmp_path / "cluster", **variables) as cluster:
-        pods = [cluster.run(*command, *flags, name=f"pod-{i}") for i in (0, 1)]
+        first = cluster.run(*command, *flags, name="pod-0")
+        until(lambda: listens(port), cluster, first)
+        leaves = tmp_path / "leaves"
+        second = cluster.run(*command, *flags, name="pod-1", LEAVES_AFTER=str(leaves))
         ranks = [tmp_path / f"rank-{rank}" for rank in (0, 1)]
-        began = time.monotonic()
-        while not all(map(Path.exists, ranks)):
-            assert all(pod.poll() is None for pod in pods), cluster.said()
-            assert time.monotonic() - began < PATIENCE_S, cluster.said()
-            time.sleep(0.01)
-        pods[1].terminate()
-        assert [pod.wait(PATIENCE_S) for pod in pods] == [143, 143], cluster.said()
+        until(lambda: all(map(Path.exists, ranks)), cluster, first, second)
+        second.terminate()
+        assert first.wait(PATIENCE_S) == 143, cluster.said()
+        leaves.touch()
+        assert second.wait(PATIENCE_S) == 143, cluster.said()
     assert all((tmp_path / f"saved-{rank}").exists() for rank in (0, 1))

@@ -1,17 +1,15 @@
 """The SLURM script on a cluster of this machine: two launchers, a real job, and its ends."""
 
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.deploy.cluster import Cluster
+from tests.deploy.cluster import PATIENCE_S, Cluster, until
 from tests.launch import ROOT, free_port, places
 
 SCRIPT = str(ROOT / "deploy/slurm.sh")
 WORKER = "tests/deploy/worker.py"
-PATIENCE_S = 240
 
 
 def job(nodes: int = 2) -> dict[str, str]:
@@ -25,13 +23,6 @@ def job(nodes: int = 2) -> dict[str, str]:
         "NPROC_PER_NODE": "1",
         "PET_LOCAL_ADDR": "127.0.0.1",
     }
-
-
-def until(condition, cluster: Cluster, script: subprocess.Popen) -> None:
-    began = time.monotonic()
-    while not condition():
-        assert script.poll() is None and time.monotonic() - began < PATIENCE_S, cluster.said()
-        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -77,7 +68,14 @@ def test_what_becomes_of_a_job_by_its_exit_code(cluster, code, state, requeued):
 
 def test_each_node_gets_one_launcher_with_the_command_word_for_word(cluster):
     cluster.ends = [0]
-    words = ["ppo_train.py", "--actor_save_dir", "a folder", "--stop_strings", "$HOME 'x'", "--lr=1"]
+    words = [
+        "ppo_train.py",
+        "--actor_save_dir",
+        "a folder",
+        "--stop_strings",
+        "$HOME 'x'",
+        "--lr=1",
+    ]
     more = {"SLURM_RESTART_COUNT": "3", "SRUN_FLAGS": "--container-image=rlhf --label"}
     cluster.run(SCRIPT, *words, **job(), **more).wait(PATIENCE_S)
     [args] = cluster.called("srun")

@@ -12,7 +12,7 @@ from tests.launch import ROOT
 
 pytest.importorskip("torchx", reason="needs torchx (pip install -r requirements-dev.txt)")
 
-from torchx.runner import get_runner  # noqa: E402
+from torchx.runner import get_runner
 
 FILE = ROOT / "deploy/components.py"
 COMPONENTS = (
@@ -51,14 +51,17 @@ def launched(cluster: Cluster, command: list[str], **env: str) -> list[str]:
 
 def is_a_launch(args: list[str], script: str, first_node: str) -> bool:
     """Of two nodes of four ranks each, which meet at the first one."""
-    options = dict(zip(args[1:-len(WORDS) - 1 : 2], args[2 : -len(WORDS) - 1 : 2]))
+    options = dict(zip(args[1 : -len(WORDS) - 1 : 2], args[2 : -len(WORDS) - 1 : 2]))
     assert args[0] == "deploy/launch.py" and args[-len(WORDS) - 1 :] == [script, *WORDS]
-    return options.items() >= {
-        "--nnodes": "2",
-        "--nproc_per_node": "4",
-        "--rdzv_backend": "c10d",
-        "--rdzv_endpoint": f"{first_node}:29500",
-    }.items()
+    return (
+        options.items()
+        >= {
+            "--nnodes": "2",
+            "--nproc_per_node": "4",
+            "--rdzv_backend": "c10d",
+            "--rdzv_endpoint": f"{first_node}:29500",
+        }.items()
+    )
 
 
 @pytest.mark.parametrize("component", COMPONENTS)

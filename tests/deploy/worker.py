@@ -1,11 +1,12 @@
 """A rank that says where it is, adds something up with the others, and goes on until it is told
 to stop: what a trainer does of it, without a model.
 
-    worker.py --folder FOLDER    # each rank leaves a file in it, `rank-N`, and one when it has saved
+    worker.py --folder FOLDER    # each rank leaves files there: `rank-N`, and `saved-N`
+
+With LEAVES_AFTER, a file, it only ends when that is there.
 """
 
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -30,6 +31,8 @@ def main(folder: str, save_dir: str = "", resume: str = "auto") -> None:
         dist.all_reduce(came, op=dist.ReduceOp.MAX)
         if came:
             (Path(folder) / f"saved-{parallel.rank}").touch()
+            while not Path(os.environ.get("LEAVES_AFTER", folder)).exists():
+                time.sleep(0.01)
             raise Stopped("stopped by a signal")
         time.sleep(0.01)
 
