@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Self
+from typing import IO, Self
 
 from tests.faults.harness import alive
 from tests.launch import FORKS, ROOT, Forked, children_of, environment, started
@@ -104,32 +104,49 @@ class Cluster:
         request = json.loads(messages.readline())
         program, args, env = request["program"], request["args"], request["env"]
         self.calls.append([program, *args])
-        out, code = "", 0
-        if program in ("srun", "python") and self.ends:
-            code = self.ends.pop(0)
-        elif program in ("srun", "python"):
-            tasks = self._launch(args, env) if program == "srun" else [self._python(args, env)]
+        answer: dict[str, str | int] = {"out": "", "code": 1}
+        try:
+            if program in ("srun", "python"):
+                answer["code"] = self._ended(program, args, env, messages)
+            elif program == "scancel":
+                self._signal(args)
+                answer["code"] = 0
+            else:
+                answer = {"out": self._about(args), "code": 0}
+        finally:  # nobody waits for what goes wrong here
+            connection.sendall(json.dumps(answer).encode() + b"\n")
 
-            def told() -> None:
-                for line in messages:
-                    # srun kills what it has started (SLURM's srun_job.c), Python gets the signal
-                    number = json.loads(line)["signal"]
-                    for task in tasks:
-                        os.kill(task.pid, signal.SIGKILL if program == "srun" else number)
+    def _ended(self, program: str, args: list[str], env: dict[str, str], messages: IO[str]) -> int:
+        """Start tasks, and wait for them: what srun, or Python, ends with."""
+        if self.ends:
+            return self.ends.pop(0)
+        tasks = self._launch(args, env) if program == "srun" else [self._python(args, env)]
 
-            threading.Thread(target=told, daemon=True).start()
-            codes = [task.wait() or 0 for task in tasks]
-            code = max(128 - code if code < 0 else code for code in codes)  # as srun tells
-        elif program == "scancel":
-            assert args[0] == "--signal=TERM"
-            for task in self.tasks:  # all processes of the job's steps
-                for pid in (*children_of(task.pid), task.pid):
-                    os.kill(pid, signal.SIGTERM)
-        elif args[:2] == ["show", "hostnames"]:
-            out = "127.0.0.1\n" * self.nodes
-        elif args[:2] == ["show", "job"]:
-            out = f"JobId={args[-1]} JobState={self.state} Restarts=0\n"
-        connection.sendall(json.dumps({"out": out, "code": code}).encode() + b"\n")
+        def told() -> None:
+            for line in messages:
+                # srun kills what it has started (SLURM's srun_job.c), Python gets the signal
+                number = json.loads(line)["signal"]
+                for task in tasks:
+                    os.kill(task.pid, signal.SIGKILL if program == "srun" else number)
+
+        threading.Thread(target=told, daemon=True).start()
+        codes = [task.wait() or 0 for task in tasks]
+        return max(128 - code if code < 0 else code for code in codes)  # as srun has it
+
+    def _signal(self, args: list[str]) -> None:
+        """scancel: all processes of the job's steps."""
+        assert args[0] == "--signal=TERM"
+        for task in self.tasks:
+            for pid in (*children_of(task.pid), task.pid):
+                os.kill(pid, signal.SIGTERM)
+
+    def _about(self, args: list[str]) -> str:
+        """What scontrol says."""
+        if args[:2] == ["show", "hostnames"]:
+            return "127.0.0.1\n" * self.nodes
+        if args[:2] == ["show", "job"]:
+            return f"JobId={args[-1]} JobState={self.state} Restarts=0\n"
+        return ""
 
     def _launch(self, args: list[str], env: dict[str, str]) -> list[subprocess.Popen | Forked]:
         """srun's tasks, one for each node."""
