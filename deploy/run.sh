@@ -5,7 +5,9 @@
 #
 # The command goes on by itself from OUT-state (--resume auto; another --resume is for the first attempt alone). Ends with 0 when it
 # finished, else with the code of its last attempt.
-# A signal is handed on, and ends the supervision: the run saves a step first.
+# A signal is handed on, and ends the supervision: the run saves a step first. So does exit code 75 (stopped, and saved: by a signal to
+# the run itself, or --max_minutes), which torchrun turns into 1, and deploy/launch.py does not. EXIT_STOPPED is what is said instead of
+# 75, for a scheduler that starts again by other codes.
 set -u
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # or workers started again may dial addresses of the last attempt
 
@@ -47,25 +49,33 @@ newest() { # the newest whole step and which folder that is, empty when there is
   done | tail -n 1
 }
 
-child="" stopped=""
+child="" stopped="" signalled=""
 hand_on() {
-  stopped=yes
+  stopped=yes signalled=yes
   [ -n "$child" ] && kill -TERM "$child" 2>/dev/null
 }
 trap hand_on TERM INT
+
+finish() {
+  if [ "$1" -eq 75 ]; then exit "${EXIT_STOPPED:-75}"; fi
+  exit "$1"
+}
 
 for ((attempt = 0; ; attempt++)); do
   before=$(newest)
   "$@" &
   child=$!
+  if [ -n "$stopped" ]; then hand_on; fi # it came while there was no child
   wait "$child"
   code=$?
-  while kill -0 "$child" 2>/dev/null; do # a signal ends `wait`, not the child
-    wait "$child"
-    code=$?
+  while [ -n "$signalled" ]; do # a signal ends `wait`, not the child
+    signalled=""
+    wait "$child" 2>/dev/null
+    again=$?
+    [ "$again" -eq 127 ] || code=$again # 127: the child had been waited for
   done
   after=$(newest)
-  if [ "$code" -eq 0 ] || [ "$code" -eq 2 ] || [ -n "$stopped" ]; then exit "$code"; fi # 2: wrong input, which has been said
+  if [ "$code" -eq 0 ] || [ "$code" -eq 2 ] || [ "$code" -eq 75 ] || [ -n "$stopped" ]; then finish "$code"; fi # 2: wrong input, which has been said
   if [ "$attempt" -ge "$MAX_RESTARTS" ]; then
     echo "error: deploy/run.sh: ended with $code after $attempt restarts, the most that MAX_RESTARTS allows" >&2
     exit "$code"

@@ -211,6 +211,7 @@ def start(
         division = Layout(world // (mp * pp * cp), pp, mp, cp=cp)
     else:
         division = Layout.parsed(layout, world, "--actor_train")
+    warn_of_tensors_across_nodes(division.tp, rank, world)
     if device.type == "cpu":
         settle_number()
         settle_vector_math()
@@ -239,6 +240,25 @@ def tensor_degree(world: int, mp: int | None, pp: int, cp: int) -> int:
             f"start a multiple of {product} ranks (torchrun --nproc_per_node N) or give {instead}"
         )
     return world // (pp * cp) if mp is None else mp
+
+
+def warn_of_tensors_across_nodes(mp: int, rank: int, world: int) -> None:
+    """Rank 0 warns when ranks that share tensors lie on several nodes.
+
+    A launcher numbers its ranks one after the other, so many of them as LOCAL_WORLD_SIZE says.
+    """
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    if rank == 0 and per_node < world and per_node % mp:
+        logging.getLogger(__name__).warning(
+            "--model_parallel_size %d: ranks that share tensors lie on several nodes of %d rank%s "
+            "each, and wait for the network twice in every layer; a divisor of %d keeps them "
+            "inside a node, and --pipeline_parallel_size divides a model across nodes "
+            "(docs/clusters.md)",
+            mp,
+            per_node,
+            "s" * (per_node > 1),
+            per_node,
+        )
 
 
 def watch_collectives(parallel: Parallel, timeout: float) -> None:
