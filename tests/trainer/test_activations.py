@@ -8,6 +8,7 @@ import torch
 from src import dry_run
 from src.models.config import ModelConfig
 from src.models.lora import LoRAConfig
+from src.parallel.layout import Layout
 from src.settings.model import PackedBatchSettings
 from src.trainer import activations as module
 from src.trainer import averages
@@ -140,7 +141,7 @@ def test_the_log_and_the_dry_run_say_it(parallel, monkeypatch):
         batches, run, lora = PackedBatchSettings(), Run(), type("LoRA", (), {"is_on": False})()
 
     held = training_budget(FULL, 1, 1, torch.bfloat16).total
-    plan = ([FULL], dry_run.Ranks(1, 1), torch.bfloat16, held, parallel)
+    plan = ([FULL], Layout(), torch.bfloat16, held, parallel)
     assert dry_run._limit_lines(Settings(), *plan) == []
     monkeypatch.setattr(dry_run, "device_memory", lambda device: H100)
     line = "at most 16,384 tokens at a time (--max_tokens_per_batch)"
