@@ -189,7 +189,9 @@ def save_model(
             ) from error
         return written
 
-    writes = nodes.is_first and min(nodes.ranks(nodes.node)) < parallel.mp_size
+    layout = parallel.layout
+    writing = {0, *range(layout.first, layout.first + layout.tp)}
+    writes = nodes.is_first and not writing.isdisjoint(nodes.ranks(nodes.node))
     if writes:
         fresh_temporary(folder)
     dist.barrier()  # nobody writes before the folder is there
