@@ -50,7 +50,6 @@ def places(n: int) -> Iterator[None]:
 
 
 def free_port() -> int:
-    """One that nobody listens on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
