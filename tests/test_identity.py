@@ -134,7 +134,7 @@ def test_a_setting_that_an_older_record_does_not_know_had_its_default():
 FREE = {
     *("save_dir", "actor_save_dir", "critic_save_dir", "log_dir", "dump_rollouts", "log_samples"),
     *("profile", "save_every", "keep", "resume", "resume_changed", "timeout", "zero", "offload"),
-    *("update", "context_parallel_size"),
+    *("update", "context_parallel_size", "max_minutes", "save_copies", "straggler_window"),
     *("kv_cache_gb", "checkpoint_activations", "compile", "model_parallel_size"),
     *("actor_train", "actor_gen", "critic_train", "critic_inf", "ref_inf", "rew_inf"),
     *("rollout_batch_size", "eval_batch_size", "max_batch_size", "accumulation_steps"),
