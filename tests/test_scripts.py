@@ -305,7 +305,7 @@ def base(tmp_path_factory):
                 value_norm=True,
                 reward_norm=True,
                 critic_train="tp1",
-                critic_inf="dp1",
+                critic_inf="tp1",
                 rew_inf="tp1",
             ),
         ],
