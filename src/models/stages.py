@@ -1,6 +1,7 @@
 """A model's layers as the stages of a pipeline: which rank computes which, alike in cost."""
 
 import math
+from bisect import bisect
 from dataclasses import dataclass
 
 from src.errors import UserError
@@ -36,8 +37,7 @@ class Stages:
         last = (self.count - 1) % self.ranks
         if name.startswith("layers."):
             number = int(name.split(".")[1])
-            stage = next(s for s in range(self.count) if number in self.layers(s))
-            return [stage % self.ranks]
+            return [(bisect(self.bounds, number) - 1) % self.ranks]
         if name.startswith("tok_embeddings."):
             return sorted({0, last}) if tied else [0]
         return [last]

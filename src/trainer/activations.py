@@ -58,6 +58,24 @@ def activations(
 
     context: ranks that divide the tokens; `per_token` is a rank's part of the bytes of each.
     """
+    how = n, dtype, recompute, lora, sequence_parallel, context
+    kept, at_work = layer_activations(config, *how)
+    size = dtype.itemsize
+    logits = LOGITS_AT_ONCE_CUDA * CHUNK_COPIES * (FP32 + size / 2)
+    per_token = (config.n_layers * kept + at_work + end_activations(config, size)) / context
+    return Activations(per_token, logits if config.head == "lm" else 0.0)
+
+
+def layer_activations(
+    config: ModelConfig,
+    n: int,
+    dtype: torch.dtype,
+    recompute: str,
+    lora: bool = False,
+    sequence_parallel: bool = False,
+    context: int = 1,
+) -> tuple[float, float]:
+    """Bytes of each token that a layer keeps for backward, and those of one that is at work."""
     size, d, table = dtype.itemsize, config.dim, layer_table(config)
     q, k = (table[f"attention.{name}.weight"].local_shape(n)[0] for name in ("wq", "wk"))
     split = n if sequence_parallel else 1  # ranks that share the tokens between the products
@@ -84,13 +102,14 @@ def activations(
         "selective": size * (d / split + q) + of_products,
         "full": size * d / split,
     }[recompute]
-    # One block more: its gradients, or what is computed again of it.
+    # Its gradients, or what is computed again of it.
     # With adapters twice its products: counted where it was measured, with the adapters apart.
-    at_work = whole + (of_products if lora else 0)
-    ends = (FP32 + 3 * size) * d + FP32 * 2 * config.head_dim  # embedding, last norm, rotation
-    logits = LOGITS_AT_ONCE_CUDA * CHUNK_COPIES * (FP32 + size / 2)
-    per_token = (config.n_layers * kept + at_work + ends) / context
-    return Activations(per_token, logits if config.head == "lm" else 0.0)
+    return kept, whole + (of_products if lora else 0)
+
+
+def end_activations(config: ModelConfig, size: int) -> float:
+    """Bytes of each token outside of the layers: embedding, last norm, rotation."""
+    return (FP32 + 3 * size) * config.dim + FP32 * 2 * config.head_dim
 
 
 def rounded_down(tokens: int) -> int:
@@ -160,26 +179,41 @@ def held_bytes(models: Iterable[nn.Module], optimizers: Iterable[Optimizer]) -> 
 
 
 def gathered_bytes(model: Transformer) -> int:
-    """What data-parallel ranks that share weights put together of them at a time, at most.
-
-    With it that much of the gradients, which are summed in fp32. Stage 3 keeps the model's end and
-    the part at work: in forward beside what it and the part before came in, in backward beside its
-    gradients; a GPU gets the next part's weights and sums the last part's gradients meanwhile.
-    Stage 2 keeps all weights. The end comes first, and is summed last.
-    """
+    """What data-parallel ranks that share weights put together of them at a time, at most."""
     if not sharded_parts(model):
         return 0
-    size, (*parts, _) = model.dtype.itemsize, sharded_parts(model)
-    of_parts, trained = [numbers_of(part) for part in parts], list(map(trained_numbers_of, parts))
-    most, end = max(of_parts), numbers_of(model) - sum(of_parts)
-    trained_end = trained_numbers_of(model) - sum(trained)
+    *parts, _ = sharded_parts(model)
+    of_parts = [(numbers_of(part), trained_numbers_of(part)) for part in parts]
+    ends = [
+        total - sum(of_part[i] for of_part in of_parts)
+        for i, total in enumerate((numbers_of(model), trained_numbers_of(model)))
+    ]
     shared: Any = next(model.parameters())
     overlaps = shared.device_mesh.device_type == "cuda"  # also where it rests in host memory
-    beside = 2 if overlaps else int(model.shard_stage == 2)
+    end = ends[0], ends[1]
+    return bytes_together(of_parts, end, model.dtype.itemsize, model.shard_stage, overlaps)
+
+
+def bytes_together(
+    parts: list[tuple[int, int]], end: tuple[int, int], size: int, stage: int, overlaps: bool
+) -> int:
+    """Bytes of shared weights that are put together at a time, with as much of the gradients.
+
+    parts, end: numbers, and those that are trained, of each block and of the model around them;
+    size: bytes of a number; stage: ZeRO's; overlaps: whether a GPU gets the next part's weights,
+    and sums the last part's gradients, meanwhile.
+
+    Gradients are summed in fp32. Stage 3 keeps the model's end and the part at work: in forward
+    beside what it and the part before came in, in backward beside its gradients. Stage 2 keeps all
+    weights. The end comes first, and is summed last.
+    """
+    of_parts, trained = [n for n, _ in parts], [n for _, n in parts]
+    most, (of_end, trained_end) = max(of_parts), end
+    beside = 2 if overlaps else int(stage == 2)
     at_work = max(3 * size * most, beside * size * most + (size + FP32) * max(trained))
-    others = sum(of_parts) - most if model.shard_stage == 2 else 0
-    at_last = max(2 * size * end, (size + FP32) * trained_end + size * trained[0])
-    return max(at_work + size * (end + trained_end + others), at_last)
+    others = sum(of_parts) - most if stage == 2 else 0
+    at_last = max(2 * size * of_end, (size + FP32) * trained_end + size * trained[0])
+    return max(at_work + size * (of_end + trained_end + others), at_last)
 
 
 def numbers_of(part: nn.Module) -> int:

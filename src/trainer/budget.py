@@ -4,6 +4,7 @@ The numbers are those of what is built: the same table, the same share of the op
 (ZeroRedundancyOptimizer's). Activations, batches and libraries come on top.
 """
 
+import heapq
 from dataclasses import dataclass
 
 import torch
@@ -93,15 +94,17 @@ def training_budget(
     stages = stages or Stages()
     adapter = {} if lora is None else lora_table(config, lora)
     how = lora is not None, n, dp_size, dtype, quantize, freeze_layers, zero, method
-    tied = config.tie_word_embeddings
 
-    def held(table: dict[str, TensorSpec], rank: int) -> dict[str, TensorSpec]:
-        return {k: spec for k, spec in table.items() if rank in stages.holders(k, tied)}
+    def of_ranks(table: dict[str, TensorSpec]) -> list[dict[str, TensorSpec]]:
+        """What each rank of the pipeline holds of it."""
+        parts: list[dict[str, TensorSpec]] = [{} for _ in range(stages.ranks)]
+        for name, spec in table.items():
+            for rank in stages.holders(name, config.tie_word_embeddings):
+                parts[rank][name] = spec
+        return parts
 
-    budgets = [
-        _rank_budget(held(tensor_table(config), rank), held(adapter, rank), *how)
-        for rank in range(stages.ranks)
-    ]
+    tables = zip(of_ranks(tensor_table(config)), of_ranks(adapter))
+    budgets = [_rank_budget(table, of_adapter, *how) for table, of_adapter in tables]
     return max(budgets, key=lambda budget: budget.total)
 
 
@@ -201,9 +204,9 @@ class _State:
 def _zero_shares(states: list[_State], dp_size: int) -> list[list[_State]]:
     """Whole parameters, group after group, the largest first, each to the emptiest rank."""
     shares: list[list[_State]] = [[] for _ in range(dp_size)]
-    filled = [0] * dp_size
+    filled = [(0, rank) for rank in range(dp_size)]  # a heap; of equals the first rank
     for each in sorted(states, key=lambda each: (each.group, -each.numbers)):
-        rank = filled.index(min(filled))
+        numbers, rank = filled[0]
         shares[rank].append(each)
-        filled[rank] += each.numbers
+        heapq.heapreplace(filled, (numbers + each.numbers, rank))
     return shares

@@ -1,0 +1,226 @@
+"""What a machine can do: rates of computing, of memory and of the links between its ranks.
+
+GPUs come with their published numbers, of which a stated share is taken to be reached; a machine
+that was measured (`plan.py --calibrate`) comes with its own rates, from a YAML file.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from src.errors import UserError
+
+GB = 1e9
+USABLE = 0.92  # of a GPU's memory: the rest is CUDA's own, the libraries', and gaps
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What one rank reaches while all others work, too.
+
+    products, attention: FLOP/s; elements, weights: bytes/s that are read and written between the
+    products, and of weights that these read; layer: seconds of a layer however little it does, as
+    kernels are launched; call: of a pass.
+    """
+
+    products: float
+    attention: float
+    elements: float
+    weights: float
+    layer: float
+    call: float = 0.0
+
+
+@dataclass(frozen=True)
+class Link:
+    """An exchange: seconds that it takes at least, and bytes/s of each rank, in and out."""
+
+    latency: float
+    bandwidth: float
+
+
+@dataclass(frozen=True)
+class Links:
+    """Between ranks of one node, or of several.
+
+    reduce: sums of all ranks; gather: parts put together, or sums dealt out; send: rank to rank.
+    """
+
+    reduce: Link
+    gather: Link
+    send: Link
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Nodes of `per_node` ranks each.
+
+    memory: bytes of a rank; score, train, decode: passes without gradients, with them, and a token
+    for each of some sequences; numbers: an optimizer's, updated in a second; session: bytes/s of
+    weights that are made ready before a first token; fresh: of new memory that is filled; peak:
+    FLOP/s that the MFU is of; overlaps: whether ranks exchange while they compute, as GPUs do;
+    kind: of the device.
+    """
+
+    name: str
+    memory: float
+    per_node: int
+    score: Rates
+    train: Rates
+    decode: Rates
+    numbers: float
+    session: float
+    fresh: float
+    node: Links
+    network: Links
+    peak: float
+    overlaps: bool = True
+    kind: str = "cuda"
+
+    def links(self, first: int, count: int, step: int = 1) -> Links:
+        """Between `count` ranks from number `first` on, each `step` from the next one."""
+        last = first + (count - 1) * step
+        return self.node if first // self.per_node == last // self.per_node else self.network
+
+    def write(self, path: str, head: str) -> None:
+        """As a file that `read` takes. head: a comment at the top."""
+        text = f"# {head}\n" + yaml.safe_dump(asdict(self), sort_keys=False)
+        Path(path).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: str) -> "Hardware":
+        """From a file that `plan.py --calibrate` wrote. Raises UserError."""
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            reason = error.strerror if isinstance(error, OSError) else type(error).__name__
+            raise UserError(f"--hardware {path}: cannot be read: {reason}") from None
+        try:
+            return made(cls, values)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"--hardware {path}: {error}; plan.py --calibrate {path} writes such a file"
+            ) from None
+
+
+def made(kind: Any, values: Any) -> Any:
+    """A dataclass of plain numbers and others like it. Raises ValueError for what is missing."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"no {kind.__name__.lower()}, but {values!r}")
+    found: dict[str, Any] = {}
+    known = {field.name: field for field in fields(kind)}
+    if unknown := sorted(values.keys() - known.keys()):
+        raise ValueError(f"does not know {', '.join(unknown)}")
+    for name, field in known.items():
+        if name not in values:
+            continue
+        of: Any = field.type
+        if of in (Rates, Link, Links):
+            found[name] = made(of, values[name])
+        elif of in (float, int):
+            number = of(values[name])
+            if number < 0 or (number == 0 and kind is not Rates and name != "latency"):
+                raise ValueError(f"{name} is {values[name]!r}, and must be above 0")
+            found[name] = number
+        else:
+            found[name] = values[name]
+    return kind(**found)
+
+
+# --- Published numbers ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Published:
+    """A GPU by its vendor's data sheet.
+
+    tflops: dense products in bf16; memory_gb; memory_tb_s; link_gb_s: to the other GPUs of a node,
+    in each direction; network_gb_s: a GPU's share of the node's network, as the vendor's own
+    systems have it.
+    """
+
+    name: str
+    tflops: float
+    memory_gb: float
+    memory_tb_s: float
+    link_gb_s: float
+    network_gb_s: float
+
+
+GPUS = {
+    "a100-40": Published("A100 SXM 40 GB", 312, 40, 1.555, 300, 25),
+    "a100": Published("A100 SXM 80 GB", 312, 80, 2.039, 300, 25),
+    "h100": Published("H100 SXM 80 GB", 989, 80, 3.35, 450, 50),
+    "h100-pcie": Published("H100 PCIe 80 GB", 756, 80, 2.0, 64, 25),
+    "h200": Published("H200 SXM 141 GB", 989, 141, 4.8, 450, 50),
+    "b200": Published("B200 SXM 180 GB", 2250, 180, 7.7, 900, 50),
+    "l40s": Published("L40S 48 GB", 362, 48, 0.864, 32, 12.5),
+    "4090": Published("GeForce RTX 4090 24 GB", 165, 24, 1.008, 32, 3.1),
+    "mi300x": Published("Instinct MI300X 192 GB", 1307, 192, 5.3, 448, 50),
+}
+
+
+@dataclass(frozen=True)
+class Reached:
+    """The share of published numbers that is taken to be reached, and seconds that nobody states.
+
+    Large products on an H100 or A100 come to 0.6 to 0.75 of the data sheet's rate, kernels that
+    only move bytes to about 0.8; a launch takes some 4 µs, in a CUDA graph 1.5. Measure yours:
+    `plan.py --calibrate`.
+    """
+
+    products: float = 0.65
+    attention: float = 0.35
+    memory: float = 0.8
+    link: float = 0.75
+    network: float = 0.8
+    launch: float = 4e-6
+    graph_launch: float = 1.5e-6
+    latency: float = 15e-6
+    network_latency: float = 30e-6
+
+
+KERNELS = {"score": 14, "train": 44, "decode": 10}  # of a layer
+ADAM_BYTES = 30  # read and written for each number: both averages, master, gradient, weight
+
+
+def published(name: str, per_node: int, reached: Reached = Reached()) -> Hardware:
+    """A GPU of the table, so many to a node. Raises UserError for a name that is not in it."""
+    if name not in GPUS:
+        raise UserError(
+            f"--gpu {name}: is not in the table ({', '.join(GPUS)}); measure it with plan.py "
+            "--calibrate FILE, and give --hardware FILE"
+        )
+    gpu = GPUS[name]
+    memory = gpu.memory_tb_s * 1e12 * reached.memory
+
+    def rates(launches: int, launch: float) -> Rates:
+        flops = gpu.tflops * 1e12
+        return Rates(
+            flops * reached.products,
+            flops * reached.attention,
+            memory,
+            memory,
+            launches * launch,
+        )
+
+    def links(gb_s: float, share: float, latency: float) -> Links:
+        return Links(*[Link(latency, gb_s * GB * share)] * 3)
+
+    return Hardware(
+        gpu.name,
+        gpu.memory_gb * GB * USABLE,
+        per_node,
+        rates(KERNELS["score"], reached.launch),
+        rates(KERNELS["train"], reached.launch),
+        rates(KERNELS["decode"], reached.graph_launch),
+        memory / ADAM_BYTES,
+        memory,
+        memory / 2,
+        links(gpu.link_gb_s, reached.link, reached.latency),
+        links(gpu.network_gb_s, reached.network, reached.network_latency),
+        gpu.tflops * 1e12,
+    )

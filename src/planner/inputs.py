@@ -1,0 +1,44 @@
+"""A job and a machine from the planner's settings."""
+
+import torch
+
+from src.checkpoint.source import config_of_type
+from src.models.config import ModelConfig
+from src.planner.hardware import Hardware, published
+from src.planner.job import Job, job_of
+from src.settings.plan import MachineSettings, PlanSettings
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def planned_job(settings: PlanSettings) -> Job:
+    """Raises UserError for a model that is not known."""
+    models, job = settings.models, settings.job
+    actor = config_of_type(models.model_type, models.config_file)
+    critic: ModelConfig = actor
+    if models.critic_model_type is not None or models.critic_config_file is not None:
+        critic = config_of_type(models.critic_model_type, models.critic_config_file)
+    return job_of(
+        job.task,
+        actor,
+        critic,
+        job.advantage,
+        job.reference,
+        dtype=DTYPES[job.dtype or "bf16"],
+        batch=job.batch,
+        prompt=job.prompt_length,
+        response=job.response_length,
+        longest=job.max_new_tokens or job.response_length,
+        samples_per_prompt=job.samples_per_prompt,
+        ppo_epochs=job.ppo_epochs,
+        mini_batches=job.mini_batches,
+        rollout_batch_size=job.rollout_batch_size,
+    )
+
+
+def hardware_of(machine: MachineSettings) -> Hardware:
+    """Measured, or of the table."""
+    if machine.hardware is not None:
+        return Hardware.read(machine.hardware)
+    assert machine.gpu is not None
+    return published(machine.gpu, machine.gpus_per_node)
