@@ -123,7 +123,7 @@ def measured_rates(folder: Path, parallel: Parallel) -> dict:
         **{kind: vars(of_kind) for kind, of_kind in rates.items()},
         "numbers": float(np.median(numbers_per_second)),
         "session": 1 / float(np.median(preparing)),
-        "fresh": _fresh_rate(parallel.device),
+        **_copy_rates(parallel.device),
         "node": links,
         "network": links,
         "peak": most_of_ranks(matmul_rate(role.model.dtype, parallel.device)),
@@ -198,10 +198,11 @@ def _measure_tokens(role: Role, tokens: Samples, begun: Samples) -> None:
         tokens.append((step, max(took / response, 1e-9)))
 
 
-def _fresh_rate(device: torch.device, size: int = 2**26) -> float:
-    """Bytes/s of memory that is new, and filled."""
+def _copy_rates(device: torch.device, size: int = 2**26) -> dict[str, float]:
+    """Bytes/s that are copied to where memory is in use already, and to new memory."""
     x = torch.ones(size // 4, device=device)
-    return size / seconds_of(partial(x.clone))
+    known = partial(torch.empty_like(x).copy_, x)
+    return {"copies": size / seconds_of(known), "fresh": size / seconds_of(x.clone)}
 
 
 def measured_links(parallel: Parallel) -> Links:

@@ -109,7 +109,7 @@ def jobs_on(ranks: int) -> dict[str, list[Case]]:
     texts = [f"dp{n} zero{z}" for z in range(4)] + [f"tp{n}", f"tp{n} sp", f"pp{n}", f"pp{n} vp2"]
 
     def of_rows(task: str, sizes: dict, batch: int, prompt: int, response: int) -> list[Case]:
-        few = dict(turns=5, memory=False)
+        few = dict(turns=3, memory=False)
         return [
             Case(task, sizes, dict(model=text), batch, prompt, response, rows, **few)  # type: ignore[arg-type]
             for text in texts

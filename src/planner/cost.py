@@ -124,10 +124,8 @@ class Cost:
             share = (models - 1) / models
             summed = _seconds(links.reduce, 2 * share * numbers * FP32, 1 + numbers / 6.5e6)
             exchanged = max(0.0, summed - backward) if self.hardware.overlaps else summed
-            if layout.zero == 1:  # who has updated a weight gives it to the others
-                exchanged += _seconds(
-                    links.gather, share * numbers * self.size, 9 * config.n_layers
-                )
+            if layout.zero == 1:  # who has updated a weight gives it to the others, some at a time
+                exchanged += _seconds(links.send, share * numbers * self.size, 3 * config.n_layers)
         # Of others' gradients the norm alone is taken.
         others = 0 if layout.zero >= 2 else (numbers - own) * FP32 / ADAM_BYTES
         return exchanged + (own + others) / self.hardware.numbers
@@ -263,7 +261,7 @@ class Cost:
         if max(source.ranks.stop, target.ranks.stop) <= self.hardware.per_node:
             links = self.hardware.node
         buckets = 1 + 3 * new * target.model_size / 2**26
-        return new / self.hardware.fresh + _seconds(links.send, received, buckets)
+        return new / self.hardware.copies + _seconds(links.send, received, buckets)
 
     # --- links ------------------------------------------------------------------------------------
 

@@ -60,8 +60,8 @@ class Hardware:
 
     memory: bytes of a rank; score, train, decode: passes without gradients, with them, and a token
     for each of some sequences; numbers: an optimizer's, updated in a second; session: bytes/s of
-    weights that are made ready before a first token; fresh: of new memory that is filled; peak:
-    FLOP/s that the MFU is of; overlaps: whether ranks exchange while they compute, as GPUs do;
+    weights that are made ready before a first token; copies: of memory that is copied; fresh: the
+    same into new memory; peak: FLOP/s that the MFU is of; overlaps: whether ranks exchange while they compute, as GPUs do;
     kind: of the device.
     """
 
@@ -73,6 +73,7 @@ class Hardware:
     decode: Rates
     numbers: float
     session: float
+    copies: float
     fresh: float
     node: Links
     network: Links
@@ -219,6 +220,7 @@ def published(name: str, per_node: int, reached: Reached = Reached()) -> Hardwar
         rates(KERNELS["decode"], reached.graph_launch),
         memory / ADAM_BYTES,
         memory,
+        memory / 2,
         memory / 2,
         links(gpu.link_gb_s, reached.link, reached.latency),
         links(gpu.network_gb_s, reached.network, reached.network_latency),

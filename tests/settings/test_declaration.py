@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import pytest
 
 from src.errors import UserError
-from src.settings import distillation, ppo, preference, scripts
+from src.settings import distillation, plan, ppo, preference, scripts
 from src.settings.declaration import (
     CONTENT,
     MAY_CHANGE,
@@ -41,6 +41,7 @@ SCRIPTS = {
     "verifier_evaluate.py": scripts.VerifierEvaluateSettings,
     "checkpoint_split.py": scripts.CheckpointSplitSettings,
     "checkpoint_merge.py": scripts.CheckpointMergeSettings,
+    "plan.py": plan.PlanSettings,
 }
 
 
