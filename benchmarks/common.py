@@ -5,8 +5,6 @@ the machine's rates.
 """
 
 import gc
-import itertools
-import json
 import os
 import platform
 import statistics
@@ -26,27 +24,9 @@ SIZES = dict(dim=512, n_layers=8, n_heads=8, n_kv_heads=8, hidden_dim=1376, voca
 
 def make_model(folder: Path, seed: int = 0, head: str = "lm", **sizes) -> Path:
     """A Hugging Face folder with random weights; made once."""
-    from safetensors.torch import save_file
+    from src.planner.measure import llama_of, random_folder
 
-    from src.checkpoint.names import hf_tensors
-    from src.models.config import ModelConfig
-    from src.models.hf_config import hf_config
-    from src.models.init import initial_std, random_tensor
-    from src.models.layout import tensor_table
-
-    if (folder / "config.json").is_file():
-        return folder
-    sizes = {**SIZES, **sizes}
-    config = ModelConfig(**sizes, head_dim=sizes["dim"] // sizes["n_heads"], head=head)
-    tensors = {}
-    for name, spec in tensor_table(config).items():
-        std = initial_std(name, spec, config.n_layers)
-        tensors |= hf_tensors(name, random_tensor(name, spec, std, seed), config)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    ids = {"bos_token_id": 1, "eos_token_id": 2}
-    (folder / "config.json").write_text(json.dumps(hf_config(config, "float32", ids)))
-    return folder
+    return random_folder(folder, llama_of({**SIZES, **sizes}).with_head(head), seed)
 
 
 def config_of(dim: int, n_layers: int, head_dim: int, hidden_dim: int, vocab_size: int = 32000):
@@ -73,18 +53,6 @@ def random_model(config, parallel, dtype: torch.dtype = torch.bfloat16):
             random = torch.randn(shape, dtype=dtype, device=device) * 0.02
             put(model, name, torch.ones(shape) if len(shape) == 1 else random, device)
     return model
-
-
-def most_allocated(step: Callable[[], object]) -> int:
-    """Bytes of PyTorch's on the CPU that came in a step, at their most; by its own profiler."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        step()
-    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
-    # of what comes and, less than 0, of what goes
-    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    return max(itertools.accumulate(sizes))
 
 
 def free_memory() -> None:

@@ -32,9 +32,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from checkpoint_memory import status_bytes
-from common import make_model, median, most_allocated, report, torchrun
+from common import make_model, median, report, torchrun
 
 from src.cli import run
+from src.planner.measure import most_allocated
 
 GB = 1e9
 LAYOUTS = {  # name: --model_parallel_size, --pipeline_parallel_size, --zero, --sequence_parallel

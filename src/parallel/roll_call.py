@@ -53,18 +53,23 @@ class RollCall:
         self.counts: dict[str, int] = {}  # collectives that this rank has begun, of each group
         self.since = 0.0  # when the last of them began
 
+    def add(self, groups: list[tuple[Any, list[int]]]) -> None:
+        """Groups that were made later; the thread that looks sees all of them or none."""
+        self.groups = [*self.groups, *groups]
+
     def look(self, store: dist.Store, now: float) -> str | None:
         """The message about who is missing, once, and from one rank of those that wait; or None.
 
         now: seconds of a clock.
         """
-        counts = {g.group_name: g._get_sequence_number_for_group() for g, _ in self.groups}
+        groups = self.groups
+        counts = {g.group_name: g._get_sequence_number_for_group() for g, _ in groups}
         if counts != self.counts:
             self.counts, self.since = counts, now
             store.set(str(self.rank), json.dumps(counts))
         if now - self.since < self.limit_s or self.has_spoken:
             return None
-        for group, ranks in self.groups:
+        for group, ranks in groups:
             name = group.group_name
             begun = {rank: self._begun(store, rank, name) for rank in ranks}
             behind = [rank for rank in ranks if begun[rank] < counts[name]]
@@ -86,6 +91,7 @@ class Watch:
     def __init__(self) -> None:
         self.over = threading.Event()
         self.thread: threading.Thread | None = None
+        self.call: RollCall | None = None
 
     def start(self, call: RollCall, say: Callable[[str], None] | None = None) -> None:
         """A thread with a connection of its own to the store: the other's may be waiting."""
@@ -103,6 +109,7 @@ class Watch:
                 return
 
         self.over.clear()
+        self.call = call
         self.thread = threading.Thread(target=work, name="roll call", daemon=True)
         self.thread.start()
 
@@ -110,7 +117,7 @@ class Watch:
         if self.thread is not None:
             self.over.set()
             self.thread.join()
-            self.thread = None
+            self.thread = self.call = None
 
 
 def _say(message: str) -> None:

@@ -318,6 +318,8 @@ def _divided(
         groups += [cp_group, context["_data_group"]]
     for group in groups:
         share_memory(group, device, limit.total_seconds())
+    if roll_call.call is not None:  # another division than the run began with
+        roll_call.call.add([(group, dist.get_process_group_ranks(group)) for group in groups])
     mp_rank, dp_rank, models = number % mp, number // (mp * pp), layout.models
     if not is_member:
         mp_rank, mp, dp_rank, models, pipeline, context = 0, 1, 0, 1, {}, {}

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,19 @@ from src.errors import UserError
 from src.generation.engine import Engine
 from src.generation.sampling import Sampling
 from src.models.batch import response_logprobs
-from src.models.config import ModelConfig
 from src.parallel.layout import Layout
 from src.parallel.setup import Parallel, matmul_rate
 from src.parallel.shared_memory import all_reduce, gather_into
 from src.parallel.threads import cores
 from src.planner.hardware import USABLE, Hardware, Link, Links, Rates, made
-from src.planner.measure import most_of_ranks, random_folder, role_of, some_sequences, timed
+from src.planner.measure import (
+    llama_of,
+    most_of_ranks,
+    random_folder,
+    role_of,
+    some_sequences,
+    timed,
+)
 from src.planner.work import (
     MicroBatch,
     Work,
@@ -44,15 +51,50 @@ from src.planner.work import (
 from src.ppo.roles import Role
 from src.trainer.solver import SolverObjective
 
-MODELS = [  # that are timed
-    dict(dim=256, n_layers=4, n_heads=4, n_kv_heads=4, hidden_dim=688, vocab_size=2048),
-    dict(dim=512, n_layers=3, n_heads=8, n_kv_heads=4, hidden_dim=1376, vocab_size=8192),
-    dict(dim=768, n_layers=2, n_heads=12, n_kv_heads=12, hidden_dim=2048, vocab_size=4096),
-]
-BATCHES = [(1, 48, 24), (4, 64, 32), (4, 128, 64), (2, 320, 64), (1, 768, 384)]
-#          rows, tokens of each, response tokens among them
-GENERATED = [(1, 32, 32), (8, 32, 32), (32, 64, 32), (8, 512, 16)]  # sequences, prompt, response
-EXCHANGED = (2**12, 2**18, 2**24)  # bytes
+Batches = list[tuple[int, int, int]]
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What is timed on a device: models that keep it busy, and are through with soon.
+
+    models: their sizes; batches: (rows, tokens of each, response tokens among them); generated:
+    (sequences, prompt tokens, response tokens); exchanged: bytes.
+    """
+
+    models: list[dict[str, int]]
+    batches: Batches
+    generated: Batches
+    exchanged: tuple[int, ...]
+
+
+def _sizes(dim: int, layers: int, heads: int, kv_heads: int, hidden: int, vocabulary: int) -> dict:
+    names = ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "vocab_size")
+    return dict(zip(names, (dim, layers, heads, kv_heads, hidden, vocabulary)))
+
+
+ON = {
+    "cpu": Timed(
+        [
+            _sizes(256, 4, 4, 4, 688, 2048),
+            _sizes(512, 3, 8, 4, 1376, 8192),
+            _sizes(768, 2, 12, 12, 2048, 4096),
+        ],
+        [(1, 48, 24), (4, 64, 32), (4, 128, 64), (2, 320, 64), (1, 768, 384)],
+        [(1, 32, 32), (8, 32, 32), (32, 64, 32), (8, 512, 16)],
+        (2**12, 2**18, 2**24),
+    ),
+    "cuda": Timed(
+        [
+            _sizes(1024, 8, 8, 8, 2752, 8192),
+            _sizes(2048, 4, 16, 8, 5504, 32000),
+            _sizes(4096, 2, 32, 8, 14336, 8192),
+        ],
+        [(1, 64, 32), (4, 256, 128), (8, 512, 256), (4, 2048, 512), (1, 8192, 4096)],
+        [(1, 64, 64), (32, 64, 64), (128, 128, 64), (32, 1024, 32)],
+        (2**14, 2**22, 2**28),
+    ),
+}
 MANY = 8  # exchanges that are timed together
 TURNS = 3
 LEAST = 1e-15  # seconds of a unit: what is found to cost nothing
@@ -100,8 +142,8 @@ def measured_rates(folder: Path, parallel: Parallel) -> dict:
     begun: Samples = []
     numbers_per_second: list[float] = []
     alone = parallel.laid_out(Layout(parallel.world_size, zero=0))
-    for number, sizes in enumerate(MODELS):
-        config = ModelConfig(**sizes, head_dim=sizes["dim"] // sizes["n_heads"])
+    for number, sizes in enumerate(ON[parallel.device.type].models):
+        config = llama_of(sizes)
         path = folder / f"rates-{number}"
         if parallel.is_main:
             random_folder(path, config)
@@ -136,7 +178,7 @@ def _measure_passes(role: Role, samples: dict[str, Samples]) -> None:
     """Of a model, forward alone, and forward and backward, on batches of several kinds."""
     model, config, size = role.model, role.model.config, role.model.dtype.itemsize
     sizes, rank, device = sizes_of(config, 1), role.parallel.rank, role.parallel.device
-    for rows, length, response in BATCHES:
+    for rows, length, response in ON[device.type].batches:
         sequences = some_sequences(rows, length - response, response, config.vocab_size, rank)
         objective, every = SolverObjective(sequences, device), [*range(rows)]
         batch = MicroBatch.of_rows(rows, length, response)
@@ -178,9 +220,11 @@ def _update_rate(role: Role) -> float:
 def _measure_tokens(role: Role, tokens: Samples, begun: Samples) -> None:
     """Of a model: until each of some sequences has its first token, and each further one."""
     config, size = role.model.config, role.model.dtype.itemsize
-    engine = Engine(role.model, role.parallel, 64, 1024)
+    generated = ON[role.parallel.device.type].generated
+    most, longest = max(n for n, *_ in generated), max(p + r + 1 for _, p, r in generated)
+    engine = Engine(role.model, role.parallel, most, longest)
     sizes, rank = sizes_of(config, 1), role.parallel.rank
-    for count, prompt, response in GENERATED:
+    for count, prompt, response in generated:
         rows = some_sequences(count, prompt, response, config.vocab_size, rank)
         prompts = [list(row.tokens[:prompt]) for row in rows]
 
@@ -213,7 +257,7 @@ def measured_links(parallel: Parallel) -> Links:
         return Links(nothing, nothing, nothing)
     group, share = parallel.laid_out(Layout(tp=n)).mp_group, (n - 1) / n
     samples: dict[str, list[tuple[float, float]]] = {"reduce": [], "gather": [], "send": []}
-    for size in EXCHANGED:
+    for size in ON[device.type].exchanged:
         x = torch.zeros(size // 4, device=device)
         part, received = x[: size // 4 // n].contiguous(), torch.zeros_like(x)
         gathered = part.new_empty(n * part.numel())
@@ -258,9 +302,8 @@ def _link(samples: Iterable[tuple[float, float]]) -> Link:
 def fitted(samples: list[tuple[Work, float]]) -> Rates:
     """Rates from what was to be done and the seconds that it took."""
     seconds = nonnegative([work.numbers for work, _ in samples], [took for _, took in samples])
-    products, attention, elements, weights, layer, call = (float(x) for x in seconds)
-    of_unit = [1 / max(x, LEAST) for x in (products, attention, elements, weights)]
-    return Rates(*of_unit, layer, call)
+    products, attention, elements, weights = (1 / max(float(x), LEAST) for x in seconds[:4])
+    return Rates(products, attention, elements, weights, float(seconds[4]), float(seconds[5]))
 
 
 def nonnegative(rows: Any, values: Any, sweeps: int = 20_000) -> np.ndarray:

@@ -12,9 +12,9 @@ import torch
 from src.parallel.layout import Layout
 from src.planner.calibrate import hardware_from, launched, ranks_here
 from src.planner.cost import Cost, slots_of
-from src.planner.hardware import GB
+from src.planner.hardware import GB, Hardware
 from src.planner.job import PPO, SFT, VERIFIER, Job
-from src.planner.report import _table
+from src.planner.report import table
 from src.planner.search import (
     Plan,
     frozen,
@@ -26,8 +26,19 @@ from src.planner.search import (
 )
 from src.planner.trial import Case
 
-SMALL = dict(dim=384, n_layers=6, n_heads=6, n_kv_heads=6, hidden_dim=1024, vocab_size=4096)
-WIDE = dict(dim=640, n_layers=4, n_heads=10, n_kv_heads=10, hidden_dim=1728, vocab_size=8192)
+SIZES = {  # of models, by device
+    "cpu": {
+        "small": (384, 6, 6, 6, 1024, 4096),
+        "wide": (640, 4, 10, 10, 1728, 8192),
+    },
+    "cuda": {
+        "small": (1536, 12, 12, 12, 4096, 8192),
+        "wide": (2560, 8, 20, 20, 6912, 16384),
+    },
+}
+FIELDS = ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "vocab_size")
+KIND = "cuda" if torch.cuda.is_available() else "cpu"
+SMALL, WIDE = (dict(zip(FIELDS, sizes)) for sizes in SIZES[KIND].values())
 SHORT = dict(ppo_epochs=1, mini_batches=2)
 APART = dict(ref_inf="dp1 on 0", rew_inf="dp1 on 1")
 
@@ -108,46 +119,32 @@ def jobs_on(ranks: int) -> dict[str, list[Case]]:
     n = ranks
     texts = [f"dp{n} zero{z}" for z in range(4)] + [f"tp{n}", f"tp{n} sp", f"pp{n}", f"pp{n} vp2"]
 
-    def of_rows(task: str, sizes: dict, batch: int, prompt: int, response: int) -> list[Case]:
-        few = dict(turns=3, memory=False)
+    def of_rows(task: str, sizes: dict, lengths: tuple[int, int, int], rows: int) -> list[Case]:
+        """lengths: rows of a step, tokens of a prompt, of a response."""
         return [
-            Case(task, sizes, dict(model=text), batch, prompt, response, rows, **few)  # type: ignore[arg-type]
+            Case(task, sizes, dict(model=text), *lengths, rows, turns=3, memory=False)
             for text in texts
-            for rows in (1, 2)
-            if batch // n >= rows
         ]
 
-    def of_ppo(sizes: dict, batch: int, prompt: int, response: int) -> list[Case]:
-        divisions = f"dp{n}", f"tp{n}"
-        return [
-            Case(
-                PPO,
-                sizes,
-                dict(actor_train=train, actor_gen=gen, critic_train=critic) | frozen_roles,
-                batch,
-                prompt,
-                response,
-                8,
-                turns=2,
-                more=SHORT,
-                memory=False,
-            )
-            for train, gen, critic, frozen_roles in itertools.product(
-                (*divisions, f"pp{n}"), divisions, divisions, ({}, APART)
-            )
-        ]
+    def of_ppo(sizes: dict, lengths: tuple[int, int, int]) -> list[Case]:
+        divisions, cases = (f"dp{n}", f"tp{n}"), []
+        for train, gen, where in itertools.product((*divisions, f"pp{n}"), divisions, ({}, APART)):
+            layouts = dict(actor_train=train, actor_gen=gen, critic_train=train) | where
+            case = Case(PPO, sizes, layouts, *lengths, 4, turns=2, more=SHORT, memory=False)
+            cases.append(case)
+        return cases
 
     return {
-        "sft, 4 short rows": of_rows(SFT, SMALL, 4, 32, 32),
-        "sft, 16 rows": of_rows(SFT, SMALL, 16, 96, 64),
-        "sft, wide, 4 long rows": of_rows(SFT, WIDE, 4, 64, 448),
-        "verifier, wide, 8 rows": of_rows(VERIFIER, WIDE, 8, 96, 64),
-        "ppo, 16 rollouts": of_ppo(SMALL, 16, 64, 48),
-        "ppo, wide, 8 rollouts": of_ppo(WIDE, 8, 128, 32),
+        "sft, 4 short rows": of_rows(SFT, SMALL, (4, 32, 32), 1),
+        "sft, 8 rows": of_rows(SFT, SMALL, (8, 96, 64), 2),
+        "sft, wide, 4 long rows": of_rows(SFT, WIDE, (4, 64, 192), 1),
+        "verifier, wide, 4 rows": of_rows(VERIFIER, WIDE, (4, 96, 64), 1),
+        "ppo, 16 rollouts": of_ppo(SMALL, (16, 48, 32)),
+        "ppo, wide, 8 rollouts": of_ppo(WIDE, (8, 96, 32)),
     }
 
 
-def job_for(case: Case) -> Job:
+def job_for(case: Case, dtype: torch.dtype) -> Job:
     config, head = case.config, "score" if case.task == VERIFIER else "lm"
     score = config.with_head("score")
     models = {"model": config.with_head(head)}
@@ -155,12 +152,18 @@ def job_for(case: Case) -> Job:
         models = {"actor": config, "critic": score, "reference": config, "reward": score}
     more = {k: v for k, v in case.more.items() if k in ("ppo_epochs", "mini_batches")}
     lengths = case.prompt, case.response, case.response
-    return Job(case.task, models, torch.float32, case.batch, *lengths, **more)
+    return Job(case.task, models, dtype, case.batch, *lengths, **more)
+
+
+def cost_on(hardware: Hardware) -> Cost:
+    """In the numbers that cases are computed in."""
+    return Cost(hardware, 4 if hardware.kind == "cpu" else 2)
 
 
 def predicted(case: Case, cost: Cost, ranks: int) -> Plan:
     """What the planner says of a case."""
-    job = job_for(case)
+    dtype = torch.float32 if cost.hardware.kind == "cpu" else torch.bfloat16
+    job = job_for(case, dtype)
     if case.task != PPO:
         layout = Layout.parsed(case.layouts["model"], ranks, "model", 1)
         return row_plan(job, cost, layout, case.rows, case.recompute)
@@ -205,7 +208,7 @@ def compared(case: Case, plan: Plan, found: dict) -> list[tuple[str, float, floa
 def check(gpus: int | None) -> None:
     """Print the tables: one of the cases, one of the jobs."""
     most = gpus or ranks_here()
-    rows = [("case", "GB", "", "", "phase", "seconds", "", "")]
+    rows: list[tuple[str, ...]] = [("case", "GB", "", "", "phase", "seconds", "", "")]
     right = total = phases = right_phases = 0
     named: list[tuple[str, ...]] = [("job", "named", "seconds", "quickest", "seconds", "ratio")]
     best = 0
@@ -214,7 +217,7 @@ def check(gpus: int | None) -> None:
         jobs = jobs_on(ranks) if ranks > 1 else {}
         every = [*cases, *itertools.chain.from_iterable(jobs.values())]
         results = launched(ranks, [asdict(case) for case in every], rates=True)
-        cost = Cost(hardware_from(results["rates"]), torch.float32.itemsize)
+        cost = cost_on(hardware_from(results["rates"]))
         found = iter(results["cases"])
         for case in cases:
             result, plan = next(found), predicted(case, cost, ranks)
@@ -252,11 +255,11 @@ def check(gpus: int | None) -> None:
                     f"{ratio:.2f}",
                 )
             )
-    lines = ["predicted, measured, off by:", *_table(rows), ""]
+    lines = ["predicted, measured, off by:", *table(rows), ""]
     lines += [f"{right_phases} of {phases} phases within 25 %", ""]
     lines += [f"{right} of {total} cases with bytes within 5 % and all phases within 25 %", ""]
     if len(named) > 1:
-        lines += _table(named)
+        lines += table(named)
         lines += [f"{best} of {len(named) - 1} jobs: the named layout within 10 % of the quickest"]
     print("\n".join(lines))
 

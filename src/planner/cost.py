@@ -291,8 +291,8 @@ def received_bytes(config: ModelConfig, source: Layout, target: Layout, size: in
         has, low, high = held(source, of_source, rank)
         wants, new_low, new_high = held(target, of_target, rank)
         kept = max(0.0, min(high, new_high) - max(low, new_low)) / (new_high - new_low)
-        if source.zero >= 2:  # rows of a part
-            kept /= source.models
+        if source.zero >= 2:  # rows of a part, which are elsewhere in parts of another cut
+            kept = kept / source.models if source.tp == target.tp else 0.0
         both = sum(max(0, min(a.stop, b.stop) - max(a.start, b.start)) for a in has for b in wants)
         return kept * both / sum(map(len, wants))
 

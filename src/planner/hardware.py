@@ -60,9 +60,9 @@ class Hardware:
 
     memory: bytes of a rank; score, train, decode: passes without gradients, with them, and a token
     for each of some sequences; numbers: an optimizer's, updated in a second; session: bytes/s of
-    weights that are made ready before a first token; copies: of memory that is copied; fresh: the
-    same into new memory; peak: FLOP/s that the MFU is of; overlaps: whether ranks exchange while they compute, as GPUs do;
-    kind: of the device.
+    weights that are made ready before a first token; copies, fresh: bytes/s that are copied to
+    memory in use, and to new memory; peak: FLOP/s that the MFU is of; overlaps: whether ranks
+    exchange while they compute, as GPUs do; kind: of the device.
     """
 
     name: str

@@ -3,7 +3,9 @@
 import torch
 
 from src.checkpoint.source import config_of_type
+from src.errors import UserError
 from src.models.config import ModelConfig
+from src.models.hf_config import PRESETS
 from src.planner.hardware import Hardware, published
 from src.planner.job import Job, job_of
 from src.settings.plan import MachineSettings, PlanSettings
@@ -14,10 +16,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 def planned_job(settings: PlanSettings) -> Job:
     """Raises UserError for a model that is not known."""
     models, job = settings.models, settings.job
-    actor = config_of_type(models.model_type, models.config_file)
+    actor = _config(models.model_type, models.config_file, "")
     critic: ModelConfig = actor
     if models.critic_model_type is not None or models.critic_config_file is not None:
-        critic = config_of_type(models.critic_model_type, models.critic_config_file)
+        critic = _config(models.critic_model_type, models.critic_config_file, "critic_")
     return job_of(
         job.task,
         actor,
@@ -34,6 +36,15 @@ def planned_job(settings: PlanSettings) -> Job:
         mini_batches=job.mini_batches,
         rollout_batch_size=job.rollout_batch_size,
     )
+
+
+def _config(model_type: str | None, config_file: str | None, prefix: str) -> ModelConfig:
+    if config_file is None and model_type not in PRESETS:
+        raise UserError(
+            f"--{prefix}model_type {model_type}: is not known ({', '.join(PRESETS)}); give "
+            f"--{prefix}config_file, a params.json or config.json"
+        )
+    return config_of_type(model_type, config_file)
 
 
 def hardware_of(machine: MachineSettings) -> Hardware:

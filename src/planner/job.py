@@ -40,7 +40,8 @@ class Job:
     @property
     def tokens(self) -> int:
         """Of a step, or of an iteration's rollouts."""
-        return int(self.batch * self.micro_batch(1).tokens)
+        role = "actor" if self.task == PPO else "model"
+        return int(self.batch * self.micro_batch(1, role).tokens)
 
     def micro_batch(self, rows: float, role: str = "model") -> MicroBatch:
         """So many rows, as a role computes them."""

@@ -3,8 +3,9 @@
 import itertools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,9 +18,14 @@ from src.models.config import ModelConfig
 from src.models.hf_config import hf_config
 from src.models.init import initial_std, random_tensor
 from src.models.layout import tensor_table
-from src.parallel.setup import Parallel
+from src.parallel.setup import Parallel, pick_dtype
 from src.ppo.roles import Role
 from src.trainer.optimizer import Optimizer
+
+
+def llama_of(sizes: Mapping[str, Any]) -> ModelConfig:
+    """A Llama of these sizes, by the names of `ModelConfig`."""
+    return ModelConfig(**sizes, head_dim=sizes["dim"] // sizes["n_heads"])
 
 
 def random_folder(folder: Path, config: ModelConfig, seed: int = 0) -> Path:
@@ -28,7 +34,7 @@ def random_folder(folder: Path, config: ModelConfig, seed: int = 0) -> Path:
 
     if (folder / "config.json").is_file():
         return folder
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name, spec in tensor_table(config).items():
         std = initial_std(name, spec, config.n_layers)
         tensors |= hf_tensors(name, random_tensor(name, spec, std, seed), config)
@@ -40,7 +46,12 @@ def random_folder(folder: Path, config: ModelConfig, seed: int = 0) -> Path:
 
 
 def most_allocated(step: Callable[[], object]) -> int:
-    """Bytes of PyTorch's on the CPU that came in a step, at their most; by its own profiler."""
+    """Bytes of PyTorch's that came in a step, at their most; on the CPU by its own profiler."""
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
@@ -60,18 +71,25 @@ def most_of_ranks(figure: float) -> float:
 
 def timed(work: Callable[[], object]) -> float:
     """Seconds until all ranks have done it."""
-    dist.barrier()
+    meet()
     began = time.perf_counter()
     work()
-    dist.barrier()
+    meet()
     return time.perf_counter() - began
+
+
+def meet() -> None:
+    """Wait for all ranks, and for what they have started on a GPU."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    dist.barrier()
 
 
 def role_of(
     folder: Path, name: str, head: str, division: Parallel, recompute: str | None, eps: float = 1e-8
 ) -> Role:
     """A random model in its layout; with an optimizer where it is trained. recompute: None: not."""
-    layout, dtype = division.layout, torch.float32
+    layout, dtype = division.layout, pick_dtype(None, division.device)
     checkpoint = Checkpoint.open(str(folder))
     if recompute is None:
         model = load_model(checkpoint, division, dtype, head)

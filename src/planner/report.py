@@ -1,5 +1,6 @@
 """Plans in words: what is printed of them, and the flags that a script takes."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -36,15 +37,16 @@ def lines_of(job: Job, plan: Plan, hardware: Hardware, gpus: int, number: int) -
         kinds = {} if beside is None else {k: v for k, v in vars(beside).items() if v >= 5e6}
         of_kinds = ", ".join(f"{kind} {size / GB:.2f}" for kind, size in kinds.items())
         rows.append((phase, str(layout), f"{seconds:.3f}", of_kinds))
-    held = [("held", *(plan_kinds := ("weights", "optimizer")))]
-    for role, kinds in plan.held.items():
-        held.append((role, *(f"{kinds.get(kind, 0) / GB:.2f} GB" for kind in plan_kinds)))
+    kinds_held = "weights", "optimizer"
+    held: list[tuple[str, ...]] = [("held", *kinds_held)]
+    for role, sizes in plan.held.items():
+        held.append((role, *(f"{sizes.get(kind, 0) / GB:.2f} GB" for kind in kinds_held)))
     beside_each_other = "".join(f"; {a} and {b} at the same time" for a, b in plan.side_by_side)
     return [
         f"{number}. {plan.total:.3f} s {unit}: {tokens:,.0f} tokens/s, MFU {mfu:.3f}; "
         f"{plan.bytes / GB:.1f} of {hardware.memory / GB:.1f} GB{beside_each_other}",
-        *_table(rows),
-        *_table(held),
+        *table(rows),
+        *table(held),
         f"   {SCRIPTS[job.task]} " + " ".join(_flag(k, v) for k, v in flags_of(job, plan).items()),
         "",
     ]
@@ -55,7 +57,10 @@ def flags_of(job: Job, plan: Plan) -> dict[str, object]:
     dtypes = {"torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float32": "fp32"}
     flags: dict[str, object] = {"dtype": dtypes[str(job.dtype)]}
     if job.task == PPO:
-        flags |= {name: str(layout) for name, layout in plan.layouts.items()}
+        layouts = dict(plan.layouts)
+        if "critic_inf" in layouts and layouts["critic_inf"].is_like(layouts["critic_train"]):
+            del layouts["critic_inf"]  # the value model itself
+        flags |= {name: str(layout) for name, layout in layouts.items()}
         flags |= {
             "max_buffer_size": job.batch,
             "samples_per_prompt": job.samples_per_prompt,
@@ -129,7 +134,8 @@ def _flag(name: str, value: object) -> str:
     return f"--{name} {text}"
 
 
-def _table(rows: list[tuple[str, ...]]) -> list[str]:
+def table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Lines of columns, indented."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     return [
         "   " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()

@@ -9,10 +9,10 @@ together with those of the other roles.
 import heapq
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ class Plan:
     rows: int
     recompute: str
     seconds: dict[str, float]
-    held: dict[str, dict[str, float]]
+    held: dict[str, Mapping[str, float]]
     beside: dict[str, Beside]
     total: float
     bytes: float
@@ -92,7 +92,7 @@ def layouts_on(
         if context > 1 and (sizes_of(config, tp).q // config.head_dim) % context:
             continue
         dp = n // (tp * pp * context)
-        plain = dict(dp=dp, pp=pp, tp=tp, cp=context, first=ranks.start)
+        plain: dict[str, Any] = dict(dp=dp, pp=pp, tp=tp, cp=context, first=ranks.start)
         if not trained:
             yield Layout(**plain)
             continue
@@ -136,6 +136,7 @@ def row_plan(job: Job, cost: Cost, layout: Layout, rows: int, recompute: str) ->
     seconds = {"passes": passes, "update": cost.update(config, layout, backward)}
     budget = memory.held(config, layout, job.dtype, True)
     beside = memory.of_training(config, layout, job.dtype, n, batch, recompute, cost.hardware.kind)
+    held: dict[str, Mapping[str, float]]
     held = {"model": {"weights": budget.weights, "optimizer": budget.optimizer}}
     total = budget.weights + budget.optimizer + beside.total
     of_phase = {"passes": beside}
@@ -160,7 +161,7 @@ class Option:
     seconds: dict[str, float]
     phase: str
     half: int
-    held: dict[str, float]
+    held: Mapping[str, float]
     beside: dict[str, Beside]
     halves: dict[str, int] = field(default_factory=dict)
     slots: int = 0
@@ -224,13 +225,13 @@ def options_of(
                     continue
                 trains = learning(job, cost, role, halves[half], rows, recompute)
                 for other in {half, 0}:
-                    layouts = [*layouts_on(config, halves[other], cost.hardware, False)]
+                    layouts = _for_all(job, layouts_on(config, halves[other], cost.hardware, False))
                     for train in trains:
                         for second in layouts:
                             every += make(job, cost, train, second, half, other, rows)
         else:
             for half, ranks in halves.items():
-                for layout in layouts_on(config, ranks, cost.hardware, False):
+                for layout in _for_all(job, layouts_on(config, ranks, cost.hardware, False)):
                     every.append(frozen(job, cost, role, layout, half, rows))
         by_place: dict[tuple, list[Option]] = {}
         for option in every:
@@ -238,6 +239,11 @@ def options_of(
                 by_place.setdefault((option.half, *option.halves.values()), []).append(option)
         kept[role] = [option for same in by_place.values() for option in undominated(same)]
     return kept
+
+
+def _for_all(job: Job, layouts: Iterable[Layout]) -> list[Layout]:
+    """Those whose every model has a rollout."""
+    return [layout for layout in layouts if layout.models <= job.batch]
 
 
 @dataclass(frozen=True)

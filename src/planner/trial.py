@@ -32,6 +32,8 @@ from src.parallel.sharding import own
 from src.planner.calibrate import measured_rates
 from src.planner.job import PPO, VERIFIER
 from src.planner.measure import (
+    llama_of,
+    meet,
     most_allocated,
     most_of_ranks,
     random_folder,
@@ -81,7 +83,7 @@ class Case:
     @property
     def config(self) -> ModelConfig:
         """A Llama."""
-        return ModelConfig(**self.sizes, head_dim=self.sizes["dim"] // self.sizes["n_heads"])
+        return llama_of(self.sizes)
 
     def layout(self, phase: str, ranks: int, like: str = "") -> Layout:
         """Of a phase; where it has none, as another one's, without what is for training."""
@@ -214,15 +216,13 @@ def ppo_of(folder: Path, case: Case, parallel: Parallel) -> dict:
     of_prompts = some_sequences(
         case.batch // samples, case.prompt, case.response, case.config.vocab_size, 7
     )
-    prompts = [
-        Prompt(list(s.tokens[: case.prompt]), None, {}) for s in of_prompts for _ in range(samples)
-    ]
+    prompts = [Prompt(list(s.tokens[: case.prompt])) for s in of_prompts for _ in range(samples)]
 
     def iterate(number: int) -> dict[str, float]:
-        dist.barrier()
+        meet()
         began = time.perf_counter()
         stats = trainer.iteration(number, prompts, LR, LR)
-        dist.barrier()
+        meet()
         return {**stats, "seconds": time.perf_counter() - began}
 
     iterate(0)  # makes the averages
@@ -252,7 +252,7 @@ def ppo_of(folder: Path, case: Case, parallel: Parallel) -> dict:
     return result(seconds, figures)
 
 
-def result(seconds: dict[str, list[float]], figures: dict[str, float]) -> dict:
+def result(seconds: dict[str, list[float]], figures: dict[str, int]) -> dict:
     """Medians of the seconds, of the slowest rank; bytes of the fullest."""
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     return {

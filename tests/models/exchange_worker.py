@@ -23,10 +23,7 @@ from src.models.places import Placement
 from src.models.transformer import Transformer, build_part
 from src.parallel.layout import Layout
 from src.parallel.setup import Parallel, start, stop
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "benchmarks"))  # installed packages have a `benchmarks` of their own
-from common import most_allocated  # noqa: E402
+from src.planner.measure import most_allocated
 
 PAIRS = [  # from, to
     ("pp2 tp2", "dp4"),

@@ -1,7 +1,10 @@
 """Who is missing is named once, by one of those that wait, and only then."""
 
+from datetime import timedelta
+
 import torch.distributed as dist
 
+from src.parallel import setup
 from src.parallel.roll_call import RollCall
 
 LIMIT = 10.0
@@ -70,3 +73,28 @@ def test_nobody_is_named_where_all_compute_or_one_is_late_but_comes():
     assert not look(calls, store, 101.0)
     begin(calls, 0, (3,))
     assert not look(calls, store, 110.0) and not look(calls, store, 130.0)
+
+
+def test_groups_that_are_made_later_are_watched_too():
+    """A role in a layout of its own: ranks 0 and 1 share it, and rank 1 stays away."""
+    calls, store = ranks_of_a_run(), dist.HashStore()
+    begin(calls, 0, range(4))
+    assert not look(calls, store, 0.0)
+    for rank in (0, 1):
+        calls[rank].add([(Counted("reward"), [0, 1])])
+    begin(calls, 3, (0, 1))
+    assert not look(calls, store, 1.0)
+    begin(calls, 3, (0,))
+    assert not look(calls, store, 2.0)
+    found = look(calls, store, 12.0)
+    assert list(found) == [0] and "rank 1 of 4 did not come to" in found[0]
+
+
+def test_a_division_that_is_made_later_is_added(parallel, monkeypatch):
+    """By `laid_out`, where ranks are looked after."""
+    monkeypatch.setattr(setup.roll_call, "call", RollCall([], 0, 1, LIMIT))
+    limit = timedelta(seconds=LIMIT)
+    division = setup._divided.__wrapped__(0, 1, parallel.layout, parallel.device, limit)
+    groups = [group for group, _ in setup.roll_call.call.groups]
+    assert {id(division.mp_group), id(division.dp_group)} <= set(map(id, groups))
+    assert all(ranks == [0] for _, ranks in setup.roll_call.call.groups)

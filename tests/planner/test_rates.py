@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from src.errors import UserError
+from src.models.config import ModelConfig
 from src.planner import calibrate, check
 from src.planner.calibrate import fitted, launched, nonnegative
 from src.planner.cost import Cost
@@ -14,7 +15,6 @@ from src.planner.hardware import GPUS, Hardware, published
 from src.planner.job import PPO, SFT, VERIFIER
 from src.planner.trial import Case
 from src.planner.work import MicroBatch, Work, sizes_of
-from src.models.config import ModelConfig
 
 RATES = dict(products=2e11, attention=1e11, elements=1e10, weights=2e10, layer=1e-4, call=1e-3)
 
@@ -101,7 +101,9 @@ def tried():
         ),
         Case(VERIFIER, SIZES, dict(model="dp2"), 8, 48, 40, 2, turns=1),
         Case(PPO, SIZES, roles | apart, 8, 32, 16, 2, turns=1, more=SHORT),
-        Case(PPO, SIZES, dict(actor_train="dp2", critic_train="dp2"), 8, 32, 16, 4, "none", 1, SHORT),
+        Case(
+            PPO, SIZES, dict(actor_train="dp2", critic_train="dp2"), 8, 32, 16, 4, "none", 1, SHORT
+        ),
     ]
     return cases, launched(2, [asdict(case) for case in cases], rates=False)
 
@@ -130,9 +132,9 @@ def test_a_launch_that_fails_is_named(monkeypatch):
 
 def test_rates_of_this_machine_are_measured(monkeypatch, tmp_path, parallel):
     """On tiny models: all are there, above zero, and make a machine."""
-    monkeypatch.setattr(calibrate, "MODELS", [SIZES])
-    monkeypatch.setattr(calibrate, "BATCHES", [(1, 16, 8), (2, 32, 16), (4, 64, 8)])
-    monkeypatch.setattr(calibrate, "GENERATED", [(1, 8, 4), (4, 16, 4)])
+    batches, generated = [(1, 16, 8), (2, 32, 16), (4, 64, 8)], [(1, 8, 4), (4, 16, 4)]
+    tiny = calibrate.Timed([SIZES], batches, generated, (2**8, 2**10))
+    monkeypatch.setitem(calibrate.ON, "cpu", tiny)
     monkeypatch.setattr(calibrate, "TURNS", 1)
     found = calibrate.hardware_from(calibrate.measured_rates(tmp_path, parallel))
     assert found.per_node == 1 and found.kind == "cpu" and found.memory > 1e9

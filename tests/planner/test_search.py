@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -62,11 +63,11 @@ def test_the_best_for_rows_is_the_best_of_all(task, memory):
                     if 16 // dp % rows == 0:
                         every.append(row_plan(work, cost, layout, rows, recompute))
     fitting = [plan.total for plan in every if plan.bytes <= memory]
-    assert 0 < len(fitting) and (memory > 1e8 or len(fitting) < len(every))
+    assert len(fitting) > 0 and (memory > 1e8 or len(fitting) < len(every))
     assert best_plans(work, hardware, 4, 1)[0].total == pytest.approx(min(fitting), rel=1e-12)
 
 
-@pytest.mark.parametrize("memory", [1e9, 8.5e7])
+@pytest.mark.parametrize("memory", [1e9, 1.2e8])
 def test_the_best_for_ppo_is_the_best_of_all(monkeypatch, memory):
     """Without leaving out what others beat, put together one by one."""
     hardware, work = small(memory), job("ppo")
@@ -151,7 +152,9 @@ def test_the_flags_are_the_script_s_and_its_dry_run_has_the_plan_s_bytes(tmp_pat
         path = str(tmp_path / f"{task}.yaml")
         write_flags(path, work, plan, 8)
         values, _, problems = read_config(path, declared(kind))
-        assert not problems and values == flags_of(work, plan) == yaml.safe_load(open(path))
+        assert not problems and values == flags_of(work, plan) == yaml.safe_load(
+            Path(path).read_text()
+        )
         given = ["--config", path, *flags(model_type="qwen2.5-0.5b", world_size=8), "--dry_run"]
         out = must(script, *given).out
         rows = re.findall(r"^  (\w[\w ,]*?)  +([\d,]+)  +([\d,]+)  +([\d,]+)", out, re.M)
@@ -168,9 +171,7 @@ def test_flags_of_rows_make_up_the_batch():
     work = job("sft", batch=48)
     for plan in best_plans(work, small(), 4, 50):
         made = flags_of(work, plan)
-        built = build(
-            SolverTrainSettings, made | dict(ckpt_dir="a", save_dir="b", train_file="c")
-        )
+        built = build(SolverTrainSettings, made | dict(ckpt_dir="a", save_dir="b", train_file="c"))
         dp = plan.layouts["model"].dp
         assert built.batches.max_batch_size * built.batches.accumulation_steps * dp == 48
 
@@ -187,7 +188,7 @@ GIVEN = dict(model_type="llama-2-7b", gpus=8, gpu="h100")
         (dict(hardware="nowhere.yaml"), ("gpu",), "--hardware nowhere.yaml: cannot be read: No su"),
         ({}, ("gpus",), "give --gpus, how many there are"),
         ({}, ("model_type",), "give --model_type, or --config_file with a model's sizes"),
-        (dict(model_type="llama-9"), (), "llama-9"),
+        (dict(model_type="llama-9"), (), "--model_type llama-9: is not known (llama-1-7b, "),
         (dict(gpus=1), (), "--gpus 1: nothing fits the 73.6 GB of a rank; the largest model alone"),
         (dict(max_new_tokens=8), (), "--max_new_tokens 8: is less than --response_length 512"),
         (dict(batch=6, samples_per_prompt=4), (), "--batch 6 is no multiple of --samples_per_pro"),
@@ -206,7 +207,8 @@ def test_plans_are_printed_and_written(tmp_path):
     sizes = dict(GIVEN, gpus=16, batch=64, best=2, critic_model_type="qwen2.5-0.5b", out=path)
     out = must("plan.py", *flags(**sizes)).out
     assert "H100 SXM 80 GB; of each rank:" in out and "in a node (8 ranks each)" in out
-    assert len(re.findall(r"^\d\. [\d.]+ s an iteration: [\d,]+ tokens/s, MFU 0\.\d+", out, re.M)) == 2
+    plans = re.findall(r"^\d\. [\d.]+ s an iteration: [\d,]+ tokens/s, MFU 0\.\d+", out, re.M)
+    assert len(plans) == 2
     for phase in ("actor_gen", "logprobs", "ref_inf", "rew_inf", "critic_train", "actor_train"):
         assert re.search(rf"^   {phase} +dp\d+ .*on \d", out, re.M)
     written = yaml.safe_load(path.read_text())

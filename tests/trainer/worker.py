@@ -31,6 +31,7 @@ from src.models.transformer import Transformer
 from src.parallel import vocab
 from src.parallel.setup import Parallel, start, stop
 from src.parallel.sharding import own, whole
+from src.planner.measure import most_allocated
 from src.settings.declaration import build
 from src.settings.distillation import DistillTrainSettings
 from src.settings.preference import PAIR_LOSSES
@@ -48,11 +49,7 @@ from src.trainer.reference import KeptReference, LiveReference, score_all
 from src.trainer.sampling import sampling_from
 from src.trainer.solver import SolverObjective
 from src.trainer.verifier import VerifierObjective
-from tests.launch import ROOT
 from tests.trainer.tiny import EOS, VOCAB, ours, some_sequences, training, whole_weights
-
-sys.path.append(str(ROOT / "benchmarks"))  # installed packages have a `benchmarks` of their own
-from common import most_allocated
 
 # Five steps, the last of five rows: uneven at any number of ranks.
 ROWS, BATCH, LR, WARMUP = 37, 8, 2e-3, 0.5
