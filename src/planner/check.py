@@ -209,7 +209,7 @@ def check(gpus: int | None) -> None:
     """Print the tables: one of the cases, one of the jobs."""
     most = gpus or ranks_here()
     rows: list[tuple[str, ...]] = [("case", "GB", "", "", "phase", "seconds", "", "")]
-    right = total = phases = right_phases = 0
+    right = right_bytes = total = phases = right_phases = 0
     named: list[tuple[str, ...]] = [("job", "named", "seconds", "quickest", "seconds", "ratio")]
     best = 0
     for ranks in sorted({1, most}):
@@ -224,6 +224,7 @@ def check(gpus: int | None) -> None:
             bytes_there, of_phases = result["bytes"]["all"], compared(case, plan, result)
             off_bytes = plan.bytes / bytes_there - 1
             is_right = abs(off_bytes) <= 0.05
+            right_bytes += is_right
             head: tuple[str, ...] = (
                 _described(case, ranks),
                 f"{plan.bytes / GB:.4f}",
@@ -256,8 +257,11 @@ def check(gpus: int | None) -> None:
                 )
             )
     lines = ["predicted, measured, off by:", *table(rows), ""]
-    lines += [f"{right_phases} of {phases} phases within 25 %", ""]
-    lines += [f"{right} of {total} cases with bytes within 5 % and all phases within 25 %", ""]
+    lines += [
+        f"bytes of {right_bytes} of {total} cases within 5 %, {right_phases} of {phases} phases "
+        f"within 25 %: both of {right} cases",
+        "",
+    ]
     if len(named) > 1:
         lines += table(named)
         lines += [f"{best} of {len(named) - 1} jobs: the named layout within 10 % of the quickest"]

@@ -9,6 +9,7 @@ from functools import lru_cache
 
 from src.models.config import ModelConfig
 from src.models.stages import Stages, cut_in_stages
+from src.parallel.gradients import BUCKET_BYTES
 from src.parallel.layout import Layout
 from src.planner.hardware import ADAM_BYTES, Hardware, Link, Links, Rates
 from src.planner.work import (
@@ -87,7 +88,7 @@ class Cost:
         return self._beside(passes, self._put_together(config, layout, n, 0))
 
     def train(
-        self, config: ModelConfig, layout: Layout, n: int, batch: MicroBatch, recompute: str
+        self, config: ModelConfig, layout: Layout, n: float, batch: MicroBatch, recompute: str
     ) -> float:
         """Of the passes of a step of n micro-batches, forward and backward, with exchanges."""
         passes = self._through(config, layout, n, batch, self.hardware.train, recompute)
@@ -97,7 +98,7 @@ class Cost:
         return self._beside(passes, self._put_together(config, layout, forwards, n))
 
     def _put_together(
-        self, config: ModelConfig, layout: Layout, forwards: int, backwards: int
+        self, config: ModelConfig, layout: Layout, forwards: float, backwards: float
     ) -> float:
         """Weights that ranks share are put together so often, gradients dealt out."""
         numbers, links = numbers_of(config, layout), self._between_models(layout)
@@ -116,13 +117,14 @@ class Cost:
 
         backward: seconds of the pass that a GPU sums gradients in.
         """
-        numbers, models, links = numbers_of(config, layout), layout.models, None
+        numbers, models = numbers_of(config, layout), layout.models
         exchanged = 0.0
         own = numbers / models if layout.zero else numbers
         if models > 1 and layout.zero < 2:
             links = self._between_models(layout)
             share = (models - 1) / models
-            summed = _seconds(links.reduce, 2 * share * numbers * FP32, 1 + numbers / 6.5e6)
+            buckets = 1 + numbers * FP32 / BUCKET_BYTES
+            summed = _seconds(links.reduce, 2 * share * numbers * FP32, buckets)
             exchanged = max(0.0, summed - backward) if self.hardware.overlaps else summed
             if layout.zero == 1:  # who has updated a weight gives it to the others, some at a time
                 exchanged += _seconds(links.send, share * numbers * self.size, 3 * config.n_layers)
@@ -134,7 +136,7 @@ class Cost:
         self,
         config: ModelConfig,
         layout: Layout,
-        n: int,
+        n: float,
         batch: MicroBatch,
         rates: Rates,
         recompute: str | None,
@@ -254,12 +256,11 @@ class Cost:
         """Of a model's weights from one layout into another one, in memory."""
         received = received_bytes(config, source, target, self.size)
         new = numbers_of(config, target) * self.size
-        spans = source.model_size > self.hardware.per_node or not set(target.ranks) <= set(
-            source.ranks
-        )
-        links = self.hardware.network if spans else self.hardware.node
-        if max(source.ranks.stop, target.ranks.stop) <= self.hardware.per_node:
-            links = self.hardware.node
+        # Each rank's source is near: a model that lies on its own node, where there is one.
+        per_node, last = self.hardware.per_node, max(source.ranks.stop, target.ranks.stop)
+        within = target.first in source.ranks and target.ranks.stop <= source.ranks.stop
+        is_near = last <= per_node or (source.model_size <= per_node and within)
+        links = self.hardware.node if is_near else self.hardware.network
         buckets = 1 + 3 * new * target.model_size / 2**26
         return new / self.hardware.copies + _seconds(links.send, received, buckets)
 

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from statistics import NormalDist
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -290,25 +291,52 @@ def _scored(
 def learns(job: Job, cost: Cost, role: str, layout: Layout, rows: int, recompute: str) -> Learning:
     """All of an iteration's optimizer steps of a role."""
     config = job.models[role]
-    per_model = math.ceil(job.batch / job.mini_batches / layout.dp)
-    n = math.ceil(per_model / rows)
-    batch = job.micro_batch(min(rows, per_model), role)
-    passes = cost.train(config, layout, n, batch, recompute)
+    most = fullest(job.batch, job.mini_batches, layout.dp)
+    n = math.ceil(most / rows)
+    passes = cost.train(config, layout, n, job.micro_batch(most / n, role), recompute)
     step = passes + cost.update(config, layout, passes / n * BACKWARD)
-    beside = memory.of_training(config, layout, job.dtype, n, batch, recompute, cost.hardware.kind)
+    # Full micro-batches are what takes memory.
+    full = max(1, int(most / rows)), job.micro_batch(min(rows, most), role)
+    beside = memory.of_training(config, layout, job.dtype, *full, recompute, cost.hardware.kind)
     held = memory.held(config, layout, job.dtype, True)
     return Learning(layout, job.ppo_epochs * job.mini_batches * step, held, beside)
 
 
+@lru_cache(2**10)
+def fullest(batch: int, mini_batches: int, dp: int) -> float:
+    """Rollouts of a minibatch that the model with most of them has, on average.
+
+    Each minibatch is drawn from the rollouts of all models, that all have as many: so many of a
+    model's are in it as chance will have it (hypergeometric; the highest of several as of normal
+    numbers that sum to a constant, by Blom's formula).
+    """
+    of_all = batch / mini_batches
+    mean = of_all / dp
+    if dp == 1 or mini_batches == 1:
+        return math.ceil(mean)
+    variance = of_all * (1 / dp) * (1 - 1 / dp) * (batch - of_all) / max(batch - 1, 1)
+    highest = NormalDist().inv_cdf((dp - 0.375) / (dp + 0.25)) * math.sqrt(dp / (dp - 1))
+    return min(of_all, max(1.0, mean + highest * math.sqrt(variance)))
+
+
 def scoring(
-    job: Job, cost: Cost, role: str, layout: Layout, rows: int, is_copy: bool = False
+    job: Job, cost: Cost, role: str, layout: Layout, rows: int, how: str = "frozen"
 ) -> tuple[float, Beside]:
-    """Seconds of a forward over all rollouts, and what it takes beside."""
+    """Seconds of a forward over all rollouts, and what it takes beside.
+
+    how: "trained" in the minibatches of the first epoch, which need not fill their micro-batches;
+    "frozen", or as a "copy".
+    """
     per_model = math.ceil(job.batch / layout.dp)
-    batch = job.micro_batch(min(rows, per_model), role)
-    plain = replace(layout, sp=False, zero=max(1, layout.zero))
     n = math.ceil(per_model / rows)
-    return _scored(job.models[role], cost, plain, job.dtype, n, batch, is_copy)
+    if how == "trained":
+        most = fullest(job.batch, job.mini_batches, layout.dp)
+        least = 2 * per_model / job.mini_batches - most
+        both = math.ceil(most / rows) + max(1, math.ceil(least / rows))
+        n = max(n, job.mini_batches * both // 2)
+    batch = job.micro_batch(per_model / n, role)
+    plain = replace(layout, sp=False, zero=max(1, layout.zero))
+    return _scored(job.models[role], cost, plain, job.dtype, n, batch, how == "copy")
 
 
 def frozen(job: Job, cost: Cost, role: str, layout: Layout, half: int, rows: int) -> Option:
@@ -330,7 +358,7 @@ def generating(
     config, dtype, train = job.models["actor"], job.dtype, learns.layout
     is_copy = is_other(train, gen)
     per_model = math.ceil(job.batch / gen.dp)
-    scores, at_scores = scoring(job, cost, "actor", train, rows)
+    scores, at_scores = scoring(job, cost, "actor", train, rows, "trained")
     moved = {"relayout": _moved(cost, config, train, gen)} if is_copy else {}
     for slots in {slots_of(per_model, job.rollout_batch_size, share) for share in CACHE_SHARES}:
         generates, at_gen = _generated(job_key(job), config, cost, gen, dtype, slots, is_copy)
@@ -394,7 +422,7 @@ def valuing(
     config, train = job.models["critic"], learns.layout
     is_copy = not train.is_like(inf)
     inf = inf if is_copy else train
-    values, at_values = scoring(job, cost, "critic", inf, rows, is_copy)
+    values, at_values = scoring(job, cost, "critic", inf, rows, "copy" if is_copy else "trained")
     moved = {"value_relayout": _moved(cost, config, train, inf)} if is_copy else {}
     yield Option(
         {"critic_train": train, "critic_inf": inf},
