@@ -23,9 +23,15 @@ from src.trainer.activations import (
 from src.trainer.budget import Budget, model_budget, training_budget
 
 
-@lru_cache(2**14)
 def held(config: ModelConfig, layout: Layout, dtype: torch.dtype, trained: bool) -> Budget:
     """Weights, gradients and optimizer of the fullest rank."""
+    # However the tokens are divided, and wherever the ranks are.
+    plain = Layout(layout.models, layout.pp, layout.tp, zero=layout.zero, vp=layout.vp)
+    return _held(config, plain, dtype, trained)
+
+
+@lru_cache(2**14)
+def _held(config: ModelConfig, layout: Layout, dtype: torch.dtype, trained: bool) -> Budget:
     if not trained:
         return model_budget(config, layout.tp, dtype, None, layout.pp)
     stages = stages_of(config, layout)

@@ -9,9 +9,9 @@ together with those of the other roles.
 import heapq
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from statistics import NormalDist
 from typing import Any, Protocol, TypeVar
 
@@ -158,6 +158,7 @@ class Option:
     those of phases on others.
     """
 
+    role: str
     layouts: dict[str, Layout]
     seconds: dict[str, float]
     phase: str
@@ -185,7 +186,7 @@ class Option:
     def _half(self, phase: str) -> int:
         return self.halves.get(phase, self.half)
 
-    @property
+    @cached_property
     def price(self) -> tuple[float, ...]:
         return self.own, self.others, *self.bytes_on(1), *self.bytes_on(2)
 
@@ -196,11 +197,15 @@ def _meets(half: int, other: int) -> bool:
 
 def _ppo_plans(job: Job, cost: Cost, gpus: int, count: int) -> Iterator[Plan]:
     of_minibatch = max(1, job.batch // job.mini_batches)
+    totals: list[float] = []  # of the best so far
     for rows in [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= of_minibatch]:
         for recompute in RECOMPUTE:
             options = options_of(job, cost, gpus, rows, recompute)
+            bound = totals[-1] if len(totals) == count else math.inf
             if all(options.values()):
-                yield from _together(job, cost, options, rows, recompute, count)
+                for plan in _together(job, cost, options, rows, recompute, count, bound):
+                    totals = sorted([*totals, plan.total])[:count]
+                    yield plan
 
 
 def options_of(
@@ -213,7 +218,8 @@ def options_of(
     room = cost.hardware.memory
 
     def fits(option: Option) -> bool:
-        return all(sum(option.bytes_on(half)) <= room for half in (1, 2))
+        _, _, held, beside, held_above, beside_above = option.price
+        return max(held + beside, held_above + beside_above) <= room
 
     kept: dict[str, list[Option]] = {}
     for role, config in job.models.items():
@@ -226,9 +232,10 @@ def options_of(
                     continue
                 trains = learning(job, cost, role, halves[half], rows, recompute)
                 for other in {half, 0}:
-                    layouts = _for_all(job, layouts_on(config, halves[other], cost.hardware, False))
+                    seconds = _worth_moving_to(job, cost, role, halves[other], rows)
                     for train in trains:
-                        for second in layouts:
+                        itself = [replace(train.layout, sp=False, zero=1, vp=1)]
+                        for second in {*seconds, *(itself if half == other else [])}:
                             every += make(job, cost, train, second, half, other, rows)
         else:
             for half, ranks in halves.items():
@@ -240,6 +247,26 @@ def options_of(
                 by_place.setdefault((option.half, *option.halves.values()), []).append(option)
         kept[role] = [option for same in by_place.values() for option in undominated(same)]
     return kept
+
+
+@dataclass(frozen=True)
+class _Visited:
+    """A layout that weights move to."""
+
+    layout: Layout
+    price: tuple[float, ...]
+
+
+def _worth_moving_to(job: Job, cost: Cost, role: str, ranks: range, rows: int) -> list[Layout]:
+    """Layouts to generate or to give values in that none beats in seconds and bytes."""
+    every = _for_all(job, layouts_on(job.models[role], ranks, cost.hardware, False))
+    if role == "actor":
+        return [layout for layout in every if layout.pp == 1]
+    found = []
+    for layout in every:
+        seconds, beside = scoring(job, cost, role, layout, rows, "copy")
+        found.append(_Visited(layout, (seconds, beside.total)))
+    return [each.layout for each in undominated(found)]
 
 
 def _for_all(job: Job, layouts: Iterable[Layout]) -> list[Layout]:
@@ -267,7 +294,8 @@ def learning(
     """The layouts to learn in that none beats from which weights move alike."""
     alike: dict[tuple, list[Learning]] = {}
     for layout in layouts_on(job.models[role], ranks, cost.hardware, True):
-        if job.batch // job.mini_batches >= layout.dp:
+        held = memory.held(job.models[role], layout, job.dtype, True)
+        if job.batch // job.mini_batches >= layout.dp and held.total <= cost.hardware.memory:
             found = learns(job, cost, role, layout, rows, recompute)
             key = layout.tp, layout.pp, layout.vp, layout.zero >= 2
             alike.setdefault(key, []).append(found)
@@ -345,7 +373,7 @@ def frozen(job: Job, cost: Cost, role: str, layout: Layout, half: int, rows: int
     seconds, beside = scoring(job, cost, role, layout, rows)
     weights = memory.held(job.models[role], layout, job.dtype, False).weights
     return Option(
-        {phase: layout}, {phase: seconds}, phase, half, {"weights": weights}, {phase: beside}
+        role, {phase: layout}, {phase: seconds}, phase, half, {"weights": weights}, {phase: beside}
     )
 
 
@@ -363,6 +391,7 @@ def generating(
     for slots in {slots_of(per_model, job.rollout_batch_size, share) for share in CACHE_SHARES}:
         generates, at_gen = _generated(job_key(job), config, cost, gen, dtype, slots, is_copy)
         yield Option(
+            "actor",
             {"actor_train": train, "actor_gen": gen},
             {
                 **moved,
@@ -425,6 +454,7 @@ def valuing(
     values, at_values = scoring(job, cost, "critic", inf, rows, "copy" if is_copy else "trained")
     moved = {"value_relayout": _moved(cost, config, train, inf)} if is_copy else {}
     yield Option(
+        "critic",
         {"critic_train": train, "critic_inf": inf},
         {**moved, "critic_inf": values, "critic_train": learns.seconds},
         "critic_train",
@@ -442,13 +472,57 @@ def is_other(train: Layout, gen: Layout) -> bool:
 
 def undominated(options: list[Priced]) -> list[Priced]:
     """Those that no other one beats, by what counts, in all of seconds and bytes."""
-    prices = np.array([option.price for option in options])
-    order = np.lexsort(prices.T[::-1])
-    kept: list[int] = []
-    for i in order:
-        if not kept or not (prices[kept] <= prices[i] * (1 + COUNTS)).all(1).any():
+    return [options[i] for i in _front(np.array([option.price for option in options]))]
+
+
+def _front(prices: np.ndarray) -> list[int]:
+    """Which rows of [options, prices] no other one beats in all of its prices."""
+    front, kept = np.empty_like(prices), list[int]()
+    for i in np.lexsort(prices.T[::-1]) if len(prices) else []:
+        known = front[: len(kept)]
+        if not (known <= prices[i] * (1 + COUNTS)).all(1).any():
+            front[len(kept)] = prices[i]
             kept.append(int(i))
-    return [options[i] for i in kept]
+    return kept
+
+
+PAIRS = (("actor", "critic"), ("reference", "reward"))  # roles that may work at the same time
+APART = 2  # the product of the halves 1 and 2
+
+
+def are_apart(options: Sequence[Option]) -> bool:
+    """Whether two roles are on halves of their own."""
+    return len(options) == 2 and math.prod(option.half for option in options) == APART
+
+
+@dataclass(frozen=True)
+class Team:
+    """Options of one or two roles that may work at the same time.
+
+    held, beside: bytes on the lower and on the upper half.
+    """
+
+    options: tuple[Option, ...]
+    seconds: float
+    held: tuple[float, float]
+    beside: tuple[float, float]
+
+    @property
+    def price(self) -> tuple[float, ...]:
+        return self.seconds, *self.held, *self.beside
+
+    @classmethod
+    def of(cls, options: tuple[Option, ...]) -> "Team":
+        prices = [option.price for option in options]
+        own = [price[0] for price in prices]
+        seconds = sum(price[1] for price in prices)
+        seconds += max(own) if are_apart(options) else sum(own)
+        held = sum(price[2] for price in prices), sum(price[4] for price in prices)
+        beside = max(price[3] for price in prices), max(price[5] for price in prices)
+        return cls(options, seconds, held, beside)
+
+    def fits(self, room: float) -> bool:
+        return all(held + beside <= room for held, beside in zip(self.held, self.beside))
 
 
 def _together(
@@ -458,51 +532,51 @@ def _together(
     rows: int,
     recompute: str,
     count: int,
+    bound: float,
 ) -> Iterator[Plan]:
-    """The best few of all ways to put an option of each role together."""
-    names = [*options]
-    prices = [np.array([option.price for option in options[name]]) for name in names]
-    halves = [np.array([option.half for option in options[name]]) for name in names]
-    shape = tuple(len(p) for p in prices)
+    """The best few of all ways to put an option of each role together.
 
-    def along(values: np.ndarray, axis: int) -> np.ndarray:
-        """One role's numbers, to be added to the others'."""
-        return values.reshape([-1 if i == axis else 1 for i in range(len(shape))])
-
-    columns = [[along(p[:, c], axis) for axis, p in enumerate(prices)] for c in range(6)]
-    own, others = columns[0], columns[1]
-    seconds = np.zeros(shape)
-    for x in others:
-        seconds = seconds + x
-    left = set(range(len(names)))
-    for pair in (("actor", "critic"), ("reference", "reward")):
-        if not set(pair) <= set(names):
-            continue
-        a, b = map(names.index, pair)
-        left -= {a, b}
-        apart = along(halves[a], a) * along(halves[b], b) == 2  # 1 and 2
-        seconds = seconds + np.where(apart, np.maximum(own[a], own[b]), own[a] + own[b])
-    for i in left:
-        seconds = seconds + own[i]
-    fits = np.ones(shape, dtype=bool)
-    for held, beside in ((columns[2], columns[3]), (columns[4], columns[5])):
-        whole = sum(held[1:], held[0])
-        most = beside[0]
-        for x in beside[1:]:
-            most = np.maximum(most, x)
-        fits &= whole + most <= cost.hardware.memory
-    seconds = np.where(fits, seconds, np.inf).ravel()
-    n = min(count, int(fits.sum()))
-    if n == 0:
+    bound: seconds that are reached already.
+    """
+    room = cost.hardware.memory
+    of_pairs = [[options[name] for name in pair if name in options] for pair in PAIRS]
+    sides = [_teams(lists, room, bound) for lists in of_pairs]
+    if not all(sides):
         return
-    for index in np.argpartition(seconds, n - 1)[:n]:
-        chosen = [options[name][i] for name, i in zip(names, np.unravel_index(index, shape))]
-        yield plan_of(job, dict(zip(names, chosen)), rows, recompute, float(seconds[index]))
+    # Each team of one pair with each of the other: [teams, teams].
+    left, right = (np.array([team.price for team in side]) for side in sides)
+    seconds = left[:, None, 0] + right[None, :, 0]
+    for half in (0, 1):
+        held = left[:, None, 1 + half] + right[None, :, 1 + half]
+        beside = np.maximum(left[:, None, 3 + half], right[None, :, 3 + half])
+        seconds[held + beside > room] = np.inf
+    n = min(count, int((seconds < bound).sum()))
+    for index in np.argpartition(seconds, n - 1, axis=None)[:n] if n else []:
+        i, j = np.unravel_index(index, seconds.shape)
+        chosen = {o.role: o for o in (*sides[0][i].options, *sides[1][j].options)}
+        yield plan_of(job, chosen, rows, recompute)
 
 
-def plan_of(
-    job: Job, chosen: dict[str, Option], rows: int, recompute: str, total: float | None = None
-) -> Plan:
+def _teams(lists: list[list[Option]], room: float, bound: float) -> list[Team]:
+    """One option of each list together: those that fit, are quick enough, and none beats."""
+    if len(lists) == 1:
+        return [team for team in map(Team.of, zip(lists[0])) if team.fits(room)]
+    a, b = (np.array([option.price for option in options]) for options in lists)
+    halves = [np.array([option.half for option in options]) for options in lists]
+    own, others, *bytes_of = (np.broadcast_arrays(a[:, None, c], b[None, :, c]) for c in range(6))
+    apart = np.multiply.outer(*halves) == APART
+    seconds = sum(others) + np.where(apart, np.maximum(*own), sum(own))
+    lower, beside, upper, beside_above = bytes_of
+    columns = [seconds, sum(lower), sum(upper), np.maximum(*beside), np.maximum(*beside_above)]
+    fits = (seconds < bound) & (
+        np.maximum(columns[1] + columns[3], columns[2] + columns[4]) <= room
+    )
+    places = np.argwhere(fits)
+    front = _front(np.stack([column[fits] for column in columns], 1))
+    return [Team.of((lists[0][i], lists[1][j])) for i, j in places[front]]
+
+
+def plan_of(job: Job, chosen: dict[str, Option], rows: int, recompute: str) -> Plan:
     """The plan that one option of each role makes."""
     layouts: dict[str, Layout] = {}
     seconds: dict[str, float] = {}
@@ -511,17 +585,14 @@ def plan_of(
         layouts |= option.layouts
         seconds |= option.seconds
         beside |= option.beside
-    pairs = []
-    for a, b in (("actor", "critic"), ("reference", "reward")):
-        if a in chosen and b in chosen and chosen[a].half * chosen[b].half == 2:
-            pairs.append((chosen[a].phase, chosen[b].phase))
-    if total is None:
-        total = sum(seconds.values())
-        total -= sum(min(seconds[a], seconds[b]) for a, b in pairs)
-    most = 0.0
-    for half in (1, 2):
-        both = [option.bytes_on(half) for option in chosen.values()]
-        most = max(most, sum(x for x, _ in both) + max(x for _, x in both))
+    pairs, total = [], 0.0
+    for names in PAIRS:
+        options = tuple(chosen[name] for name in names if name in chosen)
+        total += Team.of(options).seconds
+        if are_apart(options):
+            pairs.append((options[0].phase, options[1].phase))
+    whole = Team.of(tuple(chosen.values()))
+    most = max(held + beside for held, beside in zip(whole.held, whole.beside))
     return Plan(
         layouts,
         rows,

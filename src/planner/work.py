@@ -27,14 +27,23 @@ class Work:
     calls: float = 0.0
 
     def __add__(self, other: "Work") -> "Work":
-        return Work(*(a + b for a, b in zip(self.numbers, other.numbers)))
+        return Work(
+            self.products + other.products,
+            self.attention + other.attention,
+            self.elements + other.elements,
+            self.weights + other.weights,
+            self.layers + other.layers,
+            self.calls + other.calls,
+        )
 
     def __mul__(self, times: float) -> "Work":
         return Work(*(times * x for x in self.numbers))
 
     @property
     def numbers(self) -> tuple[float, ...]:
-        return tuple(getattr(self, field.name) for field in fields(self))
+        """In the order of `Rates`."""
+        names = self.products, self.attention, self.elements, self.weights
+        return *names, self.layers, self.calls
 
     def seconds(self, rates: Rates) -> float:
         return (
