@@ -34,7 +34,8 @@ def main(settings: PlanSettings) -> None:
 
     # Everything that there is, and the quickest of what fits.
     assert machine.gpus is not None
-    job, hardware = planned_job(settings), hardware_of(machine)
+    hardware = hardware_of(machine, settings.job.dtype)
+    job = planned_job(settings, hardware.kind)
     plans = best_plans(job, hardware, machine.gpus, output.best)
     check_something_fits(plans, job, hardware, machine.gpus)
     lines = assumptions(hardware) + [""]

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from src.errors import UserError
@@ -138,13 +139,14 @@ def made(kind: Any, values: Any) -> Any:
 class Published:
     """A GPU by its vendor's data sheet.
 
-    tflops: dense products in bf16; memory_gb; memory_tb_s; link_gb_s: to the other GPUs of a node,
-    in each direction; network_gb_s: a GPU's share of the node's network, as the vendor's own
-    systems have it.
+    tflops, tflops_fp32: dense products in bf16 and fp16, and in fp32; memory_gb, memory_tb_s;
+    link_gb_s: to the other GPUs of a node, in each direction; network_gb_s: a GPU's share of the
+    node's network, as the vendor's own systems have it.
     """
 
     name: str
     tflops: float
+    tflops_fp32: float
     memory_gb: float
     memory_tb_s: float
     link_gb_s: float
@@ -152,15 +154,15 @@ class Published:
 
 
 GPUS = {
-    "a100-40": Published("A100 SXM 40 GB", 312, 40, 1.555, 300, 25),
-    "a100": Published("A100 SXM 80 GB", 312, 80, 2.039, 300, 25),
-    "h100": Published("H100 SXM 80 GB", 989, 80, 3.35, 450, 50),
-    "h100-pcie": Published("H100 PCIe 80 GB", 756, 80, 2.0, 64, 25),
-    "h200": Published("H200 SXM 141 GB", 989, 141, 4.8, 450, 50),
-    "b200": Published("B200 SXM 180 GB", 2250, 180, 7.7, 900, 50),
-    "l40s": Published("L40S 48 GB", 362, 48, 0.864, 32, 12.5),
-    "4090": Published("GeForce RTX 4090 24 GB", 165, 24, 1.008, 32, 3.1),
-    "mi300x": Published("Instinct MI300X 192 GB", 1307, 192, 5.3, 448, 50),
+    "a100-40": Published("A100 SXM 40 GB", 312, 19.5, 40, 1.555, 300, 25),
+    "a100": Published("A100 SXM 80 GB", 312, 19.5, 80, 2.039, 300, 25),
+    "h100": Published("H100 SXM 80 GB", 989, 67, 80, 3.35, 450, 50),
+    "h100-pcie": Published("H100 PCIe 80 GB", 756, 51, 80, 2.0, 64, 25),
+    "h200": Published("H200 SXM 141 GB", 989, 67, 141, 4.8, 450, 50),
+    "b200": Published("B200 SXM 180 GB", 2250, 80, 180, 7.7, 900, 50),
+    "l40s": Published("L40S 48 GB", 362, 91.6, 48, 0.864, 32, 12.5),
+    "4090": Published("GeForce RTX 4090 24 GB", 165, 82.6, 24, 1.008, 32, 3.1),
+    "mi300x": Published("Instinct MI300X 192 GB", 1307, 163.4, 192, 5.3, 448, 50),
 }
 
 
@@ -188,7 +190,9 @@ KERNELS = {"score": 14, "train": 44, "decode": 10}  # of a layer
 ADAM_BYTES = 30  # read and written for each number: both averages, master, gradient, weight
 
 
-def published(name: str, per_node: int, reached: Reached = Reached()) -> Hardware:
+def published(
+    name: str, per_node: int, dtype: torch.dtype = torch.bfloat16, reached: Reached = Reached()
+) -> Hardware:
     """A GPU of the table, so many to a node. Raises UserError for a name that is not in it."""
     if name not in GPUS:
         raise UserError(
@@ -197,9 +201,9 @@ def published(name: str, per_node: int, reached: Reached = Reached()) -> Hardwar
         )
     gpu = GPUS[name]
     memory = gpu.memory_tb_s * 1e12 * reached.memory
+    flops = 1e12 * (gpu.tflops_fp32 if dtype == torch.float32 else gpu.tflops)
 
     def rates(launches: int, launch: float) -> Rates:
-        flops = gpu.tflops * 1e12
         return Rates(
             flops * reached.products,
             flops * reached.attention,
@@ -224,5 +228,5 @@ def published(name: str, per_node: int, reached: Reached = Reached()) -> Hardwar
         memory / 2,
         links(gpu.link_gb_s, reached.link, reached.latency),
         links(gpu.network_gb_s, reached.network, reached.network_latency),
-        gpu.tflops * 1e12,
+        flops,
     )

@@ -13,9 +13,10 @@ from src.settings.plan import MachineSettings, PlanSettings
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def planned_job(settings: PlanSettings) -> Job:
-    """Raises UserError for a model that is not known."""
+def planned_job(settings: PlanSettings, kind: str) -> Job:
+    """Raises UserError for a model that is not known. kind: of the device."""
     models, job = settings.models, settings.job
+    dtype = job.dtype or ("fp32" if kind == "cpu" else "bf16")
     actor = _config(models.model_type, models.config_file, "")
     critic: ModelConfig = actor
     if models.critic_model_type is not None or models.critic_config_file is not None:
@@ -26,7 +27,7 @@ def planned_job(settings: PlanSettings) -> Job:
         critic,
         job.advantage,
         job.reference,
-        dtype=DTYPES[job.dtype or "bf16"],
+        dtype=DTYPES[dtype],
         batch=job.batch,
         prompt=job.prompt_length,
         response=job.response_length,
@@ -47,9 +48,9 @@ def _config(model_type: str | None, config_file: str | None, prefix: str) -> Mod
     return config_of_type(model_type, config_file)
 
 
-def hardware_of(machine: MachineSettings) -> Hardware:
+def hardware_of(machine: MachineSettings, dtype: str | None) -> Hardware:
     """Measured, or of the table."""
     if machine.hardware is not None:
         return Hardware.read(machine.hardware)
     assert machine.gpu is not None
-    return published(machine.gpu, machine.gpus_per_node)
+    return published(machine.gpu, machine.gpus_per_node, DTYPES[dtype or "bf16"])

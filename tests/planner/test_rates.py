@@ -141,3 +141,17 @@ def test_rates_of_this_machine_are_measured(monkeypatch, tmp_path, parallel):
     assert found.peak > 1e9 and found.numbers > 1e5
     for rates in (found.score, found.train, found.decode):
         assert all(x > 0 for x in (rates.products, rates.attention, rates.elements, rates.weights))
+
+
+def test_fp32_has_its_own_rate_and_is_what_a_measured_processor_computes_in():
+    from src.planner.inputs import hardware_of, planned_job
+    from src.settings.declaration import build
+    from src.settings.plan import PlanSettings
+
+    given = dict(model_type="qwen2.5-0.5b", gpus=8, gpu="h100")
+    for dtype, peak in ((None, 989e12), ("fp16", 989e12), ("fp32", 67e12)):
+        settings = build(PlanSettings, given | dict(dtype=dtype))
+        assert hardware_of(settings.machine, settings.job.dtype).peak == peak
+    settings = build(PlanSettings, given)
+    assert planned_job(settings, "cuda").dtype == torch.bfloat16
+    assert planned_job(settings, "cpu").dtype == torch.float32
