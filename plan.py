@@ -17,6 +17,7 @@ from src.settings.plan import PlanSettings
 
 def main(settings: PlanSettings) -> None:
     """Search, or measure this machine."""
+    from src.inputs import check_writable
     from src.planner.calibrate import calibrated, ranks_here
     from src.planner.check import check
     from src.planner.inputs import hardware_of, planned_job
@@ -24,6 +25,8 @@ def main(settings: PlanSettings) -> None:
     from src.planner.search import best_plans, check_something_fits
 
     machine, output = settings.machine, settings.output
+    for path in filter(None, (output.calibrate, output.out)):
+        check_writable(path, ".yaml")
     if output.check:
         return check(machine.gpus)
     if output.calibrate is not None:

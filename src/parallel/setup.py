@@ -267,6 +267,8 @@ def watch_collectives(parallel: Parallel, timeout: float) -> None:
     groups = [dist.group.WORLD, parallel.mp_group, parallel.dp_group]
     if parallel.context.group is not None:
         groups.append(parallel.context.group)
+    if parallel.pp_group is not None:
+        groups += [parallel.pp_group, parallel.model_group]
     with_ranks = [(group, dist.get_process_group_ranks(group)) for group in groups]
     roll_call.stop()
     roll_call.start(RollCall(with_ranks, parallel.rank, parallel.world_size, timeout))

@@ -40,7 +40,13 @@ FIELDS = ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "vocab_size"
 KIND = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL, WIDE = (dict(zip(FIELDS, sizes)) for sizes in SIZES[KIND].values())
 SHORT = dict(ppo_epochs=1, mini_batches=2)
-APART = dict(ref_inf="dp1 on 0", rew_inf="dp1 on 1")
+
+
+def _apart(ranks: int) -> dict[str, str]:
+    """The reference on one half of the ranks, the reward model on the other."""
+    half = ranks // 2
+    lower, upper = (f"dp{half} on {first}-{first + half - 1}" for first in (0, half))
+    return dict(ref_inf=lower, rew_inf=upper)
 
 
 def cases_on(ranks: int) -> list[Case]:
@@ -56,15 +62,15 @@ def cases_on(ranks: int) -> list[Case]:
                 PPO, SMALL, dict(actor_train="dp1", critic_train="dp1"), 16, 64, 48, 8, more=SHORT
             ),
         ]
-    return [
+    cases = [
         Case(SFT, SMALL, dict(model=f"dp{n}"), 8 * n, 96, 64, 4),
         Case(SFT, WIDE, dict(model=f"tp{n}"), 8, 64, 192, 4),
         Case(SFT, WIDE, dict(model=f"tp{n} sp"), 8, 64, 192, 4, "selective"),
-        Case(SFT, SMALL, dict(model=f"pp{n}"), 16, 96, 64, 2),
+        Case(SFT, SMALL, dict(model=f"pp{n}"), 8 * n, 96, 64, 2),
         Case(SFT, WIDE, dict(model=f"dp{n} zero3"), 8 * n, 64, 192, 4),
         Case(SFT, WIDE, dict(model=f"dp{n} zero2"), 4 * n, 64, 192, 4),
         Case(VERIFIER, WIDE, dict(model=f"tp{n}"), 8, 96, 64, 4),
-        Case(VERIFIER, SMALL, dict(model=f"pp{n} vp2"), 16, 96, 64, 2),
+        Case(VERIFIER, SMALL, dict(model=f"pp{n} vp2"), 8 * n, 96, 64, 2),
         Case(
             PPO,
             SMALL,
@@ -79,7 +85,7 @@ def cases_on(ranks: int) -> list[Case]:
             PPO,
             WIDE,
             dict(actor_train=f"tp{n}", actor_gen=f"dp{n}", critic_train=f"tp{n}"),
-            32,
+            16 * n,
             64,
             48,
             8,
@@ -88,8 +94,8 @@ def cases_on(ranks: int) -> list[Case]:
         Case(
             PPO,
             SMALL,
-            dict(actor_train=f"tp{n}", actor_gen=f"dp{n}", critic_train=f"pp{n}") | APART,
-            32,
+            dict(actor_train=f"tp{n}", actor_gen=f"dp{n}", critic_train=f"pp{n}") | _apart(n),
+            16 * n,
             64,
             48,
             4,
@@ -105,18 +111,19 @@ def cases_on(ranks: int) -> list[Case]:
                 critic_inf=f"tp{n}",
                 ref_inf=f"tp{n}",
             ),
-            32,
+            16 * n,
             64,
             48,
             8,
             more=SHORT,
         ),
     ]
+    return [case for case in cases if has_layers(case, n)]
 
 
 def jobs_on(ranks: int) -> dict[str, list[Case]]:
     """Small jobs, each with all candidates."""
-    n = ranks
+    n, apart = ranks, _apart(ranks)
     texts = [f"dp{n} zero{z}" for z in range(4)] + [f"tp{n}", f"tp{n} sp", f"pp{n}", f"pp{n} vp2"]
 
     def of_rows(task: str, sizes: dict, lengths: tuple[int, int, int], rows: int) -> list[Case]:
@@ -128,20 +135,27 @@ def jobs_on(ranks: int) -> dict[str, list[Case]]:
 
     def of_ppo(sizes: dict, lengths: tuple[int, int, int]) -> list[Case]:
         divisions, cases = (f"dp{n}", f"tp{n}"), []
-        for train, gen, where in itertools.product((*divisions, f"pp{n}"), divisions, ({}, APART)):
+        for train, gen, where in itertools.product((*divisions, f"pp{n}"), divisions, ({}, apart)):
             layouts = dict(actor_train=train, actor_gen=gen, critic_train=train) | where
             case = Case(PPO, sizes, layouts, *lengths, 4, turns=2, more=SHORT, memory=False)
             cases.append(case)
         return cases
 
-    return {
-        "sft, 4 short rows": of_rows(SFT, SMALL, (4, 32, 32), 1),
-        "sft, 8 rows": of_rows(SFT, SMALL, (8, 96, 64), 2),
-        "sft, wide, 4 long rows": of_rows(SFT, WIDE, (4, 64, 192), 1),
-        "verifier, wide, 4 rows": of_rows(VERIFIER, WIDE, (4, 96, 64), 1),
-        "ppo, 16 rollouts": of_ppo(SMALL, (16, 48, 32)),
-        "ppo, wide, 8 rollouts": of_ppo(WIDE, (8, 96, 32)),
+    jobs = {
+        "sft, short rows": of_rows(SFT, SMALL, (2 * n, 32, 32), 1),
+        "sft, twice the rows": of_rows(SFT, SMALL, (4 * n, 96, 64), 2),
+        "sft, wide, long rows": of_rows(SFT, WIDE, (2 * n, 64, 192), 1),
+        "verifier, wide": of_rows(VERIFIER, WIDE, (2 * n, 96, 64), 1),
+        "ppo": of_ppo(SMALL, (8 * n, 48, 32)),
+        "ppo, wide": of_ppo(WIDE, (4 * n, 96, 32)),
     }
+    return {name: [case for case in cases if has_layers(case, n)] for name, cases in jobs.items()}
+
+
+def has_layers(case: Case, ranks: int) -> bool:
+    """Whether there is a layer for each stage."""
+    layouts = [Layout.parsed(text, ranks, "case") for text in case.layouts.values()]
+    return all(layout.pp * layout.vp <= case.config.n_layers for layout in layouts)
 
 
 def job_for(case: Case, dtype: torch.dtype) -> Job:

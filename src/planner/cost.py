@@ -85,7 +85,8 @@ class Cost:
         passes = self._through(config, layout, n, batch, self.hardware.score, None)
         if layout.zero < 2 or layout.models == 1:
             return passes
-        return self._beside(passes, self._put_together(config, layout, n, 0))
+        forwards = n if layout.zero == 3 else 1
+        return self._beside(passes, self._put_together(config, layout, forwards, 0))
 
     def train(
         self, config: ModelConfig, layout: Layout, n: float, batch: MicroBatch, recompute: str
@@ -193,11 +194,12 @@ class Cost:
         if layout.cp > 1:  # queries, keys and values go to their heads' rank, and the output back
             sizes = sizes_of(config, layout.tp)
             sent = batch.tokens * (2 * sizes.q + 2 * sizes.k) * size * (layout.cp - 1) / layout.cp
-            between = self.hardware.links(layout.first, layout.cp, layout.model_size)
+            of_group = layout.cp * layout.model_size
+            between = self.hardware.links(layout.first, of_group, layout.size // of_group)
             in_context = part.layers * _seconds(between.gather, sent, 4)
         if layout.tp == 1:
             return in_context
-        links = self.hardware.links(layout.first, layout.tp)
+        links = self.hardware.links(layout.first, layout.tp, layout.size // layout.tp)
         whole = batch.tokens * config.dim * size * (layout.tp - 1) / layout.tp
         if layout.sp:
             of_layer = 4 * _seconds(links.gather, whole)
@@ -229,8 +231,8 @@ class Cost:
         read = layers_forward(config, sizes, whole, self.size)
         read = read + Work(layers=(forwards - 1) * layers, calls=forwards)
         read = read + head_forward(sizes, whole, self.size)
-        ready = (layers * sizes.layer + sizes.head) * self.size / self.hardware.session
-        alone = Layout(tp=layout.tp, first=layout.first)
+        ready = (layers * sizes.stored + sizes.head) * self.size / self.hardware.session
+        alone = Layout(layout.dp, tp=layout.tp, first=layout.first)
         all_layers = RankPart(layers, True, True)
         exchanged = self._in_layers(config, alone, all_layers, whole)
         # Then a token for each that runs, in all as many as there are to say.
@@ -242,7 +244,7 @@ class Cost:
         step = step + decode_head(sizes, slots, self.size)
         of_step = self._in_layers(config, alone, all_layers, MicroBatch(slots, 0, slots))
         if layout.tp > 1:  # what each rank draws from
-            of_step += 2 * self.hardware.links(layout.first, layout.tp).reduce.latency
+            of_step += 2 * self.hardware.links(layout.first, layout.tp, layout.dp).reduce.latency
         return (
             ready
             + read.seconds(self.hardware.score)
@@ -267,10 +269,10 @@ class Cost:
     # --- links ------------------------------------------------------------------------------------
 
     def _between_models(self, layout: Layout) -> Links:
-        return self.hardware.links(layout.first, layout.models, layout.model_size)
+        return self.hardware.links(layout.first, layout.size)
 
     def _between_stages(self, layout: Layout) -> Links:
-        return self.hardware.links(layout.first, layout.pp, layout.tp)
+        return self.hardware.links(layout.first, layout.model_size, layout.models)
 
 
 def received_bytes(config: ModelConfig, source: Layout, target: Layout, size: int) -> float:

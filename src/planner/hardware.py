@@ -4,6 +4,8 @@ GPUs come with their published numbers, of which a stated share is taken to be r
 that was measured (`plan.py --calibrate`) comes with its own rates, from a YAML file.
 """
 
+import math
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -82,14 +84,22 @@ class Hardware:
     overlaps: bool = True
     kind: str = "cuda"
 
-    def links(self, first: int, count: int, step: int = 1) -> Links:
-        """Between `count` ranks from number `first` on, each `step` from the next one."""
-        last = first + (count - 1) * step
-        return self.node if first // self.per_node == last // self.per_node else self.network
+    def links(self, first: int, size: int, count: int = 1) -> Links:
+        """Inside of each of `count` runs of `size` ranks, the first from number `first` on.
+
+        All wait for those that lie on several nodes, if there are such.
+        """
+        starts = range(first, first + size * count, size)
+        return self.node if all(self.is_within(start, size) for start in starts) else self.network
+
+    def is_within(self, first: int, size: int) -> bool:
+        """Whether so many ranks lie on one node."""
+        return first // self.per_node == (first + size - 1) // self.per_node
 
     def write(self, path: str, head: str) -> None:
         """As a file that `read` takes. head: a comment at the top."""
         text = f"# {head}\n" + yaml.safe_dump(asdict(self), sort_keys=False)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(text, encoding="utf-8")
 
     @classmethod
@@ -124,8 +134,9 @@ def made(kind: Any, values: Any) -> Any:
             found[name] = made(of, values[name])
         elif of in (float, int):
             number = of(values[name])
-            if number < 0 or (number == 0 and kind is not Rates and name != "latency"):
-                raise ValueError(f"{name} is {values[name]!r}, and must be above 0")
+            least = 0 if name in ("layer", "call", "latency") else sys.float_info.min
+            if not (math.isfinite(number) and number >= least):
+                raise ValueError(f"{name} is {values[name]!r}, and must be a number above 0")
             found[name] = number
         else:
             found[name] = values[name]

@@ -27,6 +27,7 @@ def planned_job(settings: PlanSettings, kind: str) -> Job:
         critic,
         job.advantage,
         job.reference,
+        job.verifier,
         dtype=DTYPES[dtype],
         batch=job.batch,
         prompt=job.prompt_length,

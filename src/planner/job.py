@@ -31,6 +31,7 @@ class Job:
     ppo_epochs: int = 4
     mini_batches: int = 4
     rollout_batch_size: int = 384
+    advantage: str = "gae"
 
     @property
     def length(self) -> int:
@@ -63,16 +64,24 @@ class Job:
 
 
 def job_of(
-    task: str, actor: ModelConfig, critic: ModelConfig, advantage: str, has_reference: bool, **rest
+    task: str,
+    actor: ModelConfig,
+    critic: ModelConfig,
+    advantage: str,
+    has_reference: bool,
+    has_verifier: bool = True,
+    **rest,
 ) -> Job:
     """By the names of the settings. rest: what `Job` has beside its models."""
     if task != PPO:
         head = "score" if task == VERIFIER else "lm"
         return Job(task, {"model": actor.with_head(head)}, **rest)
     value = critic.with_head("score")
-    models = {"actor": actor.with_head("lm"), "reward": value}
+    models = {"actor": actor.with_head("lm")}
+    if has_verifier:
+        models["reward"] = value
     if has_reference:
         models["reference"] = models["actor"]
     if ADVANTAGES[advantage].needs_value:
         models["critic"] = value
-    return Job(task, models, **rest)
+    return Job(task, models, advantage=advantage, **rest)

@@ -1,5 +1,6 @@
 """Plans in words: what is printed of them, and the flags that a script takes."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import yaml
 
 from src.parallel.layout import Layout
 from src.planner.hardware import GB, Hardware
-from src.planner.job import PPO, SFT, Job
+from src.planner.job import PPO, Job
 from src.planner.search import Plan, useful_flops
 
 SCRIPTS = {"sft": "solver_train.py", "verifier": "verifier_train.py", "ppo": "ppo_train.py"}
@@ -68,7 +69,14 @@ def flags_of(job: Job, plan: Plan) -> dict[str, object]:
             "mini_batches": job.mini_batches,
             "max_new_tokens": job.longest,
             "rollout_batch_size": plan.slots,
+            "advantage": job.advantage,
+            # Room for what is planned to run at a time; by itself the engine takes what is free.
+            "kv_cache_gb": math.ceil(plan.beside["actor_gen"].cache / GB * 100 + 1) / 100,
         }
+        if "reference" not in job.models:
+            flags["kl_coef"] = 0.0
+        if "reward" not in job.models:
+            flags["reward"] = "rule"
     else:
         flags |= _degrees(plan.layouts["model"])
         per_model = job.batch // plan.layouts["model"].dp
@@ -76,8 +84,7 @@ def flags_of(job: Job, plan: Plan) -> dict[str, object]:
     flags["max_batch_size"] = plan.rows
     flags["max_seq_len"] = job.prompt + job.longest
     # Otherwise a GPU takes as many tokens at a time as it has room for.
-    of_row = job.prompt + job.longest * (1 if job.task in (SFT, PPO) else 2)
-    flags["max_tokens_per_batch"] = plan.rows * of_row
+    flags["max_tokens_per_batch"] = plan.rows * (job.tokens // job.batch)
     flags["checkpoint_activations"] = plan.recompute
     return flags
 
@@ -102,6 +109,7 @@ def write_flags(path: str, job: Job, plan: Plan, gpus: int) -> None:
     """The flags as a file for --config."""
     head = f"# {SCRIPTS[job.task]} on {gpus} ranks, as plan.py found: {plan.total:.3f} s\n"
     text = yaml.safe_dump(flags_of(job, plan), sort_keys=False)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(head + text, encoding="utf-8")
 
 

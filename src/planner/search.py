@@ -24,7 +24,7 @@ from src.parallel.layout import Layout
 from src.planner import memory
 from src.planner.cost import Cost, slots_of
 from src.planner.hardware import GB, Hardware
-from src.planner.job import PPO, Job
+from src.planner.job import PPO, VERIFIER, Job
 from src.planner.memory import Beside
 from src.planner.work import MicroBatch, layers_forward, sizes_of
 from src.trainer.budget import Budget
@@ -73,6 +73,16 @@ def check_something_fits(plans: list[Plan], job: Job, hardware: Hardware, gpus: 
         return
     largest = max(job.models.values(), key=lambda config: config.n_layers * config.dim**2)
     layouts = list(layouts_on(largest, range(gpus), hardware, True))
+    if job.task == PPO:
+        has_rows = any(job.batch // job.mini_batches >= layout.dp for layout in layouts)
+    else:
+        has_rows = any(job.batch % layout.dp == 0 for layout in layouts)
+    if not has_rows:
+        of_step = f" in {job.mini_batches} minibatches" if job.task == PPO else ""
+        raise UserError(
+            f"--gpus {gpus} --batch {job.batch}{of_step}: no way to divide the model leaves each "
+            "data-parallel rank as many rows; give another number of one of them"
+        )
     budgets = [memory.held(largest, layout, job.dtype, True).total for layout in layouts]
     raise UserError(
         f"--gpus {gpus}: nothing fits the {hardware.memory / GB:.1f} GB of a rank; the largest "
@@ -91,6 +101,8 @@ def layouts_on(
         if tp > widest or n % (tp * pp * context) or pp > min(config.n_layers, MOST_STAGES):
             continue
         if context > 1 and (sizes_of(config, tp).q // config.head_dim) % context:
+            continue
+        if not all(hardware.is_within(rank, tp) for rank in ranks[::tp]):
             continue
         dp = n // (tp * pp * context)
         plain: dict[str, Any] = dict(dp=dp, pp=pp, tp=tp, cp=context, first=ranks.start)
@@ -352,12 +364,12 @@ def scoring(
 ) -> tuple[float, Beside]:
     """Seconds of a forward over all rollouts, and what it takes beside.
 
-    how: "trained" in the minibatches of the first epoch, which need not fill their micro-batches;
-    "frozen", or as a "copy".
+    how: "frozen"; or "trained", or a "copy" of what is, in the minibatches of the first epoch,
+    which need not fill their micro-batches.
     """
     per_model = math.ceil(job.batch / layout.dp)
     n = math.ceil(per_model / rows)
-    if how == "trained":
+    if how != "frozen":
         most = fullest(job.batch, job.mini_batches, layout.dp)
         least = 2 * per_model / job.mini_batches - most
         both = math.ceil(most / rows) + max(1, math.ceil(least / rows))
@@ -385,7 +397,7 @@ def generating(
         return
     config, dtype, train = job.models["actor"], job.dtype, learns.layout
     is_copy = is_other(train, gen)
-    per_model = math.ceil(job.batch / gen.dp)
+    per_model, _ = generated_by_model(job.batch, job.samples_per_prompt, gen.dp)
     scores, at_scores = scoring(job, cost, "actor", train, rows, "trained")
     moved = {"relayout": _moved(cost, config, train, gen)} if is_copy else {}
     for slots in {slots_of(per_model, job.rollout_batch_size, share) for share in CACHE_SHARES}:
@@ -408,6 +420,17 @@ def generating(
         )
 
 
+def generated_by_model(batch: int, samples: int, dp: int) -> tuple[int, int]:
+    """(rollouts of the fullest model, samples of a prompt that it generates).
+
+    Prompts are dealt out with all of their samples, if there are enough (src/ppo/rollouts.py).
+    """
+    prompts = batch // samples
+    if prompts >= dp:
+        return samples * math.ceil(prompts / dp), samples
+    return math.ceil(batch / dp), 1
+
+
 def job_key(job: Job) -> tuple[int, ...]:
     """What generation must know of a job: rollouts, lengths, samples of a prompt."""
     return job.batch, job.prompt, job.response, job.longest, job.samples_per_prompt
@@ -424,8 +447,7 @@ def _generated(
     is_copy: bool,
 ) -> tuple[float, Beside]:
     batch, prompt, response, longest, samples = key
-    per_model = math.ceil(batch / gen.dp)
-    samples = min(samples, per_model)
+    per_model, samples = generated_by_model(batch, samples, gen.dp)
     seconds = cost.generate(config, gen, per_model, slots, prompt, response, samples)
     read = per_model / samples * prompt
     return seconds, memory.of_generation(
@@ -621,7 +643,9 @@ def useful_flops(job: Job) -> float:
         return work.products + work.attention + head
 
     if job.task != PPO:
-        return 3 * forward("model", job.micro_batch(job.batch))
+        batch = job.micro_batch(job.batch)
+        unseen = job.batch * job.response**2 * (job.task == VERIFIER)
+        return 3 * forward("model", replace(batch, pairs=batch.pairs - unseen))
     flops = forward("actor", job.micro_batch(job.batch, "actor"))  # each token once, as generated
     for role in job.models:
         once = forward(role, job.micro_batch(job.batch, role))
@@ -630,4 +654,5 @@ def useful_flops(job: Job) -> float:
 
 
 def _divisors(n: int) -> list[int]:
-    return [i for i in range(1, n + 1) if n % i == 0]
+    low = [i for i in range(1, math.isqrt(n) + 1) if n % i == 0]
+    return low + [n // i for i in reversed(low) if i * i != n]

@@ -88,13 +88,15 @@ class Sizes:
     """A rank's part of a model at a tensor-parallel degree, in numbers.
 
     layer: weights of a layer that a token meets; qkv: those of them before attention; stored: all
-    that are kept; q, k, f: widths of its queries, its keys, its feed-forward layer; head,
-    embedding: whole tables' parts.
+    that are kept, `experts` of them in experts, of which a token meets the share `met`; q, k, f:
+    widths of its queries, its keys, its feed-forward layer; head, embedding: whole tables' parts.
     """
 
     dim: int
     layer: float
     qkv: float
+    experts: int
+    met: float
     stored: int
     q: int
     k: int
@@ -109,10 +111,11 @@ class Sizes:
 def sizes_of(config: ModelConfig, tp: int) -> Sizes:
     table = layer_table(config)
     share = config.experts_per_token / config.n_experts if config.n_experts else 1.0
-    met, stored = 0.0, 0
+    met, stored, experts = 0.0, 0, 0
     for spec in table.values():
         numbers = math.prod(spec.local_shape(tp))
         stored += numbers
+        experts += numbers * (len(spec.shape) == 3)
         met += (share if len(spec.shape) == 3 else 1.0) * numbers * (len(spec.shape) > 1)
     q, k = (table[f"attention.{name}.weight"].local_shape(tp)[0] for name in ("wq", "wk"))
     if config.n_experts:
@@ -124,7 +127,8 @@ def sizes_of(config: ModelConfig, tp: int) -> Sizes:
     head = config.dim if config.head == "score" else embedding
     vocabulary = -(-config.vocab_size // tp) if config.head == "lm" else 1
     qkv = config.dim * (q + 2 * k)
-    return Sizes(config.dim, met, qkv, stored, q, k, f, head, vocabulary, embedding, tp)
+    layer = met, qkv, experts, share, stored, q, k, f
+    return Sizes(config.dim, *layer, head, vocabulary, embedding, tp)
 
 
 def layers_forward(
@@ -160,9 +164,15 @@ def _layer(sizes: Sizes, batch: MicroBatch, rows: float, size: int, split: int) 
         2 * (sizes.qkv * tokens + (sizes.layer - sizes.qkv) * rows),
         4 * sizes.q * batch.pairs,
         size * (before + past),
-        sizes.layer * size,
+        read_weights(sizes, rows) * size,
         1,
     )
+
+
+def read_weights(sizes: Sizes, tokens: float) -> float:
+    """Weights of a layer that so many tokens read: of experts those that one of them meets."""
+    hit = 1 - (1 - sizes.met) ** max(tokens, 1) if sizes.experts else 1.0
+    return sizes.stored - sizes.experts + sizes.experts * hit
 
 
 def backward_of(forward: Work, sizes: Sizes) -> Work:
@@ -171,7 +181,7 @@ def backward_of(forward: Work, sizes: Sizes) -> Work:
         2 * forward.products,
         2.5 * forward.attention,
         2 * forward.elements,
-        2 * forward.weights + 2 * FP32 * sizes.layer * forward.layers,
+        2 * forward.weights + 2 * FP32 * sizes.stored * forward.layers,
         2 * forward.layers,
     )
 
@@ -207,7 +217,11 @@ def decode_layer(sizes: Sizes, rows: float, context: float, size: int) -> Work:
     cache = 2 * sizes.k * context * rows * size
     elements = rows * size * (8 * d + 2 * (sizes.q + sizes.k) + 3 * sizes.f) + cache
     return Work(
-        2 * sizes.layer * rows, 4 * sizes.q * context * rows, elements, sizes.layer * size, 1
+        2 * sizes.layer * rows,
+        4 * sizes.q * context * rows,
+        elements,
+        read_weights(sizes, rows) * size,
+        1,
     )
 
 

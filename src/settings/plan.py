@@ -1,10 +1,10 @@
 """The settings of the planner: a job, a machine, and what is to be known of them."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Literal
 
-from src.settings.declaration import AtLeast, Choices, Settings, Unit
+from src.settings.declaration import AtLeast, Choices, Settings, Unit, idle
 from src.settings.model import ArchitectureSettings
 from src.settings.ppo import ADVANTAGES
 from src.settings.run import Dtype
@@ -29,7 +29,9 @@ class JobSettings(Settings):
         "solver_train.py, verifier_train.py (its rows: two outputs of a prompt) or ppo_train.py",
     ] = "ppo"
     batch: Annotated[
-        int, AtLeast(1), "rows of an optimizer step, or rollouts of an iteration, over all ranks"
+        int,
+        AtLeast(1, 10**6),
+        "rows of an optimizer step, or rollouts of an iteration, over all ranks",
     ] = 512
     prompt_length: Annotated[int, AtLeast(1), Unit("tokens"), "of most rows"] = 512
     response_length: Annotated[int, AtLeast(1), Unit("tokens"), "of most rows"] = 512
@@ -46,6 +48,7 @@ class JobSettings(Settings):
         str, Choices(*ADVANTAGES), "gae has a value model, the others have none"
     ] = "gae"
     reference: Annotated[bool, "whether there is one: a KL penalty (--kl_coef)"] = True
+    verifier: Annotated[bool, "whether a reward model scores the rollouts, or else a rule"] = True
     rollout_batch_size: Annotated[
         int, AtLeast(1), "sequences that a model generates at a time, at most"
     ] = 384
@@ -57,12 +60,22 @@ class JobSettings(Settings):
                 f"--max_new_tokens {self.max_new_tokens}: is less than --response_length "
                 f"{self.response_length}, which most responses have"
             )
-        if self.task == "ppo" and self.batch % self.samples_per_prompt:
+        if self.task != "ppo":
+            names = ("samples_per_prompt", "ppo_epochs", "mini_batches", "advantage")
+            more = ("reference", "verifier", "rollout_batch_size", "max_new_tokens")
+            yield from idle(self, names + more, f"with --task {self.task}, which generates nothing")
+            return
+        if ADVANTAGES[self.advantage].is_grouped and self.samples_per_prompt < 2:
+            yield (
+                f"--advantage {self.advantage} --samples_per_prompt {self.samples_per_prompt}: "
+                "compares the samples of a prompt; give 2 or more"
+            )
+        if self.batch % self.samples_per_prompt:
             yield (
                 f"--batch {self.batch} is no multiple of --samples_per_prompt "
                 f"{self.samples_per_prompt}"
             )
-        if self.task == "ppo" and self.batch < self.mini_batches:
+        if self.batch < self.mini_batches:
             yield f"--batch {self.batch}: is less than --mini_batches {self.mini_batches}"
 
 
@@ -124,7 +137,19 @@ class PlanSettings(Settings):
                     yield f"--{name}: has no effect with --{mode}, which measures this machine"
             if output.out is not None:
                 yield f"--out: has no effect with --{mode}"
+            for group in (models, self.job):
+                names = [field.name for field in fields(group)]
+                yield from idle(group, names, f"with --{mode}, which has cases of its own")
+            yield from idle(machine, ("gpus_per_node",), f"with --{mode}")
+            yield from idle(output, ("best",), f"with --{mode}")
             return
+        critics = ("critic_model_type", "critic_config_file")
+        if self.job.task != "ppo":
+            yield from idle(models, critics, f"with --task {self.job.task}")
+        if all(getattr(models, name) is not None for name in critics):
+            yield "--critic_model_type --critic_config_file: give one of the two"
+        if machine.hardware is not None:
+            yield from idle(machine, ("gpus_per_node",), "with --hardware, which says it")
         if machine.gpus is None:
             yield "give --gpus, how many there are"
         if (machine.gpu is None) == (machine.hardware is None):

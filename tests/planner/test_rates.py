@@ -155,3 +155,49 @@ def test_fp32_has_its_own_rate_and_is_what_a_measured_processor_computes_in():
     settings = build(PlanSettings, given)
     assert planned_job(settings, "cuda").dtype == torch.bfloat16
     assert planned_job(settings, "cpu").dtype == torch.float32
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
+def test_every_case_of_the_check_can_be_predicted_on_any_node(ranks):
+    """And is one that its ranks can run: a layer for each stage, rows for each model."""
+    hardware = replace(published("h100", ranks), kind="cpu", overlaps=False)
+    jobs = check.jobs_on(ranks) if ranks > 1 else {}
+    cases = [*check.cases_on(ranks), *(case for job in jobs.values() for case in job)]
+    assert len(cases) >= (4 if ranks == 1 else 40)
+    for case in cases:
+        plan = check.predicted(case, check.cost_on(hardware), ranks)
+        assert plan.total > 0 and plan.bytes > 0
+        if case.task != PPO:
+            assert case.batch % plan.layouts["model"].dp == 0
+
+
+def test_experts_are_read_by_as_many_tokens_as_meet_them():
+    from src.models.hf_config import PRESETS
+    from src.planner.work import read_weights
+
+    config = PRESETS["mixtral-8x7b-instruct-v0.1"]
+    sizes = sizes_of(config, 1)
+    assert sizes.experts == 3 * 8 * 4096 * 14336
+    for tokens in (1, 4, 1000):
+        missed = sizes.experts * (6 / 8) ** tokens
+        assert read_weights(sizes, tokens) == pytest.approx(sizes.stored - missed)
+
+
+@pytest.mark.parametrize(
+    "first, size, count, inside",
+    [(0, 8, 1, True), (4, 8, 1, False), (0, 2, 4, True), (0, 3, 8, False), (6, 3, 1, False)],
+)
+def test_a_link_is_the_worst_of_its_groups(first, size, count, inside):
+    hardware = published("h100", 8)
+    assert hardware.links(first, size, count) is (hardware.node if inside else hardware.network)
+
+
+def test_prompts_are_dealt_out_with_their_samples():
+    """As `Rollouts._generate` deals them out."""
+    from src.planner.search import generated_by_model
+
+    for batch, samples, dp in ((512, 8, 48), (512, 8, 128), (64, 4, 16), (64, 4, 64), (60, 1, 7)):
+        unit = samples if batch // samples >= dp else 1
+        homes = [i // unit % dp for i in range(batch)]
+        most = max(homes.count(model) for model in range(dp))
+        assert generated_by_model(batch, samples, dp) == (most, unit)

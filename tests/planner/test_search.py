@@ -194,7 +194,17 @@ GIVEN = dict(model_type="llama-2-7b", gpus=8, gpu="h100")
         (dict(batch=6, samples_per_prompt=4), (), "--batch 6 is no multiple of --samples_per_pro"),
         (dict(batch=2), (), "--batch 2: is less than --mini_batches 4"),
         (dict(calibrate="x.yaml"), (), "--gpu: has no effect with --calibrate, which measures"),
-        (dict(out="x.yaml", calibrate="y"), ("gpu",), "--out: has no effect with --calibrate"),
+        (
+            dict(out="x.yaml", calibrate="y.yaml"),
+            ("gpu", "model_type"),
+            "--out: has no effect with --calibrate",
+        ),
+        (dict(check=True), ("gpu",), "--model_type llama-2-7b: has no effect with --check, which"),
+        (dict(advantage="grpo"), (), "--advantage grpo --samples_per_prompt 1: compares the sampl"),
+        (dict(task="sft", ppo_epochs=1), (), "--ppo_epochs 1: has no effect with --task sft"),
+        (dict(gpus=97, task="sft"), (), "--gpus 97 --batch 512: no way to divide the model leaves"),
+        (dict(out="README.md/x.yaml"), (), "README.md is not a folder that can be written to"),
+        (dict(out="plan.json"), (), "plan.json: a .yaml file is written; name it so"),
     ],
 )
 def test_what_is_wrong_is_refused(more, without, message):
