@@ -47,10 +47,12 @@ def quickest(job: Job, gpus: int):
     return (plans[0], *rates_of(job, plans[0], hardware, gpus)) if plans else None
 
 
-def scaled(how: str) -> dict[tuple[str, str], list[tuple[int, float, float, str]]]:
+def scaled(
+    how: str, tasks: list[str]
+) -> dict[tuple[str, str], list[tuple[int, float, float, str]]]:
     """By task and model: (GPUs, tokens/s, MFU, layout) at each number."""
     found: dict[tuple[str, str], list[tuple[int, float, float, str]]] = {}
-    for task in ("sft", "ppo"):
+    for task in tasks:
         for size, model in MODELS.items():
             for gpus in GPUS:
                 batch = STRONG if how == "strong" else PER_GPU * gpus
@@ -63,7 +65,7 @@ def scaled(how: str) -> dict[tuple[str, str], list[tuple[int, float, float, str]
     return found
 
 
-def table(how: str, figure: dict) -> list[str]:
+def table(how: str, figure: dict, tasks: list[str]) -> list[str]:
     batch = f"{STRONG:,}" if how == "strong" else f"{PER_GPU} for each GPU"
     lines = [
         f"{how.capitalize()} scaling, {batch} rows of 512 + 512 tokens. Efficiency: tokens/s of a "
@@ -72,7 +74,7 @@ def table(how: str, figure: dict) -> list[str]:
         "| task | model | GPUs | tokens/s | efficiency | MFU | trained in |",
         "|---" * 7 + "|",
     ]
-    figure[how] = scaled(how)
+    figure[how] = scaled(how, tasks)
     for (task, size), rows in figure[how].items():
         first = rows[0][1] / rows[0][0]
         for gpus, tokens, mfu, layout in rows:
@@ -135,13 +137,19 @@ def draw(figure: dict, path: str) -> None:
     fig.savefig(path)
 
 
-def main(only: str | None = None, out: str | None = None, figure: str | None = None) -> None:
-    """only: "strong", "weak" or "published"; figure: .svg to write of the first two."""
+def main(
+    only: str | None = None,
+    out: str | None = None,
+    figure: str | None = None,
+    task: str | None = None,
+) -> None:
+    """only: "strong", "weak" or "published"; figure: .svg to write of the first two; task: one."""
     drawn: dict = {}
+    tasks = [task] if task else ["sft", "ppo"]
     tables = {
         "assumptions": lambda: assumptions(published(GPU, 8)),
-        "strong": lambda: table("strong", drawn),
-        "weak": lambda: table("weak", drawn),
+        "strong": lambda: table("strong", drawn, tasks),
+        "weak": lambda: table("weak", drawn, tasks),
         "published": published_table,
     }
     report(tables, only, out)
