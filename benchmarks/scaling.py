@@ -21,7 +21,7 @@ from src.planner.job import Job, job_of
 from src.planner.report import assumptions, rates_of
 from src.planner.search import best_plans, useful_flops
 
-GPUS = [8, 32, 128, 512, 2048, 4096]
+GPUS = [8, 32, 128, 512, 1024, 2048, 4096]
 STRONG, PER_GPU = 4096, 8  # rows of a step, or rollouts: in all, and for each GPU
 MODELS = {"7B": "llama-2-7b", "70B": "llama-2-70b"}
 GPU = "h100"
