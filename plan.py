@@ -38,7 +38,7 @@ def main(settings: PlanSettings) -> None:
     # Everything that there is, and the quickest of what fits.
     assert machine.gpus is not None
     hardware = hardware_of(machine, settings.job.dtype)
-    job = planned_job(settings, hardware.kind)
+    job = planned_job(settings, hardware)
     plans = best_plans(job, hardware, machine.gpus, output.best)
     check_something_fits(plans, job, hardware, machine.gpus)
     lines = assumptions(hardware) + [""]

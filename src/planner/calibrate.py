@@ -28,12 +28,13 @@ from src.parallel.layout import Layout
 from src.parallel.setup import Parallel, matmul_rate
 from src.parallel.shared_memory import all_reduce, gather_into
 from src.parallel.threads import cores
-from src.planner.hardware import USABLE, Hardware, Link, Links, Rates, made
+from src.planner.hardware import Hardware, Link, Links, Rates, made
 from src.planner.measure import (
     llama_of,
     most_of_ranks,
     random_folder,
     role_of,
+    sizes_by_name,
     some_sequences,
     timed,
 )
@@ -49,9 +50,11 @@ from src.planner.work import (
     sizes_of,
 )
 from src.ppo.roles import Role
+from src.trainer.activations import USABLE
 from src.trainer.solver import SolverObjective
 
 Batches = list[tuple[int, int, int]]
+Samples = list[tuple[Work, float]]  # what there was to do, and the seconds that it took
 
 
 @dataclass(frozen=True)
@@ -68,17 +71,12 @@ class Timed:
     exchanged: tuple[int, ...]
 
 
-def _sizes(dim: int, layers: int, heads: int, kv_heads: int, hidden: int, vocabulary: int) -> dict:
-    names = ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "vocab_size")
-    return dict(zip(names, (dim, layers, heads, kv_heads, hidden, vocabulary)))
-
-
 ON = {
     "cpu": Timed(
         [
-            _sizes(256, 4, 4, 4, 688, 2048),
-            _sizes(512, 3, 8, 4, 1376, 8192),
-            _sizes(768, 2, 12, 12, 2048, 4096),
+            sizes_by_name(256, 4, 4, 4, 688, 2048),
+            sizes_by_name(512, 3, 8, 4, 1376, 8192),
+            sizes_by_name(768, 2, 12, 12, 2048, 4096),
         ],
         [(1, 48, 24), (4, 64, 32), (4, 128, 64), (2, 320, 64), (1, 768, 384)],
         [(1, 32, 32), (8, 32, 32), (32, 64, 32), (8, 512, 16)],
@@ -86,9 +84,9 @@ ON = {
     ),
     "cuda": Timed(
         [
-            _sizes(1024, 8, 8, 8, 2752, 8192),
-            _sizes(2048, 4, 16, 8, 5504, 32000),
-            _sizes(4096, 2, 32, 8, 14336, 8192),
+            sizes_by_name(1024, 8, 8, 8, 2752, 8192),
+            sizes_by_name(2048, 4, 16, 8, 5504, 32000),
+            sizes_by_name(4096, 2, 32, 8, 14336, 8192),
         ],
         [(1, 64, 32), (4, 256, 128), (8, 512, 256), (4, 2048, 512), (1, 8192, 4096)],
         [(1, 64, 64), (32, 64, 64), (128, 128, 64), (32, 1024, 32)],
@@ -133,9 +131,6 @@ def hardware_from(values: dict) -> Hardware:
 # --- On the ranks ---------------------------------------------------------------------------------
 
 
-Samples = list[tuple[Work, float]]
-
-
 def measured_rates(folder: Path, parallel: Parallel) -> dict:
     """A `Hardware` as a dict; each rank has a model of its own. A collective of all ranks."""
     samples: dict[str, Samples] = {"score": [], "train": [], "decode": []}
@@ -169,7 +164,6 @@ def measured_rates(folder: Path, parallel: Parallel) -> dict:
         "node": links,
         "network": links,
         "peak": most_of_ranks(matmul_rate(role.model.dtype, parallel.device)),
-        "overlaps": parallel.device.type == "cuda",
         "kind": parallel.device.type,
     }
 
@@ -193,12 +187,8 @@ def _measure_passes(role: Role, samples: dict[str, Samples]) -> None:
 
         whole = forward + head_forward(sizes, batch, size) + Work(calls=1)
         samples["score"].append((whole, seconds_of(score)))
-        whole = (
-            forward
-            + backward_of(forward, sizes)
-            + head_training(sizes, batch, size)
-            + Work(calls=1)
-        )
+        both = forward + backward_of(forward, sizes)
+        whole = both + head_training(sizes, batch, size) + Work(calls=1)
         samples["train"].append((whole, seconds_of(train)))
 
 
@@ -299,7 +289,7 @@ def _link(samples: Iterable[tuple[float, float]]) -> Link:
     return Link(float(latency), 1 / max(of_byte, LEAST))
 
 
-def fitted(samples: list[tuple[Work, float]]) -> Rates:
+def fitted(samples: Samples) -> Rates:
     """Rates from what was to be done and the seconds that it took."""
     seconds = nonnegative([work.numbers for work, _ in samples], [took for _, took in samples])
     products, attention, elements, weights = (1 / max(float(x), LEAST) for x in seconds[:4])

@@ -5,15 +5,17 @@ a few jobs all candidates are run, to see whether the one that would be named is
 """
 
 import itertools
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
+from operator import itemgetter
 
 import torch
 
 from src.parallel.layout import Layout
 from src.planner.calibrate import hardware_from, launched, ranks_here
-from src.planner.cost import Cost, slots_of
+from src.planner.cost import Cost
 from src.planner.hardware import GB, Hardware
 from src.planner.job import PPO, SFT, VERIFIER, Job
+from src.planner.measure import sizes_by_name
 from src.planner.report import table
 from src.planner.search import (
     Plan,
@@ -26,20 +28,19 @@ from src.planner.search import (
 )
 from src.planner.trial import Case
 
-SIZES = {  # of models, by device
-    "cpu": {
-        "small": (384, 6, 6, 6, 1024, 4096),
-        "wide": (640, 4, 10, 10, 1728, 8192),
-    },
-    "cuda": {
-        "small": (1536, 12, 12, 12, 4096, 8192),
-        "wide": (2560, 8, 20, 20, 6912, 16384),
-    },
+SIZES = {  # of models, by device: a small one, and a wide one
+    "cpu": (
+        sizes_by_name(384, 6, 6, 6, 1024, 4096),
+        sizes_by_name(640, 4, 10, 10, 1728, 8192),
+    ),
+    "cuda": (
+        sizes_by_name(1536, 12, 12, 12, 4096, 8192),
+        sizes_by_name(2560, 8, 20, 20, 6912, 16384),
+    ),
 }
-FIELDS = ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "vocab_size")
-KIND = "cuda" if torch.cuda.is_available() else "cpu"
-SMALL, WIDE = (dict(zip(FIELDS, sizes)) for sizes in SIZES[KIND].values())
+SMALL, WIDE = SIZES["cuda" if torch.cuda.is_available() else "cpu"]
 SHORT = dict(ppo_epochs=1, mini_batches=2)
+BYTES_OFF, SECONDS_OFF, BEST_OFF = 0.05, 0.25, 1.1  # how far off is right
 
 
 def _apart(ranks: int) -> dict[str, str]:
@@ -52,70 +53,39 @@ def _apart(ranks: int) -> dict[str, str]:
 def cases_on(ranks: int) -> list[Case]:
     """What is run at one number of ranks: layouts, sizes, tasks."""
     n = ranks
+
+    def ppo(sizes: dict, rows: int, **layouts: str) -> Case:
+        return Case(PPO, sizes, layouts, 16 * n, 64, 48, rows, more=SHORT)
+
     if n == 1:
         one = dict(model="dp1")
         return [
             Case(SFT, SMALL, one, 8, 96, 64, 4),
             Case(SFT, WIDE, one, 8, 64, 192, 4, "full"),
             Case(VERIFIER, SMALL, one, 8, 96, 64, 4),
-            Case(
-                PPO, SMALL, dict(actor_train="dp1", critic_train="dp1"), 16, 64, 48, 8, more=SHORT
-            ),
+            ppo(SMALL, 8, actor_train="dp1"),
         ]
+    dp, tp, pp = (f"{degree}{n}" for degree in ("dp", "tp", "pp"))
     cases = [
-        Case(SFT, SMALL, dict(model=f"dp{n}"), 8 * n, 96, 64, 4),
-        Case(SFT, WIDE, dict(model=f"tp{n}"), 8, 64, 192, 4),
-        Case(SFT, WIDE, dict(model=f"tp{n} sp"), 8, 64, 192, 4, "selective"),
-        Case(SFT, SMALL, dict(model=f"pp{n}"), 8 * n, 96, 64, 2),
-        Case(SFT, WIDE, dict(model=f"dp{n} zero3"), 8 * n, 64, 192, 4),
-        Case(SFT, WIDE, dict(model=f"dp{n} zero2"), 4 * n, 64, 192, 4),
-        Case(VERIFIER, WIDE, dict(model=f"tp{n}"), 8, 96, 64, 4),
-        Case(VERIFIER, SMALL, dict(model=f"pp{n} vp2"), 8 * n, 96, 64, 2),
-        Case(
-            PPO,
-            SMALL,
-            dict(actor_train=f"dp{n}", critic_train=f"dp{n}"),
-            16 * n,
-            64,
-            48,
-            8,
-            more=SHORT,
-        ),
-        Case(
-            PPO,
+        Case(SFT, SMALL, dict(model=dp), 8 * n, 96, 64, 4),
+        Case(SFT, WIDE, dict(model=tp), 8, 64, 192, 4),
+        Case(SFT, WIDE, dict(model=f"{tp} sp"), 8, 64, 192, 4, "selective"),
+        Case(SFT, SMALL, dict(model=pp), 8 * n, 96, 64, 2),
+        Case(SFT, WIDE, dict(model=f"{dp} zero3"), 8 * n, 64, 192, 4),
+        Case(SFT, WIDE, dict(model=f"{dp} zero2"), 4 * n, 64, 192, 4),
+        Case(VERIFIER, WIDE, dict(model=tp), 8, 96, 64, 4),
+        Case(VERIFIER, SMALL, dict(model=f"{pp} vp2"), 8 * n, 96, 64, 2),
+        ppo(SMALL, 8, actor_train=dp),
+        ppo(WIDE, 8, actor_train=tp, actor_gen=dp),
+        ppo(SMALL, 4, actor_train=tp, actor_gen=dp, critic_train=pp, **_apart(n)),
+        ppo(
             WIDE,
-            dict(actor_train=f"tp{n}", actor_gen=f"dp{n}", critic_train=f"tp{n}"),
-            16 * n,
-            64,
-            48,
             8,
-            more=SHORT,
-        ),
-        Case(
-            PPO,
-            SMALL,
-            dict(actor_train=f"tp{n}", actor_gen=f"dp{n}", critic_train=f"pp{n}") | _apart(n),
-            16 * n,
-            64,
-            48,
-            4,
-            more=SHORT,
-        ),
-        Case(
-            PPO,
-            WIDE,
-            dict(
-                actor_train=f"dp{n} zero3",
-                actor_gen=f"tp{n}",
-                critic_train=f"dp{n}",
-                critic_inf=f"tp{n}",
-                ref_inf=f"tp{n}",
-            ),
-            16 * n,
-            64,
-            48,
-            8,
-            more=SHORT,
+            actor_train=f"{dp} zero3",
+            actor_gen=tp,
+            critic_train=dp,
+            critic_inf=tp,
+            ref_inf=tp,
         ),
     ]
     return [case for case in cases if has_layers(case, n)]
@@ -169,117 +139,104 @@ def job_for(case: Case, dtype: torch.dtype) -> Job:
     return Job(case.task, models, dtype, case.batch, *lengths, **more)
 
 
-def cost_on(hardware: Hardware) -> Cost:
-    """In the numbers that cases are computed in."""
-    return Cost(hardware, 4 if hardware.kind == "cpu" else 2)
-
-
-def predicted(case: Case, cost: Cost, ranks: int) -> Plan:
+def predicted(case: Case, hardware: Hardware, ranks: int) -> Plan:
     """What the planner says of a case."""
-    dtype = torch.float32 if cost.hardware.kind == "cpu" else torch.bfloat16
-    job = job_for(case, dtype)
+    job, cost = job_for(case, hardware.dtype), Cost(hardware, hardware.dtype.itemsize)
+    rows, recompute = case.rows, case.recompute
     if case.task != PPO:
         layout = Layout.parsed(case.layouts["model"], ranks, "model", 1)
-        return row_plan(job, cost, layout, case.rows, case.recompute)
-    train, critic = case.layout("actor_train", ranks), case.layout("critic_train", ranks)
-    gen = case.layout("actor_gen", ranks, "actor_train")
-    inf = case.layout("critic_inf", ranks, "critic_train")
-    everything = job, cost
-    policy = learns(*everything, "actor", train, case.rows, case.recompute)
-    value = learns(*everything, "critic", critic, case.rows, case.recompute)
-    per_model = -(-case.batch // gen.dp)
-    slots = slots_of(per_model, job.rollout_batch_size, 1)
+        return row_plan(job, cost, layout, rows, recompute)
+    layouts = case.in_layouts(ranks)
+    policy = learns(job, cost, "actor", layouts.actor_train, rows, recompute)
+    value = learns(job, cost, "critic", layouts.critic_train, rows, recompute)
+    # All of a model's rollouts at a time; the frozen roles side by side, if they can be.
+    policies = generating(job, cost, policy, layouts.actor_gen, 0, 0, rows)
+    halves = (0, 0) if layouts.ref_inf.overlaps(layouts.rew_inf) else (1, 2)
     chosen = {
-        "actor": next(
-            option
-            for option in generating(*everything, policy, gen, 0, 0, case.rows)
-            if option.slots == slots
-        ),
-        "critic": next(valuing(*everything, value, inf, 0, 0, case.rows)),
+        "actor": max(policies, key=lambda option: option.slots),
+        "critic": next(valuing(job, cost, value, layouts.critic_inf, 0, 0, rows)),
+        "reference": frozen(job, cost, "reference", layouts.ref_inf, halves[0], rows),
+        "reward": frozen(job, cost, "reward", layouts.rew_inf, halves[1], rows),
     }
-    where = {}
-    for role, phase in (("reference", "ref_inf"), ("reward", "rew_inf")):
-        where[role] = case.layout(phase, ranks, "actor_train")
-    apart = not where["reference"].overlaps(where["reward"])
-    for number, (role, layout) in enumerate(where.items(), 1):
-        half = number if apart else 0
-        chosen[role] = frozen(*everything, role, layout, half, case.rows)
-    return plan_of(job, chosen, case.rows, case.recompute)
+    return plan_of(chosen, rows, recompute)
 
 
-def compared(case: Case, plan: Plan, found: dict) -> list[tuple[str, float, float]]:
+def compared(plan: Plan, found: dict) -> list[tuple[str, float, float]]:
     """(phase, predicted, measured) seconds."""
     seconds = dict(plan.seconds)
     for a, b in plan.side_by_side:  # measured as one
         seconds[b] = max(seconds.pop(a), seconds[b])
-    seconds["total"] = plan.total
-    measured = dict(found["seconds"])
-    if "total" not in measured:
-        measured["total"] = sum(measured.values())
-    return [(name, x, measured[name]) for name, x in seconds.items()]
+    phases = [(name, guess, found["seconds"][name]) for name, guess in seconds.items()]
+    return [*phases, ("total", plan.total, _total(found))]
+
+
+@dataclass
+class Tally:
+    """What is printed of the cases and of the jobs, and how many of them are right."""
+
+    rows: list[tuple[str, ...]] = field(
+        default_factory=lambda: [("case", "GB", "", "", "phase", "seconds", "", "")]
+    )
+    named: list[tuple[str, ...]] = field(
+        default_factory=lambda: [("job", "named", "seconds", "quickest", "seconds", "ratio")]
+    )
+    bytes: list[bool] = field(default_factory=list)
+    phases: list[bool] = field(default_factory=list)
+    both: list[bool] = field(default_factory=list)
+    best: list[bool] = field(default_factory=list)
+
+    def add_case(self, case: Case, ranks: int, plan: Plan, found: dict) -> None:
+        """A row for each phase, and the bytes beside the first."""
+        there = found["bytes"]["all"]
+        off = plan.bytes / there - 1
+        figures = f"{plan.bytes / GB:.4f}", f"{there / GB:.4f}", f"{off:+.1%}"
+        head: tuple[str, ...] = (_described(case, ranks), *figures)
+        self.bytes.append(abs(off) <= BYTES_OFF)
+        in_time = []
+        for name, guess, took in compared(plan, found):
+            off = guess / took - 1
+            self.rows.append((*head, name, f"{guess:.3f}", f"{took:.3f}", f"{off:+.0%}"))
+            head = ("", "", "", "")
+            in_time.append(abs(off) <= SECONDS_OFF)
+        self.phases += in_time
+        self.both.append(self.bytes[-1] and all(in_time))
+
+    def add_job(self, name: str, tried: list[tuple[float, float, Case]]) -> None:
+        """tried: predicted and measured seconds of each candidate."""
+        (_, chosen, named), (_, least, quickest) = (min(tried, key=itemgetter(i)) for i in (0, 1))
+        row = _layouts(named), f"{chosen:.3f}", _layouts(quickest), f"{least:.3f}"
+        self.named.append((name, *row, f"{chosen / least:.2f}"))
+        self.best.append(chosen <= BEST_OFF * least)
+
+    def lines(self) -> list[str]:
+        lines = ["predicted, measured, off by:", *table(self.rows), ""]
+        lines += [
+            f"bytes of {sum(self.bytes)} of {len(self.bytes)} cases within {BYTES_OFF:.0%}, "
+            f"{sum(self.phases)} of {len(self.phases)} phases within {SECONDS_OFF:.0%}: both of "
+            f"{sum(self.both)} cases"
+        ]
+        if self.best:
+            lines += ["", *table(self.named)]
+            share = f"{sum(self.best)} of {len(self.best)} jobs"
+            lines += [f"{share}: the named layout within {BEST_OFF - 1:.0%} of the quickest"]
+        return lines
 
 
 def check(gpus: int | None) -> None:
     """Print the tables: one of the cases, one of the jobs."""
-    most = gpus or ranks_here()
-    rows: list[tuple[str, ...]] = [("case", "GB", "", "", "phase", "seconds", "", "")]
-    right = right_bytes = total = phases = right_phases = 0
-    named: list[tuple[str, ...]] = [("job", "named", "seconds", "quickest", "seconds", "ratio")]
-    best = 0
-    for ranks in sorted({1, most}):
-        cases = cases_on(ranks)
-        jobs = jobs_on(ranks) if ranks > 1 else {}
+    tally = Tally()
+    for ranks in sorted({1, gpus or ranks_here()}):
+        cases, jobs = cases_on(ranks), jobs_on(ranks) if ranks > 1 else {}
         every = [*cases, *itertools.chain.from_iterable(jobs.values())]
         results = launched(ranks, [asdict(case) for case in every], rates=True)
-        cost = cost_on(hardware_from(results["rates"]))
-        found = iter(results["cases"])
+        hardware, found = hardware_from(results["rates"]), iter(results["cases"])
         for case in cases:
-            result, plan = next(found), predicted(case, cost, ranks)
-            bytes_there, of_phases = result["bytes"]["all"], compared(case, plan, result)
-            off_bytes = plan.bytes / bytes_there - 1
-            is_right = abs(off_bytes) <= 0.05
-            right_bytes += is_right
-            head: tuple[str, ...] = (
-                _described(case, ranks),
-                f"{plan.bytes / GB:.4f}",
-                f"{bytes_there / GB:.4f}",
-                f"{off_bytes:+.1%}",
-            )
-            for name, guess, took in of_phases:
-                off = guess / took - 1 if took else 0.0
-                rows.append((*head, name, f"{guess:.3f}", f"{took:.3f}", f"{off:+.0%}"))
-                head = ("", "", "", "")
-                phases, right_phases = phases + 1, right_phases + (abs(off) <= 0.25)
-                is_right &= abs(off) <= 0.25
-            total, right = total + 1, right + is_right
+            tally.add_case(case, ranks, predicted(case, hardware, ranks), next(found))
         for name, candidates in jobs.items():
-            tried = [
-                (predicted(case, cost, ranks).total, _total(next(found)), case)
-                for case in candidates
-            ]
-            chosen, quickest = min(tried, key=lambda x: x[0]), min(tried, key=lambda x: x[1])
-            ratio = chosen[1] / quickest[1]
-            best += ratio <= 1.1
-            named.append(
-                (
-                    name,
-                    _layouts(chosen[2]),
-                    f"{chosen[1]:.3f}",
-                    _layouts(quickest[2]),
-                    f"{quickest[1]:.3f}",
-                    f"{ratio:.2f}",
-                )
-            )
-    lines = ["predicted, measured, off by:", *table(rows), ""]
-    lines += [
-        f"bytes of {right_bytes} of {total} cases within 5 %, {right_phases} of {phases} phases "
-        f"within 25 %: both of {right} cases",
-        "",
-    ]
-    if len(named) > 1:
-        lines += table(named)
-        lines += [f"{best} of {len(named) - 1} jobs: the named layout within 10 % of the quickest"]
-    print("\n".join(lines))
+            totals = [predicted(case, hardware, ranks).total for case in candidates]
+            took = [_total(next(found)) for _ in candidates]
+            tally.add_job(name, [*zip(totals, took, candidates)])
+    print("\n".join(tally.lines()))
 
 
 def _total(found: dict) -> float:

@@ -7,7 +7,9 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
+from src.generation.scheduler import READ_ALONE
 from src.models.config import ModelConfig
+from src.models.exchange import BUCKET
 from src.models.stages import Stages, cut_in_stages
 from src.parallel.gradients import BUCKET_BYTES
 from src.parallel.layout import Layout
@@ -25,8 +27,6 @@ from src.planner.work import (
     layers_forward,
     sizes_of,
 )
-
-READ_AT_ONCE = 16384  # tokens of prompts in one forward (src/generation/scheduler.py)
 
 
 @lru_cache(2**12)
@@ -227,7 +227,7 @@ class Cost:
         # Prompts are read once for all samples.
         prompts = sequences / samples
         whole = MicroBatch.of_rows(prompts, prompt, 1, config.sliding_window)
-        forwards = max(1.0, whole.tokens / READ_AT_ONCE)
+        forwards = max(1.0, whole.tokens / READ_ALONE)
         read = layers_forward(config, sizes, whole, self.size)
         read = read + Work(layers=(forwards - 1) * layers, calls=forwards)
         read = read + head_forward(sizes, whole, self.size)
@@ -263,7 +263,7 @@ class Cost:
         within = target.first in source.ranks and target.ranks.stop <= source.ranks.stop
         is_near = last <= per_node or (source.model_size <= per_node and within)
         links = self.hardware.node if is_near else self.hardware.network
-        buckets = 1 + 3 * new * target.model_size / 2**26
+        buckets = 1 + 3 * new * target.model_size / BUCKET
         return new / self.hardware.copies + _seconds(links.send, received, buckets)
 
     # --- links ------------------------------------------------------------------------------------

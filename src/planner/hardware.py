@@ -15,9 +15,9 @@ import torch
 import yaml
 
 from src.errors import UserError
+from src.trainer.activations import USABLE
 
 GB = 1e9
-USABLE = 0.92  # of a GPU's memory: the rest is CUDA's own, the libraries', and gaps
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,7 @@ class Hardware:
     memory: bytes of a rank; score, train, decode: passes without gradients, with them, and a token
     for each of some sequences; numbers: an optimizer's, updated in a second; session: bytes/s of
     weights that are made ready before a first token; copies, fresh: bytes/s that are copied to
-    memory in use, and to new memory; peak: FLOP/s that the MFU is of; overlaps: whether ranks
-    exchange while they compute, as GPUs do; kind: of the device.
+    memory in use, and to new memory; peak: FLOP/s that the MFU is of; kind: of the device.
     """
 
     name: str
@@ -81,8 +80,17 @@ class Hardware:
     node: Links
     network: Links
     peak: float
-    overlaps: bool = True
     kind: str = "cuda"
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether ranks exchange while they compute."""
+        return self.kind == "cuda"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in where nothing else is said."""
+        return torch.float32 if self.kind == "cpu" else torch.bfloat16
 
     def links(self, first: int, size: int, count: int = 1) -> Links:
         """Inside of each of `count` runs of `size` ranks, the first from number `first` on.
@@ -150,7 +158,8 @@ def made(kind: Any, values: Any) -> Any:
 class Published:
     """A GPU by its vendor's data sheet.
 
-    tflops, tflops_fp32: dense products in bf16 and fp16, and in fp32; memory_gb, memory_tb_s;
+    tflops, tflops_fp32: dense products in bf16 and fp16, and in fp32 (some state twice as much,
+    "with sparsity"); memory_gb, memory_tb_s;
     link_gb_s: to the other GPUs of a node, in each direction; network_gb_s: a GPU's share of the
     node's network, as the vendor's own systems have it.
     """

@@ -1,22 +1,18 @@
 """A job and a machine from the planner's settings."""
 
-import torch
-
 from src.checkpoint.source import config_of_type
 from src.errors import UserError
 from src.models.config import ModelConfig
 from src.models.hf_config import PRESETS
+from src.parallel.setup import DTYPES
 from src.planner.hardware import Hardware, published
 from src.planner.job import Job, job_of
 from src.settings.plan import MachineSettings, PlanSettings
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-
-def planned_job(settings: PlanSettings, kind: str) -> Job:
-    """Raises UserError for a model that is not known. kind: of the device."""
+def planned_job(settings: PlanSettings, hardware: Hardware) -> Job:
+    """Raises UserError for a model that is not known."""
     models, job = settings.models, settings.job
-    dtype = job.dtype or ("fp32" if kind == "cpu" else "bf16")
     actor = _config(models.model_type, models.config_file, "")
     critic: ModelConfig = actor
     if models.critic_model_type is not None or models.critic_config_file is not None:
@@ -28,7 +24,7 @@ def planned_job(settings: PlanSettings, kind: str) -> Job:
         job.advantage,
         job.reference,
         job.verifier,
-        dtype=DTYPES[dtype],
+        dtype=DTYPES[job.dtype] if job.dtype else hardware.dtype,
         batch=job.batch,
         prompt=job.prompt_length,
         response=job.response_length,

@@ -23,6 +23,14 @@ from src.ppo.roles import Role
 from src.trainer.optimizer import Optimizer
 
 
+def sizes_by_name(
+    dim: int, layers: int, heads: int, kv_heads: int, hidden: int, vocabulary: int
+) -> dict[str, int]:
+    """A Llama's sizes, by the names of `ModelConfig`."""
+    names = ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "vocab_size")
+    return dict(zip(names, (dim, layers, heads, kv_heads, hidden, vocabulary)))
+
+
 def llama_of(sizes: Mapping[str, Any]) -> ModelConfig:
     """A Llama of these sizes, by the names of `ModelConfig`."""
     return ModelConfig(**sizes, head_dim=sizes["dim"] // sizes["n_heads"])

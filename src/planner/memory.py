@@ -13,9 +13,10 @@ from src.parallel.gradients import BUCKET_BYTES
 from src.parallel.layout import Layout
 from src.parallel.vocab import LOGITS_AT_ONCE, LOGITS_AT_ONCE_CUDA
 from src.planner.cost import RankPart, numbers_of, parts_of, stages_of
-from src.planner.work import FP32, MicroBatch, Sizes, sizes_of
+from src.planner.work import MicroBatch, sizes_of
 from src.trainer.activations import (
     CHUNK_COPIES,
+    FP32,
     bytes_together,
     end_activations,
     layer_activations,
@@ -74,7 +75,7 @@ def of_training(
     activations = 0.0
     for rank, part in enumerate(parts_of(config, layout)):
         layers = _under_way(config, layout, rank, n)
-        own = of_rank(config, layout, sizes, part, layers, dtype, batch, recompute)
+        own = of_rank(config, layout, part, layers, dtype, batch, recompute)
         if layout.pp > 1:  # what goes from stage to stage
             own += n * layout.vp * batch.tokens * size * config.dim / split
         activations = max(activations, own)
@@ -98,7 +99,6 @@ def of_training(
 def _on_gpu(
     config: ModelConfig,
     layout: Layout,
-    sizes: Sizes,
     part: RankPart,
     layers: float,
     dtype: torch.dtype,
@@ -109,17 +109,13 @@ def _on_gpu(
     how = layout.tp, dtype, recompute, False, layout.sp, layout.cp
     kept, at_work = layer_activations(config, *how)
     ends = end_activations(config, dtype.itemsize) * (part.first + part.last) / 2
-    logits = 0.0
-    if part.last and config.head == "lm":
-        numbers = min(LOGITS_AT_ONCE_CUDA, batch.needed * sizes.vocabulary)
-        logits = numbers * CHUNK_COPIES * (FP32 + dtype.itemsize / 2) + FP32 * sizes.head
-    return batch.tokens * (kept * layers + at_work + ends) + logits
+    loss = _loss(config, layout, batch, dtype.itemsize, "cuda") if part.last else 0.0
+    return batch.tokens * (kept * layers + at_work + ends) + loss
 
 
 def _on_cpu(
     config: ModelConfig,
     layout: Layout,
-    sizes: Sizes,
     part: RankPart,
     layers: float,
     dtype: torch.dtype,
@@ -133,6 +129,7 @@ def _on_cpu(
     """
     size, tokens, needed = dtype.itemsize, batch.tokens, min(batch.needed, batch.tokens)
     split = layout.tp if layout.sp else 1
+    sizes = sizes_of(config, layout.tp)
     d, q, k, f = config.dim, sizes.q, sizes.k, sizes.f
     norm = size * (d / split + d)
     before = tokens * (norm + size * (q + 2 * k) + FP32 * (q + k))
@@ -151,10 +148,7 @@ def _on_cpu(
     in_backward = tokens * size * (2 * f + d) + again
     if not part.last:  # another stage goes on
         return kept * layers + in_backward
-    at_end = of_last + 2 * needed * size * d
-    if config.head == "lm":
-        logits = min(LOGITS_AT_ONCE, needed * sizes.vocabulary)
-        at_end += logits * FP32 * (1 if size == FP32 else 2.5) + FP32 * sizes.head
+    at_end = of_last + 2 * needed * size * d + _loss(config, layout, batch, size, "cpu")
     return kept * (layers - 1) + max(at_end, in_backward)
 
 
@@ -195,23 +189,32 @@ def of_scoring(
     is_copy: bool = False,
 ) -> Beside:
     """Of passes without gradients: one layer at work."""
-    size, sizes = dtype.itemsize, sizes_of(config, layout.tp)
+    size = dtype.itemsize
     _, at_work = layer_activations(config, layout.tp, dtype, "none")
     work = batch.tokens * at_work / 2
-    work += _logits(config, sizes.vocabulary, batch.needed, size, kind)
+    work += _logits(config, layout, batch, size, kind)
     weights = numbers_of(config, layout) * size
     copy = weights + min(BUCKET, weights) if is_copy else 0.0
     return Beside(activations=work, copy=copy)
 
 
-def _logits(config: ModelConfig, vocabulary: int, rows: float, size: int, kind: str) -> float:
+def _logits(config: ModelConfig, layout: Layout, batch: MicroBatch, size: int, kind: str) -> float:
     """Of a chunk of rows: logits in fp32, and what is made of them."""
     if config.head != "lm":
         return 0.0
-    at_once = LOGITS_AT_ONCE_CUDA if kind == "cuda" else LOGITS_AT_ONCE
-    numbers = min(at_once, rows * vocabulary)
-    copies = 2 if kind == "cpu" else 3
-    return numbers * (copies * FP32 + (size if size < FP32 else 0))
+    numbers = batch.needed * sizes_of(config, layout.tp).vocabulary
+    if kind == "cuda":
+        return min(LOGITS_AT_ONCE_CUDA, numbers) * CHUNK_COPIES * (FP32 + size / 2)
+    # In fp32 the exponentials take the logits' place, and their gradients the exponentials'.
+    return min(LOGITS_AT_ONCE, numbers) * FP32 * (1 if size == FP32 else 2.5)
+
+
+def _loss(config: ModelConfig, layout: Layout, batch: MicroBatch, size: int, kind: str) -> float:
+    """Of a chunk of logits, with the head's gradient, which is made beside them."""
+    if config.head != "lm":
+        return 0.0
+    head = FP32 * sizes_of(config, layout.tp).head
+    return _logits(config, layout, batch, size, kind) + head
 
 
 def _under_way(config: ModelConfig, layout: Layout, rank: int, n: int) -> float:

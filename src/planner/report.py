@@ -7,6 +7,7 @@ from pathlib import Path
 import yaml
 
 from src.parallel.layout import Layout
+from src.parallel.setup import DTYPES
 from src.planner.hardware import GB, Hardware
 from src.planner.job import PPO, Job
 from src.planner.search import Plan, useful_flops
@@ -55,8 +56,7 @@ def lines_of(job: Job, plan: Plan, hardware: Hardware, gpus: int, number: int) -
 
 def flags_of(job: Job, plan: Plan) -> dict[str, object]:
     """What the job's script is to be given."""
-    dtypes = {"torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float32": "fp32"}
-    flags: dict[str, object] = {"dtype": dtypes[str(job.dtype)]}
+    flags: dict[str, object] = {"dtype": next(n for n, d in DTYPES.items() if d == job.dtype)}
     if job.task == PPO:
         layouts = dict(plan.layouts)
         if "critic_inf" in layouts and layouts["critic_inf"].is_like(layouts["critic_train"]):

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from statistics import NormalDist
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -60,10 +60,11 @@ class Plan:
 
 def best_plans(job: Job, hardware: Hardware, gpus: int, count: int) -> list[Plan]:
     """The quickest, the first first; none where nothing fits."""
-    make = _ppo_plans if job.task == PPO else _row_plans
     cost = Cost(hardware, job.dtype.itemsize)
+    is_ppo = job.task == PPO
+    plans = _ppo_plans(job, cost, gpus, 4 * count) if is_ppo else _row_plans(job, cost, gpus)
     # Of those that differ in which half of the ranks has what, one.
-    found = {(plan.total, plan.bytes): plan for plan in make(job, cost, gpus, 4 * count)}
+    found = {(plan.total, plan.bytes): plan for plan in plans}
     return heapq.nsmallest(count, found.values(), key=lambda plan: plan.total)
 
 
@@ -126,7 +127,7 @@ Priced = TypeVar("Priced", bound=_Priced)
 # --- Rows -----------------------------------------------------------------------------------------
 
 
-def _row_plans(job: Job, cost: Cost, gpus: int, count: int) -> Iterator[Plan]:
+def _row_plans(job: Job, cost: Cost, gpus: int) -> Iterator[Plan]:
     config = job.models["model"]
     context = (1, 2, 4, 8) if job.length >= LONG else (1,)
     for layout in layouts_on(config, range(gpus), cost.hardware, True, context):
@@ -208,6 +209,7 @@ def _meets(half: int, other: int) -> bool:
 
 
 def _ppo_plans(job: Job, cost: Cost, gpus: int, count: int) -> Iterator[Plan]:
+    """Those among the `count` best so far, and more."""
     of_minibatch = max(1, job.batch // job.mini_batches)
     totals: list[float] = []  # of the best so far
     for rows in [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= of_minibatch]:
@@ -215,7 +217,7 @@ def _ppo_plans(job: Job, cost: Cost, gpus: int, count: int) -> Iterator[Plan]:
             options = options_of(job, cost, gpus, rows, recompute)
             bound = totals[-1] if len(totals) == count else math.inf
             if all(options.values()):
-                for plan in _together(job, cost, options, rows, recompute, count, bound):
+                for plan in _together(cost, options, rows, recompute, count, bound):
                     totals = sorted([*totals, plan.total])[:count]
                     yield plan
 
@@ -246,8 +248,9 @@ def options_of(
                 for other in {half, 0}:
                     seconds = _worth_moving_to(job, cost, role, halves[other], rows)
                     for train in trains:
-                        itself = [replace(train.layout, sp=False, zero=1, vp=1)]
-                        for second in {*seconds, *(itself if half == other else [])}:
+                        # A value model may stay as it learns, whatever others take.
+                        stays = role == "critic" and half == other
+                        for second in {*seconds, *([plain_of(train.layout)] if stays else [])}:
                             every += make(job, cost, train, second, half, other, rows)
         else:
             for half, ranks in halves.items():
@@ -360,7 +363,12 @@ def fullest(batch: int, mini_batches: int, dp: int) -> float:
 
 
 def scoring(
-    job: Job, cost: Cost, role: str, layout: Layout, rows: int, how: str = "frozen"
+    job: Job,
+    cost: Cost,
+    role: str,
+    layout: Layout,
+    rows: int,
+    how: Literal["frozen", "trained", "copy"] = "frozen",
 ) -> tuple[float, Beside]:
     """Seconds of a forward over all rollouts, and what it takes beside.
 
@@ -392,9 +400,7 @@ def frozen(job: Job, cost: Cost, role: str, layout: Layout, half: int, rows: int
 def generating(
     job: Job, cost: Cost, learns: Learning, gen: Layout, half: int, other: int, rows: int
 ) -> Iterator[Option]:
-    """The policy: it generates, is scored, and learns."""
-    if gen.pp > 1:
-        return
+    """The policy: it generates (without stages), is scored, and learns."""
     config, dtype, train = job.models["actor"], job.dtype, learns.layout
     is_copy = is_other(train, gen)
     per_model, _ = generated_by_model(job.batch, job.samples_per_prompt, gen.dp)
@@ -487,6 +493,11 @@ def valuing(
     )
 
 
+def plain_of(layout: Layout) -> Layout:
+    """The same ranks for a model that is not trained."""
+    return replace(layout, sp=False, zero=1, vp=1)
+
+
 def is_other(train: Layout, gen: Layout) -> bool:
     """Whether generation takes a copy of the policy: the engine wants plain weights."""
     return not train.is_like(gen) or train.pp > 1 or (train.zero >= 2 and train.models > 1)
@@ -519,7 +530,7 @@ def are_apart(options: Sequence[Option]) -> bool:
 
 @dataclass(frozen=True)
 class Team:
-    """Options of one or two roles that may work at the same time.
+    """Options of the roles that may work at the same time: two, one, or none that there are.
 
     held, beside: bytes on the lower and on the upper half.
     """
@@ -540,7 +551,10 @@ class Team:
         seconds = sum(price[1] for price in prices)
         seconds += max(own) if are_apart(options) else sum(own)
         held = sum(price[2] for price in prices), sum(price[4] for price in prices)
-        beside = max(price[3] for price in prices), max(price[5] for price in prices)
+        beside = (
+            max((price[3] for price in prices), default=0.0),
+            max((price[5] for price in prices), default=0.0),
+        )
         return cls(options, seconds, held, beside)
 
     def fits(self, room: float) -> bool:
@@ -548,7 +562,6 @@ class Team:
 
 
 def _together(
-    job: Job,
     cost: Cost,
     options: dict[str, list[Option]],
     rows: int,
@@ -576,13 +589,13 @@ def _together(
     for index in np.argpartition(seconds, n - 1, axis=None)[:n] if n else []:
         i, j = np.unravel_index(index, seconds.shape)
         chosen = {o.role: o for o in (*sides[0][i].options, *sides[1][j].options)}
-        yield plan_of(job, chosen, rows, recompute)
+        yield plan_of(chosen, rows, recompute)
 
 
 def _teams(lists: list[list[Option]], room: float, bound: float) -> list[Team]:
     """One option of each list together: those that fit, are quick enough, and none beats."""
-    if len(lists) == 1:
-        return [team for team in map(Team.of, zip(lists[0])) if team.fits(room)]
+    if len(lists) < 2:
+        return [team for team in map(Team.of, itertools.product(*lists)) if team.fits(room)]
     a, b = (np.array([option.price for option in options]) for options in lists)
     halves = [np.array([option.half for option in options]) for options in lists]
     own, others, *bytes_of = (np.broadcast_arrays(a[:, None, c], b[None, :, c]) for c in range(6))
@@ -598,7 +611,7 @@ def _teams(lists: list[list[Option]], room: float, bound: float) -> list[Team]:
     return [Team.of((lists[0][i], lists[1][j])) for i, j in places[front]]
 
 
-def plan_of(job: Job, chosen: dict[str, Option], rows: int, recompute: str) -> Plan:
+def plan_of(chosen: dict[str, Option], rows: int, recompute: str) -> Plan:
     """The plan that one option of each role makes."""
     layouts: dict[str, Layout] = {}
     seconds: dict[str, float] = {}

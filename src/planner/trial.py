@@ -19,12 +19,9 @@ from typing import Any
 import torch.distributed as dist
 
 from src.data.encoding import Comparison, Prompt
-from src.generation.engine import Engine
-from src.generation.relayout import RelaidEngine
-from src.generation.sampling import Sampling
+from src.generation.from_settings import sampling_of
 from src.models.batch import Sequence
 from src.models.config import ModelConfig
-from src.models.exchange import is_spread
 from src.models.transformer import Transformer
 from src.parallel.layout import Layout
 from src.parallel.setup import Parallel, reuse_memory, start, stop
@@ -41,12 +38,15 @@ from src.planner.measure import (
     some_sequences,
     timed,
 )
+from src.ppo.assembly import engine_of
 from src.ppo.kl import KLController
+from src.ppo.layouts import Layouts
 from src.ppo.rewards.verifier import VerifierReward
 from src.ppo.roles import Stage
+from src.ppo.setup import ADAM_EPSILON
 from src.ppo.trainer import PPO as Trainer
 from src.settings.declaration import build
-from src.settings.ppo import PPOSettings
+from src.settings.ppo import LayoutSettings, PPOSettings
 from src.trainer.optimizer import Optimizer
 from src.trainer.passes import passes_of
 from src.trainer.solver import SolverObjective
@@ -85,12 +85,18 @@ class Case:
         """A Llama."""
         return llama_of(self.sizes)
 
-    def layout(self, phase: str, ranks: int, like: str = "") -> Layout:
-        """Of a phase; where it has none, as another one's, without what is for training."""
-        if phase in self.layouts:
-            return Layout.parsed(self.layouts[phase], ranks, phase)
-        other = self.layout(like, ranks)
-        return Layout(other.dp, other.pp, other.tp, first=other.first)
+    @property
+    def settings(self) -> PPOSettings:
+        """PPO's, with responses of one length."""
+        lengths = dict(max_new_tokens=self.response, min_new_tokens=self.response)
+        sizes = dict(max_batch_size=self.rows, max_buffer_size=self.batch)
+        longest = self.prompt + self.response
+        given = lengths | sizes | dict(max_seq_len=longest, log_samples=0)
+        return build(PPOSettings, given | self.more)
+
+    def in_layouts(self, ranks: int) -> Layouts:
+        """PPO's, by phase: those that are not given as the script has them."""
+        return Layouts.of(LayoutSettings(**self.layouts), self.settings.run, self.batch, ranks)
 
 
 def weights_of(model: Transformer) -> int:
@@ -159,58 +165,28 @@ def pair_of(chosen: Sequence, other: Sequence) -> Comparison:
 
 def ppo_of(folder: Path, case: Case, parallel: Parallel) -> dict:
     """Iterations of the four roles."""
-    ranks = parallel.world_size
-    train = case.layout("actor_train", ranks)
-    layouts = {
-        "actor_gen": case.layout("actor_gen", ranks, "actor_train"),
-        "critic_train": case.layout("critic_train", ranks),
-        "ref_inf": case.layout("ref_inf", ranks, "actor_train"),
-        "rew_inf": case.layout("rew_inf", ranks, "actor_train"),
-    }
-    critic_inf = case.layout("critic_inf", ranks, "critic_train")
-    settings = build(
-        PPOSettings,
-        dict(
-            max_batch_size=case.rows,
-            max_buffer_size=case.batch,
-            max_seq_len=case.prompt + case.response,
-            max_new_tokens=case.response,
-            min_new_tokens=case.response,
-            log_samples=0,
-        )
-        | case.more,
-    )
-    parallel = parallel.laid_out(train)
+    settings, layouts = case.settings, case.in_layouts(parallel.world_size)
+    parallel = parallel.laid_out(layouts.actor_train)
     stage = Stage(False, parallel.device)
-    for name, division in (
-        ("policy", parallel),
-        ("value", parallel.laid_out(layouts["critic_train"])),
+    for name, head, layout, recompute in (
+        ("policy", "lm", layouts.actor_train, case.recompute),
+        ("value", "score", layouts.critic_train, case.recompute),
+        ("reference", "lm", layouts.ref_inf, None),
+        ("reward", "score", layouts.rew_inf, None),
     ):
-        head = "lm" if name == "policy" else "score"
-        stage.add(role_of(folder, name, head, division, case.recompute, eps=1e-5))
-    for name, phase in (("reference", "ref_inf"), ("reward", "rew_inf")):
-        head = "lm" if name == "reference" else "score"
-        stage.add(role_of(folder, name, head, parallel.laid_out(layouts[phase]), None))
-    policy = stage.roles["policy"].model
-    limits = settings.rollouts.rollout_batch_size, settings.batches.max_seq_len
-    relaid = is_spread(policy) or not layouts["actor_gen"].is_like(train)
-    engine: Any = (
-        RelaidEngine(policy, parallel, layouts["actor_gen"], *limits)
-        if relaid
-        else Engine(policy, parallel, *limits)
-    )
-    sampling = Sampling(max_new_tokens=case.response, temperature=1.0, seed=0)
+        division = parallel.laid_out(layout)
+        stage.add(role_of(folder, name, head, division, recompute, eps=ADAM_EPSILON))
+    stays = layouts.critic_inf.is_like(layouts.critic_train)
     trainer = Trainer(
         stage,
         [(1.0, VerifierReward(stage.roles["reward"], parallel, case.rows))],
-        engine,
-        sampling,
+        engine_of(settings, layouts, stage, parallel),
+        sampling_of(settings.generation, settings.run.seed),
         set(),
         KLController(0.1),
         settings,
         parallel,
-        None,
-        None if critic_inf.is_like(layouts["critic_train"]) else critic_inf,
+        values_in=None if stays else layouts.critic_inf,
     )
     samples = settings.rollouts.samples_per_prompt
     of_prompts = some_sequences(

@@ -11,8 +11,7 @@ from functools import lru_cache
 from src.models.config import ModelConfig
 from src.models.layout import layer_table, tensor_table
 from src.planner.hardware import Rates
-
-FP32 = 4
+from src.trainer.activations import FP32
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,6 @@ class Sizes:
     head: int
     vocabulary: int
     embedding: int
-    tp: int
 
 
 @lru_cache(2**12)
@@ -128,7 +126,7 @@ def sizes_of(config: ModelConfig, tp: int) -> Sizes:
     vocabulary = -(-config.vocab_size // tp) if config.head == "lm" else 1
     qkv = config.dim * (q + 2 * k)
     layer = met, qkv, experts, share, stored, q, k, f
-    return Sizes(config.dim, *layer, head, vocabulary, embedding, tp)
+    return Sizes(config.dim, *layer, head, vocabulary, embedding)
 
 
 def layers_forward(
@@ -200,12 +198,10 @@ def head_forward(sizes: Sizes, batch: MicroBatch, size: int) -> Work:
 
 def head_training(sizes: Sizes, batch: MicroBatch, size: int) -> Work:
     """Logits, and the gradients that are made of them while they are there."""
-    rows, forward = batch.needed, head_forward(sizes, batch, size)
-    logits = sizes.vocabulary > 1
-    more = logits * rows * sizes.vocabulary * (2 * size + 4 * FP32)
+    forward = head_forward(sizes, batch, size)
     return Work(
         3 * forward.products,
-        elements=forward.elements + more,
+        elements=2 * forward.elements,
         weights=3 * forward.weights + 2 * FP32 * sizes.head,
         calls=1,
     )

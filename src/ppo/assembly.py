@@ -20,7 +20,7 @@ from src.ppo.rewards import make_rewards
 from src.ppo.roles import Stage
 from src.ppo.setup import reward_inputs, together_on_device
 from src.ppo.trainer import PPO
-from src.settings.ppo import PPOTrainSettings
+from src.settings.ppo import PPOSettings, PPOTrainSettings
 from src.trainer.activations import described, held_bytes, limited
 
 
@@ -75,7 +75,7 @@ def with_token_limit(
 
 
 def engine_of(
-    settings: PPOTrainSettings, layouts: Layouts, stage: Stage, parallel: Parallel
+    settings: PPOSettings, layouts: Layouts, stage: Stage, parallel: Parallel
 ) -> Engine | RelaidEngine:
     """Rollouts in the policy's own layout, or in another (--actor_gen)."""
     policy = stage.roles["policy"].model

@@ -15,6 +15,7 @@ from src.models.flops import TrainingFlops, attention_pairs
 from src.models.transformer import Transformer
 from src.parallel.clock import clock
 from src.parallel.setup import Parallel, matmul_rate
+from src.planner.hardware import GPUS
 
 if TYPE_CHECKING:
     from src.trainer.objective import Objective
@@ -24,10 +25,10 @@ PROFILED_STEPS = (3, 2)  # steps that pass before the profile, and steps in it
 # the first that fits counts.
 PUBLISHED: dict[str, float | None] = {
     "NVL": None,  # cards of the names below with other clocks
-    "H100 PCIe": 756e12,
-    "H100": 989e12,  # SXM; the data sheets state twice as much, "with sparsity"
-    "H200": 989e12,
-    "A100": 312e12,
+    "H100 PCIe": GPUS["h100-pcie"].tflops * 1e12,
+    "H100": GPUS["h100"].tflops * 1e12,  # SXM
+    "H200": GPUS["h200"].tflops * 1e12,
+    "A100": GPUS["a100"].tflops * 1e12,
 }
 
 

@@ -10,7 +10,6 @@ from src.errors import UserError
 from src.models.config import ModelConfig
 from src.planner import calibrate, check
 from src.planner.calibrate import fitted, launched, nonnegative
-from src.planner.cost import Cost
 from src.planner.hardware import GPUS, Hardware, published
 from src.planner.job import PPO, SFT, VERIFIER
 from src.planner.trial import Case
@@ -110,14 +109,14 @@ def tried():
 
 def test_cases_run_and_take_the_bytes_that_are_predicted(tried):
     cases, results = tried
-    cost = Cost(replace(published("h100", 2), kind="cpu", overlaps=False), torch.float32.itemsize)
+    hardware = replace(published("h100", 2), kind="cpu")
     for case, found in zip(cases, results["cases"]):
-        plan, there = check.predicted(case, cost, 2), found["bytes"]
+        plan, there = check.predicted(case, hardware, 2), found["bytes"]
         held = sum(sum(kinds.values()) for kinds in plan.held.values())
         if "dp1 on" not in str(case.layouts):  # else no rank holds both
             assert held == pytest.approx(there["weights"] + there["optimizer"], rel=0.01), case
         assert plan.bytes == pytest.approx(there["all"], rel=0.12), case
-        phases = check.compared(case, plan, found)
+        phases = check.compared(plan, found)
         assert all(took > 0 for _, _, took in phases), phases
         assert {name for name, *_ in phases} >= (
             {"actor_gen", "actor_train", "critic_train"} if case.task == PPO else {"passes"}
@@ -153,19 +152,20 @@ def test_fp32_has_its_own_rate_and_is_what_a_measured_processor_computes_in():
         settings = build(PlanSettings, given | dict(dtype=dtype))
         assert hardware_of(settings.machine, settings.job.dtype).peak == peak
     settings = build(PlanSettings, given)
-    assert planned_job(settings, "cuda").dtype == torch.bfloat16
-    assert planned_job(settings, "cpu").dtype == torch.float32
+    assert planned_job(settings, published("h100", 8)).dtype == torch.bfloat16
+    measured = replace(published("h100", 8), kind="cpu")
+    assert planned_job(settings, measured).dtype == torch.float32
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
 def test_every_case_of_the_check_can_be_predicted_on_any_node(ranks):
     """And is one that its ranks can run: a layer for each stage, rows for each model."""
-    hardware = replace(published("h100", ranks), kind="cpu", overlaps=False)
+    hardware = replace(published("h100", ranks), kind="cpu")
     jobs = check.jobs_on(ranks) if ranks > 1 else {}
     cases = [*check.cases_on(ranks), *(case for job in jobs.values() for case in job)]
     assert len(cases) >= (4 if ranks == 1 else 40)
     for case in cases:
-        plan = check.predicted(case, check.cost_on(hardware), ranks)
+        plan = check.predicted(case, hardware, ranks)
         assert plan.total > 0 and plan.bytes > 0
         if case.task != PPO:
             assert case.batch % plan.layouts["model"].dp == 0

@@ -80,7 +80,7 @@ def test_the_best_for_ppo_is_the_best_of_all(monkeypatch, memory):
         names = [*options]
         few = {name: _spread(options[name]) for name in names}
         for chosen in itertools.product(*(few[name] for name in names)):
-            plan, count = plan_of(work, dict(zip(names, chosen)), rows, recompute), count + 1
+            plan, count = plan_of(dict(zip(names, chosen)), rows, recompute), count + 1
             if plan.bytes <= memory:
                 best = min(best, plan.total)
     assert count > 1000 and found.bytes <= memory
@@ -223,3 +223,16 @@ def test_plans_are_printed_and_written(tmp_path):
         assert re.search(rf"^   {phase} +dp\d+ .*on \d", out, re.M)
     written = yaml.safe_load(path.read_text())
     assert all(f"--{name} " in out for name in written) and written["max_buffer_size"] == 64
+
+
+def test_what_a_plan_leaves_out_its_flags_leave_out(tmp_path):
+    """No value model, no reference, no reward model: the script is told so, and has no use for
+    them."""
+    path = tmp_path / "plan.yaml"
+    without = ["--noreference", "--noverifier", *flags(advantage="grpo", samples_per_prompt=8)]
+    sizes = flags(model_type="qwen2.5-0.5b", gpus=4, gpu="l40s", batch=64, best=1, out=path)
+    must("plan.py", *sizes, *without)
+    given = ["--config", str(path), *flags(model_type="qwen2.5-0.5b", world_size=4), "--dry_run"]
+    out = must("ppo_train.py", *given).out
+    assert re.findall(r"^  (\w+) +[\d,]+ ", out, re.M)[0] == "policy"
+    assert "reference" not in out and "  value" not in out and "  reward" not in out
