@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Encoding, normalizers
 from tokenizers import Tokenizer as RustTokenizer
 
 from src.checkpoint.folder import find_tokenizer
-from src.data.chat import DEFAULT_DATE, Chat, Counted, find_chat, has_template
+from src.data.chat import DEFAULT_DATE, Chat, Counted, Message, find_chat, has_template
 from src.data.pieces import begin_text_once
 from src.data.ranks import put_before
 from src.data.tokenizer_files import (
@@ -30,6 +30,7 @@ from src.data.tokenizer_files import (
     is_foreign_verifier,
     stop_ids_in,
 )
+from src.data.turns import Conversation, Span, assistant_spans, tokens_of
 from src.errors import UserError
 
 # Put inside a control token that a text spells out, so that it is text: two that are no characters
@@ -257,11 +258,16 @@ class Tokenizer:
 
     # --- ids ------------------------------------------------------------------------------------
 
-    def prompt_ids(self, text: str) -> list[int]:
-        """What the model reads before it answers `text`.
+    def prompt_ids(
+        self, text: str | list[Message], tools: list[dict] | None = None
+    ) -> list[int]:
+        """What the model reads before it answers `text`, or a conversation up to there.
 
-        With a chat template BOS is there if the template writes it.
+        With a chat template BOS is there if the template writes it. tools: what may be called in a
+        conversation.
         """
+        if not isinstance(text, str):
+            return self.conversation_ids(text, tools)
         text = self._spelling(text)
         if self.chat:
             return self._embedded(self._encode(self.chat.prompt(text)), text)
@@ -275,16 +281,50 @@ class Tokenizer:
             )
         return ids
 
-    def conversation_ids(self, messages: list[dict[str, str]]) -> list[int]:
+    def conversation_ids(
+        self, messages: list[Message], tools: list[dict] | None = None
+    ) -> list[int]:
         """What the model reads before it answers the last of {"role", "content"}, by its template.
 
-        Raises UserError without a chat template.
+        tools: what it may call, as JSON schemas. Raises UserError without a chat template.
         """
+        chat, said = self._chat_for_conversations, self._all_spelled([messages, tools])
+        return self._embedded(self._encode(chat.prompt(*said)), str(messages[-1].get("content")))
+
+    def whole_conversation(self, conversation: Conversation) -> tuple[list[int], list[list[Span]]]:
+        """The ids of a whole conversation, and which of them each trained turn of it is.
+
+        The ids are those of the template's text, as transformers has them; a turn is [start, stop)
+        of ids, or several such: every token that has a character of it. Where the template ends the
+        last turn with no token, EOS does. Raises UserError without a chat template, or where a turn
+        cannot be found.
+        """
+        chat = self._chat_for_conversations
+        messages, tools = self._all_spelled([conversation.messages, conversation.tools])
+        spelled = Conversation(messages, tools, conversation.first)
+        text, turns = assistant_spans(chat, spelled, self._any_added, self._ending)
+        encoding = self._encoded(self._marked if _MARK in text else self._rust, text)
+        ids, offsets = self._embedded(encoding.ids, text), encoding.offsets
+        if turns and turns[-1][-1][1] > len(text):
+            ids, offsets = [*ids, self.eos_id], [*offsets, (len(text), len(text) + 1)]
+        return ids, [[tokens_of(offsets, span) for span in turn] for turn in turns]
+
+    @property
+    def _chat_for_conversations(self) -> Chat:
         if self.chat is None:
-            raise UserError(f"{self.path}: conversations need a chat template")
-        texts = [self._spelling(message["content"]) for message in messages]
-        turns = [message | {"content": text} for message, text in zip(messages, texts)]
-        return self._embedded(self._encode(self.chat.prompt(turns)), " ".join(texts))
+            raise UserError(
+                f"{self.path}: conversations are written by a chat template: give "
+                "--use_chat_template"
+            )
+        return self.chat
+
+    def _all_spelled(self, value: Any) -> Any:
+        """Every text within, as `_spelling` has it."""
+        if isinstance(value, str):
+            return self._spelling(value)
+        if isinstance(value, dict):
+            return {key: self._all_spelled(item) for key, item in value.items()}
+        return [self._all_spelled(item) for item in value] if isinstance(value, list) else value
 
     def response_ids(self, text: str, sampled: bool = False, ended: bool = True) -> list[int]:
         """`text` as the model would answer it, up to and with `eos_id`.
@@ -348,6 +388,11 @@ class Tokenizer:
         return _any_of(self.control)
 
     @cached_property
+    def _any_added(self) -> re.Pattern:
+        """Any token that may end a turn."""
+        return _any_of({t.content for t in self._rust.get_added_tokens_decoder().values()})
+
+    @cached_property
     def _first_characters(self) -> set[str]:
         return {text[0] for text in self.control}
 
@@ -363,6 +408,9 @@ class Tokenizer:
 
     def _read(self, rust: RustTokenizer, text: str) -> list[int]:
         """The ids of a text by one of the runtimes."""
+        return self._encoded(rust, text).ids
+
+    def _encoded(self, rust: RustTokenizer, text: str) -> Encoding:
         encoding = rust.encode(text, add_special_tokens=False)
         if self._may_lose and self._lost(encoding, text):
             # what the file itself composes is not lost
@@ -370,7 +418,7 @@ class Tokenizer:
             lost = self._lost(rust.encode(composed, add_special_tokens=False), composed)
             if lost:
                 self.lossy.add(lost)
-        return encoding.ids
+        return encoding
 
     def _lost(self, encoding: Encoding, text: str) -> str:
         """The characters of a text, a word at most, that no token holds; "" where there are none.

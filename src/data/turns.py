@@ -1,0 +1,212 @@
+"""Where in a chat template's text of a conversation the assistant's turns lie: what is trained on.
+
+A template may mark them itself ({% generation %}). Else they are found by what it writes when one
+message is another: a turn begins where, after the message before, an answer is to begin, and ends
+with the token that ends it. Whatever a row's template does, each turn is verified, or refused.
+"""
+
+import os
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from src.data.chat import Chat, Message, Thought, is_held
+from src.errors import UserError
+
+Span = tuple[int, int]  # [start, stop)
+_SENTINEL = "\ufdd4"  # no character: no text holds it, and no template changes it
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages, what the model may call in them, and from which message on they are trained on.
+
+    messages: as {"role", "content"}, perhaps with tool calls and more; tools: JSON schemas; first:
+    a place among the messages; those before are a prompt.
+    """
+
+    messages: list[Message]
+    tools: list[dict] | None = None
+    first: int = 0
+
+    @property
+    def turns(self) -> list[int]:
+        """The places of the assistant's messages that are trained on."""
+        return [
+            i
+            for i, message in enumerate(self.messages)
+            if i >= self.first and message["role"] == "assistant"
+        ]
+
+
+def assistant_spans(
+    chat: Chat, conversation: Conversation, ends: re.Pattern, before_end: str = ""
+) -> tuple[str, list[list[Span]]]:
+    """The template's text, and the spans of characters in it of each turn that is trained on.
+
+    ends: the tokens that may end a turn; before_end: what the template writes between an answer and
+    that. Raises UserError where a turn cannot be found for certain.
+    """
+    messages, tools = conversation.messages, conversation.tools
+    text, marked = chat.marked(messages, tools)
+    if marked:
+        return text, _of_marks(chat, conversation, text, marked)
+    if not conversation.turns:
+        return text, []
+    finder = _Finder(chat, messages, tools, text, ends, before_end)
+    spans = [finder.span(place) for place in conversation.turns]
+    for (_, stop), (start, _) in zip(spans, spans[1:]):
+        if start < stop:
+            raise UserError("the template writes one turn into another")
+    return text, [[span] for span in spans]
+
+
+def _of_marks(
+    chat: Chat, conversation: Conversation, text: str, marked: list[Span]
+) -> list[list[Span]]:
+    """The spans that a template marks itself, by the turns that are trained on."""
+    spans = []
+    for place in conversation.turns:
+        # As many marks as there are without it are others' turns.
+        before = len(chat.marked(conversation.messages[:place], conversation.tools)[1])
+        upto = len(chat.marked(conversation.messages[: place + 1], conversation.tools)[1])
+        if upto > len(marked) or before == upto:
+            raise UserError(f"the template marks no generation for message {place} (from 0)")
+        spans.append(marked[before:upto])
+    return spans
+
+
+def tokens_of(offsets: Sequence[Span], span: Span) -> Span:
+    """The tokens that have a character of a span. offsets: of each token, in order."""
+    start = bisect_right(offsets, span[0], key=lambda offset: offset[1])
+    return start, max(start, bisect_left(offsets, span[1], key=lambda offset: offset[0]))
+
+
+@dataclass(frozen=True)
+class _Finder:
+    """Finds turns in `text`, which the template writes of the messages."""
+
+    chat: Chat
+    messages: list[Message]
+    tools: list[dict] | None
+    text: str
+    ends: re.Pattern
+    before_end: str
+    contents: dict[int, tuple[int, int, Message]] = field(default_factory=dict)
+
+    def span(self, place: int) -> Span:
+        """A turn, from where generation begins to the token that ends it.
+
+        That is past the text's end where the last turn has none.
+        """
+        where = f"message {place} (from 0), the assistant's,"
+        begin, stop, other = self._content(place)
+        start = self._start(place, begin)
+        if start is None or start > stop:
+            raise UserError(f"{where} does not begin where the template's prompt ends")
+        end = self._end(place, stop, other)
+        if end is None:
+            raise UserError(f"{where} is followed by no token that ends it")
+        self._check_whole(place, end, where)
+        return start, end
+
+    def _check_whole(self, place: int, end: int, where: str) -> None:
+        """Raise UserError where what the message says stands elsewhere, or its calls do not."""
+        since = self._content(place - 1)[1] if place else 0  # what opens a thought among it
+        message, turn = self.messages[place], self.text[since:end]
+        said = message.get("content")
+        if isinstance(said, str) and not is_held(said, turn):
+            if is_held(said, self.text):
+                raise UserError(f"{where} does not stand where its turn is")
+            self.chat.left_out.add(said)
+        if place + 1 < len(self.messages) and self._content(place + 1)[0] < end:
+            raise UserError(f"{where} holds the next one's text")
+        for call in message.get("tool_calls") or []:
+            name = call.get("function", call).get("name")
+            if name not in turn:
+                raise UserError(f"{where} calls {name}, which the template leaves out")
+
+    def _content(self, place: int) -> tuple[int, int, Message]:
+        """[start, stop) of a message's own text, and the other message by which it was found."""
+        if place not in self.contents:
+            self.contents[place] = self._found(place)
+        return self.contents[place]
+
+    def _found(self, place: int) -> tuple[int, int, Message]:
+        for other in _otherwise(self.messages[place]):
+            messages = [*self.messages[:place], other, *self.messages[place + 1 :]]
+            try:
+                written = self.chat.text_of(messages, self.tools)
+            except UserError:  # it refuses such a conversation
+                continue
+            if written.count(_SENTINEL) == 1:
+                before, after = written.split(_SENTINEL)
+                start = len(_common(self.text, before))
+                kept = len(_common(self.text[start:][::-1], after[::-1]))
+                return start, len(self.text) - kept, other
+        role = self.messages[place]["role"]
+        raise UserError(f"the template does not write message {place} (from 0), of role {role}")
+
+    def _end(self, place: int, stop: int, other: Message) -> int | None:
+        """Behind the token that ends a turn. other: by which its own text was found, up to stop."""
+        if "tool_calls" in other:  # which goes on: as far as it does where nothing follows
+            alone = self.chat.text_of([*self.messages[:place], other], self.tools)
+            rest = _common(alone.rpartition(_SENTINEL)[2], self.text[stop:])
+            last = max((end.end() for end in self.ends.finditer(rest)), default=None)
+            return None if last is None else stop + last
+        end = self.ends.search(self.text, stop)
+        between = self.text[stop : end.start()] if end else self.text[stop:]
+        if between.strip() not in ("", self.before_end.strip()):
+            return None
+        if end is None:
+            return len(self.text) + 1 if place == len(self.messages) - 1 else None
+        return end.end()
+
+    def _start(self, place: int, begin: int) -> int | None:
+        """Where generation of a turn begins: after what follows the message before.
+
+        begin: where its own text does.
+        """
+        if place:
+            _, stop, _ = self._content(place - 1)
+            for closing in self._closings(place):
+                if self.text.startswith(closing, stop):
+                    return stop + len(closing)
+        opening = self.chat.opening
+        found = self.text.rfind(opening, 0, begin) if opening.strip() else -1
+        return None if found < 0 else found + len(opening)
+
+    def _closings(self, place: int) -> Iterator[str]:
+        """What the template may write between the message before a turn and the turn."""
+        for other in _otherwise(self.messages[place - 1]):
+            try:
+                messages = [*self.messages[: place - 1], other]
+                text = self.chat.before_answer(messages, self.tools)
+            except UserError:  # it refuses such a conversation
+                continue
+            closing = text.rpartition(_SENTINEL)[2]
+            yield closing
+            # A prompt may open a thought that an earlier or plain answer is written without.
+            thought = Thought.at_end(closing)
+            if thought:
+                yield closing[: thought.start]
+
+
+def _common(a: str, b: str) -> str:
+    return os.path.commonprefix((a, b))
+
+
+def _otherwise(message: Message) -> list[Message]:
+    """A message with the sentinel in place of what it says, or else in its last call."""
+    plain = {k: v for k, v in message.items() if k not in ("tool_calls", "content")}
+    ways = [plain | {"content": _SENTINEL}]
+    calls: Any = message.get("tool_calls")
+    if calls:
+        *others, last = calls
+        for part in ({"arguments": {_SENTINEL: 0}}, {"name": _SENTINEL}):
+            changed = last.get("function", last) | part
+            last_changed = last | {"function": changed} if "function" in last else changed
+            ways.append(message | {"tool_calls": [*others, last_changed]})
+    return ways
