@@ -1,12 +1,11 @@
-"""Reading the user's data files and writing ours: `.json` or `.jsonl`.
+"""Rows of the user's data files, and writing our own.
 
-A `.json` is a list of objects, a `.jsonl` has one object per line. Rows stay plain dicts and keep
-their extra keys. Everything wrong with a file is one `UserError` that names file:line, the field,
-what it holds, what it must hold and how a row looks; no row is dropped or repaired in silence, and
-a field that nobody reads is named: refused where it would change what is asked.
+Rows stay plain dicts and keep their extra keys. Everything wrong with a file is one `UserError`
+that names file:line, the field, what it holds, what it must hold and how a row looks; no row is
+dropped or repaired in silence, and a field that nobody reads is named: refused where it would
+change what is asked.
 """
 
-import difflib
 import json
 import math
 import os
@@ -15,8 +14,9 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from src.data.files import Broken, elements
 from src.errors import UserError
 
 _SHOWN_PROBLEMS, _SHOWN_FIELDS = 5, 8
@@ -167,7 +167,7 @@ def read_form(path: str | Path, forms: dict[str, Form]) -> Rows:
 
 def form_of(path: str | Path, fields: tuple[str, ...]) -> str:
     """The first of the fields that the file's first row has, or the last of them."""
-    first = next((value for _, value in _elements(path)), None)
+    first = next((value for _, value in elements(path)), None)
     names = first if isinstance(first, dict) else {}
     return next((field for field in fields if field in names), fields[-1])
 
@@ -204,11 +204,9 @@ def read_rows(
     """
     optional = optional or {}
     rows, problems = [], []
-    for line, value in _elements(path):
+    for where, value in elements(path):
         rows.append(value)
-        problems += [
-            f"{path}:{line}: {problem}" for problem in _row_problems(value, required, optional)
-        ]
+        problems += [f"{where}: {problem}" for problem in _row_problems(value, required, optional)]
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems[:_SHOWN_PROBLEMS])
         hidden = len(problems) - _SHOWN_PROBLEMS
@@ -260,51 +258,7 @@ def write_jsonl(path: str | Path, rows: list[dict]) -> None:
     _write_text(path, "".join(_dumps(row) + "\n" for row in rows))
 
 
-# ---- text in and out -----------------------------------------------------------------------------
-
-
-def _read_text(path: str | Path) -> str:
-    """The text of a data file. Raises UserError when it is none, or is not UTF-8."""
-    if Path(path).suffix not in (".json", ".jsonl"):
-        raise UserError(
-            f"{path}: a data file must end in .json (a list of objects) or .jsonl "
-            f"(one object per line), not {Path(path).suffix or 'nothing'!r}"
-        )
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}{_nearest_file(path)}") from error
-    if not data.strip():
-        raise UserError(f"{path}: is empty; it needs at least one row")
-    if b"\0" in data:
-        raise UserError(
-            f"{path}:{_line_of(data, data.index(0))}: holds a NUL byte; "
-            "save it as UTF-8 text (UTF-16 and half-written files look like this)"
-        )
-    try:
-        return data.decode("utf-8-sig")  # -sig: some editors put a byte-order mark first
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}:{_line_of(data, error.start)}: byte 0x{data[error.start]:02x} is not UTF-8; "
-            "save the file as UTF-8"
-        ) from error
-
-
-def _elements(path: str | Path) -> Iterator[tuple[int, Any]]:
-    """(line, value) of each element of a data file."""
-    text = _read_text(path)
-    return {".json": _array_elements, ".jsonl": _line_elements}[Path(path).suffix](text)
-
-
-def _nearest_file(path: str | Path) -> str:
-    folder = Path(path).parent
-    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-    near = difflib.get_close_matches(Path(path).name, names, n=1)
-    return f"; did you mean {folder / near[0]}?" if near and near[0] != Path(path).name else ""
-
-
-def _line_of(data: bytes, position: int) -> int:
-    return data.count(b"\n", 0, position) + 1
+# ---- text out ------------------------------------------------------------------------------------
 
 
 def _dumps(value: Any, indent: int | None = None) -> str:
@@ -329,125 +283,13 @@ def _write_text(path: str | Path, text: str) -> None:
             unfinished.unlink()
 
 
-# ---- text to elements ----------------------------------------------------------------------------
-
-
-class _Broken(Exception):
-    """The text is not JSON at `line`; takes an element's place among the values."""
-
-    def __init__(self, line: int, why: str):
-        super().__init__(why)
-        self.line = line
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _refuse_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):  # else the last would count, in silence
-        twice = next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
-        raise ValueError(f'the field "{_shown(twice)}" comes twice in one object')
-    return found
-
-
-# NaN and infinities are no JSON.
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_refuse_repeated)
-_SPACE = re.compile(r"[ \t\r\n]*")
-
-
-def _after_space(text: str, position: int = 0) -> int:
-    match = _SPACE.match(text, position)
-    assert match is not None, "no space at all matches too"
-    return match.end()
-
-
-def _line_elements(text: str) -> Iterator[tuple[int, Any]]:
-    """(line, value) of each line that is not blank."""
-    if _is_one_list(text):
-        line = text.count("\n", 0, _after_space(text)) + 1
-        yield line, _Broken(line, "the file is one list [...] of objects; name it .json")
-        return
-    # splitlines() would also cut at U+2028 inside strings
-    for line, row in enumerate(text.split("\n"), start=1):
-        if row.strip():
-            try:
-                value, end = _decode(row, _after_space(row), line)
-                if row[end:].strip():
-                    raise _Broken(
-                        line, f"column {end + 1}: text after the object; write one object per line"
-                    )
-                yield line, value
-            except _Broken as broken:
-                yield line, broken
-
-
-def _is_one_list(text: str) -> bool:
-    """Whether it begins with a list of objects, or one that goes on in the next line."""
-    start = _after_space(text)
-    if not text.startswith("[", start):
-        return False
-    line = text[start:].partition("\n")[0].rstrip()
-    return line == "[" or text.startswith("{", _after_space(text, start + 1))
-
-
-def _array_elements(text: str) -> Iterator[tuple[int, Any]]:
-    """(line, value) of each element of the list.
-
-    Decodes one element at a time, because the line on which each starts is wanted.
-    """
-
-    def skip_space(position: int, line: int) -> tuple[int, int]:
-        end = _after_space(text, position)
-        return end, line + text.count("\n", position, end)
-
-    try:
-        position, line = skip_space(0, 1)
-        if not text.startswith("[", position):
-            raise _Broken(
-                line,
-                "the file must be one list [...] of objects; "
-                "with one object per line, name it .jsonl",
-            )
-        position, line = skip_space(position + 1, line)
-        closed = text.startswith("]", position)
-        while not closed:
-            value, end = _decode(text, position, line)
-            yield line, value
-            position, line = skip_space(end, line + text.count("\n", position, end))
-            closed = text.startswith("]", position)
-            if not closed:
-                if not text.startswith(",", position):
-                    raise _Broken(line, 'not JSON: expected "," or "]" after the element before')
-                position, line = skip_space(position + 1, line)
-        position, line = skip_space(position + 1, line)
-        if position < len(text):
-            raise _Broken(line, "text after the list's closing ]")
-    except _Broken as broken:
-        yield broken.line, broken
-
-
-def _decode(text: str, start: int, line: int) -> tuple[Any, int]:
-    """The JSON value at `start`, which is on `line`, and where it ends. Raises `_Broken`."""
-    try:
-        return _DECODER.raw_decode(text, start)
-    except json.JSONDecodeError as error:
-        error_line = line + text.count("\n", start, error.pos)
-        raise _Broken(error_line, f"not JSON: {error.msg} (column {error.colno})") from None
-    except RecursionError:
-        raise _Broken(line, "not usable: nested too deeply") from None
-    except ValueError as error:  # NaN, or an integer of thousands of digits
-        raise _Broken(line, f"not usable: {error}") from None
-
-
 # ---- elements to rows ----------------------------------------------------------------------------
 
 
 def _row_problems(
     value: Any, required: dict[str, Kind], optional: dict[str, Kind]
 ) -> Iterator[str]:
-    if isinstance(value, _Broken):
+    if isinstance(value, Broken):
         yield str(value)
     elif not isinstance(value, dict):
         yield f"expected an object {{...}}, found {_describe(value)}"
