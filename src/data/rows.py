@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from src.data.files import Broken, elements
+from src.data.files import Broken, Cells
+from src.data.sources import elements_of
 from src.errors import UserError
 
 _SHOWN_PROBLEMS, _SHOWN_FIELDS = 5, 8
@@ -114,11 +115,20 @@ LABELLED: Form = {INSTRUCTION: TEXT, "output": SAMPLE, "label": FLAG}, {}
 
 
 class Rows(list[dict]):
-    """A file's rows. notes: what its user should know of them, a sentence each."""
+    """The rows of a file, or of several.
 
-    def __init__(self, rows: list[dict], notes: list[str]) -> None:
+    notes: what their user should know of them, a sentence each; files: each file, with the number
+    of its first row.
+    """
+
+    def __init__(self, rows: list[dict], notes: list[str], files: list[tuple[str, int]]) -> None:
         super().__init__(rows)
-        self.notes = notes
+        self.notes, self.files = notes, files
+
+    def where(self, number: int) -> str:
+        """The place of a row, its number from 0 among all, for messages."""
+        file, first = next(x for x in reversed(self.files) if x[1] <= number)
+        return f"{file}: row {number - first} (from 0)"
 
 
 def read_solver_rows(path: str | Path) -> Rows:
@@ -167,7 +177,7 @@ def read_form(path: str | Path, forms: dict[str, Form]) -> Rows:
 
 def form_of(path: str | Path, fields: tuple[str, ...]) -> str:
     """The first of the fields that the file's first row has, or the last of them."""
-    first = next((value for _, value in elements(path)), None)
+    first = next((value for _, (_, value) in elements_of(path)), None)
     names = first if isinstance(first, dict) else {}
     return next((field for field in fields if field in names), fields[-1])
 
@@ -197,14 +207,19 @@ def read_rows(
 ) -> Rows:
     """All rows of `path`, each with every `required` field, and each field of its kind.
 
+    path: whatever src/data/sources.py takes.
+
     An `optional` field may be missing, or say nothing as null does. unread: others that a row may
     well have; None: all may be read by somebody. A row's instruction may also be called as in
     `OTHER_NAMES`, and gets our name. Raises `UserError`, with the first few problems and their
     count.
     """
     optional = optional or {}
-    rows, problems = [], []
-    for where, value in elements(path):
+    rows, problems, files = list[Any](), list[str](), dict[str, int]()
+    for file, (where, value) in elements_of(path):
+        if isinstance(value, Cells):
+            value = _spelled(value, {**required, **optional})
+        files.setdefault(file, len(rows))
         rows.append(value)
         problems += [f"{where}: {problem}" for problem in _row_problems(value, required, optional)]
     if problems:
@@ -220,7 +235,7 @@ def read_rows(
             f"{path}: holds no rows; it needs at least one like {_example(required, optional)}"
         )
     known = None if unread is None else {*required, *optional, *unread}
-    return Rows(rows, _unused(path, rows, known))
+    return Rows(rows, _unused(path, rows, known), [*files.items()])
 
 
 def _unused(path: str | Path, rows: list[dict], known: set[str] | None) -> list[str]:
@@ -284,6 +299,30 @@ def _write_text(path: str | Path, text: str) -> None:
 
 
 # ---- elements to rows ----------------------------------------------------------------------------
+
+
+def _spelled(cells: Cells, fields: dict[str, Kind]) -> dict[str, Any]:
+    """A row of texts as one of JSON.
+
+    An empty cell is null. A text that its field does not take, but would take what it spells in
+    JSON, is that.
+    """
+
+    def value(text: str, kind: Kind | None) -> Any:
+        if kind is not None and kind.accepts(text):
+            return text
+        if kind is None or text == "":
+            return text or None
+        try:
+            meant = json.loads(_OF_PYTHON.get(text, text))
+        except (ValueError, RecursionError):
+            return text
+        return meant if kind.accepts(meant) else text
+
+    return {name: value(text, fields.get(name)) for name, text in cells.items()}
+
+
+_OF_PYTHON = {"True": "true", "False": "false"}  # how pandas writes them
 
 
 def _row_problems(
