@@ -12,33 +12,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from src.data.chat import Chat, Message, Thought, is_held
+from src.data.chat import Chat, Thought, is_held
+from src.data.messages import Conversation, Message
 from src.errors import UserError
 
 Span = tuple[int, int]  # [start, stop)
 _SENTINEL = "\ufdd4"  # no character: no text holds it, and no template changes it
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """Messages, what the model may call in them, and from which message on they are trained on.
-
-    messages: as {"role", "content"}, perhaps with tool calls and more; tools: JSON schemas; first:
-    a place among the messages; those before are a prompt.
-    """
-
-    messages: list[Message]
-    tools: list[dict] | None = None
-    first: int = 0
-
-    @property
-    def turns(self) -> list[int]:
-        """The places of the assistant's messages that are trained on."""
-        return [
-            i
-            for i, message in enumerate(self.messages)
-            if i >= self.first and message["role"] == "assistant"
-        ]
 
 
 def assistant_spans(
@@ -49,7 +28,7 @@ def assistant_spans(
     ends: the tokens that may end a turn; before_end: what the template writes between an answer and
     that. Raises UserError where a turn cannot be found for certain.
     """
-    messages, tools = conversation.messages, conversation.tools
+    messages, tools = conversation.messages, conversation.messages.tools
     text, marked = chat.marked(messages, tools)
     if marked:
         return text, _of_marks(chat, conversation, text, marked)
@@ -67,11 +46,11 @@ def _of_marks(
     chat: Chat, conversation: Conversation, text: str, marked: list[Span]
 ) -> list[list[Span]]:
     """The spans that a template marks itself, by the turns that are trained on."""
-    spans = []
+    messages, tools, spans = conversation.messages, conversation.messages.tools, []
     for place in conversation.turns:
         # As many marks as there are without it are others' turns.
-        before = len(chat.marked(conversation.messages[:place], conversation.tools)[1])
-        upto = len(chat.marked(conversation.messages[: place + 1], conversation.tools)[1])
+        before = len(chat.marked(messages[:place], tools)[1]) if place else 0
+        upto = len(chat.marked(messages[: place + 1], tools)[1])
         if upto > len(marked) or before == upto:
             raise UserError(f"the template marks no generation for message {place} (from 0)")
         spans.append(marked[before:upto])

@@ -19,6 +19,7 @@ from src.data.encoding import (
     solver_sequences,
     top_k_rows,
 )
+from src.data.loss_mask import LossMask
 from src.errors import UserError
 from src.evaluation.training import GradedData, SolverEvaluation, VerifierEvaluation
 from src.evaluation.verifier import score_moments
@@ -40,7 +41,7 @@ from src.models.transformer import Transformer
 from src.parallel.setup import Parallel, pick_dtype
 from src.ppo.judge import OpenedJudge
 from src.settings.distillation import DistillTrainSettings
-from src.settings.model import ModelSettings
+from src.settings.model import LossMaskSettings, ModelSettings
 from src.settings.preference import PreferenceTrainSettings
 from src.settings.scripts import (
     SolverTrainSettings,
@@ -93,7 +94,11 @@ class SolverInputs:
         lora = lora_of(settings.lora, model.checkpoint)
         tokenizer, max_seq_len = model.tokenizer, settings.batches.max_seq_len
         sequences, row_notes = solver_sequences(
-            settings.data.train_file, tokenizer, max_seq_len, settings.batches.strict_length
+            settings.data.train_file,
+            tokenizer,
+            max_seq_len,
+            settings.batches.strict_length,
+            mask_of(settings.loss),
         )
         limits = settings.evaluation.max_new_tokens, max_seq_len
         evaluation = SolverEvaluation.read(settings.evaluation, tokenizer, *limits)
@@ -273,7 +278,11 @@ class DistillationInputs:
             sequences, notes = prompt_sequences(train_file, tokenizer, batches.max_seq_len)
         else:
             sequences, notes = solver_sequences(
-                train_file, tokenizer, batches.max_seq_len, batches.strict_length
+                train_file,
+                tokenizer,
+                batches.max_seq_len,
+                batches.strict_length,
+                mask_of(settings.loss),
             )
         teacher = open_model(
             ModelSettings(ckpt_dir=of_teacher.teacher_ckpt_dir), parallel, head="lm"
@@ -299,6 +308,11 @@ class DistillationInputs:
             config = teacher.checkpoint.config
             check_heads(config, mp_size, parallel.context.size, "teacher")
         return cls(model, lora, evaluation, sequences, teacher, None, notes)
+
+
+def mask_of(loss: LossMaskSettings) -> LossMask:
+    """Which tokens the settings let a solver be trained on."""
+    return LossMask(loss.loss_on, *loss.markers)
 
 
 def open_start(settings: TrainSettings, parallel: Parallel, head: str | None) -> OpenedModel:
