@@ -469,12 +469,13 @@ def _step_lines(
 
 def _sequence_lines(tokenizer: Tokenizer, sequence: Sequence) -> list[str]:
     """An example, what is read and what is learned."""
-    tokens, n = list(sequence.tokens), sequence.prompt_length
-    return [
-        f"example, row 0: {len(tokens)} tokens, {len(tokens) - n} of them with loss",
-        f"  no loss  {tokenizer.spelled(tokens[:n])!r}",
-        f"  loss     {tokenizer.spelled(tokens[n:])!r}",
-    ]
+    tokens, end = list(sequence.tokens), 0
+    lines = [f"example, row 0: {len(tokens)} tokens, {sequence.response_length} of them with loss"]
+    for first, last in (*sequence.ranges, (len(tokens), len(tokens))):
+        for what, part in (("no loss", tokens[end:first]), ("loss", tokens[first:last])):
+            lines += [f"  {what:9}{tokenizer.spelled(part)!r}"] if part else []
+        end = last
+    return lines
 
 
 def _print(lines: list[str], parallel: Parallel) -> None:

@@ -20,6 +20,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from src.checkpoint.files import read_json
+from src.data.messages import Message, Messages, Question
 from src.errors import UserError
 
 # Around what a template says that a model writes ({% generation %}), where that is wanted: two of
@@ -95,7 +96,6 @@ TEMPLATES = {
     "qwen3": _CHATML,
 }
 
-Message = dict[str, Any]  # "role" and "content", perhaps "tool_calls" and more
 DEFAULT_DATE = "2024-07-26"  # the day that Llama 3's template writes where it is told none
 _QUESTION, _ANSWER = "What is it", "ThisIsTheAnswer"  # words that no template changes
 # What may open a thought at a prompt's end: <think>, [THINK], ◁think▷, <|START_THINKING|>.
@@ -268,14 +268,14 @@ class Chat:
         between = text.partition(_ANSWER)[2].partition(_QUESTION)[0] if _ANSWER in text else before
         return _MARK.sub("", "\n".join((begin, between, after)))
 
-    def prompt(self, question: str | list[Message], tools: list[dict] | None = None) -> str:
+    def prompt(self, question: Question) -> str:
         """The user's turn, up to where the answer is to begin.
 
-        question: the turn's text, or a conversation up to it, as {"role", "content"}; tools: what
-        the model may call, as JSON schemas.
+        question: the turn's text, or a conversation up to it.
         """
-        messages = [_user(question)] if isinstance(question, str) else question
-        text, asked = self.before_answer(messages, tools), messages[-1].get("content") or ""
+        messages = Messages([_user(question)]) if isinstance(question, str) else question
+        text = self.before_answer(messages, messages.tools)
+        asked = messages[-1].get("content") or ""
         if asked.strip() not in text and messages[-1]["role"] == "user":
             self.changed_questions.add(asked)
         if not self._header and _ends_of(Thought.at_end(text)) != _ends_of(self._thought):
@@ -613,7 +613,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 
 class _Generation(Extension):
-    """`{% generation %}` surrounds what a model writes by marks, where a rendering is given some."""
+    """`{% generation %}` puts marks around what a model writes, where a rendering has some."""
 
     tags = {"generation"}
 

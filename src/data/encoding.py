@@ -6,20 +6,22 @@ What a user should know of a file's rows comes with them as notes, a sentence ea
 import json
 import random
 from array import array
-from collections.abc import Collection, Hashable
+from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from src.data.loss_mask import ANSWERS, LossMask
+from src.data.messages import Conversation, Messages, Question
 from src.data.rows import (
+    ANSWER,
     FLAG,
     FLAGS,
     LABELLED,
     NUMBER,
     NUMBERS,
-    SAMPLE,
-    TEXT,
+    PROMPT,
     TOP_K,
     form_of,
     read_prompt_rows,
@@ -33,6 +35,9 @@ from src.models.batch import Sequence
 
 if TYPE_CHECKING:
     from src.evaluation.tasks import Task
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -81,14 +86,33 @@ class Prompt:
     row: dict = field(default_factory=dict)
 
 
-def encode(tokenizer: Tokenizer, instruction: str, output: str, sampled: bool = False) -> Sequence:
+def encode(
+    tokenizer: Tokenizer, instruction: Question, output: Question, sampled: bool = False
+) -> Sequence:
     """Prompt and response as ids: BOS, the instruction, the output, EOS.
 
-    sampled: whether the output may be a model's, which need not be a whole answer.
+    An output that is messages ends where the last of its assistant's turns does; between these are
+    others' tokens, which are no part of the response. sampled: whether the output may be a model's,
+    which need not be a whole answer.
     """
-    prompt = tokenizer.prompt_ids(instruction)
-    response = tokenizer.response_ids(output, sampled)
-    return Sequence(array("i", prompt + response), len(prompt))  # a list takes nine times as much
+    if isinstance(output, str):
+        prompt = tokenizer.prompt_ids(instruction)
+        response = tokenizer.response_ids(output, sampled)
+        return Sequence(
+            array("i", prompt + response), len(prompt)
+        )  # a list takes nine times as much
+    ids, turns = tokenizer.whole_conversation(_conversation(instruction, output))
+    spans = [span for turn in turns for span in turn]
+    return Sequence.of_spans(array("i", ids[: spans[-1][1]]), spans)
+
+
+def _conversation(instruction: Question, output: Question) -> Conversation:
+    """What is asked and answered, as one conversation."""
+    messages, answer = (
+        Messages([{"role": role, "content": text}]) if isinstance(text, str) else text
+        for role, text in (("user", instruction), ("assistant", output))
+    )
+    return Conversation(messages + answer, len(messages))
 
 
 def within(
@@ -112,18 +136,51 @@ def within(
 
 
 def solver_sequences(
-    path: str, tokenizer: Tokenizer, max_seq_len: int, must_fit: bool = False
+    path: str,
+    tokenizer: Tokenizer,
+    max_seq_len: int,
+    must_fit: bool = False,
+    mask: LossMask = ANSWERS,
 ) -> tuple[list[Sequence], list[str]]:
-    """Training sequences of a solver file, one of each accepted output; and notes."""
+    """Training sequences of a solver file, one of each accepted output; and notes.
+
+    mask: which of their tokens are trained on.
+    """
     rows = read_solver_rows(path)
     pairs = [(row["instruction"], output) for row in rows for output in row["outputs"]]
-    sequences = [encode(tokenizer, *pair) for pair in pairs]
+    places = [place for place, row in zip(rows.places, rows) for _ in row["outputs"]]
+    sequences = [at(place, trained, tokenizer, *pair, mask) for place, pair in zip(places, pairs)]
     nothing = tokenizer.response_ids("")
     is_empty = [[*s.tokens[s.prompt_length :]] == nothing for s in sequences]
     lengths = [len(s.tokens) for s in sequences]
     fits, notes = within(lengths, max_seq_len, must_fit, f"rows of {path}")
     notes += _counted(sum(is_empty), len(pairs), path, "have an answer without a token of its own")
-    return [s for s, fit in zip(sequences, fits) if fit], rows.notes + notes + _again(pairs, path)
+    keys = [json.dumps(pair, sort_keys=True) for pair in pairs]
+    return [s for s, fit in zip(sequences, fits) if fit], rows.notes + notes + _again(keys, path)
+
+
+def trained(
+    tokenizer: Tokenizer, instruction: Question, output: Question, mask: LossMask
+) -> Sequence:
+    """What a solver is trained on: a conversation whole, as its template writes it.
+
+    Of an instruction and an output that are texts `encode`'s ids.
+    """
+    if isinstance(instruction, str) and isinstance(output, str):
+        sequence = encode(tokenizer, instruction, output)
+        ids = list(sequence.tokens)
+        turns = [[(sequence.prompt_length, len(ids))]]
+    else:
+        ids, turns = tokenizer.whole_conversation(_conversation(instruction, output))
+    return Sequence.of_spans(array("i", ids), mask.spans(tokenizer, ids, turns))
+
+
+def at(place: str, work: Callable[..., T], *values: Any) -> T:
+    """What the work gives of some values; a UserError names the place of the row they are from."""
+    try:
+        return work(*values)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -162,7 +219,8 @@ def comparisons(
     rows, found, keys, equal = read_verifier_rows(path), [], [], 0
     for number, row in enumerate(rows):
         outputs, pairs = rules.pairs(row)
-        sequences = [encode(tokenizer, row["instruction"], text, sampled=True) for text in outputs]
+        place, asked = rows.places[number], row["instruction"]
+        sequences = [at(place, encode, tokenizer, asked, text, True) for text in outputs]
         whole = Comparison(sequences, pairs)
         is_equal = any(sequences[a].tokens == sequences[b].tokens for a, b in pairs)
         if is_equal and rules.must_differ:
@@ -171,7 +229,7 @@ def comparisons(
                 "pair teaches nothing; take it out"
             )
         equal += is_equal
-        keys.append((row["instruction"], tuple(outputs), tuple(pairs)))
+        keys.append(json.dumps([asked, outputs, pairs], sort_keys=True))
         found.append(whole.limited(rules.most, random.Random(f"{rules.seed}/pairs/{number}")))
     notes = _counted(sum(not c.pairs for c in found), len(rows), path, "have no pair but ties")
     found = [c for c in found if c.pairs]
@@ -229,8 +287,10 @@ def labelled(
         ], notes
     rows = read_rows(path, *LABELLED)
     found = [
-        Labelled([encode(tokenizer, row["instruction"], row["output"], True)], [row["label"]])
-        for row in rows
+        Labelled(
+            [at(place, encode, tokenizer, row["instruction"], row["output"], True)], [row["label"]]
+        )
+        for place, row in zip(rows.places, rows)
     ]
     fits, notes = within(
         [len(x.responses[0].tokens) for x in found], max_seq_len, must_fit, f"rows of {path}"
@@ -246,14 +306,23 @@ def labelled(
 
 
 def scored_sequences(
-    path: str, tokenizer: Tokenizer, max_seq_len: int
+    path: str, tokenizer: Tokenizer, max_seq_len: int, one_turn: bool = False
 ) -> tuple[list[Sequence], list[str]]:
     """Given outputs to be scored, a sequence for each row; and notes.
 
-    Raises UserError for one too long.
+    one_turn: whether an output must be one. Raises UserError for several, and for one too long.
     """
-    rows = read_rows(path, {"instruction": TEXT, "output": SAMPLE})
-    sequences = [encode(tokenizer, row["instruction"], row["output"], True) for row in rows]
+    rows = read_rows(path, {"instruction": PROMPT, "output": ANSWER})
+    sequences = [
+        at(place, encode, tokenizer, row["instruction"], row["output"], True)
+        for place, row in zip(rows.places, rows)
+    ]
+    for place, sequence in zip(rows.places, sequences):
+        if one_turn and sequence.spans is not None:
+            raise UserError(
+                f"{place}: its completion has several turns of the assistant, and the last one is "
+                "scored: put those before into the prompt"
+            )
     within([len(s.tokens) for s in sequences], max_seq_len, True, f"rows of {path}")
     return sequences, rows.notes
 
@@ -318,10 +387,11 @@ def graded_rows(
         ("classification", True): ("labels", FLAGS),
     }
     field, kind = kinds[objective, separator is not None]
-    rows = read_rows(path, {"instruction": TEXT, "output": SAMPLE, field: kind})
+    rows = read_rows(path, {"instruction": PROMPT, "output": ANSWER, field: kind})
     found = []
     for number, row in enumerate(rows):
-        sequence = encode(tokenizer, row["instruction"], row["output"], sampled=True)
+        asked, output = row["instruction"], row["output"]
+        sequence = at(rows.places[number], encode, tokenizer, asked, output, True)
         places, grades = [len(sequence.tokens) - 1], [row[field]]
         if separator is not None:
             places, grades = step_places(tokenizer, sequence, separator), row[field]
@@ -405,7 +475,9 @@ def prompt_sequences(
 ) -> tuple[list[Sequence], list[str]]:
     """Prompts without a response, where there is room for one; and notes."""
     rows = read_prompt_rows(path)
-    prompts = [tokenizer.prompt_ids(row["instruction"]) for row in rows]
+    prompts = [
+        at(place, tokenizer.prompt_ids, row["instruction"]) for place, row in zip(rows.places, rows)
+    ]
     what = f"prompts of {path}, with one token more,"
     fits, notes = within([len(p) + 1 for p in prompts], max_seq_len, False, what)
     found = [Sequence(array("i", p), len(p)) for p, fit in zip(prompts, fits) if fit]
@@ -416,7 +488,7 @@ WRONG = ": they count as wrong"  # what becomes of a question without room for a
 
 
 def prompts_of(
-    instructions: list[str], tokenizer: Tokenizer, max_seq_len: int, path: str, fate: str
+    instructions: Collection[Question], tokenizer: Tokenizer, max_seq_len: int, path: str, fate: str
 ) -> tuple[list[list[int]], list[str]]:
     """Every instruction's ids, and a note that counts those without room for an answer.
 
@@ -459,7 +531,8 @@ def ppo_prompts(
     prompts = []
     for number, row in enumerate(rows):
         gold = gold_of(rule, row, f"{path}: row {number} (from 0)")
-        prompts.append(Prompt(tokenizer.prompt_ids(row["instruction"]), gold, row))
+        tokens = at(rows.places[number], tokenizer.prompt_ids, row["instruction"])
+        prompts.append(Prompt(tokens, gold, row))
     lengths = [len(p.tokens) + 1 for p in prompts]
     what = f"prompts of {path}, with one token more,"
     fits, notes = within(lengths, max_seq_len, False, what)

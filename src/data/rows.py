@@ -9,7 +9,6 @@ change what is asked.
 import json
 import math
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from src.data.files import Broken, Cells
+from src.data.messages import UNUSABLE, Messages, Question, put_in_form
 from src.data.sources import elements_of
 from src.errors import UserError
 
@@ -33,7 +33,6 @@ OF_THE_PROMPT = {
     *("tools", "functions", "image", "images", "video", "videos", "audio", "audios"),
 }
 OF_THE_ANSWER = {"completion", "response"}
-_UNUSABLE = re.compile("[\0\ud800-\udfff]")  # what no tokenizer and no UTF-8 file can hold
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Kind:
 
 
 def _is_string(value: Any) -> bool:
-    return isinstance(value, str) and not _UNUSABLE.search(value)
+    return isinstance(value, str) and not UNUSABLE.search(value)
 
 
 def _is_text(value: Any) -> bool:
@@ -60,10 +59,13 @@ def _is_number(value: Any) -> bool:
 # What a model wrote: bytes are tokens, too, and NUL is one of them.
 SAMPLE = Kind("a string", '"..."', lambda v: isinstance(v, str) and _is_string(v.replace("\0", "")))
 TEXT = Kind("a non-blank string", '"..."', _is_text)
+# What is asked, and what is answered: texts, or messages of a conversation.
+PROMPT = Kind(TEXT.words, TEXT.example, lambda v: _is_text(v) or isinstance(v, Messages))
+ANSWER = Kind(SAMPLE.words, SAMPLE.example, lambda v: isinstance(v, Messages) or SAMPLE.accepts(v))
 TEXTS = Kind(
     "a non-blank string or a list of them",
     '"..." or ["...", "..."]',
-    lambda v: _is_text(v) or isinstance(v, list) and bool(v) and all(map(_is_text, v)),
+    lambda v: PROMPT.accepts(v) or isinstance(v, list) and bool(v) and all(map(PROMPT.accepts, v)),
 )
 LABEL = Kind(
     "a non-blank string or a finite number", '"..." or 1', lambda v: _is_text(v) or _is_number(v)
@@ -79,7 +81,7 @@ FLAGS = Kind(
 RANKED = Kind(
     "a list of two or more non-blank strings",
     '["best", "...", "worst"]',
-    lambda v: isinstance(v, list) and len(v) > 1 and all(map(_is_text, v)),
+    lambda v: isinstance(v, list) and len(v) > 1 and all(map(PROMPT.accepts, v)),
 )
 NUMBERS = Kind(
     "a list of finite numbers", "[2, 1]", lambda v: isinstance(v, list) and all(map(_is_number, v))
@@ -109,31 +111,30 @@ TOP_K: Form = (
     {"logprobs": NUMBERS, "sum": NUMBER},
 )
 # The forms that comparisons may have; the first row says which its file has.
-TWO_SIDES: Form = {INSTRUCTION: TEXT, "chosen": TEXTS, "rejected": TEXTS}, {}
-RANKING: Form = {INSTRUCTION: TEXT, "ranked": RANKED}, {"scores": NUMBERS}
-LABELLED: Form = {INSTRUCTION: TEXT, "output": SAMPLE, "label": FLAG}, {}
+TWO_SIDES: Form = {INSTRUCTION: PROMPT, "chosen": TEXTS, "rejected": TEXTS}, {}
+RANKING: Form = {INSTRUCTION: PROMPT, "ranked": RANKED}, {"scores": NUMBERS}
+LABELLED: Form = {INSTRUCTION: PROMPT, "output": ANSWER, "label": FLAG}, {}
 
 
 class Rows(list[dict]):
     """The rows of a file, or of several.
 
-    notes: what their user should know of them, a sentence each; files: each file, with the number
-    of its first row.
+    notes: what their user should know of them, a sentence each; places: where each stands,
+    FILE:LINE.
     """
 
-    def __init__(self, rows: list[dict], notes: list[str], files: list[tuple[str, int]]) -> None:
+    def __init__(self, rows: list[dict], notes: list[str], places: list[str]) -> None:
         super().__init__(rows)
-        self.notes, self.files = notes, files
-
-    def where(self, number: int) -> str:
-        """The place of a row, its number from 0 among all, for messages."""
-        file, first = next(x for x in reversed(self.files) if x[1] <= number)
-        return f"{file}: row {number - first} (from 0)"
+        self.notes, self.places = notes, places
 
 
 def read_solver_rows(path: str | Path) -> Rows:
-    """Rows `{"instruction", "output", "label"?}`; adds `outputs`, the accepted ones as a list."""
-    rows = read_rows(path, {INSTRUCTION: TEXT, "output": TEXTS}, {"label": LABEL})
+    """Rows `{"instruction", "output", "label"?}`, or conversations.
+
+    Adds `outputs`, the accepted ones as a list; of a conversation all from its first answer on.
+    """
+    fields: Form = {INSTRUCTION: PROMPT, "output": TEXTS}, {"label": LABEL}
+    rows = read_rows(path, *fields, whole=True)
     for row in rows:
         row["outputs"] = as_list(row["output"])
     return rows
@@ -144,7 +145,7 @@ def read_prompt_rows(path: str | Path, unread: Collection[str] | None = ANSWERS)
 
     unread: as `read_rows` has it.
     """
-    return read_rows(path, {INSTRUCTION: TEXT}, {"output": TEXTS, "label": LABEL}, unread)
+    return read_rows(path, {INSTRUCTION: PROMPT}, {"output": TEXTS, "label": LABEL}, unread)
 
 
 def read_verifier_rows(path: str | Path) -> Rows:
@@ -177,7 +178,7 @@ def read_form(path: str | Path, forms: dict[str, Form]) -> Rows:
 
 def form_of(path: str | Path, fields: tuple[str, ...]) -> str:
     """The first of the fields that the file's first row has, or the last of them."""
-    first = next((value for _, (_, value) in elements_of(path)), None)
+    first = next((value for _, value in elements_of(path)), None)
     names = first if isinstance(first, dict) else {}
     return next((field for field in fields if field in names), fields[-1])
 
@@ -194,9 +195,9 @@ def is_truncated(sample: dict) -> bool | None:
     return None if reason is None else reason == "length"
 
 
-def as_list(value: str | list[str]) -> list[str]:
-    """A string as a list of one; a list as it is."""
-    return value if isinstance(value, list) else [value]
+def as_list(value: Question | list[Question]) -> list[Question]:
+    """A text or a conversation as a list of one; a list of such as it is."""
+    return [value] if isinstance(value, (str, Messages)) else value
 
 
 def read_rows(
@@ -204,6 +205,7 @@ def read_rows(
     required: dict[str, Kind],
     optional: dict[str, Kind] | None = None,
     unread: Collection[str] | None = (),
+    whole: bool = False,
 ) -> Rows:
     """All rows of `path`, each with every `required` field, and each field of its kind.
 
@@ -211,17 +213,20 @@ def read_rows(
 
     An `optional` field may be missing, or say nothing as null does. unread: others that a row may
     well have; None: all may be read by somebody. A row's instruction may also be called as in
-    `OTHER_NAMES`, and gets our name. Raises `UserError`, with the first few problems and their
-    count.
+    `OTHER_NAMES`, and gets our name; a conversation gets our form (src/data/messages.py; whole: all
+    of its answers are an output). Raises `UserError`, with the first few problems and their count.
     """
     optional = optional or {}
-    rows, problems, files = list[Any](), list[str](), dict[str, int]()
-    for file, (where, value) in elements_of(path):
+    rows, places, problems, used = [], list[str](), list[str](), set[str]()
+    for where, value in elements_of(path):
         if isinstance(value, Cells):
             value = _spelled(value, {**required, **optional})
-        files.setdefault(file, len(rows))
         rows.append(value)
-        problems += [f"{where}: {problem}" for problem in _row_problems(value, required, optional)]
+        places.append(where)
+        found, made_of = _in_form(value, required, {**required, **optional}, whole)
+        used |= made_of
+        found += _row_problems(value, required, optional, made_of)
+        problems += [f"{where}: {problem}" for problem in found]
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems[:_SHOWN_PROBLEMS])
         hidden = len(problems) - _SHOWN_PROBLEMS
@@ -234,8 +239,8 @@ def read_rows(
         raise UserError(
             f"{path}: holds no rows; it needs at least one like {_example(required, optional)}"
         )
-    known = None if unread is None else {*required, *optional, *unread}
-    return Rows(rows, _unused(path, rows, known), [*files.items()])
+    known = None if unread is None else {*required, *optional, *unread, *used}
+    return Rows(rows, _unused(path, rows, known), places)
 
 
 def _unused(path: str | Path, rows: list[dict], known: set[str] | None) -> list[str]:
@@ -304,20 +309,22 @@ def _write_text(path: str | Path, text: str) -> None:
 def _spelled(cells: Cells, fields: dict[str, Kind]) -> dict[str, Any]:
     """A row of texts as one of JSON.
 
-    An empty cell is null. A text that its field does not take, but would take what it spells in
-    JSON, is that.
+    An empty cell is null. A cell that spells messages in JSON is these messages; another that its
+    field does not take as it stands, and takes as what it spells, is that.
     """
 
     def value(text: str, kind: Kind | None) -> Any:
-        if kind is not None and kind.accepts(text):
+        is_taken = kind is None or kind.accepts(text)
+        if text == "":
+            return text if kind is not None and is_taken else None
+        if is_taken and not text.startswith("["):
             return text
-        if kind is None or text == "":
-            return text or None
         try:
             meant = json.loads(_OF_PYTHON.get(text, text))
         except (ValueError, RecursionError):
             return text
-        return meant if kind.accepts(meant) else text
+        asked_for = kind is not None and not is_taken and kind.accepts(meant)
+        return meant if asked_for or _are_messages(meant) else text
 
     return {name: value(text, fields.get(name)) for name, text in cells.items()}
 
@@ -325,9 +332,27 @@ def _spelled(cells: Cells, fields: dict[str, Kind]) -> dict[str, Any]:
 _OF_PYTHON = {"True": "true", "False": "false"}  # how pandas writes them
 
 
+def _are_messages(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(x, dict) and x.keys() & {"role", "from"} for x in value)
+    )
+
+
+def _in_form(
+    value: Any, required: Collection[str], fields: Collection[str], whole: bool
+) -> tuple[list[str], set[str]]:
+    """What is wrong with a row's conversation, and the fields that it was read from."""
+    if not isinstance(value, dict) or INSTRUCTION not in fields:
+        return [], set()
+    return put_in_form(value, required, fields, whole)
+
+
 def _row_problems(
-    value: Any, required: dict[str, Kind], optional: dict[str, Kind]
+    value: Any, required: dict[str, Kind], optional: dict[str, Kind], used: Collection[str]
 ) -> Iterator[str]:
+    """What is wrong with a row. used: fields from which others were made."""
     if isinstance(value, Broken):
         yield str(value)
     elif not isinstance(value, dict):
@@ -336,7 +361,7 @@ def _row_problems(
         fields = {**required, **optional}
         if INSTRUCTION in fields:
             yield from _other_name_problems(value)
-            yield from _left_out(value, required, fields)
+            yield from _left_out(value, required, {*fields, *used})
         for field, kind in fields.items():
             if field in optional and _is_empty(value.get(field)):
                 continue
@@ -364,7 +389,7 @@ def _other_name_problems(row: dict) -> Iterator[str]:
             )
 
 
-def _left_out(row: dict, required: dict[str, Kind], fields: dict[str, Kind]) -> Iterator[str]:
+def _left_out(row: dict, required: dict[str, Kind], fields: Collection[str]) -> Iterator[str]:
     """What belongs to the prompt, or to an answer that is learned, and is not read."""
     for name, value in row.items():
         if name.lower() in OF_THE_PROMPT:
@@ -409,7 +434,7 @@ def _describe(value: Any) -> str:
             return json.dumps(value)
         case int() | float():
             return f"the number {value}" if abs(value) < 1e15 else "a huge number"
-        case str() if _UNUSABLE.search(value):
+        case str() if UNUSABLE.search(value):
             return "a string with a NUL or an unpaired surrogate"
         case str():
             return f"the string {json.dumps(value[:40])}" if value.strip() else "a blank string"

@@ -79,15 +79,14 @@ def _part(name: str) -> Part:
     return Part(name, None) if match is None else Part(match[1], Fraction(match[2]))
 
 
-def elements_of(text: str | Path) -> Iterator[tuple[str, Element]]:
-    """(file, element) of all files that a text names, one after the other.
+def elements_of(text: str | Path) -> Iterator[Element]:
+    """The elements of all files that a text names, one after the other.
 
     Raises UserError where there are none, or one cannot be read; and for weights, which say nothing
     where all rows are read.
     """
     for file in files_of(text):
-        for element in elements(file):
-            yield file, element
+        yield from elements(file)
 
 
 def files_of(text: str | Path) -> list[str]:

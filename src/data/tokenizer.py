@@ -11,6 +11,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -21,7 +22,8 @@ from tokenizers import AddedToken, Encoding, normalizers
 from tokenizers import Tokenizer as RustTokenizer
 
 from src.checkpoint.folder import find_tokenizer
-from src.data.chat import DEFAULT_DATE, Chat, Counted, Message, find_chat, has_template
+from src.data.chat import DEFAULT_DATE, Chat, Counted, find_chat, has_template
+from src.data.messages import Conversation, Message, Messages, Question
 from src.data.pieces import begin_text_once
 from src.data.ranks import put_before
 from src.data.tokenizer_files import (
@@ -30,7 +32,7 @@ from src.data.tokenizer_files import (
     is_foreign_verifier,
     stop_ids_in,
 )
-from src.data.turns import Conversation, Span, assistant_spans, tokens_of
+from src.data.turns import Span, assistant_spans, tokens_of
 from src.errors import UserError
 
 # Put inside a control token that a text spells out, so that it is text: two that are no characters
@@ -258,16 +260,13 @@ class Tokenizer:
 
     # --- ids ------------------------------------------------------------------------------------
 
-    def prompt_ids(
-        self, text: str | list[Message], tools: list[dict] | None = None
-    ) -> list[int]:
-        """What the model reads before it answers `text`, or a conversation up to there.
+    def prompt_ids(self, text: Question) -> list[int]:
+        """What the model reads before it answers `text`, or the last message of a conversation.
 
-        With a chat template BOS is there if the template writes it. tools: what may be called in a
-        conversation.
+        With a chat template BOS is there if the template writes it.
         """
         if not isinstance(text, str):
-            return self.conversation_ids(text, tools)
+            return self.conversation_ids(text)
         text = self._spelling(text)
         if self.chat:
             return self._embedded(self._encode(self.chat.prompt(text)), text)
@@ -281,15 +280,14 @@ class Tokenizer:
             )
         return ids
 
-    def conversation_ids(
-        self, messages: list[Message], tools: list[dict] | None = None
-    ) -> list[int]:
-        """What the model reads before it answers the last of {"role", "content"}, by its template.
+    def conversation_ids(self, messages: list[Message]) -> list[int]:
+        """What the model reads before it answers the last of the messages, by its template.
 
-        tools: what it may call, as JSON schemas. Raises UserError without a chat template.
+        Raises UserError without a chat template.
         """
-        chat, said = self._chat_for_conversations, self._all_spelled([messages, tools])
-        return self._embedded(self._encode(chat.prompt(*said)), str(messages[-1].get("content")))
+        conversation = messages if isinstance(messages, Messages) else Messages(messages)
+        text = self._chat_for_conversations.prompt(self._all_spelled(conversation))
+        return self._embedded(self._encode(text), str(messages[-1].get("content")))
 
     def whole_conversation(self, conversation: Conversation) -> tuple[list[int], list[list[Span]]]:
         """The ids of a whole conversation, and which of them each trained turn of it is.
@@ -300,8 +298,7 @@ class Tokenizer:
         cannot be found.
         """
         chat = self._chat_for_conversations
-        messages, tools = self._all_spelled([conversation.messages, conversation.tools])
-        spelled = Conversation(messages, tools, conversation.first)
+        spelled = replace(conversation, messages=self._all_spelled(conversation.messages))
         text, turns = assistant_spans(chat, spelled, self._any_added, self._ending)
         encoding = self._encoded(self._marked if _MARK in text else self._rust, text)
         ids, offsets = self._embedded(encoding.ids, text), encoding.offsets
@@ -320,6 +317,9 @@ class Tokenizer:
 
     def _all_spelled(self, value: Any) -> Any:
         """Every text within, as `_spelling` has it."""
+        if isinstance(value, Messages):
+            messages, tools = ([*map(self._all_spelled, x)] for x in (value, value.tools or []))
+            return Messages(messages, tools or None)
         if isinstance(value, str):
             return self._spelling(value)
         if isinstance(value, dict):

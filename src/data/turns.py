@@ -12,33 +12,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from src.data.chat import Chat, Message, Thought, is_held
+from src.data.chat import Chat, Thought, is_held
+from src.data.messages import Conversation, Message
 from src.errors import UserError
 
 Span = tuple[int, int]  # [start, stop)
 _SENTINEL = "\ufdd4"  # no character: no text holds it, and no template changes it
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """Messages, what the model may call in them, and from which message on they are trained on.
-
-    messages: as {"role", "content"}, perhaps with tool calls and more; tools: JSON schemas; first:
-    a place among the messages; those before are a prompt.
-    """
-
-    messages: list[Message]
-    tools: list[dict] | None = None
-    first: int = 0
-
-    @property
-    def turns(self) -> list[int]:
-        """The places of the assistant's messages that are trained on."""
-        return [
-            i
-            for i, message in enumerate(self.messages)
-            if i >= self.first and message["role"] == "assistant"
-        ]
 
 
 def assistant_spans(
@@ -49,7 +28,7 @@ def assistant_spans(
     ends: the tokens that may end a turn; before_end: what the template writes between an answer and
     that. Raises UserError where a turn cannot be found for certain.
     """
-    messages, tools = conversation.messages, conversation.tools
+    messages, tools = conversation.messages, conversation.messages.tools
     text, marked = chat.marked(messages, tools)
     if marked:
         return text, _of_marks(chat, conversation, text, marked)
@@ -67,14 +46,16 @@ def _of_marks(
     chat: Chat, conversation: Conversation, text: str, marked: list[Span]
 ) -> list[list[Span]]:
     """The spans that a template marks itself, by the turns that are trained on."""
-    spans = []
+    messages, tools, spans = conversation.messages, conversation.messages.tools, []
     for place in conversation.turns:
         # As many marks as there are without it are others' turns.
-        before = len(chat.marked(conversation.messages[:place], conversation.tools)[1])
-        upto = len(chat.marked(conversation.messages[: place + 1], conversation.tools)[1])
+        before = len(chat.marked(messages[:place], tools)[1]) if place else 0
+        upto = len(chat.marked(messages[: place + 1], tools)[1])
         if upto > len(marked) or before == upto:
             raise UserError(f"the template marks no generation for message {place} (from 0)")
         spans.append(marked[before:upto])
+        turn = "".join(text[start:stop] for start, stop in spans[-1])
+        _check_calls(messages[place], turn, f"message {place} (from 0), the assistant's,")
     return spans
 
 
@@ -82,6 +63,19 @@ def tokens_of(offsets: Sequence[Span], span: Span) -> Span:
     """The tokens that have a character of a span. offsets: of each token, in order."""
     start = bisect_right(offsets, span[0], key=lambda offset: offset[1])
     return start, max(start, bisect_left(offsets, span[1], key=lambda offset: offset[0]))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where in the text a message's own text lies, [start, stop), and how that was found.
+
+    other: the message with the sentinel, in its place; after: what the template writes behind that.
+    """
+
+    start: int
+    stop: int
+    other: Message
+    after: str
 
 
 @dataclass(frozen=True)
@@ -94,7 +88,7 @@ class _Finder:
     text: str
     ends: re.Pattern
     before_end: str
-    contents: dict[int, tuple[int, int, Message]] = field(default_factory=dict)
+    contents: dict[int, _Place] = field(default_factory=dict)
 
     def span(self, place: int) -> Span:
         """A turn, from where generation begins to the token that ends it.
@@ -102,11 +96,11 @@ class _Finder:
         That is past the text's end where the last turn has none.
         """
         where = f"message {place} (from 0), the assistant's,"
-        begin, stop, other = self._content(place)
-        start = self._start(place, begin)
-        if start is None or start > stop:
+        content = self._content(place)
+        start = self._start(place, content.start)
+        if start is None or start > content.stop:
             raise UserError(f"{where} does not begin where the template's prompt ends")
-        end = self._end(place, stop, other)
+        end = self._end(place, content)
         if end is None:
             raise UserError(f"{where} is followed by no token that ends it")
         self._check_whole(place, end, where)
@@ -114,27 +108,24 @@ class _Finder:
 
     def _check_whole(self, place: int, end: int, where: str) -> None:
         """Raise UserError where what the message says stands elsewhere, or its calls do not."""
-        since = self._content(place - 1)[1] if place else 0  # what opens a thought among it
+        since = self._content(place - 1).stop if place else 0  # what opens a thought among it
         message, turn = self.messages[place], self.text[since:end]
         said = message.get("content")
         if isinstance(said, str) and not is_held(said, turn):
             if is_held(said, self.text):
                 raise UserError(f"{where} does not stand where its turn is")
             self.chat.left_out.add(said)
-        if place + 1 < len(self.messages) and self._content(place + 1)[0] < end:
+        if place + 1 < len(self.messages) and self._content(place + 1).start < end:
             raise UserError(f"{where} holds the next one's text")
-        for call in message.get("tool_calls") or []:
-            name = call.get("function", call).get("name")
-            if name not in turn:
-                raise UserError(f"{where} calls {name}, which the template leaves out")
+        _check_calls(message, turn, where)
 
-    def _content(self, place: int) -> tuple[int, int, Message]:
-        """[start, stop) of a message's own text, and the other message by which it was found."""
+    def _content(self, place: int) -> _Place:
+        """Where a message's own text lies."""
         if place not in self.contents:
             self.contents[place] = self._found(place)
         return self.contents[place]
 
-    def _found(self, place: int) -> tuple[int, int, Message]:
+    def _found(self, place: int) -> _Place:
         for other in _otherwise(self.messages[place]):
             messages = [*self.messages[:place], other, *self.messages[place + 1 :]]
             try:
@@ -145,19 +136,19 @@ class _Finder:
                 before, after = written.split(_SENTINEL)
                 start = len(_common(self.text, before))
                 kept = len(_common(self.text[start:][::-1], after[::-1]))
-                return start, len(self.text) - kept, other
+                return _Place(start, len(self.text) - kept, other, after)
         role = self.messages[place]["role"]
         raise UserError(f"the template does not write message {place} (from 0), of role {role}")
 
-    def _end(self, place: int, stop: int, other: Message) -> int | None:
-        """Behind the token that ends a turn. other: by which its own text was found, up to stop."""
-        if "tool_calls" in other:  # which goes on: as far as it does where nothing follows
-            alone = self.chat.text_of([*self.messages[:place], other], self.tools)
-            rest = _common(alone.rpartition(_SENTINEL)[2], self.text[stop:])
+    def _end(self, place: int, content: _Place) -> int | None:
+        """Behind the token that ends a turn. content: where its own text lies."""
+        if "tool_calls" in content.other:  # which goes on: as far as it does where nothing follows
+            alone = self.chat.text_of([*self.messages[:place], content.other], self.tools)
+            rest = _common(alone.rpartition(_SENTINEL)[2], content.after)
             last = max((end.end() for end in self.ends.finditer(rest)), default=None)
-            return None if last is None else stop + last
-        end = self.ends.search(self.text, stop)
-        between = self.text[stop : end.start()] if end else self.text[stop:]
+            return None if last is None else len(self.text) - len(content.after) + last
+        end = self.ends.search(self.text, content.stop)
+        between = self.text[content.stop : end.start() if end else None]
         if between.strip() not in ("", self.before_end.strip()):
             return None
         if end is None:
@@ -170,7 +161,7 @@ class _Finder:
         begin: where its own text does.
         """
         if place:
-            _, stop, _ = self._content(place - 1)
+            stop = self._content(place - 1).stop
             for closing in self._closings(place):
                 if self.text.startswith(closing, stop):
                     return stop + len(closing)
@@ -192,6 +183,14 @@ class _Finder:
             thought = Thought.at_end(closing)
             if thought:
                 yield closing[: thought.start]
+
+
+def _check_calls(message: Message, turn: str, where: str) -> None:
+    """Raise UserError where a template's text of a turn lacks one of its tool calls."""
+    for call in message.get("tool_calls") or []:
+        name = call.get("function", call).get("name")
+        if name not in turn:
+            raise UserError(f"{where} calls {name}, which the template leaves out")
 
 
 def _common(a: str, b: str) -> str:

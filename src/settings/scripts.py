@@ -15,10 +15,12 @@ from src.settings.model import (
     ArchitectureSettings,
     BatchSettings,
     DataSettings,
+    LossMaskSettings,
     ModelSettings,
     PairDataSettings,
     StrictLength,
     TrainingBatchSettings,
+    unescaped,
 )
 from src.settings.rewards import BestOfSettings, JudgeSettings, RewardSettings
 from src.settings.run import DryRunSettings, RunSettings, TrainingRunSettings
@@ -74,6 +76,7 @@ class SolverEvaluationSettings(TaskEvaluationSettings):
 class SolverTrainSettings(TrainSettings):
     """All that solver_train.py knows."""
 
+    loss: LossMaskSettings = LossMaskSettings()
     evaluation: SolverEvaluationSettings = SolverEvaluationSettings()
 
 
@@ -97,11 +100,6 @@ class VerifierEvaluationSettings(EvaluationSettings):
         "file's outputs, and store them with the verifier: PPO's reward and verifier_evaluate.py's "
         "scores are then centred and scaled by them",
     ] = False
-
-
-def unescaped(text: str | None) -> str | None:
-    r"""With line breaks and tabs for \n and \t, which a shell passes on as they are written."""
-    return None if text is None else text.replace("\\n", "\n").replace("\\t", "\t")
 
 
 @dataclass(frozen=True, kw_only=True)

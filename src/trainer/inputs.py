@@ -19,6 +19,7 @@ from src.data.encoding import (
     solver_sequences,
     top_k_rows,
 )
+from src.data.loss_mask import LossMask
 from src.data.mixture import Mixture, read_mixture
 from src.errors import UserError
 from src.evaluation.training import GradedData, SolverEvaluation, VerifierEvaluation
@@ -41,7 +42,7 @@ from src.models.transformer import Transformer
 from src.parallel.setup import Parallel, pick_dtype
 from src.ppo.judge import OpenedJudge
 from src.settings.distillation import DistillTrainSettings
-from src.settings.model import ModelSettings
+from src.settings.model import LossMaskSettings, ModelSettings
 from src.settings.preference import PreferenceTrainSettings
 from src.settings.scripts import (
     SolverTrainSettings,
@@ -90,10 +91,9 @@ class SolverInputs:
         model = open_start(settings, parallel, head="lm")
         lora = lora_of(settings.lora, model.checkpoint)
         tokenizer, max_seq_len = model.tokenizer, settings.batches.max_seq_len
-        strict = settings.batches.strict_length
+        how = max_seq_len, settings.batches.strict_length, mask_of(settings.loss)
         rows = read_mixture(
-            settings.data.train_file,
-            lambda path: solver_sequences(path, tokenizer, max_seq_len, strict),
+            settings.data.train_file, lambda path: solver_sequences(path, tokenizer, *how)
         )
         limits = settings.evaluation.max_new_tokens, max_seq_len
         evaluation = SolverEvaluation.read(settings.evaluation, tokenizer, *limits)
@@ -270,13 +270,13 @@ class DistillationInputs:
             )
             mixture = Mixture((len(kept.sequences),))
             return cls(model, lora, evaluation, kept.sequences, None, kept, notes, mixture)
-        max_seq_len, strict = batches.max_seq_len, batches.strict_length
+        how = batches.max_seq_len, batches.strict_length, mask_of(settings.loss)
         sequences, notes, mixture = read_mixture(
             train_file,
             lambda path: (
-                prompt_sequences(path, tokenizer, max_seq_len)
+                prompt_sequences(path, tokenizer, batches.max_seq_len)
                 if of_teacher.on_policy == 1
-                else solver_sequences(path, tokenizer, max_seq_len, strict)
+                else solver_sequences(path, tokenizer, *how)
             ),
         )
         teacher = open_model(
@@ -303,6 +303,11 @@ class DistillationInputs:
             config = teacher.checkpoint.config
             check_heads(config, mp_size, parallel.context.size, "teacher")
         return cls(model, lora, evaluation, sequences, teacher, None, notes, mixture)
+
+
+def mask_of(loss: LossMaskSettings) -> LossMask:
+    """Which tokens the settings let a solver be trained on."""
+    return LossMask(loss.loss_on, *loss.markers)
 
 
 def open_start(settings: TrainSettings, parallel: Parallel, head: str | None) -> OpenedModel:

@@ -131,7 +131,7 @@ def _key(
     for groups in lists:
         for group in groups:
             for sequence in group:
-                ids.update(f"{sequence.prompt_length} {list(sequence.tokens)}\n".encode())
+                ids.update(f"{sequence.ranges} {list(sequence.tokens)}\n".encode())
     return {
         "model": digest_of(weights),
         "tokenizer": digest_of(inputs.model.tokenizer.identity),

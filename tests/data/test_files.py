@@ -189,6 +189,9 @@ def test_what_a_cell_spells_is_read_where_its_field_asks_for_it(file):
     assert read_verifier_rows(file("b.csv", cells(pairs)))[0]["extra"] is None
     ranked = [{"instruction": "x", "ranked": '["a", "b"]', "scores": ""}]
     assert read_verifier_rows(file("c.csv", cells(ranked)))[0]["ranked"] == ["a", "b"]
+    said = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    chats = file("e.csv", cells([{"messages": json.dumps(said)}]))
+    assert read_solver_rows(chats) == read_solver_rows(file("e.jsonl", jsonl([{"messages": said}])))
     # A text that spells a list stays a text, where a text is what the field holds.
     one = file("d.csv", cells([{"instruction": "x", "output": '["a"]'}]))
     assert read_rows(one, {"instruction": TEXT, "output": TEXTS})[0]["output"] == '["a"]'
@@ -363,8 +366,8 @@ BROKEN: dict[str, tuple[str, bytes, list[str]]] = {
     ),
     "other columns": (
         "a.parquet",
-        parquet([{"prompt": "x", "response": "y"}]),
-        [': row 0 (from 0): field "instruction" is missing', '"prompt"'],
+        parquet([{"asked": "x", "answered": "y"}]),
+        [': row 0 (from 0): field "instruction" is missing', '"asked"'],
     ),
     "a struct for a text": (
         "a.arrow",
@@ -419,8 +422,7 @@ def test_a_folder_a_pattern_and_a_list_are_their_files_by_name(file, tmp_path):
     both = f"{tmp_path}/d/c.csv.gz,{tmp_path}/d/*.jsonl"
     assert read(both) == ["d/c.csv.gz", "d/b.jsonl"]
     rows = read_solver_rows(both)
-    assert rows.where(0) == f"{tmp_path}/d/c.csv.gz: row 0 (from 0)"
-    assert rows.where(1) == f"{tmp_path}/d/b.jsonl: row 0 (from 0)"
+    assert rows.places == [f"{tmp_path}/d/c.csv.gz:2", f"{tmp_path}/d/b.jsonl:1"]
     assert "README.md: a data file must end in" in refusal(f"{tmp_path}/d/*")
     assert "no file is called so" in refusal(f"{tmp_path}/*.csv")
     (tmp_path / "e" / "deep").mkdir(parents=True)
