@@ -55,7 +55,7 @@ def main(settings: DistillTrainSettings) -> None:
         inputs.model.announce(log)
         for note in inputs.notes:
             log.warning(note)
-        log.info(f"{inputs.n_rows} rows; {parallel.described}")
+        log.info(f"{inputs.mixture.n_rows} rows; {parallel.described}")
 
         # What is minimised, by which teacher; what is trained, how, and what is looked at.
         objective = make_objective(settings, inputs, model, dtype, parallel)
@@ -84,7 +84,8 @@ def main(settings: DistillTrainSettings) -> None:
         )
 
         # Train, from where an earlier run stopped, and save.
-        fit(model, optimizer, objective, settings, parallel, log, evaluations, saving)
+        beside = evaluations, saving, inputs.mixture
+        fit(model, optimizer, objective, settings, parallel, log, *beside)
         inputs.model.save(model, parallel, saving_plan.save_dir)
         log.info(f"saved to {saving_plan.save_dir}")
         saving.finish()

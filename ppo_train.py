@@ -74,7 +74,8 @@ def main(settings: PPOTrainSettings) -> None:
 
         # Train, from where an earlier run stopped, and save.
         seed, eval_every = settings.run.seed, settings.evaluation.eval_every
-        fit(ppo, inputs.prompts, plan, seed, eval_every, log, evaluations, saving)
+        beside = evaluations, saving, inputs.mixture
+        fit(ppo, inputs.prompts, plan, seed, eval_every, log, *beside)
         save_role(ppo, "policy", inputs.roles.actor, roles.actor_save_dir)
         log.info(f"saved the policy to {roles.actor_save_dir}")
         if inputs.roles.critic and roles.critic_save_dir:

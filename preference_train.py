@@ -56,7 +56,7 @@ def main(settings: PreferenceTrainSettings) -> None:
         inputs.model.announce(log)
         for note in inputs.notes:
             log.warning(note)
-        log.info(f"{inputs.n_rows} rows; {parallel.described}")
+        log.info(f"{inputs.mixture.n_rows} rows; {parallel.described}")
 
         # What is trained, how, and what is minimised, beside what reference; what is looked at.
         prepare(model, plan, run, parallel)
@@ -85,7 +85,8 @@ def main(settings: PreferenceTrainSettings) -> None:
         )
 
         # Train, from where an earlier run stopped, and save.
-        fit(model, optimizer, objective, settings, parallel, log, evaluations, saving)
+        beside = evaluations, saving, inputs.mixture
+        fit(model, optimizer, objective, settings, parallel, log, *beside)
         inputs.model.save(model, parallel, saving_plan.save_dir)
         log.info(f"saved to {saving_plan.save_dir}")
         saving.finish()

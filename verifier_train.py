@@ -55,7 +55,7 @@ def main(settings: VerifierTrainSettings) -> None:
         inputs.model.announce(log)
         for note in inputs.notes:
             log.warning(note)
-        log.info(f"{inputs.n_rows} rows; {parallel.described}")
+        log.info(f"{inputs.mixture.n_rows} rows; {parallel.described}")
 
         # What is trained, how, and what is looked at on the way.
         prepare(model, plan, run, parallel)
@@ -86,7 +86,8 @@ def main(settings: VerifierTrainSettings) -> None:
         )
 
         # Train, from where an earlier run stopped, and save.
-        fit(model, optimizer, objective, settings, parallel, log, evaluations, saving)
+        beside = evaluations, saving, inputs.mixture
+        fit(model, optimizer, objective, settings, parallel, log, *beside)
         save(saving_plan.save_dir)
         log.info(f"saved to {saving_plan.save_dir}")
         saving.finish()

@@ -214,7 +214,8 @@ def _plan(
     if inputs is None:
         lines += [NOT_READ]
     else:
-        lines += _step_lines(settings, inputs.n_rows, inputs.notes, layout) + example(inputs)
+        lines += _step_lines(settings, inputs.mixture.n_rows, inputs.notes, layout)
+        lines += example(inputs)
     _print(lines, parallel)
 
 
@@ -248,8 +249,8 @@ def ppo_plan(settings: PPOTrainSettings) -> None:
         rollouts, updates = settings.rollouts, settings.updates
         per_iteration = rollouts.max_buffer_size // rollouts.samples_per_prompt
         prompts = inputs.prompts
-        _, iterations = iterations_of(len(prompts), per_iteration, settings.optimizer)
-        lines += [f"prompts: {len(prompts):,}"]
+        _, iterations = iterations_of(inputs.mixture.n_rows, per_iteration, settings.optimizer)
+        lines += [f"prompts: {inputs.mixture.n_rows:,}"]
         lines += [f"  {note}" for note in inputs.notes]
         lines += [
             f"iterations: {iterations:,} of {rollouts.max_buffer_size} rollouts; each up to "

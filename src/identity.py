@@ -11,8 +11,9 @@ from typing import Any
 
 from src.checkpoint.folder import NOTES, TOKENIZERS, find_tokenizer
 from src.checkpoint.manifest import MANIFEST, TENSORS, digest, has_manifest
+from src.data.sources import files_in, parts_of
 from src.errors import UserError
-from src.settings.declaration import CONTENT, MAY_CHANGE, Settings, declared, flat
+from src.settings.declaration import CONTENT, MAY_CHANGE, ROWS, Settings, declared, flat
 
 TOKENIZER_SUFFIXES = (".model", ".tiktoken")
 
@@ -29,7 +30,8 @@ def identity(settings: Settings, **more: Any) -> dict[str, Any]:
         if MAY_CHANGE in setting.marks:
             continue
         if CONTENT in setting.marks and value is not None:  # it may lie elsewhere later
-            record[name] = {"path": value, "holds": held(value)}
+            holds = held_rows(value) if ROWS in setting.marks else held(value)
+            record[name] = {"path": value, "holds": holds}
         else:
             record[name] = value
     return record
@@ -51,6 +53,24 @@ def held(text: str) -> str:
         return hashlib.sha256("\n".join([function, *_described(path)]).encode()).hexdigest()
     except OSError as error:
         raise UserError(f"{error.filename or path}: cannot be read: {error.strerror}") from None
+
+
+def held_rows(text: str) -> str:
+    """A digest of the rows that a text names: of each file's content, and of the weights.
+
+    What is not there is its own name. Raises UserError as src/data/sources.py does.
+    """
+    lines = [""]
+    for part in parts_of(text):
+        files = files_in(part.location)
+        if not all(Path(file).is_file() for file in files):
+            return text
+        lines += [] if part.weight is None else [f"weight {part.weight}"]
+        try:
+            lines += [digest(Path(file)) for file in files]
+        except OSError as error:
+            raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from None
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _described(path: Path) -> Iterator[str]:

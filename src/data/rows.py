@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from src.data.files import Broken, elements
+from src.data.files import Broken, Cells
 from src.data.messages import UNUSABLE, Messages, Question, put_in_form
+from src.data.sources import elements_of
 from src.errors import UserError
 
 _SHOWN_PROBLEMS, _SHOWN_FIELDS = 5, 8
@@ -116,9 +117,10 @@ LABELLED: Form = {INSTRUCTION: PROMPT, "output": ANSWER, "label": FLAG}, {}
 
 
 class Rows(list[dict]):
-    """A file's rows.
+    """The rows of a file, or of several.
 
-    notes: what its user should know of them, a sentence each; places: where each stands, FILE:LINE.
+    notes: what their user should know of them, a sentence each; places: where each stands,
+    FILE:LINE.
     """
 
     def __init__(self, rows: list[dict], notes: list[str], places: list[str]) -> None:
@@ -176,7 +178,7 @@ def read_form(path: str | Path, forms: dict[str, Form]) -> Rows:
 
 def form_of(path: str | Path, fields: tuple[str, ...]) -> str:
     """The first of the fields that the file's first row has, or the last of them."""
-    first = next((value for _, value in elements(path)), None)
+    first = next((value for _, value in elements_of(path)), None)
     names = first if isinstance(first, dict) else {}
     return next((field for field in fields if field in names), fields[-1])
 
@@ -207,6 +209,8 @@ def read_rows(
 ) -> Rows:
     """All rows of `path`, each with every `required` field, and each field of its kind.
 
+    path: whatever src/data/sources.py takes.
+
     An `optional` field may be missing, or say nothing as null does. unread: others that a row may
     well have; None: all may be read by somebody. A row's instruction may also be called as in
     `OTHER_NAMES`, and gets our name; a conversation gets our form (src/data/messages.py; whole: all
@@ -214,7 +218,9 @@ def read_rows(
     """
     optional = optional or {}
     rows, places, problems, used = [], list[str](), list[str](), set[str]()
-    for where, value in elements(path):
+    for where, value in elements_of(path):
+        if isinstance(value, Cells):
+            value = _spelled(value, {**required, **optional})
         rows.append(value)
         places.append(where)
         found, made_of = _in_form(value, required, {**required, **optional}, whole)
@@ -298,6 +304,40 @@ def _write_text(path: str | Path, text: str) -> None:
 
 
 # ---- elements to rows ----------------------------------------------------------------------------
+
+
+def _spelled(cells: Cells, fields: dict[str, Kind]) -> dict[str, Any]:
+    """A row of texts as one of JSON.
+
+    An empty cell is null. A cell that spells messages in JSON is these messages; another that its
+    field does not take as it stands, and takes as what it spells, is that.
+    """
+
+    def value(text: str, kind: Kind | None) -> Any:
+        is_taken = kind is None or kind.accepts(text)
+        if text == "":
+            return text if kind is not None and is_taken else None
+        if is_taken and not text.startswith("["):
+            return text
+        try:
+            meant = json.loads(_OF_PYTHON.get(text, text))
+        except (ValueError, RecursionError):
+            return text
+        asked_for = kind is not None and not is_taken and kind.accepts(meant)
+        return meant if asked_for or _are_messages(meant) else text
+
+    return {name: value(text, fields.get(name)) for name, text in cells.items()}
+
+
+_OF_PYTHON = {"True": "true", "False": "false"}  # how pandas writes them
+
+
+def _are_messages(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(x, dict) and x.keys() & {"role", "from"} for x in value)
+    )
 
 
 def _in_form(

@@ -8,6 +8,7 @@ import torch
 from src.checkpoint.folder import check_apart
 from src.checkpoint.save import check_save
 from src.data.encoding import Prompt, ppo_prompts, solver_sequences
+from src.data.mixture import Mixture, read_mixture
 from src.errors import UserError
 from src.evaluation.tasks import Task, find_task
 from src.evaluation.training import SolverEvaluation
@@ -29,7 +30,8 @@ class PPOInputs:
     """Models, prompts, and where earlier runs left the policy and the value model.
 
     rule: whose rule is applied in the reward; mix: supervised rows; policy_state, value_state: what
-    lies beside their weights; notes: what a user should know of the rows, a sentence each.
+    lies beside their weights; notes: what a user should know of the rows, a sentence each; mixture,
+    mix_mixture: of how many prompts and supervised rows there are.
     """
 
     roles: OpenedRoles
@@ -40,6 +42,8 @@ class PPOInputs:
     policy_state: dict[str, Any]
     value_state: dict[str, Any]
     notes: list[str]
+    mixture: Mixture
+    mix_mixture: Mixture | None
 
     @classmethod
     def read(
@@ -70,10 +74,15 @@ class PPOInputs:
         train_file, ptx_file = settings.prompts.train_file, settings.pretraining.ptx_file
         reward_file = settings.rewards.reward_file
         rows_are_read = reward_file is not None
-        prompts, notes = ppo_prompts(train_file, tokenizer, rule, max_seq_len, rows_are_read)
-        mix: list[Sequence] = []
+        prompts, notes, mixture = read_mixture(
+            train_file,
+            lambda path: ppo_prompts(path, tokenizer, rule, max_seq_len, rows_are_read),
+        )
+        mix, mix_mixture = list[Sequence](), None
         if ptx_file is not None:
-            mix, more = solver_sequences(ptx_file, tokenizer, max_seq_len)
+            mix, more, mix_mixture = read_mixture(
+                ptx_file, lambda path: solver_sequences(path, tokenizer, max_seq_len)
+            )
             notes += more
         if reward_file is not None:
             score = UserScore(reward_file, load_score(reward_file))
@@ -83,7 +92,7 @@ class PPOInputs:
         # Where earlier runs left the models.
         states = read_state(roles.actor_ckpt_dir), read_state(roles.critic_ckpt_dir)
         notes += evaluation.notes
-        inputs = cls(opened, evaluation, rule, prompts, mix, *states, notes)
+        inputs = cls(opened, evaluation, rule, prompts, mix, *states, notes, mixture, mix_mixture)
         if not inputs.has_reference(settings):
             _check_no_reference(settings)
         return inputs
@@ -121,7 +130,7 @@ class PPOInputs:
             )
         kl_coef = self.kl_controller(settings).kl_coef
         log.info(
-            f"{len(self.prompts)} prompts; {layouts.described}; "
+            f"{self.mixture.n_rows} prompts; {layouts.described}; "
             f"advantages: {settings.advantages.advantage}; kl_coef {kl_coef}"
             f"{'' if self.has_reference(settings) else ': no reference'}"
         )

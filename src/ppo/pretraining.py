@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from src.data.mixture import Mixture
 from src.models.batch import Sequence
 from src.ppo.roles import Role
 from src.settings.ppo import PPOSettings
@@ -19,10 +20,13 @@ class PretrainingMix:
         batch_size: int,
         settings: PPOSettings,
         device: torch.device,
+        mixture: Mixture | None = None,
     ) -> None:
-        """batch_size: rows per optimizer step, over all ranks."""
+        """batch_size: rows per optimizer step, over all ranks; mixture: of the sequences."""
         self.objective, self.settings = SolverObjective(sequences, device), settings
-        self.batches = EndlessBatches(len(sequences), batch_size, f"{settings.run.seed}/ptx")
+        self.batches = EndlessBatches(
+            mixture or len(sequences), batch_size, f"{settings.run.seed}/ptx"
+        )
 
     def backward(self, role: Role) -> dict[str, Tensor]:
         """Add the gradient of ptx_coef × the mean −log p of the next rows' output tokens.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Annotated, Literal
 
-from src.settings.declaration import CONTENT, MAY_CHANGE, AtLeast, Settings, Unit
+from src.settings.declaration import CONTENT, MAY_CHANGE, ROWS, AtLeast, Settings, Unit
 
 SCORED_AT_ONCE = 2**14  # tokens, where a setting does not say
 
@@ -83,7 +83,13 @@ class ModelSettings(AdaptedModelSettings):
 class DataSettings(Settings):
     """The data."""
 
-    train_file: Annotated[str, CONTENT, "rows to train on, .json or .jsonl"]
+    train_file: Annotated[
+        str,
+        CONTENT,
+        ROWS,
+        "rows to train on: a file, a folder, a pattern or a data set, or several with weights, "
+        "a.jsonl:0.7,b.parquet:0.3 (docs/data.md)",
+    ]
 
 
 def unescaped(text: str | None) -> str | None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from src.data.mixture import Mixture
 from src.errors import UserError
 from src.logs import RunLog
 from src.models.elementwise import compile_elementwise
@@ -92,15 +93,17 @@ def fit(
     log: RunLog,
     evaluate: Callable[[str, int], None],
     saving: Saving | None = None,
+    mixture: Mixture | None = None,
 ) -> list[dict[str, float]]:
     """Train, from where an earlier run stopped. Returns the scalars of each step that was taken.
 
     `evaluate` is called before the first step and then as the settings say, with a name ("epoch 1")
-    and its number.
+    and its number. mixture: of the objective's rows; an epoch has all of them when not given.
     """
     n_rows, plan, seed = len(objective.lengths), settings.optimizer, settings.run.seed
+    mixture = mixture or Mixture((n_rows,))
     batch_size = rows_per_step(settings.batches, parallel.data_size)
-    steps_per_epoch = -(-n_rows // batch_size)
+    steps_per_epoch = -(-mixture.n_rows // batch_size)
     total = steps_per_epoch * plan.epochs
     eval_every = settings.evaluation.eval_every
     unit, every = ("step", eval_every) if eval_every else ("epoch", steps_per_epoch)
@@ -114,7 +117,8 @@ def fit(
         log.info(line)
     meter = Meter(model, objective, parallel)
     passes = passes_of(model, parallel, optimizer)
-    tokens_left = sum(objective.lengths) * (total - step) / steps_per_epoch
+    tokens_per_epoch = sum(objective.lengths) * mixture.n_rows / n_rows
+    tokens_left = tokens_per_epoch * (total - step) / steps_per_epoch
 
     def evaluate_aside(bar: Progress, name: str, number: int) -> None:
         clock.announce("evaluation")
@@ -130,7 +134,7 @@ def fit(
         for epoch in range(step // steps_per_epoch + 1, plan.epochs + 1):
             bar.set_description(f"epoch {epoch}/{plan.epochs}", refresh=False)
             done = step % steps_per_epoch
-            for batch in epoch_batches(n_rows, batch_size, seed, epoch)[done:]:
+            for batch in epoch_batches(mixture, batch_size, seed, epoch)[done:]:
                 # One optimizer step on the whole batch, of which each rank computes its share.
                 meter.start()
                 lr = lr_at(step, total, plan.lr, plan.warmup, plan.schedule)

@@ -20,6 +20,7 @@ from src.data.encoding import (
     top_k_rows,
 )
 from src.data.loss_mask import LossMask
+from src.data.mixture import Mixture, read_mixture
 from src.errors import UserError
 from src.evaluation.training import GradedData, SolverEvaluation, VerifierEvaluation
 from src.evaluation.verifier import score_moments
@@ -69,7 +70,7 @@ class Places:
 class SolverInputs:
     """A solver's training data and where it starts from.
 
-    row_notes: what a user should know of the train file's rows.
+    row_notes: what a user should know of the train file's rows; mixture: of how many they are.
     """
 
     model: OpenedModel
@@ -77,10 +78,7 @@ class SolverInputs:
     evaluation: SolverEvaluation
     sequences: list[Sequence]
     row_notes: list[str]
-
-    @property
-    def n_rows(self) -> int:
-        return len(self.sequences)
+    mixture: Mixture
 
     @property
     def notes(self) -> list[str]:
@@ -93,16 +91,13 @@ class SolverInputs:
         model = open_start(settings, parallel, head="lm")
         lora = lora_of(settings.lora, model.checkpoint)
         tokenizer, max_seq_len = model.tokenizer, settings.batches.max_seq_len
-        sequences, row_notes = solver_sequences(
-            settings.data.train_file,
-            tokenizer,
-            max_seq_len,
-            settings.batches.strict_length,
-            mask_of(settings.loss),
+        how = max_seq_len, settings.batches.strict_length, mask_of(settings.loss)
+        rows = read_mixture(
+            settings.data.train_file, lambda path: solver_sequences(path, tokenizer, *how)
         )
         limits = settings.evaluation.max_new_tokens, max_seq_len
         evaluation = SolverEvaluation.read(settings.evaluation, tokenizer, *limits)
-        return cls(model, lora, evaluation, sequences, row_notes)
+        return cls(model, lora, evaluation, *rows)
 
 
 @dataclass(frozen=True)
@@ -110,7 +105,7 @@ class VerifierInputs:
     """A verifier's training data and where it starts from.
 
     rows: comparisons, or graded responses; row_notes: what a user should know of the train file's
-    rows.
+    rows; mixture: of how many they are.
     """
 
     model: OpenedModel
@@ -118,10 +113,7 @@ class VerifierInputs:
     evaluation: VerifierEvaluation
     rows: GradedData
     row_notes: list[str]
-
-    @property
-    def n_rows(self) -> int:
-        return len(self.rows)
+    mixture: Mixture
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -152,7 +144,8 @@ class VerifierInputs:
 
         lora = lora_of(settings.lora, model.checkpoint)
         evaluation = VerifierEvaluation.read(settings.evaluation, rows_of, kind)
-        return cls(model, lora, evaluation, *rows_of(data.train_file, data.max_pairs_per_prompt))
+        rows = read_mixture(data.train_file, lambda path: rows_of(path, data.max_pairs_per_prompt))
+        return cls(model, lora, evaluation, *rows)
 
     def save(
         self,
@@ -181,7 +174,8 @@ class PreferenceInputs:
     """What a policy learns preferences from, and where it starts.
 
     rows: comparisons or labelled outputs; prompts: of a run online, which has no rows; judge: what
-    then scores samples; row_notes: what a user should know of the train file's rows.
+    then scores samples; row_notes: what a user should know of the train file's rows; mixture: of
+    how many they are.
     """
 
     model: OpenedModel
@@ -191,10 +185,7 @@ class PreferenceInputs:
     prompts: list[Prompt]
     judge: OpenedJudge | None
     row_notes: list[str]
-
-    @property
-    def n_rows(self) -> int:
-        return len(self.rows) or len(self.prompts)
+    mixture: Mixture
 
     @property
     def notes(self) -> list[str]:
@@ -220,19 +211,26 @@ class PreferenceInputs:
         evaluation = SolverEvaluation.read(settings.evaluation, tokenizer, *limits)
         if settings.online.online:
             judge = OpenedJudge.read(settings, settings.evaluation, tokenizer, parallel)
-            prompts, notes = judge.prompts(train_file, tokenizer, batches.max_seq_len)
-            return cls(model, lora, evaluation, [], prompts, judge, notes)
+            prompts, notes, mixture = read_mixture(
+                train_file, lambda path: judge.prompts(path, tokenizer, batches.max_seq_len)
+            )
+            return cls(model, lora, evaluation, [], prompts, judge, notes, mixture)
         data = settings.data
         rules = PairRules(data.ranked_pairs, data.max_pairs_per_prompt, settings.run.seed, True)
         limits = batches.max_seq_len, batches.strict_length
         rows: list[Comparison] | list[Labelled]
         if set(settings.preference.names) <= {"kto", "sft"}:
-            rows, notes = labelled(train_file, tokenizer, *limits, rules)
+            rows, notes, mixture = read_mixture(
+                train_file, lambda path: labelled(path, tokenizer, *limits, rules)
+            )
         else:
-            rows, notes = comparisons(train_file, tokenizer, *limits, rules)
+            compared, notes, mixture = read_mixture(
+                train_file, lambda path: comparisons(path, tokenizer, *limits, rules)
+            )
             if "kto" in settings.preference.names:
-                check_sides(rows, train_file)
-        return cls(model, lora, evaluation, rows, [], None, notes)
+                check_sides(compared, train_file)
+            rows = compared
+        return cls(model, lora, evaluation, rows, [], None, notes, mixture)
 
 
 @dataclass(frozen=True)
@@ -240,7 +238,7 @@ class DistillationInputs:
     """What a student learns from, and where it starts.
 
     sequences: with outputs, where it has any to learn from; teacher: a model, or kept: its numbers;
-    row_notes: what a user should know of the train file's rows.
+    row_notes: what a user should know of the train file's rows; mixture: of how many they are.
     """
 
     model: OpenedModel
@@ -250,10 +248,7 @@ class DistillationInputs:
     teacher: OpenedModel | None
     kept: TopK | None
     row_notes: list[str]
-
-    @property
-    def n_rows(self) -> int:
-        return len(self.sequences)
+    mixture: Mixture
 
     @property
     def notes(self) -> list[str]:
@@ -273,17 +268,17 @@ class DistillationInputs:
             kept, notes = top_k_rows(
                 train_file, tokenizer, batches.max_seq_len, batches.strict_length
             )
-            return cls(model, lora, evaluation, kept.sequences, None, kept, notes)
-        if of_teacher.on_policy == 1:
-            sequences, notes = prompt_sequences(train_file, tokenizer, batches.max_seq_len)
-        else:
-            sequences, notes = solver_sequences(
-                train_file,
-                tokenizer,
-                batches.max_seq_len,
-                batches.strict_length,
-                mask_of(settings.loss),
-            )
+            mixture = Mixture((len(kept.sequences),))
+            return cls(model, lora, evaluation, kept.sequences, None, kept, notes, mixture)
+        how = batches.max_seq_len, batches.strict_length, mask_of(settings.loss)
+        sequences, notes, mixture = read_mixture(
+            train_file,
+            lambda path: (
+                prompt_sequences(path, tokenizer, batches.max_seq_len)
+                if of_teacher.on_policy == 1
+                else solver_sequences(path, tokenizer, *how)
+            ),
+        )
         teacher = open_model(
             ModelSettings(ckpt_dir=of_teacher.teacher_ckpt_dir), parallel, head="lm"
         )
@@ -307,7 +302,7 @@ class DistillationInputs:
         if degree in (None, mp_size):  # at another degree it sees whole rows
             config = teacher.checkpoint.config
             check_heads(config, mp_size, parallel.context.size, "teacher")
-        return cls(model, lora, evaluation, sequences, teacher, None, notes)
+        return cls(model, lora, evaluation, sequences, teacher, None, notes, mixture)
 
 
 def mask_of(loss: LossMaskSettings) -> LossMask:
