@@ -255,7 +255,7 @@ def test_a_completion_s_turns_alone_are_trained_on(file, tokenizer):
         (((5, 6, 7),), r"--response_template \[5, 6, 7\]: is not in the row"),
         (
             ("assistant\n",),
-            r"--response_template 'assistant\\n': is there 2 times, and where the turns between end",
+            r"--response_template 'assistant\\n': is there 2 times, and where the turns between",
         ),
     ],
 )
