@@ -421,3 +421,11 @@ def test_the_answer_to_a_conversation_goes_on_from_what_generation_reads(tokeniz
     whole = encode(tokenizer, asked, Messages([{"role": "assistant", "content": "two"}]))
     assert sequence == whole
     assert list(sequence.tokens[: sequence.prompt_length]) == tokenizer.prompt_ids(asked)
+
+
+def test_what_was_generated_for_a_conversation_is_a_row_to_train_on(file, tokenizer):
+    """solver_generate.py writes messages as the instruction, and their tools."""
+    row = {"instruction": [SYSTEM, USER], "tools": [SCHEMA], "output": "an egg"}
+    whole = {"messages": [SYSTEM, USER, ANSWER], "tools": [SCHEMA]}
+    (one, two), notes = solver_sequences(file(row, whole), tokenizer, 999)
+    assert one == two and not [note for note in notes if "not used" in note]
