@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from jinja2 import TemplateError, nodes
 from jinja2.exceptions import SecurityError
@@ -28,7 +28,8 @@ from src.errors import UserError
 GENERATED, ENDED = "\ufdd2", "\ufdd3"
 # Names under which a message's reasoning may stand.
 REASONING = ("reasoning_content", "thinking", "reasoning")
-SECONDS = 10  # for one rendering, which takes a fraction of a millisecond
+T = TypeVar("T")
+SECONDS = 10  # for one text's renderings, each of which takes a fraction of a millisecond
 LONGEST = 10**7  # characters that a rendering may have
 
 _CHATML = (
@@ -156,6 +157,15 @@ class Counted:
         self.first = self.first or text[:80]
 
 
+class _Limit(threading.local):
+    """Whether a thread's work is within a limit of time already."""
+
+    is_on = False
+
+
+_within_limit = _Limit()
+
+
 class Chat:
     """How a template writes a question and its answer.
 
@@ -236,6 +246,11 @@ class Chat:
             self._before = self._before[len(self._header) :]
             self._prompt = self._stem = prompt + self._header
         return None
+
+    @property
+    def closing(self) -> str:
+        """What the template writes between a first question and where its answer is to begin."""
+        return self._prompt.rpartition(_QUESTION)[2]
 
     @cached_property
     def opening(self) -> str:
@@ -442,14 +457,27 @@ class Chat:
 
         return self._bounded(write)
 
-    def _bounded(self, work: Callable[[], Any]) -> Any:
-        """What `work` gives. UserError when it fails, or takes more than SECONDS."""
+    def bounded(self, work: Callable[[], T]) -> T:
+        """What `work` gives, which renders several times within one limit of time.
+
+        Raises UserError where that is over, and what `work` itself raises.
+        """
+        return self._bounded(work, (UserError,))
+
+    def _bounded(self, work: Callable[[], T], raised: tuple[type[Exception], ...] = ()) -> T:
+        """What `work` gives. UserError when it fails, or takes more than SECONDS.
+
+        raised: errors of work's own, which are raised as they are.
+        """
+        if _within_limit.is_on:
+            return self._outcome_of(work, raised)
         outcome: dict[str, Any] = {}
 
         def run() -> None:
+            _within_limit.is_on = True
             try:
-                outcome["value"] = work()
-            except Exception as error:  # a template can raise whatever its expressions do
+                outcome["value"] = self._outcome_of(work, raised)
+            except UserError as error:
                 outcome["error"] = error
 
         # A thread that never ends is left behind: the refusal ends the process, and it with that.
@@ -458,14 +486,24 @@ class Chat:
         thread.join(SECONDS)
         if "value" in outcome:
             return outcome["value"]
-        if "error" not in outcome:
-            raise UserError(
-                f"{self.name}: the chat template takes more than {SECONDS} seconds for one answer; "
-                "correct it"
-            )
-        error = outcome["error"]
+        if "error" in outcome:
+            raise outcome["error"]
+        raise UserError(
+            f"{self.name}: the chat template takes more than {SECONDS} seconds for one answer; "
+            "correct it"
+        )
+
+    def _outcome_of(self, work: Callable[[], T], raised: tuple[type[Exception], ...]) -> T:
+        """What `work` gives. Raises UserError for whatever a template's expressions raise."""
+        try:
+            return work()
+        except raised:
+            raise
+        except Exception as problem:
+            error = problem
         error_type = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
-        line = f" (line {error.lineno})" if getattr(error, "lineno", None) else ""
+        number = getattr(error, "lineno", None)
+        line = f" (line {number})" if number else ""
         reason = (str(error).splitlines() or ["no reason given"])[0]
         raise UserError(f"{self.name}: the chat template fails{line}: {error_type}{reason}")
 

@@ -299,7 +299,9 @@ class Tokenizer:
         """
         chat = self._chat_for_conversations
         spelled = replace(conversation, messages=self._all_spelled(conversation.messages))
-        text, turns = assistant_spans(chat, spelled, self._any_added, self._ending)
+        text, turns = chat.bounded(
+            lambda: assistant_spans(chat, spelled, self._any_added, self._ending)
+        )
         encoding = self._encoded(self._marked if _MARK in text else self._rust, text)
         ids, offsets = self._embedded(encoding.ids, text), encoding.offsets
         if turns and turns[-1][-1][1] > len(text):

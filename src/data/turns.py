@@ -5,11 +5,10 @@ message is another: a turn begins where, after the message before, an answer is 
 with the token that ends it. Whatever a row's template does, each turn is verified, or refused.
 """
 
-import os
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from src.data.chat import Chat, Thought, is_held
@@ -34,7 +33,8 @@ def assistant_spans(
         return text, _of_marks(chat, conversation, text, marked)
     if not conversation.turns:
         return text, []
-    finder = _Finder(chat, messages, tools, text, ends, before_end)
+    contents = _plain_places(chat, messages, tools, text)
+    finder = _Finder(chat, messages, tools, text, ends, before_end, contents)
     spans = [finder.span(place) for place in conversation.turns]
     for (_, stop), (start, _) in zip(spans, spans[1:]):
         if start < stop:
@@ -47,10 +47,13 @@ def _of_marks(
 ) -> list[list[Span]]:
     """The spans that a template marks itself, by the turns that are trained on."""
     messages, tools, spans = conversation.messages, conversation.messages.tools, []
+    every = Conversation(messages).turns
     for place in conversation.turns:
-        # As many marks as there are without it are others' turns.
-        before = len(chat.marked(messages[:place], tools)[1]) if place else 0
-        upto = len(chat.marked(messages[: place + 1], tools)[1])
+        if len(every) == len(marked):
+            before, upto = every.index(place), every.index(place) + 1
+        else:  # as many marks as there are without it are others' turns
+            before = len(chat.marked(messages[:place], tools)[1]) if place else 0
+            upto = len(chat.marked(messages[: place + 1], tools)[1])
         if upto > len(marked) or before == upto:
             raise UserError(f"the template marks no generation for message {place} (from 0)")
         spans.append(marked[before:upto])
@@ -78,6 +81,46 @@ class _Place:
     after: str
 
 
+def _plain_places(
+    chat: Chat, messages: list[Message], tools: list[dict] | None, text: str
+) -> dict[int, _Place]:
+    """Where the plain texts of messages lie, if the template writes each as it stands, or stripped.
+
+    Found at once: in what it writes of numbered sentinels, whose text between them must be the
+    conversation's. {} where it is not: then each is looked for.
+    """
+    others = {
+        i: message | {"content": f"{_SENTINEL}{i}{_SENTINEL}"}
+        for i, message in enumerate(messages)
+        if isinstance(message.get("content"), str) and not message.get("tool_calls")
+    }
+    try:
+        written = chat.text_of([others.get(i, m) for i, m in enumerate(messages)], tools)
+    except UserError:  # it refuses such a conversation
+        return {}
+    pieces = re.split(f"{_SENTINEL}([0-9]+){_SENTINEL}", written)
+    between, numbers = pieces[::2], [int(number) for number in pieces[1::2]]
+    places, position = dict[int, _Place](), len(between[0])
+    if not text.startswith(between[0]) or sorted(numbers) != sorted(others):
+        return {}
+    for number, following in zip(numbers, between[1:]):
+        said = messages[number]["content"]
+        stop = next(
+            (
+                position + len(way)
+                for way in (said, said.strip(), said.lstrip(), said.rstrip())
+                if text.startswith(way, position)
+                and text.startswith(following, position + len(way))
+            ),
+            None,
+        )
+        if stop is None:
+            return {}
+        places[number] = _Place(position, stop, others[number], "")
+        position = stop + len(following)
+    return places if position == len(text) else {}
+
+
 @dataclass(frozen=True)
 class _Finder:
     """Finds turns in `text`, which the template writes of the messages."""
@@ -88,7 +131,7 @@ class _Finder:
     text: str
     ends: re.Pattern
     before_end: str
-    contents: dict[int, _Place] = field(default_factory=dict)
+    contents: dict[int, _Place]
 
     def span(self, place: int) -> Span:
         """A turn, from where generation begins to the token that ends it.
@@ -171,18 +214,23 @@ class _Finder:
 
     def _closings(self, place: int) -> Iterator[str]:
         """What the template may write between the message before a turn and the turn."""
+        if self.messages[place - 1]["role"] == "user":
+            yield from _with_thought_or_without(self.chat.closing)
         for other in _otherwise(self.messages[place - 1]):
             try:
                 messages = [*self.messages[: place - 1], other]
                 text = self.chat.before_answer(messages, self.tools)
             except UserError:  # it refuses such a conversation
                 continue
-            closing = text.rpartition(_SENTINEL)[2]
-            yield closing
-            # A prompt may open a thought that an earlier or plain answer is written without.
-            thought = Thought.at_end(closing)
-            if thought:
-                yield closing[: thought.start]
+            yield from _with_thought_or_without(text.rpartition(_SENTINEL)[2])
+
+
+def _with_thought_or_without(closing: str) -> Iterator[str]:
+    """A prompt's end may open a thought that an earlier or plain answer is written without."""
+    yield closing
+    thought = Thought.at_end(closing)
+    if thought:
+        yield closing[: thought.start]
 
 
 def _check_calls(message: Message, turn: str, where: str) -> None:
@@ -194,7 +242,15 @@ def _check_calls(message: Message, turn: str, where: str) -> None:
 
 
 def _common(a: str, b: str) -> str:
-    return os.path.commonprefix((a, b))
+    """What two texts both begin with."""
+    same, size = 0, min(len(a), len(b))
+    while same < size:  # by halves: comparing is quick
+        half = (same + size + 1) // 2
+        if a[same:half] == b[same:half]:
+            same = half
+        else:
+            size = half - 1
+    return a[:same]
 
 
 def _otherwise(message: Message) -> list[Message]:

@@ -3,7 +3,6 @@
 The templates are those that released models come with; TRL ships many of them as files.
 """
 
-import json
 import re
 from pathlib import Path
 
@@ -22,8 +21,8 @@ SHIPPED = Path(trl.__file__).parent / "chat_templates"
 G, E = "{% generation %}", "{% endgeneration %}"
 
 CHATML = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + "
-    "'<|im_end|>' + '\\n'}}{% endfor %}{% if add_generation_prompt %}"
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n' + "
+    "message['content'] + '<|im_end|>' + '\\n'}}{% endfor %}{% if add_generation_prompt %}"
     "{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 MARKED_CHATML = [
@@ -169,8 +168,8 @@ def shipped(name):
 def marked_llama(name):
     """Llama 3.1's: behind the header of each of the assistant's two kinds of messages."""
     plain = (
-        "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'+ message['content']"
-        " | trim + '<|eot_id|>' }}"
+        "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'+ "
+        "message['content'] | trim + '<|eot_id|>' }}"
     )
     header = "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}"
     text = "{{- message['content'] | trim + '<|eot_id|>' }}"
@@ -275,7 +274,8 @@ TEMPLATES = {
         shipped("qwen2_5"),
         [
             (
-                "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}",
+                "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + "
+                "'\\n' }}",
                 "{{- '<|im_start|>' + message.role + '\\n' }}{%- if message.role == 'assistant' %}"
                 "{%- generation %}{{- message.content + '<|im_end|>' }}{%- endgeneration %}"
                 "{%- else %}{{- message.content + '<|im_end|>' }}{%- endif %}{{- '\\n' }}",
