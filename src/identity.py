@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from src import storage
 from src.checkpoint.folder import NOTES, TOKENIZERS, find_tokenizer
 from src.checkpoint.manifest import MANIFEST, TENSORS, digest, has_manifest
 from src.data.sources import files_in, parts_of
@@ -58,16 +59,19 @@ def held(text: str) -> str:
 def held_rows(text: str) -> str:
     """A digest of the rows that a text names: of each file's content, and of the weights.
 
-    What is not there is its own name. Raises UserError as src/data/sources.py does.
+    A remote file is known by its size and version. What is not there is its own name. Raises
+    UserError as src/data/sources.py does.
     """
     lines = [""]
     for part in parts_of(text):
         files = files_in(part.location)
-        if not all(Path(file).is_file() for file in files):
+        if not all(storage.is_url(file) or Path(file).is_file() for file in files):
             return text
         lines += [] if part.weight is None else [f"weight {part.weight}"]
         try:
-            lines += [digest(Path(file)) for file in files]
+            for file in files:
+                remote = storage.is_url(file)
+                lines.append(storage.version_of(file) if remote else digest(Path(file)))
         except OSError as error:
             raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from None
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
