@@ -29,6 +29,7 @@ from src.data.rows import (
     read_solver_rows,
     read_verifier_rows,
 )
+from src.data.sources import Named
 from src.data.tokenizer import Tokenizer
 from src.errors import UserError
 from src.models.batch import Sequence
@@ -136,7 +137,7 @@ def within(
 
 
 def solver_sequences(
-    path: str,
+    path: Named,
     tokenizer: Tokenizer,
     max_seq_len: int,
     must_fit: bool = False,
@@ -209,7 +210,7 @@ class PairRules:
 
 
 def comparisons(
-    path: str,
+    path: Named,
     tokenizer: Tokenizer,
     max_seq_len: int,
     must_fit: bool = False,
@@ -225,7 +226,7 @@ def comparisons(
         is_equal = any(sequences[a].tokens == sequences[b].tokens for a, b in pairs)
         if is_equal and rules.must_differ:
             raise UserError(
-                f"{path}: row {number} (from 0): one text is better and worse than itself: such a "
+                f"{rows.places[number]}: one text is better and worse than itself: such a "
                 "pair teaches nothing; take it out"
             )
         equal += is_equal
@@ -254,7 +255,7 @@ class Labelled:
     labels: list[bool]
 
 
-def check_sides(compared: list[Comparison], path: str) -> None:
+def check_sides(compared: list[Comparison], path: Named) -> None:
     """Raise UserError where a response is both better and worse than another: neither good nor bad.
 
     path: the file that the comparisons are of.
@@ -268,7 +269,7 @@ def check_sides(compared: list[Comparison], path: str) -> None:
 
 
 def labelled(
-    path: str,
+    path: Named,
     tokenizer: Tokenizer,
     max_seq_len: int,
     must_fit: bool = False,
@@ -306,7 +307,7 @@ def labelled(
 
 
 def scored_sequences(
-    path: str, tokenizer: Tokenizer, max_seq_len: int, one_turn: bool = False
+    path: Named, tokenizer: Tokenizer, max_seq_len: int, one_turn: bool = False
 ) -> tuple[list[Sequence], list[str]]:
     """Given outputs to be scored, a sequence for each row; and notes.
 
@@ -368,7 +369,7 @@ def step_places(tokenizer: Tokenizer, sequence: Sequence, separator: str) -> lis
 
 
 def graded_rows(
-    path: str,
+    path: Named,
     tokenizer: Tokenizer,
     max_seq_len: int,
     must_fit: bool,
@@ -397,7 +398,7 @@ def graded_rows(
             places, grades = step_places(tokenizer, sequence, separator), row[field]
             if len(grades) != len(places):
                 raise UserError(
-                    f"{path}: row {number} (from 0): has {len(grades)} {field} for {len(places)} "
+                    f"{rows.places[number]}: has {len(grades)} {field} for {len(places)} "
                     f"steps, which --step_separator {separator!r} ends; give one for each"
                 )
         found.append(Graded(sequence, places, [float(grade) for grade in grades]))
@@ -428,7 +429,7 @@ class TopK:
 
 
 def top_k_rows(
-    path: str, tokenizer: Tokenizer, max_seq_len: int, must_fit: bool = False
+    path: Named, tokenizer: Tokenizer, max_seq_len: int, must_fit: bool = False
 ) -> tuple[TopK, list[str]]:
     """What solver_score.py --top_k_logprobs wrote, where it fits; and notes.
 
@@ -436,7 +437,7 @@ def top_k_rows(
     """
     rows = read_rows(path, *TOP_K)
     for number, row in enumerate(rows):
-        where, n = f"{path}: row {number} (from 0)", len(row["tokens"])
+        where, n = rows.places[number], len(row["tokens"])
         if row["vocabulary"] != tokenizer.vocabulary:
             raise UserError(
                 f"{where}: was written with another vocabulary than {tokenizer.path}'s: ids would "
@@ -471,7 +472,7 @@ def top_k_rows(
 
 
 def prompt_sequences(
-    path: str, tokenizer: Tokenizer, max_seq_len: int
+    path: Named, tokenizer: Tokenizer, max_seq_len: int
 ) -> tuple[list[Sequence], list[str]]:
     """Prompts without a response, where there is room for one; and notes."""
     rows = read_prompt_rows(path)
@@ -488,7 +489,11 @@ WRONG = ": they count as wrong"  # what becomes of a question without room for a
 
 
 def prompts_of(
-    instructions: Collection[Question], tokenizer: Tokenizer, max_seq_len: int, path: str, fate: str
+    instructions: Collection[Question],
+    tokenizer: Tokenizer,
+    max_seq_len: int,
+    path: Named,
+    fate: str,
 ) -> tuple[list[list[int]], list[str]]:
     """Every instruction's ids, and a note that counts those without room for an answer.
 
@@ -516,7 +521,7 @@ def gold_of(rule: "Task | None", row: dict, where: str) -> str:
 
 
 def ppo_prompts(
-    path: str,
+    path: Named,
     tokenizer: Tokenizer,
     rule: "Task | None",
     max_seq_len: int,
@@ -530,7 +535,7 @@ def ppo_prompts(
     keys = [json.dumps(row, sort_keys=True) for row in rows]
     prompts = []
     for number, row in enumerate(rows):
-        gold = gold_of(rule, row, f"{path}: row {number} (from 0)")
+        gold = gold_of(rule, row, rows.places[number])
         tokens = at(rows.places[number], tokenizer.prompt_ids, row["instruction"])
         prompts.append(Prompt(tokens, gold, row))
     lengths = [len(p.tokens) + 1 for p in prompts]
@@ -539,10 +544,10 @@ def ppo_prompts(
     return [p for p, fit in zip(prompts, fits) if fit], rows.notes + notes + _again(keys, path)
 
 
-def _again(keys: Collection[Hashable], path: str) -> list[str]:
+def _again(keys: Collection[Hashable], path: Named) -> list[str]:
     """A note of the rows that say what another has said before."""
     return _counted(len(keys) - len(set(keys)), len(keys), path, "say what a row before them says")
 
 
-def _counted(n: int, rows: int, path: str, what: str) -> list[str]:
+def _counted(n: int, rows: int, path: Named, what: str) -> list[str]:
     return [f"{n} of {rows} rows of {path} {what}"] if n else []

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from src.data.files import Broken, Cells
+from src.data.mapping import LeftOut
 from src.data.messages import UNUSABLE, Messages, Question, put_in_form
-from src.data.sources import elements_of
+from src.data.sources import Named, elements_of
 from src.errors import UserError
 
 _SHOWN_PROBLEMS, _SHOWN_FIELDS = 5, 8
@@ -128,7 +129,7 @@ class Rows(list[dict]):
         self.notes, self.places = notes, places
 
 
-def read_solver_rows(path: str | Path) -> Rows:
+def read_solver_rows(path: Named) -> Rows:
     """Rows `{"instruction", "output", "label"?}`, or conversations.
 
     Adds `outputs`, the accepted ones as a list; of a conversation all from its first answer on.
@@ -140,7 +141,7 @@ def read_solver_rows(path: str | Path) -> Rows:
     return rows
 
 
-def read_prompt_rows(path: str | Path, unread: Collection[str] | None = ANSWERS) -> Rows:
+def read_prompt_rows(path: Named, unread: Collection[str] | None = ANSWERS) -> Rows:
     """Rows `{"instruction", "output"?, "label"?}`: a prompt, and perhaps what it should lead to.
 
     unread: as `read_rows` has it.
@@ -148,7 +149,7 @@ def read_prompt_rows(path: str | Path, unread: Collection[str] | None = ANSWERS)
     return read_rows(path, {INSTRUCTION: PROMPT}, {"output": TEXTS, "label": LABEL}, unread)
 
 
-def read_verifier_rows(path: str | Path) -> Rows:
+def read_verifier_rows(path: Named) -> Rows:
     """Rows `{"instruction", "chosen", "rejected"}`, or `{"instruction", "ranked", "scores"?}`.
 
     A file has one form. Both sides come back as non-empty lists; scores go with the ranked outputs
@@ -162,13 +163,13 @@ def read_verifier_rows(path: str | Path) -> Rows:
             n = len(row["ranked"])
             if len(scores) != n or scores != sorted(scores, reverse=True):
                 raise UserError(
-                    f"{path}: row {number} (from 0): scores are {str(scores)[:60]} for {n} ranked "
+                    f"{rows.places[number]}: scores are {str(scores)[:60]} for {n} ranked "
                     "outputs; give one for each, none higher than the one before it"
                 )
     return rows
 
 
-def read_form(path: str | Path, forms: dict[str, Form]) -> Rows:
+def read_form(path: Named, forms: dict[str, Form]) -> Rows:
     """Rows of one of several forms, told by a field of the first row; else the last form.
 
     forms: from such a field to the form.
@@ -176,9 +177,10 @@ def read_form(path: str | Path, forms: dict[str, Form]) -> Rows:
     return read_rows(path, *forms[form_of(path, tuple(forms))])
 
 
-def form_of(path: str | Path, fields: tuple[str, ...]) -> str:
+def form_of(path: Named, fields: tuple[str, ...]) -> str:
     """The first of the fields that the file's first row has, or the last of them."""
-    first = next((value for _, value in elements_of(path)), None)
+    values = (value for _, value in elements_of(path))
+    first = next((value for value in values if not isinstance(value, LeftOut)), None)
     names = first if isinstance(first, dict) else {}
     return next((field for field in fields if field in names), fields[-1])
 
@@ -201,7 +203,7 @@ def as_list(value: Question | list[Question]) -> list[Question]:
 
 
 def read_rows(
-    path: str | Path,
+    path: Named,
     required: dict[str, Kind],
     optional: dict[str, Kind] | None = None,
     unread: Collection[str] | None = (),
@@ -218,7 +220,11 @@ def read_rows(
     """
     optional = optional or {}
     rows, places, problems, used = [], list[str](), list[str](), set[str]()
+    left_out = 0
     for where, value in elements_of(path):
+        if isinstance(value, LeftOut):
+            left_out += 1
+            continue
         if isinstance(value, Cells):
             value = _spelled(value, {**required, **optional})
         rows.append(value)
@@ -236,14 +242,16 @@ def read_rows(
             f"A row looks like {_example(required, optional)}"
         )
     if not rows:
-        raise UserError(
-            f"{path}: holds no rows; it needs at least one like {_example(required, optional)}"
-        )
+        which = "no rows that --map keeps" if left_out else "no rows"
+        example = _example(required, optional)
+        raise UserError(f"{path}: holds {which}; it needs at least one like {example}")
     known = None if unread is None else {*required, *optional, *unread, *used}
-    return Rows(rows, _unused(path, rows, known), places)
+    notes = _unused(path, rows, known)
+    notes += [f"{path}: --map leaves out {left_out} rows"] * bool(left_out)
+    return Rows(rows, notes, places)
 
 
-def _unused(path: str | Path, rows: list[dict], known: set[str] | None) -> list[str]:
+def _unused(path: Named, rows: list[dict], known: set[str] | None) -> list[str]:
     """A sentence that names the fields that are not known, [] when there are none."""
     if known is None:
         return []

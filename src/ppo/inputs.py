@@ -9,6 +9,7 @@ from src.checkpoint.folder import check_apart
 from src.checkpoint.save import check_save
 from src.data.encoding import Prompt, ppo_prompts, solver_sequences
 from src.data.mixture import Mixture, read_mixture
+from src.data.sources import Source
 from src.errors import UserError
 from src.evaluation.tasks import Task, find_task
 from src.evaluation.training import SolverEvaluation
@@ -22,7 +23,7 @@ from src.ppo.layouts import Layouts
 from src.ppo.rewards.file import UserScore, load_score
 from src.ppo.setup import OpenedRoles, open_roles
 from src.settings.ppo import PPOTrainSettings
-from src.trainer.inputs import Places
+from src.trainer.inputs import Places, source_of
 
 
 @dataclass(frozen=True)
@@ -71,17 +72,17 @@ class PPOInputs:
             rule = find_task(settings.evaluation.task or "GSM8K", settings.evaluation.rule)
 
         # Rows.
-        train_file, ptx_file = settings.prompts.train_file, settings.pretraining.ptx_file
+        ptx_file = settings.pretraining.ptx_file
         reward_file = settings.rewards.reward_file
         rows_are_read = reward_file is not None
         prompts, notes, mixture = read_mixture(
-            train_file,
+            source_of(settings.prompts),
             lambda path: ppo_prompts(path, tokenizer, rule, max_seq_len, rows_are_read),
         )
         mix, mix_mixture = list[Sequence](), None
         if ptx_file is not None:
             mix, more, mix_mixture = read_mixture(
-                ptx_file, lambda path: solver_sequences(path, tokenizer, max_seq_len)
+                Source(ptx_file), lambda path: solver_sequences(path, tokenizer, max_seq_len)
             )
             notes += more
         if reward_file is not None:
