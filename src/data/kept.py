@@ -19,7 +19,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -108,6 +108,11 @@ class KeptSequences(Sequence[Tokens]):
         return self.about["again"]
 
     @property
+    def notes(self) -> list[str]:
+        """What a user should know of the rows that they were made of."""
+        return self.about["notes"]
+
+    @property
     def facts(self) -> Facts:
         """What is to be known of those that were made."""
         return {name: (count, first) for name, (count, first) in self.about["facts"].items()}
@@ -147,8 +152,23 @@ class KeptSequences(Sequence[Tokens]):
         return self._mapped("range_ends.bin")
 
 
-def lengths_of(sequences: Sequence[Tokens]) -> tuple[list[int], list[int]]:
+Sequences = Sequence[Tokens]
+
+
+def chosen(sequences: Sequences, keep: list[bool]) -> Sequences:
+    """Those for which `keep` is true."""
+    if all(keep):
+        return sequences
+    if isinstance(sequences, KeptSequences):
+        return sequences.only(keep)
+    return [s for s, is_kept in zip(sequences, keep) if is_kept]
+
+
+def lengths_of(sequences: Sequences) -> tuple[list[int], list[int]]:
     """Each sequence's tokens, and how many of them are trained on."""
+    if isinstance(sequences, Joined):
+        every = [lengths_of(part) for part in sequences.parts]
+        return [n for part, _ in every for n in part], [n for _, part in every for n in part]
     if isinstance(sequences, KeptSequences):
         return sequences.lengths, sequences.response_lengths
     return [len(s.tokens) for s in sequences], [s.response_length for s in sequences]
@@ -157,7 +177,7 @@ def lengths_of(sequences: Sequence[Tokens]) -> tuple[list[int], list[int]]:
 class Joined(Sequence[Tokens]):
     """Several lists of sequences, one after the other."""
 
-    def __init__(self, parts: list[Sequence[Tokens]]) -> None:
+    def __init__(self, parts: list[Sequences]) -> None:
         self.parts, self._ends = parts, np.cumsum([len(part) for part in parts])
 
     def __len__(self) -> int:
@@ -176,12 +196,13 @@ def kept(
     make: Callable[[list[Any]], Made],
     start: Callable[[], None],
     workers: int,
+    notes: Callable[[], list[str]] = list,
 ) -> KeptSequences:
     """The sequences in a folder, made there if they are not.
 
     rows: gives what `make` takes, chunk by chunk, in processes of its own if there are several
-    workers, each of which calls `start` first. Raises UserError as they do, on each process that
-    waited for this one.
+    workers, each of which calls `start` first; notes: what is to be known once all were read.
+    Raises UserError as they do, on each process that waited for this one.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     since = time.time()
@@ -193,7 +214,7 @@ def kept(
             raise UserError(failed.read_text("utf-8"))
         failed.unlink(missing_ok=True)
         try:
-            _write(folder, rows(), make, start, workers)
+            _write(folder, _in_order(iter(rows()), make, start, workers), notes)
         except UserError as error:
             failed.write_text(str(error), "utf-8")
             raise
@@ -218,47 +239,37 @@ def _is_whole(folder: Path) -> bool:
     )
 
 
-def _write(
-    folder: Path,
-    rows: Iterable[Any],
-    make: Callable[[list[Any]], Made],
-    start: Callable[[], None],
-    workers: int,
-) -> None:
+def _write(folder: Path, chunks: Iterator[Made], notes: Callable[[], list[str]]) -> None:
     temporary = folder.with_name(f".tmp-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        index = _written(temporary, rows, make, start, workers)
+        index = _written(temporary, chunks)
         for name in FILES:
             sync(temporary / name)
         index["bytes"] = {name: (temporary / name).stat().st_size for name in FILES}
-        (temporary / INDEX).write_text(json.dumps(index), "utf-8")
+        (temporary / INDEX).write_text(json.dumps(index | {"notes": notes()}), "utf-8")
         sync(temporary / INDEX)
         shutil.rmtree(folder, ignore_errors=True)  # one that is not whole
         temporary.rename(folder)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _written(
-    folder: Path,
-    rows: Iterable[Any],
-    make: Callable[[list[Any]], Made],
-    start: Callable[[], None],
-    workers: int,
-) -> dict[str, Any]:
-    """Write what the rows become; what the index says of it, but for the files' sizes."""
-    files = {name: (folder / name).open("wb") for name in FILES}
+def _written(folder: Path, chunks: Iterator[Made]) -> dict[str, Any]:
+    """Write what rows have become; what the index says of it, but for the files' sizes."""
     tokens = ranges = sequences = 0
     keys: list[NDArray] = []
     facts: Facts = {}
-    try:
-        for made in _in_order(iter(rows), make, start, workers):
+    with ExitStack() as stack:
+        files = [stack.enter_context((folder / name).open("wb")) for name in FILES]
+        for made in chunks:
             ends = np.cumsum(np.asarray(made.lengths, "<i8")) + tokens
             range_ends = np.cumsum(np.asarray(made.range_counts, "<i8")) + ranges
             parts = np.asarray(made.ids, "<i4"), ends, np.asarray(made.ranges, "<i4"), range_ends
-            for file, part in zip(files.values(), parts):
+            for file, part in zip(files, parts):
                 file.write(part.tobytes())
             tokens, ranges = tokens + len(made.ids), ranges + sum(made.range_counts)
             sequences += len(made.lengths)
@@ -266,9 +277,6 @@ def _written(
             for name, (count, first) in made.facts.items():
                 before, earliest = facts.get(name, (0, first))
                 facts[name] = before + count, earliest
-    finally:
-        for file in files.values():
-            file.close()
     unique = len(np.unique(np.concatenate(keys))) if keys else 0
     return {"version": VERSION, "sequences": sequences, "again": sequences - unique, "facts": facts}
 
@@ -297,3 +305,10 @@ def _in_order(
 def usable_cores() -> int:
     """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def kept_folder(*decides: str) -> Path:
+    """Where sequences are kept whose content is decided by some texts."""
+    name = hashlib.sha256("\n".join(decides).encode()).hexdigest()[:32]
+    cache = os.environ.get("OWN_YOUR_RLHF_CACHE") or Path.home() / ".cache" / "own-your-rlhf"
+    return Path(cache) / "tokens" / name

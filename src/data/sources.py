@@ -12,6 +12,7 @@ What exists by a name with a comma or a colon in it is that file.
 """
 
 import glob
+import hashlib
 import itertools
 import json
 import os
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
+from src.checkpoint.manifest import digest
 from src.data.files import Element, elements, format_of
 from src.data.mapping import RowMap
 from src.errors import UserError
@@ -102,6 +104,26 @@ def elements_of(source: Named) -> Iterator[Element]:
     """
     found = itertools.chain.from_iterable(map(elements, files_of(str(source))))
     yield from source.map.over(found) if isinstance(source, Source) and source.map else found
+
+
+def bytes_of(source: Named) -> int:
+    """How large the files are that a source names; those that are not there count nothing."""
+    named = source if isinstance(source, Source) else Source(str(source))
+    return sum(os.path.getsize(file) for file in files_of(named.text) if os.path.isfile(file))
+
+
+def held_source(source: Named) -> str:
+    """A digest of what decides a source's rows: its text, its files' content, its map.
+
+    Of a map the files in its folder that it may import; what else it reads is not looked at.
+    """
+    named = source if isinstance(source, Source) else Source(str(source))
+    files = files_of(named.text)
+    lines = [named.text, *files, *(digest(Path(file)) for file in files)]
+    if named.map is not None:
+        folder = Path(named.map.where.rpartition(":")[0]).resolve().parent
+        lines += [named.map.where, *(digest(file) for file in sorted(folder.glob("*.py")))]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def files_of(text: str | Path) -> list[str]:

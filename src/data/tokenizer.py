@@ -616,6 +616,11 @@ class Tokenizer:
         text = json.dumps([parts, self.bos_id, chat], sort_keys=True)
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
+    @property
+    def reading(self) -> str:
+        """A text of all that decides ids, also of texts that spell out special tokens."""
+        return f"{self.identity} {self.eos_id} {self.as_text} {self._limit} {self._made_of[-1]}"
+
     @cached_property
     def vocabulary(self) -> str:
         """A digest of which id stands for which text: equal where ids mean the same."""
