@@ -12,7 +12,7 @@ from typing import Any
 from src import storage
 from src.checkpoint.folder import NOTES, TOKENIZERS, find_tokenizer
 from src.checkpoint.manifest import MANIFEST, TENSORS, digest, has_manifest
-from src.data.sources import files_in, parts_of
+from src.data.sources import files_in, held_file, parts_of
 from src.errors import UserError
 from src.settings.declaration import CONTENT, MAY_CHANGE, ROWS, Settings, declared, flat
 
@@ -59,8 +59,7 @@ def held(text: str) -> str:
 def held_rows(text: str) -> str:
     """A digest of the rows that a text names: of each file's content, and of the weights.
 
-    A remote file is known by its size and version. What is not there is its own name. Raises
-    UserError as src/data/sources.py does.
+    What is not there is its own name. Raises UserError as src/data/sources.py does.
     """
     lines = [""]
     for part in parts_of(text):
@@ -69,9 +68,7 @@ def held_rows(text: str) -> str:
             return text
         lines += [] if part.weight is None else [f"weight {part.weight}"]
         try:
-            for file in files:
-                remote = storage.is_url(file)
-                lines.append(storage.version_of(file) if remote else digest(Path(file)))
+            lines += map(held_file, files)
         except OSError as error:
             raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from None
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -141,7 +141,13 @@ FREE = {
     *("max_tokens_per_batch", "output_file", "dry_run", "world_size"),
     *("offload_params", "offload_optimizer", "cpu_adam", "sequence_parallel"),
     *("pipeline_parallel_size", "stages_per_rank"),
-    *("map_workers", "cache_reference", "teacher_model_parallel_size", "offload_teacher", "best_of"),
+    *(
+        "map_workers",
+        "cache_reference",
+        "teacher_model_parallel_size",
+        "offload_teacher",
+        "best_of",
+    ),
 }
 # What a saved step holds depends on them: they can never be others.
 FIXED_NAMES = {"lora_rank", "lora_targets", "freeze_layers", "shared_trunk", "ref_ema", "optimizer"}

@@ -6,12 +6,22 @@ What a user should know of a file's rows comes with them as notes, a sentence ea
 import json
 import random
 from array import array
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Collection, Hashable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from src.data.kept import (
+    Made,
+    Sequences,
+    chosen,
+    kept,
+    kept_folder,
+    lengths_of,
+    usable_cores,
+)
 from src.data.loss_mask import ANSWERS, LossMask
 from src.data.messages import Conversation, Messages, Question
 from src.data.rows import (
@@ -23,13 +33,15 @@ from src.data.rows import (
     NUMBERS,
     PROMPT,
     TOP_K,
+    RowStream,
+    as_list,
     form_of,
     read_prompt_rows,
     read_rows,
-    read_solver_rows,
     read_verifier_rows,
+    solver_rows,
 )
-from src.data.sources import Named
+from src.data.sources import Named, bytes_of, held_source
 from src.data.tokenizer import Tokenizer
 from src.errors import UserError
 from src.models.batch import Sequence
@@ -39,6 +51,8 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
+AGAIN = "say what a row before them says"
+KEPT_FROM = 8 * 2**20  # bytes of a source from which on a solver's sequences are kept on disk
 
 
 @dataclass(frozen=True)
@@ -142,22 +156,87 @@ def solver_sequences(
     max_seq_len: int,
     must_fit: bool = False,
     mask: LossMask = ANSWERS,
-) -> tuple[list[Sequence], list[str]]:
-    """Training sequences of a solver file, one of each accepted output; and notes.
+) -> tuple[Sequences, list[str]]:
+    """Training sequences of a solver's rows, one of each accepted output; and notes.
 
-    mask: which of their tokens are trained on.
+    mask: which of their tokens are trained on. Those of a large source lie on disk.
     """
-    rows = read_solver_rows(path)
-    pairs = [(row["instruction"], output) for row in rows for output in row["outputs"]]
-    places = [place for place, row in zip(rows.places, rows) for _ in row["outputs"]]
-    sequences = [at(place, trained, tokenizer, *pair, mask) for place, pair in zip(places, pairs)]
-    nothing = tokenizer.response_ids("")
-    is_empty = [[*s.tokens[s.prompt_length :]] == nothing for s in sequences]
-    lengths = [len(s.tokens) for s in sequences]
-    fits, notes = within(lengths, max_seq_len, must_fit, f"rows of {path}")
-    notes += _counted(sum(is_empty), len(pairs), path, "have an answer without a token of its own")
-    keys = [json.dumps(pair, sort_keys=True) for pair in pairs]
-    return [s for s, fit in zip(sequences, fits) if fit], rows.notes + notes + _again(keys, path)
+    sequences, notes, n_empty, n_again = (
+        _in_memory(path, tokenizer, mask)
+        if bytes_of(path) < KEPT_FROM
+        else _kept(path, tokenizer, mask)
+    )
+    fits, too_long = within(lengths_of(sequences)[0], max_seq_len, must_fit, f"rows of {path}")
+    n = len(sequences)
+    more = _counted(n_empty, n, path, "have an answer without a token of its own")
+    more += _counted(n_again, n, path, AGAIN)
+    return chosen(sequences, fits), notes + too_long + more
+
+
+Found = tuple[Sequences, list[str], int, int]  # and notes; how many are empty, how many come again
+
+
+def _in_memory(path: Named, tokenizer: Tokenizer, mask: LossMask) -> Found:
+    source, said, sequences = solver_rows(path), list[str](), list[Sequence]()
+    for place, asked, output in _pairs(source):
+        sequences.append(at(place, trained, tokenizer, asked, output, mask))
+        said.append(_said(asked, output))
+    empty = tokenizer.response_ids("")
+    n_empty = sum(s.response == empty for s in sequences)
+    return sequences, source.notes, n_empty, len(said) - len(set(said))
+
+
+def _kept(path: Named, tokenizer: Tokenizer, mask: LossMask) -> Found:
+    """The sequences of a large source, from disk; made there by all cores if need be."""
+    source, before = solver_rows(path), tokenizer.facts
+    found = kept(
+        kept_folder(held_source(path), tokenizer.reading, repr(mask)),
+        lambda: _pairs(source),
+        _made,
+        partial(_begin, tokenizer, mask),
+        usable_cores(),
+        lambda: source.notes,
+    )
+    tokenizer.forget_facts()  # of this process alone
+    tokenizer.add_facts(before)
+    tokenizer.add_facts(found.facts)
+    return found, found.notes, found.facts.get("empty", (0, ""))[0], found.again
+
+
+def _pairs(source: RowStream) -> Iterator[tuple[str, Question, Question]]:
+    """(place, what is asked, one accepted output) of each of a solver's rows."""
+    for place, row in source:
+        for output in as_list(row["output"]):
+            yield place, row["instruction"], output
+
+
+def _said(*parts: Question) -> str:
+    """What a row says, to be compared."""
+    return json.dumps(parts, sort_keys=True)
+
+
+_making: tuple[Tokenizer, LossMask, list[int]] | None = None  # of a process that makes sequences
+
+
+def _begin(tokenizer: Tokenizer, mask: LossMask) -> None:
+    """Make this process one that makes sequences with these."""
+    global _making
+    _making = tokenizer, mask, tokenizer.response_ids("")
+    tokenizer.forget_facts()
+
+
+def _made(rows: list[tuple[str, Question, Question]]) -> Made:
+    """The sequences of some of `_pairs`."""
+    assert _making is not None
+    tokenizer, mask, empty = _making
+    made, n_empty = Made(), 0
+    for place, asked, output in rows:
+        sequence = at(place, trained, tokenizer, asked, output, mask)
+        made.add(sequence, _said(asked, output))
+        n_empty += sequence.response == empty
+    made.facts = tokenizer.facts | ({"empty": (n_empty, "")} if n_empty else {})
+    tokenizer.forget_facts()
+    return made
 
 
 def trained(
@@ -546,7 +625,7 @@ def ppo_prompts(
 
 def _again(keys: Collection[Hashable], path: Named) -> list[str]:
     """A note of the rows that say what another has said before."""
-    return _counted(len(keys) - len(set(keys)), len(keys), path, "say what a row before them says")
+    return _counted(len(keys) - len(set(keys)), len(keys), path, AGAIN)
 
 
 def _counted(n: int, rows: int, path: Named, what: str) -> list[str]:

@@ -7,15 +7,16 @@ each.
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, TypeVar, cast
 
+from src.data.kept import Joined, Sequences
 from src.data.sources import Source, parts_of
 from src.errors import UserError
 
-Found = TypeVar("Found", bound=list[Any])
+Found = TypeVar("Found", bound=Sequence[Any])
 
 
 @dataclass(frozen=True)
@@ -67,5 +68,7 @@ def read_mixture(
                 f"{source}: not one row of {part.location} would be drawn, so few are there of "
                 f"{others}; give {part.location} a larger weight, or leave it out"
             )
-    found = list(itertools.chain.from_iterable(rows for rows, _ in read_parts))
-    return cast(Found, found), notes, mixture
+    every = [rows for rows, _ in read_parts]
+    if all(isinstance(rows, list) for rows in every):
+        return cast(Found, list(itertools.chain.from_iterable(every))), notes, mixture
+    return cast(Found, Joined(cast(list[Sequences], every))), notes, mixture

@@ -12,6 +12,7 @@ What exists by a name with a comma or a colon in it is that file. Files, folders
 also be URLs (src/storage.py): s3://bucket/data/*.jsonl.
 """
 
+import hashlib
 import itertools
 import json
 import os
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from src import storage
+from src.checkpoint.manifest import digest
 from src.data.files import Element, elements, format_of
 from src.data.mapping import RowMap
 from src.errors import UserError
@@ -104,6 +106,31 @@ def elements_of(source: Named) -> Iterator[Element]:
     """
     found = itertools.chain.from_iterable(map(elements, files_of(str(source))))
     yield from source.map.over(found) if isinstance(source, Source) and source.map else found
+
+
+def bytes_of(source: Named) -> int:
+    """How large the files are that a source names; those that are not there count nothing."""
+    named = source if isinstance(source, Source) else Source(str(source))
+    return sum(os.path.getsize(file) for file in files_of(named.text) if os.path.isfile(file))
+
+
+def held_source(source: Named) -> str:
+    """A digest of what decides a source's rows: its text, its files' content, its map.
+
+    Of a map the files in its folder that it may import; what else it reads is not looked at.
+    """
+    named = source if isinstance(source, Source) else Source(str(source))
+    files = files_of(named.text)
+    lines = [named.text, *files, *map(held_file, files)]
+    if named.map is not None:
+        folder = Path(named.map.where.rpartition(":")[0]).resolve().parent
+        lines += [named.map.where, *(digest(file) for file in sorted(folder.glob("*.py")))]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def held_file(file: str) -> str:
+    """A text that is another when a file holds another thing: of a remote one size and version."""
+    return storage.version_of(file) if storage.is_url(file) else digest(Path(file))
 
 
 def files_of(text: str | Path) -> list[str]:

@@ -8,6 +8,7 @@ import torch
 from src.checkpoint.folder import check_apart
 from src.checkpoint.save import check_save
 from src.data.encoding import Prompt, ppo_prompts, solver_sequences
+from src.data.kept import Sequences
 from src.data.mixture import Mixture, read_mixture
 from src.data.sources import Source
 from src.errors import UserError
@@ -15,7 +16,6 @@ from src.evaluation.tasks import Task, find_task
 from src.evaluation.training import SolverEvaluation
 from src.inputs import check_log_dir
 from src.logs import RunLog
-from src.models.batch import Sequence
 from src.parallel.setup import Parallel
 from src.ppo.fit import DEFAULT_KL_COEF, changed_rewards, read_state
 from src.ppo.kl import KLController
@@ -39,7 +39,7 @@ class PPOInputs:
     evaluation: SolverEvaluation
     rule: Task | None
     prompts: list[Prompt]
-    mix: list[Sequence]
+    mix: Sequences
     policy_state: dict[str, Any]
     value_state: dict[str, Any]
     notes: list[str]
@@ -79,7 +79,8 @@ class PPOInputs:
             source_of(settings.prompts),
             lambda path: ppo_prompts(path, tokenizer, rule, max_seq_len, rows_are_read),
         )
-        mix, mix_mixture = list[Sequence](), None
+        mix: Sequences = []
+        mix_mixture = None
         if ptx_file is not None:
             mix, more, mix_mixture = read_mixture(
                 Source(ptx_file), lambda path: solver_sequences(path, tokenizer, max_seq_len)

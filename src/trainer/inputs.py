@@ -19,6 +19,7 @@ from src.data.encoding import (
     solver_sequences,
     top_k_rows,
 )
+from src.data.kept import Sequences
 from src.data.loss_mask import LossMask
 from src.data.mapping import RowMap
 from src.data.mixture import Mixture, read_mixture
@@ -79,7 +80,7 @@ class SolverInputs:
     model: OpenedModel
     lora: LoRAConfig | None
     evaluation: SolverEvaluation
-    sequences: list[Sequence]
+    sequences: Sequences
     row_notes: list[str]
     mixture: Mixture
 
@@ -247,7 +248,7 @@ class DistillationInputs:
     model: OpenedModel
     lora: LoRAConfig | None
     evaluation: SolverEvaluation
-    sequences: list[Sequence]
+    sequences: Sequences
     teacher: OpenedModel | None
     kept: TopK | None
     row_notes: list[str]
