@@ -37,7 +37,7 @@ from src.errors import UserError
 from src.evaluation.gsm8k import extract
 from src.evaluation.task import Task
 from src.evaluation.tasks import TASKS, find_task
-from src.settings.declaration import AtLeast, Between
+from src.settings.declaration import ROWS, WRITTEN, AtLeast, Between
 
 Seed = Annotated[int, "of everything random"]
 MaxPerSide = Annotated[int, AtLeast(1), "right and wrong samples of a prompt, at most"]
@@ -48,7 +48,7 @@ GoldWhenNoneRight = Annotated[
 
 def gsm8k(
     source: Annotated[str, "a folder with train.jsonl and test.jsonl, or a hub data set's name"],
-    save_dir: Annotated[str, "the folder to write"],
+    save_dir: Annotated[str, WRITTEN, "the folder to write"],
     negatives: Annotated[
         Literal["corrupt", "solver"],
         "a slip in the gold answer, or graded samples of the train rows in --predictions (see "
@@ -77,7 +77,7 @@ def gsm8k(
 
 
 def arithmetic(
-    save_dir: Annotated[str, "the folder to write"],
+    save_dir: Annotated[str, WRITTEN, "the folder to write"],
     n_train: Annotated[int, AtLeast(1), "rows to train on"] = 20_000,
     n_test: Annotated[int, AtLeast(1), "rows to measure on"] = 600,
     seed: Seed = 0,
@@ -98,11 +98,11 @@ def arithmetic(
 
 
 def pairs(
-    train_file: Annotated[str, "the rows that were sampled"],
+    train_file: Annotated[str, ROWS, "the rows that were sampled"],
     predictions: Annotated[
         str, 'samples, `{"index": row of train_file from 0, "output": sample}`, any number of each'
     ],
-    save_file: Annotated[str, "the .json file to write"],
+    save_file: Annotated[str, WRITTEN, "the .json file to write"],
     max_per_side: MaxPerSide = 2,
     gold_when_none_right: GoldWhenNoneRight = True,
     task: Annotated[str, "whose rule says what is right: GSM8K or MATH"] = "GSM8K",

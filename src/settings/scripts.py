@@ -4,7 +4,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from src.settings.declaration import CONTENT, MAY_CHANGE, ROWS, AtLeast, Bounds, Settings, idle
+from src.settings.declaration import (
+    CONTENT,
+    MAY_CHANGE,
+    ROWS,
+    WRITTEN,
+    AtLeast,
+    Bounds,
+    Settings,
+    idle,
+)
 from src.settings.generation import (
     MaxNewTokens,
     SoftmaxSettings,
@@ -194,7 +203,7 @@ class OutputSettings(Settings):
         'rows with "instruction" (for scores also "output"): a file, a folder, a pattern or a data '
         "set (docs/data.md)",
     ]
-    output_file: Annotated[str, MAY_CHANGE, ".jsonl to write"]
+    output_file: Annotated[str, MAY_CHANGE, WRITTEN, ".jsonl to write"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,7 +300,7 @@ class TaskRowSettings(Settings):
         'official files\': "question" and "answer" (GSM8K), "problem" and "solution" or "answer" '
         "(MATH, MATH-500)",
     ]
-    log_dir: Annotated[str, MAY_CHANGE, "for results.json and predictions.jsonl"]
+    log_dir: Annotated[str, MAY_CHANGE, WRITTEN, "for results.json and predictions.jsonl"]
     prediction_file: Annotated[
         str | None, CONTENT, ROWS, 'texts to grade, {"output"} per row, in place of a model\'s'
     ] = None
@@ -330,9 +339,11 @@ class PairOrRowSettings(Settings):
     label_file: Annotated[
         str | None, CONTENT, ROWS, "pairs to measure the accuracy on; needs --log_dir"
     ] = None
-    log_dir: Annotated[str | None, MAY_CHANGE, "for results.json and predictions.jsonl"] = None
+    log_dir: Annotated[
+        str | None, MAY_CHANGE, WRITTEN, "for results.json and predictions.jsonl"
+    ] = None
     input_file: Annotated[str | None, CONTENT, ROWS, "rows to score; needs --output_file"] = None
-    output_file: Annotated[str | None, MAY_CHANGE, ".jsonl to write"] = None
+    output_file: Annotated[str | None, MAY_CHANGE, WRITTEN, ".jsonl to write"] = None
     strict_length: StrictLength = False
     step_separator: Annotated[
         str | None,
@@ -383,6 +394,7 @@ class ShardSettings(Settings):
     save_path: Annotated[
         str | None,
         MAY_CHANGE,
+        WRITTEN,
         "the folder to write; replaced as a whole when it already holds a checkpoint",
     ] = None
     n: Annotated[
@@ -434,6 +446,7 @@ class MergedFolderSettings(Settings):
     save_dir: Annotated[
         str,
         MAY_CHANGE,
+        WRITTEN,
         "the folder to write; replaced as a whole when it already holds a checkpoint",
     ]
     dtype: Annotated[
