@@ -224,7 +224,7 @@ def _alone(folder: Path) -> Iterator[None]:
     """While nobody else writes to a folder of shards. Raises UserError where it holds others."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        notes = (INDEX, PROGRESS, UNFINISHED)  # and one that was being written
+        notes = (INDEX, PROGRESS, UNFINISHED)
         ours = ("tokens-", "documents-", *notes, *(f".{name}" for name in notes))
         foreign = [file.name for file in folder.iterdir() if not file.name.startswith(ours)]
         if foreign:
@@ -237,6 +237,9 @@ def _alone(folder: Path) -> Iterator[None]:
         raise UserError(f"{folder}: cannot be written to: {error.strerror}") from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for name in notes:  # what was being written when a run was killed
+            for file in folder.glob(f".{name}.*"):
+                file.unlink()
         yield
     except BlockingIOError:
         raise UserError(f"{folder}: another process writes to it") from None
