@@ -53,13 +53,12 @@ class Writer:
         self.folder, self.dtype, self.shard_tokens = folder, dtype, shard_tokens
         self.shards = [list(shard) for shard in shards] or [[0, 0]]
         self.waiting: tuple[list[NDArray], list[int]] = [], []  # ids, and ends, to be written
-        if not shards:
-            return
         for number, (tokens, documents) in enumerate(self.shards):
             sizes = tokens * dtype.itemsize, documents * ENDS.itemsize
             for name, size in zip(names_of(number), sizes):
                 path = folder / name
-                if not path.is_file() or path.stat().st_size < size:
+                path.touch()
+                if path.stat().st_size < size:
                     raise UserError(f"{path}: less than was written is left of it; begin anew")
                 os.truncate(path, size)
         number = len(self.shards)
