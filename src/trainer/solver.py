@@ -6,6 +6,7 @@ from torch import Tensor
 from src.models.batch import Batch, Sequence, response_loss, weighted_balance_loss
 from src.models.transformer import Transformer
 from src.parallel.context import ALONE, ContextGroup
+from src.trainer.batches import PerRow
 from src.trainer.objective import Objective
 
 
@@ -19,8 +20,9 @@ class SolverObjective(Objective):
     ) -> None:
         """context: the ranks that divide the rows' tokens."""
         self.sequences, self.device, self.context = sequences, device, context
-        self.lengths = [len(s.tokens) for s in sequences]
-        self.weights = self.needed = [s.response_length for s in sequences]
+        self.lengths: PerRow = [len(s.tokens) for s in sequences]
+        self.weights: PerRow = [s.response_length for s in sequences]
+        self.needed: PerRow = self.weights
 
     def pieces(self, row: int) -> list[tuple[int, int]]:
         return [(self.lengths[row], 0)]
