@@ -4,8 +4,8 @@ r"""What is in a data file, as its trainer reads it, before anything is trained.
         [--max_seq_len 1024] [--out report.html]
 
 Counts, lengths, what --max_seq_len would leave out, what comes twice, and some rows with their loss
-mask, in colour where the terminal has some (NO_COLOR turns it off). Rows whose mask cannot be found
-are named; then the exit code is 2.
+mask, in colour where the terminal has some (NO_COLOR turns it off). Rows that cannot be encoded, or
+whose mask cannot be found, are named; then the exit code is 2.
 """
 
 import sys
@@ -66,8 +66,8 @@ def main(settings: InspectSettings) -> None:
         print(f"written to {shown.out}")
     if found.broken:
         raise UserError(
-            f"{source}: {len(found.broken)} rows have no loss mask (named above), and a trainer "
-            "refuses them; correct them, or take them out"
+            f"{source}: {len(found.broken)} of its rows are refused, as a trainer would; correct "
+            "them, or take them out"
         )
 
 

@@ -123,7 +123,7 @@ class Report:
             "prompts that come again": self.found.again(of_prompts=True),
         }
         lists = {
-            "rows without a loss mask": self.found.broken,
+            "rows that a trainer refuses": self.found.broken,
             **{title: [f"{a} = {b}" for a, b in pairs] for title, pairs in again.items()},
             "notes": self.found.notes,
         }

@@ -13,8 +13,9 @@ import numpy
 import pytest
 import trl
 
+from dataset import start
 from dataset.inspect import main
-from dataset.report import Report, lines_of, page_of, visible
+from dataset.report import Report, lines_of, page_of, takes_colour, visible
 from src.data.encoding import comparisons, labelled, prompt_sequences, solver_sequences
 from src.data.inspection import histogram, inspected, quantile, tokens_of
 from src.data.loss_mask import LossMask
@@ -108,6 +109,12 @@ def test_what_is_shown_is_what_the_trainers_read(file, plain, chat):
     found = inspected(path, "auto", plain, ALL)
     assert found.kind == "prompts" and not sum(found.trained)
     assert ids(found.sequences) == ids(prompt_sequences(path, plain, 9999)[0])
+
+
+def test_of_several_sources_with_weights_all_rows_are_shown(file, plain):
+    texts = [file(SOLVED | {"output": name}, name=f"{name}.jsonl") for name in "ab"]
+    found = inspected(f"{texts[0]}:0.9,{texts[1]}:0.1", "auto", plain, ALL)
+    assert [example.place for example in found.examples] == [f"{path}:1" for path in texts]
 
 
 def test_messages_and_tools_are_counted_once(file, chat, plain):
@@ -270,7 +277,7 @@ def inspect(**flags) -> None:
 
 def test_rows_without_a_mask_are_named_and_the_others_shown(file, folder, capsys, tmp_path):
     path = file(CONVERSATION, {"instruction": "Mark: me", "output": "it"}, SOLVED)
-    with pytest.raises(UserError, match=f"{path}: 2 rows have no loss mask"):
+    with pytest.raises(UserError, match=f"{path}: 2 of its rows are refused"):
         inspect(
             train_file=path,
             tokenizer_file=str(folder / "tokenizer.json"),
@@ -279,8 +286,20 @@ def test_rows_without_a_mask_are_named_and_the_others_shown(file, folder, capsys
             out=str(tmp_path / "page.html"),
         )
     printed = capsys.readouterr().out
-    assert "rows without a loss mask: 2" in printed and f"{path}:1: --response_template" in printed
+    assert (
+        "rows that a trainer refuses: 2" in printed and f"{path}:1: --response_template" in printed
+    )
     assert "[[it<|im_end|>" in printed and (tmp_path / "page.html").is_file()
+
+
+def test_a_checkpoint_is_read_with_its_tokenizer(file, tmp_path, capsys):
+    path = file(*({"instruction": f"What is {i}?", "output": f"an egg {i}"} for i in range(99)))
+    start.main(path, str(tmp_path / "model"), vocab_size=420, dim=16, n_heads=2)
+    inspect(train_file=path, ckpt_dir=str(tmp_path / "model"), examples=1)
+    tokenizer = Tokenizer.find(tmp_path / "model")
+    tokens = sum(len(s.tokens) for s in solver_sequences(path, tokenizer, 99)[0])
+    printed = capsys.readouterr().out
+    assert re.search(rf"(?m)^  tokens +{tokens:,}$", printed) and "[[ an egg 0</s>]]" in printed
 
 
 def test_settings_that_say_nothing_are_refused(file, folder):
@@ -297,24 +316,23 @@ def test_settings_that_say_nothing_are_refused(file, folder):
         inspect(train_file=path, tokenizer_file=tokenizer, kind="solver")
 
 
-def test_the_script_uses_colour_on_a_terminal_alone(file, folder):
-    """And starts although it has the name of a module of Python's."""
+def test_colour_is_for_a_terminal_that_has_some(monkeypatch):
+    main_end, descriptor = pty.openpty()
+    with os.fdopen(descriptor, "w") as terminal, open(os.devnull, "w") as nowhere:
+        for no_colour, term, has_colour in (
+            ("", "xterm", True),
+            ("1", "xterm", False),
+            ("", "dumb", False),
+        ):
+            monkeypatch.setenv("NO_COLOR", no_colour)
+            monkeypatch.setenv("TERM", term)
+            assert takes_colour(terminal) == has_colour and not takes_colour(nowhere)
+    os.close(main_end)
+
+
+def test_the_script_starts_although_python_has_a_module_of_its_name(file, folder):
     command = [sys.executable, str(ROOT / "dataset/inspect.py"), "--train_file", file(SOLVED)]
     command += ["--tokenizer_file", str(folder / "tokenizer.json"), "--examples", "1"]
-    environment = {k: v for k, v in os.environ.items() if k != "NO_COLOR"} | {"TERM": "xterm"}
-    piped = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert piped.returncode == 0, piped.stderr
-    assert "[[an egg<|endoftext|>]]" in piped.stdout and "\x1b" not in piped.stdout
-    for no_colour, has_codes in (("", True), ("1", False)):
-        main_end, terminal = pty.openpty()
-        settings = environment | {"NO_COLOR": no_colour}
-        process = subprocess.Popen(command, stdout=terminal, env=settings)
-        os.close(terminal)
-        shown = b""
-        try:
-            while part := os.read(main_end, 65536):
-                shown += part
-        except OSError:  # its end, on Linux
-            pass
-        assert process.wait() == 0 and (b"\x1b[42;30m" in shown) == has_codes
-        os.close(main_end)
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "[[an egg<|endoftext|>]]" in done.stdout and "\x1b" not in done.stdout
