@@ -6,9 +6,9 @@ r"""Train a student on a teacher's distributions: distillation, on given outputs
         --train_file scored.jsonl       # of solver_score.py --top_k_logprobs 64 with the teacher
 
 Rows of the train file: {"instruction": "...", "output": "..." or ["...", "..."]}; with --on_policy
-1 the instruction alone. TEACHER is a folder of shards or of Hugging Face's, with STUDENT's
-vocabulary. OUT becomes shards for this run's degree; with LoRA, merged ones with the adapter
-beside.
+1 the instruction alone. Conversations, too, as solver_train.py takes them. TEACHER is a folder of
+shards or of Hugging Face's, with STUDENT's vocabulary. OUT becomes shards for this run's degree;
+with LoRA, merged ones with the adapter beside.
 """
 
 from functools import partial

@@ -9,7 +9,8 @@ Rows of the train file: {"instruction": "...", "chosen": "..." or [...], "reject
 [...]}, or {"instruction": "...", "ranked": ["best", ..., "worst"]}; for --loss kto also
 {"instruction": "...", "output": "...", "label": true or false}; with --online prompts as PPO takes
 them. CKPT is the policy to start from, and the reference. OUT becomes shards for this run's degree;
-with LoRA, merged ones with the adapter beside.
+with LoRA, merged ones with the adapter beside. All of these may be conversations, too:
+docs/conversations.md.
 """
 
 from functools import partial

@@ -5,9 +5,10 @@ r"""Train a solver (policy) on instructions and outputs: supervised fine-tuning.
     torchrun --nproc_per_node 8 solver_train.py --config recipes/sft-full-llama-2-7b-8gpu.yaml \
         --ckpt_dir CKPT --save_dir OUT --train_file train.json
 
-Rows of the train file: {"instruction": "...", "output": "..." or ["...", "..."]}. CKPT is a folder
-of shards for any degree, or a Hugging Face folder. OUT becomes shards for this run's degree; with
-LoRA, merged ones with the adapter beside.
+Rows of the train file: {"instruction": "...", "output": "..." or ["...", "..."]}, or conversations,
+{"messages": [{"role": "...", "content": "..."}, ...]}, of which --loss_on says what is learned
+(docs/conversations.md). CKPT is a folder of shards for any degree, or a Hugging Face folder. OUT
+becomes shards for this run's degree; with LoRA, merged ones with the adapter beside.
 """
 
 from functools import partial

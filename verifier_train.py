@@ -7,8 +7,9 @@ Rows of the train file: {"instruction": "...", "chosen": "..." or [...], "reject
 [...]}, or {"instruction": "...", "ranked": ["best", ..., "worst"], "scores": [...]}, where equal
 scores are ties. With --objective pointwise {"instruction": "...", "output": "...", "score": 1.5},
 with classification "label": true or false; with --step_separator a list of "scores" or "labels",
-one for each step of the output. CKPT is a solver's checkpoint (the scalar head starts at random) or
-a verifier's. OUT becomes shards for this run's degree.
+one for each step of the output. Conversations, too (docs/conversations.md). CKPT is a solver's
+checkpoint (the scalar head starts at random) or a verifier's. OUT becomes shards for this run's
+degree.
 """
 
 from functools import partial

@@ -141,7 +141,13 @@ FREE = {
     *("max_tokens_per_batch", "output_file", "dry_run", "world_size"),
     *("offload_params", "offload_optimizer", "cpu_adam", "sequence_parallel"),
     *("pipeline_parallel_size", "stages_per_rank"),
-    *("cache_reference", "teacher_model_parallel_size", "offload_teacher", "best_of"),
+    *(
+        "map_workers",
+        "cache_reference",
+        "teacher_model_parallel_size",
+        "offload_teacher",
+        "best_of",
+    ),
 }
 # What a saved step holds depends on them: they can never be others.
 FIXED_NAMES = {"lora_rank", "lora_targets", "freeze_layers", "shared_trunk", "ref_ema", "optimizer"}
@@ -160,7 +166,7 @@ SCRIPTS = (
 def test_what_may_change_and_whose_content_counts(script):
     for name, setting in declared(script).items():
         assert (MAY_CHANGE in setting.marks) == (name in FREE), name
-        is_path = name.endswith(("_dir", "_file")) and name not in FREE
+        is_path = (name.endswith(("_dir", "_file")) or name == "map") and name not in FREE
         assert (CONTENT in setting.marks) == is_path, name
         assert (FIXED in setting.marks) == (name in FIXED_NAMES), name
 

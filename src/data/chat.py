@@ -248,6 +248,11 @@ class Chat:
         return None
 
     @property
+    def counted(self) -> dict[str, Counted]:
+        """All that is counted, by its name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Counted)}
+
+    @property
     def closing(self) -> str:
         """What the template writes between a first question and where its answer is to begin."""
         return self._prompt.rpartition(_QUESTION)[2]

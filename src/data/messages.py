@@ -36,6 +36,7 @@ SPEAKERS = {
 }
 WHOLE = ("messages", "conversations", "conversation")  # fields that hold a whole conversation
 SIDES = ("chosen", "rejected", "ranked")
+PARTS = ("prompt", "completion", "instruction", "output")
 
 
 class Messages(list[Message]):
@@ -65,11 +66,14 @@ def put_in_form(
     all answers of a conversation are an output, not the last alone.
     """
     used: set[str] = set()
-    if not row.keys() & {*WHOLE, *SIDES, "prompt", "completion", "tools", "output"}:
+    if not row.keys() & {*WHOLE, *SIDES, *PARTS, "tools"}:
         return [], used
     field = "tools"
     try:
         tools = _tools_of(row.get(field))
+        field = "instruction"
+        if isinstance(row.get(field), list) and row[field]:
+            row[field] = Messages(_messages_of(row, field), tools)
         if not _says(row.get("instruction")):
             # A prompt, or a whole conversation.
             field = "prompt"

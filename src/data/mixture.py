@@ -7,15 +7,16 @@ each.
 
 import itertools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, TypeVar, cast
 
-from src.data.sources import parts_of
+from src.data.kept import Joined, Sequences
+from src.data.sources import Source, parts_of
 from src.errors import UserError
 
-Found = TypeVar("Found", bound=list[Any])
+Found = TypeVar("Found", bound=Sequence[Any])
 
 
 @dataclass(frozen=True)
@@ -44,18 +45,18 @@ class Mixture:
 
 
 def read_mixture(
-    text: str, read: Callable[[str], tuple[Found, list[str]]]
+    source: Source, read: Callable[[Source], tuple[Found, list[str]]]
 ) -> tuple[Found, list[str], Mixture]:
-    """What `read` makes of the rows of all sources that a text names, and how they are mixed.
+    """What `read` makes of the rows of all sources that are named, and how they are mixed.
 
     read: from a source to its rows and notes; without weights it is given all at once. Raises
     UserError where a weight is so small that no row of its source would be drawn.
     """
-    parts = parts_of(text)
+    parts = parts_of(source.text)
     if parts[0].weight is None:
-        rows, notes = read(text)
+        rows, notes = read(source)
         return rows, notes, Mixture((len(rows),))
-    read_parts = [read(part.location) for part in parts]
+    read_parts = [read(replace(source, text=part.location)) for part in parts]
     notes = [note for _, of_part in read_parts for note in of_part]
     sizes = tuple(len(rows) for rows, _ in read_parts)
     mixture = Mixture(sizes, tuple(part.weight for part in parts if part.weight))
@@ -64,8 +65,10 @@ def read_mixture(
         if not drawn:
             others = ", ".join(p.location for p in parts if p is not part)
             raise UserError(
-                f"{text}: not one row of {part.location} would be drawn, so few are there of "
+                f"{source}: not one row of {part.location} would be drawn, so few are there of "
                 f"{others}; give {part.location} a larger weight, or leave it out"
             )
-    found = list(itertools.chain.from_iterable(rows for rows, _ in read_parts))
-    return cast(Found, found), notes, mixture
+    every = [rows for rows, _ in read_parts]
+    if all(isinstance(rows, list) for rows in every):
+        return cast(Found, list(itertools.chain.from_iterable(every))), notes, mixture
+    return cast(Found, Joined(cast(list[Sequences], every))), notes, mixture

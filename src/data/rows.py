@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from src.data.files import Broken, Cells
+from src.data.mapping import LeftOut
 from src.data.messages import UNUSABLE, Messages, Question, put_in_form
-from src.data.sources import elements_of
+from src.data.sources import Named, elements_of
 from src.errors import UserError
 
 _SHOWN_PROBLEMS, _SHOWN_FIELDS = 5, 8
@@ -128,19 +129,22 @@ class Rows(list[dict]):
         self.notes, self.places = notes, places
 
 
-def read_solver_rows(path: str | Path) -> Rows:
-    """Rows `{"instruction", "output", "label"?}`, or conversations.
+def solver_rows(path: Named) -> "RowStream":
+    """Rows `{"instruction", "output", "label"?}`, or conversations, one by one.
 
-    Adds `outputs`, the accepted ones as a list; of a conversation all from its first answer on.
+    Of a conversation all from its first answer on is an output.
     """
-    fields: Form = {INSTRUCTION: PROMPT, "output": TEXTS}, {"label": LABEL}
-    rows = read_rows(path, *fields, whole=True)
-    for row in rows:
-        row["outputs"] = as_list(row["output"])
-    return rows
+    return RowStream(path, {INSTRUCTION: PROMPT, "output": TEXTS}, {"label": LABEL}, whole=True)
 
 
-def read_prompt_rows(path: str | Path, unread: Collection[str] | None = ANSWERS) -> Rows:
+def read_solver_rows(path: Named) -> Rows:
+    """`solver_rows`, all of them; adds `outputs`, the accepted ones as a list."""
+    stream = solver_rows(path)
+    found = [(place, row | {"outputs": as_list(row["output"])}) for place, row in stream]
+    return Rows([row for _, row in found], stream.notes, [place for place, _ in found])
+
+
+def read_prompt_rows(path: Named, unread: Collection[str] | None = ANSWERS) -> Rows:
     """Rows `{"instruction", "output"?, "label"?}`: a prompt, and perhaps what it should lead to.
 
     unread: as `read_rows` has it.
@@ -148,7 +152,7 @@ def read_prompt_rows(path: str | Path, unread: Collection[str] | None = ANSWERS)
     return read_rows(path, {INSTRUCTION: PROMPT}, {"output": TEXTS, "label": LABEL}, unread)
 
 
-def read_verifier_rows(path: str | Path) -> Rows:
+def read_verifier_rows(path: Named) -> Rows:
     """Rows `{"instruction", "chosen", "rejected"}`, or `{"instruction", "ranked", "scores"?}`.
 
     A file has one form. Both sides come back as non-empty lists; scores go with the ranked outputs
@@ -162,13 +166,13 @@ def read_verifier_rows(path: str | Path) -> Rows:
             n = len(row["ranked"])
             if len(scores) != n or scores != sorted(scores, reverse=True):
                 raise UserError(
-                    f"{path}: row {number} (from 0): scores are {str(scores)[:60]} for {n} ranked "
+                    f"{rows.places[number]}: scores are {str(scores)[:60]} for {n} ranked "
                     "outputs; give one for each, none higher than the one before it"
                 )
     return rows
 
 
-def read_form(path: str | Path, forms: dict[str, Form]) -> Rows:
+def read_form(path: Named, forms: dict[str, Form]) -> Rows:
     """Rows of one of several forms, told by a field of the first row; else the last form.
 
     forms: from such a field to the form.
@@ -176,9 +180,10 @@ def read_form(path: str | Path, forms: dict[str, Form]) -> Rows:
     return read_rows(path, *forms[form_of(path, tuple(forms))])
 
 
-def form_of(path: str | Path, fields: tuple[str, ...]) -> str:
+def form_of(path: Named, fields: tuple[str, ...]) -> str:
     """The first of the fields that the file's first row has, or the last of them."""
-    first = next((value for _, value in elements_of(path)), None)
+    values = (value for _, value in elements_of(path))
+    first = next((value for value in values if not isinstance(value, LeftOut)), None)
     names = first if isinstance(first, dict) else {}
     return next((field for field in fields if field in names), fields[-1])
 
@@ -201,65 +206,98 @@ def as_list(value: Question | list[Question]) -> list[Question]:
 
 
 def read_rows(
-    path: str | Path,
+    path: Named,
     required: dict[str, Kind],
     optional: dict[str, Kind] | None = None,
     unread: Collection[str] | None = (),
     whole: bool = False,
 ) -> Rows:
-    """All rows of `path`, each with every `required` field, and each field of its kind.
+    """All rows of `path`, as `RowStream` reads them."""
+    stream = RowStream(path, required, optional, unread, whole)
+    found = list(stream)
+    return Rows([row for _, row in found], stream.notes, [place for place, _ in found])
 
-    path: whatever src/data/sources.py takes.
 
-    An `optional` field may be missing, or say nothing as null does. unread: others that a row may
-    well have; None: all may be read by somebody. A row's instruction may also be called as in
-    `OTHER_NAMES`, and gets our name; a conversation gets our form (src/data/messages.py; whole: all
-    of its answers are an output). Raises `UserError`, with the first few problems and their count.
+class RowStream:
+    """The rows of a source, one by one: each with every required field, each field of its kind.
+
+    To iterate gives (place, row). Once all are read `notes` says what their user should know.
     """
-    optional = optional or {}
-    rows, places, problems, used = [], list[str](), list[str](), set[str]()
-    for where, value in elements_of(path):
-        if isinstance(value, Cells):
-            value = _spelled(value, {**required, **optional})
-        rows.append(value)
-        places.append(where)
-        found, made_of = _in_form(value, required, {**required, **optional}, whole)
-        used |= made_of
-        found += _row_problems(value, required, optional, made_of)
-        problems += [f"{where}: {problem}" for problem in found]
-    if problems:
+
+    def __init__(
+        self,
+        path: Named,
+        required: dict[str, Kind],
+        optional: dict[str, Kind] | None = None,
+        unread: Collection[str] | None = (),
+        whole: bool = False,
+    ) -> None:
+        """path: whatever src/data/sources.py takes.
+
+        An `optional` field may be missing, or say nothing as null does. unread: others that a row
+        may well have; None: all may be read by somebody. A row's instruction may also be called as
+        in `OTHER_NAMES`, and gets our name; a conversation gets our form (src/data/messages.py;
+        whole: all of its answers are an output).
+        """
+        self.path, self.required, self.fields = path, required, {**required, **(optional or {})}
+        self.optional, self.whole = optional or {}, whole
+        self.known = None if unread is None else {*self.fields, *unread}
+        if self.known is not None and INSTRUCTION in self.known:
+            self.known |= {*OTHER_NAMES}
+        self.notes = list[str]()
+
+    def __iter__(self) -> Iterator[tuple[str, dict]]:
+        """Raises `UserError` behind the last row, with the first few problems and their count.
+
+        Rows behind the first problem are read, and not given.
+        """
+        problems, unused = list[str](), Counter[str]()
+        rows = with_unused = left_out = 0
+        for where, value in elements_of(self.path):
+            if isinstance(value, LeftOut):
+                left_out += 1
+                continue
+            if isinstance(value, Cells):
+                value = _spelled(value, self.fields)
+            rows += 1
+            found, made_of = _in_form(value, self.required, self.fields, self.whole)
+            found += _row_problems(value, self.required, self.optional, made_of)
+            problems += [f"{where}: {problem}" for problem in found]
+            if problems:
+                continue
+            if self.known is not None:
+                others = value.keys() - self.known - made_of
+                others = [n for n in value if n in others and not _is_empty(value[n])]
+                unused.update(others)
+                with_unused += bool(others)
+            yield where, value
+        if problems or not rows:
+            raise self._wrong(problems, left_out)
+        self.notes = _unused(self.path, unused, with_unused, rows)
+        self.notes += [f"{self.path}: --map leaves out {left_out} rows"] * bool(left_out)
+
+    def _wrong(self, problems: list[str], left_out: int) -> UserError:
+        example = _example(self.required, self.optional)
+        if not problems:
+            which = "no rows that --map keeps" if left_out else "no rows"
+            return UserError(f"{self.path}: holds {which}; it needs at least one like {example}")
         lines = "\n".join(f"  {problem}" for problem in problems[:_SHOWN_PROBLEMS])
         hidden = len(problems) - _SHOWN_PROBLEMS
         more = f"\n  ... and {hidden} more" if hidden > 0 else ""
-        raise UserError(
-            f"{path}: {len(problems)} problem{'s' * (len(problems) > 1)}:\n{lines}{more}\n"
-            f"A row looks like {_example(required, optional)}"
+        return UserError(
+            f"{self.path}: {len(problems)} problem{'s' * (len(problems) > 1)}:\n{lines}{more}\n"
+            f"A row looks like {example}"
         )
-    if not rows:
-        raise UserError(
-            f"{path}: holds no rows; it needs at least one like {_example(required, optional)}"
-        )
-    known = None if unread is None else {*required, *optional, *unread, *used}
-    return Rows(rows, _unused(path, rows, known), places)
 
 
-def _unused(path: str | Path, rows: list[dict], known: set[str] | None) -> list[str]:
-    """A sentence that names the fields that are not known, [] when there are none."""
-    if known is None:
+def _unused(path: Named, unused: Counter[str], with_unused: int, rows: int) -> list[str]:
+    """A sentence that names fields that nobody reads, [] when there are none."""
+    if not unused:
         return []
-    if INSTRUCTION in known:
-        known |= {*OTHER_NAMES}
-    unused = [
-        [name for name in row if name not in known and not _is_empty(row[name])] for row in rows
-    ]
-    counts = Counter(name for names in unused for name in names)
-    if not counts:
-        return []
-    names = [_shown(name) for name, _ in counts.most_common(_SHOWN_FIELDS)]
-    names += ["..."] * (len(counts) > len(names))
-    number = f"{len(counts)} fields are" if len(counts) > 1 else "1 field is"
-    share = f"{sum(map(bool, unused))} of {len(rows)} rows"
-    return [f"{path}: {number} not used: {', '.join(names)} (in {share})"]
+    names = [_shown(name) for name, _ in unused.most_common(_SHOWN_FIELDS)]
+    names += ["..."] * (len(unused) > len(names))
+    number = f"{len(unused)} fields are" if len(unused) > 1 else "1 field is"
+    return [f"{path}: {number} not used: {', '.join(names)} (in {with_unused} of {rows} rows)"]
 
 
 def write_json(path: str | Path, value: Any) -> None:

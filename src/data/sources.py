@@ -12,6 +12,7 @@ What exists by a name with a comma or a colon in it is that file.
 """
 
 import glob
+import hashlib
 import itertools
 import json
 import os
@@ -21,7 +22,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
+from src.checkpoint.manifest import digest
 from src.data.files import Element, elements, format_of
+from src.data.mapping import RowMap
 from src.errors import UserError
 
 _WEIGHTED = re.compile(r"(.+):((?:\d+\.?\d*|\.\d+)(?:[eE]-?\d+)?)")
@@ -29,6 +32,20 @@ _HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w.-]+))?(?:@(\w+))?")
 _SPLIT = re.compile(r"(.+)@(\w+)")
 # What `save_to_disk` writes beside its .arrow files: of one split, and of several.
 _SAVED, _SAVED_SPLITS = "state.json", "dataset_dict.json"
+
+
+@dataclass(frozen=True)
+class Source:
+    """What rows are read from, as a setting names it; map: what they go through, if anything."""
+
+    text: str
+    map: RowMap | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+
+Named = str | Path | Source
 
 
 @dataclass(frozen=True)
@@ -79,14 +96,34 @@ def _part(name: str) -> Part:
     return Part(name, None) if match is None else Part(match[1], Fraction(match[2]))
 
 
-def elements_of(text: str | Path) -> Iterator[Element]:
-    """The elements of all files that a text names, one after the other.
+def elements_of(source: Named) -> Iterator[Element]:
+    """The elements of all files that are named, one after the other, or what a map makes of them.
 
     Raises UserError where there are none, or one cannot be read; and for weights, which say nothing
     where all rows are read.
     """
-    for file in files_of(text):
-        yield from elements(file)
+    found = itertools.chain.from_iterable(map(elements, files_of(str(source))))
+    yield from source.map.over(found) if isinstance(source, Source) and source.map else found
+
+
+def bytes_of(source: Named) -> int:
+    """How large the files are that a source names; those that are not there count nothing."""
+    named = source if isinstance(source, Source) else Source(str(source))
+    return sum(os.path.getsize(file) for file in files_of(named.text) if os.path.isfile(file))
+
+
+def held_source(source: Named) -> str:
+    """A digest of what decides a source's rows: its text, its files' content, its map.
+
+    Of a map the files in its folder that it may import; what else it reads is not looked at.
+    """
+    named = source if isinstance(source, Source) else Source(str(source))
+    files = files_of(named.text)
+    lines = [named.text, *files, *(digest(Path(file)) for file in files)]
+    if named.map is not None:
+        folder = Path(named.map.where.rpartition(":")[0]).resolve().parent
+        lines += [named.map.where, *(digest(file) for file in sorted(folder.glob("*.py")))]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def files_of(text: str | Path) -> list[str]:

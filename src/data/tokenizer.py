@@ -86,6 +86,7 @@ class Tokenizer:
         template writes, YYYY-MM-DD.
         """
         self.path = path
+        self._made_of = path, folder, use_chat_template, family, special_tokens, chat_date
         folders = list(dict.fromkeys((path.parent, folder or path.parent)))
         self.config = config = TokenizerConfig.read(path.parent)
         vocabulary = Vocabulary.read(path, config)
@@ -132,6 +133,10 @@ class Tokenizer:
             begin_text_once(self._rust, doubles=True)
         if chat is not None and use_chat_template:
             self._start_chat(chat)
+
+    def __reduce__(self) -> tuple:
+        """As it was made, for another process; its counts begin anew there."""
+        return _made_again, (type(self), self._made_of, self._limit)
 
     # --- what begins and ends a text ----------------------------------------------------------
 
@@ -509,6 +514,29 @@ class Tokenizer:
         ends = zip([-1, *known], [*known, vocab_size])
         return [(last + 1, i) for last, i in ends if i > last + 1]
 
+    @property
+    def facts(self) -> dict[str, tuple[int, str]]:
+        """What there was to be known of the texts so far: how many, and the first such."""
+        counted = {"lossy": self.lossy, **(self.chat.counted if self.chat else {})}
+        facts = {name: (of.count, of.first) for name, of in counted.items() if of.count}
+        return facts | {f"token {text}": (n, "") for text, n in self.spelled_out.items()}
+
+    def add_facts(self, facts: dict[str, tuple[int, str]]) -> None:
+        """Count what another process found."""
+        counted = {"lossy": self.lossy, **(self.chat.counted if self.chat else {})}
+        for name, (count, first) in facts.items():
+            if name.startswith("token "):
+                self.spelled_out[name.removeprefix("token ")] += count
+            elif name in counted:
+                counted[name].count += count
+                counted[name].first = counted[name].first or first
+
+    def forget_facts(self) -> None:
+        """Count anew."""
+        self.spelled_out.clear()
+        for of in (self.lossy, *(self.chat.counted.values() if self.chat else ())):
+            of.count, of.first = 0, ""
+
     def notes(self) -> list[str]:
         """What a user should know of how texts are read: of the files, and of texts so far."""
         lines = []
@@ -588,6 +616,11 @@ class Tokenizer:
         text = json.dumps([parts, self.bos_id, chat], sort_keys=True)
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
+    @property
+    def reading(self) -> str:
+        """A text of all that decides ids, also of texts that spell out special tokens."""
+        return f"{self.identity} {self.eos_id} {self.as_text} {self._limit} {self._made_of[-1]}"
+
     @cached_property
     def vocabulary(self) -> str:
         """A digest of which id stands for which text: equal where ids mean the same."""
@@ -632,6 +665,13 @@ class Tokenizer:
         text = self._rust.id_to_token(token_id)
         assert text is not None, f"{token_id} is no id of {self.path}"
         return text
+
+
+def _made_again(kind: type[Tokenizer], made_of: tuple, limit: int | None) -> Tokenizer:
+    tokenizer = kind(*made_of)
+    if limit is not None:
+        tokenizer.fit(limit)
+    return tokenizer
 
 
 def _any_of(control: Iterable[str]) -> re.Pattern:

@@ -68,7 +68,7 @@ def read_labels(task_name: str, label_file: str, rule: str | None = None) -> Lab
             gold = task.gold_of(row)
             task.check_gold(task.metric, gold)
         except UserError as error:
-            raise UserError(f"{label_file}: row {number} (from 0): {error}") from None
+            raise UserError(f"{rows.places[number]}: {error}") from None
         instructions.append(question)
         golds.append(gold)
     return LabelledRows(task, rows, instructions, golds)

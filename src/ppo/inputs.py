@@ -8,13 +8,14 @@ import torch
 from src.checkpoint.folder import check_apart
 from src.checkpoint.save import check_save
 from src.data.encoding import Prompt, ppo_prompts, solver_sequences
+from src.data.kept import Sequences
 from src.data.mixture import Mixture, read_mixture
+from src.data.sources import Source
 from src.errors import UserError
 from src.evaluation.tasks import Task, find_task
 from src.evaluation.training import SolverEvaluation
 from src.inputs import check_log_dir
 from src.logs import RunLog
-from src.models.batch import Sequence
 from src.parallel.setup import Parallel
 from src.ppo.fit import DEFAULT_KL_COEF, changed_rewards, read_state
 from src.ppo.kl import KLController
@@ -22,7 +23,7 @@ from src.ppo.layouts import Layouts
 from src.ppo.rewards.file import UserScore, load_score
 from src.ppo.setup import OpenedRoles, open_roles
 from src.settings.ppo import PPOTrainSettings
-from src.trainer.inputs import Places
+from src.trainer.inputs import Places, source_of
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class PPOInputs:
     evaluation: SolverEvaluation
     rule: Task | None
     prompts: list[Prompt]
-    mix: list[Sequence]
+    mix: Sequences
     policy_state: dict[str, Any]
     value_state: dict[str, Any]
     notes: list[str]
@@ -71,17 +72,18 @@ class PPOInputs:
             rule = find_task(settings.evaluation.task or "GSM8K", settings.evaluation.rule)
 
         # Rows.
-        train_file, ptx_file = settings.prompts.train_file, settings.pretraining.ptx_file
+        ptx_file = settings.pretraining.ptx_file
         reward_file = settings.rewards.reward_file
         rows_are_read = reward_file is not None
         prompts, notes, mixture = read_mixture(
-            train_file,
+            source_of(settings.prompts),
             lambda path: ppo_prompts(path, tokenizer, rule, max_seq_len, rows_are_read),
         )
-        mix, mix_mixture = list[Sequence](), None
+        mix: Sequences = []
+        mix_mixture = None
         if ptx_file is not None:
             mix, more, mix_mixture = read_mixture(
-                ptx_file, lambda path: solver_sequences(path, tokenizer, max_seq_len)
+                Source(ptx_file), lambda path: solver_sequences(path, tokenizer, max_seq_len)
             )
             notes += more
         if reward_file is not None:

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from src.data.kept import Sequences
 from src.data.mixture import Mixture
-from src.models.batch import Sequence
 from src.ppo.roles import Role
 from src.settings.ppo import PPOSettings
 from src.trainer.batches import EndlessBatches, shares_of, turns_of
@@ -16,7 +16,7 @@ class PretrainingMix:
 
     def __init__(
         self,
-        sequences: list[Sequence],
+        sequences: Sequences,
         batch_size: int,
         settings: PPOSettings,
         device: torch.device,

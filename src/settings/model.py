@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Annotated, Literal
 
-from src.settings.declaration import CONTENT, MAY_CHANGE, ROWS, AtLeast, Settings, Unit
+from src.settings.declaration import CONTENT, MAY_CHANGE, ROWS, AtLeast, Settings, Unit, idle
 
 SCORED_AT_ONCE = 2**14  # tokens, where a setting does not say
 
@@ -80,7 +80,31 @@ class ModelSettings(AdaptedModelSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataSettings(Settings):
+class MapSettings(Settings):
+    """The data."""
+
+    map: Annotated[
+        str | None,
+        CONTENT,
+        "FILE.py:FUNCTION, called with each row of the train file, a dict, for the row to train "
+        "on, a list of several, or None, which leaves it out",
+    ] = None
+    map_workers: Annotated[
+        int,
+        AtLeast(1, 1024),
+        MAY_CHANGE,
+        "processes (of each rank) in which --map's function runs; its rows are the same at any "
+        "number",
+    ] = 1
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if self.map is None:
+            yield from idle(self, ("map_workers",), "without --map")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings(MapSettings):
     """The data."""
 
     train_file: Annotated[

@@ -20,7 +20,7 @@ from src.settings.declaration import (
     idle,
 )
 from src.settings.generation import GenerationSettings
-from src.settings.model import PackedBatchSettings, TextModelSettings
+from src.settings.model import MapSettings, PackedBatchSettings, TextModelSettings
 from src.settings.rewards import RewardSettings
 from src.settings.run import DryRunSettings, TrainingRunSettings
 from src.settings.training import (
@@ -159,7 +159,7 @@ def idle_flags(settings: Settings, names: tuple[str, ...], why: str) -> Iterator
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptSettings(Settings):
+class PromptSettings(MapSettings):
     """The data."""
 
     train_file: Annotated[

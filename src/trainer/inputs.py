@@ -19,8 +19,11 @@ from src.data.encoding import (
     solver_sequences,
     top_k_rows,
 )
+from src.data.kept import Sequences
 from src.data.loss_mask import LossMask
+from src.data.mapping import RowMap
 from src.data.mixture import Mixture, read_mixture
+from src.data.sources import Named, Source
 from src.errors import UserError
 from src.evaluation.training import GradedData, SolverEvaluation, VerifierEvaluation
 from src.evaluation.verifier import score_moments
@@ -42,7 +45,8 @@ from src.models.transformer import Transformer
 from src.parallel.setup import Parallel, pick_dtype
 from src.ppo.judge import OpenedJudge
 from src.settings.distillation import DistillTrainSettings
-from src.settings.model import LossMaskSettings, ModelSettings
+from src.settings.model import DataSettings, LossMaskSettings, ModelSettings
+from src.settings.ppo import PromptSettings
 from src.settings.preference import PreferenceTrainSettings
 from src.settings.scripts import (
     SolverTrainSettings,
@@ -76,7 +80,7 @@ class SolverInputs:
     model: OpenedModel
     lora: LoRAConfig | None
     evaluation: SolverEvaluation
-    sequences: list[Sequence]
+    sequences: Sequences
     row_notes: list[str]
     mixture: Mixture
 
@@ -93,7 +97,7 @@ class SolverInputs:
         tokenizer, max_seq_len = model.tokenizer, settings.batches.max_seq_len
         how = max_seq_len, settings.batches.strict_length, mask_of(settings.loss)
         rows = read_mixture(
-            settings.data.train_file, lambda path: solver_sequences(path, tokenizer, *how)
+            source_of(settings.data), lambda path: solver_sequences(path, tokenizer, *how)
         )
         limits = settings.evaluation.max_new_tokens, max_seq_len
         evaluation = SolverEvaluation.read(settings.evaluation, tokenizer, *limits)
@@ -136,7 +140,7 @@ class VerifierInputs:
         limits = settings.batches.max_seq_len, settings.batches.strict_length
         kind, separator = settings.objective.objective, settings.objective.separator
 
-        def rows_of(path: str, most: int | None = None) -> tuple[GradedData, list[str]]:
+        def rows_of(path: Named, most: int | None = None) -> tuple[GradedData, list[str]]:
             if kind == "pairwise":
                 rules = PairRules(data.ranked_pairs, most, settings.run.seed)
                 return comparisons(path, model.tokenizer, *limits, rules)
@@ -144,7 +148,7 @@ class VerifierInputs:
 
         lora = lora_of(settings.lora, model.checkpoint)
         evaluation = VerifierEvaluation.read(settings.evaluation, rows_of, kind)
-        rows = read_mixture(data.train_file, lambda path: rows_of(path, data.max_pairs_per_prompt))
+        rows = read_mixture(source_of(data), lambda path: rows_of(path, data.max_pairs_per_prompt))
         return cls(model, lora, evaluation, *rows)
 
     def save(
@@ -197,10 +201,10 @@ class PreferenceInputs:
         """Read everything. Raises UserError, before any work, for whatever is wrong."""
         model = open_start(settings, parallel, head="lm")
         lora = lora_of(settings.lora, model.checkpoint)
-        tokenizer, train_file = model.tokenizer, settings.data.train_file
+        tokenizer, source = model.tokenizer, source_of(settings.data)
         batches, cache = settings.batches, settings.preference.cache_reference
         if cache is not None:
-            check_writable(cache, ".safetensors", train_file)
+            check_writable(cache, ".safetensors", settings.data.train_file)
             if Path(cache).resolve().parent == Path(settings.model.ckpt_dir).resolve():
                 raise UserError(
                     f"--cache_reference {cache}: lies among the weights of --ckpt_dir, and would "
@@ -212,7 +216,7 @@ class PreferenceInputs:
         if settings.online.online:
             judge = OpenedJudge.read(settings, settings.evaluation, tokenizer, parallel)
             prompts, notes, mixture = read_mixture(
-                train_file, lambda path: judge.prompts(path, tokenizer, batches.max_seq_len)
+                source, lambda path: judge.prompts(path, tokenizer, batches.max_seq_len)
             )
             return cls(model, lora, evaluation, [], prompts, judge, notes, mixture)
         data = settings.data
@@ -221,14 +225,14 @@ class PreferenceInputs:
         rows: list[Comparison] | list[Labelled]
         if set(settings.preference.names) <= {"kto", "sft"}:
             rows, notes, mixture = read_mixture(
-                train_file, lambda path: labelled(path, tokenizer, *limits, rules)
+                source, lambda path: labelled(path, tokenizer, *limits, rules)
             )
         else:
             compared, notes, mixture = read_mixture(
-                train_file, lambda path: comparisons(path, tokenizer, *limits, rules)
+                source, lambda path: comparisons(path, tokenizer, *limits, rules)
             )
             if "kto" in settings.preference.names:
-                check_sides(compared, train_file)
+                check_sides(compared, source)
             rows = compared
         return cls(model, lora, evaluation, rows, [], None, notes, mixture)
 
@@ -244,7 +248,7 @@ class DistillationInputs:
     model: OpenedModel
     lora: LoRAConfig | None
     evaluation: SolverEvaluation
-    sequences: list[Sequence]
+    sequences: Sequences
     teacher: OpenedModel | None
     kept: TopK | None
     row_notes: list[str]
@@ -260,19 +264,17 @@ class DistillationInputs:
         """Read everything. Raises UserError, before any work, for whatever is wrong."""
         model = open_start(settings, parallel, head="lm")
         lora = lora_of(settings.lora, model.checkpoint)
-        tokenizer, train_file = model.tokenizer, settings.data.train_file
+        tokenizer, source = model.tokenizer, source_of(settings.data)
         batches, of_teacher = settings.batches, settings.teacher
         limits = settings.generation.max_new_tokens, batches.max_seq_len
         evaluation = SolverEvaluation.read(settings.evaluation, tokenizer, *limits)
         if of_teacher.teacher_ckpt_dir is None:
-            kept, notes = top_k_rows(
-                train_file, tokenizer, batches.max_seq_len, batches.strict_length
-            )
+            kept, notes = top_k_rows(source, tokenizer, batches.max_seq_len, batches.strict_length)
             mixture = Mixture((len(kept.sequences),))
             return cls(model, lora, evaluation, kept.sequences, None, kept, notes, mixture)
         how = batches.max_seq_len, batches.strict_length, mask_of(settings.loss)
         sequences, notes, mixture = read_mixture(
-            train_file,
+            source,
             lambda path: (
                 prompt_sequences(path, tokenizer, batches.max_seq_len)
                 if of_teacher.on_policy == 1
@@ -303,6 +305,11 @@ class DistillationInputs:
             config = teacher.checkpoint.config
             check_heads(config, mp_size, parallel.context.size, "teacher")
         return cls(model, lora, evaluation, sequences, teacher, None, notes, mixture)
+
+
+def source_of(data: DataSettings | PromptSettings) -> Source:
+    """What the rows to train on are read from, with what they go through."""
+    return Source(data.train_file, RowMap(data.map, data.map_workers) if data.map else None)
 
 
 def mask_of(loss: LossMaskSettings) -> LossMask:

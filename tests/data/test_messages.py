@@ -21,6 +21,7 @@ from src.data.encoding import (
     scored_sequences,
     solver_sequences,
 )
+from src.data.kept import KeptSequences
 from src.data.loss_mask import LossMask
 from src.data.messages import Messages
 from src.data.rows import read_prompt_rows, read_solver_rows, read_verifier_rows
@@ -421,3 +422,68 @@ def test_the_answer_to_a_conversation_goes_on_from_what_generation_reads(tokeniz
     whole = encode(tokenizer, asked, Messages([{"role": "assistant", "content": "two"}]))
     assert sequence == whole
     assert list(sequence.tokens[: sequence.prompt_length]) == tokenizer.prompt_ids(asked)
+
+
+def test_what_was_generated_for_a_conversation_is_a_row_to_train_on(file, tokenizer):
+    """solver_generate.py writes messages as the instruction, and their tools."""
+    row = {"instruction": [SYSTEM, USER], "tools": [SCHEMA], "output": "an egg"}
+    whole = {"messages": [SYSTEM, USER, ANSWER], "tools": [SCHEMA]}
+    (one, two), notes = solver_sequences(file(row, whole), tokenizer, 999)
+    assert one == two and not [note for note in notes if "not used" in note]
+
+
+# --- Large sources --------------------------------------------------------------------------------
+
+
+def test_a_large_source_s_sequences_lie_on_disk_and_are_the_same(
+    file, folder, tmp_path, monkeypatch
+):
+    """Made by processes of their own, and found again; with what is to be known of the rows."""
+    monkeypatch.setenv("OWN_YOUR_RLHF_CACHE", str(tmp_path / "cache"))
+    rows = [
+        {"messages": [USER, ANSWER | {"content": f"egg {i % 90} <|im_end|>"}, USER, ANSWER]}
+        for i in range(100)
+    ]
+    rows += [{"instruction": "What?", "output": ["a " * (i % 9 + 1), "b"]} for i in range(1, 60)]
+    rows += [{"prompt": "q" * 300, "completion": [ANSWER], "id": 5}]
+    path = file(*rows)
+
+    def read():
+        tokenizer = Tokenizer.find(folder, use_chat_template=True)
+        sequences, notes = solver_sequences(path, tokenizer, 100)
+        return [*sequences], notes, tokenizer.notes(), type(sequences)
+
+    *wanted, kind = read()
+    assert kind is list and len(wanted[1]) == 3, wanted[1]
+    monkeypatch.setattr("src.data.encoding.KEPT_FROM", 1)
+    monkeypatch.setattr("src.data.encoding.usable_cores", lambda: 2)
+    assert [*read()] == [*wanted, KeptSequences]
+    (kept,) = (tmp_path / "cache" / "tokens").glob("*/index.json")
+    monkeypatch.setattr("src.data.kept._write", None)  # it is not made again
+    assert [*read()] == [*wanted, KeptSequences]
+    # Another mask, another tokenizer and another file are other sequences.
+    monkeypatch.undo()
+    monkeypatch.setenv("OWN_YOUR_RLHF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("src.data.encoding.KEPT_FROM", 1)
+    monkeypatch.setattr("src.data.encoding.usable_cores", lambda: 1)
+    tokenizer = Tokenizer.find(folder, use_chat_template=True)
+    (last, *_), _ = solver_sequences(path, tokenizer, 999, mask=LossMask("last"))
+    assert trained(tokenizer, last) == ["an egg<|im_end|>"]
+    as_text = Tokenizer.find(folder, use_chat_template=True, special_tokens="text")
+    assert len(solver_sequences(path, as_text, 999)[0][0].tokens) > len(last.tokens)
+    file(*rows[1:])
+    assert solver_sequences(path, tokenizer, 100)[0][-1] == wanted[0][-1]
+    assert len([*(tmp_path / "cache" / "tokens").glob("*/index.json")]) == 4
+
+
+def test_what_is_wrong_in_a_large_source_is_told_with_its_line(file, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("OWN_YOUR_RLHF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("src.data.encoding.KEPT_FROM", 1)
+    tokenizer = Tokenizer.find(folder, use_chat_template=True)
+    good = {"messages": [USER, ANSWER]}
+    with pytest.raises(UserError, match=r"rows.jsonl:101: field \"messages\": has no message of"):
+        solver_sequences(file(*[good] * 100, {"messages": [USER]}), tokenizer, 100)
+    silent = {"messages": [USER, ANSWER | {"tool_calls": [CALL]}]}
+    mask = LossMask("all_assistant", "### Response:")
+    with pytest.raises(UserError, match="rows.jsonl:1: --response_template '### Response:'"):
+        solver_sequences(file(silent), tokenizer, 100, mask=mask)

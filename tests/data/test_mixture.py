@@ -7,6 +7,7 @@ import pytest
 
 from src.data.mixture import Mixture, read_mixture
 from src.data.rows import read_prompt_rows, write_jsonl
+from src.data.sources import Source
 from src.errors import UserError
 from src.trainer.batches import EndlessBatches, epoch_batches
 
@@ -73,17 +74,17 @@ def test_sources_are_read_one_by_one_and_stand_one_after_the_other(tmp_path):
     for name, n in (("a", 30), ("b", 10)):
         write_jsonl(tmp_path / f"{name}.jsonl", [{"instruction": f"{name}{i}"} for i in range(n)])
 
-    def read(text: str) -> tuple[list[str], list[str]]:
-        rows = read_prompt_rows(text)
+    def read(source: Source) -> tuple[list[str], list[str]]:
+        rows = read_prompt_rows(source)
         return [row["instruction"] for row in rows if row["instruction"] != "b9"], ["note"]
 
     a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
-    rows, notes, mixture = read_mixture(f"{a}:0.7,{b}:0.3", read)
+    rows, notes, mixture = read_mixture(Source(f"{a}:0.7,{b}:0.3"), read)
     assert rows == [f"a{i}" for i in range(30)] + [f"b{i}" for i in range(9)]
     assert mixture.sizes == (30, 9) and mixture.drawn == (21, 9)
     drawn = [f"{a}: an epoch draws 21 of 30 rows", f"{b}: an epoch draws 9 of 9 rows"]
     assert notes == ["note", "note", *drawn]
-    rows, notes, mixture = read_mixture(f"{a},{b}", read)
+    rows, notes, mixture = read_mixture(Source(f"{a},{b}"), read)
     assert len(rows) == mixture.n_rows == 39 and notes == ["note"]
     with pytest.raises(UserError, match=f"not one row of {a} would be drawn"):
-        read_mixture(f"{a}:0.0001,{b}:0.9999", read)
+        read_mixture(Source(f"{a}:0.0001,{b}:0.9999"), read)
