@@ -27,11 +27,11 @@ def main(settings: InspectSettings) -> None:
     from dataset.report import Report, lines_of, page_of, takes_colour
     from src.checkpoint.source import Checkpoint
     from src.data.inspection import inspected, tokens_of
-    from src.data.loss_mask import LossMask
     from src.data.rows import write_text
     from src.data.tokenizer import Tokenizer
     from src.errors import UserError
     from src.inputs import check_writable, open_tokenizer
+    from src.trainer.inputs import mask_of, source_of
 
     model, source, shown = settings.model, settings.data.train_file, settings.shown
     if shown.out is not None:
@@ -53,8 +53,7 @@ def main(settings: InspectSettings) -> None:
         )
 
     # The rows, as the trainers read them.
-    mask = LossMask(settings.loss.loss_on, *settings.loss.markers)
-    found = inspected(source, shown.kind, tokenizer, mask)
+    found = inspected(source_of(settings.data), shown.kind, tokenizer, mask_of(settings.loss))
     report = Report(source, found, shown.max_seq_len, shown.examples)
     of_sequence = partial(tokens_of, tokenizer)
     if shown.out is not None:

@@ -7,7 +7,7 @@ https://huggingface.co/datasets/Anthropic/hh-rlhf
 import re
 from collections import Counter
 
-from dataset.builders.parts import BuildSettings, LeftOut, build, compared
+from dataset.builders.parts import BuildSettings, SkippedRow, build, compared
 from src.data.rows import TEXT, Rows, read_rows
 from src.errors import UserError
 
@@ -41,5 +41,5 @@ def _messages(transcript: str, field: str) -> list[dict]:
         for speaker, text in zip(turns[::2], turns[1::2])
     ]
     if any(m["role"] != ("user", "assistant")[i % 2] for i, m in enumerate(messages)):
-        raise LeftOut("rows in which human and assistant do not take turns")
+        raise SkippedRow("rows in which human and assistant do not take turns")
     return messages

@@ -9,7 +9,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from dataset.builders.parts import BuildSettings, LeftOut, build
+from dataset.builders.parts import BuildSettings, SkippedRow, build
 from src.data.rows import TEXT, Rows, read_rows
 from src.errors import UserError
 from src.evaluation import math
@@ -53,5 +53,5 @@ def _place(file: Path) -> tuple[str, int, str]:
 def _converted(row: dict, _: Counter[str]) -> dict:
     answer = math.boxed(row["solution"])
     if answer is None or math.boxed_answer(row["solution"]) is None:
-        raise LeftOut("rows whose solution boxes no answer")
+        raise SkippedRow("rows whose solution boxes no answer")
     return {"instruction": row["problem"], "output": row["solution"], "label": answer}

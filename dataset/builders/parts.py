@@ -45,8 +45,8 @@ class BuildSettings(Settings):
             yield f"--test_share {self.test_share}: has no effect with --test_source"
 
 
-class LeftOut(Exception):
-    """Why a row, or a part of one, is not taken: a few words that a count goes before."""
+class SkippedRow(Exception):
+    """Why a row is not taken: a few words that a count goes before."""
 
 
 Read = Callable[[str], Rows]
@@ -122,7 +122,7 @@ def _converted(source: str, read: Read, convert: Convert) -> list[dict]:
     for place, row in zip(rows.places, rows):
         try:
             built.append(convert(row, within))
-        except LeftOut as why:
+        except SkippedRow as why:
             reasons[str(why)] += 1
         except UserError as error:
             raise UserError(f"{place}: {error}") from None
@@ -179,27 +179,27 @@ MESSAGES = Kind(
 
 
 def plain_messages(messages: list[dict]) -> list[dict]:
-    """Messages with nothing but role and content. Raises LeftOut where they end in no answer."""
+    """Messages with nothing but role and content. Raises SkippedRow where they end in no answer."""
     if not all(TEXT.accepts(message["content"]) for message in messages):
-        raise LeftOut("rows with a turn that is blank or holds a NUL")
+        raise SkippedRow("rows with a turn that is blank or holds a NUL")
     if messages[-1]["role"] != "assistant":
-        raise LeftOut("rows that do not end with the assistant's turn")
+        raise SkippedRow("rows that do not end with the assistant's turn")
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
 def compared(chosen: list[dict], rejected: list[dict]) -> dict[str, list[dict]]:
     """{"prompt", "chosen", "rejected"} of two conversations: what they share up to a question.
 
-    Raises LeftOut where that is nothing, or they do not differ.
+    Raises SkippedRow where that is nothing, or they do not differ.
     """
     chosen, rejected = plain_messages(chosen), plain_messages(rejected)
     if chosen == rejected:
-        raise LeftOut("rows whose sides say the same")
+        raise SkippedRow("rows whose sides say the same")
     same = takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected))
     prompt = [message for message, _ in same]
     while prompt and prompt[-1]["role"] != "user":
         prompt.pop()
     if not prompt:
-        raise LeftOut("rows whose sides share no question")
+        raise SkippedRow("rows whose sides share no question")
     n = len(prompt)
     return {"prompt": prompt, "chosen": chosen[n:], "rejected": rejected[n:]}

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Annotated, Any
 
 from dataset.builders.html_text import text_of
-from dataset.builders.parts import BuildSettings, LeftOut, build
+from dataset.builders.parts import BuildSettings, SkippedRow, build
 from src.data.rows import NUMBER, TEXT, Kind, Rows, read_rows
 from src.settings.declaration import AtLeast
 
@@ -60,7 +60,7 @@ def _read(source: str) -> Rows:
 def _converted(settings: StackExchangeSettings, row: dict, dropped: Counter[str]) -> dict:
     question = text_of(row["question"])
     if not TEXT.accepts(question):
-        raise LeftOut("rows whose question is no text")
+        raise SkippedRow("rows whose question is no text")
     # Of a tie the answer that the asker accepted, else the first.
     by_score: dict[float, str] = {}
     for answer in sorted(row["answers"], key=lambda x: not x.get("selected")):
@@ -75,7 +75,7 @@ def _converted(settings: StackExchangeSettings, row: dict, dropped: Counter[str]
             by_score[score] = text
     scores = sorted(by_score, reverse=True)
     if len(scores) < settings.min_answers:
-        raise LeftOut(f"rows with fewer than {settings.min_answers} answers of unlike scores")
+        raise SkippedRow(f"rows with fewer than {settings.min_answers} answers of unlike scores")
     if len(scores) > settings.max_answers:
         dropped["answers below the best --max_answers"] += len(scores) - settings.max_answers
         scores = scores[: settings.max_answers]

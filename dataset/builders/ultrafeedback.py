@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from dataset.builders.parts import MESSAGES, BuildSettings, LeftOut, build, compared
+from dataset.builders.parts import MESSAGES, BuildSettings, SkippedRow, build, compared
 from src.data.rows import NUMBER, TEXT, Kind, Rows, form_of, read_rows
 
 ASPECTS = ("instruction_following", "honesty", "truthfulness", "helpfulness")
@@ -70,7 +70,7 @@ def _ranked(score: str, row: dict, dropped: Counter[str]) -> dict:
         else:
             scores[text] = rating
     if len({*scores.values()}) < 2:
-        raise LeftOut("rows without two answers of unlike ratings")
+        raise SkippedRow("rows without two answers of unlike ratings")
     ranked = sorted(scores, key=lambda text: -scores[text])
     return {
         "instruction": row["instruction"],
@@ -96,7 +96,7 @@ def _rating(score: str, completion: dict) -> float | None:
 def _binarised(row: dict) -> dict:
     chosen, rejected = row.get("score_chosen"), row.get("score_rejected")
     if chosen is not None and rejected is not None and chosen <= rejected:
-        raise LeftOut("rows whose chosen side is not scored higher")
+        raise SkippedRow("rows whose chosen side is not scored higher")
     sides = compared(row["chosen"], row["rejected"])
     if any(len(messages) > 1 for messages in sides.values()):
         return dict(sides)

@@ -8,7 +8,7 @@ import math
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from src.data.encoding import PairRules, encode, trained
@@ -23,7 +23,7 @@ from src.data.rows import (
     read_solver_rows,
     read_verifier_rows,
 )
-from src.data.sources import elements_of, parts_of
+from src.data.sources import Named, Source, elements_of, parts_of
 from src.data.tokenizer import Tokenizer
 from src.errors import UserError
 from src.models.batch import Sequence
@@ -149,23 +149,25 @@ class Inspection:
         return [self.examples[i * len(self.examples) // n] for i in range(n)]
 
 
-def inspected(text: str, kind: str, tokenizer: Tokenizer, mask: LossMask) -> Inspection:
-    """The rows of all files that a text names; weights do not count.
+def inspected(source: Source, kind: str, tokenizer: Tokenizer, mask: LossMask) -> Inspection:
+    """The rows of a source, all of them: weights do not count.
 
     kind: "auto": as the first row looks. Raises UserError where the trainer's reader does; a row
     that cannot be encoded, or has nothing that the mask lets be trained on, is one of `broken`.
     """
-    parts = parts_of(text)
-    sources = [text] if parts[0].weight is None else [part.location for part in parts]
+    parts = parts_of(source.text)
+    sources = [replace(source, text=part.location) for part in parts]
+    if parts[0].weight is None:  # then they are read as one
+        sources = [source]
     kind = kind_of(sources[0]) if kind == "auto" else kind
     if kind != "solver" and mask != LossMask():
         raise UserError(
-            f"{text}: holds rows of kind {kind}, and --loss_on, --response_template and "
+            f"{source}: holds rows of kind {kind}, and --loss_on, --response_template and "
             "--instruction_template are for a solver's; leave them out, or give --kind solver"
         )
     examples, broken, notes = list[Example](), list[str](), list[str]()
-    for source in sources:
-        rows, encoded = _READERS[kind](source, tokenizer, mask)
+    for part in sources:
+        rows, encoded = _READERS[kind](part, tokenizer, mask)
         notes += rows.notes
         for place, row in zip(rows.places, rows):
             try:
@@ -175,10 +177,9 @@ def inspected(text: str, kind: str, tokenizer: Tokenizer, mask: LossMask) -> Ins
     return Inspection(kind, examples, broken, notes + tokenizer.notes())
 
 
-def kind_of(path: str) -> str:
-    """Whose rows a file has, by its first."""
-    first = next((value for _, value in elements_of(path)), None)
-    row = first if isinstance(first, dict) else {}
+def kind_of(source: Source) -> str:
+    """Whose rows a source has, by its first."""
+    row = next((value for _, value in elements_of(source) if isinstance(value, dict)), {})
     if row.keys() & {*COMPARED} or isinstance(row.get("label"), bool):
         return "verifier"
     return "solver" if any(row.get(field) for field in SOLVED) else "prompts"
@@ -187,7 +188,7 @@ def kind_of(path: str) -> str:
 Read = tuple[Rows, Callable[[dict], list[Response]]]  # the rows, and what is made of each
 
 
-def _solver(path: str, tokenizer: Tokenizer, mask: LossMask) -> Read:
+def _solver(path: Named, tokenizer: Tokenizer, mask: LossMask) -> Read:
     def encoded(row: dict) -> list[Response]:
         return [
             Response("output", text, trained(tokenizer, row["instruction"], text, mask))
@@ -197,7 +198,7 @@ def _solver(path: str, tokenizer: Tokenizer, mask: LossMask) -> Read:
     return read_solver_rows(path), encoded
 
 
-def _verifier(path: str, tokenizer: Tokenizer, _: LossMask) -> Read:
+def _verifier(path: Named, tokenizer: Tokenizer, _: LossMask) -> Read:
     is_labelled = form_of(path, (*COMPARED, "label", "chosen")) == "label"
 
     def encoded(row: dict) -> list[Response]:
@@ -221,7 +222,7 @@ def _names(row: dict) -> list[str]:
     return [f"{place}, score {score:g}" for place, score in zip(places, scores)] or places
 
 
-def _prompts(path: str, tokenizer: Tokenizer, _: LossMask) -> Read:
+def _prompts(path: Named, tokenizer: Tokenizer, _: LossMask) -> Read:
     def encoded(row: dict) -> list[Response]:
         ids = tokenizer.prompt_ids(row["instruction"])
         return [Response("prompt", None, Sequence(array("i", ids), len(ids)))]

@@ -19,6 +19,8 @@ from dataset.report import Report, lines_of, page_of, takes_colour, visible
 from src.data.encoding import comparisons, labelled, prompt_sequences, solver_sequences
 from src.data.inspection import histogram, inspected, quantile, tokens_of
 from src.data.loss_mask import LossMask
+from src.data.mapping import RowMap
+from src.data.sources import Source
 from src.data.tokenizer import Tokenizer
 from src.errors import UserError
 from src.settings.declaration import build
@@ -61,6 +63,10 @@ def file(tmp_path):
     return make
 
 
+def looked_at(text: str, kind: str, tokenizer, mask: LossMask, row_map: RowMap | None = None):
+    return inspected(Source(text, row_map), kind, tokenizer, mask)
+
+
 def said(role: str, text: str, **more) -> dict:
     return {"role": role, "content": text} | more
 
@@ -93,49 +99,59 @@ def ids(sequences) -> list:
 def test_what_is_shown_is_what_the_trainers_read(file, plain, chat):
     path = file(SOLVED, CONVERSATION)
     for mask in (ALL, LossMask("last"), LossMask("everything")):
-        found = inspected(path, "auto", chat, mask)
+        found = looked_at(path, "auto", chat, mask)
         assert found.kind == "solver"
         assert ids(found.sequences) == ids(solver_sequences(path, chat, 9999, mask=mask)[0])
     for rows in ([COMPARED] * 2, [RANKED]):
         path = file(*rows)
-        found, (theirs, _) = inspected(path, "auto", plain, ALL), comparisons(path, plain, 9999)
+        found, (theirs, _) = looked_at(path, "auto", plain, ALL), comparisons(path, plain, 9999)
         assert found.kind == "verifier"
         assert ids(found.sequences) == ids(s for c in theirs for s in c.responses)
     path = file(*LABELLED)
-    found, (theirs, _) = inspected(path, "auto", plain, ALL), labelled(path, plain, 9999)
+    found, (theirs, _) = looked_at(path, "auto", plain, ALL), labelled(path, plain, 9999)
     assert ids(found.sequences) == ids(s for x in theirs for s in x.responses)
     assert [r.name for x in found.examples for r in x.responses] == ["label true", "label false"]
     path = file({"instruction": "What is it?", "label": "egg"})
-    found = inspected(path, "auto", plain, ALL)
+    found = looked_at(path, "auto", plain, ALL)
     assert found.kind == "prompts" and not sum(found.trained)
     assert ids(found.sequences) == ids(prompt_sequences(path, plain, 9999)[0])
 
 
 def test_of_several_sources_with_weights_all_rows_are_shown(file, plain):
     texts = [file(SOLVED | {"output": name}, name=f"{name}.jsonl") for name in "ab"]
-    found = inspected(f"{texts[0]}:0.9,{texts[1]}:0.1", "auto", plain, ALL)
+    found = looked_at(f"{texts[0]}:0.9,{texts[1]}:0.1", "auto", plain, ALL)
     assert [example.place for example in found.examples] == [f"{path}:1" for path in texts]
 
 
+def test_rows_are_shown_as_a_map_makes_them(file, plain, tmp_path):
+    made = "{'instruction': 'Why?', 'output': 'x' * row['n']}"
+    (tmp_path / "mine.py").write_text(f"def pair(row):\n    return row['n'] and {made}")
+    path = file({"n": None}, {"n": 3})
+    found = looked_at(path, "auto", plain, ALL, RowMap(f"{tmp_path / 'mine.py'}:pair"))
+    assert [x.place for x in found.examples] == [f"{path}:2"] and found.kind == "solver"
+    assert found.examples[0].responses[0].text == "xxx"
+    assert f"{path}: --map leaves out 1 rows" in found.notes
+
+
 def test_messages_and_tools_are_counted_once(file, chat, plain):
-    found = inspected(file(CONVERSATION, SOLVED), "solver", chat, ALL)
+    found = looked_at(file(CONVERSATION, SOLVED), "solver", chat, ALL)
     assert found.roles == {"assistant": 4, "user": 2, "system": 1, "tool": 1}
     assert found.tools == {"add": 1, "idle": 0}
-    found = inspected(file(COMPARED), "auto", plain, ALL)
+    found = looked_at(file(COMPARED), "auto", plain, ALL)
     assert found.roles == {"assistant": 3, "user": 1}
 
 
 def test_what_a_length_leaves_out_is_what_the_trainers_leave_out(file, plain):
     rows = [{"instruction": "What is it?", "output": "egg " * n} for n in range(1, 30)]
     path = file(*rows)
-    found = inspected(path, "auto", plain, ALL)
+    found = looked_at(path, "auto", plain, ALL)
     pairs = file(
         *({"instruction": "?", "chosen": r["output"], "rejected": "a"} for r in rows),
         name="pairs.jsonl",
     )
-    compared = inspected(pairs, "auto", plain, ALL)
+    compared = looked_at(pairs, "auto", plain, ALL)
     prompts = file(*({"instruction": row["output"]} for row in rows), name="prompts.jsonl")
-    asked = inspected(prompts, "auto", plain, ALL)
+    asked = looked_at(prompts, "auto", plain, ALL)
     for limit in (20, 21, 22, 40):
         for one, read, name in (
             (found, solver_sequences, path),
@@ -148,7 +164,7 @@ def test_what_a_length_leaves_out_is_what_the_trainers_leave_out(file, plain):
 def test_what_comes_twice_is_named_with_both_places(file, plain):
     again = {"instruction": "What is it?", "output": "an egg"}
     path = file(again, again | {"output": "a"}, {"instruction": "Why?", "output": "an egg"}, again)
-    found = inspected(path, "auto", plain, ALL)
+    found = looked_at(path, "auto", plain, ALL)
     assert found.again(of_prompts=False) == [(f"{path}:4", f"{path}:1")]
     assert found.again(of_prompts=True) == [(f"{path}:{n}", f"{path}:1") for n in (2, 4)]
 
@@ -200,7 +216,7 @@ EVIL = "<script>alert(1)</script> &amp; \x1b[31m\u202e <img src=https://example.
 
 
 def report_of(path: str, tokenizer, n_examples: int = 2) -> Report:
-    return Report(path, inspected(path, "auto", tokenizer, ALL), 64, n_examples)
+    return Report(path, looked_at(path, "auto", tokenizer, ALL), 64, n_examples)
 
 
 def test_a_terminal_shows_the_mask_by_brackets_or_by_colour(file, chat):
