@@ -86,6 +86,8 @@ HH = [
     | {"rejected": transcript("What is it?", "An egg.", "Sure?", "No")},
     # Which differ before the last answer.
     {"chosen": transcript("Hi", "A", "more", "B"), "rejected": transcript("Hi", "C")},
+    # Which differ in what the human asks.
+    {"chosen": transcript("Hi", "A", "B", "C"), "rejected": transcript("Hi", "A", "D", "E")},
     {"chosen": transcript("Hi", "A"), "rejected": transcript("Hi", "A")},
     {"chosen": transcript("Hi", "A"), "rejected": transcript("Hi", "Assistant:")},
     {"chosen": transcript("Hi", "A", "B"), "rejected": transcript("Hi", "A")},
@@ -107,13 +109,18 @@ def test_hh_becomes_comparisons_of_messages(built, tmp_path, chat):
             "chosen": [answer("A"), user("more"), answer("B")],
             "rejected": [answer("C")],
         },
+        {
+            "prompt": [user("Hi")],
+            "chosen": [answer("A"), user("B"), answer("C")],
+            "rejected": [answer("A"), user("D"), answer("E")],
+        },
     ]
     found, _ = comparisons(str(tmp_path / "out/train.json"), chat, 999)
     asked = chat.conversation_ids(rows[0]["prompt"])
     for sequence, text in zip(found[0].responses, ("Yes: x", "No")):
         assert list(sequence.tokens[: sequence.prompt_length]) == asked
         assert chat.spelled(sequence.response) == f"{text}<|im_end|>"
-    assert found[0].pairs == [(0, 1)] and len(found) == 2
+    assert found[0].pairs == [(0, 1)] and len(found) == 3
     for reason in (
         "1 rows whose sides say the same",
         "1 rows with a turn that is blank or holds a NUL",
@@ -122,7 +129,7 @@ def test_hh_becomes_comparisons_of_messages(built, tmp_path, chat):
         "1 rows in which human and assistant do not take turns",
     ):
         assert f"  left out: {reason}\n" in printed
-    assert "rows.jsonl: 7 rows\n" in printed and "train.json: 2 rows\n" in printed
+    assert "rows.jsonl: 8 rows\n" in printed and "train.json: 3 rows\n" in printed
 
 
 def test_hh_refuses_what_is_no_transcript(built, tmp_path):
@@ -131,7 +138,7 @@ def test_hh_refuses_what_is_no_transcript(built, tmp_path):
     with pytest.raises(UserError, match=r'rows.jsonl:1: field "chosen" is missing'):
         built(hh, [{"rejected": "No."}])
     with pytest.raises(UserError, match="no row is left of 1: 1 rows whose sides say the same"):
-        built(hh, HH[2:3])
+        built(hh, HH[3:4])
     assert not (tmp_path / "out").exists()
 
 
