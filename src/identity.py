@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from src import storage
 from src.checkpoint.folder import NOTES, TOKENIZERS, find_tokenizer
 from src.checkpoint.manifest import MANIFEST, TENSORS, digest, has_manifest
-from src.data.sources import files_in, parts_of
+from src.data.sources import files_in, held_file, parts_of
 from src.errors import UserError
 from src.settings.declaration import CONTENT, MAY_CHANGE, ROWS, Settings, declared, flat
 
@@ -63,11 +64,11 @@ def held_rows(text: str) -> str:
     lines = [""]
     for part in parts_of(text):
         files = files_in(part.location)
-        if not all(Path(file).is_file() for file in files):
+        if not all(storage.is_url(file) or Path(file).is_file() for file in files):
             return text
         lines += [] if part.weight is None else [f"weight {part.weight}"]
         try:
-            lines += [digest(Path(file)) for file in files]
+            lines += map(held_file, files)
         except OSError as error:
             raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from None
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import takewhile
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Annotated, Literal
 
+from src import storage
 from src.data.messages import ROLES
 from src.data.rows import TEXT, Kind, Rows, write_json, write_jsonl
 from src.data.sources import files_in, files_of
@@ -100,11 +101,11 @@ def parts_of(settings: BuildSettings) -> dict[str, str]:
     source = settings.source
     if settings.test_source is not None:
         return {"train": source, "test": settings.test_source}
-    if not Path(source).is_dir():
+    if not storage.is_folder(source):
         return {"train": source}
     files: dict[str, list[str]] = {}
     for file in files_in(source):
-        name = PurePath(file).name.partition(".")[0]
+        name = storage.name_of(file).partition(".")[0]
         files.setdefault(_SHARD.sub("", name), []).append(file)
     if not any(name.startswith(("train", "test")) for name in files):
         return {"train": source}

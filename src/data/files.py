@@ -22,6 +22,7 @@ from io import BufferedReader
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NoReturn, cast
 
+from src import storage
 from src.errors import UserError
 
 LONGEST_LINE = 64 * 2**20  # bytes of a line of text: one longer is hardly meant
@@ -75,15 +76,15 @@ def format_of(path: str | Path) -> str | None:
 
 
 def _uncompressed(path: str | Path) -> str:
-    name = str(path)
+    name = storage.name_of(path)
     return next((name.removesuffix(end) for end in _CODECS if name.endswith(end)), name)
 
 
 @contextmanager
 def _opened(path: str | Path, must_seek: bool) -> Iterator[BinaryIO]:
     """A file's bytes, decompressed; must_seek: from any place, which takes a file beside."""
-    with open(path, "rb") as file:
-        codec = _CODECS.get(PurePosixPath(path).suffix)
+    with storage.opened(path) as file:
+        codec = _CODECS.get(PurePosixPath(storage.name_of(path)).suffix)
         if codec is None:
             yield file
             return

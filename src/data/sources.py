@@ -8,10 +8,10 @@
     a.jsonl,data/*.csv                   several of these: all their rows
     a.jsonl:0.7,openai/gsm8k@train:0.3   in these proportions
 
-What exists by a name with a comma or a colon in it is that file.
+What exists by a name with a comma or a colon in it is that file. Files, folders and patterns may
+also be URLs (src/storage.py): s3://bucket/data/*.jsonl.
 """
 
-import glob
 import hashlib
 import itertools
 import json
@@ -21,7 +21,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
+from src import storage
 from src.checkpoint.manifest import digest
 from src.data.files import Element, elements, format_of
 from src.data.mapping import RowMap
@@ -107,9 +109,9 @@ def elements_of(source: Named) -> Iterator[Element]:
 
 
 def bytes_of(source: Named) -> int:
-    """How large the files are that a source names; those that are not there count nothing."""
+    """How large the files are that a source names; what is not there or unknown counts nothing."""
     named = source if isinstance(source, Source) else Source(str(source))
-    return sum(os.path.getsize(file) for file in files_of(named.text) if os.path.isfile(file))
+    return sum(map(storage.size_of, files_of(named.text)))
 
 
 def held_source(source: Named) -> str:
@@ -119,11 +121,16 @@ def held_source(source: Named) -> str:
     """
     named = source if isinstance(source, Source) else Source(str(source))
     files = files_of(named.text)
-    lines = [named.text, *files, *(digest(Path(file)) for file in files)]
+    lines = [named.text, *files, *map(held_file, files)]
     if named.map is not None:
         folder = Path(named.map.where.rpartition(":")[0]).resolve().parent
         lines += [named.map.where, *(digest(file) for file in sorted(folder.glob("*.py")))]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def held_file(file: str) -> str:
+    """A text that is another when a file holds another thing: of a remote one size and version."""
+    return storage.version_of(file) if storage.is_url(file) else digest(Path(file))
 
 
 def files_of(text: str | Path) -> list[str]:
@@ -136,17 +143,16 @@ def files_of(text: str | Path) -> list[str]:
 
 def files_in(location: str) -> list[str]:
     """All files of one source, by name or in the order that their folder gives them."""
-    path = Path(location)
-    if path.is_dir():
-        return _of_folder(path)
-    if path.exists():
+    if storage.is_folder(location):
+        return _of_folder(location)
+    if storage.is_file(location):
         return [location]
-    if (match := _SPLIT.fullmatch(location)) and (Path(match[1]) / _SAVED_SPLITS).is_file():
-        return _of_folder(_of_split(Path(match[1]), match[2]))
-    if glob.has_magic(location):
-        found = sorted(
-            name for name in glob.iglob(location, recursive=True) if os.path.isfile(name)
-        )
+    if match := _SPLIT.fullmatch(location):
+        folder, split = match.groups()
+        if storage.is_file(f"{folder}/{_SAVED_SPLITS}"):
+            return _of_folder(_of_split(folder, split))
+    if storage.has_pattern(location):
+        found = storage.matches(location)
         if not found:
             raise UserError(f"{location}: no file is called so")
         return found
@@ -155,51 +161,55 @@ def files_in(location: str) -> list[str]:
     return [location]  # which is not there, as its reader will say
 
 
-def _of_folder(folder: Path) -> list[str]:
+def _of_folder(folder: str) -> list[str]:
     """The data files of a folder, which may be one of Hugging Face's."""
-    if (folder / _SAVED_SPLITS).is_file():
+    folder = folder.rstrip("/")
+    names = storage.names_in(folder)
+    if _SAVED_SPLITS in names:
         _of_split(folder, None)  # which refuses it
-    if (folder / _SAVED).is_file() and list(folder.glob("*.arrow")):
+    if _SAVED in names and any(name.endswith(".arrow") for name in names):
         return _of_saved(folder)
-    entries = sorted(folder.iterdir())
     found = [
-        str(entry)
-        for entry in entries
-        if entry.is_file() and format_of(entry) and not entry.name.startswith(".")
+        f"{folder}/{name}"
+        for name in names
+        if not name.endswith("/") and format_of(name) and not name.startswith(".")
     ]
     if not found:
-        below = any(entry.is_dir() for entry in entries)
+        below = any(name.endswith("/") for name in names)
         hint = f"; of those in its folders: '{folder}/**/*.jsonl'" if below else ""
         raise UserError(f"{folder}: holds no data file (.jsonl, .parquet, ...){hint}")
     return found
 
 
-def _of_saved(folder: Path) -> list[str]:
+def _of_saved(folder: str) -> list[str]:
     """The .arrow files of a data set that `save_to_disk` wrote, in its order."""
-    file = folder / _SAVED
-    try:
-        state = json.loads(file.read_bytes())
-        names = [entry["filename"] for entry in state["_data_files"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: is not what save_to_disk writes: {error}") from error
+    state = _read_saved(f"{folder}/{_SAVED}", "_data_files")
     if state.get("_indices_files") or state.get("_indices_data_files"):
         raise UserError(
             f"{folder}: was saved with a choice of its rows beside them; load it with `datasets` "
             "and save it with flatten_indices()"
         )
-    return [str(folder / name) for name in names]
+    return [f"{folder}/{entry['filename']}" for entry in state["_data_files"]]
 
 
-def _of_split(folder: Path, split: str | None) -> Path:
-    file = folder / _SAVED_SPLITS
-    try:
-        splits = json.loads(file.read_bytes())["splits"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: is not what save_to_disk writes: {error}") from error
+def _of_split(folder: str, split: str | None) -> str:
+    splits = _read_saved(f"{folder}/{_SAVED_SPLITS}", "splits")["splits"]
     if split is None or split not in splits:
         ways = ", ".join(f"{folder}@{name}" for name in splits)
         raise UserError(f"{folder}: has the splits {', '.join(splits)}; choose one: {ways}")
-    return folder / split
+    return f"{folder}/{split}"
+
+
+def _read_saved(file: str, key: str) -> dict[str, Any]:
+    """A file of `save_to_disk`'s; key: that must be there, a list."""
+    try:
+        with storage.opened(file) as stream:
+            found = json.loads(stream.read())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: is not what save_to_disk writes: {error}") from error
+    if not isinstance(found, dict) or not isinstance(found.get(key), list):
+        raise UserError(f"{file}: is not what save_to_disk writes: has no list {key}")
+    return found
 
 
 def _of_hub(location: str, name: str, config: str | None, split: str | None) -> list[str]:

@@ -66,7 +66,6 @@ class RoleSettings(TextModelSettings):
     actor_save_dir: Annotated[
         str,
         MAY_CHANGE,
-        ROWS,
         "the folder for the trained policy; replaced as a whole when it already holds a checkpoint",
     ]
     critic_ckpt_dir: Annotated[
@@ -98,7 +97,6 @@ class RoleSettings(TextModelSettings):
     offload: Annotated[
         bool,
         MAY_CHANGE,
-        ROWS,
         "keep each role, and its optimizer, in host memory while it is not needed",
     ] = False
 
@@ -119,14 +117,12 @@ class LayoutSettings(Settings):
     actor_train: Annotated[
         str | None,
         MAY_CHANGE,
-        ROWS,
         "the policy while it learns and is scored: dp, pp, vp, tp, sp, zero, and which ranks; what "
         "--model_parallel_size, --pipeline_parallel_size, --zero and the like say when not given",
     ] = None
     actor_gen: Annotated[
         str | None,
         MAY_CHANGE,
-        ROWS,
         "the policy while it generates (dp, tp, ranks): its weights change hands in memory; each "
         "model on the ranks that it is trained on when not given",
     ] = None
@@ -136,13 +132,11 @@ class LayoutSettings(Settings):
     critic_inf: Annotated[
         str | None,
         MAY_CHANGE,
-        ROWS,
         "and while it gives values (dp, pp, tp, ranks); as while it learns when not given",
     ] = None
     ref_inf: Annotated[
         str | None,
         MAY_CHANGE,
-        ROWS,
         "the reference; as the policy when not given. On other ranks than --rew_inf's both score "
         "at the same time",
     ] = None
@@ -224,7 +218,6 @@ class RolloutSettings(Settings):
     dump_rollouts: Annotated[
         str | None,
         MAY_CHANGE,
-        ROWS,
         "a folder for one Parquet file per iteration: texts, tokens, log-probabilities, values, "
         "rewards, advantages",
     ] = None
@@ -232,7 +225,6 @@ class RolloutSettings(Settings):
         int,
         AtLeast(0, 10**6),
         MAY_CHANGE,
-        ROWS,
         "responses of each iteration that are logged as text, with their rewards",
     ] = 2
 
@@ -322,7 +314,6 @@ class UpdateSettings(Settings):
     update: Annotated[
         Literal["together", "in_turn"],
         MAY_CHANGE,
-        ROWS,
         "policy and value step by step (together), or first all of the policy's steps (in_turn): "
         "with --offload one at a time",
     ] = "together"

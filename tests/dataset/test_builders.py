@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fsspec
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -179,6 +180,11 @@ def test_parts_that_a_source_has_stay_apart(built, tmp_path):
     assert [row["messages"] for row in train] == [row["messages"] for row in rows[:4]]
     test = json.loads((tmp_path / "out/test.json").read_text())
     assert [row["messages"] for row in test] == [row["messages"] for row in rows[4:]]
+    remote = fsspec.filesystem("memory")
+    for file in folder.iterdir():
+        remote.pipe(f"/{tmp_path.name}/{file.name}", file.read_bytes())
+    assert built(no_robots, f"memory://{tmp_path.name}")[0] == train
+    assert json.loads((tmp_path / "out/test.json").read_text()) == test
     with pytest.raises(UserError, match="--test_share 0.1: has no effect, since .* a test part"):
         built(no_robots, str(folder), test_share=0.1)
     with pytest.raises(UserError, match="--test_share 0.5: has no effect with --test_source"):
