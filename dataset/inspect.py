@@ -25,7 +25,7 @@ from src.settings.scripts import InspectSettings
 def main(settings: InspectSettings) -> None:
     """Read the rows, count, and show some."""
     from dataset.report import Report, lines_of, page_of, takes_colour
-    from src.checkpoint.source import Checkpoint
+    from src.checkpoint.source import Checkpoint, check_model_type
     from src.data.inspection import inspected, tokens_of
     from src.data.rows import write_text
     from src.data.tokenizer import Tokenizer
@@ -40,6 +40,7 @@ def main(settings: InspectSettings) -> None:
     # The tokenizer, as the trainers open it.
     if model.ckpt_dir is not None:
         checkpoint = Checkpoint.open(model.ckpt_dir, model.config_file, model.adapter_dir)
+        check_model_type(checkpoint.config, model.model_type)
         tokenizer = open_tokenizer(model, checkpoint)
     else:
         file = Path(model.tokenizer_file or "")
