@@ -15,6 +15,17 @@ samples of a solver, which `gsm8k --negatives solver` does in one go.
 
 `pretrain` makes texts shards of token ids, for pretrain.py and ppo_train.py --ptx_file. Killed, it
 goes on when the same command is run again, and the shards are the same.
+
+The others make train and test rows of well-known public data sets, from their files in any format
+that the trainers read, or from the hub; each says what it leaves out, and why:
+
+    python dataset/build.py hh --source 'hh-rlhf/*/train.jsonl.gz' \
+        --test_source 'hh-rlhf/*/test.jsonl.gz' --save_dir data/hh
+    python dataset/build.py no_robots --source HuggingFaceH4/no_robots@train \
+        --test_source HuggingFaceH4/no_robots@test --save_dir data/no_robots
+    python dataset/build.py ultrafeedback --source UltraFeedback --save_dir data/ultrafeedback
+    python dataset/build.py stackexchange --source 'stack-exchange/**/*.parquet' --save_dir data/se
+    python dataset/build.py math --source MATH --save_dir data/math
 """
 
 import random
@@ -22,12 +33,19 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
-# Run as a script, the repository's root is not on the path, from which src and dataset import.
+# Run as a script, the repository's root is not on the path, from which src and dataset import; this
+# folder is, and goes behind Python's own modules, one of which has the name of inspect.py.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.sort(key=lambda path: Path(path).resolve() == Path(__file__).resolve().parent)
 
 from tqdm import tqdm
 
 from dataset.arithmetic import generate
+from dataset.builders.hh import hh
+from dataset.builders.math import competition_math
+from dataset.builders.no_robots import no_robots
+from dataset.builders.stackexchange import stackexchange
+from dataset.builders.ultrafeedback import ultrafeedback
 from dataset.corrupt import corrupt
 from src.cli import run
 from src.data.documents import sources_of
@@ -322,4 +340,16 @@ def _write(save_dir: str, rows: dict[str, list[dict]], verifier: dict[str, list[
 
 
 if __name__ == "__main__":
-    run({"gsm8k": gsm8k, "arithmetic": arithmetic, "pairs": pairs, "pretrain": pretrain})
+    run(
+        {
+            "gsm8k": gsm8k,
+            "arithmetic": arithmetic,
+            "pairs": pairs,
+            "pretrain": pretrain,
+            "hh": hh,
+            "stackexchange": stackexchange,
+            "ultrafeedback": ultrafeedback,
+            "no_robots": no_robots,
+            "math": competition_math,
+        }
+    )
