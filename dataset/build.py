@@ -10,6 +10,22 @@ the name of a hub data set. Both write train.json and test.json (`instruction`, 
 and verifier_train.json and verifier_test.json (`instruction`, `chosen`, `rejected`), where a
 rejected answer is the gold one with a slip in it. `pairs` makes better verifier data from graded
 samples of a solver, which `gsm8k --negatives solver` does in one go.
+
+    python dataset/build.py pretrain --source texts/,more.jsonl --ckpt_dir CKPT --save_dir shards
+
+`pretrain` makes texts shards of token ids, for pretrain.py and ppo_train.py --ptx_file. Killed, it
+goes on when the same command is run again, and the shards are the same.
+
+The others make train and test rows of well-known public data sets, from their files in any format
+that the trainers read, or from the hub; each says what it leaves out, and why:
+
+    python dataset/build.py hh --source 'hh-rlhf/*/train.jsonl.gz' \
+        --test_source 'hh-rlhf/*/test.jsonl.gz' --save_dir data/hh
+    python dataset/build.py no_robots --source HuggingFaceH4/no_robots@train \
+        --test_source HuggingFaceH4/no_robots@test --save_dir data/no_robots
+    python dataset/build.py ultrafeedback --source UltraFeedback --save_dir data/ultrafeedback
+    python dataset/build.py stackexchange --source 'stack-exchange/**/*.parquet' --save_dir data/se
+    python dataset/build.py math --source MATH --save_dir data/math
 """
 
 import random
@@ -17,12 +33,22 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
-# Run as a script, the repository's root is not on the path, from which src and dataset import.
+# Run as a script, the repository's root is not on the path, from which src and dataset import; this
+# folder is, and goes behind Python's own modules, one of which has the name of inspect.py.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.sort(key=lambda path: Path(path).resolve() == Path(__file__).resolve().parent)
+
+from tqdm import tqdm
 
 from dataset.arithmetic import generate
+from dataset.builders.hh import hh
+from dataset.builders.math import competition_math
+from dataset.builders.no_robots import no_robots
+from dataset.builders.stackexchange import stackexchange
+from dataset.builders.ultrafeedback import ultrafeedback
 from dataset.corrupt import corrupt
 from src.cli import run
+from src.data.documents import sources_of
 from src.data.rows import (
     INDEX,
     INSTRUCTION,
@@ -33,11 +59,14 @@ from src.data.rows import (
     read_solver_rows,
     write_json,
 )
+from src.data.tokenization import Texts, tokenize
+from src.data.tokenizer import Tokenizer
 from src.errors import UserError
 from src.evaluation.gsm8k import extract
 from src.evaluation.task import Task
 from src.evaluation.tasks import TASKS, find_task
 from src.settings.declaration import ROWS, WRITTEN, AtLeast, Between
+from src.settings.model import SpecialTokens, unescaped
 
 Seed = Annotated[int, "of everything random"]
 MaxPerSide = Annotated[int, AtLeast(1), "right and wrong samples of a prompt, at most"]
@@ -129,6 +158,45 @@ def pairs(
     )
     write_json(save_file, rows)
     print(f"{save_file}: {len(rows)} rows; {counts}")
+
+
+def pretrain(
+    source: Annotated[
+        list[str],
+        "texts: files (.txt, or rows as .jsonl and others), folders with such, or patterns as "
+        "'texts/*.jsonl', with commas between",
+    ],
+    save_dir: Annotated[str, "the folder of shards to write"],
+    tokenizer_file: Annotated[str | None, "the tokenizer; or give --ckpt_dir"] = None,
+    ckpt_dir: Annotated[str | None, "the model whose tokenizer is taken"] = None,
+    text_field: Annotated[str, "the field that holds a row's text"] = "text",
+    document_separator: Annotated[
+        str | None,
+        "what sets the documents of a .txt apart, such as \\n\\n; a file is one when not given",
+    ] = None,
+    special_tokens: SpecialTokens = "control",
+    shard_tokens: Annotated[
+        int, AtLeast(1, 10**12), "a shard ends with the document that reaches so many tokens"
+    ] = 10**8,
+) -> None:
+    """Texts as shards of token ids, by all cores."""
+    if (tokenizer_file is None) == (ckpt_dir is None):
+        raise UserError("give --tokenizer_file or --ckpt_dir: one of the two")
+    tokenizer = Tokenizer.find(Path(ckpt_dir or "."), tokenizer_file, special_tokens=special_tokens)
+    separator = unescaped(document_separator)
+    if separator == "":
+        raise UserError("--document_separator: is empty; leave it out, or give a text")
+    texts = Texts(sources_of(source), text_field, separator, shard_tokens)
+    with tqdm(unit="char", unit_scale=True, desc="tokenized", mininterval=1) as bar:
+        index = tokenize(texts, tokenizer, save_dir, bar.update)
+    for note in tokenizer.notes():
+        print(note)
+    if index["empty"]:
+        print(f"{index['empty']:,} documents are empty, and left out")
+    print(
+        f"{save_dir}: {index['tokens']:,} tokens in {index['documents']:,} documents, "
+        f"{len(index['shards'])} shards of {index['dtype']}"
+    )
 
 
 def pairs_of(
@@ -272,4 +340,16 @@ def _write(save_dir: str, rows: dict[str, list[dict]], verifier: dict[str, list[
 
 
 if __name__ == "__main__":
-    run({"gsm8k": gsm8k, "arithmetic": arithmetic, "pairs": pairs})
+    run(
+        {
+            "gsm8k": gsm8k,
+            "arithmetic": arithmetic,
+            "pairs": pairs,
+            "pretrain": pretrain,
+            "hh": hh,
+            "stackexchange": stackexchange,
+            "ultrafeedback": ultrafeedback,
+            "no_robots": no_robots,
+            "math": competition_math,
+        }
+    )

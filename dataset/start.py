@@ -11,9 +11,10 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent.parent)
-)  # run as a script, the repository's root is not on the path
+# Run as a script, the repository's root is not on the path, from which src and dataset import; this
+# folder is, and goes behind Python's own modules, one of which has the name of inspect.py.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.sort(key=lambda path: Path(path).resolve() == Path(__file__).resolve().parent)
 
 from src.cli import run
 from src.settings.declaration import ROWS, WRITTEN, AtLeast, Unit

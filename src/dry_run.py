@@ -35,6 +35,7 @@ from src.settings.distillation import DistillTrainSettings
 from src.settings.model import TextModelSettings
 from src.settings.ppo import PPOTrainSettings
 from src.settings.preference import PreferenceTrainSettings
+from src.settings.pretraining import PretrainSettings, StepSettings
 from src.settings.run import TrainingRunSettings
 from src.settings.scripts import (
     SolverEvaluateSettings,
@@ -45,6 +46,7 @@ from src.settings.scripts import (
 )
 from src.trainer.activations import activations, described, device_memory, tokens_at_once
 from src.trainer.averages import Method
+from src.trainer.batches import StreamSteps
 from src.trainer.budget import (
     Budget,
     adapter_bytes,
@@ -53,11 +55,22 @@ from src.trainer.budget import (
     training_budget,
 )
 from src.trainer.fit import rows_per_step
-from src.trainer.inputs import DistillationInputs, PreferenceInputs, SolverInputs, VerifierInputs
+from src.trainer.inputs import (
+    DistillationInputs,
+    PreferenceInputs,
+    PretrainInputs,
+    SolverInputs,
+    VerifierInputs,
+)
 from src.trainer.preference import Row
 
 TrainInputs = TypeVar(
-    "TrainInputs", SolverInputs, VerifierInputs, PreferenceInputs, DistillationInputs
+    "TrainInputs",
+    PretrainInputs,
+    SolverInputs,
+    VerifierInputs,
+    PreferenceInputs,
+    DistillationInputs,
 )
 Generating = SolverGenerateSettings | SolverEvaluateSettings
 Planned = TrainSettings | PPOTrainSettings | Generating
@@ -95,6 +108,25 @@ def solver_plan(settings: SolverTrainSettings) -> None:
         return _sequence_lines(inputs.model.tokenizer, inputs.sequences[0])
 
     _plan(settings, "lm", partial(SolverInputs.read, settings), example)
+
+
+def pretraining_plan(settings: PretrainSettings) -> None:
+    """Print what pretrain.py would do."""
+
+    def example(inputs: PretrainInputs) -> list[str]:
+        stream, tokenizer = inputs.stream, inputs.model.tokenizer
+        lines = [
+            f"  {part.shards.folder}: {part.shards.tokens:,} tokens in {part.shards.documents:,} "
+            f"documents, {rows:,} rows, {float(part.weight / total):.4g} of the rows"
+            for total in [sum(part.weight for part in stream.parts)]
+            for part, rows in zip(stream.parts, stream.rows_of)
+        ]
+        spans = stream.spans(0)
+        lines += [f"example, row 0: {len(spans)} sequences, no loss on the first token of each"]
+        tokens = [stream.batch([span], torch.device("cpu")).tokens.tolist() for span in spans]
+        return lines + [f"  {len(ids):5} tokens  {tokenizer.spelled(ids)!r}" for ids in tokens]
+
+    _plan(settings, "lm", partial(PretrainInputs.read, settings), example, begins=True)
 
 
 def verifier_plan(settings: VerifierTrainSettings) -> None:
@@ -188,11 +220,13 @@ def _plan(
     example: Callable[[TrainInputs], list[str]],
     beside: Callable[[ModelConfig, Layout, torch.dtype], dict[str, Budget]] | None = None,
     has_all: bool = True,
+    begins: bool = False,
 ) -> None:
     """Print a trainer's plan.
 
     head: of the trained model; example: lines about the first row; beside: what else lies on the
-    device; has_all: whether what is read beside the model and the train file is at hand.
+    device; has_all: whether what is read beside the model and the train file is at hand; begins:
+    whether a config and a tokenizer are a model, of random weights.
     """
     parallel = start(None, settings.run.timeout, settings.run.deterministic)
     layout, dtype = (
@@ -200,7 +234,11 @@ def _plan(
         pick_dtype(settings.run.dtype, parallel.device),
     )
     inputs = None
-    if settings.model.ckpt_dir and settings.data.train_file and has_all:
+    start_from = settings.model
+    is_there = bool(start_from.ckpt_dir) or (
+        begins and bool(start_from.config_file and start_from.tokenizer_file)
+    )
+    if is_there and settings.data.train_file and has_all:
         inputs = agreed(lambda: read(parallel))
     opened = inputs.model if inputs is not None else None
     config = _config(settings.model, settings.model.ckpt_dir, opened).with_head(head)
@@ -458,12 +496,15 @@ def _limit_lines(
 def _step_lines(
     settings: TrainSettings, n_rows: int, notes: list[str], layout: Layout
 ) -> list[str]:
-    size, epochs = rows_per_step(settings.batches, layout.dp), settings.optimizer.epochs
+    size, plan = rows_per_step(settings.batches, layout.dp), settings.optimizer
     per_epoch = -(-n_rows // size)
+    steps = f"{plan.epochs} x {per_epoch:,} = {plan.epochs * per_epoch:,}"
+    if isinstance(plan, StepSettings):
+        steps = f"{StreamSteps(n_rows, size, plan.epochs, plan.max_steps).total:,}"
     return [
         f"rows: {n_rows:,} of {Path(settings.data.train_file).name}",
         *(f"  {note}" for note in notes),
-        f"steps: {epochs} x {per_epoch:,} = {epochs * per_epoch:,}, of {size:,} rows",
+        f"steps: {steps}, of {size:,} rows",
     ]
 
 

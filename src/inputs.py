@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from src.checkpoint.folder import find_tokenizer
+from src.checkpoint.fresh import FreshCheckpoint
 from src.checkpoint.manifest import check_whole
 from src.checkpoint.save import save_model
 from src.checkpoint.source import Checkpoint, check_model_type
@@ -76,14 +77,22 @@ def open_model(
     head: str | None = None,
     chat_family: str | None = None,
     own_dtype: bool = True,
+    seed: int = 0,
 ) -> OpenedModel:
     """Open a checkpoint and find its tokenizer. Raises UserError when they do not fit each other.
 
+    Without --ckpt_dir it is one of random weights, by --config_file.
+
     head: "lm" or "score" when the checkpoint must have it; chat_family: whose chat template is used
-    where the checkpoint has none, its own family's by default; own_dtype: see `OpenedModel`.
+    where the checkpoint has none, its own family's by default; own_dtype: see `OpenedModel`; seed:
+    of random weights.
     """
-    checkpoint = Checkpoint.open(model.ckpt_dir, model.config_file, model.adapter_dir)
-    check_whole(checkpoint.folder, parallel.rank, parallel.world_size)
+    if model.ckpt_dir:
+        checkpoint = Checkpoint.open(model.ckpt_dir, model.config_file, model.adapter_dir)
+        check_whole(checkpoint.folder, parallel.rank, parallel.world_size)
+    else:
+        assert model.config_file is not None, "the settings want one of the two"
+        checkpoint = FreshCheckpoint(model.config_file, model.model_type, seed)
     if head == "score" and checkpoint.config.head != "score":
         raise UserError(
             f"{model.ckpt_dir}: is a solver, without a score head; verifier_train.py makes a "

@@ -116,6 +116,14 @@ def matches(pattern: str) -> list[str]:
     )
 
 
+def size_of(path: str | Path) -> int:
+    """How many bytes a file has; 0 where it is not there, or its server does not say."""
+    if not is_url(path):
+        return os.path.getsize(path) if os.path.isfile(path) else 0
+    found = _described(str(path))
+    return (found and found.size) or 0
+
+
 def version_of(url: str) -> str:
     """A text that is another when a remote file holds something else. Raises UserError."""
     found = _needed(url)

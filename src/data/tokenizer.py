@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sentencepiece import SentencePieceProcessor
-from tokenizers import AddedToken, Encoding, normalizers
+from tokenizers import AddedToken, Encoding, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as RustTokenizer
 
 from src.checkpoint.folder import find_tokenizer
@@ -39,6 +39,7 @@ from src.errors import UserError
 # (Unicode keeps them free for such use), taken out again before the text is encoded.
 _MARK = "\ufdd0\ufdd1"
 _USUAL_BOS, _USUAL_EOS = ("<s>", "<|begin_of_text|>"), ("</s>", "<|end_of_text|>")
+_AROUND = 256  # characters on each side of a cut that are read with and without it
 _BYTE = re.compile("<0x[0-9A-F]{2}>")  # a piece of SentencePiece's for one byte
 
 
@@ -348,6 +349,72 @@ class Tokenizer:
         else:
             ids = self._encode(text)
         return [*self._embedded(ids, text), *([self.eos_id] if ended else [])]
+
+    def text_ids(self, texts: list[str], goes_on: list[bool]) -> list[list[int]]:
+        """The ids of plain texts, without what begins or ends one; by all cores at once.
+
+        goes_on: which go on where the text before was cut, at a place that `may_cut` allows.
+        """
+        spelled = [self._spelling(text) for text in texts]
+        by_runtime: dict[tuple[bool, bool], list[int]] = {}
+        for i, text in enumerate(spelled):
+            by_runtime.setdefault((_MARK in text, goes_on[i]), []).append(i)
+        ids: list[list[int]] = [[]] * len(texts)
+        for (is_marked, is_rest), places in by_runtime.items():
+            if is_rest and not self._rest_begins_as_text:
+                rust = self._marked_going_on if is_marked else self._going_on
+            else:
+                rust = self._marked if is_marked else self._rust
+            of_runtime = [spelled[i] for i in places]
+            if self._may_lose:
+                found = [self._read(rust, text) for text in of_runtime]
+            else:  # without where each token lies, which nobody asks for
+                batch = rust.encode_batch_fast(of_runtime, add_special_tokens=False)
+                found = [encoding.ids for encoding in batch]
+            for i, of_text in zip(places, found):
+                ids[i] = self._embedded(of_text, spelled[i])
+        return ids
+
+    def may_cut(self, text: str, place: int) -> bool:
+        """Whether the ids of text[:place] and of text[place:] are, one after the other, the text's.
+
+        True is certain: no token of the vocabulary spans the two characters at the place, so that
+        none is made across it, and the text around it is split and normalised alike with and
+        without the cut, which rules look at a few characters to decide. Of no use beside special
+        tokens.
+        """
+        left, right = text[max(0, place - _AROUND) : place], text[place : place + _AROUND]
+        if not left or not right or self._any_control.search(left + right):
+            return False
+        if not self._spanned.isdisjoint(self._spelled_pairs(left[-1], right[0])):
+            return False
+        whole, *halves = self.text_ids([left + right, left, right], [True] * 3)
+        return whole == halves[0] + halves[1]
+
+    @cached_property
+    def _rest_begins_as_text(self) -> bool:
+        """Whether what goes on after a cut is read as a text of its own is.
+
+        Where spaces at a text's start are taken off, the one that is put there makes up for them.
+        """
+        first, rest, whole = (
+            rust.encode(text, add_special_tokens=False).ids
+            for rust, text in ((self._rust, "a"), (self._going_on, " b"), (self._rust, "a b"))
+        )
+        return first + rest != whole
+
+    @cached_property
+    def _spanned(self) -> set[str]:
+        """Any two characters that lie side by side in a token, as files write tokens."""
+        return {token[i : i + 2] for token in self._ids for i in range(len(token) - 1)}
+
+    def _spelled_pairs(self, left: str, right: str) -> set[str]:
+        """Two characters of a text as a token may have them side by side."""
+        if "ByteLevel" in repr(self._rust.decoder):
+            spelling = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+            left, right = (spelling.pre_tokenize_str(text)[0][0] for text in (left, right))
+            return {left[-1] + right[0]}
+        return {left + right, (left + right).replace(" ", "▁")}
 
     def decode(self, ids: list[int]) -> str:
         """Text of the ids, without special tokens and ids of the model's padded vocabulary."""

@@ -51,15 +51,19 @@ class SolverEvaluation:
         tokenizer: Tokenizer,
         max_new_tokens: int,
         max_seq_len: int,
+        more: tuple[str, ...] = (),
     ) -> "SolverEvaluation":
-        """Read the label file. Raises UserError for it, and for a metric that there is not."""
+        """Read the label file. Raises UserError for it, and for a metric that there is not.
+
+        more: metrics that another evaluation gives.
+        """
         data, notes = None, []
         if settings.task is not None and settings.label_file is not None:
             data = read_labels(settings.task, settings.label_file, settings.rule)
             asked = data.instructions, tokenizer, max_seq_len, settings.label_file
             notes = data.rows.notes + prompts_of(*asked, fate=WRONG)[1]
         evaluation = cls(data, notes, settings.eval_batch_size, max_new_tokens, max_seq_len)
-        check_metric(settings.keep_best, evaluation.metrics)
+        check_metric(settings.keep_best, (*more, *evaluation.metrics))
         return evaluation
 
     @property

@@ -24,13 +24,14 @@ def random_tensor(name: str, spec: TensorSpec, std: float, seed: int) -> Tensor:
     return torch.empty(spec.shape).normal_(0, std, generator=generator_for(seed, name))
 
 
-def initial_std(name: str, spec: TensorSpec, n_layers: int) -> float:
+def initial_std(name: str, spec: TensorSpec, n_layers: int, tied: bool = False) -> float:
     """Standard deviation for training from nothing.
 
     1/√fan-in, and 1/√(2 · layers) of that where blocks write to the trunk. The embedding's rows are
-    looked up, not summed over: 0.3, so that the blocks' first outputs weigh about as much.
+    looked up, not summed over: 0.3, so that the blocks' first outputs weigh about as much. Where
+    they are tied to the output's, they are as that one's.
     """
-    if name == "tok_embeddings.weight":
+    if name == "tok_embeddings.weight" and not tied:
         return 0.3
     std = spec.shape[-1] ** -0.5  # unused for norms, which start at one
     return std / (2 * n_layers) ** 0.5 if name.endswith(("wo.weight", "w2.weight")) else std

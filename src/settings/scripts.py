@@ -12,6 +12,7 @@ from src.settings.declaration import (
     AtLeast,
     Bounds,
     Settings,
+    Unit,
     idle,
 )
 from src.settings.generation import (
@@ -461,3 +462,52 @@ class CheckpointMergeSettings(Settings):
 
     model: ModelSettings
     folder: MergedFolderSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectedModelSettings(AdaptedModelSettings):
+    """The tokenizer."""
+
+    ckpt_dir: Annotated[
+        str | None, CONTENT, "the model whose tokenizer and chat template read the rows"
+    ] = None
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if self.ckpt_dir is None:
+            if self.tokenizer_file is None:
+                yield "--ckpt_dir or --tokenizer_file: tokens are counted; give one of the two"
+            names = ("config_file", "adapter_dir")
+            yield from idle(self, names, "without --ckpt_dir")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectionSettings(Settings):
+    """What is shown."""
+
+    kind: Annotated[
+        Literal["auto", "solver", "verifier", "prompts"],
+        "whose trainer reads the rows: solver_train.py and distill_train.py (solver), "
+        "verifier_train.py and preference_train.py (verifier), ppo_train.py (prompts); auto: as "
+        "the first row looks",
+    ] = "auto"
+    max_seq_len: Annotated[
+        int, AtLeast(2), Unit("tokens"), "what it would leave out is counted, and of others"
+    ] = 1024
+    examples: Annotated[int, AtLeast(0, 1000), "rows to show, from all over the file"] = 3
+    out: Annotated[str | None, "also write a page, a .html file"] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectSettings(Settings):
+    """All that dataset/inspect.py knows."""
+
+    model: InspectedModelSettings = InspectedModelSettings()
+    data: DataSettings
+    loss: LossMaskSettings = LossMaskSettings()
+    shown: InspectionSettings = InspectionSettings()
+
+    def problems(self) -> Iterator[str]:
+        if self.shown.kind in ("verifier", "prompts"):
+            names = ("loss_on", "response_template", "instruction_template")
+            yield from idle(self.loss, names, f"with --kind {self.shown.kind}")

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from src.settings.declaration import (
     CONTENT,
@@ -169,6 +169,7 @@ class DropoutLoRASettings(LoRASettings):
 class EvaluationSettings(Settings):
     """Evaluation before the first step, and after each epoch or as --eval_every says."""
 
+    asked_by: ClassVar[str] = "--label_file"
     task: Annotated[
         str | None,
         "what to evaluate on, such as GSM8K or MATH; in PPO also whose rule is applied in the "
@@ -190,15 +191,20 @@ class EvaluationSettings(Settings):
         int, AtLeast(1), MAY_CHANGE, "sequences that an evaluation computes at a time, at most"
     ] = 384
 
+    @property
+    def is_asked(self) -> bool:
+        """Whether there is something to evaluate on."""
+        return self.label_file is not None
+
     def problems(self) -> Iterator[str]:
-        if self.label_file is not None:
+        if self.is_asked:
             return
         if self.eval_every is not None:
-            yield f"--eval_every {self.eval_every}: has no effect without --label_file"
+            yield f"--eval_every {self.eval_every}: has no effect without {self.asked_by}"
         if self.keep_best is not None:
             yield (
-                f"--keep_best {self.keep_best}: the evaluation is not asked for: give --label_file "
-                "(and --task, of a solver)"
+                f"--keep_best {self.keep_best}: the evaluation is not asked for: give "
+                f"{self.asked_by} (and --task, of a solver)"
             )
 
 

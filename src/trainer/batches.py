@@ -3,9 +3,74 @@
 import itertools
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
 
 from src.data.mixture import Mixture
 from src.models.batch import micro_batches
+
+PerRow = list[int] | dict[int, int]  # a number of each row, or of those that are at work
+
+
+class Steps(Protocol):
+    """Which rows each step takes. in_epoch: steps of an epoch; total: of the run."""
+
+    @property
+    def in_epoch(self) -> int: ...
+
+    @property
+    def total(self) -> int: ...
+
+    def batch(self, step: int) -> list[int]:
+        """The rows of a step, by its number from 0."""
+        ...
+
+
+class EpochSteps:
+    """Every row once in an epoch, whose last batch may be smaller."""
+
+    def __init__(self, rows: int | Mixture, batch_size: int, epochs: int, seed: int) -> None:
+        """rows: as `epoch_batches` has them."""
+        self.rows, self.batch_size, self.seed = rows, batch_size, seed
+        n_rows = rows if isinstance(rows, int) else rows.n_rows
+        self.in_epoch = -(-n_rows // batch_size)
+        self.total = self.in_epoch * epochs
+        self._epoch, self._batches = 0, list[list[int]]()
+
+    def batch(self, step: int) -> list[int]:
+        epoch = step // self.in_epoch + 1
+        if epoch != self._epoch:
+            self._batches = epoch_batches(self.rows, self.batch_size, self.seed, epoch)
+            self._epoch = epoch
+        return self._batches[step % self.in_epoch]
+
+
+@dataclass(frozen=True)
+class StreamSteps:
+    """The next rows of those that are numbered without end, up to the last of all epochs.
+
+    most: steps that are taken in place of epochs.
+    """
+
+    n_rows: int
+    batch_size: int
+    epochs: int
+    most: int | None = None
+
+    @property
+    def in_epoch(self) -> int:
+        return -(-self.n_rows // self.batch_size)
+
+    @property
+    def total(self) -> int:
+        return -(-self.n_rows * self.epochs // self.batch_size) if self.most is None else self.most
+
+    def batch(self, step: int) -> list[int]:
+        first = step * self.batch_size
+        last = first + self.batch_size
+        return list(
+            range(first, min(last, self.n_rows * self.epochs) if self.most is None else last)
+        )
 
 
 def epoch_batches(rows: int | Mixture, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
@@ -71,7 +136,7 @@ class EndlessBatches:
 
 def shares_of(
     batch: list[int],
-    lengths: list[int],
+    lengths: PerRow,
     dp_size: int,
     max_batch_size: int,
     max_tokens: int | None = None,

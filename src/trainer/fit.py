@@ -24,7 +24,7 @@ from src.settings.run import TrainingRunSettings
 from src.settings.scripts import TrainSettings
 from src.settings.training import OptimizerSettings
 from src.trainer.activations import described, held_bytes, limited
-from src.trainer.batches import epoch_batches, shares_of, turns_of
+from src.trainer.batches import shares_of, turns_of
 from src.trainer.meter import Meter, phases_of, profiler
 from src.trainer.objective import Objective
 from src.trainer.optimizer import Optimizer, lr_at
@@ -100,13 +100,12 @@ def fit(
     `evaluate` is called before the first step and then as the settings say, with a name ("epoch 1")
     and its number. mixture: of the objective's rows; an epoch has all of them when not given.
     """
-    n_rows, plan, seed = len(objective.lengths), settings.optimizer, settings.run.seed
-    mixture = mixture or Mixture((n_rows,))
+    plan = settings.optimizer
     batch_size = rows_per_step(settings.batches, parallel.data_size)
-    steps_per_epoch = -(-mixture.n_rows // batch_size)
-    total = steps_per_epoch * plan.epochs
-    eval_every = settings.evaluation.eval_every
-    unit, every = ("step", eval_every) if eval_every else ("epoch", steps_per_epoch)
+    steps = objective.steps(batch_size, plan.epochs, settings.run.seed, mixture)
+    total, in_epoch = steps.total, steps.in_epoch
+    epochs, eval_every = -(-total // in_epoch), settings.evaluation.eval_every
+    unit, every = ("step", eval_every) if eval_every else ("epoch", in_epoch)
     history: list[dict[str, float]] = []
 
     # Go on where an earlier run stopped, or measure the untrained model first.
@@ -117,8 +116,8 @@ def fit(
         log.info(line)
     meter = Meter(model, objective, parallel)
     passes = passes_of(model, parallel, optimizer)
-    tokens_per_epoch = sum(objective.lengths) * mixture.n_rows / n_rows
-    tokens_left = tokens_per_epoch * (total - step) / steps_per_epoch
+    drawn = mixture.n_rows / sum(mixture.sizes) if mixture else 1.0  # of all rows, in an epoch
+    tokens_left = objective.tokens * drawn * (total - step) / in_epoch
 
     def evaluate_aside(bar: Progress, name: str, number: int) -> None:
         clock.announce("evaluation")
@@ -131,40 +130,41 @@ def fit(
     ):
         if step == 0:
             evaluate_aside(bar, f"{unit} 0", 0)
-        for epoch in range(step // steps_per_epoch + 1, plan.epochs + 1):
-            bar.set_description(f"epoch {epoch}/{plan.epochs}", refresh=False)
-            done = step % steps_per_epoch
-            for batch in epoch_batches(mixture, batch_size, seed, epoch)[done:]:
-                # One optimizer step on the whole batch, of which each rank computes its share.
-                meter.start()
-                lr = lr_at(step, total, plan.lr, plan.warmup, plan.schedule)
-                objective.begin(step, batch, model)
-                roles = model, optimizer, objective
-                scalars = train_step(*roles, batch, batches, parallel, lr, passes)
-                step += 1
-                if scalars["skipped"]:
-                    norm = scalars["grad_norm"]
-                    log.warning(f"step {step}: the gradient norm is {norm}, the step is skipped")
-                    rows = f"rows {batch} of the train file (from 0)"
-                    optimizer.check_skipped(plan.max_skipped_steps, rows)
+        while step < total:
+            epoch = step // in_epoch + 1
+            bar.set_description(f"epoch {epoch}/{epochs}", refresh=False)
+            batch = steps.batch(step)
 
-                # What it brought and what it cost.
-                scalars |= {"lr": lr, **objective.noted, **meter.read(batch)}
-                history.append(scalars)
-                log.scalars(step, scalars)
-                tokens = sum(objective.lengths[i] for i in batch)
-                shown = {name: scalars[name] for name in ("loss", "lr", "mfu")}
-                bar.update(1, tokens=tokens, work=tokens, **shown)
-                profile.step()
-                if saving:
-                    saving.monitor.took(step, phases_of(scalars), scalars)
+            # One optimizer step on the whole batch, of which each rank computes its share.
+            meter.start()
+            lr = lr_at(step, total, plan.lr, plan.warmup, plan.schedule)
+            objective.begin(step, batch, model)
+            roles = model, optimizer, objective
+            scalars = train_step(*roles, batch, batches, parallel, lr, passes)
+            step += 1
+            if scalars["skipped"]:
+                norm = scalars["grad_norm"]
+                log.warning(f"step {step}: the gradient norm is {norm}, the step is skipped")
+                rows = f"rows {batch} of the train file (from 0)"
+                optimizer.check_skipped(plan.max_skipped_steps, rows)
 
-                # Evaluate and save when it is time.
-                if step % every == 0 or step == total:
-                    number = epoch if unit == "epoch" else step
-                    evaluate_aside(bar, f"{unit} {number}", number)
-                if saving:
-                    saving.after(step)
+            # What it brought and what it cost.
+            scalars |= {"lr": lr, **objective.noted, **meter.read(batch)}
+            history.append(scalars)
+            log.scalars(step, scalars)
+            tokens = sum(objective.lengths[i] for i in batch)
+            shown = {name: scalars[name] for name in ("loss", "lr", "mfu")}
+            bar.update(1, tokens=tokens, work=tokens, **shown)
+            profile.step()
+            if saving:
+                saving.monitor.took(step, phases_of(scalars), scalars)
+
+            # Evaluate and save when it is time.
+            if step % every == 0 or step == total:
+                number = epoch if unit == "epoch" else step
+                evaluate_aside(bar, f"{unit} {number}", number)
+            if saving:
+                saving.after(step)
     return history
 
 

@@ -1,6 +1,7 @@
 """What training on rows reads, opened and checked before any work."""
 
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 from src.checkpoint.folder import SCORES_FILE, beside, check_apart
@@ -23,8 +24,12 @@ from src.data.kept import Sequences
 from src.data.loss_mask import LossMask
 from src.data.mapping import RowMap
 from src.data.mixture import Mixture, read_mixture
+from src.data.shards import Shards
 from src.data.sources import Named, Source
+from src.data.stream import Stream
+from src.data.tokenizer import Tokenizer
 from src.errors import UserError
+from src.evaluation.perplexity import Perplexity
 from src.evaluation.training import GradedData, SolverEvaluation, VerifierEvaluation
 from src.evaluation.verifier import score_moments
 from src.generation.relayout import plain
@@ -48,6 +53,7 @@ from src.settings.distillation import DistillTrainSettings
 from src.settings.model import DataSettings, LossMaskSettings, ModelSettings
 from src.settings.ppo import PromptSettings
 from src.settings.preference import PreferenceTrainSettings
+from src.settings.pretraining import PretrainSettings
 from src.settings.scripts import (
     SolverTrainSettings,
     TrainSettings,
@@ -102,6 +108,80 @@ class SolverInputs:
         limits = settings.evaluation.max_new_tokens, max_seq_len
         evaluation = SolverEvaluation.read(settings.evaluation, tokenizer, *limits)
         return cls(model, lora, evaluation, *rows)
+
+
+@dataclass(frozen=True)
+class PretrainInputs:
+    """What is pre-trained on, and where it starts from."""
+
+    model: OpenedModel
+    lora: LoRAConfig | None
+    evaluation: SolverEvaluation
+    perplexity: Perplexity
+    stream: Stream
+
+    @property
+    def mixture(self) -> Mixture:
+        return Mixture((self.stream.rows,))
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of what is read, a sentence each."""
+        tokenizer = self.model.tokenizer
+        return [
+            f"{part.shards.folder}: was made with another tokenizer than {tokenizer.path}, whose "
+            "ids mean the same"
+            for part in self.stream.parts
+            if part.shards.index["tokenizer"] != tokenizer.identity
+        ] + self.evaluation.notes
+
+    @property
+    def blend(self) -> dict[str, str]:
+        """By what a later run is known to train on the same, as `identity` has it of a file."""
+        parts = [f"{part.shards.digest} {part.weight}" for part in self.stream.parts]
+        folders = ",".join(str(part.shards.folder) for part in self.stream.parts)
+        return {"path": folders, "holds": sha256("\n".join(parts).encode()).hexdigest()}
+
+    @classmethod
+    def read(cls, settings: PretrainSettings, parallel: Parallel) -> "PretrainInputs":
+        """Read everything. Raises UserError, before any work, for whatever is wrong."""
+        model = open_start(settings, parallel, head="lm")
+        lora = lora_of(settings.lora, model.checkpoint)
+        tokenizer, max_seq_len = model.tokenizer, settings.batches.max_seq_len
+        data, mask = settings.data, settings.data.document_mask
+        part = parallel.rank, parallel.world_size
+        stream = Stream.open(data.train_file, max_seq_len, mask, settings.run.seed, *part)
+        perplexity = Perplexity.read(settings.evaluation, max_seq_len, mask, parallel)
+        for opened in (stream, perplexity.stream):
+            for shards in [] if opened is None else [part.shards for part in opened.parts]:
+                check_vocabulary(shards, tokenizer)
+        limits = settings.evaluation.max_new_tokens, max_seq_len
+        known = perplexity.metrics
+        evaluation = SolverEvaluation.read(settings.evaluation, tokenizer, *limits, known)
+        return cls(model, lora, evaluation, perplexity, stream)
+
+    def evaluate(
+        self,
+        moment: str,
+        number: int,
+        model: Transformer,
+        parallel: Parallel,
+        log: RunLog,
+        settings: PretrainSettings,
+    ) -> dict[str, float]:
+        """Perplexity, and a task's metrics where one was given; see `SolverEvaluation.run`."""
+        metrics = self.perplexity.run(moment, number, model, parallel, log)
+        how = model, self.model.tokenizer, parallel, log, settings
+        return metrics | self.evaluation.run(moment, number, *how)
+
+
+def check_vocabulary(shards: Shards, tokenizer: Tokenizer) -> None:
+    """Raise UserError where a folder's ids mean other texts than the model's."""
+    if shards.index["vocabulary"] != tokenizer.vocabulary:
+        raise UserError(
+            f"{shards.folder}: was made with another vocabulary than that of {tokenizer.path}: "
+            "ids would mean other texts; build the shards with this tokenizer"
+        )
 
 
 @dataclass(frozen=True)
@@ -335,7 +415,7 @@ def open_start(settings: TrainSettings, parallel: Parallel, head: str | None) ->
         }
         check_apart(written, {**read, "log_dir": places.logs})
     own_dtype = settings.run.dtype is None
-    opened = open_model(model, parallel, head, own_dtype=own_dtype)
+    opened = open_model(model, parallel, head, own_dtype=own_dtype, seed=settings.run.seed)
     check_heads(opened.checkpoint.config, parallel.mp_size, parallel.context.size)
     check_trainable(
         settings.optimizer,

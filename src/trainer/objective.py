@@ -5,8 +5,10 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from src.data.mixture import Mixture
 from src.models.batch import Batch, PromptTree
 from src.models.transformer import Transformer
+from src.trainer.batches import EpochSteps, PerRow, Steps
 
 
 class Objective(Protocol):
@@ -19,13 +21,27 @@ class Objective(Protocol):
     what `begin` found of a batch, to be logged, too.
     """
 
-    lengths: list[int]
-    weights: list[int]
-    needed: list[int]
+    lengths: PerRow
+    weights: PerRow
+    needed: PerRow
     stats: tuple[str, ...]
     frozen: Transformer | None = None
     held: tuple[nn.Module, ...] = ()
     noted: Mapping[str, float] = {}
+
+    @property
+    def tokens(self) -> int:
+        """Of all rows."""
+        return sum(self.lengths)
+
+    def steps(
+        self, batch_size: int, epochs: int, seed: int, mixture: Mixture | None = None
+    ) -> Steps:
+        """Which rows each step takes; by default each once in an epoch, at random.
+
+        mixture: of the rows; an epoch has all of them when not given.
+        """
+        return EpochSteps(mixture or len(self.lengths), batch_size, epochs, seed)
 
     def begin(self, number: int, batch: list[int], model: Transformer) -> None:
         """A step, its number from 0, is to be taken on a batch of all ranks' rows.

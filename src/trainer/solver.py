@@ -7,6 +7,7 @@ from src.data.kept import Sequences, lengths_of
 from src.models.batch import Batch, response_loss, weighted_balance_loss
 from src.models.transformer import Transformer
 from src.parallel.context import ALONE, ContextGroup
+from src.trainer.batches import PerRow
 from src.trainer.objective import Objective
 
 
@@ -20,8 +21,10 @@ class SolverObjective(Objective):
     ) -> None:
         """context: the ranks that divide the rows' tokens."""
         self.sequences, self.device, self.context = sequences, device, context
-        self.lengths, self.weights = lengths_of(sequences)
-        self.needed = self.weights
+        lengths, weights = lengths_of(sequences)
+        self.lengths: PerRow = lengths
+        self.weights: PerRow = weights
+        self.needed: PerRow = weights
 
     def pieces(self, row: int) -> list[tuple[int, int]]:
         return [(self.lengths[row], 0)]

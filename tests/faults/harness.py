@@ -102,7 +102,7 @@ def steps_in(state: Path) -> list[int]:
 def curve(logs: Path) -> dict[int, float]:
     """What each step's loss (PPO: value loss and reward) was, by the last run that took it."""
     losses: dict[int, object] = {}
-    for file in logs.glob("*_train.jsonl"):
+    for file in logs.glob("*train.jsonl"):
         for line in file.read_text().split("\n"):
             try:
                 record = json.loads(line)
@@ -127,7 +127,7 @@ def recorded(logs: Path) -> int:
     """Steps that were logged so far, by all runs."""
     if not logs.is_dir():
         return 0
-    texts = (file.read_text() for file in logs.glob("*_train.jsonl"))
+    texts = (file.read_text() for file in logs.glob("*train.jsonl"))
     return sum(text.count('"event": "scalars"') for text in texts)
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import pytest
 
 from src.errors import UserError
-from src.settings import distillation, plan, ppo, preference, scripts
+from src.settings import distillation, plan, ppo, preference, pretraining, scripts
 from src.settings.declaration import (
     CONTENT,
     MAY_CHANGE,
@@ -32,6 +32,7 @@ from tests.launch import ROOT
 SCRIPTS = {
     "solver_train.py": scripts.SolverTrainSettings,
     "verifier_train.py": scripts.VerifierTrainSettings,
+    "pretrain.py": pretraining.PretrainSettings,
     "preference_train.py": preference.PreferenceTrainSettings,
     "distill_train.py": distillation.DistillTrainSettings,
     "ppo_train.py": ppo.PPOTrainSettings,
