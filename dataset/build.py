@@ -166,7 +166,7 @@ def pretrain(
         "texts: files (.txt, or rows as .jsonl and others), folders with such, or patterns as "
         "'texts/*.jsonl', with commas between",
     ],
-    save_dir: Annotated[str, "the folder of shards to write"],
+    save_dir: Annotated[str, WRITTEN, "the folder of shards to write"],
     tokenizer_file: Annotated[str | None, "the tokenizer; or give --ckpt_dir"] = None,
     ckpt_dir: Annotated[str | None, "the model whose tokenizer is taken"] = None,
     text_field: Annotated[str, "the field that holds a row's text"] = "text",

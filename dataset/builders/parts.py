@@ -15,7 +15,7 @@ from src.data.messages import ROLES
 from src.data.rows import TEXT, Kind, Rows, write_json, write_jsonl
 from src.data.sources import files_in, files_of
 from src.errors import UserError
-from src.settings.declaration import Between, Settings
+from src.settings.declaration import WRITTEN, Between, Settings
 
 TEST_SHARE = 0.05
 _SHARD = re.compile(r"[-_.]?\d+([-_]of[-_]\d+)?$")  # train-00000-of-00003
@@ -37,7 +37,7 @@ class BuildSettings(Settings):
         f"share of the prompts to hold out where the source has no test part; {TEST_SHARE} when "
         "not given",
     ] = None
-    save_dir: Annotated[str, "the folder to write train and test files in"]
+    save_dir: Annotated[str, WRITTEN, "the folder to write train and test files in"]
     format: Annotated[Literal["json", "jsonl"], "of the files"] = "json"
     seed: Annotated[int, "of what is held out"] = 0
 

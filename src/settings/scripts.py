@@ -495,7 +495,7 @@ class InspectionSettings(Settings):
         int, AtLeast(2), Unit("tokens"), "what it would leave out is counted, and of others"
     ] = 1024
     examples: Annotated[int, AtLeast(0, 1000), "rows to show, from all over the file"] = 3
-    out: Annotated[str | None, "also write a page, a .html file"] = None
+    out: Annotated[str | None, WRITTEN, "also write a page, a .html file"] = None
 
 
 @dataclass(frozen=True, kw_only=True)
