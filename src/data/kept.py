@@ -30,7 +30,7 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from src.checkpoint.files import read_json
+from src.checkpoint.json_file import read_json
 from src.checkpoint.manifest import sync
 from src.errors import UserError
 from src.models.batch import Sequence as Tokens

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from src.checkpoint.files import read_json
+from src.checkpoint.json_file import read_json
 from src.checkpoint.manifest import described
 from src.data.documents import Piece, chunks_of, pieces
 from src.data.rows import write_json
