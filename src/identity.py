@@ -11,6 +11,7 @@ from typing import Any
 
 from src.checkpoint.folder import NOTES, TOKENIZERS, find_tokenizer
 from src.checkpoint.manifest import MANIFEST, TENSORS, digest, has_manifest
+from src.data.shards import INDEX, blend_of
 from src.errors import UserError
 from src.settings.declaration import CONTENT, MAY_CHANGE, Settings, declared, flat
 
@@ -39,9 +40,11 @@ def held(text: str) -> str:
     """A digest of what a path leads to: a file's content, or what of a folder is the checkpoint.
 
     Weights are known by their manifest's hashes, or by names, sizes and times. With a tokenizer's
-    file counts what describes it beside it; of FILE.py:FUNCTION the file and the name; what is not
-    there is its own name.
+    file counts what describes it beside it; of FILE.py:FUNCTION the file and the name; of shards of
+    tokens their indices, and the weights of a blend; what is not there is its own name.
     """
+    if (blend := _blend(text)) is not None:
+        return hashlib.sha256("\n".join(blend).encode()).hexdigest()
     path, function = Path(text), ""
     if not path.exists() and ":" in text:
         path, function = Path(text.rpartition(":")[0]), text.rpartition(":")[2]
@@ -51,6 +54,18 @@ def held(text: str) -> str:
         return hashlib.sha256("\n".join([function, *_described(path)]).encode()).hexdigest()
     except OSError as error:
         raise UserError(f"{error.filename or path}: cannot be read: {error.strerror}") from None
+
+
+def _blend(text: str) -> list[str] | None:
+    """What folders of shards hold, and their weights; None where a text does not name such."""
+    try:
+        parts = blend_of(text)
+    except UserError:
+        return None
+    indices = [(Path(folder) / INDEX, weight) for folder, weight in parts]
+    if not all(index.is_file() for index, _ in indices):
+        return None
+    return [f"{digest(index)} {weight}" for index, weight in indices]
 
 
 def _described(path: Path) -> Iterator[str]:

@@ -11,6 +11,7 @@ model's family puts around a text. The index is written last: without it a folde
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -198,6 +199,38 @@ class Shards:
                     f"{self.folder / names_of(number)[1]}: its documents do not end one after the "
                     f"other, the last at {shard['tokens']}; build the shards again"
                 )
+
+
+def blend_of(text: str) -> list[tuple[str, Fraction | None]]:
+    """(folder, weight) of each part of `a:0.7,b:0.3`; None for all weights of `a,b`.
+
+    Raises UserError for weights that are no positive numbers, or that some folders lack.
+    """
+    parts: list[tuple[str, Fraction | None]] = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        folder, colon, weight = part.rpartition(":")
+        try:
+            parts.append((folder, Fraction(weight)) if colon else (part, None))
+        except (ValueError, ZeroDivisionError):
+            parts.append((part, None))  # a colon of the path's own
+    weights = [weight for _, weight in parts]
+    if not parts or (None in weights and set(weights) != {None}):
+        raise UserError(
+            f"{text!r}: give folders of shards with commas between, and after all or none of them "
+            "a colon and the weight, as a:0.7,b:0.3"
+        )
+    wrong = [folder for folder, weight in parts if weight is not None and weight <= 0]
+    if wrong:
+        raise UserError(f"{text!r}: the weight of {wrong[0]} must be above 0")
+    return parts
+
+
+def is_blend(text: str) -> bool:
+    """Whether a text names folders, with weights or without, and not a file."""
+    try:
+        return all(Path(folder).is_dir() for folder, _ in blend_of(text))
+    except UserError:
+        return False
 
 
 def _check_index(path: Path, index: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from src.data.shards import Shards
+from src.data.shards import Shards, blend_of
 from src.errors import UserError
 from src.models.batch import Batch
 from src.parallel.context import ALONE, ContextGroup
@@ -169,27 +169,3 @@ def permuted(place: int, size: int, key: str) -> int:
         place = left << half | right
         if place < size:
             return place
-
-
-def blend_of(text: str) -> list[tuple[str, Fraction | None]]:
-    """(folder, weight) of each part of `a:0.7,b:0.3`; None for all weights of `a,b`.
-
-    Raises UserError for weights that are no positive numbers, or that some folders lack.
-    """
-    parts: list[tuple[str, Fraction | None]] = []
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        folder, colon, weight = part.rpartition(":")
-        try:
-            parts.append((folder, Fraction(weight)) if colon else (part, None))
-        except (ValueError, ZeroDivisionError):
-            parts.append((part, None))  # a colon of the path's own
-    weights = [weight for _, weight in parts]
-    if not parts or (None in weights and set(weights) != {None}):
-        raise UserError(
-            f"{text!r}: give folders of shards with commas between, and after all or none of them "
-            "a colon and the weight, as a:0.7,b:0.3"
-        )
-    wrong = [folder for folder, weight in parts if weight is not None and weight <= 0]
-    if wrong:
-        raise UserError(f"{text!r}: the weight of {wrong[0]} must be above 0")
-    return parts

@@ -8,6 +8,8 @@ import torch
 from src.checkpoint.folder import check_apart
 from src.checkpoint.save import check_save
 from src.data.encoding import Prompt, ppo_prompts, solver_sequences
+from src.data.shards import is_blend
+from src.data.stream import Stream
 from src.errors import UserError
 from src.evaluation.tasks import Task, find_task
 from src.evaluation.training import SolverEvaluation
@@ -21,22 +23,23 @@ from src.ppo.layouts import Layouts
 from src.ppo.rewards.file import UserScore, load_score
 from src.ppo.setup import OpenedRoles, open_roles
 from src.settings.ppo import PPOTrainSettings
-from src.trainer.inputs import Places
+from src.trainer.inputs import Places, check_vocabulary
 
 
 @dataclass(frozen=True)
 class PPOInputs:
     """Models, prompts, and where earlier runs left the policy and the value model.
 
-    rule: whose rule is applied in the reward; mix: supervised rows; policy_state, value_state: what
-    lies beside their weights; notes: what a user should know of the rows, a sentence each.
+    rule: whose rule is applied in the reward; mix: supervised rows, or texts; policy_state,
+    value_state: what lies beside their weights; notes: what a user should know of the rows, a
+    sentence each.
     """
 
     roles: OpenedRoles
     evaluation: SolverEvaluation
     rule: Task | None
     prompts: list[Prompt]
-    mix: list[Sequence]
+    mix: list[Sequence] | Stream
     policy_state: dict[str, Any]
     value_state: dict[str, Any]
     notes: list[str]
@@ -71,8 +74,12 @@ class PPOInputs:
         reward_file = settings.rewards.reward_file
         rows_are_read = reward_file is not None
         prompts, notes = ppo_prompts(train_file, tokenizer, rule, max_seq_len, rows_are_read)
-        mix: list[Sequence] = []
-        if ptx_file is not None:
+        mix: list[Sequence] | Stream = []
+        if ptx_file is not None and is_blend(ptx_file):
+            part = parallel.rank, parallel.world_size
+            mix = Stream.open(ptx_file, max_seq_len, True, settings.run.seed, *part)
+            check_vocabulary(mix, tokenizer)
+        elif ptx_file is not None:
             mix, more = solver_sequences(ptx_file, tokenizer, max_seq_len)
             notes += more
         if reward_file is not None:

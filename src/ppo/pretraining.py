@@ -1,12 +1,14 @@
-"""Rows of plain supervised training beside the policy's steps (arXiv 2203.02155, equation 2)."""
+"""Plain training on rows or texts beside the policy's steps (arXiv 2203.02155, equation 2)."""
 
 import torch
 from torch import Tensor
 
+from src.data.stream import Stream
 from src.models.batch import Sequence
 from src.ppo.roles import Role
 from src.settings.ppo import PPOSettings
-from src.trainer.batches import EndlessBatches, shares_of, turns_of
+from src.trainer.batches import EndlessBatches, EndlessRows, shares_of, turns_of
+from src.trainer.pretraining import PretrainingObjective
 from src.trainer.solver import SolverObjective
 
 
@@ -15,14 +17,23 @@ class PretrainingMix:
 
     def __init__(
         self,
-        sequences: list[Sequence],
+        rows: list[Sequence] | Stream,
         batch_size: int,
         settings: PPOSettings,
         device: torch.device,
     ) -> None:
         """batch_size: rows per optimizer step, over all ranks."""
-        self.objective, self.settings = SolverObjective(sequences, device), settings
-        self.batches = EndlessBatches(len(sequences), batch_size, f"{settings.run.seed}/ptx")
+        self.settings = settings
+        self.objective: SolverObjective
+        self.batches: EndlessBatches
+        if isinstance(rows, Stream):
+            self.objective, self.batches = (
+                PretrainingObjective(rows, device),
+                EndlessRows(batch_size),
+            )
+        else:
+            self.objective = SolverObjective(rows, device)
+            self.batches = EndlessBatches(len(rows), batch_size, f"{settings.run.seed}/ptx")
 
     def backward(self, role: Role) -> dict[str, Tensor]:
         """Add the gradient of ptx_coef × the mean −log p of the next rows' output tokens.
@@ -31,6 +42,8 @@ class PretrainingMix:
         """
         assert role.optimizer is not None
         objective, batch, limits = self.objective, next(self.batches), self.settings.batches
+        objective.begin(self.batches.taken - 1, batch, role.model)
+        batch = [i for i in batch if objective.weights[i]]
         tokens = sum(objective.weights[i] for i in batch)
         total = torch.zeros((), device=objective.device)
         division, most = role.parallel, (limits.max_batch_size, limits.max_tokens_per_batch)

@@ -48,7 +48,7 @@ class StreamSettings(DataSettings):
 
     train_file: Annotated[
         str,
-        MAY_CHANGE,  # what it holds counts: the script compares that
+        CONTENT,
         "shards to train on, folders that dataset/build.py pretrain wrote: a, or several as a,b, "
         "or with the shares of their rows as a:0.7,b:0.3",
     ]

@@ -14,8 +14,8 @@ import torch
 
 from src.checkpoint.manifest import described
 from src.data.rows import write_json
-from src.data.shards import Shards, Writer, names_of
-from src.data.stream import Part, Stream, blend_of, permuted
+from src.data.shards import Shards, Writer, blend_of, names_of
+from src.data.stream import Part, Stream, permuted
 from src.errors import UserError
 from src.trainer.batches import EpochSteps, StreamSteps, epoch_batches
 
