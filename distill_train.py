@@ -6,9 +6,9 @@ r"""Train a student on a teacher's distributions: distillation, on given outputs
         --train_file scored.jsonl       # of solver_score.py --top_k_logprobs 64 with the teacher
 
 Rows of the train file: {"instruction": "...", "output": "..." or ["...", "..."]}; with --on_policy
-1 the instruction alone. TEACHER is a folder of shards or of Hugging Face's, with STUDENT's
-vocabulary. OUT becomes shards for this run's degree; with LoRA, merged ones with the adapter
-beside.
+1 the instruction alone. Conversations, too, as solver_train.py takes them. TEACHER is a folder of
+shards or of Hugging Face's, with STUDENT's vocabulary. OUT becomes shards for this run's degree;
+with LoRA, merged ones with the adapter beside.
 """
 
 from functools import partial
@@ -55,7 +55,7 @@ def main(settings: DistillTrainSettings) -> None:
         inputs.model.announce(log)
         for note in inputs.notes:
             log.warning(note)
-        log.info(f"{inputs.n_rows} rows; {parallel.described}")
+        log.info(f"{inputs.mixture.n_rows} rows; {parallel.described}")
 
         # What is minimised, by which teacher; what is trained, how, and what is looked at.
         objective = make_objective(settings, inputs, model, dtype, parallel)
@@ -84,7 +84,8 @@ def main(settings: DistillTrainSettings) -> None:
         )
 
         # Train, from where an earlier run stopped, and save.
-        fit(model, optimizer, objective, settings, parallel, log, evaluations, saving)
+        beside = evaluations, saving, inputs.mixture
+        fit(model, optimizer, objective, settings, parallel, log, *beside)
         inputs.model.save(model, parallel, saving_plan.save_dir)
         log.info(f"saved to {saving_plan.save_dir}")
         saving.finish()

@@ -6,7 +6,8 @@ r"""Policy optimisation of a solver from rewards: PPO with a value model, or gro
     torchrun --nproc_per_node 8 ppo_train.py --actor_ckpt_dir SOLVER --actor_save_dir OUT \
         --train_file train.json --advantage grpo --samples_per_prompt 8 --reward rule --task GSM8K
 
-Rows of the train file: {"instruction": "...", "label": "..."}; the label is needed for the rule.
+Rows of the train file: {"instruction": "...", "label": "..."}; the label is needed for the rule. Or
+a conversation up to a question, {"messages": [...], "label": "..."} (docs/conversations.md).
 Tensor- and data-parallel. Nothing is read from disk between the phases: the roles stay in memory,
 on the device or (--offload) the host's. What the code must satisfy, every knob, and the meaning of
 every logged number: docs/ppo.md.
@@ -74,7 +75,8 @@ def main(settings: PPOTrainSettings) -> None:
 
         # Train, from where an earlier run stopped, and save.
         seed, eval_every = settings.run.seed, settings.evaluation.eval_every
-        fit(ppo, inputs.prompts, plan, seed, eval_every, log, evaluations, saving)
+        beside = evaluations, saving, inputs.mixture
+        fit(ppo, inputs.prompts, plan, seed, eval_every, log, *beside)
         save_role(ppo, "policy", inputs.roles.actor, roles.actor_save_dir)
         log.info(f"saved the policy to {roles.actor_save_dir}")
         if inputs.roles.critic and roles.critic_save_dir:

@@ -9,7 +9,8 @@ Rows of the train file: {"instruction": "...", "chosen": "..." or [...], "reject
 [...]}, or {"instruction": "...", "ranked": ["best", ..., "worst"]}; for --loss kto also
 {"instruction": "...", "output": "...", "label": true or false}; with --online prompts as PPO takes
 them. CKPT is the policy to start from, and the reference. OUT becomes shards for this run's degree;
-with LoRA, merged ones with the adapter beside.
+with LoRA, merged ones with the adapter beside. All of these may be conversations, too:
+docs/conversations.md.
 """
 
 from functools import partial
@@ -56,7 +57,7 @@ def main(settings: PreferenceTrainSettings) -> None:
         inputs.model.announce(log)
         for note in inputs.notes:
             log.warning(note)
-        log.info(f"{inputs.n_rows} rows; {parallel.described}")
+        log.info(f"{inputs.mixture.n_rows} rows; {parallel.described}")
 
         # What is trained, how, and what is minimised, beside what reference; what is looked at.
         prepare(model, plan, run, parallel)
@@ -85,7 +86,8 @@ def main(settings: PreferenceTrainSettings) -> None:
         )
 
         # Train, from where an earlier run stopped, and save.
-        fit(model, optimizer, objective, settings, parallel, log, evaluations, saving)
+        beside = evaluations, saving, inputs.mixture
+        fit(model, optimizer, objective, settings, parallel, log, *beside)
         inputs.model.save(model, parallel, saving_plan.save_dir)
         log.info(f"saved to {saving_plan.save_dir}")
         saving.finish()

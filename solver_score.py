@@ -36,7 +36,7 @@ def main(settings: SolverScoreSettings) -> None:
     agreed(lambda: check_writable(rows.output_file, ".jsonl", rows.input_file))
     source = agreed(lambda: open_model(settings.model, parallel, "lm"))
     sequences, notes = agreed(
-        lambda: scored_sequences(rows.input_file, source.tokenizer, batches.max_seq_len)
+        lambda: scored_sequences(rows.input_file, source.tokenizer, batches.max_seq_len, True)
     )
 
     with RunLog(None, "solver_score", settings, parallel.rank) as log, torch.no_grad():

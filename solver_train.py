@@ -5,9 +5,10 @@ r"""Train a solver (policy) on instructions and outputs: supervised fine-tuning.
     torchrun --nproc_per_node 8 solver_train.py --config recipes/sft-full-llama-2-7b-8gpu.yaml \
         --ckpt_dir CKPT --save_dir OUT --train_file train.json
 
-Rows of the train file: {"instruction": "...", "output": "..." or ["...", "..."]}. CKPT is a folder
-of shards for any degree, or a Hugging Face folder. OUT becomes shards for this run's degree; with
-LoRA, merged ones with the adapter beside.
+Rows of the train file: {"instruction": "...", "output": "..." or ["...", "..."]}, or conversations,
+{"messages": [{"role": "...", "content": "..."}, ...]}, of which --loss_on says what is learned
+(docs/conversations.md). CKPT is a folder of shards for any degree, or a Hugging Face folder. OUT
+becomes shards for this run's degree; with LoRA, merged ones with the adapter beside.
 """
 
 from functools import partial
@@ -54,7 +55,7 @@ def main(settings: SolverTrainSettings) -> None:
         inputs.model.announce(log)
         for note in inputs.notes:
             log.warning(note)
-        log.info(f"{inputs.n_rows} rows; {parallel.described}")
+        log.info(f"{inputs.mixture.n_rows} rows; {parallel.described}")
 
         # What is trained, how, and what is looked at on the way.
         prepare(model, plan, run, parallel)
@@ -83,7 +84,8 @@ def main(settings: SolverTrainSettings) -> None:
         )
 
         # Train, from where an earlier run stopped, and save.
-        fit(model, optimizer, objective, settings, parallel, log, evaluations, saving)
+        beside = evaluations, saving, inputs.mixture
+        fit(model, optimizer, objective, settings, parallel, log, *beside)
         inputs.model.save(model, parallel, saving_plan.save_dir)
         log.info(f"saved to {saving_plan.save_dir}")
         saving.finish()

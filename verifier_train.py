@@ -7,8 +7,9 @@ Rows of the train file: {"instruction": "...", "chosen": "..." or [...], "reject
 [...]}, or {"instruction": "...", "ranked": ["best", ..., "worst"], "scores": [...]}, where equal
 scores are ties. With --objective pointwise {"instruction": "...", "output": "...", "score": 1.5},
 with classification "label": true or false; with --step_separator a list of "scores" or "labels",
-one for each step of the output. CKPT is a solver's checkpoint (the scalar head starts at random) or
-a verifier's. OUT becomes shards for this run's degree.
+one for each step of the output. Conversations, too (docs/conversations.md). CKPT is a solver's
+checkpoint (the scalar head starts at random) or a verifier's. OUT becomes shards for this run's
+degree.
 """
 
 from functools import partial
@@ -55,7 +56,7 @@ def main(settings: VerifierTrainSettings) -> None:
         inputs.model.announce(log)
         for note in inputs.notes:
             log.warning(note)
-        log.info(f"{inputs.n_rows} rows; {parallel.described}")
+        log.info(f"{inputs.mixture.n_rows} rows; {parallel.described}")
 
         # What is trained, how, and what is looked at on the way.
         prepare(model, plan, run, parallel)
@@ -86,7 +87,8 @@ def main(settings: VerifierTrainSettings) -> None:
         )
 
         # Train, from where an earlier run stopped, and save.
-        fit(model, optimizer, objective, settings, parallel, log, evaluations, saving)
+        beside = evaluations, saving, inputs.mixture
+        fit(model, optimizer, objective, settings, parallel, log, *beside)
         save(saving_plan.save_dir)
         log.info(f"saved to {saving_plan.save_dir}")
         saving.finish()

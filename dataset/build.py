@@ -48,8 +48,7 @@ from src.evaluation.gsm8k import extract
 from src.evaluation.task import Task
 from src.evaluation.tasks import TASKS, find_task
 from src.settings.declaration import AtLeast, Between
-from src.settings.model import SpecialTokens
-from src.settings.scripts import unescaped
+from src.settings.model import SpecialTokens, unescaped
 
 Seed = Annotated[int, "of everything random"]
 MaxPerSide = Annotated[int, AtLeast(1), "right and wrong samples of a prompt, at most"]
@@ -145,9 +144,9 @@ def pairs(
 
 def pretrain(
     source: Annotated[
-        list[str],
-        "texts: files (.txt, or rows as .jsonl and others), folders with such, or patterns as "
-        "'texts/*.jsonl', with commas between",
+        str,
+        "texts: .txt files, rows in any format, folders, patterns, URLs, data sets, with commas "
+        "between (docs/data.md)",
     ],
     save_dir: Annotated[str, "the folder of shards to write"],
     tokenizer_file: Annotated[str | None, "the tokenizer; or give --ckpt_dir"] = None,

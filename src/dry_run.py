@@ -252,7 +252,8 @@ def _plan(
     if inputs is None:
         lines += [NOT_READ]
     else:
-        lines += _step_lines(settings, inputs.n_rows, inputs.notes, layout) + example(inputs)
+        lines += _step_lines(settings, inputs.mixture.n_rows, inputs.notes, layout)
+        lines += example(inputs)
     _print(lines, parallel)
 
 
@@ -286,8 +287,8 @@ def ppo_plan(settings: PPOTrainSettings) -> None:
         rollouts, updates = settings.rollouts, settings.updates
         per_iteration = rollouts.max_buffer_size // rollouts.samples_per_prompt
         prompts = inputs.prompts
-        _, iterations = iterations_of(len(prompts), per_iteration, settings.optimizer)
-        lines += [f"prompts: {len(prompts):,}"]
+        _, iterations = iterations_of(inputs.mixture.n_rows, per_iteration, settings.optimizer)
+        lines += [f"prompts: {inputs.mixture.n_rows:,}"]
         lines += [f"  {note}" for note in inputs.notes]
         lines += [
             f"iterations: {iterations:,} of {rollouts.max_buffer_size} rollouts; each up to "
@@ -509,12 +510,13 @@ def _step_lines(
 
 def _sequence_lines(tokenizer: Tokenizer, sequence: Sequence) -> list[str]:
     """An example, what is read and what is learned."""
-    tokens, n = list(sequence.tokens), sequence.prompt_length
-    return [
-        f"example, row 0: {len(tokens)} tokens, {len(tokens) - n} of them with loss",
-        f"  no loss  {tokenizer.spelled(tokens[:n])!r}",
-        f"  loss     {tokenizer.spelled(tokens[n:])!r}",
-    ]
+    tokens, end = list(sequence.tokens), 0
+    lines = [f"example, row 0: {len(tokens)} tokens, {sequence.response_length} of them with loss"]
+    for first, last in (*sequence.ranges, (len(tokens), len(tokens))):
+        for what, part in (("no loss", tokens[end:first]), ("loss", tokens[first:last])):
+            lines += [f"  {what:9}{tokenizer.spelled(part)!r}"] if part else []
+        end = last
+    return lines
 
 
 def _print(lines: list[str], parallel: Parallel) -> None:

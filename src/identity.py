@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from src import storage
 from src.checkpoint.folder import NOTES, TOKENIZERS, find_tokenizer
 from src.checkpoint.manifest import MANIFEST, TENSORS, digest, has_manifest
-from src.data.shards import INDEX, blend_of
+from src.data.sources import files_in, held_file, parts_of
 from src.errors import UserError
-from src.settings.declaration import CONTENT, MAY_CHANGE, Settings, declared, flat
+from src.settings.declaration import CONTENT, MAY_CHANGE, ROWS, Settings, declared, flat
 
 TOKENIZER_SUFFIXES = (".model", ".tiktoken")
 
@@ -30,7 +31,8 @@ def identity(settings: Settings, **more: Any) -> dict[str, Any]:
         if MAY_CHANGE in setting.marks:
             continue
         if CONTENT in setting.marks and value is not None:  # it may lie elsewhere later
-            record[name] = {"path": value, "holds": held(value)}
+            holds = held_rows(value) if ROWS in setting.marks else held(value)
+            record[name] = {"path": value, "holds": holds}
         else:
             record[name] = value
     return record
@@ -40,11 +42,9 @@ def held(text: str) -> str:
     """A digest of what a path leads to: a file's content, or what of a folder is the checkpoint.
 
     Weights are known by their manifest's hashes, or by names, sizes and times. With a tokenizer's
-    file counts what describes it beside it; of FILE.py:FUNCTION the file and the name; of shards of
-    tokens their indices, and the weights of a blend; what is not there is its own name.
+    file counts what describes it beside it; of FILE.py:FUNCTION the file and the name; what is not
+    there is its own name.
     """
-    if (blend := _blend(text)) is not None:
-        return hashlib.sha256("\n".join(blend).encode()).hexdigest()
     path, function = Path(text), ""
     if not path.exists() and ":" in text:
         path, function = Path(text.rpartition(":")[0]), text.rpartition(":")[2]
@@ -56,16 +56,22 @@ def held(text: str) -> str:
         raise UserError(f"{error.filename or path}: cannot be read: {error.strerror}") from None
 
 
-def _blend(text: str) -> list[str] | None:
-    """What folders of shards hold, and their weights; None where a text does not name such."""
-    try:
-        parts = blend_of(text)
-    except UserError:
-        return None
-    indices = [(Path(folder) / INDEX, weight) for folder, weight in parts]
-    if not all(index.is_file() for index, _ in indices):
-        return None
-    return [f"{digest(index)} {weight}" for index, weight in indices]
+def held_rows(text: str) -> str:
+    """A digest of the rows that a text names: of each file's content, and of the weights.
+
+    What is not there is its own name. Raises UserError as src/data/sources.py does.
+    """
+    lines = [""]
+    for part in parts_of(text):
+        files = files_in(part.location)
+        if not all(storage.is_url(file) or Path(file).is_file() for file in files):
+            return text
+        lines += [] if part.weight is None else [f"weight {part.weight}"]
+        try:
+            lines += map(held_file, files)
+        except OSError as error:
+            raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from None
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _described(path: Path) -> Iterator[str]:

@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from src.checkpoint.manifest import described, write_manifest
-from src.identity import differences, held, identity
+from src.identity import differences, held, held_rows, identity
 from src.settings.declaration import (
     CONTENT,
     FIXED,
@@ -141,7 +141,13 @@ FREE = {
     *("max_tokens_per_batch", "output_file", "dry_run", "world_size"),
     *("offload_params", "offload_optimizer", "cpu_adam", "sequence_parallel"),
     *("pipeline_parallel_size", "stages_per_rank"),
-    *("cache_reference", "teacher_model_parallel_size", "offload_teacher", "best_of"),
+    *(
+        "map_workers",
+        "cache_reference",
+        "teacher_model_parallel_size",
+        "offload_teacher",
+        "best_of",
+    ),
 }
 # What a saved step holds depends on them: they can never be others.
 FIXED_NAMES = {"lora_rank", "lora_targets", "freeze_layers", "shared_trunk", "ref_ema", "optimizer"}
@@ -160,7 +166,7 @@ SCRIPTS = (
 def test_what_may_change_and_whose_content_counts(script):
     for name, setting in declared(script).items():
         assert (MAY_CHANGE in setting.marks) == (name in FREE), name
-        is_path = name.endswith(("_dir", "_file")) and name not in FREE
+        is_path = (name.endswith(("_dir", "_file")) or name == "map") and name not in FREE
         assert (CONTENT in setting.marks) == is_path, name
         assert (FIXED in setting.marks) == (name in FIXED_NAMES), name
 
@@ -180,3 +186,21 @@ def test_the_names_of_what_may_be_changed_are_settings_that_can_be(script):
     assert fixed.startswith("--resume_changed lora_rank: it decides what a saved step holds")
     (idle,) = said(resume_changed=["lr"], resume="none")
     assert idle == "--resume_changed lr: has no effect with --resume none, which begins anew"
+
+
+def test_rows_are_what_their_files_hold_and_how_they_are_mixed(tmp_path):
+    for name, text in (("a.jsonl", "1"), ("b.jsonl", "2"), ("notes.md", "3")):
+        (tmp_path / name).write_text(text)
+    a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    shutil.copytree(tmp_path, tmp_path / "copy")
+    folder, copy = held_rows(str(tmp_path)), held_rows(str(tmp_path / "copy"))
+    assert held_rows(str(a)) == held(str(a)), "as a run of an earlier version has it"
+    assert folder == copy == held_rows(f"{a},{b}") == held_rows(f"{tmp_path}/*.jsonl")
+    assert folder != held_rows(f"{b},{a}")
+    weighted = {held_rows(f"{a}:{w},{b}:1") for w in ("0.5", "0.25", "1")}
+    assert len(weighted) == 3 and folder not in weighted
+    (tmp_path / "notes.md").write_text("another")
+    assert held_rows(str(tmp_path)) == folder
+    b.write_text("another")
+    assert held_rows(str(tmp_path)) != folder
+    assert held_rows("missing.jsonl") == "missing.jsonl"

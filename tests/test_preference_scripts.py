@@ -469,7 +469,7 @@ PREFERENCE = {
     "equal sides": (
         [PAIR, PAIR | {"rejected": ["4", "2"]}],
         {},
-        "row 1 (from 0): one text is better",
+        ".jsonl:2: one text is better",
     ),
     "an empty side": (
         [PAIR, PAIR | {"chosen": " "}],
@@ -555,7 +555,7 @@ DISTILLATION = {
             }
         ],
         dict(teacher_ckpt_dir=None),
-        "row 0 (from 0): was written with another vocabulary",
+        ".jsonl:1: was written with another vocabulary",
     ),
 }
 

@@ -1257,7 +1257,7 @@ PPO = {
     ),
     "rule without labels": (
         dict(reward="rule", reward_model_ckpt_dir=None, train_file="{}/unlabelled.jsonl"),
-        "row 1 (from 0): a row without a gold answer",
+        "unlabelled.jsonl:2: a row without a gold answer",
     ),
     "verifier without a model": (
         dict(reward_model_ckpt_dir=None),

@@ -7,11 +7,12 @@ import json
 import os
 import re
 import threading
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from jinja2 import TemplateError, nodes
 from jinja2.exceptions import SecurityError
@@ -19,9 +20,16 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from src.checkpoint.files import read_json
+from src.data.messages import Message, Messages, Question
 from src.errors import UserError
 
-SECONDS = 10  # for one rendering, which takes a fraction of a millisecond
+# Around what a template says that a model writes ({% generation %}), where that is wanted: two of
+# the characters that Unicode keeps free for such use, taken out of the text again.
+GENERATED, ENDED = "\ufdd2", "\ufdd3"
+# Names under which a message's reasoning may stand.
+REASONING = ("reasoning_content", "thinking", "reasoning")
+T = TypeVar("T")
+SECONDS = 10  # for one text's renderings, each of which takes a fraction of a millisecond
 LONGEST = 10**7  # characters that a rendering may have
 
 _CHATML = (
@@ -96,7 +104,7 @@ _OPENING = re.compile(r"<[\w:]+>|[<\[◁]\|?\w*th(?:ink|ought)\w*\|?[>\]▷]", r
 _MARK = re.compile(r"[<\[◁]\|?/?\w*th(?:ink|ought)\w*\|?[>\]▷]", re.IGNORECASE)  # and its end
 
 
-class _Thought(NamedTuple):
+class Thought(NamedTuple):
     """The marks around reasoning that a prompt ends in.
 
     start: where in the prompt; is_open: whether reasoning goes on from there, or is over.
@@ -108,7 +116,7 @@ class _Thought(NamedTuple):
     is_open: bool
 
     @classmethod
-    def at_end(cls, prompt: str) -> "_Thought | None":
+    def at_end(cls, prompt: str) -> "Thought | None":
         """The one that the prompt opens last, or has opened and closed."""
         text = prompt.rstrip()
         for mark in _OPENING.finditer(text):
@@ -149,6 +157,15 @@ class Counted:
         self.first = self.first or text[:80]
 
 
+class _Limit(threading.local):
+    """Whether a thread's work is within a limit of time already."""
+
+    is_on = False
+
+
+_within_limit = _Limit()
+
+
 class Chat:
     """How a template writes a question and its answer.
 
@@ -160,7 +177,8 @@ class Chat:
     or changed a part of them; `begun_otherwise`: that would not begin with the prompt in the
     template's text; `doubled`: with an empty thought before their reasoning; and the questions
     `changed_questions`: that are not in its text as they are; `other_prompts`: whose prompt ends in
-    another thought, or none, than the sample's, after which answers are written.
+    another thought, or none, than the sample's, after which answers are written; and the turns of
+    conversations `left_out`: of which the template leaves out a part.
     """
 
     def __init__(
@@ -179,6 +197,7 @@ class Chat:
         self.source, self.name, self.own, self._tokens = source, name, own, tokens
         self.as_they_stand, self.begun_otherwise, self.doubled = Counted(), Counted(), Counted()
         self.changed_questions, self.other_prompts = Counted(), Counted()
+        self.left_out = Counted()
         self._template = self._bounded(lambda: _environment(date).from_string(source))
         # Two renderings of a sample tell where the template puts the answer, and what follows it.
         prompt = self._render([_user(_QUESTION)], generate=True)
@@ -188,7 +207,7 @@ class Chat:
                 "correct the template"
             )
         self._prompt, self._stem, self._header = prompt, prompt, ""
-        self._thought = _Thought.at_end(prompt)
+        self._thought = Thought.at_end(prompt)
         self.sample, self.ending, self._before = prompt, "", ""
         self._no_answers = self._look_at_answers(prompt)
 
@@ -222,11 +241,29 @@ class Chat:
         # answer's first word, nor an empty thought.
         if prompt == self._render([_user(_QUESTION)]):
             header = self._before.rstrip(" ")
-            thought = _Thought.at_end(header)
+            thought = Thought.at_end(header)
             self._header = header[: thought.start] if thought else header
             self._before = self._before[len(self._header) :]
             self._prompt = self._stem = prompt + self._header
         return None
+
+    @property
+    def counted(self) -> dict[str, Counted]:
+        """All that is counted, by its name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Counted)}
+
+    @property
+    def closing(self) -> str:
+        """What the template writes between a first question and where its answer is to begin."""
+        return self._prompt.rpartition(_QUESTION)[2]
+
+    @cached_property
+    def opening(self) -> str:
+        """What the template writes to open an answer, whatever comes before; "" where nothing."""
+        closed = self._render([_user(_QUESTION)])
+        if self._header or not self._prompt.startswith(closed):
+            return self._header
+        return self._prompt[len(closed) :]
 
     @property
     def around_question(self) -> str:
@@ -251,18 +288,19 @@ class Chat:
         between = text.partition(_ANSWER)[2].partition(_QUESTION)[0] if _ANSWER in text else before
         return _MARK.sub("", "\n".join((begin, between, after)))
 
-    def prompt(self, question: str | list[dict[str, str]]) -> str:
+    def prompt(self, question: Question) -> str:
         """The user's turn, up to where the answer is to begin.
 
-        question: the turn's text, or a conversation up to it, as {"role", "content"}.
+        question: the turn's text, or a conversation up to it.
         """
-        messages = [_user(question)] if isinstance(question, str) else question
-        text, asked = self._render(messages, generate=True), messages[-1]["content"]
-        if asked.strip() not in text:
+        messages = Messages([_user(question)]) if isinstance(question, str) else question
+        text = self.before_answer(messages, messages.tools)
+        asked = messages[-1].get("content") or ""
+        if asked.strip() not in text and messages[-1]["role"] == "user":
             self.changed_questions.add(asked)
-        if not self._header and _ends_of(_Thought.at_end(text)) != _ends_of(self._thought):
+        if not self._header and _ends_of(Thought.at_end(text)) != _ends_of(self._thought):
             self.other_prompts.add(asked[-80:])  # whose end it goes by
-        return text + self._header
+        return text
 
     def response(self, answer: str, sampled: bool = False, is_cut: bool = False) -> str:
         """What follows the prompt, but for `ending`: the answer, and what stands before it.
@@ -283,7 +321,7 @@ class Chat:
         middle = text[len(start) : len(text) - len(self.ending)]
         rest = thought.not_again(answer) if thought else answer
         is_whole = text == start + middle + self.ending and (
-            _is_held(answer, middle) or _is_held(rest, middle)
+            is_held(answer, middle) or is_held(rest, middle)
         )
         if is_whole and start == self._prompt:
             if _has_empty_first(self._prompt[len(self.around_question) :] + middle):
@@ -296,6 +334,11 @@ class Chat:
     def notes(self) -> list[str]:
         """What a user should know of the questions and answers so far, a sentence of each kind."""
         told = (
+            (
+                self.left_out,
+                "leaves out parts of {0.count} turns of conversations, such as of {0.first!r} "
+                "(often earlier reasoning): they are trained on as it writes them",
+            ),
             (
                 self.as_they_stand,
                 "leaves out or changes parts of {0.count} answers, such as {0.first!r}; these are "
@@ -330,7 +373,7 @@ class Chat:
         """`text`, which holds the answer, as it goes on after the prompt, whatever that opened."""
         thought = self._thought
         if thought is None:
-            empty = _Thought.at_end(self._before)  # which no reasoning goes on after
+            empty = Thought.at_end(self._before)  # which no reasoning goes on after
             return self._before[: empty.start if empty and empty.is_in(text) else None] + text
         rest = self._in_thought(text)
         if not thought.is_in(rest if not thought.is_open else answer):
@@ -361,8 +404,44 @@ class Chat:
         goes_on = self._prompt.endswith("\n") and rest != text
         return rest.removeprefix("\n") if goes_on else rest
 
-    def _render(self, messages: list[dict[str, str]], generate: bool = False) -> str:
-        size = sum(len(message["content"]) for message in messages)
+    def marked(
+        self, messages: list[Message], tools: list[dict] | None = None
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The template's text of a whole conversation, and where what it marks as generated lies.
+
+        tools: what the model may call, as JSON schemas. Raises UserError where the template fails.
+        """
+        if any(mark in json.dumps(messages, ensure_ascii=False) for mark in (GENERATED, ENDED)):
+            raise UserError("holds U+FDD2 or U+FDD3, which are no characters; take them out")
+        marks = {"_generated": GENERATED, "_ended": ENDED}
+        parts = re.split(f"([{GENERATED}{ENDED}])", self._render(messages, False, tools, marks))
+        text, starts, spans = "", list[int](), list[tuple[int, int]]()
+        for part in parts:
+            if part == GENERATED:
+                starts.append(len(text))
+            elif part == ENDED:
+                spans.append((starts.pop(), len(text)))
+            else:
+                text += part
+        return text, spans
+
+    def text_of(self, messages: list[Message], tools: list[dict] | None = None) -> str:
+        """The template's text of a whole conversation."""
+        return self._render(messages, False, tools)
+
+    def before_answer(self, messages: list[Message], tools: list[dict] | None = None) -> str:
+        """The template's text of a conversation, up to where an answer to it is to begin."""
+        return self._render(messages, True, tools) + self._header
+
+    def _render(
+        self,
+        messages: list[Message],
+        generate: bool = False,
+        tools: list[dict] | None = None,
+        marks: Mapping[str, str] | None = None,
+    ) -> str:
+        size = sum(len(str(message)) for message in messages) + len(str(tools))
+        messages = [_as_read(message) for message in messages]
 
         def write() -> str:
             # part by part, so that a template without end is stopped before memory is full
@@ -370,9 +449,10 @@ class Chat:
             for part in self._template.generate(
                 messages=messages,
                 add_generation_prompt=generate,
-                tools=None,
+                tools=tools,
                 documents=None,
                 **self._tokens,
+                **(marks or {}),
             ):
                 parts.append(part)
                 length += len(part)
@@ -382,14 +462,27 @@ class Chat:
 
         return self._bounded(write)
 
-    def _bounded(self, work: Callable[[], Any]) -> Any:
-        """What `work` gives. UserError when it fails, or takes more than SECONDS."""
+    def bounded(self, work: Callable[[], T]) -> T:
+        """What `work` gives, which renders several times within one limit of time.
+
+        Raises UserError where that is over, and what `work` itself raises.
+        """
+        return self._bounded(work, (UserError,))
+
+    def _bounded(self, work: Callable[[], T], raised: tuple[type[Exception], ...] = ()) -> T:
+        """What `work` gives. UserError when it fails, or takes more than SECONDS.
+
+        raised: errors of work's own, which are raised as they are.
+        """
+        if _within_limit.is_on:
+            return self._outcome_of(work, raised)
         outcome: dict[str, Any] = {}
 
         def run() -> None:
+            _within_limit.is_on = True
             try:
-                outcome["value"] = work()
-            except Exception as error:  # a template can raise whatever its expressions do
+                outcome["value"] = self._outcome_of(work, raised)
+            except UserError as error:
                 outcome["error"] = error
 
         # A thread that never ends is left behind: the refusal ends the process, and it with that.
@@ -398,31 +491,50 @@ class Chat:
         thread.join(SECONDS)
         if "value" in outcome:
             return outcome["value"]
-        if "error" not in outcome:
-            raise UserError(
-                f"{self.name}: the chat template takes more than {SECONDS} seconds for one answer; "
-                "correct it"
-            )
-        error = outcome["error"]
+        if "error" in outcome:
+            raise outcome["error"]
+        raise UserError(
+            f"{self.name}: the chat template takes more than {SECONDS} seconds for one answer; "
+            "correct it"
+        )
+
+    def _outcome_of(self, work: Callable[[], T], raised: tuple[type[Exception], ...]) -> T:
+        """What `work` gives. Raises UserError for whatever a template's expressions raise."""
+        try:
+            return work()
+        except raised:
+            raise
+        except Exception as problem:
+            error = problem
         error_type = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
-        line = f" (line {error.lineno})" if getattr(error, "lineno", None) else ""
+        number = getattr(error, "lineno", None)
+        line = f" (line {number})" if number else ""
         reason = (str(error).splitlines() or ["no reason given"])[0]
         raise UserError(f"{self.name}: the chat template fails{line}: {error_type}{reason}")
 
 
-def _user(text: str) -> dict[str, str]:
+def _user(text: str) -> Message:
     return {"role": "user", "content": text}
 
 
-def _assistant(text: str) -> dict[str, str]:
+def _assistant(text: str) -> Message:
     return {"role": "assistant", "content": text}
+
+
+def _as_read(message: Message) -> Message:
+    """A message as templates get it in transformers: no keys that say nothing, reasoning twice."""
+    said = {key: value for key, value in message.items() if value is not None}
+    thought = next((said[name] for name in REASONING if name in said), None)
+    if thought is None:
+        return said
+    return {"thinking": thought, **said, "reasoning_content": thought}
 
 
 def _dense(text: str) -> str:
     return "".join(text.split())
 
 
-def _is_held(answer: str, text: str) -> bool:
+def is_held(answer: str, text: str) -> bool:
     """Whether a text holds an answer.
 
     White space at the ends of the answer and of its reasoning is the template's own affair.
@@ -436,7 +548,7 @@ def _is_held(answer: str, text: str) -> bool:
     return _dense(answer) in _dense(text)  # with its marks
 
 
-def _ends_of(thought: _Thought | None) -> tuple[str, bool] | None:
+def _ends_of(thought: Thought | None) -> tuple[str, bool] | None:
     return None if thought is None else (thought.opening, thought.is_open)
 
 
@@ -544,15 +656,18 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks what a model writes, for loss masks; it leaves the text as it is."""
+    """`{% generation %}` puts marks around what a model writes, where a rendering has some."""
 
     tags = {"generation"}
 
-    def parse(self, parser: Any) -> nodes.Node:
+    def parse(self, parser: Any) -> list[nodes.Node]:
         line = next(parser.stream).lineno
-        return nodes.Scope(
-            parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        ).set_lineno(line)
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        begin, end = (
+            nodes.Output([nodes.Name(mark, "load")]).set_lineno(line)
+            for mark in ("_generated", "_ended")
+        )
+        return [begin, nodes.Scope(body).set_lineno(line), end]
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, **settings: Any) -> str:

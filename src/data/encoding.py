@@ -6,33 +6,53 @@ What a user should know of a file's rows comes with them as notes, a sentence ea
 import json
 import random
 from array import array
-from collections.abc import Collection, Hashable
+from collections.abc import Callable, Collection, Hashable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from src.data.kept import (
+    Made,
+    Sequences,
+    chosen,
+    kept,
+    kept_folder,
+    lengths_of,
+    usable_cores,
+)
+from src.data.loss_mask import ANSWERS, LossMask
+from src.data.messages import Conversation, Messages, Question
 from src.data.rows import (
+    ANSWER,
     FLAG,
     FLAGS,
     LABELLED,
     NUMBER,
     NUMBERS,
-    SAMPLE,
-    TEXT,
+    PROMPT,
     TOP_K,
+    RowStream,
+    as_list,
     form_of,
     read_prompt_rows,
     read_rows,
-    read_solver_rows,
     read_verifier_rows,
+    solver_rows,
 )
+from src.data.sources import Named, bytes_of, held_source
 from src.data.tokenizer import Tokenizer
 from src.errors import UserError
 from src.models.batch import Sequence
 
 if TYPE_CHECKING:
     from src.evaluation.tasks import Task
+
+
+T = TypeVar("T")
+AGAIN = "say what a row before them says"
+KEPT_FROM = 8 * 2**20  # bytes of a source from which on a solver's sequences are kept on disk
 
 
 @dataclass(frozen=True)
@@ -81,14 +101,33 @@ class Prompt:
     row: dict = field(default_factory=dict)
 
 
-def encode(tokenizer: Tokenizer, instruction: str, output: str, sampled: bool = False) -> Sequence:
+def encode(
+    tokenizer: Tokenizer, instruction: Question, output: Question, sampled: bool = False
+) -> Sequence:
     """Prompt and response as ids: BOS, the instruction, the output, EOS.
 
-    sampled: whether the output may be a model's, which need not be a whole answer.
+    An output that is messages ends where the last of its assistant's turns does; between these are
+    others' tokens, which are no part of the response. sampled: whether the output may be a model's,
+    which need not be a whole answer.
     """
-    prompt = tokenizer.prompt_ids(instruction)
-    response = tokenizer.response_ids(output, sampled)
-    return Sequence(array("i", prompt + response), len(prompt))  # a list takes nine times as much
+    if isinstance(output, str):
+        prompt = tokenizer.prompt_ids(instruction)
+        response = tokenizer.response_ids(output, sampled)
+        return Sequence(
+            array("i", prompt + response), len(prompt)
+        )  # a list takes nine times as much
+    ids, turns = tokenizer.whole_conversation(_conversation(instruction, output))
+    spans = [span for turn in turns for span in turn]
+    return Sequence.of_spans(array("i", ids[: spans[-1][1]]), spans)
+
+
+def _conversation(instruction: Question, output: Question) -> Conversation:
+    """What is asked and answered, as one conversation."""
+    messages, answer = (
+        Messages([{"role": role, "content": text}]) if isinstance(text, str) else text
+        for role, text in (("user", instruction), ("assistant", output))
+    )
+    return Conversation(messages + answer, len(messages))
 
 
 def within(
@@ -112,18 +151,116 @@ def within(
 
 
 def solver_sequences(
-    path: str, tokenizer: Tokenizer, max_seq_len: int, must_fit: bool = False
-) -> tuple[list[Sequence], list[str]]:
-    """Training sequences of a solver file, one of each accepted output; and notes."""
-    rows = read_solver_rows(path)
-    pairs = [(row["instruction"], output) for row in rows for output in row["outputs"]]
-    sequences = [encode(tokenizer, *pair) for pair in pairs]
-    nothing = tokenizer.response_ids("")
-    is_empty = [[*s.tokens[s.prompt_length :]] == nothing for s in sequences]
-    lengths = [len(s.tokens) for s in sequences]
-    fits, notes = within(lengths, max_seq_len, must_fit, f"rows of {path}")
-    notes += _counted(sum(is_empty), len(pairs), path, "have an answer without a token of its own")
-    return [s for s, fit in zip(sequences, fits) if fit], rows.notes + notes + _again(pairs, path)
+    path: Named,
+    tokenizer: Tokenizer,
+    max_seq_len: int,
+    must_fit: bool = False,
+    mask: LossMask = ANSWERS,
+) -> tuple[Sequences, list[str]]:
+    """Training sequences of a solver's rows, one of each accepted output; and notes.
+
+    mask: which of their tokens are trained on. Those of a large source lie on disk.
+    """
+    sequences, notes, n_empty, n_again = (
+        _in_memory(path, tokenizer, mask)
+        if bytes_of(path) < KEPT_FROM
+        else _kept(path, tokenizer, mask)
+    )
+    fits, too_long = within(lengths_of(sequences)[0], max_seq_len, must_fit, f"rows of {path}")
+    n = len(sequences)
+    more = _counted(n_empty, n, path, "have an answer without a token of its own")
+    more += _counted(n_again, n, path, AGAIN)
+    return chosen(sequences, fits), notes + too_long + more
+
+
+Found = tuple[Sequences, list[str], int, int]  # and notes; how many are empty, how many come again
+
+
+def _in_memory(path: Named, tokenizer: Tokenizer, mask: LossMask) -> Found:
+    source, said, sequences = solver_rows(path), list[str](), list[Sequence]()
+    for place, asked, output in _pairs(source):
+        sequences.append(at(place, trained, tokenizer, asked, output, mask))
+        said.append(_said(asked, output))
+    empty = tokenizer.response_ids("")
+    n_empty = sum(s.response == empty for s in sequences)
+    return sequences, source.notes, n_empty, len(said) - len(set(said))
+
+
+def _kept(path: Named, tokenizer: Tokenizer, mask: LossMask) -> Found:
+    """The sequences of a large source, from disk; made there by all cores if need be."""
+    source, before = solver_rows(path), tokenizer.facts
+    found = kept(
+        kept_folder(held_source(path), tokenizer.reading, repr(mask)),
+        lambda: _pairs(source),
+        _made,
+        partial(_begin, tokenizer, mask),
+        usable_cores(),
+        lambda: source.notes,
+    )
+    tokenizer.forget_facts()  # of this process alone
+    tokenizer.add_facts(before)
+    tokenizer.add_facts(found.facts)
+    return found, found.notes, found.facts.get("empty", (0, ""))[0], found.again
+
+
+def _pairs(source: RowStream) -> Iterator[tuple[str, Question, Question]]:
+    """(place, what is asked, one accepted output) of each of a solver's rows."""
+    for place, row in source:
+        for output in as_list(row["output"]):
+            yield place, row["instruction"], output
+
+
+def _said(*parts: Question) -> str:
+    """What a row says, to be compared."""
+    return json.dumps(parts, sort_keys=True)
+
+
+_making: tuple[Tokenizer, LossMask, list[int]] | None = None  # of a process that makes sequences
+
+
+def _begin(tokenizer: Tokenizer, mask: LossMask) -> None:
+    """Make this process one that makes sequences with these."""
+    global _making
+    _making = tokenizer, mask, tokenizer.response_ids("")
+    tokenizer.forget_facts()
+
+
+def _made(rows: list[tuple[str, Question, Question]]) -> Made:
+    """The sequences of some of `_pairs`."""
+    assert _making is not None
+    tokenizer, mask, empty = _making
+    made, n_empty = Made(), 0
+    for place, asked, output in rows:
+        sequence = at(place, trained, tokenizer, asked, output, mask)
+        made.add(sequence, _said(asked, output))
+        n_empty += sequence.response == empty
+    made.facts = tokenizer.facts | ({"empty": (n_empty, "")} if n_empty else {})
+    tokenizer.forget_facts()
+    return made
+
+
+def trained(
+    tokenizer: Tokenizer, instruction: Question, output: Question, mask: LossMask
+) -> Sequence:
+    """What a solver is trained on: a conversation whole, as its template writes it.
+
+    Of an instruction and an output that are texts `encode`'s ids.
+    """
+    if isinstance(instruction, str) and isinstance(output, str):
+        sequence = encode(tokenizer, instruction, output)
+        ids = list(sequence.tokens)
+        turns = [[(sequence.prompt_length, len(ids))]]
+    else:
+        ids, turns = tokenizer.whole_conversation(_conversation(instruction, output))
+    return Sequence.of_spans(array("i", ids), mask.spans(tokenizer, ids, turns))
+
+
+def at(place: str, work: Callable[..., T], *values: Any) -> T:
+    """What the work gives of some values; a UserError names the place of the row they are from."""
+    try:
+        return work(*values)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -152,7 +289,7 @@ class PairRules:
 
 
 def comparisons(
-    path: str,
+    path: Named,
     tokenizer: Tokenizer,
     max_seq_len: int,
     must_fit: bool = False,
@@ -162,16 +299,17 @@ def comparisons(
     rows, found, keys, equal = read_verifier_rows(path), [], [], 0
     for number, row in enumerate(rows):
         outputs, pairs = rules.pairs(row)
-        sequences = [encode(tokenizer, row["instruction"], text, sampled=True) for text in outputs]
+        place, asked = rows.places[number], row["instruction"]
+        sequences = [at(place, encode, tokenizer, asked, text, True) for text in outputs]
         whole = Comparison(sequences, pairs)
         is_equal = any(sequences[a].tokens == sequences[b].tokens for a, b in pairs)
         if is_equal and rules.must_differ:
             raise UserError(
-                f"{path}: row {number} (from 0): one text is better and worse than itself: such a "
+                f"{rows.places[number]}: one text is better and worse than itself: such a "
                 "pair teaches nothing; take it out"
             )
         equal += is_equal
-        keys.append((row["instruction"], tuple(outputs), tuple(pairs)))
+        keys.append(json.dumps([asked, outputs, pairs], sort_keys=True))
         found.append(whole.limited(rules.most, random.Random(f"{rules.seed}/pairs/{number}")))
     notes = _counted(sum(not c.pairs for c in found), len(rows), path, "have no pair but ties")
     found = [c for c in found if c.pairs]
@@ -196,7 +334,7 @@ class Labelled:
     labels: list[bool]
 
 
-def check_sides(compared: list[Comparison], path: str) -> None:
+def check_sides(compared: list[Comparison], path: Named) -> None:
     """Raise UserError where a response is both better and worse than another: neither good nor bad.
 
     path: the file that the comparisons are of.
@@ -210,7 +348,7 @@ def check_sides(compared: list[Comparison], path: str) -> None:
 
 
 def labelled(
-    path: str,
+    path: Named,
     tokenizer: Tokenizer,
     max_seq_len: int,
     must_fit: bool = False,
@@ -229,8 +367,10 @@ def labelled(
         ], notes
     rows = read_rows(path, *LABELLED)
     found = [
-        Labelled([encode(tokenizer, row["instruction"], row["output"], True)], [row["label"]])
-        for row in rows
+        Labelled(
+            [at(place, encode, tokenizer, row["instruction"], row["output"], True)], [row["label"]]
+        )
+        for place, row in zip(rows.places, rows)
     ]
     fits, notes = within(
         [len(x.responses[0].tokens) for x in found], max_seq_len, must_fit, f"rows of {path}"
@@ -246,14 +386,23 @@ def labelled(
 
 
 def scored_sequences(
-    path: str, tokenizer: Tokenizer, max_seq_len: int
+    path: Named, tokenizer: Tokenizer, max_seq_len: int, one_turn: bool = False
 ) -> tuple[list[Sequence], list[str]]:
     """Given outputs to be scored, a sequence for each row; and notes.
 
-    Raises UserError for one too long.
+    one_turn: whether an output must be one. Raises UserError for several, and for one too long.
     """
-    rows = read_rows(path, {"instruction": TEXT, "output": SAMPLE})
-    sequences = [encode(tokenizer, row["instruction"], row["output"], True) for row in rows]
+    rows = read_rows(path, {"instruction": PROMPT, "output": ANSWER})
+    sequences = [
+        at(place, encode, tokenizer, row["instruction"], row["output"], True)
+        for place, row in zip(rows.places, rows)
+    ]
+    for place, sequence in zip(rows.places, sequences):
+        if one_turn and sequence.spans is not None:
+            raise UserError(
+                f"{place}: its completion has several turns of the assistant, and the last one is "
+                "scored: put those before into the prompt"
+            )
     within([len(s.tokens) for s in sequences], max_seq_len, True, f"rows of {path}")
     return sequences, rows.notes
 
@@ -299,7 +448,7 @@ def step_places(tokenizer: Tokenizer, sequence: Sequence, separator: str) -> lis
 
 
 def graded_rows(
-    path: str,
+    path: Named,
     tokenizer: Tokenizer,
     max_seq_len: int,
     must_fit: bool,
@@ -318,16 +467,17 @@ def graded_rows(
         ("classification", True): ("labels", FLAGS),
     }
     field, kind = kinds[objective, separator is not None]
-    rows = read_rows(path, {"instruction": TEXT, "output": SAMPLE, field: kind})
+    rows = read_rows(path, {"instruction": PROMPT, "output": ANSWER, field: kind})
     found = []
     for number, row in enumerate(rows):
-        sequence = encode(tokenizer, row["instruction"], row["output"], sampled=True)
+        asked, output = row["instruction"], row["output"]
+        sequence = at(rows.places[number], encode, tokenizer, asked, output, True)
         places, grades = [len(sequence.tokens) - 1], [row[field]]
         if separator is not None:
             places, grades = step_places(tokenizer, sequence, separator), row[field]
             if len(grades) != len(places):
                 raise UserError(
-                    f"{path}: row {number} (from 0): has {len(grades)} {field} for {len(places)} "
+                    f"{rows.places[number]}: has {len(grades)} {field} for {len(places)} "
                     f"steps, which --step_separator {separator!r} ends; give one for each"
                 )
         found.append(Graded(sequence, places, [float(grade) for grade in grades]))
@@ -358,7 +508,7 @@ class TopK:
 
 
 def top_k_rows(
-    path: str, tokenizer: Tokenizer, max_seq_len: int, must_fit: bool = False
+    path: Named, tokenizer: Tokenizer, max_seq_len: int, must_fit: bool = False
 ) -> tuple[TopK, list[str]]:
     """What solver_score.py --top_k_logprobs wrote, where it fits; and notes.
 
@@ -366,7 +516,7 @@ def top_k_rows(
     """
     rows = read_rows(path, *TOP_K)
     for number, row in enumerate(rows):
-        where, n = f"{path}: row {number} (from 0)", len(row["tokens"])
+        where, n = rows.places[number], len(row["tokens"])
         if row["vocabulary"] != tokenizer.vocabulary:
             raise UserError(
                 f"{where}: was written with another vocabulary than {tokenizer.path}'s: ids would "
@@ -401,11 +551,13 @@ def top_k_rows(
 
 
 def prompt_sequences(
-    path: str, tokenizer: Tokenizer, max_seq_len: int
+    path: Named, tokenizer: Tokenizer, max_seq_len: int
 ) -> tuple[list[Sequence], list[str]]:
     """Prompts without a response, where there is room for one; and notes."""
     rows = read_prompt_rows(path)
-    prompts = [tokenizer.prompt_ids(row["instruction"]) for row in rows]
+    prompts = [
+        at(place, tokenizer.prompt_ids, row["instruction"]) for place, row in zip(rows.places, rows)
+    ]
     what = f"prompts of {path}, with one token more,"
     fits, notes = within([len(p) + 1 for p in prompts], max_seq_len, False, what)
     found = [Sequence(array("i", p), len(p)) for p, fit in zip(prompts, fits) if fit]
@@ -416,7 +568,11 @@ WRONG = ": they count as wrong"  # what becomes of a question without room for a
 
 
 def prompts_of(
-    instructions: list[str], tokenizer: Tokenizer, max_seq_len: int, path: str, fate: str
+    instructions: Collection[Question],
+    tokenizer: Tokenizer,
+    max_seq_len: int,
+    path: Named,
+    fate: str,
 ) -> tuple[list[list[int]], list[str]]:
     """Every instruction's ids, and a note that counts those without room for an answer.
 
@@ -444,7 +600,7 @@ def gold_of(rule: "Task | None", row: dict, where: str) -> str:
 
 
 def ppo_prompts(
-    path: str,
+    path: Named,
     tokenizer: Tokenizer,
     rule: "Task | None",
     max_seq_len: int,
@@ -458,18 +614,19 @@ def ppo_prompts(
     keys = [json.dumps(row, sort_keys=True) for row in rows]
     prompts = []
     for number, row in enumerate(rows):
-        gold = gold_of(rule, row, f"{path}: row {number} (from 0)")
-        prompts.append(Prompt(tokenizer.prompt_ids(row["instruction"]), gold, row))
+        gold = gold_of(rule, row, rows.places[number])
+        tokens = at(rows.places[number], tokenizer.prompt_ids, row["instruction"])
+        prompts.append(Prompt(tokens, gold, row))
     lengths = [len(p.tokens) + 1 for p in prompts]
     what = f"prompts of {path}, with one token more,"
     fits, notes = within(lengths, max_seq_len, False, what)
     return [p for p, fit in zip(prompts, fits) if fit], rows.notes + notes + _again(keys, path)
 
 
-def _again(keys: Collection[Hashable], path: str) -> list[str]:
+def _again(keys: Collection[Hashable], path: Named) -> list[str]:
     """A note of the rows that say what another has said before."""
-    return _counted(len(keys) - len(set(keys)), len(keys), path, "say what a row before them says")
+    return _counted(len(keys) - len(set(keys)), len(keys), path, AGAIN)
 
 
-def _counted(n: int, rows: int, path: str, what: str) -> list[str]:
+def _counted(n: int, rows: int, path: Named, what: str) -> list[str]:
     return [f"{n} of {rows} rows of {path} {what}"] if n else []

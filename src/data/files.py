@@ -1,22 +1,34 @@
 """A data file's elements, one after the other, each with its place for messages.
 
-A `.json` is a list of objects, a `.jsonl` has one object per line. What is wrong with one element
-comes in its place, so that a reader can name several; what is wrong with a whole file is raised.
-A `.jsonl` is read line by line, in as much memory as its longest line takes.
+A `.json` is a list of objects, a `.jsonl` has one object per line; a `.csv` or `.tsv` has a header
+and one object per row; `.parquet` and `.arrow` are tables. Each may be compressed (`.gz`, `.zst`).
+What is wrong with one element comes in its place, so that a reader can name several; what is wrong
+with a whole file is raised. But for a `.json`, which is decoded as one text, memory holds one line
+or a few rows at a time.
 """
 
+import codecs
+import csv
 import difflib
 import json
 import re
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from functools import partial
+from io import BufferedReader
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, NoReturn, cast
 
+from src import storage
 from src.errors import UserError
 
-LONGEST_LINE = 64 * 2**20  # bytes of a .jsonl's line: one longer is hardly meant
+LONGEST_LINE = 64 * 2**20  # bytes of a line of text: one longer is hardly meant
+LONGEST_CELL = 16 * 2**20  # characters of a cell of a .csv
+DECOMPRESSED_AT_ONCE = 2**20  # bytes
 
 
 @dataclass(frozen=True)
@@ -29,25 +41,104 @@ class Broken:
         return self.problem
 
 
+class Cells(dict[str, str]):
+    """A row of a `.csv`, all texts: a reader knows which of them spell other values."""
+
+
 Element = tuple[str, Any]  # its place, FILE:LINE, and what stands there, perhaps `Broken`
 
 
 def elements(path: str | Path) -> Iterator[Element]:
     """(place, value) of each element of a data file, `Broken` in the place of what is none.
 
-    Raises UserError where the file cannot be read, is empty or is no text.
+    Values are JSON's, but for a row of a `.csv`, which is `Cells`. Raises UserError where the file
+    cannot be read, is empty, damaged, or of no known format.
     """
-    read = _FORMATS.get(Path(path).suffix)
-    if read is None:
+    form = format_of(path)
+    if form is None:
         raise UserError(
-            f"{path}: a data file must end in .json (a list of objects) or .jsonl "
-            f"(one object per line), not {Path(path).suffix or 'nothing'!r}"
+            f"{path}: a data file must end in .json (a list of objects), .jsonl "
+            f"(one object per line), {', '.join([*_FORMATS][2:])}, or one of these with "
+            f"{' or '.join(_CODECS)} behind it, not {Path(path).suffix or 'nothing'!r}"
         )
+    with _read(path, must_seek=form in _TABLES) as file:
+        yield from _FORMATS[form](path, file)
+
+
+def text_blocks(path: str | Path, size: int = 2**18) -> Iterator[str]:
+    """A text, `size` bytes of it at a time. Raises UserError where it is none."""
+    line, rest = 1, b""  # the beginning of a character whose end is in the next block
+    with _read(path, must_seek=False) as file:
+        data = file.read(size + len(codecs.BOM_UTF8)).removeprefix(codecs.BOM_UTF8)
+        while data:
+            after = file.read(size)
+            whole = rest + data
+            end = len(whole) if not after else _characters_end(whole)
+            head = codecs.BOM_UTF8 if line == 1 else b""  # which is taken off a first line, once
+            text = _text(path, head + whole[:end], line)
+            yield text
+            line, rest, data = line + text.count("\n"), whole[end:], after
+
+
+def _characters_end(data: bytes) -> int:
+    """Where the last whole character of UTF-8 ends, before one that goes on after the data."""
+    for back in range(1, min(3, len(data)) + 1):
+        byte = data[-back]
+        if byte >= 0xC0:  # a character of several bytes begins
+            length = 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
+            return len(data) - back if length > back else len(data)
+        if byte < 0x80:
+            break
+    return len(data)
+
+
+def is_text(path: str | Path) -> bool:
+    """Whether a file is plain text by its name, and not rows."""
+    return PurePosixPath(_uncompressed(path)).suffix == ".txt"
+
+
+@contextmanager
+def _read(path: str | Path, must_seek: bool) -> Iterator[BinaryIO]:
+    """As `_opened`; raises UserError for what goes wrong meanwhile."""
     try:
-        with open(path, "rb") as file:
-            yield from read(path, file)
+        with _opened(path, must_seek) as file:
+            yield file
     except OSError as error:
+        if error.strerror is None:  # a decompressor's
+            raise UserError(f"{path}: is damaged: {error}") from error
         raise UserError(f"{path}: cannot be read: {error.strerror}{_nearest_file(path)}") from error
+
+
+def format_of(path: str | Path) -> str | None:
+    """The suffix that says how a data file is to be read, without a compression's; None: none."""
+    suffix = PurePosixPath(_uncompressed(path)).suffix
+    return suffix if suffix in _FORMATS else None
+
+
+def _uncompressed(path: str | Path) -> str:
+    name = storage.name_of(path)
+    return next((name.removesuffix(end) for end in _CODECS if name.endswith(end)), name)
+
+
+@contextmanager
+def _opened(path: str | Path, must_seek: bool) -> Iterator[BinaryIO]:
+    """A file's bytes, decompressed; must_seek: from any place, which takes a file beside."""
+    with storage.opened(path) as file:
+        codec = _CODECS.get(PurePosixPath(storage.name_of(path)).suffix)
+        if codec is None:
+            yield file
+            return
+        from pyarrow import CompressedInputStream, PythonFile
+
+        stream = CompressedInputStream(PythonFile(file, "r"), codec)
+        decompressed = cast(BinaryIO, BufferedReader(stream, DECOMPRESSED_AT_ONCE))
+        if not must_seek:
+            yield decompressed
+            return
+        with tempfile.TemporaryFile() as whole:
+            shutil.copyfileobj(decompressed, whole, DECOMPRESSED_AT_ONCE)
+            whole.seek(0)
+            yield cast(BinaryIO, whole)
 
 
 def _nearest_file(path: str | Path) -> str:
@@ -215,7 +306,65 @@ def _decode(text: str, start: int, line: int) -> tuple[Any, int]:
         raise _NotJson(line, f"not usable: {error}") from None
 
 
+# ---- tables --------------------------------------------------------------------------------------
+
+
+def _cell_elements(delimiter: str, path: str | Path, file: BinaryIO) -> Iterator[Element]:
+    """Of each row below the header, as RFC 4180 has them: quotes around what holds a delimiter."""
+    csv.field_size_limit(LONGEST_CELL)
+    lines = (f"{text}\n" for _, text in _lines(path, file))
+    rows = csv.reader(lines, delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    while True:
+        where = f"{path}:{rows.line_num + 1}"
+        try:
+            cells = next(rows)
+        except StopIteration:
+            break
+        except csv.Error as error:
+            yield where, Broken(f"not CSV: {error}")
+            continue
+        if not cells:
+            continue
+        if header is None:
+            header = cells
+            _check_header(where, header)
+        elif len(cells) == len(header):
+            yield where, Cells(zip(header, cells))
+        else:
+            yield where, Broken(f"has {len(cells)} cells, and the header {len(header)}")
+    if header is None:
+        raise _empty(path)
+
+
+def _check_header(where: str, header: list[str]) -> None:
+    for name, count in Counter(header).items():
+        if not name.strip() or count > 1:
+            what = f"{json.dumps(name[:40])} comes {count} times" if name.strip() else "a blank one"
+            raise UserError(
+                f"{where}: the first row must have a name for each column, each once; found {what}"
+            )
+
+
+def _table_elements(form: str, path: str | Path, file: BinaryIO) -> Iterator[Element]:
+    """Of each row of a Parquet or an Arrow file."""
+    from src.data import tables  # pyarrow is only needed for these
+
+    if not file.read(1):
+        raise _empty(path)
+    file.seek(0)
+    rows = tables.parquet_rows if form == ".parquet" else tables.arrow_rows
+    for number, row in enumerate(rows(path, file)):
+        value = Broken(str(row)) if isinstance(row, tables.Unusable) else row
+        yield f"{path}: row {number} (from 0)", value
+
+
+_TABLES = (".parquet", ".arrow")
 _FORMATS: dict[str, Callable[[str | Path, BinaryIO], Iterator[Element]]] = {
     ".json": _array_elements,
     ".jsonl": _line_elements,
+    ".csv": partial(_cell_elements, ","),
+    ".tsv": partial(_cell_elements, "\t"),
+    **{form: partial(_table_elements, form) for form in _TABLES},
 }
+_CODECS = {".gz": "gzip", ".zst": "zstd"}

@@ -9,14 +9,16 @@ change what is asked.
 import json
 import math
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from src.data.files import Broken, elements
+from src.data.files import Broken, Cells
+from src.data.mapping import LeftOut
+from src.data.messages import UNUSABLE, Messages, Question, put_in_form
+from src.data.sources import Named, elements_of
 from src.errors import UserError
 
 _SHOWN_PROBLEMS, _SHOWN_FIELDS = 5, 8
@@ -32,7 +34,6 @@ OF_THE_PROMPT = {
     *("tools", "functions", "image", "images", "video", "videos", "audio", "audios"),
 }
 OF_THE_ANSWER = {"completion", "response"}
-_UNUSABLE = re.compile("[\0\ud800-\udfff]")  # what no tokenizer and no UTF-8 file can hold
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Kind:
 
 
 def _is_string(value: Any) -> bool:
-    return isinstance(value, str) and not _UNUSABLE.search(value)
+    return isinstance(value, str) and not UNUSABLE.search(value)
 
 
 def _is_text(value: Any) -> bool:
@@ -59,10 +60,13 @@ def _is_number(value: Any) -> bool:
 # What a model wrote: bytes are tokens, too, and NUL is one of them.
 SAMPLE = Kind("a string", '"..."', lambda v: isinstance(v, str) and _is_string(v.replace("\0", "")))
 TEXT = Kind("a non-blank string", '"..."', _is_text)
+# What is asked, and what is answered: texts, or messages of a conversation.
+PROMPT = Kind(TEXT.words, TEXT.example, lambda v: _is_text(v) or isinstance(v, Messages))
+ANSWER = Kind(SAMPLE.words, SAMPLE.example, lambda v: isinstance(v, Messages) or SAMPLE.accepts(v))
 TEXTS = Kind(
     "a non-blank string or a list of them",
     '"..." or ["...", "..."]',
-    lambda v: _is_text(v) or isinstance(v, list) and bool(v) and all(map(_is_text, v)),
+    lambda v: PROMPT.accepts(v) or isinstance(v, list) and bool(v) and all(map(PROMPT.accepts, v)),
 )
 LABEL = Kind(
     "a non-blank string or a finite number", '"..." or 1', lambda v: _is_text(v) or _is_number(v)
@@ -78,7 +82,7 @@ FLAGS = Kind(
 RANKED = Kind(
     "a list of two or more non-blank strings",
     '["best", "...", "worst"]',
-    lambda v: isinstance(v, list) and len(v) > 1 and all(map(_is_text, v)),
+    lambda v: isinstance(v, list) and len(v) > 1 and all(map(PROMPT.accepts, v)),
 )
 NUMBERS = Kind(
     "a list of finite numbers", "[2, 1]", lambda v: isinstance(v, list) and all(map(_is_number, v))
@@ -108,36 +112,47 @@ TOP_K: Form = (
     {"logprobs": NUMBERS, "sum": NUMBER},
 )
 # The forms that comparisons may have; the first row says which its file has.
-TWO_SIDES: Form = {INSTRUCTION: TEXT, "chosen": TEXTS, "rejected": TEXTS}, {}
-RANKING: Form = {INSTRUCTION: TEXT, "ranked": RANKED}, {"scores": NUMBERS}
-LABELLED: Form = {INSTRUCTION: TEXT, "output": SAMPLE, "label": FLAG}, {}
+TWO_SIDES: Form = {INSTRUCTION: PROMPT, "chosen": TEXTS, "rejected": TEXTS}, {}
+RANKING: Form = {INSTRUCTION: PROMPT, "ranked": RANKED}, {"scores": NUMBERS}
+LABELLED: Form = {INSTRUCTION: PROMPT, "output": ANSWER, "label": FLAG}, {}
 
 
 class Rows(list[dict]):
-    """A file's rows. notes: what its user should know of them, a sentence each."""
+    """The rows of a file, or of several.
 
-    def __init__(self, rows: list[dict], notes: list[str]) -> None:
+    notes: what their user should know of them, a sentence each; places: where each stands,
+    FILE:LINE.
+    """
+
+    def __init__(self, rows: list[dict], notes: list[str], places: list[str]) -> None:
         super().__init__(rows)
-        self.notes = notes
+        self.notes, self.places = notes, places
 
 
-def read_solver_rows(path: str | Path) -> Rows:
-    """Rows `{"instruction", "output", "label"?}`; adds `outputs`, the accepted ones as a list."""
-    rows = read_rows(path, {INSTRUCTION: TEXT, "output": TEXTS}, {"label": LABEL})
-    for row in rows:
-        row["outputs"] = as_list(row["output"])
-    return rows
+def solver_rows(path: Named) -> "RowStream":
+    """Rows `{"instruction", "output", "label"?}`, or conversations, one by one.
+
+    Of a conversation all from its first answer on is an output.
+    """
+    return RowStream(path, {INSTRUCTION: PROMPT, "output": TEXTS}, {"label": LABEL}, whole=True)
 
 
-def read_prompt_rows(path: str | Path, unread: Collection[str] | None = ANSWERS) -> Rows:
+def read_solver_rows(path: Named) -> Rows:
+    """`solver_rows`, all of them; adds `outputs`, the accepted ones as a list."""
+    stream = solver_rows(path)
+    found = [(place, row | {"outputs": as_list(row["output"])}) for place, row in stream]
+    return Rows([row for _, row in found], stream.notes, [place for place, _ in found])
+
+
+def read_prompt_rows(path: Named, unread: Collection[str] | None = ANSWERS) -> Rows:
     """Rows `{"instruction", "output"?, "label"?}`: a prompt, and perhaps what it should lead to.
 
     unread: as `read_rows` has it.
     """
-    return read_rows(path, {INSTRUCTION: TEXT}, {"output": TEXTS, "label": LABEL}, unread)
+    return read_rows(path, {INSTRUCTION: PROMPT}, {"output": TEXTS, "label": LABEL}, unread)
 
 
-def read_verifier_rows(path: str | Path) -> Rows:
+def read_verifier_rows(path: Named) -> Rows:
     """Rows `{"instruction", "chosen", "rejected"}`, or `{"instruction", "ranked", "scores"?}`.
 
     A file has one form. Both sides come back as non-empty lists; scores go with the ranked outputs
@@ -151,13 +166,13 @@ def read_verifier_rows(path: str | Path) -> Rows:
             n = len(row["ranked"])
             if len(scores) != n or scores != sorted(scores, reverse=True):
                 raise UserError(
-                    f"{path}: row {number} (from 0): scores are {str(scores)[:60]} for {n} ranked "
+                    f"{rows.places[number]}: scores are {str(scores)[:60]} for {n} ranked "
                     "outputs; give one for each, none higher than the one before it"
                 )
     return rows
 
 
-def read_form(path: str | Path, forms: dict[str, Form]) -> Rows:
+def read_form(path: Named, forms: dict[str, Form]) -> Rows:
     """Rows of one of several forms, told by a field of the first row; else the last form.
 
     forms: from such a field to the form.
@@ -165,9 +180,10 @@ def read_form(path: str | Path, forms: dict[str, Form]) -> Rows:
     return read_rows(path, *forms[form_of(path, tuple(forms))])
 
 
-def form_of(path: str | Path, fields: tuple[str, ...]) -> str:
+def form_of(path: Named, fields: tuple[str, ...]) -> str:
     """The first of the fields that the file's first row has, or the last of them."""
-    first = next((value for _, value in elements(path)), None)
+    values = (value for _, value in elements_of(path))
+    first = next((value for value in values if not isinstance(value, LeftOut)), None)
     names = first if isinstance(first, dict) else {}
     return next((field for field in fields if field in names), fields[-1])
 
@@ -184,62 +200,104 @@ def is_truncated(sample: dict) -> bool | None:
     return None if reason is None else reason == "length"
 
 
-def as_list(value: str | list[str]) -> list[str]:
-    """A string as a list of one; a list as it is."""
-    return value if isinstance(value, list) else [value]
+def as_list(value: Question | list[Question]) -> list[Question]:
+    """A text or a conversation as a list of one; a list of such as it is."""
+    return [value] if isinstance(value, (str, Messages)) else value
 
 
 def read_rows(
-    path: str | Path,
+    path: Named,
     required: dict[str, Kind],
     optional: dict[str, Kind] | None = None,
     unread: Collection[str] | None = (),
+    whole: bool = False,
 ) -> Rows:
-    """All rows of `path`, each with every `required` field, and each field of its kind.
+    """All rows of `path`, as `RowStream` reads them."""
+    stream = RowStream(path, required, optional, unread, whole)
+    found = list(stream)
+    return Rows([row for _, row in found], stream.notes, [place for place, _ in found])
 
-    An `optional` field may be missing, or say nothing as null does. unread: others that a row may
-    well have; None: all may be read by somebody. A row's instruction may also be called as in
-    `OTHER_NAMES`, and gets our name. Raises `UserError`, with the first few problems and their
-    count.
+
+class RowStream:
+    """The rows of a source, one by one: each with every required field, each field of its kind.
+
+    To iterate gives (place, row). Once all are read `notes` says what their user should know.
     """
-    optional = optional or {}
-    rows, problems = [], []
-    for where, value in elements(path):
-        rows.append(value)
-        problems += [f"{where}: {problem}" for problem in _row_problems(value, required, optional)]
-    if problems:
+
+    def __init__(
+        self,
+        path: Named,
+        required: dict[str, Kind],
+        optional: dict[str, Kind] | None = None,
+        unread: Collection[str] | None = (),
+        whole: bool = False,
+    ) -> None:
+        """path: whatever src/data/sources.py takes.
+
+        An `optional` field may be missing, or say nothing as null does. unread: others that a row
+        may well have; None: all may be read by somebody. A row's instruction may also be called as
+        in `OTHER_NAMES`, and gets our name; a conversation gets our form (src/data/messages.py;
+        whole: all of its answers are an output).
+        """
+        self.path, self.required, self.fields = path, required, {**required, **(optional or {})}
+        self.optional, self.whole = optional or {}, whole
+        self.known = None if unread is None else {*self.fields, *unread}
+        if self.known is not None and INSTRUCTION in self.known:
+            self.known |= {*OTHER_NAMES}
+        self.notes = list[str]()
+
+    def __iter__(self) -> Iterator[tuple[str, dict]]:
+        """Raises `UserError` behind the last row, with the first few problems and their count.
+
+        Rows behind the first problem are read, and not given.
+        """
+        problems, unused = list[str](), Counter[str]()
+        rows = with_unused = left_out = 0
+        for where, value in elements_of(self.path):
+            if isinstance(value, LeftOut):
+                left_out += 1
+                continue
+            if isinstance(value, Cells):
+                value = _spelled(value, self.fields)
+            rows += 1
+            found, made_of = _in_form(value, self.required, self.fields, self.whole)
+            found += _row_problems(value, self.required, self.optional, made_of)
+            problems += [f"{where}: {problem}" for problem in found]
+            if problems:
+                continue
+            if self.known is not None:
+                others = value.keys() - self.known - made_of
+                others = [n for n in value if n in others and not _is_empty(value[n])]
+                unused.update(others)
+                with_unused += bool(others)
+            yield where, value
+        if problems or not rows:
+            raise self._wrong(problems, left_out)
+        self.notes = _unused(self.path, unused, with_unused, rows)
+        self.notes += [f"{self.path}: --map leaves out {left_out} rows"] * bool(left_out)
+
+    def _wrong(self, problems: list[str], left_out: int) -> UserError:
+        example = _example(self.required, self.optional)
+        if not problems:
+            which = "no rows that --map keeps" if left_out else "no rows"
+            return UserError(f"{self.path}: holds {which}; it needs at least one like {example}")
         lines = "\n".join(f"  {problem}" for problem in problems[:_SHOWN_PROBLEMS])
         hidden = len(problems) - _SHOWN_PROBLEMS
         more = f"\n  ... and {hidden} more" if hidden > 0 else ""
-        raise UserError(
-            f"{path}: {len(problems)} problem{'s' * (len(problems) > 1)}:\n{lines}{more}\n"
-            f"A row looks like {_example(required, optional)}"
+        return UserError(
+            f"{self.path}: {len(problems)} problem{'s' * (len(problems) > 1)}:\n{lines}{more}\n"
+            f"A row looks like {example}"
         )
-    if not rows:
-        raise UserError(
-            f"{path}: holds no rows; it needs at least one like {_example(required, optional)}"
-        )
-    known = None if unread is None else {*required, *optional, *unread}
-    return Rows(rows, _unused(path, rows, known))
 
 
-def _unused(path: str | Path, rows: list[dict], known: set[str] | None) -> list[str]:
-    """A sentence that names the fields that are not known, [] when there are none."""
-    if known is None:
+def _unused(path: Named, unused: Counter[str], with_unused: int, rows: int) -> list[str]:
+    """A sentence that names fields that nobody reads, [] when there are none."""
+    if not unused:
         return []
-    if INSTRUCTION in known:
-        known |= {*OTHER_NAMES}
-    unused = [
-        [name for name in row if name not in known and not _is_empty(row[name])] for row in rows
-    ]
-    counts = Counter(name for names in unused for name in names)
-    if not counts:
-        return []
-    names = [_shown(name) for name, _ in counts.most_common(_SHOWN_FIELDS)]
-    names += ["..."] * (len(counts) > len(names))
-    number = f"{len(counts)} fields are" if len(counts) > 1 else "1 field is"
-    share = f"{sum(map(bool, unused))} of {len(rows)} rows"
-    return [f"{path}: {number} not used: {', '.join(names)} (in {share})"]
+    names = [_shown(name) for name, _ in unused.most_common(_SHOWN_FIELDS)]
+    names += ["..."] * (len(unused) > len(names))
+    number = f"{len(unused)} fields are" if len(unused) > 1 else "1 field is"
+    return [f"{path}: {number} not used: {', '.join(names)} (in {with_unused} of {rows} rows)"]
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -286,9 +344,53 @@ def _write_text(path: str | Path, text: str) -> None:
 # ---- elements to rows ----------------------------------------------------------------------------
 
 
+def _spelled(cells: Cells, fields: dict[str, Kind]) -> dict[str, Any]:
+    """A row of texts as one of JSON.
+
+    An empty cell is null. A cell that spells messages in JSON is these messages; another that its
+    field does not take as it stands, and takes as what it spells, is that.
+    """
+
+    def value(text: str, kind: Kind | None) -> Any:
+        is_taken = kind is None or kind.accepts(text)
+        if text == "":
+            return text if kind is not None and is_taken else None
+        if is_taken and not text.startswith("["):
+            return text
+        try:
+            meant = json.loads(_OF_PYTHON.get(text, text))
+        except (ValueError, RecursionError):
+            return text
+        asked_for = kind is not None and not is_taken and kind.accepts(meant)
+        return meant if asked_for or _are_messages(meant) else text
+
+    return {name: value(text, fields.get(name)) for name, text in cells.items()}
+
+
+_OF_PYTHON = {"True": "true", "False": "false"}  # how pandas writes them
+
+
+def _are_messages(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(x, dict) and x.keys() & {"role", "from"} for x in value)
+    )
+
+
+def _in_form(
+    value: Any, required: Collection[str], fields: Collection[str], whole: bool
+) -> tuple[list[str], set[str]]:
+    """What is wrong with a row's conversation, and the fields that it was read from."""
+    if not isinstance(value, dict) or INSTRUCTION not in fields:
+        return [], set()
+    return put_in_form(value, required, fields, whole)
+
+
 def _row_problems(
-    value: Any, required: dict[str, Kind], optional: dict[str, Kind]
+    value: Any, required: dict[str, Kind], optional: dict[str, Kind], used: Collection[str]
 ) -> Iterator[str]:
+    """What is wrong with a row. used: fields from which others were made."""
     if isinstance(value, Broken):
         yield str(value)
     elif not isinstance(value, dict):
@@ -297,7 +399,7 @@ def _row_problems(
         fields = {**required, **optional}
         if INSTRUCTION in fields:
             yield from _other_name_problems(value)
-            yield from _left_out(value, required, fields)
+            yield from _left_out(value, required, {*fields, *used})
         for field, kind in fields.items():
             if field in optional and _is_empty(value.get(field)):
                 continue
@@ -325,7 +427,7 @@ def _other_name_problems(row: dict) -> Iterator[str]:
             )
 
 
-def _left_out(row: dict, required: dict[str, Kind], fields: dict[str, Kind]) -> Iterator[str]:
+def _left_out(row: dict, required: dict[str, Kind], fields: Collection[str]) -> Iterator[str]:
     """What belongs to the prompt, or to an answer that is learned, and is not read."""
     for name, value in row.items():
         if name.lower() in OF_THE_PROMPT:
@@ -370,7 +472,7 @@ def _describe(value: Any) -> str:
             return json.dumps(value)
         case int() | float():
             return f"the number {value}" if abs(value) < 1e15 else "a huge number"
-        case str() if _UNUSABLE.search(value):
+        case str() if UNUSABLE.search(value):
             return "a string with a NUL or an unpaired surrogate"
         case str():
             return f"the string {json.dumps(value[:40])}" if value.strip() else "a blank string"

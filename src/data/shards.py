@@ -11,7 +11,6 @@ model's family puts around a text. The index is written last: without it a folde
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 
 from src.checkpoint.files import read_json
 from src.checkpoint.manifest import digest, problems
+from src.data.sources import parts_of
 from src.errors import UserError
 
 INDEX, VERSION = "index.json", 1
@@ -201,36 +201,10 @@ class Shards:
                 )
 
 
-def blend_of(text: str) -> list[tuple[str, Fraction | None]]:
-    """(folder, weight) of each part of `a:0.7,b:0.3`; None for all weights of `a,b`.
-
-    Raises UserError for weights that are no positive numbers, or that some folders lack.
-    """
-    parts: list[tuple[str, Fraction | None]] = []
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        folder, colon, weight = part.rpartition(":")
-        try:
-            parts.append((folder, Fraction(weight)) if colon else (part, None))
-        except (ValueError, ZeroDivisionError):
-            parts.append((part, None))  # a colon of the path's own
-    weights = [weight for _, weight in parts]
-    if not parts or (None in weights and set(weights) != {None}):
-        raise UserError(
-            f"{text!r}: give folders of shards with commas between, and after all or none of them "
-            "a colon and the weight, as a:0.7,b:0.3"
-        )
-    wrong = [folder for folder, weight in parts if weight is not None and weight <= 0]
-    if wrong:
-        raise UserError(f"{text!r}: the weight of {wrong[0]} must be above 0")
-    return parts
-
-
-def is_blend(text: str) -> bool:
-    """Whether a text names folders, with weights or without, and not a file."""
-    try:
-        return all(Path(folder).is_dir() for folder, _ in blend_of(text))
-    except UserError:
-        return False
+def are_shards(text: str) -> bool:
+    """Whether what a text names, as `parts_of` reads it, are folders of shards, and not of rows."""
+    folders = [Path(part.location) for part in parts_of(text)]
+    return any(any(folder.glob("tokens-*.bin")) for folder in folders if folder.is_dir())
 
 
 def _check_index(path: Path, index: dict[str, Any]) -> None:

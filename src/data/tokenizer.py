@@ -11,6 +11,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -22,6 +23,7 @@ from tokenizers import Tokenizer as RustTokenizer
 
 from src.checkpoint.folder import find_tokenizer
 from src.data.chat import DEFAULT_DATE, Chat, Counted, find_chat, has_template
+from src.data.messages import Conversation, Message, Messages, Question
 from src.data.pieces import begin_text_once
 from src.data.ranks import put_before
 from src.data.tokenizer_files import (
@@ -30,6 +32,7 @@ from src.data.tokenizer_files import (
     is_foreign_verifier,
     stop_ids_in,
 )
+from src.data.turns import Span, assistant_spans, tokens_of
 from src.errors import UserError
 
 # Put inside a control token that a text spells out, so that it is text: two that are no characters
@@ -84,6 +87,7 @@ class Tokenizer:
         template writes, YYYY-MM-DD.
         """
         self.path = path
+        self._made_of = path, folder, use_chat_template, family, special_tokens, chat_date
         folders = list(dict.fromkeys((path.parent, folder or path.parent)))
         self.config = config = TokenizerConfig.read(path.parent)
         vocabulary = Vocabulary.read(path, config)
@@ -130,6 +134,10 @@ class Tokenizer:
             begin_text_once(self._rust, doubles=True)
         if chat is not None and use_chat_template:
             self._start_chat(chat)
+
+    def __reduce__(self) -> tuple:
+        """As it was made, for another process; its counts begin anew there."""
+        return _made_again, (type(self), self._made_of, self._limit)
 
     # --- what begins and ends a text ----------------------------------------------------------
 
@@ -258,11 +266,13 @@ class Tokenizer:
 
     # --- ids ------------------------------------------------------------------------------------
 
-    def prompt_ids(self, text: str) -> list[int]:
-        """What the model reads before it answers `text`.
+    def prompt_ids(self, text: Question) -> list[int]:
+        """What the model reads before it answers `text`, or the last message of a conversation.
 
         With a chat template BOS is there if the template writes it.
         """
+        if not isinstance(text, str):
+            return self.conversation_ids(text)
         text = self._spelling(text)
         if self.chat:
             return self._embedded(self._encode(self.chat.prompt(text)), text)
@@ -276,16 +286,53 @@ class Tokenizer:
             )
         return ids
 
-    def conversation_ids(self, messages: list[dict[str, str]]) -> list[int]:
-        """What the model reads before it answers the last of {"role", "content"}, by its template.
+    def conversation_ids(self, messages: list[Message]) -> list[int]:
+        """What the model reads before it answers the last of the messages, by its template.
 
         Raises UserError without a chat template.
         """
+        conversation = messages if isinstance(messages, Messages) else Messages(messages)
+        text = self._chat_for_conversations.prompt(self._all_spelled(conversation))
+        return self._embedded(self._encode(text), str(messages[-1].get("content")))
+
+    def whole_conversation(self, conversation: Conversation) -> tuple[list[int], list[list[Span]]]:
+        """The ids of a whole conversation, and which of them each trained turn of it is.
+
+        The ids are those of the template's text, as transformers has them; a turn is [start, stop)
+        of ids, or several such: every token that has a character of it. Where the template ends the
+        last turn with no token, EOS does. Raises UserError without a chat template, or where a turn
+        cannot be found.
+        """
+        chat = self._chat_for_conversations
+        spelled = replace(conversation, messages=self._all_spelled(conversation.messages))
+        text, turns = chat.bounded(
+            lambda: assistant_spans(chat, spelled, self._any_added, self._ending)
+        )
+        encoding = self._encoded(self._marked if _MARK in text else self._rust, text)
+        ids, offsets = self._embedded(encoding.ids, text), encoding.offsets
+        if turns and turns[-1][-1][1] > len(text):
+            ids, offsets = [*ids, self.eos_id], [*offsets, (len(text), len(text) + 1)]
+        return ids, [[tokens_of(offsets, span) for span in turn] for turn in turns]
+
+    @property
+    def _chat_for_conversations(self) -> Chat:
         if self.chat is None:
-            raise UserError(f"{self.path}: conversations need a chat template")
-        texts = [self._spelling(message["content"]) for message in messages]
-        turns = [message | {"content": text} for message, text in zip(messages, texts)]
-        return self._embedded(self._encode(self.chat.prompt(turns)), " ".join(texts))
+            raise UserError(
+                f"{self.path}: conversations are written by a chat template: give "
+                "--use_chat_template"
+            )
+        return self.chat
+
+    def _all_spelled(self, value: Any) -> Any:
+        """Every text within, as `_spelling` has it."""
+        if isinstance(value, Messages):
+            messages, tools = ([*map(self._all_spelled, x)] for x in (value, value.tools or []))
+            return Messages(messages, tools or None)
+        if isinstance(value, str):
+            return self._spelling(value)
+        if isinstance(value, dict):
+            return {key: self._all_spelled(item) for key, item in value.items()}
+        return [self._all_spelled(item) for item in value] if isinstance(value, list) else value
 
     def response_ids(self, text: str, sampled: bool = False, ended: bool = True) -> list[int]:
         """`text` as the model would answer it, up to and with `eos_id`.
@@ -415,6 +462,11 @@ class Tokenizer:
         return _any_of(self.control)
 
     @cached_property
+    def _any_added(self) -> re.Pattern:
+        """Any token that may end a turn."""
+        return _any_of({t.content for t in self._rust.get_added_tokens_decoder().values()})
+
+    @cached_property
     def _first_characters(self) -> set[str]:
         return {text[0] for text in self.control}
 
@@ -430,6 +482,9 @@ class Tokenizer:
 
     def _read(self, rust: RustTokenizer, text: str) -> list[int]:
         """The ids of a text by one of the runtimes."""
+        return self._encoded(rust, text).ids
+
+    def _encoded(self, rust: RustTokenizer, text: str) -> Encoding:
         encoding = rust.encode(text, add_special_tokens=False)
         if self._may_lose and self._lost(encoding, text):
             # what the file itself composes is not lost
@@ -437,7 +492,7 @@ class Tokenizer:
             lost = self._lost(rust.encode(composed, add_special_tokens=False), composed)
             if lost:
                 self.lossy.add(lost)
-        return encoding.ids
+        return encoding
 
     def _lost(self, encoding: Encoding, text: str) -> str:
         """The characters of a text, a word at most, that no token holds; "" where there are none.
@@ -526,6 +581,29 @@ class Tokenizer:
         ends = zip([-1, *known], [*known, vocab_size])
         return [(last + 1, i) for last, i in ends if i > last + 1]
 
+    @property
+    def facts(self) -> dict[str, tuple[int, str]]:
+        """What there was to be known of the texts so far: how many, and the first such."""
+        counted = {"lossy": self.lossy, **(self.chat.counted if self.chat else {})}
+        facts = {name: (of.count, of.first) for name, of in counted.items() if of.count}
+        return facts | {f"token {text}": (n, "") for text, n in self.spelled_out.items()}
+
+    def add_facts(self, facts: dict[str, tuple[int, str]]) -> None:
+        """Count what another process found."""
+        counted = {"lossy": self.lossy, **(self.chat.counted if self.chat else {})}
+        for name, (count, first) in facts.items():
+            if name.startswith("token "):
+                self.spelled_out[name.removeprefix("token ")] += count
+            elif name in counted:
+                counted[name].count += count
+                counted[name].first = counted[name].first or first
+
+    def forget_facts(self) -> None:
+        """Count anew."""
+        self.spelled_out.clear()
+        for of in (self.lossy, *(self.chat.counted.values() if self.chat else ())):
+            of.count, of.first = 0, ""
+
     def notes(self) -> list[str]:
         """What a user should know of how texts are read: of the files, and of texts so far."""
         lines = []
@@ -605,6 +683,11 @@ class Tokenizer:
         text = json.dumps([parts, self.bos_id, chat], sort_keys=True)
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
+    @property
+    def reading(self) -> str:
+        """A text of all that decides ids, also of texts that spell out special tokens."""
+        return f"{self.identity} {self.eos_id} {self.as_text} {self._limit} {self._made_of[-1]}"
+
     @cached_property
     def vocabulary(self) -> str:
         """A digest of which id stands for which text: equal where ids mean the same."""
@@ -649,6 +732,13 @@ class Tokenizer:
         text = self._rust.id_to_token(token_id)
         assert text is not None, f"{token_id} is no id of {self.path}"
         return text
+
+
+def _made_again(kind: type[Tokenizer], made_of: tuple, limit: int | None) -> Tokenizer:
+    tokenizer = kind(*made_of)
+    if limit is not None:
+        tokenizer.fit(limit)
+    return tokenizer
 
 
 def _any_of(control: Iterable[str]) -> re.Pattern:

@@ -14,6 +14,7 @@ from src.data.encoding import (
     scored_sequences,
     step_places,
 )
+from src.data.messages import Question
 from src.data.rows import INDEX, SAMPLE, is_truncated, read_rows
 from src.errors import UserError
 from src.evaluation.tasks import LabelledRows, read_labels
@@ -105,7 +106,7 @@ def _texts(
     return texts, None if unsaid == len(cut) else [bool(x) for x in cut], notes
 
 
-def _other(row: dict, asked: str, index: object) -> str:
+def _other(row: dict, asked: Question, index: object) -> str:
     """What a prediction says of its question, for a message."""
     said = row.get("instruction", asked)
     return f'"instruction": {str(said)[:60]!r}' if said != asked else f'"index": {index!r}'

@@ -72,7 +72,7 @@ def logprob_lines(
     for s, x in zip(sequences, scored):
         row: dict[str, Any] = {
             "prompt_tokens": list(s.tokens[: s.prompt_length]),
-            "tokens": list(s.tokens[s.prompt_length :]),
+            "tokens": s.response,
             "logprobs": x.logprobs,
             "sum": sum(x.logprobs),
         }

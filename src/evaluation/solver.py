@@ -2,11 +2,12 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable
 from pathlib import Path
 
 import torch.distributed as dist
 
+from src.data.messages import Question
 from src.data.rows import write_json, write_jsonl
 from src.data.tokenizer import Tokenizer
 from src.evaluation.scoring import summarize
@@ -22,7 +23,7 @@ def evaluate_solver(
     engine: Engine,
     tokenizer: Tokenizer,
     task: Task,
-    instructions: list[str],
+    instructions: Collection[Question],
     golds: list[str],
     sampling: Sampling,
     log: RunLog,
@@ -49,7 +50,7 @@ def evaluate_solver(
 
 def graded(
     task: Task,
-    instructions: list[str],
+    instructions: Collection[Question],
     golds: list[str],
     texts: list[str],
     truncated: list[bool] | None = None,
@@ -62,9 +63,8 @@ def graded(
     truncated: which of them the token limit cut, if that is known; what goes on with another
     question was not, since it is read to its own end. parallel: ranks that share the work.
     """
-    golds, instructions = (
-        [value for value in values for _ in range(num_samples)] for values in (golds, instructions)
-    )
+    golds = [gold for gold in golds for _ in range(num_samples)]
+    instructions = [asked for asked in instructions for _ in range(num_samples)]
     answers = [task.read(text, stop_strings) for text in texts]
     if truncated is not None:
         truncated = [cut and len(text) == len(t) for cut, text, t in zip(truncated, texts, answers)]

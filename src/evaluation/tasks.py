@@ -3,7 +3,8 @@
 import difflib
 from dataclasses import dataclass, replace
 
-from src.data.rows import INSTRUCTION, LABEL, OTHER_NAMES, TEXT, TEXTS, Rows, read_rows
+from src.data.messages import Question
+from src.data.rows import INSTRUCTION, LABEL, OTHER_NAMES, PROMPT, TEXTS, Rows, read_rows
 from src.errors import UserError
 from src.evaluation import gsm8k, math, symbolic
 from src.evaluation.scoring import GOLD_FIELDS
@@ -39,7 +40,7 @@ class LabelledRows:
 
     task: Task
     rows: Rows
-    instructions: list[str]
+    instructions: list[Question]
     golds: list[str]
 
 
@@ -51,14 +52,14 @@ def read_labels(task_name: str, label_file: str, rule: str | None = None) -> Lab
     """
     task = find_task(task_name, rule)
     fields = {
-        **dict.fromkeys(QUESTION_FIELDS, TEXT),
+        **dict.fromkeys(QUESTION_FIELDS, PROMPT),
         **dict.fromkeys(GOLD_FIELDS, LABEL),
         **dict.fromkeys(("output", "solution", "Solution"), TEXTS),
     }
     rows = read_rows(label_file, {}, fields)
     instructions, golds = [], []
     for number, row in enumerate(rows):
-        texts = filter(TEXT.accepts, map(row.get, QUESTION_FIELDS))
+        texts = filter(PROMPT.accepts, map(row.get, QUESTION_FIELDS))
         question = next(texts, None)
         try:
             if question is None:
@@ -67,7 +68,7 @@ def read_labels(task_name: str, label_file: str, rule: str | None = None) -> Lab
             gold = task.gold_of(row)
             task.check_gold(task.metric, gold)
         except UserError as error:
-            raise UserError(f"{label_file}: row {number} (from 0): {error}") from None
+            raise UserError(f"{rows.places[number]}: {error}") from None
         instructions.append(question)
         golds.append(gold)
     return LabelledRows(task, rows, instructions, golds)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from src.data.encoding import Prompt, prompts_of
+from src.data.messages import Messages, Question
 from src.data.rows import read_prompt_rows
 from src.generation.engine import Completion
 from src.generation.journal import Journal
@@ -32,7 +33,7 @@ class GenerationInputs:
     """
 
     model: OpenedModel
-    rows: list[tuple[int, str]]
+    rows: list[tuple[int, Question]]
     prompts: list[list[int]]
     notes: list[str]
     journal: Journal
@@ -89,6 +90,7 @@ class GenerationInputs:
             {
                 "index": index,
                 "instruction": instruction,
+                **tools_of(instruction),
                 "output": cut_at(decode(completion.tokens), stop_strings),
                 "tokens": completion.tokens,
                 "logprobs": completion.logprobs,
@@ -99,6 +101,12 @@ class GenerationInputs:
         if scores is not None:
             rows = [{**row, "score": score} for row, score in zip(rows, scores)]
         return rows
+
+
+def tools_of(question: Question) -> dict[str, Any]:
+    """What a row says of a conversation's tools beside its messages, if it has any."""
+    tools = question.tools if isinstance(question, Messages) else None
+    return {"tools": tools} if tools else {}
 
 
 def of_judging(settings: SolverGenerateSettings) -> list[str]:

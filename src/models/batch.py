@@ -1,10 +1,10 @@
 """Queries and responses as one packed batch, and what is read off the model at their tokens."""
 
 from array import array
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import repeat
+from itertools import accumulate, repeat
 from typing import TypeVar
 
 import torch
@@ -22,18 +22,52 @@ from src.parallel.setup import Parallel
 from src.parallel.vocab import LossOf, rows_at_once, target_loss, token_logprobs
 
 T = TypeVar("T")
+Ranges = tuple[tuple[int, int], ...]  # [start, stop) of tokens in a sequence, in order
 
 
 @dataclass(frozen=True)
 class Sequence:
-    """Token ids of a prompt followed by its response's, `tokens[prompt_length:]`."""
+    """Token ids of a prompt followed by its response's, `tokens[prompt_length:]`.
+
+    spans: of a response between whose tokens others stand, such as a conversation's: its tokens
+    are those of the ranges [start, stop), in order, the first of which begins at prompt_length.
+    """
 
     tokens: list[int] | array
     prompt_length: int
+    spans: Ranges | None = None
+
+    @classmethod
+    def of_spans(cls, tokens: list[int] | array, spans: Iterable[tuple[int, int]]) -> "Sequence":
+        """A sequence whose response is the tokens of some ranges, in order.
+
+        Not its very first token, which nothing predicts; ranges that touch are one.
+        """
+        whole: list[tuple[int, int]] = []
+        for start, stop in spans:
+            start = max(start, whole[-1][1] if whole else 1)
+            if whole and start == whole[-1][1]:
+                start = whole.pop()[0]
+            if start < stop:
+                whole.append((start, stop))
+        if not whole:
+            return cls(tokens, len(tokens))
+        is_end = len(whole) == 1 and whole[0][1] == len(tokens)
+        return cls(tokens, whole[0][0], None if is_end else tuple(whole))
+
+    @property
+    def ranges(self) -> Ranges:
+        """The response's tokens, as ranges [start, stop)."""
+        return ((self.prompt_length, len(self.tokens)),) if self.spans is None else self.spans
+
+    @property
+    def response(self) -> list[int]:
+        """The response's token ids."""
+        return [i for start, stop in self.ranges for i in self.tokens[start:stop]]
 
     @property
     def response_length(self) -> int:
-        return len(self.tokens) - self.prompt_length
+        return sum(stop - start for start, stop in self.ranges)
 
 
 class Batch:
@@ -51,15 +85,14 @@ class Batch:
         self,
         tokens: Tensor,
         lengths: list[int],
-        prompt_lengths: list[int],
+        ranges: list[Ranges],
         context: ContextGroup = ALONE,
     ) -> None:
-        """context: the ranks that divide the tokens."""
+        """ranges: of each sequence's response tokens; context: the ranks that divide the tokens."""
         self.whole = Packed(lengths, tokens.device)
-        self.responses = [length - prompt for length, prompt in zip(lengths, prompt_lengths)]
-        ends = torch.tensor(lengths, dtype=torch.long).cumsum(0)
-        first_rows = ends - torch.tensor(self.responses, dtype=torch.long) - 1
-        self.rows = end_to_end(first_rows, self.responses).to(tokens.device)
+        self.responses = [sum(stop - start for start, stop in x) for x in ranges]
+        starts = [end - length for end, length in zip(accumulate(lengths), lengths)]
+        self.rows = rows_before(starts, ranges).to(tokens.device)
         self.targets = tokens[self.rows + 1]
         self.share = Share(len(tokens), context)
         self.tokens, self.layout = self.share.of(tokens), divided(self.whole, self.share)
@@ -69,8 +102,9 @@ class Batch:
         cls, sequences: list[Sequence], device: torch.device, context: ContextGroup = ALONE
     ) -> "Batch":
         tokens = torch.tensor([token for s in sequences for token in s.tokens], device=device)
-        lengths, prompts = [len(s.tokens) for s in sequences], [s.prompt_length for s in sequences]
-        return cls(tokens, lengths, prompts, context)
+        return cls(
+            tokens, [len(s.tokens) for s in sequences], [s.ranges for s in sequences], context
+        )
 
     @property
     def ends(self) -> Tensor:
@@ -158,7 +192,7 @@ class PromptTree:
     @cached_property
     def targets(self) -> Tensor:
         """The response tokens, [R]."""
-        ids = [i for group in self.groups for s in group for i in s.tokens[s.prompt_length :]]
+        ids = [i for group in self.groups for s in group for i in s.response]
         return torch.tensor(ids, device=self.device)
 
     @property
@@ -180,16 +214,19 @@ class PromptTree:
     @cached_property
     def _predicting(self) -> tuple[Tensor, Tensor]:
         """(rows, source): of each response token the row before it, or its prompt's last one."""
-        size = self.whole.size
-        starts = size.cumsum(0) - size
-        responses = torch.tensor(self.responses, dtype=torch.long)
-        ends = (starts + size)[self.ending]
-        rows = end_to_end(ends - responses - 1, self.responses)  # [R]
-        # A response that is a piece of its own begins behind its prompt's piece, wherever that is.
-        first = responses.cumsum(0) - responses
-        for i, piece in enumerate(self.ending.tolist()):
-            prompt = self.whole.prefixes[piece]
-            if prompt is not None:
+        size = self.whole.size.tolist()
+        starts = [end - length for end, length in zip(accumulate(size), size)]
+        # What ends a sequence begins behind its prompt's piece, wherever that is.
+        prompts = [self.whole.prefixes[piece] for piece in self.ending.tolist()]
+        begins = [
+            starts[piece] - (0 if prompt is None else size[prompt])
+            for piece, prompt in zip(self.ending.tolist(), prompts)
+        ]
+        sequences = [s for group in self.groups for s in group]
+        rows = rows_before(begins, [s.ranges for s in sequences])  # [R]
+        first = list(accumulate(self.responses, initial=0))
+        for i, prompt in enumerate(prompts):
+            if prompt is not None and self.responses[i]:
                 rows[first[i]] = starts[prompt] + size[prompt] - 1
         rows, source = rows.unique(return_inverse=True)
         return rows.to(self.device), source.to(self.device)
@@ -205,6 +242,16 @@ def packed(
     if share_prompts:
         return PromptTree(groups, device, context)
     return Batch.of([sequence for group in groups for sequence in group], device, context)
+
+
+def rows_before(starts: list[int], ranges: list[Ranges]) -> Tensor:
+    """The row before each response token, [R], which predicts it. On the host.
+
+    starts: the row of each sequence's first token; ranges: of each sequence's response tokens.
+    """
+    first = [start + begin - 1 for start, of_one in zip(starts, ranges) for begin, _ in of_one]
+    sizes = [stop - begin for of_one in ranges for begin, stop in of_one]
+    return end_to_end(torch.tensor(first, dtype=torch.long), sizes)
 
 
 def end_to_end(starts: Tensor, lengths: list[int]) -> Tensor:

@@ -97,7 +97,7 @@ def mix_of(
         return None
     rollouts_per_step = settings.rollouts.max_buffer_size // settings.updates.mini_batches
     per_step = settings.pretraining.ptx_batch_size or max(1, rollouts_per_step)
-    return PretrainingMix(inputs.mix, per_step, settings, parallel.device)
+    return PretrainingMix(inputs.mix, per_step, settings, parallel.device, inputs.mix_mixture)
 
 
 def save_role(ppo: PPO, name: str, base: OpenedModel, save_dir: str) -> None:

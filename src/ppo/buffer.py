@@ -13,7 +13,7 @@ from torch import Tensor
 from src.data.encoding import Prompt
 from src.generation.engine import Completion
 from src.models.attention import Packed
-from src.models.batch import Batch, end_to_end
+from src.models.batch import Batch, Ranges, end_to_end
 from src.parallel.setup import Parallel
 from src.ppo.homes import Homes, moved
 
@@ -93,7 +93,8 @@ class RolloutBuffer:
         """Some sequences as a batch, and where their r response tokens lie in [R]."""
         lengths = [self.lengths[i] for i in rows]
         tokens = end_to_end(self._starts[rows], lengths).to(self.tokens.device)
-        batch = Batch(self.tokens[tokens], lengths, [len(self.prompts[i].tokens) for i in rows])
+        ranges: list[Ranges] = [((len(self.prompts[i].tokens), self.lengths[i]),) for i in rows]
+        batch = Batch(self.tokens[tokens], lengths, ranges)
         return batch, end_to_end(self._response_starts[rows], batch.responses).to(
             self.tokens.device
         )

@@ -8,6 +8,7 @@ from typing import Any
 
 from src.checkpoint.files import read_json
 from src.data.encoding import Prompt
+from src.data.mixture import Mixture
 from src.errors import UserError
 from src.logs import RunLog
 from src.parallel.clock import clock
@@ -42,18 +43,21 @@ def fit(
     log: RunLog,
     evaluate: Callable[[str, int], None],
     saving: Saving | None = None,
+    mixture: Mixture | None = None,
 ) -> list[dict[str, float]]:
     """Run the iterations, from where an earlier run stopped. Returns what was logged of each.
 
     `evaluate` is called before the first, every `eval_every` iterations or after each epoch, and at
-    the end, with a name ("iteration 20") and its number.
+    the end, with a name ("iteration 20") and its number. mixture: of the prompts; an epoch has all
+    of them when not given.
     """
     rollouts = ppo.settings.rollouts
     samples = rollouts.samples_per_prompt
     per_iteration = rollouts.max_buffer_size // samples
-    per_epoch, total = iterations_of(len(prompts), per_iteration, plan)
+    mixture = mixture or Mixture((len(prompts),))
+    per_epoch, total = iterations_of(mixture.n_rows, per_iteration, plan)
     unit, every = ("iteration", eval_every) if eval_every else ("epoch", per_epoch)
-    batches = EndlessBatches(len(prompts), per_iteration, f"{seed}/prompts")
+    batches = EndlessBatches(mixture, per_iteration, f"{seed}/prompts")
     history: list[dict[str, float]] = []
 
     def draw() -> list[Prompt]:

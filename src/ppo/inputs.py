@@ -8,14 +8,16 @@ import torch
 from src.checkpoint.folder import check_apart
 from src.checkpoint.save import check_save
 from src.data.encoding import Prompt, ppo_prompts, solver_sequences
-from src.data.shards import is_blend
+from src.data.kept import Sequences
+from src.data.mixture import Mixture, read_mixture
+from src.data.shards import are_shards
+from src.data.sources import Source
 from src.data.stream import Stream
 from src.errors import UserError
 from src.evaluation.tasks import Task, find_task
 from src.evaluation.training import SolverEvaluation
 from src.inputs import check_log_dir
 from src.logs import RunLog
-from src.models.batch import Sequence
 from src.parallel.setup import Parallel
 from src.ppo.fit import DEFAULT_KL_COEF, changed_rewards, read_state
 from src.ppo.kl import KLController
@@ -23,26 +25,28 @@ from src.ppo.layouts import Layouts
 from src.ppo.rewards.file import UserScore, load_score
 from src.ppo.setup import OpenedRoles, open_roles
 from src.settings.ppo import PPOTrainSettings
-from src.trainer.inputs import Places, check_vocabulary
+from src.trainer.inputs import Places, check_vocabulary, source_of
 
 
 @dataclass(frozen=True)
 class PPOInputs:
     """Models, prompts, and where earlier runs left the policy and the value model.
 
-    rule: whose rule is applied in the reward; mix: supervised rows, or texts; policy_state,
+    rule: whose rule is applied in the reward; mix: supervised rows or texts; policy_state,
     value_state: what lies beside their weights; notes: what a user should know of the rows, a
-    sentence each.
+    sentence each; mixture, mix_mixture: of how many prompts and supervised rows there are.
     """
 
     roles: OpenedRoles
     evaluation: SolverEvaluation
     rule: Task | None
     prompts: list[Prompt]
-    mix: list[Sequence] | Stream
+    mix: Sequences | Stream
     policy_state: dict[str, Any]
     value_state: dict[str, Any]
     notes: list[str]
+    mixture: Mixture
+    mix_mixture: Mixture | None
 
     @classmethod
     def read(
@@ -70,17 +74,23 @@ class PPOInputs:
             rule = find_task(settings.evaluation.task or "GSM8K", settings.evaluation.rule)
 
         # Rows.
-        train_file, ptx_file = settings.prompts.train_file, settings.pretraining.ptx_file
+        ptx_file = settings.pretraining.ptx_file
         reward_file = settings.rewards.reward_file
         rows_are_read = reward_file is not None
-        prompts, notes = ppo_prompts(train_file, tokenizer, rule, max_seq_len, rows_are_read)
-        mix: list[Sequence] | Stream = []
-        if ptx_file is not None and is_blend(ptx_file):
+        prompts, notes, mixture = read_mixture(
+            source_of(settings.prompts),
+            lambda path: ppo_prompts(path, tokenizer, rule, max_seq_len, rows_are_read),
+        )
+        mix: Sequences | Stream = []
+        mix_mixture = None
+        if ptx_file is not None and are_shards(ptx_file):
             part = parallel.rank, parallel.world_size
             mix = Stream.open(ptx_file, max_seq_len, True, settings.run.seed, *part)
             check_vocabulary(mix, tokenizer)
         elif ptx_file is not None:
-            mix, more = solver_sequences(ptx_file, tokenizer, max_seq_len)
+            mix, more, mix_mixture = read_mixture(
+                Source(ptx_file), lambda path: solver_sequences(path, tokenizer, max_seq_len)
+            )
             notes += more
         if reward_file is not None:
             score = UserScore(reward_file, load_score(reward_file))
@@ -90,7 +100,7 @@ class PPOInputs:
         # Where earlier runs left the models.
         states = read_state(roles.actor_ckpt_dir), read_state(roles.critic_ckpt_dir)
         notes += evaluation.notes
-        inputs = cls(opened, evaluation, rule, prompts, mix, *states, notes)
+        inputs = cls(opened, evaluation, rule, prompts, mix, *states, notes, mixture, mix_mixture)
         if not inputs.has_reference(settings):
             _check_no_reference(settings)
         return inputs
@@ -128,7 +138,7 @@ class PPOInputs:
             )
         kl_coef = self.kl_controller(settings).kl_coef
         log.info(
-            f"{len(self.prompts)} prompts; {layouts.described}; "
+            f"{self.mixture.n_rows} prompts; {layouts.described}; "
             f"advantages: {settings.advantages.advantage}; kl_coef {kl_coef}"
             f"{'' if self.has_reference(settings) else ': no reference'}"
         )

@@ -10,6 +10,7 @@ import torch
 from src.checkpoint.load import load_model
 from src.checkpoint.save import read_score_moments
 from src.data.encoding import Prompt, gold_of, ppo_prompts
+from src.data.sources import Named
 from src.data.tokenizer import Tokenizer
 from src.evaluation.tasks import Task, find_task
 from src.generation.engine import Completion
@@ -87,7 +88,7 @@ class OpenedJudge:
         return cls(settings, tokenizer, verifier, moments, task, score)
 
     def prompts(
-        self, path: str, tokenizer: Tokenizer, max_seq_len: int
+        self, path: Named, tokenizer: Tokenizer, max_seq_len: int
     ) -> tuple[list[Prompt], list[str]]:
         """A file's prompts, with what the rewards need of its rows; and notes."""
         prompts, notes = ppo_prompts(

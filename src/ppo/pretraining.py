@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from src.data.kept import Sequences
+from src.data.mixture import Mixture
 from src.data.stream import Stream
-from src.models.batch import Sequence
 from src.ppo.roles import Role
 from src.settings.ppo import PPOSettings
 from src.trainer.batches import EndlessBatches, EndlessRows, shares_of, turns_of
@@ -17,23 +18,23 @@ class PretrainingMix:
 
     def __init__(
         self,
-        rows: list[Sequence] | Stream,
+        rows: Sequences | Stream,
         batch_size: int,
         settings: PPOSettings,
         device: torch.device,
+        mixture: Mixture | None = None,
     ) -> None:
-        """batch_size: rows per optimizer step, over all ranks."""
+        """batch_size: rows per optimizer step, over all ranks; mixture: of supervised rows."""
         self.settings = settings
         self.objective: SolverObjective
         self.batches: EndlessBatches
         if isinstance(rows, Stream):
-            self.objective, self.batches = (
-                PretrainingObjective(rows, device),
-                EndlessRows(batch_size),
-            )
+            self.objective = PretrainingObjective(rows, device)
+            self.batches = EndlessRows(batch_size)
         else:
             self.objective = SolverObjective(rows, device)
-            self.batches = EndlessBatches(len(rows), batch_size, f"{settings.run.seed}/ptx")
+            seed = f"{settings.run.seed}/ptx"
+            self.batches = EndlessBatches(mixture or len(rows), batch_size, seed)
 
     def backward(self, role: Role) -> dict[str, Tensor]:
         """Add the gradient of ptx_coef × the mean −log p of the next rows' output tokens.

@@ -14,6 +14,7 @@ from src.settings.declaration import (
     idle,
 )
 from src.settings.generation import GenerationSettings
+from src.settings.model import LossMaskSettings
 from src.settings.scripts import TrainSettings
 from src.settings.training import PolicyEvaluationSettings
 
@@ -83,6 +84,7 @@ class TeacherSettings(Settings):
 class DistillTrainSettings(TrainSettings):
     """All that distill_train.py knows."""
 
+    loss: LossMaskSettings = LossMaskSettings()
     teacher: TeacherSettings = TeacherSettings()
     generation: GenerationSettings = GenerationSettings()
     evaluation: PolicyEvaluationSettings = PolicyEvaluationSettings()
@@ -105,6 +107,11 @@ class DistillTrainSettings(TrainSettings):
                 f"--temperature {generation.temperature}: what solver_score.py wrote is at its own "
                 "--temperature; leave it out"
             )
+        masks = ("loss_on", "response_template")
+        if not teacher.is_live and not is_plan:
+            yield from idle(self.loss, masks, "on what solver_score.py wrote")
+        elif teacher.on_policy == 1:
+            yield from idle(self.loss, masks, "with --on_policy 1: the student's outputs count")
         if not teacher.on_policy:
             yield from idle(
                 generation, ("min_new_tokens", "top_p", "top_k", "min_p"), "without --on_policy"

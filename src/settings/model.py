@@ -1,11 +1,12 @@
 """Which model, tokenizer and data files, and how long rows may be."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date
 from typing import Annotated, Literal
 
-from src.settings.declaration import CONTENT, MAY_CHANGE, AtLeast, Settings, Unit
+from src.settings.declaration import CONTENT, MAY_CHANGE, ROWS, AtLeast, Settings, Unit, idle
 
 SCORED_AT_ONCE = 2**14  # tokens, where a setting does not say
 
@@ -79,10 +80,88 @@ class ModelSettings(AdaptedModelSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataSettings(Settings):
+class MapSettings(Settings):
     """The data."""
 
-    train_file: Annotated[str, CONTENT, "rows to train on, .json or .jsonl"]
+    map: Annotated[
+        str | None,
+        CONTENT,
+        "FILE.py:FUNCTION, called with each row of the train file, a dict, for the row to train "
+        "on, a list of several, or None, which leaves it out",
+    ] = None
+    map_workers: Annotated[
+        int,
+        AtLeast(1, 1024),
+        MAY_CHANGE,
+        "processes (of each rank) in which --map's function runs; its rows are the same at any "
+        "number",
+    ] = 1
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if self.map is None:
+            yield from idle(self, ("map_workers",), "without --map")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings(MapSettings):
+    """The data."""
+
+    train_file: Annotated[
+        str,
+        CONTENT,
+        ROWS,
+        "rows to train on: a file, a folder, a pattern or a data set, or several with weights, "
+        "a.jsonl:0.7,b.parquet:0.3 (docs/data.md)",
+    ]
+
+
+def unescaped(text: str | None) -> str | None:
+    r"""With line breaks and tabs for \n and \t, which a shell passes on as they are written."""
+    return None if text is None else text.replace("\\n", "\n").replace("\\t", "\t")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossMaskSettings(Settings):
+    """Which tokens of a row are trained on."""
+
+    loss_on: Annotated[
+        Literal["last", "all_assistant", "everything"],
+        "the assistant's last turn, all of its turns (of a row with an output: that), or every "
+        "token",
+    ] = "all_assistant"
+    response_template: Annotated[
+        str | None,
+        "what every turn of the assistant follows, as it stands in the row's text, or as ids "
+        "([733, 28748]): turns are then found by it, and not by the chat template. \\n is a line "
+        "break",
+    ] = None
+    instruction_template: Annotated[
+        str | None,
+        "with --response_template: what ends a turn of the assistant, where the row does not",
+    ] = None
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if self.response_template is None:
+            if self.instruction_template is not None:
+                yield "--instruction_template: has no effect without --response_template"
+        elif self.loss_on == "everything":
+            yield "--response_template: has no effect with --loss_on everything"
+        for name in ("response_template", "instruction_template"):
+            if getattr(self, name) == "":
+                yield f"--{name}: is empty"
+
+    @property
+    def markers(self) -> list[str | tuple[int, ...] | None]:
+        """The response's and the instruction's, each a text or token ids."""
+        return [marker_of(self.response_template), marker_of(self.instruction_template)]
+
+
+def marker_of(text: str | None) -> str | tuple[int, ...] | None:
+    """A text, or the token ids that it lists in brackets."""
+    ids = re.fullmatch(r"\[ *([0-9]+(?: *, *[0-9]+)*) *\]", text or "")
+    return unescaped(text) if ids is None else tuple(map(int, ids[1].split(",")))
 
 
 @dataclass(frozen=True, kw_only=True)

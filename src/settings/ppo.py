@@ -9,6 +9,7 @@ from src.settings.declaration import (
     CONTENT,
     FIXED,
     MAY_CHANGE,
+    ROWS,
     Above,
     AtLeast,
     Between,
@@ -19,7 +20,7 @@ from src.settings.declaration import (
     idle,
 )
 from src.settings.generation import GenerationSettings
-from src.settings.model import PackedBatchSettings, TextModelSettings
+from src.settings.model import MapSettings, PackedBatchSettings, TextModelSettings
 from src.settings.rewards import RewardSettings
 from src.settings.run import DryRunSettings, TrainingRunSettings
 from src.settings.training import (
@@ -152,11 +153,15 @@ def idle_flags(settings: Settings, names: tuple[str, ...], why: str) -> Iterator
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptSettings(Settings):
+class PromptSettings(MapSettings):
     """The data."""
 
     train_file: Annotated[
-        str, CONTENT, 'prompts, .json or .jsonl rows with "instruction", and "label" for a rule'
+        str,
+        CONTENT,
+        ROWS,
+        'prompts, rows with "instruction", and "label" for a rule: as --train_file of '
+        "solver_train.py",
     ]
 
 
@@ -379,8 +384,9 @@ class PretrainingSettings(Settings):
     ptx_file: Annotated[
         str | None,
         CONTENT,
+        ROWS,
         'rows with "instruction" and "output"; or texts: folders of shards, as pretrain.py takes '
-        "them (a, or a:0.7,b:0.3), whose rows have --max_seq_len tokens",
+        "them (a, or a:0.7,b:0.3), in rows of --max_seq_len tokens",
     ] = None
     ptx_coef: Annotated[float, Between(0, 1e6), "the weight of their loss"] = 0.0
     ptx_batch_size: Annotated[

@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar
 from src.settings.declaration import (
     CONTENT,
     MAY_CHANGE,
+    ROWS,
     AtLeast,
     Unit,
     idle,
@@ -49,10 +50,15 @@ class StreamSettings(DataSettings):
     train_file: Annotated[
         str,
         CONTENT,
+        ROWS,
         "shards to train on, folders that dataset/build.py pretrain wrote: a, or several as a,b, "
         "or with the shares of their rows as a:0.7,b:0.3",
     ]
     document_mask: DocumentMask = True
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        yield from idle(self, ("map",), "on tokens")
 
 
 @dataclass(frozen=True, kw_only=True)

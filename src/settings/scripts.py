@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from src.settings.declaration import CONTENT, MAY_CHANGE, AtLeast, Bounds, Settings, idle
+from src.settings.declaration import CONTENT, MAY_CHANGE, ROWS, AtLeast, Bounds, Settings, idle
 from src.settings.generation import (
     MaxNewTokens,
     SoftmaxSettings,
@@ -15,10 +15,12 @@ from src.settings.model import (
     ArchitectureSettings,
     BatchSettings,
     DataSettings,
+    LossMaskSettings,
     ModelSettings,
     PairDataSettings,
     StrictLength,
     TrainingBatchSettings,
+    unescaped,
 )
 from src.settings.rewards import BestOfSettings, JudgeSettings, RewardSettings
 from src.settings.run import DryRunSettings, RunSettings, TrainingRunSettings
@@ -74,6 +76,7 @@ class SolverEvaluationSettings(TaskEvaluationSettings):
 class SolverTrainSettings(TrainSettings):
     """All that solver_train.py knows."""
 
+    loss: LossMaskSettings = LossMaskSettings()
     evaluation: SolverEvaluationSettings = SolverEvaluationSettings()
 
 
@@ -87,6 +90,7 @@ class VerifierEvaluationSettings(EvaluationSettings):
     label_file: Annotated[
         str | None,
         CONTENT,
+        ROWS,
         "held-out rows like the train file's; the share of pairs that the verifier ranks right is "
         "measured",
     ] = None
@@ -96,11 +100,6 @@ class VerifierEvaluationSettings(EvaluationSettings):
         "file's outputs, and store them with the verifier: PPO's reward and verifier_evaluate.py's "
         "scores are then centred and scaled by them",
     ] = False
-
-
-def unescaped(text: str | None) -> str | None:
-    r"""With line breaks and tabs for \n and \t, which a shell passes on as they are written."""
-    return None if text is None else text.replace("\\n", "\n").replace("\\t", "\t")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +188,11 @@ class OutputSettings(Settings):
     """Rows in and out."""
 
     input_file: Annotated[
-        str, CONTENT, 'rows with "instruction" (for scores also "output"), .json or .jsonl'
+        str,
+        CONTENT,
+        ROWS,
+        'rows with "instruction" (for scores also "output"): a file, a folder, a pattern or a data '
+        "set (docs/data.md)",
     ]
     output_file: Annotated[str, MAY_CHANGE, ".jsonl to write"]
 
@@ -283,13 +286,14 @@ class TaskRowSettings(Settings):
     label_file: Annotated[
         str,
         CONTENT,
+        ROWS,
         'the task\'s rows: "instruction" and "label", as dataset/build.py writes them, or the '
         'official files\': "question" and "answer" (GSM8K), "problem" and "solution" or "answer" '
         "(MATH, MATH-500)",
     ]
     log_dir: Annotated[str, MAY_CHANGE, "for results.json and predictions.jsonl"]
     prediction_file: Annotated[
-        str | None, CONTENT, 'texts to grade, {"output"} per row, in place of a model\'s'
+        str | None, CONTENT, ROWS, 'texts to grade, {"output"} per row, in place of a model\'s'
     ] = None
 
 
@@ -324,10 +328,10 @@ class PairOrRowSettings(Settings):
     """Pairs to measure, or rows to score."""
 
     label_file: Annotated[
-        str | None, CONTENT, "pairs to measure the accuracy on; needs --log_dir"
+        str | None, CONTENT, ROWS, "pairs to measure the accuracy on; needs --log_dir"
     ] = None
     log_dir: Annotated[str | None, MAY_CHANGE, "for results.json and predictions.jsonl"] = None
-    input_file: Annotated[str | None, CONTENT, "rows to score; needs --output_file"] = None
+    input_file: Annotated[str | None, CONTENT, ROWS, "rows to score; needs --output_file"] = None
     output_file: Annotated[str | None, MAY_CHANGE, ".jsonl to write"] = None
     strict_length: StrictLength = False
     step_separator: Annotated[

@@ -8,6 +8,7 @@ from src.settings.declaration import (
     CONTENT,
     FIXED,
     MAY_CHANGE,
+    ROWS,
     Above,
     AtLeast,
     Between,
@@ -173,7 +174,7 @@ class EvaluationSettings(Settings):
         "what to evaluate on, such as GSM8K or MATH; in PPO also whose rule is applied in the "
         "reward (GSM8K's when not given)",
     ] = None
-    label_file: Annotated[str | None, CONTENT, "the task's rows"] = None
+    label_file: Annotated[str | None, CONTENT, ROWS, "the task's rows"] = None
     eval_every: Annotated[
         int | None,
         AtLeast(1, 10**9),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+from src.data.mixture import Mixture
 from src.models.batch import micro_batches
 
 PerRow = list[int] | dict[int, int]  # a number of each row, or of those that are at work
@@ -28,8 +29,10 @@ class Steps(Protocol):
 class EpochSteps:
     """Every row once in an epoch, whose last batch may be smaller."""
 
-    def __init__(self, n_rows: int, batch_size: int, epochs: int, seed: int) -> None:
-        self.n_rows, self.batch_size, self.seed = n_rows, batch_size, seed
+    def __init__(self, rows: int | Mixture, batch_size: int, epochs: int, seed: int) -> None:
+        """rows: as `epoch_batches` has them."""
+        self.rows, self.batch_size, self.seed = rows, batch_size, seed
+        n_rows = rows if isinstance(rows, int) else rows.n_rows
         self.in_epoch = -(-n_rows // batch_size)
         self.total = self.in_epoch * epochs
         self._epoch, self._batches = 0, list[list[int]]()
@@ -37,7 +40,7 @@ class EpochSteps:
     def batch(self, step: int) -> list[int]:
         epoch = step // self.in_epoch + 1
         if epoch != self._epoch:
-            self._batches = epoch_batches(self.n_rows, self.batch_size, self.seed, epoch)
+            self._batches = epoch_batches(self.rows, self.batch_size, self.seed, epoch)
             self._epoch = epoch
         return self._batches[step % self.in_epoch]
 
@@ -70,33 +73,45 @@ class StreamSteps:
         )
 
 
-def epoch_batches(n_rows: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """Every row once, in random batches, in an order fixed by seed and epoch alone.
+def epoch_batches(rows: int | Mixture, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """An epoch's rows, each once, in random batches, in an order fixed by seed and epoch alone.
 
-    Batches are not sorted by length, which would sort them by content: packing makes that needless.
-    Inside a batch, `shares_of` puts rows alike in length into the same micro-batch.
+    rows: how many, all of which an epoch has, or how they are mixed. Batches are not sorted by
+    length, which would sort them by content: packing makes that needless. Inside a batch,
+    `shares_of` puts rows alike in length into the same micro-batch.
     """
-    order = _shuffled(n_rows, seed, epoch)
-    return [order[i : i + batch_size] for i in range(0, n_rows, batch_size)]
+    order = _shuffled(rows, seed, epoch)
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
-def _shuffled(n_rows: int, seed: int | str, epoch: int) -> list[int]:
-    order = list(range(n_rows))
+def _shuffled(rows: int | Mixture, seed: int | str, epoch: int) -> list[int]:
+    order = list(range(rows)) if isinstance(rows, int) else _drawn(rows, seed, epoch)
     random.Random(f"{seed}/epoch {epoch}").shuffle(order)
     return order
 
 
-class EndlessBatches:
-    """Batches of row numbers without end. Every pass shuffles all rows anew; batches are full."""
+def _drawn(mixture: Mixture, seed: int | str, epoch: int) -> list[int]:
+    """The rows of an epoch of a mixture: of each source its share, drawn anew."""
+    drawn, first = list[int](), 0
+    for number, (size, n) in enumerate(zip(mixture.sizes, mixture.drawn)):
+        rng = random.Random(f"{seed}/epoch {epoch}/source {number}")
+        drawn += sorted(rng.sample(range(first, first + size), n))
+        first += size
+    return drawn
 
-    def __init__(self, n_rows: int, batch_size: int, seed: str) -> None:
-        self.taken, self._batches = 0, self._endless(n_rows, batch_size, seed)
+
+class EndlessBatches:
+    """Batches of row numbers without end. Every epoch is drawn anew; batches are full."""
+
+    def __init__(self, rows: int | Mixture, batch_size: int, seed: str) -> None:
+        """rows: as `epoch_batches` has them."""
+        self.taken, self._batches = 0, self._endless(rows, batch_size, seed)
 
     @staticmethod
-    def _endless(n_rows: int, batch_size: int, seed: str) -> Iterator[list[int]]:
+    def _endless(rows: int | Mixture, batch_size: int, seed: str) -> Iterator[list[int]]:
         waiting: list[int] = []
         for epoch in itertools.count(1):
-            waiting += _shuffled(n_rows, seed, epoch)
+            waiting += _shuffled(rows, seed, epoch)
             while len(waiting) >= batch_size:
                 yield waiting[:batch_size]
                 waiting = waiting[batch_size:]

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from src.data.kept import Sequences
 from src.models.batch import (
     Batch,
     Sequence,
@@ -175,7 +176,7 @@ class DistillationObjective(Objective):
 
     def __init__(
         self,
-        sequences: list[Sequence],
+        sequences: Sequences,
         teacher: Teacher,
         parallel: Parallel,
         sample: Sample | None = None,

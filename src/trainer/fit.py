@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from src.data.mixture import Mixture
 from src.errors import UserError
 from src.logs import RunLog
 from src.models.elementwise import compile_elementwise
@@ -92,15 +93,16 @@ def fit(
     log: RunLog,
     evaluate: Callable[[str, int], None],
     saving: Saving | None = None,
+    mixture: Mixture | None = None,
 ) -> list[dict[str, float]]:
     """Train, from where an earlier run stopped. Returns the scalars of each step that was taken.
 
     `evaluate` is called before the first step and then as the settings say, with a name ("epoch 1")
-    and its number.
+    and its number. mixture: of the objective's rows; an epoch has all of them when not given.
     """
     plan = settings.optimizer
     batch_size = rows_per_step(settings.batches, parallel.data_size)
-    steps = objective.steps(batch_size, plan.epochs, settings.run.seed)
+    steps = objective.steps(batch_size, plan.epochs, settings.run.seed, mixture)
     total, in_epoch = steps.total, steps.in_epoch
     epochs, eval_every = -(-total // in_epoch), settings.evaluation.eval_every
     unit, every = ("step", eval_every) if eval_every else ("epoch", in_epoch)
@@ -114,7 +116,7 @@ def fit(
         log.info(line)
     meter = Meter(model, objective, parallel)
     passes = passes_of(model, parallel, optimizer)
-    tokens_left = objective.tokens * (total - step) / in_epoch
+    tokens_left = objective.tokens_per_row * batch_size * (total - step)
 
     def evaluate_aside(bar: Progress, name: str, number: int) -> None:
         clock.announce("evaluation")

@@ -19,6 +19,11 @@ from src.data.encoding import (
     solver_sequences,
     top_k_rows,
 )
+from src.data.kept import Sequences
+from src.data.loss_mask import LossMask
+from src.data.mapping import RowMap
+from src.data.mixture import Mixture, read_mixture
+from src.data.sources import Named, Source
 from src.data.stream import Stream
 from src.data.tokenizer import Tokenizer
 from src.errors import UserError
@@ -43,7 +48,8 @@ from src.models.transformer import Transformer
 from src.parallel.setup import Parallel, pick_dtype
 from src.ppo.judge import OpenedJudge
 from src.settings.distillation import DistillTrainSettings
-from src.settings.model import ModelSettings
+from src.settings.model import DataSettings, LossMaskSettings, ModelSettings
+from src.settings.ppo import PromptSettings
 from src.settings.preference import PreferenceTrainSettings
 from src.settings.pretraining import PretrainSettings
 from src.settings.scripts import (
@@ -72,18 +78,15 @@ class Places:
 class SolverInputs:
     """A solver's training data and where it starts from.
 
-    row_notes: what a user should know of the train file's rows.
+    row_notes: what a user should know of the train file's rows; mixture: of how many they are.
     """
 
     model: OpenedModel
     lora: LoRAConfig | None
     evaluation: SolverEvaluation
-    sequences: list[Sequence]
+    sequences: Sequences
     row_notes: list[str]
-
-    @property
-    def n_rows(self) -> int:
-        return len(self.sequences)
+    mixture: Mixture
 
     @property
     def notes(self) -> list[str]:
@@ -96,12 +99,13 @@ class SolverInputs:
         model = open_start(settings, parallel, head="lm")
         lora = lora_of(settings.lora, model.checkpoint)
         tokenizer, max_seq_len = model.tokenizer, settings.batches.max_seq_len
-        sequences, row_notes = solver_sequences(
-            settings.data.train_file, tokenizer, max_seq_len, settings.batches.strict_length
+        how = max_seq_len, settings.batches.strict_length, mask_of(settings.loss)
+        rows = read_mixture(
+            source_of(settings.data), lambda path: solver_sequences(path, tokenizer, *how)
         )
         limits = settings.evaluation.max_new_tokens, max_seq_len
         evaluation = SolverEvaluation.read(settings.evaluation, tokenizer, *limits)
-        return cls(model, lora, evaluation, sequences, row_notes)
+        return cls(model, lora, evaluation, *rows)
 
 
 @dataclass(frozen=True)
@@ -115,8 +119,9 @@ class PretrainInputs:
     stream: Stream
 
     @property
-    def n_rows(self) -> int:
-        return self.stream.rows
+    def mixture(self) -> Mixture:
+        """How many rows an epoch has."""
+        return Mixture((self.stream.rows,))
 
     @property
     def notes(self) -> list[str]:
@@ -177,7 +182,7 @@ class VerifierInputs:
     """A verifier's training data and where it starts from.
 
     rows: comparisons, or graded responses; row_notes: what a user should know of the train file's
-    rows.
+    rows; mixture: of how many they are.
     """
 
     model: OpenedModel
@@ -185,10 +190,7 @@ class VerifierInputs:
     evaluation: VerifierEvaluation
     rows: GradedData
     row_notes: list[str]
-
-    @property
-    def n_rows(self) -> int:
-        return len(self.rows)
+    mixture: Mixture
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -211,7 +213,7 @@ class VerifierInputs:
         limits = settings.batches.max_seq_len, settings.batches.strict_length
         kind, separator = settings.objective.objective, settings.objective.separator
 
-        def rows_of(path: str, most: int | None = None) -> tuple[GradedData, list[str]]:
+        def rows_of(path: Named, most: int | None = None) -> tuple[GradedData, list[str]]:
             if kind == "pairwise":
                 rules = PairRules(data.ranked_pairs, most, settings.run.seed)
                 return comparisons(path, model.tokenizer, *limits, rules)
@@ -219,7 +221,8 @@ class VerifierInputs:
 
         lora = lora_of(settings.lora, model.checkpoint)
         evaluation = VerifierEvaluation.read(settings.evaluation, rows_of, kind)
-        return cls(model, lora, evaluation, *rows_of(data.train_file, data.max_pairs_per_prompt))
+        rows = read_mixture(source_of(data), lambda path: rows_of(path, data.max_pairs_per_prompt))
+        return cls(model, lora, evaluation, *rows)
 
     def save(
         self,
@@ -248,7 +251,8 @@ class PreferenceInputs:
     """What a policy learns preferences from, and where it starts.
 
     rows: comparisons or labelled outputs; prompts: of a run online, which has no rows; judge: what
-    then scores samples; row_notes: what a user should know of the train file's rows.
+    then scores samples; row_notes: what a user should know of the train file's rows; mixture: of
+    how many they are.
     """
 
     model: OpenedModel
@@ -258,10 +262,7 @@ class PreferenceInputs:
     prompts: list[Prompt]
     judge: OpenedJudge | None
     row_notes: list[str]
-
-    @property
-    def n_rows(self) -> int:
-        return len(self.rows) or len(self.prompts)
+    mixture: Mixture
 
     @property
     def notes(self) -> list[str]:
@@ -273,10 +274,10 @@ class PreferenceInputs:
         """Read everything. Raises UserError, before any work, for whatever is wrong."""
         model = open_start(settings, parallel, head="lm")
         lora = lora_of(settings.lora, model.checkpoint)
-        tokenizer, train_file = model.tokenizer, settings.data.train_file
+        tokenizer, source = model.tokenizer, source_of(settings.data)
         batches, cache = settings.batches, settings.preference.cache_reference
         if cache is not None:
-            check_writable(cache, ".safetensors", train_file)
+            check_writable(cache, ".safetensors", settings.data.train_file)
             if Path(cache).resolve().parent == Path(settings.model.ckpt_dir).resolve():
                 raise UserError(
                     f"--cache_reference {cache}: lies among the weights of --ckpt_dir, and would "
@@ -287,19 +288,26 @@ class PreferenceInputs:
         evaluation = SolverEvaluation.read(settings.evaluation, tokenizer, *limits)
         if settings.online.online:
             judge = OpenedJudge.read(settings, settings.evaluation, tokenizer, parallel)
-            prompts, notes = judge.prompts(train_file, tokenizer, batches.max_seq_len)
-            return cls(model, lora, evaluation, [], prompts, judge, notes)
+            prompts, notes, mixture = read_mixture(
+                source, lambda path: judge.prompts(path, tokenizer, batches.max_seq_len)
+            )
+            return cls(model, lora, evaluation, [], prompts, judge, notes, mixture)
         data = settings.data
         rules = PairRules(data.ranked_pairs, data.max_pairs_per_prompt, settings.run.seed, True)
         limits = batches.max_seq_len, batches.strict_length
         rows: list[Comparison] | list[Labelled]
         if set(settings.preference.names) <= {"kto", "sft"}:
-            rows, notes = labelled(train_file, tokenizer, *limits, rules)
+            rows, notes, mixture = read_mixture(
+                source, lambda path: labelled(path, tokenizer, *limits, rules)
+            )
         else:
-            rows, notes = comparisons(train_file, tokenizer, *limits, rules)
+            compared, notes, mixture = read_mixture(
+                source, lambda path: comparisons(path, tokenizer, *limits, rules)
+            )
             if "kto" in settings.preference.names:
-                check_sides(rows, train_file)
-        return cls(model, lora, evaluation, rows, [], None, notes)
+                check_sides(compared, source)
+            rows = compared
+        return cls(model, lora, evaluation, rows, [], None, notes, mixture)
 
 
 @dataclass(frozen=True)
@@ -307,20 +315,17 @@ class DistillationInputs:
     """What a student learns from, and where it starts.
 
     sequences: with outputs, where it has any to learn from; teacher: a model, or kept: its numbers;
-    row_notes: what a user should know of the train file's rows.
+    row_notes: what a user should know of the train file's rows; mixture: of how many they are.
     """
 
     model: OpenedModel
     lora: LoRAConfig | None
     evaluation: SolverEvaluation
-    sequences: list[Sequence]
+    sequences: Sequences
     teacher: OpenedModel | None
     kept: TopK | None
     row_notes: list[str]
-
-    @property
-    def n_rows(self) -> int:
-        return len(self.sequences)
+    mixture: Mixture
 
     @property
     def notes(self) -> list[str]:
@@ -332,21 +337,23 @@ class DistillationInputs:
         """Read everything. Raises UserError, before any work, for whatever is wrong."""
         model = open_start(settings, parallel, head="lm")
         lora = lora_of(settings.lora, model.checkpoint)
-        tokenizer, train_file = model.tokenizer, settings.data.train_file
+        tokenizer, source = model.tokenizer, source_of(settings.data)
         batches, of_teacher = settings.batches, settings.teacher
         limits = settings.generation.max_new_tokens, batches.max_seq_len
         evaluation = SolverEvaluation.read(settings.evaluation, tokenizer, *limits)
         if of_teacher.teacher_ckpt_dir is None:
-            kept, notes = top_k_rows(
-                train_file, tokenizer, batches.max_seq_len, batches.strict_length
-            )
-            return cls(model, lora, evaluation, kept.sequences, None, kept, notes)
-        if of_teacher.on_policy == 1:
-            sequences, notes = prompt_sequences(train_file, tokenizer, batches.max_seq_len)
-        else:
-            sequences, notes = solver_sequences(
-                train_file, tokenizer, batches.max_seq_len, batches.strict_length
-            )
+            kept, notes = top_k_rows(source, tokenizer, batches.max_seq_len, batches.strict_length)
+            mixture = Mixture((len(kept.sequences),))
+            return cls(model, lora, evaluation, kept.sequences, None, kept, notes, mixture)
+        how = batches.max_seq_len, batches.strict_length, mask_of(settings.loss)
+        sequences, notes, mixture = read_mixture(
+            source,
+            lambda path: (
+                prompt_sequences(path, tokenizer, batches.max_seq_len)
+                if of_teacher.on_policy == 1
+                else solver_sequences(path, tokenizer, *how)
+            ),
+        )
         teacher = open_model(
             ModelSettings(ckpt_dir=of_teacher.teacher_ckpt_dir), parallel, head="lm"
         )
@@ -370,7 +377,17 @@ class DistillationInputs:
         if degree in (None, mp_size):  # at another degree it sees whole rows
             config = teacher.checkpoint.config
             check_heads(config, mp_size, parallel.context.size, "teacher")
-        return cls(model, lora, evaluation, sequences, teacher, None, notes)
+        return cls(model, lora, evaluation, sequences, teacher, None, notes, mixture)
+
+
+def source_of(data: DataSettings | PromptSettings) -> Source:
+    """What the rows to train on are read from, with what they go through."""
+    return Source(data.train_file, RowMap(data.map, data.map_workers) if data.map else None)
+
+
+def mask_of(loss: LossMaskSettings) -> LossMask:
+    """Which tokens the settings let a solver be trained on."""
+    return LossMask(loss.loss_on, *loss.markers)
 
 
 def open_start(settings: TrainSettings, parallel: Parallel, head: str | None) -> OpenedModel:

@@ -5,6 +5,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from src.data.mixture import Mixture
 from src.models.batch import Batch, PromptTree
 from src.models.transformer import Transformer
 from src.trainer.batches import EpochSteps, PerRow, Steps
@@ -29,13 +30,16 @@ class Objective(Protocol):
     noted: Mapping[str, float] = {}
 
     @property
-    def tokens(self) -> int:
-        """Of all rows."""
-        return sum(self.lengths)
+    def tokens_per_row(self) -> float:
+        """On the average."""
+        return sum(self.lengths) / len(self.lengths)
 
-    def steps(self, batch_size: int, epochs: int, seed: int) -> Steps:
-        """Which rows each step takes; by default each once in an epoch, at random."""
-        return EpochSteps(len(self.lengths), batch_size, epochs, seed)
+    def steps(self, batch_size: int, epochs: int, seed: int, mixture: Mixture | None) -> Steps:
+        """Which rows each step takes; by default each once in an epoch, at random.
+
+        mixture: of how many; all of them when not given.
+        """
+        return EpochSteps(mixture or len(self.lengths), batch_size, epochs, seed)
 
     def begin(self, number: int, batch: list[int], model: Transformer) -> None:
         """A step, its number from 0, is to be taken on a batch of all ranks' rows.

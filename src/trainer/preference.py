@@ -256,9 +256,11 @@ def mismatched(
     for place, row in enumerate(order):
         following = (order[(place + k) % len(order)] for k in range(1, len(order)))
         other = next((i for i in following if prompts[i] != prompts[row]), order[place - 1])
-        answer = firsts[other].tokens[firsts[other].prompt_length :]
-        whole = [*prompts[row], *answer][: max(max_seq_len, len(prompts[row]) + 1)]
-        out[row] = Sequence(array("i", whole), len(prompts[row]))
+        answer, n = firsts[other], len(prompts[row])
+        whole = [*prompts[row], *answer.tokens[answer.prompt_length :]][: max(max_seq_len, n + 1)]
+        shift, most = n - answer.prompt_length, len(whole)
+        ranges = [(a + shift, min(b + shift, most)) for a, b in answer.ranges if a + shift < most]
+        out[row] = Sequence.of_spans(array("i", whole), ranges)
     return [out[row] for row in range(len(rows))]
 
 

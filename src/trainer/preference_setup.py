@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from src.checkpoint.load import load_model, load_sharing
-from src.identity import held
+from src.identity import held, held_rows
 from src.logs import RunLog
 from src.models.batch import Sequence
 from src.models.transformer import Transformer
@@ -131,11 +131,11 @@ def _key(
     for groups in lists:
         for group in groups:
             for sequence in group:
-                ids.update(f"{sequence.prompt_length} {list(sequence.tokens)}\n".encode())
+                ids.update(f"{sequence.ranges} {list(sequence.tokens)}\n".encode())
     return {
         "model": digest_of(weights),
         "tokenizer": digest_of(inputs.model.tokenizer.identity),
-        "train file": held(settings.data.train_file),
+        "train file": held_rows(settings.data.train_file),
         "rows or pairs of it, as tokens": ids.hexdigest(),
         "dtype": str(dtype),
         "quantisation": str(settings.lora.quantize),

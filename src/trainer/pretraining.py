@@ -2,6 +2,7 @@
 
 import torch
 
+from src.data.mixture import Mixture
 from src.data.stream import Span, Stream
 from src.models.batch import Batch
 from src.models.transformer import Transformer
@@ -30,10 +31,10 @@ class PretrainingObjective(SolverObjective):
         self.spans: dict[int, list[Span]] = {}
 
     @property
-    def tokens(self) -> int:
-        return self.stream.tokens
+    def tokens_per_row(self) -> float:
+        return self.stream.tokens / self.stream.rows
 
-    def steps(self, batch_size: int, epochs: int, seed: int) -> Steps:
+    def steps(self, batch_size: int, epochs: int, seed: int, mixture: Mixture | None) -> Steps:
         return StreamSteps(self.stream.rows, batch_size, epochs, self.most)
 
     def begin(self, number: int, batch: list[int], model: Transformer) -> None:

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from src.models.batch import Batch, Sequence, response_loss, weighted_balance_loss
+from src.data.kept import Sequences, lengths_of
+from src.models.batch import Batch, response_loss, weighted_balance_loss
 from src.models.transformer import Transformer
 from src.parallel.context import ALONE, ContextGroup
 from src.trainer.batches import PerRow
@@ -16,12 +17,13 @@ class SolverObjective(Objective):
     stats: tuple[str, ...] = ("loss",)
 
     def __init__(
-        self, sequences: list[Sequence], device: torch.device, context: ContextGroup = ALONE
+        self, sequences: Sequences, device: torch.device, context: ContextGroup = ALONE
     ) -> None:
         """context: the ranks that divide the rows' tokens."""
         self.sequences, self.device, self.context = sequences, device, context
-        self.lengths: PerRow = [len(s.tokens) for s in sequences]
-        self.weights: PerRow = [s.response_length for s in sequences]
+        self.lengths: PerRow
+        self.weights: PerRow
+        self.lengths, self.weights = lengths_of(sequences)
         self.needed: PerRow = self.weights
 
     def pieces(self, row: int) -> list[tuple[int, int]]:

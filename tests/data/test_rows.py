@@ -155,7 +155,7 @@ def test_a_broken_line_does_not_hide_the_next_and_five_problems_are_shown(file):
         ("a.json", "", "is empty"),
         ("a.jsonl", "  \n", "is empty"),
         ("a.json", "[]", "holds no rows"),
-        ("a.csv", "x", "must end in .json"),
+        ("a.xml", "x", "must end in .json"),
         (
             "a.jsonl",
             b'{"instruction": "x", "output": "y"}\n{"instruction": "\xff"}',
@@ -169,12 +169,12 @@ def test_an_unusable_file_is_refused(file, name, content, words):
     assert str(path) in message and words in message
 
 
-def test_a_missing_file_names_the_nearest_and_a_folder_is_refused(file, tmp_path):
+def test_a_missing_file_names_the_nearest_and_an_empty_folder_is_refused(file, tmp_path):
     file("train.json", "[]")
     message = refusal(tmp_path / "trains.json")
     assert "did you mean" in message and "train.json?" in message
     (tmp_path / "folder.json").mkdir()
-    assert "cannot be read" in refusal(tmp_path / "folder.json")
+    assert "holds no data file" in refusal(tmp_path / "folder.json")
 
 
 def test_a_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path, monkeypatch):

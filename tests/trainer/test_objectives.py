@@ -7,28 +7,62 @@ import pytest
 import torch
 
 from src.data.encoding import Comparison
-from src.models.batch import Batch, Sequence, response_logprobs, response_loss, sequence_scores
+from src.models.batch import (
+    Batch,
+    Sequence,
+    packed,
+    response_logprobs,
+    response_loss,
+    sequence_scores,
+)
 from src.parallel import vocab
 from src.trainer.optimizer import Optimizer
 from src.trainer.solver import SolverObjective
 from src.trainer.verifier import VerifierObjective, margins
-from tests.trainer.tiny import EOS, PAD, VOCAB, ours, padded, some_sequences, theirs
+from tests.trainer.tiny import (
+    EOS,
+    PAD,
+    VOCAB,
+    ours,
+    padded,
+    some_conversations,
+    some_sequences,
+    theirs,
+)
 
 
-def test_the_loss_is_the_sum_over_response_tokens_from_the_first_to_eos(folder, parallel):
+@pytest.mark.parametrize("rows_of", [some_sequences, some_conversations])
+def test_the_loss_is_the_sum_over_response_tokens_from_the_first_to_eos(folder, parallel, rows_of):
     """Divided by the batch's denominator, not by the micro-batch's own count."""
-    sequences = some_sequences(5, seed=3)
+    sequences = rows_of(5, seed=3)
     objective = SolverObjective(sequences, parallel.device)
     loss, _ = objective.loss(ours(folder / "lm", parallel), [0, 2, 4], denominator=100)
     total, model = 0.0, theirs(folder / "lm")
     for s in (sequences[i] for i in (0, 2, 4)):
         with torch.no_grad():
             logp = model(input_ids=torch.tensor([s.tokens])).logits[0].log_softmax(-1)
-        total -= sum(float(logp[t - 1, s.tokens[t]]) for t in range(s.prompt_length, len(s.tokens)))
+        places = [t for start, stop in s.ranges for t in range(start, stop)]
+        total -= sum(float(logp[t - 1, s.tokens[t]]) for t in places)
         assert s.tokens[-1] == EOS
     assert float(loss.detach()) == pytest.approx(total / 100, rel=1e-5)
-    assert objective.weights == [len(s.tokens) - s.prompt_length for s in sequences]
+    assert objective.weights == [sum(b - a for a, b in s.ranges) for s in sequences]
     assert objective.lengths == [len(s.tokens) for s in sequences]
+
+
+def test_a_prompt_computed_once_changes_nothing_of_conversations(folder, parallel):
+    """Responses of one prompt with others' tokens between theirs, as a tree and one by one."""
+    model, prompt = ours(folder / "lm", parallel), [1, 40, 41, 7]
+    tails = ([9, 8, 7, EOS, 5], [12, EOS], [9, 8, EOS, 30, 31, EOS])
+    spans = ([(4, 5), (7, 8)], [(4, 6)], [(4, 7), (9, 10)])
+    group = [Sequence.of_spans(prompt + tail, x) for tail, x in zip(tails, spans)]
+    assert [s.spans is None for s in group] == [False, True, False]
+    tree = packed([group, [group[0]]], True, parallel.device)
+    with torch.no_grad():
+        together, _ = response_logprobs(model, tree)
+        alone = [response_logprobs(model, Batch.of([s], parallel.device))[0] for s in group]
+    assert len(tree.tokens) == 4 + sum(map(len, tails)) + len(group[0].tokens)
+    assert tree.responses == [2, 2, 4, 2]
+    assert torch.allclose(together, torch.cat([*alone, alone[0]]), atol=1e-5)
 
 
 def test_only_the_rows_before_response_tokens_are_trained(folder, parallel):

@@ -21,7 +21,15 @@ from src.trainer.solver import SolverObjective
 from tests.launch import launch
 from tests.trainer import worker
 from tests.trainer.conftest import LAYOUTS, everywhere
-from tests.trainer.tiny import apart, ours, padded, some_sequences, theirs, whole_weights
+from tests.trainer.tiny import (
+    apart,
+    ours,
+    padded,
+    some_conversations,
+    some_sequences,
+    theirs,
+    whole_weights,
+)
 
 TOLERANCE = 1e-5
 
@@ -109,7 +117,7 @@ def experts_loss(model, rows):
     """
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-    chosen, balance = [some_sequences(worker.ROWS)[i] for i in rows], 0.0
+    chosen, balance = [some_conversations(worker.ROWS)[i] for i in rows], 0.0
     for s in chosen:
         routers = model(input_ids=torch.tensor([s.tokens]), output_router_logits=True).router_logits
         config = model.config
@@ -121,13 +129,16 @@ def experts_loss(model, rows):
 
 
 def solver_loss(model, rows):
-    """The mean over output tokens: prompts and pads carry the label -100."""
-    sequences = some_sequences(worker.ROWS)
+    """The mean over output tokens: prompts, others' tokens and pads carry the label -100."""
+    sequences = some_conversations(worker.ROWS)
     chosen = [sequences[i] for i in rows]
     ids, mask = padded([s.tokens for s in chosen])
     labels = ids.masked_fill(mask == 0, -100)
     for row, sequence in zip(labels, chosen):
-        row[: sequence.prompt_length] = -100
+        is_trained = torch.zeros(len(row), dtype=torch.bool)
+        for first, last in sequence.ranges:
+            is_trained[first:last] = True
+        row[~is_trained] = -100
     logits = model(input_ids=ids, attention_mask=mask).logits
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
 

@@ -138,6 +138,22 @@ def whole_weights(model: Transformer, parallel: Parallel) -> dict[str, torch.Ten
     return whole
 
 
+def some_conversations(n: int, seed: int = 0) -> list[Sequence]:
+    """`some_sequences` whose longer responses have others' tokens in them, or behind them, too.
+
+    Where they are keeps the first gradients away from 0, of which Adam makes steps of rounding.
+    """
+    rows = []
+    for i, s in enumerate(some_sequences(n, seed)):
+        first, last = s.prompt_length, len(s.tokens)
+        if s.response_length > 3:
+            spans = [(first, last - 2), (last - 1, last)] if i % 2 else [(first, last - 1)]
+            s = Sequence.of_spans(s.tokens, spans)
+        rows.append(s)
+    assert any(s.spans for s in rows)
+    return rows
+
+
 def some_sequences(n: int, seed: int = 0) -> list[Sequence]:
     """Prompts of 2 to 7 tokens, responses of 1 to 8 that end with EOS; many lengths, no pad."""
     rng = random.Random(seed)

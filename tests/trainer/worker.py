@@ -49,7 +49,15 @@ from src.trainer.reference import KeptReference, LiveReference, score_all
 from src.trainer.sampling import sampling_from
 from src.trainer.solver import SolverObjective
 from src.trainer.verifier import VerifierObjective
-from tests.trainer.tiny import EOS, VOCAB, ours, some_sequences, training, whole_weights
+from tests.trainer.tiny import (
+    EOS,
+    VOCAB,
+    ours,
+    some_conversations,
+    some_sequences,
+    training,
+    whole_weights,
+)
 
 # Five steps, the last of five rows: uneven at any number of ranks.
 ROWS, BATCH, LR, WARMUP = 37, 8, 2e-3, 0.5
@@ -315,7 +323,7 @@ def solver_run(
     zero, method = more.get("zero", 1), more.get("method", Method())
     decay_and_norm = WEIGHT_DECAY, MAX_GRAD_NORM
     optimizer = Optimizer(model, parallel, *decay_and_norm, zero=zero, method=method)
-    objective = SolverObjective(some_sequences(ROWS), parallel.device, parallel.context)
+    objective = SolverObjective(some_conversations(ROWS), parallel.device, parallel.context)
     return trained(model, optimizer, objective, settings(BATCH, micro, parallel, more), parallel)
 
 
