@@ -42,10 +42,8 @@ def main(settings: PretrainSettings) -> None:
 
     # Read and check everything, and what an earlier run of this command left, before any work.
     inputs = agreed(lambda: PretrainInputs.read(settings, parallel))
-    known = dict(
-        rows_per_step=rows_per_step(settings.batches, parallel.data_size), train_file=inputs.blend
-    )
-    earlier = Earlier.find(settings, [saving_plan.save_dir], parallel, **known)
+    rows = rows_per_step(settings.batches, parallel.data_size)
+    earlier = Earlier.find(settings, [saving_plan.save_dir], parallel, rows_per_step=rows)
 
     # Load, or draw, this rank's part of the model.
     dtype, quantize = pick_dtype(run.dtype, parallel.device), settings.lora.quantize

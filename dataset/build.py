@@ -162,9 +162,9 @@ def pairs(
 
 def pretrain(
     source: Annotated[
-        list[str],
-        "texts: files (.txt, or rows as .jsonl and others), folders with such, or patterns as "
-        "'texts/*.jsonl', with commas between",
+        str,
+        "texts: .txt files, rows in any format, folders, patterns, URLs, data sets, with commas "
+        "between (docs/data.md)",
     ],
     save_dir: Annotated[str, WRITTEN, "the folder of shards to write"],
     tokenizer_file: Annotated[str | None, "the tokenizer; or give --ckpt_dir"] = None,

@@ -5,23 +5,19 @@ document of any length passes through in as much memory as a few pieces take: it
 ids of the pieces are, one after the other, the ids of the whole (`Tokenizer.may_cut`).
 """
 
-import codecs
-import gzip
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from glob import glob
-from io import BufferedIOBase
-from pathlib import Path
 
-from src.data.files import Broken, elements
+from src import storage
+from src.data.files import Broken, elements, format_of, is_text, text_blocks
 from src.data.rows import SAMPLE
+from src.data.sources import files_in, parts_of
 from src.data.tokenizer import Tokenizer
 from src.errors import UserError
 
 PIECE = 2**15  # characters, about
 LONGEST_PIECE = 2**26
-BLOCK = 2**18  # bytes of a text that are read at a time
 # Where cuts are tried, the likeliest first: before a space between words, before other space after
 # a word, before punctuation after a word, before any space.
 _PLACES = [
@@ -110,49 +106,37 @@ def _cut(tokenizer: Tokenizer, text: str, first: int, last: int) -> int | None:
 # --- A source's text ------------------------------------------------------------------------------
 
 
-def sources_of(names: Iterable[str]) -> list[Path]:
-    """The files that are meant by names of files, folders and patterns, each once, in order.
+def sources_of(text: str) -> list[str]:
+    """The files that a text names: as src/data/sources.py has it, and texts as well.
 
-    Of a folder and of a pattern by name. Raises UserError where there are none.
+    Of a folder its texts come first. Raises UserError where there are none.
     """
-    files: dict[Path, None] = {}
-    for name in names:
-        path = Path(name)
-        if path.is_dir():
-            found = [file for file in path.rglob("*") if is_source(file)]
-        elif path.is_file():
-            found = [path]
-        else:
-            found = [Path(file) for file in glob(name, recursive=True) if Path(file).is_file()]
-        if not found:
-            raise UserError(
-                f"--source {name}: no such file, nor a folder or pattern with files that can be "
-                "read (.txt, .jsonl, .json)"
-            )
-        files |= dict.fromkeys(sorted(found))
+    files: dict[str, None] = {}
+    for part in parts_of(text):
+        if part.weight is not None:
+            raise UserError(f"{text}: weights mix shards when they are trained on; leave them out")
+        found: list[str] = []
+        if storage.is_folder(part.location):
+            folder = part.location.rstrip("/")
+            names = storage.names_in(folder)
+            found = [f"{folder}/{name}" for name in names if is_text(name)]
+            if found and not any(map(format_of, names)):
+                names = []
+        if not found or names:
+            found += files_in(part.location)
+        files |= dict.fromkeys(found)
     return list(files)
 
 
-def is_source(path: Path) -> bool:
-    """Whether a folder's file is one of texts, by its name."""
-    ends = {"".join(path.suffixes[-2:]), path.suffix}
-    return path.is_file() and not ends.isdisjoint((".txt", ".txt.gz", ".jsonl", ".json"))
-
-
-def chunks_of(path: Path, field: str, separator: str | None) -> Iterator[Chunk]:
+def chunks_of(path: str, field: str, separator: str | None) -> Iterator[Chunk]:
     """A source's text in its order.
 
     field: that holds a row's text; separator: what sets the documents of a `.txt` apart. Raises
     UserError, with the place, for what is no text.
     """
     if is_text(path):
-        return separated(_blocks(path), separator)
+        return separated(text_blocks(path), separator)
     return ((text, True) for text in _texts(path, field))
-
-
-def is_text(path: Path) -> bool:
-    """Whether a file is plain text, and not rows."""
-    return ".txt" in path.suffixes[-2:]
 
 
 def separated(blocks: Iterable[str], separator: str | None) -> Iterator[Chunk]:
@@ -170,7 +154,7 @@ def separated(blocks: Iterable[str], separator: str | None) -> Iterator[Chunk]:
     yield rest, True
 
 
-def _texts(path: Path, field: str) -> Iterator[str]:
+def _texts(path: str, field: str) -> Iterator[str]:
     for where, row in elements(path):
         if isinstance(row, Broken):
             raise UserError(f"{where}: {row}")
@@ -183,40 +167,3 @@ def _texts(path: Path, field: str) -> Iterator[str]:
             held = repr(row[field])[:40]
             raise UserError(f'{where}: the field "{field}" holds {held}; a text is needed')
         yield row[field]
-
-
-def _blocks(path: Path) -> Iterator[str]:
-    decoder, line = codecs.getincrementaldecoder("utf-8")(), 1
-    try:
-        with _opened(path) as file:
-            is_first = True
-            while True:
-                data = file.read(BLOCK)
-                if is_first:  # some editors put a byte-order mark first
-                    data, is_first = data.removeprefix(codecs.BOM_UTF8), False
-                try:
-                    text = decoder.decode(data, final=not data)
-                except UnicodeDecodeError as error:
-                    line += error.object.count(b"\n", 0, error.start)
-                    byte = error.object[error.start]
-                    raise UserError(
-                        f"{path}:{line}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8"
-                    ) from error
-                if "\0" in text:
-                    line += text.count("\n", 0, text.index("\0"))
-                    raise UserError(
-                        f"{path}:{line}: holds a NUL byte; save it as UTF-8 text (UTF-16 and "
-                        "half-written files look like this)"
-                    )
-                yield text
-                line += text.count("\n")
-                if not data:
-                    return
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except EOFError as error:
-        raise UserError(f"{path}: is cut short: {error}") from error
-
-
-def _opened(path: Path) -> BufferedIOBase:
-    return gzip.GzipFile(path) if path.suffix == ".gz" else path.open("rb")

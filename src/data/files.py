@@ -7,6 +7,7 @@ with a whole file is raised. But for a `.json`, which is decoded as one text, me
 or a few rows at a time.
 """
 
+import codecs
 import csv
 import difflib
 import json
@@ -60,9 +61,48 @@ def elements(path: str | Path) -> Iterator[Element]:
             f"(one object per line), {', '.join([*_FORMATS][2:])}, or one of these with "
             f"{' or '.join(_CODECS)} behind it, not {Path(path).suffix or 'nothing'!r}"
         )
+    with _read(path, must_seek=form in _TABLES) as file:
+        yield from _FORMATS[form](path, file)
+
+
+def text_blocks(path: str | Path, size: int = 2**18) -> Iterator[str]:
+    """A text, `size` bytes of it at a time. Raises UserError where it is none."""
+    line, rest = 1, b""  # the beginning of a character whose end is in the next block
+    with _read(path, must_seek=False) as file:
+        data = file.read(size + len(codecs.BOM_UTF8)).removeprefix(codecs.BOM_UTF8)
+        while data:
+            after = file.read(size)
+            whole = rest + data
+            end = len(whole) if not after else _characters_end(whole)
+            head = codecs.BOM_UTF8 if line == 1 else b""  # which is taken off a first line, once
+            text = _text(path, head + whole[:end], line)
+            yield text
+            line, rest, data = line + text.count("\n"), whole[end:], after
+
+
+def _characters_end(data: bytes) -> int:
+    """Where the last whole character of UTF-8 ends, before one that goes on after the data."""
+    for back in range(1, min(3, len(data)) + 1):
+        byte = data[-back]
+        if byte >= 0xC0:  # a character of several bytes begins
+            length = 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
+            return len(data) - back if length > back else len(data)
+        if byte < 0x80:
+            break
+    return len(data)
+
+
+def is_text(path: str | Path) -> bool:
+    """Whether a file is plain text by its name, and not rows."""
+    return PurePosixPath(_uncompressed(path)).suffix == ".txt"
+
+
+@contextmanager
+def _read(path: str | Path, must_seek: bool) -> Iterator[BinaryIO]:
+    """As `_opened`; raises UserError for what goes wrong meanwhile."""
     try:
-        with _opened(path, must_seek=form in _TABLES) as file:
-            yield from _FORMATS[form](path, file)
+        with _opened(path, must_seek) as file:
+            yield file
     except OSError as error:
         if error.strerror is None:  # a decompressor's
             raise UserError(f"{path}: is damaged: {error}") from error

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from src.checkpoint.json_file import read_json
 from src.checkpoint.manifest import digest, problems
+from src.data.sources import parts_of
 from src.errors import UserError
 
 INDEX, VERSION = "index.json", 1
@@ -198,6 +199,12 @@ class Shards:
                     f"{self.folder / names_of(number)[1]}: its documents do not end one after the "
                     f"other, the last at {shard['tokens']}; build the shards again"
                 )
+
+
+def are_shards(text: str) -> bool:
+    """Whether what a text names, as `parts_of` reads it, are folders of shards, and not of rows."""
+    folders = [Path(part.location) for part in parts_of(text)]
+    return any(any(folder.glob("tokens-*.bin")) for folder in folders if folder.is_dir())
 
 
 def _check_index(path: Path, index: dict[str, Any]) -> None:

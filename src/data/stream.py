@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 from src.data.shards import Shards
+from src.data.sources import parts_of
 from src.errors import UserError
-from src.models.batch import Batch
+from src.models.batch import Batch, Ranges
 from src.parallel.context import ALONE, ContextGroup
 
 _ROUNDS = 6
@@ -38,7 +39,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Part:
+class Blended:
     """A folder of a blend. weight: its share of the rows, relative to the others' weights."""
 
     shards: Shards
@@ -54,7 +55,7 @@ class Stream:
     which have nothing to predict. Else it is one sequence.
     """
 
-    parts: Sequence[Part]
+    parts: Sequence[Blended]
     max_seq_len: int
     document_mask: bool
     seed: int
@@ -69,18 +70,19 @@ class Stream:
         part: int = 0,
         parts: int = 1,
     ) -> "Stream":
-        """The rows of the folders that a text names, see `blend_of`.
+        """The rows of the folders of shards that a text names, as `parts_of` reads it.
 
         Without weights each folder has its own number of rows as its weight, so that an epoch has
         each row once. part, parts: see `Shards.open`, whose UserError it raises.
         """
         found = []
-        for folder, weight in blend_of(text):
-            shards = Shards.open(folder, part, parts)
+        for named in parts_of(text):
+            shards = Shards.open(named.location, part, parts)
             rows = rows_in(shards.tokens, max_seq_len)
             if rows == 0:
-                raise UserError(f"{folder}: holds {shards.tokens} token, and nothing to predict")
-            found.append(Part(shards, Fraction(rows) if weight is None else weight))
+                raise UserError(f"{shards.folder}: holds one token, and nothing to predict")
+            weight = Fraction(rows) if named.weight is None else named.weight
+            found.append(Blended(shards, weight))
         return cls(found, max_seq_len, document_mask, seed)
 
     @cached_property
@@ -143,8 +145,8 @@ class Stream:
         """
         parts = [self.parts[span.part].shards.read(span.start, span.stop) for span in spans]
         tokens = torch.from_numpy(np.concatenate(parts)).to(device)
-        lengths = list(map(len, spans))
-        return Batch(tokens, lengths, [((1, length),) for length in lengths], context)
+        ranges: list[Ranges] = [((1, len(span)),) for span in spans]
+        return Batch(tokens, list(map(len, spans)), ranges, context)
 
 
 def rows_in(tokens: int, max_seq_len: int) -> int:
@@ -170,27 +172,3 @@ def permuted(place: int, size: int, key: str) -> int:
         place = left << half | right
         if place < size:
             return place
-
-
-def blend_of(text: str) -> list[tuple[str, Fraction | None]]:
-    """(folder, weight) of each part of `a:0.7,b:0.3`; None for all weights of `a,b`.
-
-    Raises UserError for weights that are no positive numbers, or that some folders lack.
-    """
-    parts: list[tuple[str, Fraction | None]] = []
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        folder, colon, weight = part.rpartition(":")
-        try:
-            parts.append((folder, Fraction(weight)) if colon else (part, None))
-        except (ValueError, ZeroDivisionError):
-            parts.append((part, None))  # a colon of the path's own
-    weights = [weight for _, weight in parts]
-    if not parts or (None in weights and set(weights) != {None}):
-        raise UserError(
-            f"{text!r}: give folders of shards with commas between, and after all or none of them "
-            "a colon and the weight, as a:0.7,b:0.3"
-        )
-    wrong = [folder for folder, weight in parts if weight is not None and weight <= 0]
-    if wrong:
-        raise UserError(f"{text!r}: the weight of {wrong[0]} must be above 0")
-    return parts

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from src import storage
 from src.checkpoint.json_file import read_json
 from src.checkpoint.manifest import described
 from src.data.documents import Piece, chunks_of, pieces
@@ -39,7 +40,7 @@ class Texts:
     of a full shard.
     """
 
-    sources: list[Path]
+    sources: list[str]
     field: str
     separator: str | None
     shard_tokens: int
@@ -151,17 +152,15 @@ def _batches(
     for number, path in enumerate(texts.sources):
         if number < first:
             continue
-        began = path.stat()
+        began = _moment(path)
         chunks = chunks_of(path, texts.field, texts.separator)
-        for piece in pieces(tokenizer, chunks, str(path), *(within if number == first else (0, 0))):
+        for piece in pieces(tokenizer, chunks, path, *(within if number == first else (0, 0))):
             batch.append((number, piece))
             size += len(piece.text)
             if size >= limit:
                 yield batch
                 batch, size = [], 0
-        now = path.stat()
-        size_then = sources[number]["size"]
-        if (size_then, began.st_mtime_ns) != (now.st_size, now.st_mtime_ns):
+        if _moment(path) != began or sources[number].get("size", began[0]) != began[0]:
             raise UserError(f"{path}: was changed while it was read; begin anew, in another folder")
     yield batch
 
@@ -186,12 +185,22 @@ def _in_order(
             yield done, future.result()
 
 
-def _described(paths: list[Path]) -> list[dict[str, Any]]:
-    """The path, size and SHA-256 of each source."""
+def _moment(path: str) -> tuple[int | str, int]:
+    """What is another when a source was written to: size and time, or a remote one's version."""
+    if storage.is_url(path):
+        return storage.version_of(path), 0
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns
 
-    def of(path: Path) -> dict[str, Any]:
+
+def _described(paths: list[str]) -> list[dict[str, Any]]:
+    """The path, size and SHA-256 of each source; of a remote one what tells its versions apart."""
+
+    def of(path: str) -> dict[str, Any]:
+        if storage.is_url(path):
+            return {"path": path, "version": storage.version_of(path)}
         try:
-            return {"path": str(path), **described(path)}
+            return {"path": path, **described(Path(path))}
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
@@ -204,10 +213,10 @@ def _check_same(path: Path, before: dict[str, Any], known: dict[str, Any]) -> No
     old = {source["path"]: source for source in before.get("sources", [])}
     for source in known["sources"]:
         if source["path"] in old and old[source["path"]] != source:
+            now, then = (of.get("size", of.get("version")) for of in (source, old[source["path"]]))
             raise UserError(
-                f"{source['path']}: is another than when {path.parent} was begun "
-                f"({source['size']} bytes now, {old[source['path']]['size']} then); give what it "
-                "was, or begin anew, in another folder"
+                f"{source['path']}: is another than when {path.parent} was begun ({now} bytes now, "
+                f"{then} then); give what it was, or begin anew, in another folder"
             )
     for key, value in known.items():
         if before.get(key) != value:

@@ -10,7 +10,9 @@ from src.checkpoint.save import check_save
 from src.data.encoding import Prompt, ppo_prompts, solver_sequences
 from src.data.kept import Sequences
 from src.data.mixture import Mixture, read_mixture
+from src.data.shards import are_shards
 from src.data.sources import Source
+from src.data.stream import Stream
 from src.errors import UserError
 from src.evaluation.tasks import Task, find_task
 from src.evaluation.training import SolverEvaluation
@@ -23,23 +25,23 @@ from src.ppo.layouts import Layouts
 from src.ppo.rewards.file import UserScore, load_score
 from src.ppo.setup import OpenedRoles, open_roles
 from src.settings.ppo import PPOTrainSettings
-from src.trainer.inputs import Places, source_of
+from src.trainer.inputs import Places, check_vocabulary, source_of
 
 
 @dataclass(frozen=True)
 class PPOInputs:
     """Models, prompts, and where earlier runs left the policy and the value model.
 
-    rule: whose rule is applied in the reward; mix: supervised rows; policy_state, value_state: what
-    lies beside their weights; notes: what a user should know of the rows, a sentence each; mixture,
-    mix_mixture: of how many prompts and supervised rows there are.
+    rule: whose rule is applied in the reward; mix: supervised rows or texts; policy_state,
+    value_state: what lies beside their weights; notes: what a user should know of the rows, a
+    sentence each; mixture, mix_mixture: of how many prompts and supervised rows there are.
     """
 
     roles: OpenedRoles
     evaluation: SolverEvaluation
     rule: Task | None
     prompts: list[Prompt]
-    mix: Sequences
+    mix: Sequences | Stream
     policy_state: dict[str, Any]
     value_state: dict[str, Any]
     notes: list[str]
@@ -79,9 +81,13 @@ class PPOInputs:
             source_of(settings.prompts),
             lambda path: ppo_prompts(path, tokenizer, rule, max_seq_len, rows_are_read),
         )
-        mix: Sequences = []
+        mix: Sequences | Stream = []
         mix_mixture = None
-        if ptx_file is not None:
+        if ptx_file is not None and are_shards(ptx_file):
+            part = parallel.rank, parallel.world_size
+            mix = Stream.open(ptx_file, max_seq_len, True, settings.run.seed, *part)
+            check_vocabulary(mix, tokenizer)
+        elif ptx_file is not None:
             mix, more, mix_mixture = read_mixture(
                 Source(ptx_file), lambda path: solver_sequences(path, tokenizer, max_seq_len)
             )

@@ -1,13 +1,15 @@
-"""Rows of plain supervised training beside the policy's steps (arXiv 2203.02155, equation 2)."""
+"""Plain training on rows or texts beside the policy's steps (arXiv 2203.02155, equation 2)."""
 
 import torch
 from torch import Tensor
 
 from src.data.kept import Sequences
 from src.data.mixture import Mixture
+from src.data.stream import Stream
 from src.ppo.roles import Role
 from src.settings.ppo import PPOSettings
-from src.trainer.batches import EndlessBatches, shares_of, turns_of
+from src.trainer.batches import EndlessBatches, EndlessRows, shares_of, turns_of
+from src.trainer.pretraining import PretrainingObjective
 from src.trainer.solver import SolverObjective
 
 
@@ -16,17 +18,23 @@ class PretrainingMix:
 
     def __init__(
         self,
-        sequences: Sequences,
+        rows: Sequences | Stream,
         batch_size: int,
         settings: PPOSettings,
         device: torch.device,
         mixture: Mixture | None = None,
     ) -> None:
-        """batch_size: rows per optimizer step, over all ranks; mixture: of the sequences."""
-        self.objective, self.settings = SolverObjective(sequences, device), settings
-        self.batches = EndlessBatches(
-            mixture or len(sequences), batch_size, f"{settings.run.seed}/ptx"
-        )
+        """batch_size: rows per optimizer step, over all ranks; mixture: of supervised rows."""
+        self.settings = settings
+        self.objective: SolverObjective
+        self.batches: EndlessBatches
+        if isinstance(rows, Stream):
+            self.objective = PretrainingObjective(rows, device)
+            self.batches = EndlessRows(batch_size)
+        else:
+            self.objective = SolverObjective(rows, device)
+            seed = f"{settings.run.seed}/ptx"
+            self.batches = EndlessBatches(mixture or len(rows), batch_size, seed)
 
     def backward(self, role: Role) -> dict[str, Tensor]:
         """Add the gradient of ptx_coef × the mean −log p of the next rows' output tokens.
@@ -35,6 +43,8 @@ class PretrainingMix:
         """
         assert role.optimizer is not None
         objective, batch, limits = self.objective, next(self.batches), self.settings.batches
+        objective.begin(self.batches.taken - 1, batch, role.model)
+        batch = [i for i in batch if objective.weights[i]]
         tokens = sum(objective.weights[i] for i in batch)
         total = torch.zeros((), device=objective.device)
         division, most = role.parallel, (limits.max_batch_size, limits.max_tokens_per_batch)

@@ -384,7 +384,13 @@ class PenaltySettings(Settings):
 class PretrainingSettings(Settings):
     """Supervised rows to go on training on, beside the rewards."""
 
-    ptx_file: Annotated[str | None, CONTENT, ROWS, 'rows with "instruction" and "output"'] = None
+    ptx_file: Annotated[
+        str | None,
+        CONTENT,
+        ROWS,
+        'rows with "instruction" and "output"; or texts: folders of shards, as pretrain.py takes '
+        "them (a, or a:0.7,b:0.3), in rows of --max_seq_len tokens",
+    ] = None
     ptx_coef: Annotated[float, Between(0, 1e6), "the weight of their loss"] = 0.0
     ptx_batch_size: Annotated[
         int | None,

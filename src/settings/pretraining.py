@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar
 from src.settings.declaration import (
     CONTENT,
     MAY_CHANGE,
+    ROWS,
     AtLeast,
     Unit,
     idle,
@@ -48,7 +49,8 @@ class StreamSettings(DataSettings):
 
     train_file: Annotated[
         str,
-        MAY_CHANGE,  # what it holds counts: the script compares that
+        CONTENT,
+        ROWS,
         "shards to train on, folders that dataset/build.py pretrain wrote: a, or several as a,b, "
         "or with the shares of their rows as a:0.7,b:0.3",
     ]

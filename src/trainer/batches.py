@@ -134,6 +134,21 @@ class EndlessBatches:
             next(self)
 
 
+class EndlessRows(EndlessBatches):
+    """The next of rows that are numbered without end."""
+
+    def __init__(self, batch_size: int) -> None:
+        self.taken, self.batch_size = 0, batch_size
+
+    def __next__(self) -> list[int]:
+        first = self.taken * self.batch_size
+        self.taken += 1
+        return list(range(first, first + self.batch_size))
+
+    def wind_to(self, taken: int) -> None:
+        self.taken = taken
+
+
 def shares_of(
     batch: list[int],
     lengths: PerRow,

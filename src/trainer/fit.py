@@ -116,8 +116,7 @@ def fit(
         log.info(line)
     meter = Meter(model, objective, parallel)
     passes = passes_of(model, parallel, optimizer)
-    drawn = mixture.n_rows / sum(mixture.sizes) if mixture else 1.0  # of all rows, in an epoch
-    tokens_left = objective.tokens * drawn * (total - step) / in_epoch
+    tokens_left = objective.tokens_per_row * batch_size * (total - step)
 
     def evaluate_aside(bar: Progress, name: str, number: int) -> None:
         clock.announce("evaluation")

@@ -1,7 +1,6 @@
 """What training on rows reads, opened and checked before any work."""
 
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 
 from src.checkpoint.folder import SCORES_FILE, beside, check_apart
@@ -24,7 +23,6 @@ from src.data.kept import Sequences
 from src.data.loss_mask import LossMask
 from src.data.mapping import RowMap
 from src.data.mixture import Mixture, read_mixture
-from src.data.shards import Shards
 from src.data.sources import Named, Source
 from src.data.stream import Stream
 from src.data.tokenizer import Tokenizer
@@ -122,6 +120,7 @@ class PretrainInputs:
 
     @property
     def mixture(self) -> Mixture:
+        """How many rows an epoch has."""
         return Mixture((self.stream.rows,))
 
     @property
@@ -135,13 +134,6 @@ class PretrainInputs:
             if part.shards.index["tokenizer"] != tokenizer.identity
         ] + self.evaluation.notes
 
-    @property
-    def blend(self) -> dict[str, str]:
-        """By what a later run is known to train on the same, as `identity` has it of a file."""
-        parts = [f"{part.shards.digest} {part.weight}" for part in self.stream.parts]
-        folders = ",".join(str(part.shards.folder) for part in self.stream.parts)
-        return {"path": folders, "holds": sha256("\n".join(parts).encode()).hexdigest()}
-
     @classmethod
     def read(cls, settings: PretrainSettings, parallel: Parallel) -> "PretrainInputs":
         """Read everything. Raises UserError, before any work, for whatever is wrong."""
@@ -152,9 +144,9 @@ class PretrainInputs:
         part = parallel.rank, parallel.world_size
         stream = Stream.open(data.train_file, max_seq_len, mask, settings.run.seed, *part)
         perplexity = Perplexity.read(settings.evaluation, max_seq_len, mask, parallel)
-        for opened in (stream, perplexity.stream):
-            for shards in [] if opened is None else [part.shards for part in opened.parts]:
-                check_vocabulary(shards, tokenizer)
+        for each in (stream, perplexity.stream):
+            if each is not None:
+                check_vocabulary(each, tokenizer)
         limits = settings.evaluation.max_new_tokens, max_seq_len
         known = perplexity.metrics
         evaluation = SolverEvaluation.read(settings.evaluation, tokenizer, *limits, known)
@@ -175,13 +167,14 @@ class PretrainInputs:
         return metrics | self.evaluation.run(moment, number, *how)
 
 
-def check_vocabulary(shards: Shards, tokenizer: Tokenizer) -> None:
+def check_vocabulary(stream: Stream, tokenizer: Tokenizer) -> None:
     """Raise UserError where a folder's ids mean other texts than the model's."""
-    if shards.index["vocabulary"] != tokenizer.vocabulary:
-        raise UserError(
-            f"{shards.folder}: was made with another vocabulary than that of {tokenizer.path}: "
-            "ids would mean other texts; build the shards with this tokenizer"
-        )
+    for shards in (part.shards for part in stream.parts):
+        if shards.index["vocabulary"] != tokenizer.vocabulary:
+            raise UserError(
+                f"{shards.folder}: was made with another vocabulary than that of {tokenizer.path}: "
+                "ids would mean other texts; build the shards with this tokenizer"
+            )
 
 
 @dataclass(frozen=True)

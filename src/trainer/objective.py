@@ -30,16 +30,14 @@ class Objective(Protocol):
     noted: Mapping[str, float] = {}
 
     @property
-    def tokens(self) -> int:
-        """Of all rows."""
-        return sum(self.lengths)
+    def tokens_per_row(self) -> float:
+        """On the average."""
+        return sum(self.lengths) / len(self.lengths)
 
-    def steps(
-        self, batch_size: int, epochs: int, seed: int, mixture: Mixture | None = None
-    ) -> Steps:
+    def steps(self, batch_size: int, epochs: int, seed: int, mixture: Mixture | None) -> Steps:
         """Which rows each step takes; by default each once in an epoch, at random.
 
-        mixture: of the rows; an epoch has all of them when not given.
+        mixture: of how many; all of them when not given.
         """
         return EpochSteps(mixture or len(self.lengths), batch_size, epochs, seed)
 

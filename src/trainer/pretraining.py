@@ -31,12 +31,10 @@ class PretrainingObjective(SolverObjective):
         self.spans: dict[int, list[Span]] = {}
 
     @property
-    def tokens(self) -> int:
-        return self.stream.tokens
+    def tokens_per_row(self) -> float:
+        return self.stream.tokens / self.stream.rows
 
-    def steps(
-        self, batch_size: int, epochs: int, seed: int, mixture: Mixture | None = None
-    ) -> Steps:
+    def steps(self, batch_size: int, epochs: int, seed: int, mixture: Mixture | None) -> Steps:
         return StreamSteps(self.stream.rows, batch_size, epochs, self.most)
 
     def begin(self, number: int, batch: list[int], model: Transformer) -> None:

@@ -21,10 +21,10 @@ class SolverObjective(Objective):
     ) -> None:
         """context: the ranks that divide the rows' tokens."""
         self.sequences, self.device, self.context = sequences, device, context
-        lengths, weights = lengths_of(sequences)
-        self.lengths: PerRow = lengths
-        self.weights: PerRow = weights
-        self.needed: PerRow = weights
+        self.lengths: PerRow
+        self.weights: PerRow
+        self.lengths, self.weights = lengths_of(sequences)
+        self.needed: PerRow = self.weights
 
     def pieces(self, row: int) -> list[tuple[int, int]]:
         return [(self.lengths[row], 0)]

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer as RustTokenizer
 
 from src.data import documents, tokenization
 from src.data.documents import separated, sources_of
+from src.data.files import text_blocks
 from src.data.shards import Shards
 from src.data.tokenization import Texts, tokenize
 from src.data.tokenizer import Tokenizer
@@ -114,7 +115,7 @@ def rows_file(path: Path, texts: list[str]) -> Path:
 
 def texts_of(*sources: Path, **options) -> Texts:
     defaults = dict(field="text", separator=None, shard_tokens=10**6)
-    return Texts(list(sources), **{**defaults, **options})
+    return Texts(list(map(str, sources)), **{**defaults, **options})
 
 
 def test_a_text_may_be_cut_only_where_its_ids_stay(tokenizer):
@@ -157,13 +158,23 @@ def test_sources_of_all_kinds_become_documents_in_order(llama_3, tmp_path):
     (folder / "b.txt.gz").write_bytes(gzip.compress("vier é".encode()))
     rows_file(folder / "deeper" / "c.jsonl", ["five", "", "six"])
     (folder / "deeper" / "read.me").write_text("no text")
-    sources = sources_of([str(folder), str(folder / "*.txt"), str(folder / "a.txt")])
+    sources = sources_of(f"{folder},{folder}/**/*.jsonl,{folder}/a.txt")
     index = tokenize(texts_of(*sources, separator="\n\n"), llama_3, str(tmp_path / "shards"))
     expected = ["one\r", "\ntwo", "", "three", "vier é", "five", "", "six"]
     found = document_ids(tmp_path / "shards")
     assert found == [library_ids(llama_3, text) for text in expected if text]
     assert index["empty"] == expected.count("") == 2
     assert index["documents"] == len(found) and index["tokens"] == sum(map(len, found))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 64])
+def test_a_text_is_read_in_blocks_of_any_size(tmp_path, size):
+    text = "\ufeff" + SCRIPTS + "\ufeff" + SCRIPTS  # the second one is a character of the text
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    (tmp_path / "cut.txt").write_bytes("é".encode()[:1])
+    assert "".join(text_blocks(tmp_path / "a.txt", size)) == text[1:]
+    with pytest.raises(UserError, match=r"cut\.txt:1: byte 0xc3 is not UTF-8"):
+        list(text_blocks(tmp_path / "cut.txt", size))
 
 
 def test_a_separator_is_found_wherever_blocks_end():
@@ -285,8 +296,9 @@ def test_rows_without_a_text_are_named(llama_3, tmp_path, content, reason):
     [
         ("a.txt", b"one\ntwo\xff", "a.txt:2: byte 0xff is not UTF-8"),
         ("a.txt", b"one\n\0", "a.txt:2: holds a NUL byte"),
-        ("a.txt.gz", gzip.compress(b"one" * 99)[:-12], "a.txt.gz: is cut short"),
-        ("a.txt.gz", b"one", "a.txt.gz: cannot be read: Not a gzipped file"),
+        ("a.txt.gz", gzip.compress(b"one" * 99)[:-12], "a.txt.gz: is damaged"),
+        ("a.txt.gz", b"one", "a.txt.gz: is damaged"),
+        ("b.txt", b"", "b.txt: there is no text in the sources"),
     ],
 )
 def test_what_is_no_text_is_named(llama_3, tmp_path, name, content, reason):

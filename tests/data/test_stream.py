@@ -15,8 +15,7 @@ import torch
 from src.checkpoint.manifest import described
 from src.data.rows import write_json
 from src.data.shards import Shards, Writer, names_of
-from src.data.stream import Part, Stream, blend_of, permuted
-from src.errors import UserError
+from src.data.stream import Blended, Stream, permuted
 from src.trainer.batches import EpochSteps, StreamSteps, epoch_batches
 
 
@@ -154,7 +153,7 @@ def test_any_place_is_found_at_once(tmp_path, documents):
     class Huge(Stream):
         rows_of = [10**12, 10**11]
 
-    stream = Huge([Part(shards, Fraction(7, 10)), Part(shards, Fraction(3, 10))], 8, True, 0)
+    stream = Huge([Blended(shards, Fraction(7, 10)), Blended(shards, Fraction(3, 10))], 8, True, 0)
     began = time.process_time()
     places = {stream.place(10**11 + i) for i in range(1000)}
     assert len(places) == 1000
@@ -174,22 +173,3 @@ def test_rows_of_a_list_come_as_they_came_before():
     whole = [batch for epoch in (1, 2, 3) for batch in epoch_batches(10, 4, 5, epoch)]
     assert [steps.batch(step) for step in range(steps.total)] == whole
     assert steps.batch(4) == whole[4]  # also backwards
-
-
-@pytest.mark.parametrize(
-    ("text", "parts"),
-    [
-        ("a", [("a", None)]),
-        ("a, b/c", [("a", None), ("b/c", None)]),
-        ("a:0.7,b:.3", [("a", Fraction("0.7")), ("b", Fraction("0.3"))]),
-        ("x:y", [("x:y", None)]),
-    ],
-)
-def test_blends_are_read(text, parts):
-    assert blend_of(text) == parts
-
-
-@pytest.mark.parametrize("text", ["", ",", "a:1,b", "a:0", "a:-1,b:2"])
-def test_impossible_blends_are_refused(text):
-    with pytest.raises(UserError, match="give folders of shards|must be above 0"):
-        blend_of(text)

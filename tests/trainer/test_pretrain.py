@@ -41,9 +41,13 @@ def base(tmp_path_factory) -> Path:
     for name, count in (("a", 130), ("b", 40), ("held-out", 10)):
         texts = [" ".join(rng.choices(words, k=rng.randrange(1, 40))) for _ in range(count)]
         rows_file(base / f"{name}.jsonl", texts)
-        tokenizer = Tokenizer(base / "model" / "tokenizer.json")
-        tokenize(Texts([base / f"{name}.jsonl"], "text", None, 900), tokenizer, str(base / name))
+        shards_of(base, name, base / name)
     return base
+
+
+def shards_of(base: Path, name: str, target: Path) -> None:
+    texts = Texts([str(base / f"{name}.jsonl")], "text", None, shard_tokens=900)
+    tokenize(texts, Tokenizer(base / "model" / "tokenizer.json"), str(target))
 
 
 def flags(**values) -> list[str]:
@@ -224,7 +228,7 @@ def test_killed_at_random_it_takes_the_same_steps(base, tmp_path, request):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (dict(train_file="a:0.7,b"), "after all or none of them a colon"),
+        (dict(train_file="a:0.7,b"), "give all one, or none"),
         (dict(train_file="{base}/model"), "is no folder of shards"),
         (dict(strict_length=True), "--strict_length True: has no effect"),
         (dict(epochs=2), "--epochs 2: has no effect with --max_steps"),
@@ -251,8 +255,7 @@ def test_other_shards_are_another_run(base, tmp_path):
     moved = tmp_path / "moved"
     moved.mkdir()
     for name in ("a", "b"):
-        tokenizer = Tokenizer(base / "model" / "tokenizer.json")
-        tokenize(Texts([base / f"{name}.jsonl"], "text", None, 900), tokenizer, str(moved / name))
+        shards_of(base, name, moved / name)
     assert Shards.open(moved / "a").digest == Shards.open(base / "a").digest
     launch(1, *training(base, tmp_path / "out", True, **options))
     blend = f"{moved / 'a'}:0.7,{moved / 'b'}:0.3"
