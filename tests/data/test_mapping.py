@@ -58,6 +58,10 @@ def nothing(row):
 
 def cells(row):
     return row | {"instruction": row["a"] + "?", "output": row["b"] or "empty"}
+
+def values_of_cells(row):
+    asked = [{"role": "user", "content": row["a"]}]
+    return {"instruction": asked, "output": ["x", "y"], "label": 3, "b": None}
 """
 
 
@@ -152,6 +156,10 @@ def test_cells_are_texts_for_the_function_and_spell_values_behind_it(code, tmp_p
     path.write_text("a,b,label\n1,,2\n")
     [row] = read_solver_rows(mapped(code, "cells", path))
     assert (row["instruction"], row["output"], row["label"]) == ("1?", "empty", "2")
+
+    [row] = read_solver_rows(mapped(code, "values_of_cells", path))
+    assert (row["outputs"], row["label"]) == (["x", "y"], 3)
+    assert list(row["instruction"]) == [{"role": "user", "content": "1"}]
 
 
 def test_each_source_of_a_mixture_goes_through_the_function(code, tmp_path):
