@@ -34,6 +34,7 @@ SPEAKERS = {
     "observation": "tool",
     "function_response": "tool",
 }
+DEEPEST = 100  # objects and lists within one another: what writes them goes down by recursion
 WHOLE = ("messages", "conversations", "conversation")  # fields that hold a whole conversation
 SIDES = ("chosen", "rejected", "ranked")
 PARTS = ("prompt", "completion", "instruction", "output")
@@ -233,7 +234,7 @@ def _message_of(value: Any) -> Message:
     message = {key: part for key, part in value.items() if part is not None}
     speaker = message.pop("from", None)
     if speaker is not None and "role" not in message:
-        if speaker not in SPEAKERS:
+        if not isinstance(speaker, str) or speaker not in SPEAKERS:
             raise _Wrong(f"is from {str(speaker)[:40]!r}; known are {', '.join(SPEAKERS)}")
         message["role"], text = SPEAKERS[speaker], message.pop("value", None)
         if speaker == "function_call":
@@ -253,8 +254,7 @@ def _message_of(value: Any) -> Message:
             raise _Wrong(f"is the {role}'s and has tool_calls, which only the assistant makes")
     if "content" not in message and "tool_calls" not in message:
         raise _Wrong("has no content")
-    if (bad := _unusable(message)) is not None:
-        raise _Wrong(f"holds a NUL or an unpaired surrogate in {bad!r}")
+    _check_texts(message)
     return message
 
 
@@ -306,6 +306,7 @@ def _tools_of(value: Any) -> list[dict] | None:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise _Wrong("expected a list of JSON schemas, each an object")
+    _check_texts(value)
     return value
 
 
@@ -316,12 +317,16 @@ def _json(text: Any, what: str) -> Any:
         raise _Wrong(f"has {what} that are not JSON: {str(text)[:60]!r}") from None
 
 
-def _unusable(value: Any) -> str | None:
-    """A text within that no tokenizer can hold."""
+def _check_texts(value: Any, depth: int = 0) -> None:
+    """Raise `_Wrong` for a text within, or a key, that no tokenizer can hold, and for too deep."""
     if isinstance(value, str):
-        return value[:40] if UNUSABLE.search(value) else None
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return next((bad for part in parts if (bad := _unusable(part)) is not None), None)
+        if UNUSABLE.search(value):
+            raise _Wrong(f"holds a NUL or an unpaired surrogate in {value[:40]!r}")
+    elif isinstance(value, (dict, list)):
+        if depth > DEEPEST:
+            raise _Wrong(f"holds objects or lists nested more than {DEEPEST} deep")
+        for part in [*value, *value.values()] if isinstance(value, dict) else value:
+            _check_texts(part, depth + 1)
 
 
 # --- What is trained on ---------------------------------------------------------------------------

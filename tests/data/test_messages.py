@@ -301,6 +301,8 @@ def test_conversations_need_a_template(file, folder):
 
 # --- What is wrong --------------------------------------------------------------------------------
 
+NUL_KEY = {"name": "add", "arguments": {"a\0": 1}}
+DEEP = {"name": "add", "arguments": {"a": json.loads("[" * 900 + "]" * 900)}}
 WRONG = [
     ({"messages": [USER]}, 'field "messages": has no message of the assistant'),
     ({"messages": [{"role": "helper", "content": "a"}]}, "message 0 .* has the role 'helper'"),
@@ -328,6 +330,17 @@ WRONG = [
     ({"messages": TURNS, "system": "Be long."}, 'and the row has a field "system", too'),
     ({"messages": TURNS, "tools": [5]}, 'field "tools": expected a list of JSON schemas'),
     ({"messages": TURNS, "tools": "[5"}, 'field "tools": has tools that are not JSON'),
+    ({"messages": TURNS, "tools": [{"name": "\ud800"}]}, 'field "tools": holds a NUL or an unp'),
+    (
+        {"messages": [USER, {"role": "assistant", "tool_calls": [NUL_KEY]}]},
+        "message 1 .* holds a NUL or an unpaired surrogate",
+    ),
+    (
+        {"messages": [USER, {"role": "assistant", "tool_calls": [DEEP]}]},
+        "message 1 .* nested more than 100 deep",
+    ),
+    ({"messages": TURNS, "tools": [DEEP]}, 'field "tools": .* nested more than 100 deep'),
+    ({"conversations": [{"from": ["gpt"], "value": "a"}]}, r"message 0 .* is from \"\['gpt'\]\";"),
     ({"messages": []}, 'field "instruction" is missing'),
     ({"messages": "hello"}, 'field "instruction" is missing'),
 ]
