@@ -100,8 +100,13 @@ def put_in_form(
         if any(isinstance(text, Messages) for side in sides.values() for text in side):
             field = next(iter(sides))
             _without_prompt(row, sides, tools)
-        if isinstance(row.get("output"), Messages) and isinstance(row.get("instruction"), str):
-            row["instruction"] = Messages([_user(row["instruction"])], tools)
+        if isinstance(row.get("output"), Messages):
+            field = "completion" if "completion" in used else "output"
+            if isinstance(row.get("instruction"), str):
+                row["instruction"] = Messages([_user(row["instruction"])], tools)
+            _check_goes_on(row["output"], row.get("instruction"))
+            if not any(message["role"] in ANSWERING for message in row["output"]):
+                raise _Wrong("has no message of the assistant, to learn from")
     except _Wrong as wrong:
         return [f'field "{field}": {wrong}'], used
     if isinstance(row.get("instruction"), Messages):
@@ -204,8 +209,20 @@ def _without_prompt(row: dict, sides: dict[str, list[Any]], tools: list[dict] | 
         for output in outputs:
             if not output or output[-1]["role"] not in ANSWERING:
                 raise _Wrong("ends with no message of the assistant")
+            _check_goes_on(output, prompt)
         plain = [_plain(output) for output in outputs]
         row[field] = [text if text else output for text, output in zip(plain, outputs)]
+
+
+def _check_goes_on(output: Messages, prompt: Any) -> None:
+    """Raise `_Wrong` where an output begins as conversations do, and not where its prompt ends."""
+    role = output[0]["role"]
+    asks_again = isinstance(prompt, Messages) and prompt[-1:] and prompt[-1]["role"] == role
+    if role in ("system", "developer") or role == "user" and asks_again:
+        raise _Wrong(
+            f"begins with the {role}'s message, and not with the row's prompt, which would stand "
+            "before it once more; make the two the same in chosen and rejected, or leave one out"
+        )
 
 
 # --- Messages -------------------------------------------------------------------------------------

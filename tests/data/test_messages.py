@@ -341,6 +341,9 @@ WRONG = [
     ),
     ({"messages": TURNS, "tools": [DEEP]}, 'field "tools": .* nested more than 100 deep'),
     ({"conversations": [{"from": ["gpt"], "value": "a"}]}, r"message 0 .* is from \"\['gpt'\]\";"),
+    ({"prompt": [USER], "completion": [USER, ANSWER]}, 'field "completion": begins with the user'),
+    ({"prompt": [USER, ANSWER], "completion": [USER]}, 'field "completion": has no message of the'),
+    ({"instruction": "a", "output": [SYSTEM, ANSWER]}, 'field "output": begins with the system'),
     ({"messages": []}, 'field "instruction" is missing'),
     ({"messages": "hello"}, 'field "instruction" is missing'),
 ]
@@ -361,6 +364,14 @@ def test_what_is_wrong_with_a_conversation_is_told_with_its_line(file, row, mess
         (
             {"prompt": [USER], "chosen": [USER], "rejected": [ANSWER]},
             "ends with no message of the assistant",
+        ),
+        (
+            {"prompt": "What is it? ", "chosen": [USER, ANSWER], "rejected": [USER, ANSWER]},
+            "begins with the user's message, and not with the row's prompt",
+        ),
+        (
+            {"prompt": [USER], "chosen": [SYSTEM, USER, ANSWER], "rejected": [ANSWER]},
+            "begins with the system's message, and not with the row's prompt",
         ),
     ],
 )
