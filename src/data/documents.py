@@ -8,13 +8,14 @@ ids of the pieces are, one after the other, the ids of the whole (`Tokenizer.may
 import codecs
 import gzip
 import re
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from glob import glob
 from io import BufferedIOBase
 from pathlib import Path
 
-from src.data.files import Broken, elements
+from src.data.files import Broken, elements, format_of
 from src.data.rows import SAMPLE
 from src.data.tokenizer import Tokenizer
 from src.errors import UserError
@@ -127,7 +128,7 @@ def sources_of(names: Iterable[str]) -> list[Path]:
         if not found:
             raise UserError(
                 f"--source {name}: no such file, nor a folder or pattern with files that can be "
-                "read (.txt, .jsonl, .json)"
+                "read (.txt, .jsonl, .parquet, ...)"
             )
         files |= dict.fromkeys(sorted(found))
     return list(files)
@@ -135,8 +136,7 @@ def sources_of(names: Iterable[str]) -> list[Path]:
 
 def is_source(path: Path) -> bool:
     """Whether a folder's file is one of texts, by its name."""
-    ends = {"".join(path.suffixes[-2:]), path.suffix}
-    return path.is_file() and not ends.isdisjoint((".txt", ".txt.gz", ".jsonl", ".json"))
+    return path.is_file() and (is_text(path) or format_of(path) is not None)
 
 
 def chunks_of(path: Path, field: str, separator: str | None) -> Iterator[Chunk]:
@@ -152,7 +152,7 @@ def chunks_of(path: Path, field: str, separator: str | None) -> Iterator[Chunk]:
 
 def is_text(path: Path) -> bool:
     """Whether a file is plain text, and not rows."""
-    return ".txt" in path.suffixes[-2:]
+    return path.name.endswith((".txt", ".txt.gz"))
 
 
 def separated(blocks: Iterable[str], separator: str | None) -> Iterator[Chunk]:
@@ -216,6 +216,8 @@ def _blocks(path: Path) -> Iterator[str]:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     except EOFError as error:
         raise UserError(f"{path}: is cut short: {error}") from error
+    except zlib.error as error:
+        raise UserError(f"{path}: is damaged: {error}") from error
 
 
 def _opened(path: Path) -> BufferedIOBase:

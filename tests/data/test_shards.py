@@ -11,6 +11,8 @@ import sysconfig
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import sentencepiece
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
@@ -27,6 +29,7 @@ CODE = (Path(sysconfig.get_paths()["stdlib"]) / "argparse.py").read_text("utf-8"
 SCRIPTS = (
     "日本語のテキスト、中文文本没有空格。Ελληνικά русский; e\u0301 👍🏽 x'ſt\r\n\t  ''' \u3000"
 )
+GZIP = gzip.compress(CODE.encode(), mtime=0)
 ALPHABET = "abc  é\u0301中。，,.!'\n\n\t 12Ω🇨🇭ſ"
 GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA_3 = (
@@ -156,10 +159,14 @@ def test_sources_of_all_kinds_become_documents_in_order(llama_3, tmp_path):
     (folder / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\n\n\ntwo\n\n\n\nthree")
     (folder / "b.txt.gz").write_bytes(gzip.compress("vier é".encode()))
     rows_file(folder / "deeper" / "c.jsonl", ["five", "", "six"])
+    rows_file(folder / "deeper" / "d.txt.jsonl", ["seven"])
+    (folder / "deeper" / "e.jsonl.gz").write_bytes(gzip.compress(b'{"text": "eight"}'))
+    pq.write_table(pa.table({"text": ["nine"]}), folder / "deeper" / "f.parquet")
     (folder / "deeper" / "read.me").write_text("no text")
     sources = sources_of([str(folder), str(folder / "*.txt"), str(folder / "a.txt")])
     index = tokenize(texts_of(*sources, separator="\n\n"), llama_3, str(tmp_path / "shards"))
     expected = ["one\r", "\ntwo", "", "three", "vier é", "five", "", "six"]
+    expected += ["seven", "eight", "nine"]
     found = document_ids(tmp_path / "shards")
     assert found == [library_ids(llama_3, text) for text in expected if text]
     assert index["empty"] == expected.count("") == 2
@@ -287,6 +294,7 @@ def test_rows_without_a_text_are_named(llama_3, tmp_path, content, reason):
         ("a.txt", b"one\n\0", "a.txt:2: holds a NUL byte"),
         ("a.txt.gz", gzip.compress(b"one" * 99)[:-12], "a.txt.gz: is cut short"),
         ("a.txt.gz", b"one", "a.txt.gz: cannot be read: Not a gzipped file"),
+        ("a.txt.gz", GZIP[:20] + b"\xff" * 8 + GZIP[28:], "a.txt.gz: is damaged: Error -3"),
     ],
 )
 def test_what_is_no_text_is_named(llama_3, tmp_path, name, content, reason):
