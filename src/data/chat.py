@@ -411,7 +411,8 @@ class Chat:
 
         tools: what the model may call, as JSON schemas. Raises UserError where the template fails.
         """
-        if any(mark in json.dumps(messages, ensure_ascii=False) for mark in (GENERATED, ENDED)):
+        said = json.dumps([messages, tools], ensure_ascii=False)
+        if GENERATED in said or ENDED in said:
             raise UserError("holds U+FDD2 or U+FDD3, which are no characters; take them out")
         marks = {"_generated": GENERATED, "_ended": ENDED}
         parts = re.split(f"([{GENERATED}{ENDED}])", self._render(messages, False, tools, marks))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -292,6 +293,20 @@ def test_what_cannot_be_found_for_certain_is_told_with_the_row_s_line(file, fold
         path = file({"messages": [USER, ANSWER]}, row)
         with pytest.raises(UserError, match=f"rows.jsonl:2: {why}"):
             solver_sequences(path, tokenizer, 999)
+
+
+def test_a_tool_s_schema_marks_nothing_as_generated(file, folder, tmp_path):
+    shutil.copy(folder / "tokenizer.json", tmp_path)
+    template = (
+        "{{ tools | tojson }}{% for m in messages %}{{ m.role }}{% generation %}{{ m.content }}"
+        "<|im_end|>{% endgeneration %}{% endfor %}"
+    )
+    config = {"eos_token": "<|endoftext|>", "chat_template": template}
+    other.write_json(tmp_path / "tokenizer_config.json", config)
+    tokenizer = Tokenizer.find(tmp_path, use_chat_template=True)
+    row = {"messages": [USER, ANSWER], "tools": [{"name": "\ufdd2add\ufdd3"}]}
+    with pytest.raises(UserError, match="rows.jsonl:1: holds U.FDD2 or U.FDD3"):
+        solver_sequences(file(row), tokenizer, 999)
 
 
 def test_conversations_need_a_template(file, folder):
