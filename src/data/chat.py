@@ -253,6 +253,11 @@ class Chat:
         return {name: value for name, value in vars(self).items() if isinstance(value, Counted)}
 
     @property
+    def told(self) -> dict[str, str]:
+        """The special tokens' texts that the template is told, by their names there."""
+        return self._tokens
+
+    @property
     def closing(self) -> str:
         """What the template writes between a first question and where its answer is to begin."""
         return self._prompt.rpartition(_QUESTION)[2]

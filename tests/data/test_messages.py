@@ -515,6 +515,20 @@ def test_a_large_source_s_sequences_lie_on_disk_and_are_the_same(
     assert len([*(tmp_path / "cache" / "tokens").glob("*/index.json")]) == 4
 
 
+def test_what_a_template_is_told_decides_what_is_kept(folder, tmp_path):
+    """Its BOS stands in tokenizer_config.json alone, where the tokenizer itself puts none."""
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"add_bos_token": False, "chat_template": "{{ bos_token }}" + config["chat_template"]}
+    shutil.copy(folder / "tokenizer.json", tmp_path)
+    found = []
+    for bos in ("<s>", "<|endoftext|>", "<s>"):
+        other.write_json(tmp_path / "tokenizer_config.json", config | {"bos_token": bos})
+        tokenizer = Tokenizer.find(tmp_path, use_chat_template=True)
+        found.append((tokenizer.prompt_ids(Messages([USER])), tokenizer.reading))
+    first, second, third = found
+    assert first == third and first[0] != second[0] and first[1] != second[1]
+
+
 def test_what_is_wrong_in_a_large_source_is_told_with_its_line(file, folder, tmp_path, monkeypatch):
     monkeypatch.setenv("OWN_YOUR_RLHF_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("src.data.encoding.KEPT_FROM", 1)
