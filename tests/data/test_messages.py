@@ -536,6 +536,15 @@ def test_what_is_wrong_in_a_large_source_is_told_with_its_line(file, folder, tmp
     good = {"messages": [USER, ANSWER]}
     with pytest.raises(UserError, match=r"rows.jsonl:101: field \"messages\": has no message of"):
         solver_sequences(file(*[good] * 100, {"messages": [USER]}), tokenizer, 100)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    refusing = "{% if not messages[-1].content %}{{ raise_exception('says nothing') }}{% endif %}"
+    config["chat_template"] = refusing + config["chat_template"]
+    other.write_json(tmp_path / "tokenizer_config.json", config)
+    shutil.copy(folder / "tokenizer.json", tmp_path)
+    monkeypatch.setattr("src.data.encoding.usable_cores", lambda: 2)
+    with pytest.raises(UserError, match="the chat template fails: says nothing"):
+        strict = Tokenizer.find(tmp_path, use_chat_template=True)
+        solver_sequences(file(*[good] * 100), strict, 100)
     silent = {"messages": [USER, ANSWER | {"tool_calls": [CALL]}]}
     mask = LossMask("all_assistant", "### Response:")
     with pytest.raises(UserError, match="rows.jsonl:1: --response_template '### Response:'"):
