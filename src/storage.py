@@ -346,6 +346,9 @@ def _all_of(url: str, beside: Iterable[str]) -> dict[str, Remote]:
         raise UserError(f"{url}: holds no files")
     root = path.rstrip("/")
     names = {entry: f"{own}/{entry.removeprefix(root).lstrip('/')}" for entry in sorted(entries)}
+    outside = next((entry for entry, name in names.items() if ".." in name.split("/")), None)
+    if outside is not None:  # a store's key may have any name
+        raise UserError(f"{url}: holds {outside}, which would be kept outside of the cache")
     return {
         name: _remote(fs.unstrip_protocol(entry), entries[entry]) for entry, name in names.items()
     }

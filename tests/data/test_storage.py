@@ -276,6 +276,19 @@ def test_a_folder_is_fetched_whole_and_anew_when_it_changes(s3):
     assert sorted(os.listdir(single.parent)) == ["config.json", "model.safetensors"]
 
 
+def test_a_key_that_leads_out_of_its_folder_is_refused(tmp_path, monkeypatch):
+    store = fsspec.filesystem("memory")
+    store.pipe_file("/m/x/a.json", b"a")
+    find = store.find
+
+    def with_another(path, **options):
+        return find(path, **options) | {f"{path}/../../../../b.json": store.info("/m/x/a.json")}
+
+    monkeypatch.setattr(store, "find", with_another)
+    with pytest.raises(UserError, match=r"memory://m/x: holds .*b.json, which would be kept out"):
+        storage.fetched("memory://m/x")
+
+
 def test_a_folder_is_uploaded_in_place_of_another_and_its_manifest_last(s3, tmp_path, monkeypatch):
     for name in ("a/1.pth", "manifest.json", "z.json"):
         (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
