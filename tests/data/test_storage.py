@@ -157,6 +157,19 @@ def test_what_a_remote_file_holds_is_part_of_a_run_s_identity(s3):
     assert held_rows("s3://bucket/a.jsonl") != before
 
 
+def test_a_store_that_tells_no_version_is_read_for_it(monkeypatch):
+    store = fsspec.filesystem("memory")
+    info = store.info
+    monkeypatch.setattr(
+        store, "info", lambda path: {k: v for k, v in info(path).items() if k != "created"}
+    )
+    found = []
+    for text in (TEXT, TEXT.replace(b"question 7", b"Question 7"), TEXT):
+        store.pipe_file("/v/a.jsonl", text)
+        found.append(held_rows("memory://v/a.jsonl"))
+    assert found[0] == found[2] != found[1]
+
+
 def test_the_memory_protocol_is_a_url_like_others():
     store = fsspec.filesystem("memory")
     store.pipe_file("/d/a.jsonl", TEXT)
