@@ -30,7 +30,7 @@ BLOCK, BLOCKS_KEPT = 4 * 2**20, 8  # bytes that are asked for at a time, and how
 # Of a remote file: what is another when it holds something else. The first that a store knows.
 _VERSIONS = (
     *("ETag", "etag", "blob_id", "md5Hash", "Content-MD5", "mtime", "Last-Modified"),
-    *("LastModified", "last_modified", "created"),
+    *("LastModified", "last_modified", "created", "sha"),
 )
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
 # Libraries whose errors are of the connection; others' are bugs.
@@ -127,6 +127,9 @@ def size_of(path: str | Path) -> int:
 def version_of(url: str) -> str:
     """A text that is another when a remote file holds something else. Raises UserError."""
     found = _needed(url)
+    if not found.version:  # its store says none: what it holds, which takes reading it
+        with opened(url) as file:
+            return f"{found.size} {hashlib.file_digest(file, 'sha256').hexdigest()}"  # type: ignore[arg-type]
     return f"{found.size} {found.version}"
 
 
@@ -346,6 +349,9 @@ def _all_of(url: str, beside: Iterable[str]) -> dict[str, Remote]:
         raise UserError(f"{url}: holds no files")
     root = path.rstrip("/")
     names = {entry: f"{own}/{entry.removeprefix(root).lstrip('/')}" for entry in sorted(entries)}
+    outside = next((entry for entry, name in names.items() if ".." in name.split("/")), None)
+    if outside is not None:  # a store's key may have any name
+        raise UserError(f"{url}: holds {outside}, which would be kept outside of the cache")
     return {
         name: _remote(fs.unstrip_protocol(entry), entries[entry]) for entry, name in names.items()
     }

@@ -253,6 +253,11 @@ class Chat:
         return {name: value for name, value in vars(self).items() if isinstance(value, Counted)}
 
     @property
+    def told(self) -> dict[str, str]:
+        """The special tokens' texts that the template is told, by their names there."""
+        return self._tokens
+
+    @property
     def closing(self) -> str:
         """What the template writes between a first question and where its answer is to begin."""
         return self._prompt.rpartition(_QUESTION)[2]
@@ -411,7 +416,8 @@ class Chat:
 
         tools: what the model may call, as JSON schemas. Raises UserError where the template fails.
         """
-        if any(mark in json.dumps(messages, ensure_ascii=False) for mark in (GENERATED, ENDED)):
+        said = json.dumps([messages, tools], ensure_ascii=False)
+        if GENERATED in said or ENDED in said:
             raise UserError("holds U+FDD2 or U+FDD3, which are no characters; take them out")
         marks = {"_generated": GENERATED, "_ended": ENDED}
         parts = re.split(f"([{GENERATED}{ENDED}])", self._render(messages, False, tools, marks))

@@ -193,7 +193,7 @@ def _kept(path: Named, tokenizer: Tokenizer, mask: LossMask) -> Found:
         kept_folder(held_source(path), tokenizer.reading, repr(mask)),
         lambda: _pairs(source),
         _made,
-        partial(_begin, tokenizer, mask),
+        partial(_begin, tokenizer, mask, tokenizer.response_ids("")),
         usable_cores(),
         lambda: source.notes,
     )
@@ -218,10 +218,10 @@ def _said(*parts: Question) -> str:
 _making: tuple[Tokenizer, LossMask, list[int]] | None = None  # of a process that makes sequences
 
 
-def _begin(tokenizer: Tokenizer, mask: LossMask) -> None:
-    """Make this process one that makes sequences with these."""
+def _begin(tokenizer: Tokenizer, mask: LossMask, empty: list[int]) -> None:
+    """Make this process one that makes sequences with these. empty: an answer without a token."""
     global _making
-    _making = tokenizer, mask, tokenizer.response_ids("")
+    _making = tokenizer, mask, empty
     tokenizer.forget_facts()
 
 

@@ -18,7 +18,7 @@ import shutil
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -34,7 +34,7 @@ from src.checkpoint.json_file import read_json
 from src.checkpoint.manifest import sync
 from src.errors import UserError
 from src.models.batch import Sequence as Tokens
-from src.storage import cache_dir
+from src.storage import CACHE_VARIABLE, cache_dir
 
 INDEX, VERSION = "index.json", 1
 ROWS_AT_ONCE = 64
@@ -205,7 +205,6 @@ def kept(
     workers, each of which calls `start` first; notes: what is to be known once all were read.
     Raises UserError as they do, on each process that waited for this one.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
     since = time.time()
     with _alone(folder.with_suffix(".lock")):
         failed = folder.with_suffix(".failed")
@@ -224,8 +223,16 @@ def kept(
 
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """One process of a node at a time."""
-    with path.open("a") as file:
+    """One process of a node at a time. Raises UserError where nothing can be written there."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a")
+    except OSError as error:
+        raise UserError(
+            f"{path.parent}: cannot be written: {error.strerror}; name another folder for what is "
+            f"kept: ${CACHE_VARIABLE}"
+        ) from error
+    with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -255,6 +262,10 @@ def _write(folder: Path, chunks: Iterator[Made], notes: Callable[[], list[str]])
         temporary.rename(folder)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror}") from error
+    except BrokenExecutor as error:
+        raise UserError(
+            f"{folder}: a process that makes it was ended from without, perhaps for lack of memory"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

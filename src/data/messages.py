@@ -34,6 +34,7 @@ SPEAKERS = {
     "observation": "tool",
     "function_response": "tool",
 }
+DEEPEST = 100  # objects and lists within one another: what writes them goes down by recursion
 WHOLE = ("messages", "conversations", "conversation")  # fields that hold a whole conversation
 SIDES = ("chosen", "rejected", "ranked")
 PARTS = ("prompt", "completion", "instruction", "output")
@@ -99,8 +100,13 @@ def put_in_form(
         if any(isinstance(text, Messages) for side in sides.values() for text in side):
             field = next(iter(sides))
             _without_prompt(row, sides, tools)
-        if isinstance(row.get("output"), Messages) and isinstance(row.get("instruction"), str):
-            row["instruction"] = Messages([_user(row["instruction"])], tools)
+        if isinstance(row.get("output"), Messages):
+            field = "completion" if "completion" in used else "output"
+            if isinstance(row.get("instruction"), str):
+                row["instruction"] = Messages([_user(row["instruction"])], tools)
+            _check_goes_on(row["output"], row.get("instruction"))
+            if not any(message["role"] in ANSWERING for message in row["output"]):
+                raise _Wrong("has no message of the assistant, to learn from")
     except _Wrong as wrong:
         return [f'field "{field}": {wrong}'], used
     if isinstance(row.get("instruction"), Messages):
@@ -203,8 +209,20 @@ def _without_prompt(row: dict, sides: dict[str, list[Any]], tools: list[dict] | 
         for output in outputs:
             if not output or output[-1]["role"] not in ANSWERING:
                 raise _Wrong("ends with no message of the assistant")
+            _check_goes_on(output, prompt)
         plain = [_plain(output) for output in outputs]
         row[field] = [text if text else output for text, output in zip(plain, outputs)]
+
+
+def _check_goes_on(output: Messages, prompt: Any) -> None:
+    """Raise `_Wrong` where an output begins as conversations do, and not where its prompt ends."""
+    role = output[0]["role"]
+    asks_again = isinstance(prompt, Messages) and prompt[-1:] and prompt[-1]["role"] == role
+    if role in ("system", "developer") or role == "user" and asks_again:
+        raise _Wrong(
+            f"begins with the {role}'s message, and not with the row's prompt, which would stand "
+            "before it once more; make the two the same in chosen and rejected, or leave one out"
+        )
 
 
 # --- Messages -------------------------------------------------------------------------------------
@@ -233,7 +251,7 @@ def _message_of(value: Any) -> Message:
     message = {key: part for key, part in value.items() if part is not None}
     speaker = message.pop("from", None)
     if speaker is not None and "role" not in message:
-        if speaker not in SPEAKERS:
+        if not isinstance(speaker, str) or speaker not in SPEAKERS:
             raise _Wrong(f"is from {str(speaker)[:40]!r}; known are {', '.join(SPEAKERS)}")
         message["role"], text = SPEAKERS[speaker], message.pop("value", None)
         if speaker == "function_call":
@@ -253,8 +271,7 @@ def _message_of(value: Any) -> Message:
             raise _Wrong(f"is the {role}'s and has tool_calls, which only the assistant makes")
     if "content" not in message and "tool_calls" not in message:
         raise _Wrong("has no content")
-    if (bad := _unusable(message)) is not None:
-        raise _Wrong(f"holds a NUL or an unpaired surrogate in {bad!r}")
+    _check_texts(message)
     return message
 
 
@@ -306,6 +323,7 @@ def _tools_of(value: Any) -> list[dict] | None:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise _Wrong("expected a list of JSON schemas, each an object")
+    _check_texts(value)
     return value
 
 
@@ -316,12 +334,16 @@ def _json(text: Any, what: str) -> Any:
         raise _Wrong(f"has {what} that are not JSON: {str(text)[:60]!r}") from None
 
 
-def _unusable(value: Any) -> str | None:
-    """A text within that no tokenizer can hold."""
+def _check_texts(value: Any, depth: int = 0) -> None:
+    """Raise `_Wrong` for a text within, or a key, that no tokenizer can hold, and for too deep."""
     if isinstance(value, str):
-        return value[:40] if UNUSABLE.search(value) else None
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return next((bad for part in parts if (bad := _unusable(part)) is not None), None)
+        if UNUSABLE.search(value):
+            raise _Wrong(f"holds a NUL or an unpaired surrogate in {value[:40]!r}")
+    elif isinstance(value, (dict, list)):
+        if depth > DEEPEST:
+            raise _Wrong(f"holds objects or lists nested more than {DEEPEST} deep")
+        for part in [*value, *value.values()] if isinstance(value, dict) else value:
+            _check_texts(part, depth + 1)
 
 
 # --- What is trained on ---------------------------------------------------------------------------

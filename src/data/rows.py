@@ -349,10 +349,13 @@ def _spelled(cells: Cells, fields: dict[str, Kind]) -> dict[str, Any]:
     """A row of texts as one of JSON.
 
     An empty cell is null. A cell that spells messages in JSON is these messages; another that its
-    field does not take as it stands, and takes as what it spells, is that.
+    field does not take as it stands, and takes as what it spells, is that. What --map has made of a
+    row may be no text: it stands as it is.
     """
 
-    def value(text: str, kind: Kind | None) -> Any:
+    def value(text: Any, kind: Kind | None) -> Any:
+        if not isinstance(text, str):
+            return text
         is_taken = kind is None or kind.accepts(text)
         if text == "":
             return text if kind is not None and is_taken else None

@@ -158,6 +158,10 @@ class Shards:
             start = last
         return np.concatenate(found).astype(np.int64) if found else np.empty(0, np.int64)
 
+    def largest(self, part: int = 0, parts: int = 1) -> int:
+        """The largest id of this process's share of the shards, 0 where it has none."""
+        return max((int(tokens.max()) for tokens in self._tokens[part::parts]), default=0)
+
     def ends(self, start: int, stop: int) -> list[int]:
         """Where documents end, after `start` and at most at `stop`, counted over all shards."""
         found: list[int] = []

@@ -117,15 +117,24 @@ def bytes_of(source: Named) -> int:
 def held_source(source: Named) -> str:
     """A digest of what decides a source's rows: its text, its files' content, its map.
 
-    Of a map the files in its folder that it may import; what else it reads is not looked at.
+    Of a map the modules and packages in its folder, which it may import; what else it reads is not
+    looked at.
     """
     named = source if isinstance(source, Source) else Source(str(source))
     files = files_of(named.text)
     lines = [named.text, *files, *map(held_file, files)]
     if named.map is not None:
         folder = Path(named.map.where.rpartition(":")[0]).resolve().parent
-        lines += [named.map.where, *(digest(file) for file in sorted(folder.glob("*.py")))]
+        lines += [named.map.where, *map(digest, _modules_in(folder))]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _modules_in(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.suffix == ".py" and path.is_file():
+            yield path
+        elif (path / "__init__.py").is_file():
+            yield from _modules_in(path)
 
 
 def held_file(file: str) -> str:

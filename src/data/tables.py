@@ -95,14 +95,28 @@ def _rows(
         if convert is not None:
             converts[field.name] = convert
     for batch in batches:
-        for row in batch.to_pylist():
+        for row in _as_python(batch):
             try:
+                if isinstance(row, Unusable):
+                    raise row
                 for name, convert in converts.items():
                     if row[name] is not None:
                         row[name] = _converted(convert, row[name], name)
                 yield row
             except Unusable as unusable:
                 yield unusable
+
+
+def _as_python(batch: pa.RecordBatch) -> list[Any]:
+    """Rows as dicts, `Unusable` in the place of one that Python has no form for."""
+    try:
+        return batch.to_pylist()
+    except _DAMAGE:
+        raise
+    except (OverflowError, ValueError) as error:  # such as a date past the year 9999
+        if batch.num_rows > 1:
+            return [row for i in range(batch.num_rows) for row in _as_python(batch.slice(i, 1))]
+        return [Unusable(f"not usable: {error}")]
 
 
 def _converted(convert: Convert, value: Any, name: str) -> Any:
@@ -125,6 +139,8 @@ def _convert(kind: pa.DataType) -> Convert | None:
     Raises TypeError, which names the type, where there is no such form.
     """
     types = pa.types
+    if getattr(kind, "extension_name", None) == "arrow.uuid":
+        return str
     if isinstance(kind, pa.BaseExtensionType):
         return _convert(kind.storage_type)
     if types.is_dictionary(kind):

@@ -686,7 +686,9 @@ class Tokenizer:
     @property
     def reading(self) -> str:
         """A text of all that decides ids, also of texts that spell out special tokens."""
-        return f"{self.identity} {self.eos_id} {self.as_text} {self._limit} {self._made_of[-1]}"
+        told = sorted(self.chat.told.items()) if self.chat else None
+        others = self.eos_id, self.as_text, self._limit, self._made_of[-1], told
+        return f"{self.identity} {json.dumps(others)}"
 
     @cached_property
     def vocabulary(self) -> str:

@@ -86,7 +86,7 @@ class PPOInputs:
         if ptx_file is not None and are_shards(ptx_file):
             part = parallel.rank, parallel.world_size
             mix = Stream.open(ptx_file, max_seq_len, True, settings.run.seed, *part)
-            check_vocabulary(mix, tokenizer)
+            check_vocabulary(mix, tokenizer, opened.actor.checkpoint.config.vocab_size, *part)
         elif ptx_file is not None:
             mix, more, mix_mixture = read_mixture(
                 Source(ptx_file), lambda path: solver_sequences(path, tokenizer, max_seq_len)

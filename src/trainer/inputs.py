@@ -144,9 +144,9 @@ class PretrainInputs:
         part = parallel.rank, parallel.world_size
         stream = Stream.open(data.train_file, max_seq_len, mask, settings.run.seed, *part)
         perplexity = Perplexity.read(settings.evaluation, max_seq_len, mask, parallel)
-        for each in (stream, perplexity.stream):
-            if each is not None:
-                check_vocabulary(each, tokenizer)
+        for opened in (stream, perplexity.stream):
+            if opened is not None:
+                check_vocabulary(opened, tokenizer, model.checkpoint.config.vocab_size, *part)
         limits = settings.evaluation.max_new_tokens, max_seq_len
         known = perplexity.metrics
         evaluation = SolverEvaluation.read(settings.evaluation, tokenizer, *limits, known)
@@ -167,14 +167,27 @@ class PretrainInputs:
         return metrics | self.evaluation.run(moment, number, *how)
 
 
-def check_vocabulary(stream: Stream, tokenizer: Tokenizer) -> None:
-    """Raise UserError where a folder's ids mean other texts than the model's."""
-    for shards in (part.shards for part in stream.parts):
+def check_vocabulary(
+    stream: Stream, tokenizer: Tokenizer, vocab_size: int, part: int = 0, parts: int = 1
+) -> None:
+    """Raise UserError where a folder's ids mean other texts than the model's, or it lacks one.
+
+    vocab_size: the model's; part, parts: of the ranks that share the reading.
+    """
+    for shards in (source.shards for source in stream.parts):
         if shards.index["vocabulary"] != tokenizer.vocabulary:
             raise UserError(
                 f"{shards.folder}: was made with another vocabulary than that of {tokenizer.path}: "
                 "ids would mean other texts; build the shards with this tokenizer"
             )
+        if tokenizer.vocab_size > vocab_size:  # tokens that were added past the model's embeddings
+            largest = shards.largest(part, parts)
+            if largest >= vocab_size:
+                raise UserError(
+                    f"{shards.folder}: holds {tokenizer.text_of(largest)!r}, id {largest}, and the "
+                    f"model, with {vocab_size} embeddings, lacks it; take it out of the texts, or "
+                    "build the shards with --special_tokens text"
+                )
 
 
 @dataclass(frozen=True)

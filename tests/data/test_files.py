@@ -7,6 +7,7 @@ import io
 import json
 import sys
 import tracemalloc
+import uuid
 from datetime import date, datetime
 from decimal import Decimal
 from typing import Annotated
@@ -155,6 +156,7 @@ def test_a_table_s_values_become_json_s(file):
             "lists": pa.array([[[1.0], None], [[]]], pa.list_(pa.list_(pa.float16()))),
             "views": pa.array(["x", "y"], pa.string_view()),
             "large": pa.array([[True], [None]], pa.large_list(pa.bool_())),
+            "id": pa.array([uuid.UUID(int=5).bytes, None], pa.uuid()),
         }
     )
     with pa.ipc.new_file(stream := io.BytesIO(), table.schema) as writer:
@@ -162,7 +164,8 @@ def test_a_table_s_values_become_json_s(file):
     path = file("a.arrow", stream.getvalue())
     first = {"text": "a", "bytes": "é", "decimal": 1.5, "day": "2024-02-29", "views": "x"}
     first |= {"moment": "2024-02-29T12:00:01", "map": {"k": 1.5}, "lists": [[1.0], None]}
-    second = dict.fromkeys(("text", "bytes", "moment"))
+    first |= {"id": "00000000-0000-0000-0000-000000000005"}
+    second = dict.fromkeys(("text", "bytes", "moment", "id"))
     second |= {"decimal": 7, "day": "2024-02-29", "map": {}, "lists": [[]], "views": "y"}
     assert values(path) == [first | {"large": [True]}, second | {"large": [None]}]
     assert json.dumps(values(path))
@@ -363,6 +366,11 @@ BROKEN: dict[str, tuple[str, bytes, list[str]]] = {
         "a.parquet",
         column("took", pa.array([1], pa.duration("s"))),
         ['the column "took" holds duration[s]'],
+    ),
+    "a date past all": (
+        "a.parquet",
+        column("day", pa.array([0, 10**7], pa.date32())),
+        [": row 1 (from 0): not usable: date value out of range", "1 problem:"],
     ),
     "other columns": (
         "a.parquet",

@@ -43,6 +43,10 @@ def failing(chunk):
     raise UserError("rows.jsonl:3: is wrong")
 
 
+def ending(chunk):
+    os._exit(9)
+
+
 def nothing():
     pass
 
@@ -121,6 +125,14 @@ def test_what_is_wrong_in_a_worker_is_told(tmp_path):
     with pytest.raises(UserError, match="rows.jsonl:3: is wrong"):
         kept(tmp_path / "key", lambda: rows(200), failing, nothing, 2)
     assert not (tmp_path / "key").exists()
+
+
+def test_what_ends_a_worker_or_keeps_from_writing_is_told(tmp_path):
+    with pytest.raises(UserError, match="a process that makes it was ended from without"):
+        kept(tmp_path / "key", lambda: rows(200), ending, nothing, 2)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file/tokens: cannot be written: Not a directory; name"):
+        kept(tmp_path / "file" / "tokens" / "key", lambda: rows(9), make, nothing, 1)
 
 
 def test_nothing_at_all_is_kept_too(tmp_path):

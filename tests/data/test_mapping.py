@@ -8,7 +8,7 @@ import pytest
 from src.data.mapping import RowMap
 from src.data.mixture import read_mixture
 from src.data.rows import read_prompt_rows, read_solver_rows, write_jsonl
-from src.data.sources import Source
+from src.data.sources import Source, held_source
 from src.errors import UserError
 
 CODE = """
@@ -58,6 +58,10 @@ def nothing(row):
 
 def cells(row):
     return row | {"instruction": row["a"] + "?", "output": row["b"] or "empty"}
+
+def values_of_cells(row):
+    asked = [{"role": "user", "content": row["a"]}]
+    return {"instruction": asked, "output": ["x", "y"], "label": 3, "b": None}
 """
 
 
@@ -152,6 +156,24 @@ def test_cells_are_texts_for_the_function_and_spell_values_behind_it(code, tmp_p
     path.write_text("a,b,label\n1,,2\n")
     [row] = read_solver_rows(mapped(code, "cells", path))
     assert (row["instruction"], row["output"], row["label"]) == ("1?", "empty", "2")
+
+    [row] = read_solver_rows(mapped(code, "values_of_cells", path))
+    assert (row["outputs"], row["label"]) == (["x", "y"], 3)
+    assert list(row["instruction"]) == [{"role": "user", "content": "1"}]
+
+
+def test_what_a_function_may_import_decides_its_rows(code, data):
+    source = mapped(code, "renamed", data)
+    (code.parent / "cleaning" / "rules").mkdir(parents=True)
+    (code.parent / "notes").mkdir()
+    held = [held_source(source)]
+    for name in ("helper", "cleaning/__init__", "cleaning/words", "cleaning/rules/__init__"):
+        (code.parent / f"{name}.py").write_text("WORDS = 1")
+        held.append(held_source(source))
+    assert len(set(held)) == len(held)
+    (code.parent / "notes" / "old.py").write_text("WORDS = 1")
+    (code.parent / "cleaning" / "words.txt").write_text("1")
+    assert held_source(source) == held[-1]
 
 
 def test_each_source_of_a_mixture_goes_through_the_function(code, tmp_path):

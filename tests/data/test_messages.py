@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -294,6 +295,20 @@ def test_what_cannot_be_found_for_certain_is_told_with_the_row_s_line(file, fold
             solver_sequences(path, tokenizer, 999)
 
 
+def test_a_tool_s_schema_marks_nothing_as_generated(file, folder, tmp_path):
+    shutil.copy(folder / "tokenizer.json", tmp_path)
+    template = (
+        "{{ tools | tojson }}{% for m in messages %}{{ m.role }}{% generation %}{{ m.content }}"
+        "<|im_end|>{% endgeneration %}{% endfor %}"
+    )
+    config = {"eos_token": "<|endoftext|>", "chat_template": template}
+    other.write_json(tmp_path / "tokenizer_config.json", config)
+    tokenizer = Tokenizer.find(tmp_path, use_chat_template=True)
+    row = {"messages": [USER, ANSWER], "tools": [{"name": "\ufdd2add\ufdd3"}]}
+    with pytest.raises(UserError, match="rows.jsonl:1: holds U.FDD2 or U.FDD3"):
+        solver_sequences(file(row), tokenizer, 999)
+
+
 def test_conversations_need_a_template(file, folder):
     with pytest.raises(UserError, match="rows.jsonl:1: .*give --use_chat_template"):
         solver_sequences(file({"messages": TURNS}), Tokenizer.find(folder), 999)
@@ -301,6 +316,8 @@ def test_conversations_need_a_template(file, folder):
 
 # --- What is wrong --------------------------------------------------------------------------------
 
+NUL_KEY = {"name": "add", "arguments": {"a\0": 1}}
+DEEP = {"name": "add", "arguments": {"a": json.loads("[" * 900 + "]" * 900)}}
 WRONG = [
     ({"messages": [USER]}, 'field "messages": has no message of the assistant'),
     ({"messages": [{"role": "helper", "content": "a"}]}, "message 0 .* has the role 'helper'"),
@@ -328,6 +345,20 @@ WRONG = [
     ({"messages": TURNS, "system": "Be long."}, 'and the row has a field "system", too'),
     ({"messages": TURNS, "tools": [5]}, 'field "tools": expected a list of JSON schemas'),
     ({"messages": TURNS, "tools": "[5"}, 'field "tools": has tools that are not JSON'),
+    ({"messages": TURNS, "tools": [{"name": "\ud800"}]}, 'field "tools": holds a NUL or an unp'),
+    (
+        {"messages": [USER, {"role": "assistant", "tool_calls": [NUL_KEY]}]},
+        "message 1 .* holds a NUL or an unpaired surrogate",
+    ),
+    (
+        {"messages": [USER, {"role": "assistant", "tool_calls": [DEEP]}]},
+        "message 1 .* nested more than 100 deep",
+    ),
+    ({"messages": TURNS, "tools": [DEEP]}, 'field "tools": .* nested more than 100 deep'),
+    ({"conversations": [{"from": ["gpt"], "value": "a"}]}, r"message 0 .* is from \"\['gpt'\]\";"),
+    ({"prompt": [USER], "completion": [USER, ANSWER]}, 'field "completion": begins with the user'),
+    ({"prompt": [USER, ANSWER], "completion": [USER]}, 'field "completion": has no message of the'),
+    ({"instruction": "a", "output": [SYSTEM, ANSWER]}, 'field "output": begins with the system'),
     ({"messages": []}, 'field "instruction" is missing'),
     ({"messages": "hello"}, 'field "instruction" is missing'),
 ]
@@ -348,6 +379,14 @@ def test_what_is_wrong_with_a_conversation_is_told_with_its_line(file, row, mess
         (
             {"prompt": [USER], "chosen": [USER], "rejected": [ANSWER]},
             "ends with no message of the assistant",
+        ),
+        (
+            {"prompt": "What is it? ", "chosen": [USER, ANSWER], "rejected": [USER, ANSWER]},
+            "begins with the user's message, and not with the row's prompt",
+        ),
+        (
+            {"prompt": [USER], "chosen": [SYSTEM, USER, ANSWER], "rejected": [ANSWER]},
+            "begins with the system's message, and not with the row's prompt",
         ),
     ],
 )
@@ -476,6 +515,20 @@ def test_a_large_source_s_sequences_lie_on_disk_and_are_the_same(
     assert len([*(tmp_path / "cache" / "tokens").glob("*/index.json")]) == 4
 
 
+def test_what_a_template_is_told_decides_what_is_kept(folder, tmp_path):
+    """Its BOS stands in tokenizer_config.json alone, where the tokenizer itself puts none."""
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"add_bos_token": False, "chat_template": "{{ bos_token }}" + config["chat_template"]}
+    shutil.copy(folder / "tokenizer.json", tmp_path)
+    found = []
+    for bos in ("<s>", "<|endoftext|>", "<s>"):
+        other.write_json(tmp_path / "tokenizer_config.json", config | {"bos_token": bos})
+        tokenizer = Tokenizer.find(tmp_path, use_chat_template=True)
+        found.append((tokenizer.prompt_ids(Messages([USER])), tokenizer.reading))
+    first, second, third = found
+    assert first == third and first[0] != second[0] and first[1] != second[1]
+
+
 def test_what_is_wrong_in_a_large_source_is_told_with_its_line(file, folder, tmp_path, monkeypatch):
     monkeypatch.setenv("OWN_YOUR_RLHF_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("src.data.encoding.KEPT_FROM", 1)
@@ -483,6 +536,15 @@ def test_what_is_wrong_in_a_large_source_is_told_with_its_line(file, folder, tmp
     good = {"messages": [USER, ANSWER]}
     with pytest.raises(UserError, match=r"rows.jsonl:101: field \"messages\": has no message of"):
         solver_sequences(file(*[good] * 100, {"messages": [USER]}), tokenizer, 100)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    refusing = "{% if not messages[-1].content %}{{ raise_exception('says nothing') }}{% endif %}"
+    config["chat_template"] = refusing + config["chat_template"]
+    other.write_json(tmp_path / "tokenizer_config.json", config)
+    shutil.copy(folder / "tokenizer.json", tmp_path)
+    monkeypatch.setattr("src.data.encoding.usable_cores", lambda: 2)
+    with pytest.raises(UserError, match="the chat template fails: says nothing"):
+        strict = Tokenizer.find(tmp_path, use_chat_template=True)
+        solver_sequences(file(*[good] * 100), strict, 100)
     silent = {"messages": [USER, ANSWER | {"tool_calls": [CALL]}]}
     mask = LossMask("all_assistant", "### Response:")
     with pytest.raises(UserError, match="rows.jsonl:1: --response_template '### Response:'"):

@@ -11,6 +11,8 @@ import sysconfig
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import sentencepiece
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
@@ -28,6 +30,7 @@ CODE = (Path(sysconfig.get_paths()["stdlib"]) / "argparse.py").read_text("utf-8"
 SCRIPTS = (
     "日本語のテキスト、中文文本没有空格。Ελληνικά русский; e\u0301 👍🏽 x'ſt\r\n\t  ''' \u3000"
 )
+GZIP = gzip.compress(CODE.encode(), mtime=0)
 ALPHABET = "abc  é\u0301中。，,.!'\n\n\t 12Ω🇨🇭ſ"
 GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA_3 = (
@@ -157,10 +160,14 @@ def test_sources_of_all_kinds_become_documents_in_order(llama_3, tmp_path):
     (folder / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\n\n\ntwo\n\n\n\nthree")
     (folder / "b.txt.gz").write_bytes(gzip.compress("vier é".encode()))
     rows_file(folder / "deeper" / "c.jsonl", ["five", "", "six"])
+    rows_file(folder / "deeper" / "d.txt.jsonl", ["seven"])
+    (folder / "e.jsonl.gz").write_bytes(gzip.compress(b'{"text": "eight"}'))
+    pq.write_table(pa.table({"text": ["nine"]}), folder / "f.parquet")
     (folder / "deeper" / "read.me").write_text("no text")
-    sources = sources_of(f"{folder},{folder}/**/*.jsonl,{folder}/a.txt")
+    sources = sources_of(f"{folder},{folder}/**/*.jsonl*,{folder}/a.txt")
     index = tokenize(texts_of(*sources, separator="\n\n"), llama_3, str(tmp_path / "shards"))
-    expected = ["one\r", "\ntwo", "", "three", "vier é", "five", "", "six"]
+    expected = ["one\r", "\ntwo", "", "three", "vier é"]  # of a folder its texts come first
+    expected += ["eight", "nine", "five", "", "six", "seven"]
     found = document_ids(tmp_path / "shards")
     assert found == [library_ids(llama_3, text) for text in expected if text]
     assert index["empty"] == expected.count("") == 2
@@ -296,10 +303,12 @@ def test_rows_without_a_text_are_named(llama_3, tmp_path, content, reason):
     [
         ("a.txt", b"one\ntwo\xff", "a.txt:2: byte 0xff is not UTF-8"),
         ("a.txt", b"one\n\0", "a.txt:2: holds a NUL byte"),
-        ("a.txt.gz", gzip.compress(b"one" * 99)[:-12], "a.txt.gz: is damaged"),
+        ("a.txt.gz", GZIP[:-12], "a.txt.gz: is damaged"),
         ("a.txt.gz", b"one", "a.txt.gz: is damaged"),
+        ("a.txt.gz", GZIP[:20] + b"\xff" * 8 + GZIP[28:], "a.txt.gz: is damaged"),
         ("b.txt", b"", "b.txt: there is no text in the sources"),
     ],
+    ids=range(6),  # bytes are no names that two processes agree on
 )
 def test_what_is_no_text_is_named(llama_3, tmp_path, name, content, reason):
     (tmp_path / name).write_bytes(content)

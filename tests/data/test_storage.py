@@ -162,6 +162,19 @@ def test_what_a_remote_file_holds_is_part_of_a_run_s_identity(s3):
     assert held_rows("s3://bucket/a.jsonl") != before
 
 
+def test_a_store_that_tells_no_version_is_read_for_it(monkeypatch):
+    store = fsspec.filesystem("memory")
+    info = store.info
+    monkeypatch.setattr(
+        store, "info", lambda path: {k: v for k, v in info(path).items() if k != "created"}
+    )
+    found = []
+    for text in (TEXT, TEXT.replace(b"question 7", b"Question 7"), TEXT):
+        store.pipe_file("/v/a.jsonl", text)
+        found.append(held_rows("memory://v/a.jsonl"))
+    assert found[0] == found[2] != found[1]
+
+
 def test_the_memory_protocol_is_a_url_like_others():
     store = fsspec.filesystem("memory")
     store.pipe_file("/d/a.jsonl", TEXT)
@@ -279,6 +292,19 @@ def test_a_folder_is_fetched_whole_and_anew_when_it_changes(s3):
     assert (folder / "config.json").read_bytes() == b"config.json"
     single = storage.fetched("s3://bucket/models/x/config.json", ["model.safetensors", "none"])
     assert sorted(os.listdir(single.parent)) == ["config.json", "model.safetensors"]
+
+
+def test_a_key_that_leads_out_of_its_folder_is_refused(tmp_path, monkeypatch):
+    store = fsspec.filesystem("memory")
+    store.pipe_file("/m/x/a.json", b"a")
+    find = store.find
+
+    def with_another(path, **options):
+        return find(path, **options) | {f"{path}/../../../../b.json": store.info("/m/x/a.json")}
+
+    monkeypatch.setattr(store, "find", with_another)
+    with pytest.raises(UserError, match=r"memory://m/x: holds .*b.json, which would be kept out"):
+        storage.fetched("memory://m/x")
 
 
 def test_a_folder_is_uploaded_in_place_of_another_and_its_manifest_last(s3, tmp_path, monkeypatch):

@@ -31,6 +31,7 @@ from src.checkpoint.manifest import write_manifest
 from src.data import chat
 from src.data import ranks as rank_files
 from src.data.export import write_tokenizer
+from src.data.messages import Messages
 from src.data.ranks import put_before
 from src.data.tokenizer import Tokenizer
 from src.errors import UserError
@@ -999,7 +1000,7 @@ def test_families_write_a_system_text_where_their_makers_do(
 ):
     tokens = {"bos_token": "<s>", "eos_token": "</s>"}
     found = chat.find_chat([tmp_path], family, tokens, control, has_prefix)
-    assert found.prompt([SYSTEM, ASKED, SAID, AGAIN]) == written
+    assert found.prompt(Messages([SYSTEM, ASKED, SAID, AGAIN])) == written
 
 
 def test_families_have_their_templates(tmp_path, rust, pieces):

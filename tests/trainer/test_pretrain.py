@@ -12,12 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer as RustTokenizer
 from transformers import LlamaForCausalLM
 
 from src.data.shards import Shards
 from src.data.stream import Stream
 from src.data.tokenization import Texts, tokenize
 from src.data.tokenizer import Tokenizer
+from src.errors import UserError
+from src.trainer.inputs import check_vocabulary
 from tests.data.test_shards import CODE, LLAMA_3, byte_level, document_ids, rows_file
 from tests.faults.harness import Run, hashes, kill_at_random
 from tests.launch import launch, once, start
@@ -247,6 +250,25 @@ def test_what_is_wrong_is_named_before_any_work(base, tmp_path, change, reason):
     done = start(1, *training(base, tmp_path / "out", True, **change))
     assert done.returncode == 2 and reason in done.stderr, done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_ids_that_the_model_has_no_embedding_for_are_refused(tmp_path):
+    """Tensor-parallel embeddings would read them as zeros, in silence."""
+    path = byte_level(tmp_path, None)
+    rust = RustTokenizer.from_file(str(path))
+    rust.add_special_tokens(["<pad>"])
+    rust.save(str(path))
+    tokenizer = Tokenizer(path)
+    size = tokenizer.vocab_size - 1
+    for name, text in (("with", "one <pad> two"), ("without", "one two")):
+        (tmp_path / f"{name}.txt").write_text(text)
+        texts = Texts([str(tmp_path / f"{name}.txt")], "text", None, 10**6)
+        tokenize(texts, tokenizer, str(tmp_path / name))
+    check_vocabulary(Stream.open(str(tmp_path / "without"), 4), tokenizer, size)
+    stream = Stream.open(str(tmp_path / "with"), 4)
+    with pytest.raises(UserError, match=f"with: holds '<pad>', id {size}, and the model, with"):
+        check_vocabulary(stream, tokenizer, size)
+    check_vocabulary(stream, tokenizer, size + 1)
 
 
 def test_other_shards_are_another_run(base, tmp_path):
