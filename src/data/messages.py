@@ -95,7 +95,10 @@ def put_in_form(
         if isinstance(row.get(field), list) and any(isinstance(x, dict) for x in row[field]):
             row[field] = Messages(_messages_of(row, field), tools)
         # What is compared.
-        sides = {field: _alternatives(row, field, tools) for field in SIDES if field in fields}
+        sides = dict[str, list[Any]]()
+        for field in SIDES:  # which a message about it names
+            if field in fields:
+                sides[field] = _alternatives(row, field, tools)
         if any(isinstance(text, Messages) for side in sides.values() for text in side):
             field = next(iter(sides))
             _without_prompt(row, sides, tools)
@@ -233,7 +236,7 @@ def _message_of(value: Any) -> Message:
     message = {key: part for key, part in value.items() if part is not None}
     speaker = message.pop("from", None)
     if speaker is not None and "role" not in message:
-        if speaker not in SPEAKERS:
+        if not isinstance(speaker, str) or speaker not in SPEAKERS:
             raise _Wrong(f"is from {str(speaker)[:40]!r}; known are {', '.join(SPEAKERS)}")
         message["role"], text = SPEAKERS[speaker], message.pop("value", None)
         if speaker == "function_call":

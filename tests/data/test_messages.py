@@ -325,6 +325,10 @@ WRONG = [
         {"conversations": [{"from": "me", "value": "a"}]},
         "message 0 .* is from 'me'; known are human",
     ),
+    (
+        {"conversations": [{"from": ["human"], "value": "a"}]},
+        r"message 0 .* is from \"\['human'\]\"",
+    ),
     ({"messages": TURNS, "system": "Be long."}, 'and the row has a field "system", too'),
     ({"messages": TURNS, "tools": [5]}, 'field "tools": expected a list of JSON schemas'),
     ({"messages": TURNS, "tools": "[5"}, 'field "tools": has tools that are not JSON'),
@@ -345,6 +349,10 @@ def test_what_is_wrong_with_a_conversation_is_told_with_its_line(file, row, mess
     [
         ({"chosen": [USER, ANSWER], "rejected": "two"}, "holds messages beside texts"),
         ({"chosen": [USER, ANSWER], "rejected": [ANSWER]}, "share no messages up to a question"),
+        (
+            {"prompt": [USER], "chosen": [ANSWER, [ANSWER]], "rejected": [ANSWER]},
+            r'field "chosen": message 1 \(from 0\) is list',
+        ),
         (
             {"prompt": [USER], "chosen": [USER], "rejected": [ANSWER]},
             "ends with no message of the assistant",
