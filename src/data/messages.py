@@ -17,6 +17,7 @@ from typing import Any
 Message = dict[str, Any]  # "role" and "content", perhaps "tool_calls" and more
 
 UNUSABLE = re.compile("[\0\ud800-\udfff]")  # what no tokenizer and no UTF-8 file can hold
+DEEPEST = 100  # lists and objects within one another: templates recurse into them
 ROLES = ("system", "developer", "user", "assistant", "tool", "ipython", "function")
 ANSWERING, ASKING = ("assistant",), ("user", "tool", "ipython", "function")
 # ShareGPT's names of who speaks, and some that are about.
@@ -223,10 +224,13 @@ def _messages_of(row: dict, field: str) -> list[Message]:
         except _Wrong as wrong:
             raise _Wrong(f"message {i} (from 0) {wrong}") from None
     system = row.get("system")
-    if field in WHOLE and isinstance(system, str) and system.strip():
+    if field in WHOLE and (system.strip() if isinstance(system, str) else system):
         if messages[0]["role"] == "system":
             raise _Wrong('begins with a system\'s message, and the row has a field "system", too')
-        messages.insert(0, {"role": "system", "content": system})
+        try:
+            messages.insert(0, _message_of({"role": "system", "content": system}))
+        except _Wrong as wrong:
+            raise _Wrong(f'goes with the row\'s field "system", which {wrong}') from None
     return messages
 
 
@@ -256,8 +260,7 @@ def _message_of(value: Any) -> Message:
             raise _Wrong(f"is the {role}'s and has tool_calls, which only the assistant makes")
     if "content" not in message and "tool_calls" not in message:
         raise _Wrong("has no content")
-    if (bad := _unusable(message)) is not None:
-        raise _Wrong(f"holds a NUL or an unpaired surrogate in {bad!r}")
+    _check_usable(message)
     return message
 
 
@@ -309,6 +312,7 @@ def _tools_of(value: Any) -> list[dict] | None:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise _Wrong("expected a list of JSON schemas, each an object")
+    _check_usable(value)
     return value
 
 
@@ -319,12 +323,15 @@ def _json(text: Any, what: str) -> Any:
         raise _Wrong(f"has {what} that are not JSON: {str(text)[:60]!r}") from None
 
 
-def _unusable(value: Any) -> str | None:
-    """A text within that no tokenizer can hold."""
-    if isinstance(value, str):
-        return value[:40] if UNUSABLE.search(value) else None
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return next((bad for part in parts if (bad := _unusable(part)) is not None), None)
+def _check_usable(value: Any, depth: int = DEEPEST) -> None:
+    """Raise `_Wrong` for a text within that no tokenizer can hold, and where there is no end."""
+    if isinstance(value, str) and UNUSABLE.search(value):
+        raise _Wrong(f"holds a NUL or an unpaired surrogate in {value[:40]!r}")
+    if isinstance(value, (dict, list)):
+        if not depth:
+            raise _Wrong(f"holds more than {DEEPEST} lists and objects within one another")
+        for part in (*value, *value.values()) if isinstance(value, dict) else value:
+            _check_usable(part, depth - 1)
 
 
 # --- What is trained on ---------------------------------------------------------------------------

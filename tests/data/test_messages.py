@@ -301,6 +301,7 @@ def test_conversations_need_a_template(file, folder):
 
 # --- What is wrong --------------------------------------------------------------------------------
 
+NESTED = json.loads("[" * 500 + "]" * 500)
 WRONG = [
     ({"messages": [USER]}, 'field "messages": has no message of the assistant'),
     ({"messages": [{"role": "helper", "content": "a"}]}, "message 0 .* has the role 'helper'"),
@@ -330,6 +331,18 @@ WRONG = [
         r"message 0 .* is from \"\['human'\]\"",
     ),
     ({"messages": TURNS, "system": "Be long."}, 'and the row has a field "system", too'),
+    (
+        {"messages": TURNS[1:], "system": 5},
+        'row\'s field "system", which has a content of type int',
+    ),
+    (
+        {"messages": TURNS[1:], "system": "a\ud800"},
+        'row\'s field "system", which holds a NUL or an',
+    ),
+    ({"messages": [USER | {"a\ud800": 1}, ANSWER]}, "message 0 .* an unpaired surrogate"),
+    ({"messages": [USER | {"a": NESTED}, ANSWER]}, "message 0 .* more than 100 lists and objects"),
+    ({"messages": TURNS, "tools": [{"a": NESTED}]}, 'field "tools": holds more than 100 lists'),
+    ({"messages": TURNS, "tools": [{"name": "a\ud800"}]}, 'field "tools": holds a NUL or an'),
     ({"messages": TURNS, "tools": [5]}, 'field "tools": expected a list of JSON schemas'),
     ({"messages": TURNS, "tools": "[5"}, 'field "tools": has tools that are not JSON'),
     ({"messages": []}, 'field "instruction" is missing'),
