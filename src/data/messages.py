@@ -36,6 +36,7 @@ SPEAKERS = {
     "function_response": "tool",
 }
 WHOLE = ("messages", "conversations", "conversation")  # fields that hold a whole conversation
+NOT_LEARNED = {"weight", "train", "training"}  # other trainers' marks of single messages, if 0
 SIDES = ("chosen", "rejected", "ranked")
 PARTS = ("prompt", "completion", "instruction", "output")
 
@@ -90,11 +91,11 @@ def put_in_form(
         field = "completion"
         completion = _part(row, field, tools)
         if completion is not None and "output" in fields and not _says(row.get("output")):
-            row["output"] = completion
+            row["output"] = _learned(completion)
             used.add(field)
         field = "output"
         if isinstance(row.get(field), list) and any(isinstance(x, dict) for x in row[field]):
-            row[field] = Messages(_messages_of(row, field), tools)
+            row[field] = _learned(Messages(_messages_of(row, field), tools))
         # What is compared.
         sides = dict[str, list[Any]]()
         for field in SIDES:  # which a message about it names
@@ -154,9 +155,21 @@ def _split(row: dict, messages: Messages, has_output: bool, whole: bool) -> None
     if not whole and answers[-1] != len(messages) - 1:
         raise _Wrong(f"ends with the {messages[-1]['role']}'s message, not with an answer")
     row["instruction"] = Messages(messages[:first], messages.tools)
-    row["output"] = Messages(messages[first:], messages.tools)
+    row["output"] = _learned(Messages(messages[first:], messages.tools))
     if not whole:
         row["output"] = _plain(row["output"]) or row["output"]
+
+
+def _learned(output: Question) -> Question:
+    """An output. Raises `_Wrong` where a message of it is marked as one that is not learned."""
+    for message in output if isinstance(output, Messages) else ():
+        for key in NOT_LEARNED & message.keys() if message["role"] in ANSWERING else ():
+            if message[key] != 1:
+                raise _Wrong(
+                    f"has an assistant's message with {key} {str(message[key])[:40]}, which is not "
+                    "read: --loss_on says which turns are learned; take the field out, or the turn"
+                )
+    return output
 
 
 def _plain(messages: list[Message]) -> str | None:

@@ -343,11 +343,24 @@ WRONG = [
     ({"messages": [USER | {"a": NESTED}, ANSWER]}, "message 0 .* more than 100 lists and objects"),
     ({"messages": TURNS, "tools": [{"a": NESTED}]}, 'field "tools": holds more than 100 lists'),
     ({"messages": TURNS, "tools": [{"name": "a\ud800"}]}, 'field "tools": holds a NUL or an'),
+    (
+        {"messages": [USER, ANSWER | {"weight": 0}, USER, ANSWER]},
+        "with weight 0, which is not read",
+    ),
+    ({"prompt": "a", "completion": [ANSWER | {"train": False}]}, "with train False, which is not"),
     ({"messages": TURNS, "tools": [5]}, 'field "tools": expected a list of JSON schemas'),
     ({"messages": TURNS, "tools": "[5"}, 'field "tools": has tools that are not JSON'),
     ({"messages": []}, 'field "instruction" is missing'),
     ({"messages": "hello"}, 'field "instruction" is missing'),
 ]
+
+
+def test_marks_that_change_nothing_are_taken(file):
+    marked = [USER | {"weight": 0}, ANSWER | {"weight": 1}]
+    [row] = read_solver_rows(file({"messages": marked}))
+    assert row["output"] == marked[1:]
+    [row] = read_prompt_rows(file({"messages": [USER, ANSWER | {"weight": 0}, USER]}))
+    assert len(row["instruction"]) == 3
 
 
 @pytest.mark.parametrize("row, message", WRONG)
