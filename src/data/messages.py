@@ -230,6 +230,8 @@ def _without_prompt(row: dict, sides: dict[str, list[Any]], tools: list[dict] | 
 def _messages_of(row: dict, field: str) -> list[Message]:
     """A field's messages, in OpenAI's form. Raises `_Wrong` where they are none."""
     given = row[field]
+    if not isinstance(given, list):
+        raise _Wrong("is a text, expected a list of messages")
     messages = []
     for i, value in enumerate(given):
         try:

@@ -262,7 +262,8 @@ class RowStream:
                 value = _spelled(value, self.fields)
             rows += 1
             found, made_of = _in_form(value, self.required, self.fields, self.whole)
-            found += _row_problems(value, self.required, self.optional, made_of)
+            if not found:  # else what it would have been made into is missing, too
+                found += _row_problems(value, self.required, self.optional, made_of)
             problems += [f"{where}: {problem}" for problem in found]
             if problems:
                 continue

@@ -351,8 +351,14 @@ WRONG = [
     ({"messages": TURNS, "tools": [5]}, 'field "tools": expected a list of JSON schemas'),
     ({"messages": TURNS, "tools": "[5"}, 'field "tools": has tools that are not JSON'),
     ({"messages": []}, 'field "instruction" is missing'),
-    ({"messages": "hello"}, 'field "instruction" is missing'),
+    ({"messages": "hello"}, 'field "messages": is a text, expected a list of messages'),
 ]
+
+
+def test_one_mistake_in_a_conversation_is_one_problem(file):
+    with pytest.raises(UserError, match="rows.jsonl: 1 problem:") as caught:
+        read_solver_rows(file({"messages": [USER, ANSWER | {"role": "Assistant"}]}))
+    assert "has the role 'Assistant'" in str(caught.value)
 
 
 def test_marks_that_change_nothing_are_taken(file):
