@@ -22,7 +22,9 @@ READ_AT_ONCE = 2**20  # bytes of a column's pages
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 FILE_MAGIC = b"ARROW1"
 
-_DAMAGE = pa.ArrowException, OSError, UnicodeDecodeError  # what pyarrow raises of it
+# What pyarrow raises of it, the last two for dates that Python has not, and for a struct with one
+# name twice.
+_DAMAGE = pa.ArrowException, OSError, UnicodeDecodeError, OverflowError, ValueError
 
 Convert = Callable[[Any], Any]
 
@@ -95,6 +97,7 @@ def _rows(
         if convert is not None:
             converts[field.name] = convert
     for batch in batches:
+        batch.validate(full=True)  # offsets that lead out of a damaged file end the process
         for row in batch.to_pylist():
             try:
                 for name, convert in converts.items():

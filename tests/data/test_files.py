@@ -12,6 +12,7 @@ from decimal import Decimal
 from typing import Annotated
 
 import datasets
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -246,6 +247,17 @@ def column(name: str, array: pa.Array, write=pq.write_table) -> bytes:
     return stream.getvalue()
 
 
+def as_arrow(table: pa.Table, stream: io.BytesIO) -> None:
+    with pa.ipc.new_file(stream, table.schema) as writer:
+        writer.write_table(table)
+
+
+def offsets(rows: list[dict]) -> bytes:
+    """Where the texts of the rows' first batch end in its first column, as Arrow has them."""
+    lengths = [len(row["instruction"].encode()) for row in rows]
+    return np.cumsum([0, *lengths]).astype("<i4").tobytes()
+
+
 def flipped(content: bytes, place: int) -> bytes:
     return content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :]
 
@@ -328,6 +340,11 @@ BROKEN: dict[str, tuple[str, bytes, list[str]]] = {
         ["is no Arrow file, or a damaged one", "may have been cut"],
     ),
     "stream's half": ("a.arrow", arrow(MANY, pa.ipc.new_stream)[:20_000], ["may have been cut"]),
+    "arrow's offsets": (
+        "a.arrow",
+        arrow(ROWS).replace(offsets(ROWS), np.array([0, 4, 2**31 - 1, -9, 9], "<i4").tobytes(), 1),
+        ["is no Arrow file, or a damaged one"],
+    ),
     "short": ("a.arrow", b"abc", ["is no Arrow file"]),
     "no rows": (
         "a.parquet",
@@ -363,6 +380,16 @@ BROKEN: dict[str, tuple[str, bytes, list[str]]] = {
         "a.parquet",
         column("took", pa.array([1], pa.duration("s"))),
         ['the column "took" holds duration[s]'],
+    ),
+    "years beyond Python's": (
+        "a.parquet",
+        column("at", pa.array([2**62], pa.timestamp("us"))),
+        ["is no Parquet file, or a damaged one: date value out of range"],
+    ),
+    "a field twice in a struct": (
+        "a.arrow",
+        column("x", pa.StructArray.from_arrays([[1], [2]], names=["a", "a"]), as_arrow),
+        ["is no Arrow file, or a damaged one: ", "duplicate field names"],
     ),
     "other columns": (
         "a.parquet",
