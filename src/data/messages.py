@@ -36,6 +36,7 @@ SPEAKERS = {
 }
 DEEPEST = 100  # objects and lists within one another: what writes them goes down by recursion
 WHOLE = ("messages", "conversations", "conversation")  # fields that hold a whole conversation
+NOT_LEARNED = {"weight", "train", "training"}  # other trainers' marks of single messages, if 0
 SIDES = ("chosen", "rejected", "ranked")
 PARTS = ("prompt", "completion", "instruction", "output")
 
@@ -90,13 +91,16 @@ def put_in_form(
         field = "completion"
         completion = _part(row, field, tools)
         if completion is not None and "output" in fields and not _says(row.get("output")):
-            row["output"] = completion
+            row["output"] = _learned(completion)
             used.add(field)
         field = "output"
         if isinstance(row.get(field), list) and any(isinstance(x, dict) for x in row[field]):
-            row[field] = Messages(_messages_of(row, field), tools)
+            row[field] = _learned(Messages(_messages_of(row, field), tools))
         # What is compared.
-        sides = {field: _alternatives(row, field, tools) for field in SIDES if field in fields}
+        sides = dict[str, list[Any]]()
+        for field in SIDES:  # which a message about it names
+            if field in fields:
+                sides[field] = _alternatives(row, field, tools)
         if any(isinstance(text, Messages) for side in sides.values() for text in side):
             field = next(iter(sides))
             _without_prompt(row, sides, tools)
@@ -156,9 +160,21 @@ def _split(row: dict, messages: Messages, has_output: bool, whole: bool) -> None
     if not whole and answers[-1] != len(messages) - 1:
         raise _Wrong(f"ends with the {messages[-1]['role']}'s message, not with an answer")
     row["instruction"] = Messages(messages[:first], messages.tools)
-    row["output"] = Messages(messages[first:], messages.tools)
+    row["output"] = _learned(Messages(messages[first:], messages.tools))
     if not whole:
         row["output"] = _plain(row["output"]) or row["output"]
+
+
+def _learned(output: Question) -> Question:
+    """An output. Raises `_Wrong` where a message of it is marked as one that is not learned."""
+    for message in output if isinstance(output, Messages) else ():
+        for key in NOT_LEARNED & message.keys() if message["role"] in ANSWERING else ():
+            if message[key] != 1:
+                raise _Wrong(
+                    f"has an assistant's message with {key} {str(message[key])[:40]}, which is not "
+                    "read: --loss_on says which turns are learned; take the field out, or the turn"
+                )
+    return output
 
 
 def _plain(messages: list[Message]) -> str | None:
@@ -231,6 +247,8 @@ def _check_goes_on(output: Messages, prompt: Any) -> None:
 def _messages_of(row: dict, field: str) -> list[Message]:
     """A field's messages, in OpenAI's form. Raises `_Wrong` where they are none."""
     given = row[field]
+    if not isinstance(given, list):
+        raise _Wrong("is a text, expected a list of messages")
     messages = []
     for i, value in enumerate(given):
         try:
@@ -238,10 +256,13 @@ def _messages_of(row: dict, field: str) -> list[Message]:
         except _Wrong as wrong:
             raise _Wrong(f"message {i} (from 0) {wrong}") from None
     system = row.get("system")
-    if field in WHOLE and isinstance(system, str) and system.strip():
+    if field in WHOLE and (system.strip() if isinstance(system, str) else system):
         if messages[0]["role"] == "system":
             raise _Wrong('begins with a system\'s message, and the row has a field "system", too')
-        messages.insert(0, {"role": "system", "content": system})
+        try:
+            messages.insert(0, _message_of({"role": "system", "content": system}))
+        except _Wrong as wrong:
+            raise _Wrong(f'goes with the row\'s field "system", which {wrong}') from None
     return messages
 
 

@@ -7,8 +7,8 @@ change what is asked.
 """
 
 import json
-import math
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -54,7 +54,8 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and abs(value) <= sys.float_info.max  # whole ones may be larger; NaN is not
 
 
 # What a model wrote: bytes are tokens, too, and NUL is one of them.
@@ -261,7 +262,8 @@ class RowStream:
                 value = _spelled(value, self.fields)
             rows += 1
             found, made_of = _in_form(value, self.required, self.fields, self.whole)
-            found += _row_problems(value, self.required, self.optional, made_of)
+            if not found:  # else what it would have been made into is missing, too
+                found += _row_problems(value, self.required, self.optional, made_of)
             problems += [f"{where}: {problem}" for problem in found]
             if problems:
                 continue

@@ -95,6 +95,7 @@ def _rows(
         if convert is not None:
             converts[field.name] = convert
     for batch in batches:
+        batch.validate(full=True)  # offsets that lead out of a damaged file end the process
         for row in _as_python(batch):
             try:
                 if isinstance(row, Unusable):
@@ -113,7 +114,10 @@ def _as_python(batch: pa.RecordBatch) -> list[Any]:
         return batch.to_pylist()
     except _DAMAGE:
         raise
-    except (OverflowError, ValueError) as error:  # such as a date past the year 9999
+    except (
+        OverflowError,
+        ValueError,
+    ) as error:  # a date past the year 9999, a struct with a name twice
         if batch.num_rows > 1:
             return [row for i in range(batch.num_rows) for row in _as_python(batch.slice(i, 1))]
         return [Unusable(f"not usable: {error}")]

@@ -13,6 +13,7 @@ from decimal import Decimal
 from typing import Annotated
 
 import datasets
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -249,6 +250,17 @@ def column(name: str, array: pa.Array, write=pq.write_table) -> bytes:
     return stream.getvalue()
 
 
+def as_arrow(table: pa.Table, stream: io.BytesIO) -> None:
+    with pa.ipc.new_file(stream, table.schema) as writer:
+        writer.write_table(table)
+
+
+def offsets(rows: list[dict]) -> bytes:
+    """Where the texts of the rows' first batch end in its first column, as Arrow has them."""
+    lengths = [len(row["instruction"].encode()) for row in rows]
+    return np.cumsum([0, *lengths]).astype("<i4").tobytes()
+
+
 def flipped(content: bytes, place: int) -> bytes:
     return content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :]
 
@@ -331,6 +343,11 @@ BROKEN: dict[str, tuple[str, bytes, list[str]]] = {
         ["is no Arrow file, or a damaged one", "may have been cut"],
     ),
     "stream's half": ("a.arrow", arrow(MANY, pa.ipc.new_stream)[:20_000], ["may have been cut"]),
+    "arrow's offsets": (
+        "a.arrow",
+        arrow(ROWS).replace(offsets(ROWS[:3]), np.array([0, 4, 2**31 - 1, 9], "<i4").tobytes()),
+        ["is no Arrow file, or a damaged one"],
+    ),
     "short": ("a.arrow", b"abc", ["is no Arrow file"]),
     "no rows": (
         "a.parquet",
@@ -371,6 +388,11 @@ BROKEN: dict[str, tuple[str, bytes, list[str]]] = {
         "a.parquet",
         column("day", pa.array([0, 10**7], pa.date32())),
         [": row 1 (from 0): not usable: date value out of range", "1 problem:"],
+    ),
+    "a field twice in a struct": (
+        "a.arrow",
+        column("x", pa.StructArray.from_arrays([[1], [2]], names=["a", "a"]), as_arrow),
+        [": row 0 (from 0): not usable: ", "duplicate field names"],
     ),
     "other columns": (
         "a.parquet",

@@ -342,10 +342,28 @@ WRONG = [
         {"conversations": [{"from": "me", "value": "a"}]},
         "message 0 .* is from 'me'; known are human",
     ),
+    (
+        {"conversations": [{"from": ["human"], "value": "a"}]},
+        r"message 0 .* is from \"\['human'\]\"",
+    ),
     ({"messages": TURNS, "system": "Be long."}, 'and the row has a field "system", too'),
+    (
+        {"messages": TURNS[1:], "system": 5},
+        'row\'s field "system", which has a content of type int',
+    ),
+    (
+        {"messages": TURNS[1:], "system": "a\ud800"},
+        'row\'s field "system", which holds a NUL or an',
+    ),
+    ({"messages": [USER | {"a\ud800": 1}, ANSWER]}, "message 0 .* an unpaired surrogate"),
+    ({"messages": TURNS, "tools": [{"name": "a\ud800"}]}, 'field "tools": holds a NUL or an'),
+    (
+        {"messages": [USER, ANSWER | {"weight": 0}, USER, ANSWER]},
+        "with weight 0, which is not read",
+    ),
+    ({"prompt": "a", "completion": [ANSWER | {"train": False}]}, "with train False, which is not"),
     ({"messages": TURNS, "tools": [5]}, 'field "tools": expected a list of JSON schemas'),
     ({"messages": TURNS, "tools": "[5"}, 'field "tools": has tools that are not JSON'),
-    ({"messages": TURNS, "tools": [{"name": "\ud800"}]}, 'field "tools": holds a NUL or an unp'),
     (
         {"messages": [USER, {"role": "assistant", "tool_calls": [NUL_KEY]}]},
         "message 1 .* holds a NUL or an unpaired surrogate",
@@ -355,13 +373,26 @@ WRONG = [
         "message 1 .* nested more than 100 deep",
     ),
     ({"messages": TURNS, "tools": [DEEP]}, 'field "tools": .* nested more than 100 deep'),
-    ({"conversations": [{"from": ["gpt"], "value": "a"}]}, r"message 0 .* is from \"\['gpt'\]\";"),
     ({"prompt": [USER], "completion": [USER, ANSWER]}, 'field "completion": begins with the user'),
     ({"prompt": [USER, ANSWER], "completion": [USER]}, 'field "completion": has no message of the'),
     ({"instruction": "a", "output": [SYSTEM, ANSWER]}, 'field "output": begins with the system'),
     ({"messages": []}, 'field "instruction" is missing'),
-    ({"messages": "hello"}, 'field "instruction" is missing'),
+    ({"messages": "hello"}, 'field "messages": is a text, expected a list of messages'),
 ]
+
+
+def test_one_mistake_in_a_conversation_is_one_problem(file):
+    with pytest.raises(UserError, match="rows.jsonl: 1 problem:") as caught:
+        read_solver_rows(file({"messages": [USER, ANSWER | {"role": "Assistant"}]}))
+    assert "has the role 'Assistant'" in str(caught.value)
+
+
+def test_marks_that_change_nothing_are_taken(file):
+    marked = [USER | {"weight": 0}, ANSWER | {"weight": 1}]
+    [row] = read_solver_rows(file({"messages": marked}))
+    assert row["output"] == marked[1:]
+    [row] = read_prompt_rows(file({"messages": [USER, ANSWER | {"weight": 0}, USER]}))
+    assert len(row["instruction"]) == 3
 
 
 @pytest.mark.parametrize("row, message", WRONG)
@@ -376,6 +407,10 @@ def test_what_is_wrong_with_a_conversation_is_told_with_its_line(file, row, mess
     [
         ({"chosen": [USER, ANSWER], "rejected": "two"}, "holds messages beside texts"),
         ({"chosen": [USER, ANSWER], "rejected": [ANSWER]}, "share no messages up to a question"),
+        (
+            {"prompt": [USER], "chosen": [ANSWER, [ANSWER]], "rejected": [ANSWER]},
+            r'field "chosen": message 1 \(from 0\) is list',
+        ),
         (
             {"prompt": [USER], "chosen": [USER], "rejected": [ANSWER]},
             "ends with no message of the assistant",

@@ -82,6 +82,7 @@ def test_text_survives_byte_order_mark_blank_lines_crlf_and_line_separators(file
         ('{"instruction": "x", "output": {"a": 1}}', ["found an object"]),
         ('{"instruction": "x", "output": "y", "label": true}', ['"label"', "found true"]),
         ('{"instruction": "x", "output": "y", "label": 1e999}', ['"label"', "huge number"]),
+        (f'{{"instruction": "x", "output": "y", "label": {10**400}}}', ['"label"', "huge number"]),
         ('{"instruction": "x", "output": "y", "label": NaN}', ["NaN is not JSON"]),
         ('{"instruction": "x\\u0000", "output": "y"}', ["NUL"]),
         ('{"instruction": "x\\ud800", "output": "y"}', ["surrogate"]),
