@@ -19,8 +19,8 @@ from src.settings.scripts import CheckpointMergeSettings
 
 def main(settings: CheckpointMergeSettings) -> None:
     """Write the folder."""
-    from src.checkpoint.files import read_json
     from src.checkpoint.folder import check_apart, check_replaceable, find_tokenizer
+    from src.checkpoint.json_file import read_json
     from src.checkpoint.manifest import check_whole
     from src.checkpoint.source import Checkpoint, check_model_type
     from src.checkpoint.write import merge

@@ -15,6 +15,17 @@ samples of a solver, which `gsm8k --negatives solver` does in one go.
 
 `pretrain` makes texts shards of token ids, for pretrain.py and ppo_train.py --ptx_file. Killed, it
 goes on when the same command is run again, and the shards are the same.
+
+The others make train and test rows of well-known public data sets, from their files in any format
+that the trainers read, or from the hub; each says what it leaves out, and why:
+
+    python dataset/build.py hh --source 'hh-rlhf/*/train.jsonl.gz' \
+        --test_source 'hh-rlhf/*/test.jsonl.gz' --save_dir data/hh
+    python dataset/build.py no_robots --source HuggingFaceH4/no_robots@train \
+        --test_source HuggingFaceH4/no_robots@test --save_dir data/no_robots
+    python dataset/build.py ultrafeedback --source UltraFeedback --save_dir data/ultrafeedback
+    python dataset/build.py stackexchange --source 'stack-exchange/**/*.parquet' --save_dir data/se
+    python dataset/build.py math --source MATH --save_dir data/math
 """
 
 import random
@@ -22,12 +33,19 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
-# Run as a script, the repository's root is not on the path, from which src and dataset import.
+# Run as a script, the repository's root is not on the path, from which src and dataset import; this
+# folder is, and goes behind Python's own modules, one of which has the name of inspect.py.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.sort(key=lambda path: Path(path).resolve() == Path(__file__).resolve().parent)
 
 from tqdm import tqdm
 
 from dataset.arithmetic import generate
+from dataset.builders.hh import hh
+from dataset.builders.math import competition_math
+from dataset.builders.no_robots import no_robots
+from dataset.builders.stackexchange import stackexchange
+from dataset.builders.ultrafeedback import ultrafeedback
 from dataset.corrupt import corrupt
 from src.cli import run
 from src.data.documents import sources_of
@@ -47,7 +65,7 @@ from src.errors import UserError
 from src.evaluation.gsm8k import extract
 from src.evaluation.task import Task
 from src.evaluation.tasks import TASKS, find_task
-from src.settings.declaration import AtLeast, Between
+from src.settings.declaration import ROWS, WRITTEN, AtLeast, Between
 from src.settings.model import SpecialTokens, unescaped
 
 Seed = Annotated[int, "of everything random"]
@@ -59,7 +77,7 @@ GoldWhenNoneRight = Annotated[
 
 def gsm8k(
     source: Annotated[str, "a folder with train.jsonl and test.jsonl, or a hub data set's name"],
-    save_dir: Annotated[str, "the folder to write"],
+    save_dir: Annotated[str, WRITTEN, "the folder to write"],
     negatives: Annotated[
         Literal["corrupt", "solver"],
         "a slip in the gold answer, or graded samples of the train rows in --predictions (see "
@@ -88,7 +106,7 @@ def gsm8k(
 
 
 def arithmetic(
-    save_dir: Annotated[str, "the folder to write"],
+    save_dir: Annotated[str, WRITTEN, "the folder to write"],
     n_train: Annotated[int, AtLeast(1), "rows to train on"] = 20_000,
     n_test: Annotated[int, AtLeast(1), "rows to measure on"] = 600,
     seed: Seed = 0,
@@ -109,11 +127,11 @@ def arithmetic(
 
 
 def pairs(
-    train_file: Annotated[str, "the rows that were sampled"],
+    train_file: Annotated[str, ROWS, "the rows that were sampled"],
     predictions: Annotated[
         str, 'samples, `{"index": row of train_file from 0, "output": sample}`, any number of each'
     ],
-    save_file: Annotated[str, "the .json file to write"],
+    save_file: Annotated[str, WRITTEN, "the .json file to write"],
     max_per_side: MaxPerSide = 2,
     gold_when_none_right: GoldWhenNoneRight = True,
     task: Annotated[str, "whose rule says what is right: GSM8K or MATH"] = "GSM8K",
@@ -148,7 +166,7 @@ def pretrain(
         "texts: .txt files, rows in any format, folders, patterns, URLs, data sets, with commas "
         "between (docs/data.md)",
     ],
-    save_dir: Annotated[str, "the folder of shards to write"],
+    save_dir: Annotated[str, WRITTEN, "the folder of shards to write"],
     tokenizer_file: Annotated[str | None, "the tokenizer; or give --ckpt_dir"] = None,
     ckpt_dir: Annotated[str | None, "the model whose tokenizer is taken"] = None,
     text_field: Annotated[str, "the field that holds a row's text"] = "text",
@@ -322,4 +340,16 @@ def _write(save_dir: str, rows: dict[str, list[dict]], verifier: dict[str, list[
 
 
 if __name__ == "__main__":
-    run({"gsm8k": gsm8k, "arithmetic": arithmetic, "pairs": pairs, "pretrain": pretrain})
+    run(
+        {
+            "gsm8k": gsm8k,
+            "arithmetic": arithmetic,
+            "pairs": pairs,
+            "pretrain": pretrain,
+            "hh": hh,
+            "stackexchange": stackexchange,
+            "ultrafeedback": ultrafeedback,
+            "no_robots": no_robots,
+            "math": competition_math,
+        }
+    )

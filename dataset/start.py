@@ -11,12 +11,13 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent.parent)
-)  # run as a script, the repository's root is not on the path
+# Run as a script, the repository's root is not on the path, from which src and dataset import; this
+# folder is, and goes behind Python's own modules, one of which has the name of inspect.py.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.sort(key=lambda path: Path(path).resolve() == Path(__file__).resolve().parent)
 
 from src.cli import run
-from src.settings.declaration import AtLeast, Unit
+from src.settings.declaration import ROWS, WRITTEN, AtLeast, Unit
 
 # One token each, wherever they stand: what GSM8K's answers are built of, and the numbers up to 99,
 # whose sums a small model learns as facts (longer numbers are spelt out of these).
@@ -28,10 +29,10 @@ Size = AtLeast(1, 10**6)
 
 def main(
     train_file: Annotated[
-        str, 'rows with "instruction" and "output", whose texts the tokenizer learns from'
+        str, ROWS, 'rows with "instruction" and "output", whose texts the tokenizer learns from'
     ],
     save_dir: Annotated[
-        str, "the folder to write; replaced as a whole when it already holds a checkpoint"
+        str, WRITTEN, "the folder to write; replaced as a whole when it already holds a checkpoint"
     ],
     vocab_size: Annotated[int, Size, "entries of the tokenizer and the model"] = 900,
     dim: Annotated[int, Size, "width of the hidden state, a multiple of 2 * n_heads"] = 96,

@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 import fire
 
 from src.errors import STOPPED, Finished, Stopped, UserError
+from src.remote import local
 from src.settings.declaration import (
     Setting,
     Settings,
@@ -122,8 +123,8 @@ def _run(target: Target | dict[str, Target], name: str, arguments: list[str]) ->
         raise UserError("\n  ".join(head + problems) + f"\n(`{name} --help` lists the flags)")
 
     def component(**given: Any) -> None:  # Fire would print a result, or call it if it can
-        built = build(kind, given, labels)
-        target(built) if takes_object else target(**flat(built))
+        with local(build(kind, given, labels)) as built:
+            target(built) if takes_object else target(**flat(built))
 
     # One canonical token for each flag: nothing is left for Fire to guess.
     fire.decorators.SetParseFns(**dict.fromkeys(values, json.loads))(component)

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from src.errors import UserError
 from src.progress import Progress
+from src.remote import as_given
 from src.settings.config_file import to_yaml
 from src.settings.declaration import Settings, flat
 
@@ -55,6 +56,8 @@ class RunLog:
     def __enter__(self) -> Self:
         if self.rank == 0 and self.log_dir is not None:
             folder, settings = Path(self.log_dir), self.settings
+            if isinstance(settings, Settings):
+                settings = as_given(settings)
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 self._lines = (folder / f"{self.name}.log").open("a", buffering=1, encoding="utf-8")

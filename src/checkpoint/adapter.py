@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from src.checkpoint.files import TensorFile, read_json, save_tensors
+from src.checkpoint.files import TensorFile, save_tensors
+from src.checkpoint.json_file import read_json
 from src.checkpoint.names import (
     generalised,
     is_rotary,

@@ -3,7 +3,6 @@
 For `.gguf` see gguf.py.
 """
 
-import json
 import os
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from src.checkpoint.json_file import read_json
 from src.errors import UserError
 
 # By their names in safetensors' headers.
@@ -141,17 +141,6 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     mode = path.stat().st_mode
     save_file(tensors, path, metadata={"format": "pt"})
     path.chmod(mode)
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file of a checkpoint."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({str(error).splitlines()[0]})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: holds a {type(value).__name__}, expected a JSON object")
-    return value
 
 
 def indexed_files(folder: Path, index: Path) -> dict[str, Path]:

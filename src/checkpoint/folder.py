@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from src.checkpoint.files import read_json
+from src.checkpoint.json_file import read_json
 from src.checkpoint.manifest import MANIFEST, described_all, sync, write_manifest
 from src.errors import UserError
 

@@ -8,7 +8,7 @@ import json
 import os
 from pathlib import Path
 
-from src.checkpoint.files import read_json
+from src.checkpoint.json_file import read_json
 from src.errors import UserError
 
 MANIFEST = "manifest.json"

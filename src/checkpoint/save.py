@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from src.checkpoint.adapter import write_adapter
-from src.checkpoint.files import read_json
 from src.checkpoint.folder import (
     SCORES_FILE,
     check_replaceable,
@@ -23,6 +22,7 @@ from src.checkpoint.folder import (
     publish,
     temporary_of,
 )
+from src.checkpoint.json_file import read_json
 from src.checkpoint.manifest import described
 from src.checkpoint.nodes import Nodes
 from src.checkpoint.sending import Transfer, host_group, send_files

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from src.checkpoint.adapter import ADAPTER_CONFIG, Adapter
-from src.checkpoint.files import SUFFIXES, TensorFile, indexed_files, read_json
+from src.checkpoint.files import SUFFIXES, TensorFile, indexed_files
 from src.checkpoint.gguf import GGUFFile
+from src.checkpoint.json_file import read_json
 from src.checkpoint.names import (
     Spelling,
     generalised,

@@ -19,7 +19,7 @@ from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from src.checkpoint.files import read_json
+from src.checkpoint.json_file import read_json
 from src.data.messages import Message, Messages, Question
 from src.errors import UserError
 

@@ -9,8 +9,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from src.checkpoint.files import read_json
 from src.checkpoint.folder import MORE_TEMPLATES, SCORES_FILE, copy_more_templates
+from src.checkpoint.json_file import read_json
 from src.data.tokenizer import Tokenizer
 from src.data.tokenizer_files import TEXTS_ALONE
 

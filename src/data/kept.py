@@ -30,10 +30,11 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from src.checkpoint.files import read_json
+from src.checkpoint.json_file import read_json
 from src.checkpoint.manifest import sync
 from src.errors import UserError
 from src.models.batch import Sequence as Tokens
+from src.storage import cache_dir
 
 INDEX, VERSION = "index.json", 1
 ROWS_AT_ONCE = 64
@@ -310,5 +311,4 @@ def usable_cores() -> int:
 def kept_folder(*decides: str) -> Path:
     """Where sequences are kept whose content is decided by some texts."""
     name = hashlib.sha256("\n".join(decides).encode()).hexdigest()[:32]
-    cache = os.environ.get("OWN_YOUR_RLHF_CACHE") or Path.home() / ".cache" / "own-your-rlhf"
-    return Path(cache) / "tokens" / name
+    return cache_dir() / "tokens" / name

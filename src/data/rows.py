@@ -306,14 +306,14 @@ def write_json(path: str | Path, value: Any) -> None:
     Atomic; `ValueError` at NaN and infinity.
     """
     if isinstance(value, list):
-        _write_text(path, "[\n" + ",\n".join(map(_dumps, value)) + "\n]\n")
+        write_text(path, "[\n" + ",\n".join(map(_dumps, value)) + "\n]\n")
     else:
-        _write_text(path, _dumps(value, indent=2) + "\n")
+        write_text(path, _dumps(value, indent=2) + "\n")
 
 
 def write_jsonl(path: str | Path, rows: list[dict]) -> None:
     """Write one row per line. Atomic; `ValueError` at NaN and infinity."""
-    _write_text(path, "".join(_dumps(row) + "\n" for row in rows))
+    write_text(path, "".join(_dumps(row) + "\n" for row in rows))
 
 
 # ---- text out ------------------------------------------------------------------------------------
@@ -323,7 +323,8 @@ def _dumps(value: Any, indent: int | None = None) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
 
 
-def _write_text(path: str | Path, text: str) -> None:
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file of UTF-8. Atomic."""
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

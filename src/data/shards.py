@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from src.checkpoint.files import read_json
+from src.checkpoint.json_file import read_json
 from src.checkpoint.manifest import digest, problems
 from src.data.sources import parts_of
 from src.errors import UserError

@@ -109,9 +109,9 @@ def elements_of(source: Named) -> Iterator[Element]:
 
 
 def bytes_of(source: Named) -> int:
-    """How large the files are that a source names; those that are not there count nothing."""
+    """How large the files are that a source names; what is not there or unknown counts nothing."""
     named = source if isinstance(source, Source) else Source(str(source))
-    return sum(os.path.getsize(file) for file in files_of(named.text) if os.path.isfile(file))
+    return sum(map(storage.size_of, files_of(named.text)))
 
 
 def held_source(source: Named) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from src import storage
-from src.checkpoint.files import read_json
+from src.checkpoint.json_file import read_json
 from src.checkpoint.manifest import described
 from src.data.documents import Piece, chunks_of, pieces
 from src.data.rows import write_json

@@ -11,8 +11,8 @@ from typing import Any
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as RustTokenizer
 
-from src.checkpoint.files import read_json
 from src.checkpoint.folder import end_ids
+from src.checkpoint.json_file import read_json
 from src.checkpoint.manifest import has_manifest
 from src.data.pieces import from_pieces
 from src.data.ranks import QWEN, byte_level, from_ranks, from_tekken

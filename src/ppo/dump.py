@@ -6,6 +6,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from src.data.encoding import Prompt
 from src.data.tokenizer import Tokenizer
 from src.logs import RunLog
 from src.parallel.setup import Parallel
@@ -21,6 +22,12 @@ PER_TOKEN = (
     "advantages",
     "returns",
 )
+
+
+def asked(prompt: Prompt, tokenizer: Tokenizer) -> str:
+    """What is asked, for people to read: a row's text, or a conversation as its template has it."""
+    text = prompt.row.get("instruction")
+    return text if isinstance(text, str) else tokenizer.spelled(prompt.tokens)
 
 
 def rows_of(buffer: RolloutBuffer, tokenizer: Tokenizer) -> list[dict]:
@@ -42,7 +49,7 @@ def rows_of(buffer: RolloutBuffer, tokenizer: Tokenizer) -> list[dict]:
     return [
         {
             "place": place,
-            "prompt": prompt.row.get("instruction", tokenizer.decode(prompt.tokens)),
+            "prompt": asked(prompt, tokenizer),
             "response": tokenizer.decode(response),
             "gold": prompt.gold,
             "prompt_tokens": prompt.tokens,
@@ -105,7 +112,7 @@ class SampleTexts:
                 for name, x in numbers.items()
             )
             cut = ", cut at the limit" if bool(buffer.truncated[i]) else ""
-            query = prompt.row.get("instruction", self.tokenizer.decode(prompt.tokens))
+            query = asked(prompt, self.tokenizer)
             reward = f"reward {float(buffer.scores[i]):.4g} ({parts}){cut}"
             texts.append(f"{query}\n\n{self.tokenizer.decode(ids)}\n\n{reward}")
         return texts

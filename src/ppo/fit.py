@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from src.checkpoint.files import read_json
+from src.checkpoint.json_file import read_json
 from src.data.encoding import Prompt
 from src.data.mixture import Mixture
 from src.errors import UserError

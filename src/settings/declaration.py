@@ -32,10 +32,12 @@ class Mark(Enum):
     MAY_CHANGE = "changes where, how fast or how visibly a run goes, not what comes out"
     CONTENT = "names a file or folder: what it holds counts, not where it lies"
     ROWS = "names rows: a file, a folder, a data set or several (src/data/sources.py)"
+    WRITTEN = "names what the script writes"
     FIXED = "decides what a saved step holds, so that no run can go on from it with another"
 
 
-MAY_CHANGE, CONTENT, ROWS, FIXED = Mark.MAY_CHANGE, Mark.CONTENT, Mark.ROWS, Mark.FIXED
+MAY_CHANGE, FIXED = Mark.MAY_CHANGE, Mark.FIXED
+CONTENT, ROWS, WRITTEN = Mark.CONTENT, Mark.ROWS, Mark.WRITTEN
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from src.settings.declaration import (
     FIXED,
     MAY_CHANGE,
     ROWS,
+    WRITTEN,
     Above,
     AtLeast,
     Between,
@@ -66,6 +67,7 @@ class RoleSettings(TextModelSettings):
     actor_save_dir: Annotated[
         str,
         MAY_CHANGE,
+        WRITTEN,
         "the folder for the trained policy; replaced as a whole when it already holds a checkpoint",
     ]
     critic_ckpt_dir: Annotated[
@@ -73,9 +75,9 @@ class RoleSettings(TextModelSettings):
         CONTENT,
         "what the value model starts from: the verifier, usually; for --advantage gae",
     ] = None
-    critic_save_dir: Annotated[str | None, MAY_CHANGE, "the folder for the trained value model"] = (
-        None
-    )
+    critic_save_dir: Annotated[
+        str | None, MAY_CHANGE, WRITTEN, "the folder for the trained value model"
+    ] = None
     reward_model_ckpt_dir: Annotated[
         str | None,
         CONTENT,
@@ -218,6 +220,7 @@ class RolloutSettings(Settings):
     dump_rollouts: Annotated[
         str | None,
         MAY_CHANGE,
+        WRITTEN,
         "a folder for one Parquet file per iteration: texts, tokens, log-probabilities, values, "
         "rewards, advantages",
     ] = None

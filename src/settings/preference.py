@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
-from src.settings.declaration import MAY_CHANGE, Above, AtLeast, Between, Settings, idle
+from src.settings.declaration import MAY_CHANGE, WRITTEN, Above, AtLeast, Between, Settings, idle
 from src.settings.generation import GenerationSettings
 from src.settings.model import PairDataSettings
 from src.settings.rewards import JudgeSettings, RewardSettings
@@ -58,6 +58,7 @@ class PreferenceSettings(Settings):
     cache_reference: Annotated[
         str | None,
         MAY_CHANGE,
+        WRITTEN,
         "a .safetensors file that keeps the reference's log-probabilities of the train file: made "
         "when it is not there, or of another model, tokenizer or data; no reference is in memory "
         "then",

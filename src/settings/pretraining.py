@@ -58,7 +58,7 @@ class StreamSettings(DataSettings):
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
-        yield from idle(self, ("map",), "on tokens")
+        yield from idle(self, ("map", "map_workers"), "on shards, which hold token ids")
 
 
 @dataclass(frozen=True, kw_only=True)

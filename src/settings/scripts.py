@@ -4,7 +4,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from src.settings.declaration import CONTENT, MAY_CHANGE, ROWS, AtLeast, Bounds, Settings, idle
+from src.settings.declaration import (
+    CONTENT,
+    MAY_CHANGE,
+    ROWS,
+    WRITTEN,
+    AtLeast,
+    Bounds,
+    Settings,
+    Unit,
+    idle,
+)
 from src.settings.generation import (
     MaxNewTokens,
     SoftmaxSettings,
@@ -194,7 +204,7 @@ class OutputSettings(Settings):
         'rows with "instruction" (for scores also "output"): a file, a folder, a pattern or a data '
         "set (docs/data.md)",
     ]
-    output_file: Annotated[str, MAY_CHANGE, ".jsonl to write"]
+    output_file: Annotated[str, MAY_CHANGE, WRITTEN, ".jsonl to write"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,7 +301,7 @@ class TaskRowSettings(Settings):
         'official files\': "question" and "answer" (GSM8K), "problem" and "solution" or "answer" '
         "(MATH, MATH-500)",
     ]
-    log_dir: Annotated[str, MAY_CHANGE, "for results.json and predictions.jsonl"]
+    log_dir: Annotated[str, MAY_CHANGE, WRITTEN, "for results.json and predictions.jsonl"]
     prediction_file: Annotated[
         str | None, CONTENT, ROWS, 'texts to grade, {"output"} per row, in place of a model\'s'
     ] = None
@@ -330,9 +340,11 @@ class PairOrRowSettings(Settings):
     label_file: Annotated[
         str | None, CONTENT, ROWS, "pairs to measure the accuracy on; needs --log_dir"
     ] = None
-    log_dir: Annotated[str | None, MAY_CHANGE, "for results.json and predictions.jsonl"] = None
+    log_dir: Annotated[
+        str | None, MAY_CHANGE, WRITTEN, "for results.json and predictions.jsonl"
+    ] = None
     input_file: Annotated[str | None, CONTENT, ROWS, "rows to score; needs --output_file"] = None
-    output_file: Annotated[str | None, MAY_CHANGE, ".jsonl to write"] = None
+    output_file: Annotated[str | None, MAY_CHANGE, WRITTEN, ".jsonl to write"] = None
     strict_length: StrictLength = False
     step_separator: Annotated[
         str | None,
@@ -383,6 +395,7 @@ class ShardSettings(Settings):
     save_path: Annotated[
         str | None,
         MAY_CHANGE,
+        WRITTEN,
         "the folder to write; replaced as a whole when it already holds a checkpoint",
     ] = None
     n: Annotated[
@@ -434,6 +447,7 @@ class MergedFolderSettings(Settings):
     save_dir: Annotated[
         str,
         MAY_CHANGE,
+        WRITTEN,
         "the folder to write; replaced as a whole when it already holds a checkpoint",
     ]
     dtype: Annotated[
@@ -448,3 +462,52 @@ class CheckpointMergeSettings(Settings):
 
     model: ModelSettings
     folder: MergedFolderSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectedModelSettings(AdaptedModelSettings):
+    """The tokenizer."""
+
+    ckpt_dir: Annotated[
+        str | None, CONTENT, "the model whose tokenizer and chat template read the rows"
+    ] = None
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if self.ckpt_dir is None:
+            if self.tokenizer_file is None:
+                yield "--ckpt_dir or --tokenizer_file: tokens are counted; give one of the two"
+            names = ("config_file", "adapter_dir")
+            yield from idle(self, names, "without --ckpt_dir")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectionSettings(Settings):
+    """What is shown."""
+
+    kind: Annotated[
+        Literal["auto", "solver", "verifier", "prompts"],
+        "whose trainer reads the rows: solver_train.py and distill_train.py (solver), "
+        "verifier_train.py and preference_train.py (verifier), ppo_train.py (prompts); auto: as "
+        "the first row looks",
+    ] = "auto"
+    max_seq_len: Annotated[
+        int, AtLeast(2), Unit("tokens"), "what it would leave out is counted, and of others"
+    ] = 1024
+    examples: Annotated[int, AtLeast(0, 1000), "rows to show, from all over the file"] = 3
+    out: Annotated[str | None, WRITTEN, "also write a page, a .html file"] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectSettings(Settings):
+    """All that dataset/inspect.py knows."""
+
+    model: InspectedModelSettings = InspectedModelSettings()
+    data: DataSettings
+    loss: LossMaskSettings = LossMaskSettings()
+    shown: InspectionSettings = InspectionSettings()
+
+    def problems(self) -> Iterator[str]:
+        if self.shown.kind in ("verifier", "prompts"):
+            names = ("loss_on", "response_template", "instruction_template")
+            yield from idle(self.loss, names, f"with --kind {self.shown.kind}")

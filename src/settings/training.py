@@ -9,6 +9,7 @@ from src.settings.declaration import (
     FIXED,
     MAY_CHANGE,
     ROWS,
+    WRITTEN,
     Above,
     AtLeast,
     Between,
@@ -303,6 +304,7 @@ class SavingSettings(Settings):
     log_dir: Annotated[
         str | None,
         MAY_CHANGE,
+        WRITTEN,
         "for the log, TensorBoard events and evaluation results; SAVE_DIR-logs (PPO: "
         "ACTOR_SAVE_DIR-logs) when not given",
     ] = None
@@ -339,6 +341,7 @@ class ModelSavingSettings(SavingSettings):
     save_dir: Annotated[
         str,
         MAY_CHANGE,
+        WRITTEN,
         "the folder for the trained model; replaced as a whole when it already holds a checkpoint",
     ]
     profile: Annotated[

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from src.checkpoint.files import read_json
 from src.checkpoint.folder import beside
 from src.checkpoint.gathering import complete, facts_of, newest
+from src.checkpoint.json_file import read_json
 from src.checkpoint.manifest import MANIFEST, has_manifest, read_manifest
 from src.checkpoint.nodes import Nodes
 from src.checkpoint.steps import FINISHED, holders, is_step, number_of

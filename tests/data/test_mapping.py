@@ -33,7 +33,7 @@ def by_hash(row):
     return {"instruction": " ".join({"alpha", "beta", "gamma", "delta"}), "output": "x"}
 
 def fails(row):
-    return {"instruction": row["questoin"]}
+    return {"instruction": row["questin"]}
 
 def raises(row):
     if row["question"] == "70":
@@ -108,7 +108,7 @@ def test_rows_are_what_the_function_says_in_their_order(code, data):
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("fails", [":1: KeyError: 'questoin' (", "my_rows.py:23); the row has question, answer"]),
+        ("fails", [":1: KeyError: 'questin' (", "my_rows.py:23); the row has question, answer"]),
         ("raises", [":71: ValueError: no such number (", "my_rows.py:27)"]),
         ("a_text", [":1: returned str '0'; a row is a dict"]),
         ("an_object", [":1: returned a row that JSON cannot hold: Object of type set"]),

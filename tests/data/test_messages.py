@@ -303,7 +303,7 @@ def test_conversations_need_a_template(file, folder):
 
 WRONG = [
     ({"messages": [USER]}, 'field "messages": has no message of the assistant'),
-    ({"messages": [{"role": "asistant", "content": "a"}]}, "message 0 .* has the role 'asistant'"),
+    ({"messages": [{"role": "helper", "content": "a"}]}, "message 0 .* has the role 'helper'"),
     ({"messages": [USER, "an egg"]}, r"message 1 \(from 0\) is str, expected an object"),
     ({"messages": [USER, {"role": "assistant"}]}, r"message 1 \(from 0\) has no content"),
     ({"messages": [USER, ANSWER | {"content": 5}]}, "message 1 .* has a content of type int"),

@@ -20,7 +20,12 @@ from src import storage
 from src.data.rows import read_solver_rows
 from src.data.sources import files_of
 from src.errors import UserError
-from src.identity import held_rows
+from src.identity import held, held_rows
+from src.logs import RunLog
+from src.remote import local
+from src.settings.declaration import build
+from src.settings.scripts import SolverTrainSettings
+from tests.launch import launch
 
 ROWS = [{"instruction": f"question {i}", "output": "x" * 50} for i in range(2000)]
 TEXT = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
@@ -299,3 +304,102 @@ def test_a_folder_is_uploaded_in_place_of_another_and_its_manifest_last(s3, tmp_
     assert s3.cat_file("bucket/out/manifest.json") == b"manifest.json"
     storage.check_writable("s3://bucket/new/out")
     assert not s3.exists("bucket/new")
+
+
+# --- settings -------------------------------------------------------------------------------------
+
+
+def settings_of(**values) -> SolverTrainSettings:
+    return build(SolverTrainSettings, {"train_file": "s3://bucket/a.jsonl", **values})
+
+
+def test_settings_with_urls_become_local_paths_and_are_logged_as_given(s3, tmp_path):
+    for name in ("models/x/config.json", "models/x/tokenizer.model", "tokenizer_config.json"):
+        s3.pipe_file(f"bucket/{name}", name.encode())
+    s3.pipe_file("bucket/tokenizer.json", b"{}")
+    s3.pipe_file("bucket/my_rows.py", b"def f(row):\n    return row\n")
+    given = settings_of(
+        ckpt_dir="s3://bucket/models/x",
+        tokenizer_file="s3://bucket/tokenizer.json",
+        map="s3://bucket/my_rows.py:f",
+        save_dir="s3://bucket/out/",
+        log_dir=str(tmp_path / "logs"),
+    )
+    with local(given) as settings:
+        assert (Path(settings.model.ckpt_dir) / "tokenizer.model").is_file()
+        beside = Path(settings.model.tokenizer_file).parent
+        assert sorted(os.listdir(beside)) == ["tokenizer.json", "tokenizer_config.json"]
+        file, _, function = settings.data.map.rpartition(":")
+        assert Path(file).is_file() and function == "f"
+        assert settings.data.train_file == "s3://bucket/a.jsonl"
+        assert settings.saving.log_dir == given.saving.log_dir
+        out = Path(settings.saving.save_dir)
+        assert out.name == "out" and out.is_relative_to(storage.cache_dir())
+        with RunLog(str(tmp_path / "logs"), "test", settings, 0):
+            pass
+        for name in ("out/model", "out-logs/log", "out-best/model", "out-state/step"):
+            (out.parent / name).parent.mkdir()
+            (out.parent / name).write_text(name)
+    text = (tmp_path / "logs" / "settings.yaml").read_text()
+    assert "ckpt_dir: s3://bucket/models/x" in text and str(tmp_path / "cache") not in text
+    s3.invalidate_cache()
+    assert s3.find("bucket/out") == ["bucket/out/model"]
+    assert s3.exists("bucket/out-logs/log") and s3.exists("bucket/out-best/model")
+    assert not s3.exists("bucket/out-state"), "steps stay where the run is"
+    # Nothing was written since: nothing is uploaded.
+    os.utime(out / "model", (0, 0))
+    os.utime(out, (0, 0))
+    s3.rm("bucket/out", recursive=True)
+    with local(given):
+        pass
+    s3.invalidate_cache()
+    assert not s3.exists("bucket/out")
+
+
+def test_a_url_that_is_wrong_names_its_setting(s3):
+    for name, url, words in (
+        ("ckpt_dir", "s3://bucket/gone", "is not there"),
+        ("save_dir", "s3://gone/out", "there is no bucket gone"),
+    ):
+        given = {"ckpt_dir": "x", "save_dir": "y"} | {name: url}
+        message = refusal(local(settings_of(**given)).__enter__)
+        assert message == f"--{name} {url}: {words}" + ", or none for these credentials" * (
+            name == "save_dir"
+        )
+
+
+def test_fetched_weights_are_known_on_every_machine(s3, monkeypatch, tmp_path):
+    """Without a manifest they are known by names, sizes and times of change."""
+    s3.pipe_file("bucket/x/model.safetensors", b"weights")
+    s3.pipe_file("bucket/x/config.json", b"{}")
+    known = set()
+    for machine in "ab":
+        monkeypatch.setenv(storage.CACHE_VARIABLE, str(tmp_path / machine))
+        known.add(held(str(storage.fetched("s3://bucket/x"))))
+    assert len(known) == 1
+    s3.pipe_file("bucket/x/model.safetensors", b"Weights")
+    assert held(str(storage.fetched("s3://bucket/x"))) not in known
+
+
+def test_a_run_at_urls_is_the_run_at_local_paths(s3, tmp_path):
+    """Two ranks: a start, training and a look at the result, all in the bucket."""
+    s3.pipe_file("bucket/rows.jsonl", TEXT)
+    (tmp_path / "rows.jsonl").write_bytes(TEXT)
+    tiny = {"vocab_size": 390, "dim": 16, "n_heads": 2, "n_layers": 1, "max_seq_len": 64}
+    begin = {"train_file": "s3://bucket/rows.jsonl", "save_dir": "s3://bucket/start", **tiny}
+    chain: list[tuple[str, dict]] = [("dataset/start.py", begin)]
+    for place in ("s3://bucket", str(tmp_path)):
+        train = {"train_file": f"{place}/*.jsonl", "save_dir": f"{place}/out"}
+        train |= {"ckpt_dir": "s3://bucket/start", "max_batch_size": 500, "lr": 1e-2}
+        chain.append(("solver_train.py", train | {"max_seq_len": 64, "model_parallel_size": 2}))
+        chain.append(("checkpoint_verify.py", {"ckpt_dir": f"{place}/out"}))
+    commands = [[script, *(f"--{k}={v}" for k, v in flags.items())] for script, flags in chain]
+    (tmp_path / "commands.json").write_text(json.dumps(commands))
+    launch(2, "tests/script_chain.py", str(tmp_path / "commands.json"))
+    s3.invalidate_cache()
+    for name in sorted(file.name for file in (tmp_path / "out").iterdir()):
+        remote = s3.cat_file(f"bucket/out/{name}")
+        if name != "manifest.json":
+            assert remote == (tmp_path / "out" / name).read_bytes(), name
+    assert len(s3.ls("bucket/out")) == len(os.listdir(tmp_path / "out")) > 3
+    assert s3.exists("bucket/out-logs/solver_train.log")

@@ -146,8 +146,8 @@ def some_conversations(n: int, seed: int = 0) -> list[Sequence]:
     rows = []
     for i, s in enumerate(some_sequences(n, seed)):
         first, last = s.prompt_length, len(s.tokens)
-        if s.response_length > 3:
-            spans = [(first, last - 2), (last - 1, last)] if i % 2 else [(first, last - 1)]
+        if s.response_length > 4:
+            spans = [(first, last - 2), (last - 1, last)] if i % 2 else [(first, last - 2)]
             s = Sequence.of_spans(s.tokens, spans)
         rows.append(s)
     assert any(s.spans for s in rows)
