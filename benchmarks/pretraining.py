@@ -1,12 +1,12 @@
 """Tokenising and loading for pre-training, beside other software, side by side.
 
-    python benchmarks/pretraining.py --tokenizer_file tokenizer.json [--text_file TEXT]
-        [--only NAME] [--megabytes 20] [--rounds 5] [--out FILE]
+    python benchmarks/pretraining.py --tokenizer_file T.json [--text_file TEXT] [--only NAME]
+        [--megabytes 20] [--rounds 5] [--out FILE]
 
 - tokenising: our shards beside the tokenizers library's own `encode_batch` of the same documents in
   memory, and its `encode_batch_fast`, in turns; MB of text per second.
 - memory: peak memory of dataset/build.py on larger and larger texts (--sizes, megabytes): one
-  document without a blank line, and rows.
+  document without a line break, and rows.
 - loading: tokens per second of loaders alone, and of the same model fed by each: ours with and
   without document mask, a memory map with random places as in nanoGPT, litdata's TokensLoader, and
   TRL's packed rows. The loader's share of ours is what a step spends before its first forward.
@@ -154,7 +154,7 @@ def memory(args: argparse.Namespace) -> list[str]:
 def loading(args: argparse.Namespace) -> list[str]:
     from common import SIZES, config_of, random_model
 
-    from src.models.batch import Sequence
+    from src.models.batch import Batch
     from src.parallel.setup import start, stop
     from src.settings.model import PackedBatchSettings
     from src.settings.run import TrainingRunSettings
@@ -187,10 +187,13 @@ def loading(args: argparse.Namespace) -> list[str]:
                 self.batch_of = batch_of
 
             def begin(self, number, batch, model) -> None:
-                rows = self.batch_of()  # [BATCH, ROW + 1]
-                self.sequences = [Sequence(row[:ROW].tolist(), 1) for row in rows]
-                self.lengths = [ROW] * len(rows)
-                self.weights = self.needed = [ROW - 1] * len(rows)
+                self.rows = self.batch_of()  # [BATCH, ROW + 1]
+                self.lengths = [ROW] * BATCH
+                self.weights = self.needed = [ROW - 1] * BATCH
+
+            def batch(self, rows) -> Batch:
+                tokens = self.rows[rows, :ROW].long().flatten()
+                return Batch(tokens, [ROW] * len(rows), [((1, ROW),)] * len(rows))
 
         def ours(mask: bool):
             stream = Stream.open(str(folder / "shards"), ROW, mask)

@@ -25,6 +25,7 @@ from src.data.shards import Shards
 from src.data.tokenization import Texts, tokenize
 from src.data.tokenizer import Tokenizer
 from src.errors import UserError
+from tests.test_scripts import call, flags
 
 CODE = (Path(sysconfig.get_paths()["stdlib"]) / "argparse.py").read_text("utf-8")
 SCRIPTS = (
@@ -354,3 +355,40 @@ def test_a_folder_that_holds_something_else_is_left_alone(llama_3, tmp_path):
         tokenize(texts_of(rows), llama_3, str(tmp_path))
     with pytest.raises(UserError, match="is no folder of shards"):
         Shards.open(tmp_path)
+
+
+# --- The script -----------------------------------------------------------------------------------
+
+
+def test_the_script_writes_what_it_says(llama_3, tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\ntwo </s>\n\n\n\nthree")
+    options = flags(source=tmp_path / "a.txt", save_dir=tmp_path / "shards")
+    named = flags(tokenizer_file=llama_3.path, document_separator=r"\n\n")
+    done = call("dataset/build.py", "pretrain", *options, *named)
+    assert done.code == 0, done.err
+    assert "texts spell out special tokens: </s> (1)" in done.out
+    assert "1 documents are empty, and left out" in done.out
+    assert "in 3 documents, 1 shards of <u2" in done.out
+    texts = ["one", "two </s>", "three"]
+    assert document_ids(tmp_path / "shards") == [library_ids(llama_3, text) for text in texts]
+    before = {file: file.read_bytes() for file in (tmp_path / "shards").iterdir()}
+    again = call("dataset/build.py", "pretrain", *options, *named)
+    assert again.code == 0 and before == {file: file.read_bytes() for file in before}
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({}, "give --tokenizer_file or --ckpt_dir: one of the two"),
+        ({"tokenizer_file": "{tokenizer}", "document_separator": ""}, "--document_separator"),
+        ({"tokenizer_file": "{tokenizer}", "source": "{folder}/b.txt"}, "b.txt: cannot be read"),
+        ({"tokenizer_file": "{tokenizer}", "source": "{folder}:0.7,{folder}:0.3"}, "weights mix"),
+    ],
+)
+def test_the_script_refuses(llama_3, tmp_path, more, reason):
+    (tmp_path / "a.txt").write_text("one")
+    values = {"source": "{folder}/a.txt", "save_dir": "{folder}/shards"} | more
+    names = dict(tokenizer=llama_3.path, folder=tmp_path)
+    values = {name: value.format(**names) for name, value in values.items()}
+    done = call("dataset/build.py", "pretrain", *flags(**values))
+    assert done.code == 2 and reason in done.err
