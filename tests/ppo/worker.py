@@ -527,6 +527,11 @@ def whole(ppo: PPO, name: str) -> dict | None:
         return whole_weights(role.model, role.parallel)
 
 
+def spelled(ids: list[int]) -> str:
+    """A text for ids that have none."""
+    return " ".join(map(str, ids))
+
+
 def one_run(folder: Path, parallel: Parallel, run: Run, dump: str | None = None) -> dict:
     ppo = make_ppo(
         folder,
@@ -545,14 +550,13 @@ def one_run(folder: Path, parallel: Parallel, run: Run, dump: str | None = None)
     if not run.offload:
         ppo.rollouts.engine = Remembered(ppo.rollouts.engine)
     if dump is not None:
-        ppo.watch.append(
-            RolloutDump(dump, SimpleNamespace(decode=lambda ids: " ".join(map(str, ids))), parallel)
-        )
+        tokenizer = SimpleNamespace(decode=spelled, spelled=spelled)
+        ppo.watch.append(RolloutDump(dump, tokenizer, parallel))
     ppo.state.take_up(*run.state)
     recorder, mixed = Recorder(ppo), []
     if ppo.state.mix:
         batches = ppo.state.mix.batches
-        ppo.state.mix.batches = (mixed.append(rows) or rows for rows in batches)
+        batches._batches = (mixed.append(rows) or rows for rows in batches._batches)
     rounds = iter(run.worth)
     for number in range(NUMBER, NUMBER + run.iterations):
         recorder.steps.clear()
