@@ -11,7 +11,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -252,7 +252,7 @@ class RowStream:
 
         Rows behind the first problem are read, and not given.
         """
-        problems, unused = list[str](), Counter[str]()
+        problems, unused = Problems(), Counter[str]()
         rows = with_unused = left_out = 0
         for where, value in elements_of(self.path):
             if isinstance(value, LeftOut):
@@ -264,8 +264,8 @@ class RowStream:
             found, made_of = _in_form(value, self.required, self.fields, self.whole)
             if not found:  # else what it would have been made into is missing, too
                 found += _row_problems(value, self.required, self.optional, made_of)
-            problems += [f"{where}: {problem}" for problem in found]
-            if problems:
+            problems.add(where, found)
+            if problems.count:
                 continue
             if self.known is not None:
                 others = value.keys() - self.known - made_of
@@ -273,23 +273,37 @@ class RowStream:
                 unused.update(others)
                 with_unused += bool(others)
             yield where, value
-        if problems or not rows:
+        if problems.count or not rows:
             raise self._wrong(problems, left_out)
         self.notes = _unused(self.path, unused, with_unused, rows)
         self.notes += [f"{self.path}: --map leaves out {left_out} rows"] * bool(left_out)
 
-    def _wrong(self, problems: list[str], left_out: int) -> UserError:
+    def _wrong(self, problems: "Problems", left_out: int) -> UserError:
         example = _example(self.required, self.optional)
-        if not problems:
+        if not problems.count:
             which = "no rows that --map keeps" if left_out else "no rows"
             return UserError(f"{self.path}: holds {which}; it needs at least one like {example}")
-        lines = "\n".join(f"  {problem}" for problem in problems[:_SHOWN_PROBLEMS])
-        hidden = len(problems) - _SHOWN_PROBLEMS
+        return UserError(f"{self.path}: {problems}\nA row looks like {example}")
+
+
+@dataclass
+class Problems:
+    """What is wrong with rows: how much it is, and in words what is shown of it."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def add(self, where: str, problems: Collection[str]) -> None:
+        """where: the row's place."""
+        self.count += len(problems)
+        room = _SHOWN_PROBLEMS - len(self.first)
+        self.first += [f"{where}: {problem}" for problem in problems][:room]
+
+    def __str__(self) -> str:
+        lines = "\n".join(f"  {problem}" for problem in self.first)
+        hidden = self.count - len(self.first)
         more = f"\n  ... and {hidden} more" if hidden > 0 else ""
-        return UserError(
-            f"{self.path}: {len(problems)} problem{'s' * (len(problems) > 1)}:\n{lines}{more}\n"
-            f"A row looks like {example}"
-        )
+        return f"{self.count} problem{'s' * (self.count > 1)}:\n{lines}{more}"
 
 
 def _unused(path: Named, unused: Counter[str], with_unused: int, rows: int) -> list[str]:
