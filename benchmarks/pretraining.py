@@ -1,4 +1,4 @@
-"""Tokenising and loading for pre-training, beside other software, side by side.
+"""Reading texts and rows for training, beside other software, side by side.
 
     python benchmarks/pretraining.py --tokenizer_file T.json [--text_file TEXT] [--only NAME]
         [--megabytes 20] [--rounds 5] [--out FILE]
@@ -7,6 +7,8 @@
   memory, and its `encode_batch_fast`, in turns; MB of text per second.
 - memory: peak memory of dataset/build.py on larger and larger texts (--sizes, megabytes): one
   document without a line break, and rows.
+- rows: a solver's rows, from a .jsonl to masked sequences: in memory, as small files are read, and
+  kept on disk, made by all cores and found there later; beside `encode_batch` of the same texts.
 - loading: tokens per second of loaders alone, and of the same model fed by each: ours with and
   without document mask, a memory map with random places as in nanoGPT, litdata's TokensLoader, and
   TRL's packed rows. The loader's share of ours is what a step spends before its first forward.
@@ -16,6 +18,7 @@ The text is Python's own library's sources when none is given: real text, on eve
 
 import argparse
 import json
+import math
 import os
 import re
 import subprocess
@@ -27,11 +30,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import ROOT, alternate, median, report
+from common import ROOT, alternate, median, report, seconds
 
+from src.data import encoding
 from src.data.stream import Stream
 from src.data.tokenization import Texts, tokenize
 from src.data.tokenizer import Tokenizer
+from src.storage import CACHE_VARIABLE
 
 ROW, BATCH = 1024, 4
 
@@ -97,6 +102,47 @@ def tokenising(args: argparse.Namespace) -> list[str]:
     for name, values in rates.items():
         lines.append(f"| {name} | {median(values):.2f} | {median(values) / theirs:.2f} |")
     return lines
+
+
+def rows(args: argparse.Namespace) -> list[str]:
+    documents = documents_of(args.text_file, args.megabytes)
+    parts = [text[i : i + 4000] for text in documents for i in range(0, len(text), 4000)]
+    pairs = [(part[: len(part) // 4], part[len(part) // 4 :] or "-") for part in parts]
+    size = sum(len(part.encode()) for part in parts) / 1e6
+    tokenizer = Tokenizer(Path(args.tokenizer_file))
+    rust = tokenizer._rust
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        path = folder / "rows.jsonl"
+        lines = (json.dumps({"instruction": asked, "output": said}) for asked, said in pairs)
+        path.write_text("".join(line + "\n" for line in lines))
+
+        def rate(kept_from: float, cache: str | None) -> float:
+            encoding.KEPT_FROM = kept_from
+            with tempfile.TemporaryDirectory(dir=folder) as fresh:
+                os.environ[CACHE_VARIABLE] = cache or fresh
+                return size / seconds(lambda: encoding.solver_sequences(path, tokenizer, 10**6))
+
+        texts = ["".join(pair) for pair in pairs]
+        runs = {
+            "in memory": lambda: rate(math.inf, None),
+            "kept, made": lambda: rate(0, None),
+            "kept, found": lambda: rate(0, str(folder / "cache")),
+            "encode_batch": lambda: size / seconds(lambda: rust.encode_batch(texts)),
+        }
+        runs["kept, found"]()  # makes them
+        rates = alternate(runs, args.rounds)
+    theirs = median(rates["encode_batch"])
+    table = [
+        f"{size:.0f} MB in {len(pairs)} rows, {Path(args.tokenizer_file).name} with "
+        f"{tokenizer.vocab_size:,} ids; medians of {args.rounds}:",
+        "",
+        "| | MB/s | to encode_batch |",
+        "|---|---|---|",
+    ]
+    for name, values in rates.items():
+        table.append(f"| {name} | {median(values):.2f} | {median(values) / theirs:.2f} |")
+    return table
 
 
 # --- Memory ---------------------------------------------------------------------------------------
@@ -339,12 +385,13 @@ def main() -> None:
         "--sizes", type=lambda x: [int(n) for n in x.split(",")], default=[20, 2000]
     )
     parser.add_argument("--limit", type=float, default=1e9, help="seconds of a run of `memory`")
-    parser.add_argument("--only", choices=("tokenising", "memory", "loading"))
+    parser.add_argument("--only", choices=("tokenising", "rows", "memory", "loading"))
     parser.add_argument("--out")
     args = parser.parse_args()
     args.tokenizer_file = str(Path(args.tokenizer_file).resolve())
     tables = {
         "tokenising": lambda: tokenising(args),
+        "rows": lambda: rows(args),
         "memory": lambda: memory(args),
         "loading": lambda: loading(args),
     }

@@ -1153,7 +1153,7 @@ SOLVER = {
         dict(train_file="{}/nope.json"),
         "nope.json: cannot be read: No such file or directory",
     ),
-    "another suffix": (dict(train_file="{}/x.csv"), "must end in .json"),
+    "another suffix": (dict(train_file="{}/foreign/thesis.tex"), "must end in .json"),
     "malformed row": (dict(train_file="{}/malformed.jsonl"), 'malformed.jsonl:2: field "output"'),
     "not JSON": (dict(train_file="{}/broken.json"), "broken.json:3: not JSON"),
     "empty data set": (dict(train_file="{}/empty.json"), "empty.json: holds no rows"),
@@ -1472,7 +1472,7 @@ def test_ppo_refuses(base, wrong, tmp_path, case):
         (
             "dataset/build.py arithmetics",
             dict(save_dir="{}/out"),
-            "must be one of gsm8k, arithmetic, pairs; got arithmetics; did you mean arithmetic?",
+            "no_robots, math; got arithmetics; did you mean arithmetic?",
         ),
         (
             "dataset/build.py arithmetic",

@@ -24,7 +24,7 @@ from src.ppo.loss import value_loss
 from src.ppo.statistics import rollout_statistics
 from src.settings.declaration import build, declared, flat
 from src.settings.ppo import PolicyOptimizerSettings, PPOSettings, PPOTrainSettings
-from tests.ppo.worker import TEMPERATURE, Recorder, make_ppo, prompts
+from tests.ppo.worker import TEMPERATURE, Recorder, make_ppo, prompts, spelled
 from tests.trainer.tiny import EOS, ours, some_sequences
 
 
@@ -821,7 +821,7 @@ def known_buffer():
 
 
 def decoding():
-    return SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
+    return SimpleNamespace(decode=spelled, spelled=spelled)
 
 
 def test_a_rollout_s_row_before_anything_but_its_reward_is_known():
