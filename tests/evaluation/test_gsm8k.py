@@ -258,7 +258,7 @@ def test_a_gold_without_a_value_is_refused_where_numeric_counts(gold, tmp_path):
     rows = [{"question": "q", "answer": answer} for answer in ("18", gold)]
     path.write_text("\n".join(map(json.dumps, rows)))
     assert len(read_labels("GSM8K", str(path)).golds) == 2
-    with pytest.raises(UserError, match=r"rows.jsonl: row 1 \(from 0\): gold .* has no value"):
+    with pytest.raises(UserError, match=r"rows.jsonl:2: gold .* has no value"):
         read_labels("GSM8K", str(path), "numeric")
 
 

@@ -195,14 +195,14 @@ def test_the_tasks_own_files_are_taken(task, row, gold, tmp_path):
 
 
 @pytest.mark.parametrize("task, row, says", [
-    ("MATH", {"text": "q", "answer": 4}, r'row 1 .*"instruction", .*"problem".*it has .*text'),
-    ("MATH", {"problem": "q", "solution": "4"}, r"row 1 .*without a gold answer.*solution"),
-    ("MATH", {"problem": "q", "answer": r"\frac{1"}, "row 1 .*gold answer.*MATH needs one"),
-    ("GSM8K", {"problem": "q", "answer": r"\frac12"}, "row 1 .*neither a number nor"),
+    ("MATH", {"text": "q", "answer": 4}, r'rows.jsonl:2: .*"instruction", .*"problem".*it has .*text'),
+    ("MATH", {"problem": "q", "solution": "4"}, r"rows.jsonl:2: .*without a gold answer.*solution"),
+    ("MATH", {"problem": "q", "answer": r"\frac{1"}, "rows.jsonl:2: .*gold answer.*MATH needs one"),
+    ("GSM8K", {"problem": "q", "answer": r"\frac12"}, "rows.jsonl:2: .*neither a number nor"),
     ("MATH", {"problem": 4, "answer": 4}, 'field "problem": expected a non-blank string'),
-    ("MATH", {"problem": "q", "answer": None}, "row 1 .*without a gold answer"),
+    ("MATH", {"problem": "q", "answer": None}, "rows.jsonl:2: .*without a gold answer"),
     ("MATH", {"problem": "q", "answer": True}, 'field "answer": expected .*number, found true'),
-    ("MATH", {"problem": None, "answer": 4}, 'row 1 .*"instruction", .*"problem"'),
+    ("MATH", {"problem": None, "answer": 4}, 'rows.jsonl:2: .*"instruction", .*"problem"'),
 ])  # fmt: skip
 def test_what_is_wrong_with_a_row_is_said(task, row, says, tmp_path):
     path = tmp_path / "rows.jsonl"
