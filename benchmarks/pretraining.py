@@ -107,8 +107,10 @@ def tokenising(args: argparse.Namespace) -> list[str]:
 def rows(args: argparse.Namespace) -> list[str]:
     documents = documents_of(args.text_file, args.megabytes)
     parts = [text[i : i + 4000] for text in documents for i in range(0, len(text), 4000)]
-    pairs = [(part[: len(part) // 4], part[len(part) // 4 :] or "-") for part in parts]
-    size = sum(len(part.encode()) for part in parts) / 1e6
+    halves = ((part[: len(part) // 4], part[len(part) // 4 :]) for part in parts)
+    pairs = [(asked, said) for asked, said in halves if asked.strip() and said.strip()]
+    texts = ["".join(pair) for pair in pairs]
+    size = sum(len(text.encode()) for text in texts) / 1e6
     tokenizer = Tokenizer(Path(args.tokenizer_file))
     rust = tokenizer._rust
     with tempfile.TemporaryDirectory() as temporary:
@@ -123,7 +125,6 @@ def rows(args: argparse.Namespace) -> list[str]:
                 os.environ[CACHE_VARIABLE] = cache or fresh
                 return size / seconds(lambda: encoding.solver_sequences(path, tokenizer, 10**6))
 
-        texts = ["".join(pair) for pair in pairs]
         runs = {
             "in memory": lambda: rate(math.inf, None),
             "kept, made": lambda: rate(0, None),
