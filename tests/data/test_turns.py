@@ -150,6 +150,16 @@ defined and message.tool_calls is not none)) %}
         {{- '"call_id": "' + message.tool_call_id + '"}[/TOOL_RESULTS]' }}
     {%- endif %}
 {%- endfor %}"""
+# The one before, of Mistral-Small's of 2402: calls without ids, results with the tool's name.
+MISTRAL_2 = re.sub(r" *\{%- if not tool_call\.id.*?endif %\}\n", "", MISTRAL_3, flags=re.S)
+MISTRAL_2 = MISTRAL_2.replace("""{{- ', "id": "' + tool_call.id + '"}' }}""", "{{- '}' }}")
+MISTRAL_2 = MISTRAL_2.replace(
+    """'[TOOL_RESULTS] {"content": ' + content|string + ", " }}
+        {{- '"call_id": "' + message.tool_call_id + '"}[/TOOL_RESULTS]' }}""",
+    """'[TOOL_RESULTS] [{"name": "' + message.name + '", "content": ' + content|string }}
+        {{- '}][/TOOL_RESULTS]' }}""",
+)
+assert "id" not in re.findall(r"\w+", MISTRAL_2) and "tool_call_id" not in MISTRAL_2
 # Mistral-Small's of 2501: a system's text of its own.
 MISTRAL_7 = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
@@ -191,6 +201,21 @@ def marked_llama(name):
     ]
 
 
+MARKED_MISTRAL = [
+    (
+        '        {{- "[TOOL_CALLS] [" }}',
+        '        {%- generation %}{{- "[TOOL_CALLS] [" }}',
+    ),
+    (
+        '        {%- endfor %}\n    {%- elif message["role"] == "assistant" %}',
+        '        {%- endfor %}{%- endgeneration %}\n    {%- elif message["role"] == "assistant" %}',
+    ),
+    (
+        '        {{- " " + message["content"]|trim + eos_token}}',
+        '        {%- generation %}{{- " " + message["content"]|trim + eos_token}}'
+        "{%- endgeneration %}",
+    ),
+]
 # name: (the template, what is replaced by what to mark it)
 TEMPLATES = {
     "chatml": (CHATML, MARKED_CHATML),
@@ -247,25 +272,8 @@ TEMPLATES = {
             )
         ],
     ),
-    "mistral 3": (
-        MISTRAL_3,
-        [
-            (
-                '        {{- "[TOOL_CALLS] [" }}',
-                '        {%- generation %}{{- "[TOOL_CALLS] [" }}',
-            ),
-            (
-                '        {%- endfor %}\n    {%- elif message["role"] == "assistant" %}',
-                '        {%- endfor %}{%- endgeneration %}\n    {%- elif message["role"] == '
-                '"assistant" %}',
-            ),
-            (
-                '        {{- " " + message["content"]|trim + eos_token}}',
-                '        {%- generation %}{{- " " + message["content"]|trim + eos_token}}'
-                "{%- endgeneration %}",
-            ),
-        ],
-    ),
+    "mistral 2": (MISTRAL_2, MARKED_MISTRAL),
+    "mistral 3": (MISTRAL_3, MARKED_MISTRAL),
     "mistral 7": (
         MISTRAL_7,
         [("{{ message['content'] + eos_token }}", G + "{{ message['content'] + eos_token }}" + E)],
@@ -414,7 +422,7 @@ CONVERSATIONS = {
         assistant("yes"),
     ],
 }
-WITH_TOOLS = {"llama 3.1", "mistral 3", "qwen 2.5", "qwen 3", "qwen 3 with marks"}
+WITH_TOOLS = {"llama 3.1", "mistral 2", "mistral 3", "qwen 2.5", "qwen 3", "qwen 3 with marks"}
 NO_SYSTEM = {"gemma", "mistral 1"}
 
 

@@ -195,7 +195,7 @@ def test_the_tasks_own_files_are_taken(task, row, gold, tmp_path):
 
 
 @pytest.mark.parametrize("task, row, says", [
-    ("MATH", {"text": "q", "answer": 4}, r'rows.jsonl:2: .*"instruction", .*"problem".*it has .*text'),
+    ("MATH", {"text": "q", "answer": 4}, r'jsonl:2: .*"instruction", .*"problem".*it has .*text'),
     ("MATH", {"problem": "q", "solution": "4"}, r"rows.jsonl:2: .*without a gold answer.*solution"),
     ("MATH", {"problem": "q", "answer": r"\frac{1"}, "rows.jsonl:2: .*gold answer.*MATH needs one"),
     ("GSM8K", {"problem": "q", "answer": r"\frac12"}, "rows.jsonl:2: .*neither a number nor"),
