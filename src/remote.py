@@ -2,8 +2,8 @@
 
 What is read by its path is fetched into the cache (src/storage.py) beforehand. What is written goes
 to a folder beside the cache, the same one for the same URL, and is uploaded by the first rank when
-the script has done: models, logs and results. A run's saved steps (SAVE_DIR-state) stay there, on
-the machine: the same command goes on from them. Rows are read where they lie.
+the script has done: models, logs and results. A run's saved steps (SAVE_DIR-state) are uploaded as
+they are saved (src/checkpoint/mirror.py). Rows are read where they lie.
 """
 
 import hashlib
@@ -62,6 +62,11 @@ def as_given(settings: S) -> S:
     values = flat(settings)
     urls = {name: _given[value] for name, value in values.items() if _is_known(value)}
     return build(type(settings), values | urls) if urls else settings
+
+
+def url_of(path: str) -> str | None:
+    """The URL that a local path stands for; None where it stands for itself."""
+    return _given.get(path)
 
 
 def _is_known(value: Any) -> bool:

@@ -46,6 +46,11 @@ def is_url(path: str | Path) -> bool:
     return _URL.match(str(path)) is not None
 
 
+def is_web(path: str) -> bool:
+    """Whether a path is a plain web address, in which ? begins a query."""
+    return path.startswith(("http://", "https://"))
+
+
 def cache_dir() -> Path:
     """Where what is fetched is kept: $OWN_YOUR_RLHF_CACHE, or ~/.cache/own-your-rlhf."""
     return Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/own-your-rlhf").expanduser()
@@ -64,7 +69,7 @@ class Remote:
 def name_of(path: str | Path) -> str:
     """The name of a file, without its folder; of a web address without its query, too."""
     text = str(path)
-    return (text.partition("?")[0] if text.startswith("http") else text).rpartition("/")[2]
+    return (text.partition("?")[0] if is_web(text) else text).rpartition("/")[2]
 
 
 # ---- looking -------------------------------------------------------------------------------------
@@ -102,7 +107,7 @@ def names_in(folder: str | Path) -> list[str]:
 
 def has_pattern(path: str) -> bool:
     """Whether a path stands for what it matches. In a web address ? begins a query."""
-    return has_magic(path.replace("?", "") if path.startswith("http") else path)
+    return has_magic(path.replace("?", "") if is_web(path) else path)
 
 
 def matches(pattern: str) -> list[str]:
@@ -336,6 +341,21 @@ def fetched(url: str, beside: Iterable[str] = ()) -> Path:
     return target
 
 
+def fetch_folder(url: str, target: Path) -> None:
+    """Bring a remote folder to a place where nothing is yet; it appears there whole.
+
+    A fetch that was cut off goes on. Raises UserError.
+    """
+    partial = target.with_name(f".part-{target.name}")
+    try:
+        for name, remote in _all_of(url, ()).items():
+            _fetch(remote, partial / name)
+        (partial / url.rstrip("/").rpartition("/")[2]).rename(target)
+        partial.rmdir()
+    except OSError as error:
+        raise UserError(f"{url}: cannot be kept at {target}: {error.strerror or error}") from error
+
+
 def _all_of(url: str, beside: Iterable[str]) -> dict[str, Remote]:
     """What is fetched for a URL: path below the place in the cache → remote file."""
     found, own = _needed(url), url.rpartition("/")[2]
@@ -412,6 +432,14 @@ def upload(source: Path, url: str) -> None:
         _put(fs, source / name, f"{path}/{name}", f"{url.rstrip('/')}/{name}")
     for name in sorted(old - {*files, LAST}):
         _remove(fs, f"{path}/{name}", url)
+
+
+def remove_folder(url: str) -> None:
+    """Remove a remote folder and all in it, its manifest first. Raises UserError."""
+    fs, path = _store(url)
+    files = _tried(url, lambda: fs.find(path))
+    for name in sorted(files, key=lambda name: name.rpartition("/")[2] != LAST):
+        _remove(fs, name, url)
 
 
 def _put(fs: Any, source: Path, path: str, url: str) -> None:

@@ -56,11 +56,14 @@ class Steps:
         reached: Stage = lambda stage: None,
         nodes: Nodes | None = None,
         copies: int = 1,
+        mirror: Callable[[], None] = lambda: None,
     ) -> None:
         """keep: newest steps that stay; reached(stage): called at each stage, for the tests.
 
-        nodes: that have the folder each; copies: nodes that a file is to lie on.
+        nodes: that have the folder each; copies: nodes that a file is to lie on; mirror: called by
+        each node's first rank when a step is whole and older ones are gone.
         """
+        self.mirror = mirror
         self.folder, self.keep, self.parallel, self.reached = folder, keep, parallel, reached
         self.nodes = Nodes.one(parallel) if nodes is None else nodes
         self.copies = min(copies, self.nodes.count)
@@ -130,6 +133,7 @@ class Steps:
         self.reached("published")
         self._together(lambda: self._of_node(self._prune), temporary, True)
         self.reached("pruned")
+        self._together(lambda: self._of_node(self.mirror), temporary, True)
 
     def _of_node(self, work: Callable, *arguments: Any, **more: Any) -> None:
         """What one rank does for all that share its folder."""

@@ -13,11 +13,13 @@ from src.checkpoint.folder import beside
 from src.checkpoint.gathering import complete, facts_of, newest
 from src.checkpoint.json_file import read_json
 from src.checkpoint.manifest import MANIFEST, has_manifest, read_manifest
+from src.checkpoint.mirror import bring_back
 from src.checkpoint.nodes import Nodes
 from src.checkpoint.steps import FINISHED, holders, is_step, number_of
 from src.errors import Finished, UserError
 from src.identity import Change, differences, identity
 from src.parallel.setup import Parallel, agreed, stop
+from src.remote import url_of
 from src.settings.declaration import FIXED, declared, defaults
 from src.settings.ppo import PPOTrainSettings
 from src.settings.scripts import TrainSettings
@@ -34,7 +36,7 @@ class Earlier:
     step: the one to go on from; manifest: that step's; changes: what of the settings is another
     than in that step, and may be; named: settings that may be (--resume_changed); nodes: that have
     the folder each; holders: the nodes that have each of the step's files; damage: what of these
-    is damaged on a node, and whole on another.
+    is damaged on a node, and whole on another; url: of the steps, where models go to one.
     """
 
     folder: Path
@@ -46,6 +48,7 @@ class Earlier:
     nodes: Nodes
     holders: dict[str, list[int]] = field(default_factory=dict)
     damage: list[str] = field(default_factory=list)
+    url: str | None = None
 
     @classmethod
     def find(
@@ -68,6 +71,11 @@ class Earlier:
         # By what the run is known, and what the nodes that are here have of its steps.
         record = _told(lambda: identity(settings, **more), parallel)
         agreed(lambda: _check_writable(folder))
+        url = url_of(save_dirs[0])
+        if url is not None:
+            url = f"{url.rstrip('/')}-state"
+            if resume == "auto":
+                agreed(partial(bring_back, folder, url))
         nodes = Nodes.find(folder, parallel)
         _check_alike(record, partial(identity, settings, **more), nodes)
         step, reader = _chosen(resume, folder, nodes)
@@ -94,7 +102,7 @@ class Earlier:
             stop()
             raise Finished(ending)
         if step is None or reader is None:
-            return cls(folder, record, None, {}, [], named, nodes)
+            return cls(folder, record, None, {}, [], named, nodes, url=url)
 
         # The step's settings are this run's, and its files are whole.
         manifest = facts_of(step, reader, parallel)
@@ -103,7 +111,7 @@ class Earlier:
         held, damage = holders(step, manifest, nodes)
         if not isinstance(manifest.get("changes", []), list):
             raise UserError(f"{step}: changes is {str(manifest['changes'])[:40]}: damaged")
-        return cls(folder, record, step, manifest, changes, named, nodes, held, damage)
+        return cls(folder, record, step, manifest, changes, named, nodes, held, damage, url)
 
     @property
     def facts(self) -> dict[str, Any]:

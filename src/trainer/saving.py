@@ -24,6 +24,7 @@ from torch import Tensor
 from src.checkpoint.folder import check_space
 from src.checkpoint.gathering import fetch, keys_of
 from src.checkpoint.manifest import sync
+from src.checkpoint.mirror import bring
 from src.checkpoint.steps import FETCHED, FINISHED, Steps, file_of, random_file
 from src.data.rows import write_json
 from src.errors import Stopped, UserError
@@ -123,7 +124,9 @@ class Saving:
         self.models, self.parallel, self.at_work = models, parallel, at_work
         self.parts, self.tensors = parts or {}, tensors or {}
         nodes, copies = earlier.nodes, settings.copies(earlier.nodes.count)
-        self.steps = Steps(earlier.folder, settings.keep, parallel, nodes=nodes, copies=copies)
+        self.steps = Steps(
+            earlier.folder, settings.keep, parallel, nodes=nodes, copies=copies, mirror=self._mirror
+        )
         self.copies = HostCopies(parallel.device)
         self.monitor = Monitor(log, parallel, settings.straggler_window)
         self.limit, self.minutes = TimeLimit(settings.max_minutes), settings.max_minutes
@@ -348,6 +351,16 @@ class Saving:
         self.steps.save(step, files, about)
         self.saved = step
         self.monitor.saved(step)
+
+    def _mirror(self) -> None:
+        """Bring the saved steps to their URL, if they have one."""
+        url = self.earlier.url
+        if url is None or not self.earlier.nodes.are_one:
+            return
+        try:
+            bring(self.earlier.folder, url)
+        except UserError as error:
+            self.log.warning(f"{error}; steps are saved here, and uploaded after the next one")
 
     def _random(self) -> dict[str, Tensor]:
         states = {"cpu": torch.get_rng_state()}

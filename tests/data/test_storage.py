@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -17,6 +18,9 @@ from moto import settings as moto_settings
 from moto.server import ThreadedMotoServer
 
 from src import storage
+from src.checkpoint.manifest import MANIFEST
+from src.checkpoint.mirror import bring, bring_back
+from src.checkpoint.steps import list_steps, number_of
 from src.data.rows import read_solver_rows
 from src.data.sources import files_of
 from src.errors import UserError
@@ -25,6 +29,7 @@ from src.logs import RunLog
 from src.remote import local
 from src.settings.declaration import build
 from src.settings.scripts import SolverTrainSettings
+from src.storage import names_in
 from tests.launch import launch
 
 ROWS = [{"instruction": f"question {i}", "output": "x" * 50} for i in range(2000)]
@@ -407,25 +412,73 @@ def test_fetched_weights_are_known_on_every_machine(s3, monkeypatch, tmp_path):
     assert held(str(storage.fetched("s3://bucket/x"))) not in known
 
 
-def test_a_run_at_urls_is_the_run_at_local_paths(s3, tmp_path):
-    """Two ranks: a start, training and a look at the result, all in the bucket."""
+def test_a_run_at_urls_is_the_run_at_local_paths(s3, tmp_path, monkeypatch):
+    """Two ranks: a start, training, a look at the result, all in the bucket; another machine."""
     s3.pipe_file("bucket/rows.jsonl", TEXT)
     (tmp_path / "rows.jsonl").write_bytes(TEXT)
     tiny = {"vocab_size": 390, "dim": 16, "n_heads": 2, "n_layers": 1, "max_seq_len": 64}
     begin = {"train_file": "s3://bucket/rows.jsonl", "save_dir": "s3://bucket/start", **tiny}
-    chain: list[tuple[str, dict]] = [("dataset/start.py", begin)]
-    for place in ("s3://bucket", str(tmp_path)):
-        train = {"train_file": f"{place}/*.jsonl", "save_dir": f"{place}/out"}
-        train |= {"ckpt_dir": "s3://bucket/start", "max_batch_size": 500, "lr": 1e-2}
-        chain.append(("solver_train.py", train | {"max_seq_len": 64, "model_parallel_size": 2}))
-        chain.append(("checkpoint_verify.py", {"ckpt_dir": f"{place}/out"}))
-    commands = [[script, *(f"--{k}={v}" for k, v in flags.items())] for script, flags in chain]
-    (tmp_path / "commands.json").write_text(json.dumps(commands))
-    launch(2, "tests/script_chain.py", str(tmp_path / "commands.json"))
-    s3.invalidate_cache()
-    for name in sorted(file.name for file in (tmp_path / "out").iterdir()):
-        remote = s3.cat_file(f"bucket/out/{name}")
-        if name != "manifest.json":
-            assert remote == (tmp_path / "out" / name).read_bytes(), name
-    assert len(s3.ls("bucket/out")) == len(os.listdir(tmp_path / "out")) > 3
-    assert s3.exists("bucket/out-logs/solver_train.log")
+    how = {"max_batch_size": 500, "lr": 1e-2, "max_seq_len": 64, "model_parallel_size": 2}
+    how |= {"ckpt_dir": "s3://bucket/start", "save_every": 3}
+
+    def trained(place):
+        files = {"train_file": f"{place}/*.jsonl", "save_dir": f"{place}/out"}
+        yield "solver_train.py", files | how
+        yield "checkpoint_verify.py", {"ckpt_dir": f"{place}/out"}
+
+    def run(*chain):
+        commands = [[script, *(f"--{k}={v}" for k, v in flags.items())] for script, flags in chain]
+        (tmp_path / "commands.json").write_text(json.dumps(commands))
+        launch(2, "tests/script_chain.py", str(tmp_path / "commands.json"))
+        s3.invalidate_cache()
+        for file in (tmp_path / "out").iterdir():
+            if file.name != MANIFEST:
+                assert s3.cat_file(f"bucket/out/{file.name}") == file.read_bytes(), file.name
+        assert len(s3.ls("bucket/out")) == len(os.listdir(tmp_path / "out")) > 3
+        assert names_in("s3://bucket/out-state") == ["step-00000003/"]
+        return s3.cat_file("bucket/out-logs/solver_train.log").decode()
+
+    log = run(("dataset/start.py", begin), *trained("s3://bucket"), *trained(tmp_path))
+    assert "goes on after" not in log
+    monkeypatch.setenv(storage.CACHE_VARIABLE, str(tmp_path / "another machine's"))
+    s3.rm("bucket/out", recursive=True)
+    assert "goes on after step 3" in run(*trained("s3://bucket"))
+
+
+def step_of(folder, number, text):
+    """A folder that looks like a step."""
+    step = folder / f"step-{number:08d}"
+    step.mkdir(parents=True)
+    (step / "policy.safetensors").write_text(text)
+    (step / MANIFEST).write_text(json.dumps({"step": number, "text": text}))
+    return step
+
+
+def test_steps_at_a_url_are_those_of_the_folder(s3, tmp_path):
+    folder, other, url = tmp_path / "a-state", tmp_path / "b-state", "s3://bucket/a-state"
+    bring_back(other, url)
+    assert not other.exists(), "there is nothing yet"
+    for number in (1, 2):
+        step_of(folder, number, "old")
+    bring(folder, url)
+    shutil.rmtree(folder / "step-00000001")
+    (folder / "step-00000002").rename(tmp_path / "aside")
+    step_of(folder, 2, "of another run")
+    step_of(folder, 3, "new")
+    bring(folder, url)
+    assert names_in(url) == ["step-00000002/", "step-00000003/"]
+    assert json.loads(s3.cat_file("bucket/a-state/step-00000002/manifest.json"))["text"] == (
+        "of another run"
+    )
+    # One whose upload was cut off is none.
+    s3.pipe_file("bucket/a-state/step-00000004/policy.safetensors", b"half")
+    for _ in range(2):
+        bring_back(other, url)
+    assert [step.name for step in list_steps(other)] == ["step-00000003"]
+    for name in ("policy.safetensors", MANIFEST):
+        written = (folder / "step-00000003" / name).read_bytes()
+        assert (other / "step-00000003" / name).read_bytes() == written
+    # What is newer here stays.
+    step_of(other, 5, "newer")
+    bring_back(other, url)
+    assert [number_of(step) for step in list_steps(other)] == [3, 5]
