@@ -8,13 +8,13 @@ prints the bytes alone.
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 
 from src.checkpoint.source import Checkpoint, config_of_type
 from src.data.encoding import Graded
+from src.data.sources import parts_of
 from src.data.tokenizer import Tokenizer
 from src.errors import UserError
 from src.generation.cache import Cache, pages_for
@@ -44,6 +44,7 @@ from src.settings.scripts import (
     TrainSettings,
     VerifierTrainSettings,
 )
+from src.storage import name_of
 from src.trainer.activations import activations, described, device_memory, tokens_at_once
 from src.trainer.averages import Method
 from src.trainer.batches import StreamSteps
@@ -250,7 +251,7 @@ def _plan(
     held = sum(budget.total for budget in budgets.values())
     lines += _limit_lines(settings, [config], layout, dtype, held, parallel)
     if inputs is None:
-        lines += [NOT_READ]
+        lines += [NOT_READ + " (or --config_file and --tokenizer_file)" * begins]
     else:
         lines += _step_lines(settings, inputs.mixture.n_rows, inputs.notes, layout)
         lines += example(inputs)
@@ -501,8 +502,9 @@ def _step_lines(
     steps = f"{plan.epochs} x {per_epoch:,} = {plan.epochs * per_epoch:,}"
     if isinstance(plan, StepSettings):
         steps = f"{StreamSteps(n_rows, size, plan.epochs, plan.max_steps).total:,}"
+    names = [name_of(part.location.rstrip("/")) for part in parts_of(settings.data.train_file)]
     return [
-        f"rows: {n_rows:,} of {Path(settings.data.train_file).name}",
+        f"rows: {n_rows:,} of {', '.join(names)}",
         *(f"  {note}" for note in notes),
         f"steps: {steps}, of {size:,} rows",
     ]

@@ -37,6 +37,7 @@ from src.errors import UserError
 from src.parallel.setup import Parallel, agreed
 
 PREFIX = "step-"
+REMOVED = ".removed-"  # before the name of a step that is being removed
 FETCHED = ".fetched-"  # before a step's name: files of it that came from other nodes to be read
 FINISHED = "finished.json"
 Stage = Callable[[str], None]
@@ -195,7 +196,7 @@ class Steps:
 
     def remove_unfinished(self) -> None:
         """What runs left that were killed while writing. Each node's first rank comes here."""
-        for kind in (".tmp-", FETCHED):
+        for kind in (".tmp-", REMOVED, FETCHED):
             for unfinished in self.folder.glob(f"{kind}{PREFIX}*"):
                 _remove(unfinished)
 
@@ -254,7 +255,12 @@ class Steps:
 def _remove(path: Path) -> None:
     """A folder, a file or a link. Raises UserError."""
     try:
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        if path.is_symlink() or not path.is_dir():
+            path.unlink()
+            return
+        if is_step(path):  # one of which a part is gone is none
+            path = path.rename(path.with_name(f"{REMOVED}{path.name}"))
+        shutil.rmtree(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be removed: {error.strerror or error}") from None
 

@@ -315,7 +315,7 @@ def _text_of(content: Any) -> str:
 
 
 def _calls_of(calls: Any) -> list[dict]:
-    """Tool calls whose arguments are objects, as templates take them."""
+    """Tool calls in OpenAI's form, but that arguments are objects, as templates take them."""
     calls = [calls] if isinstance(calls, dict) else calls
     if not isinstance(calls, list):
         raise _Wrong(f"has tool_calls of type {type(calls).__name__}, expected a list")
@@ -332,7 +332,8 @@ def _calls_of(calls: Any) -> list[dict]:
         said = {key: part for key, part in function.items() if part is not None}
         said["arguments"] = arguments
         rest = {key: part for key, part in call.items() if part is not None}
-        formed.append(rest | {"function": said} if "function" in call else said)
+        rest = rest if "function" in call else {"type": "function"}
+        formed.append(rest | {"function": said})
     return formed
 
 

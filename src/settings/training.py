@@ -261,7 +261,7 @@ class SavingSettings(Settings):
         Unit("steps"),
         MAY_CHANGE,
         "keep what is needed to go on, in SAVE_DIR-state (PPO: ACTOR_SAVE_DIR-state), every so "
-        "many steps (PPO: iterations); without it only when a signal ends the run",
+        "many steps (PPO: iterations); without it only when SIGTERM or --max_minutes ends the run",
     ] = None
     keep: Annotated[int, AtLeast(1, 10**9), MAY_CHANGE, "so many of the newest of these stay"] = 2
     save_copies: Annotated[

@@ -135,6 +135,8 @@ def test_tool_calls_of_sharegpt_and_of_openai_are_the_same(file, tokenizer):
         "tools": json.dumps([SCHEMA]),
     }
     (one, two, three), _ = solver_sequences(file(ours, openai, sharegpt), tokenizer, 999)
+    rows = list(read_solver_rows(file(ours, openai, sharegpt)))
+    assert [row["output"][0]["tool_calls"] for row in rows] == [[CALL]] * 3
     assert one == two == three
     call = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>'
     assert trained(tokenizer, one) == [call, "an egg<|im_end|>"]

@@ -153,6 +153,29 @@ def test_only_the_newest_stay(tmp_path, parallel):
     assert not list(tmp_path.glob(".tmp*"))
 
 
+def test_a_step_of_which_a_part_is_removed_is_no_step(tmp_path, parallel, monkeypatch):
+    """A kill in the middle of its removal, which would leave what looks like another run's."""
+    steps = Steps(tmp_path, 1, parallel)
+    steps.save(1, files(1.0), {})
+    with monkeypatch.context() as patch:
+        remove = shutil.rmtree
+
+        def removes_a_part(path, ignore_errors=False):
+            if not ignore_errors:
+                (path / "manifest.json").unlink()
+                raise OSError(5, "no more")
+
+        patch.setattr(shutil, "rmtree", removes_a_part)
+        with pytest.raises(UserError, match="cannot be removed: no more"):
+            steps.save(2, files(2.0), {})
+            steps.wait()
+        patch.setattr(shutil, "rmtree", remove)
+        assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000002"]
+    assert steps.go_back_to(tmp_path / "step-00000002") == []
+    steps.remove_unfinished()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+
+
 def test_a_folder_that_was_not_finished_is_no_step(tmp_path):
     shutil.os.makedirs(tmp_path / ".tmp-step-00000009")
     save_file({"x": torch.ones(2)}, tmp_path / ".tmp-step-00000009" / "model.safetensors")
