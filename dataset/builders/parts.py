@@ -141,6 +141,10 @@ def held_out(rows: list[dict], share: float, seed: int) -> dict[str, list[dict]]
     keys = [asked(row) for row in rows]
     prompts = list(dict.fromkeys(keys))
     n = int(share * len(prompts))
+    if share and not n:
+        print(
+            f"  held out: none, {share:g} of {len(prompts)} prompts is less than one (--test_share)"
+        )
     held = {*random.Random(f"{seed}/held out").sample(prompts, n)}
     sides = {
         "train": [row for key, row in zip(keys, rows) if key not in held],

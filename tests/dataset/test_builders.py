@@ -168,6 +168,8 @@ def test_a_share_of_the_prompts_is_held_out_by_the_seed_alone(built, tmp_path):
     assert sorted(map(json.dumps, train + test)) == sorted(map(json.dumps, plain))
     assert parts(test_share=0.1, seed=1) == (train, test) != parts(test_share=0.1, seed=2)
     assert len(parts(test_share=None)[1]) == 4, "a twentieth where nothing is said"
+    _, said = built(no_robots, many(9), test_share=0.05)
+    assert "held out: none, 0.05 of 9 prompts is less than one (--test_share)" in said
 
 
 def test_parts_that_a_source_has_stay_apart(built, tmp_path):
