@@ -91,16 +91,24 @@ def tokenising(args: argparse.Namespace) -> list[str]:
             ),
         }
         rates = alternate(runs, args.rounds)
-    theirs = median(rates["encode_batch, in memory"])
+    what = f"{size:.0f} MB in {len(documents)} documents"
+    return beside_library(what, tokenizer, rates, "encode_batch, in memory")
+
+
+def beside_library(
+    what: str, tokenizer: Tokenizer, rates: dict[str, list[float]], theirs: str
+) -> list[str]:
+    """A table of rates, each also as a share of the one that is called `theirs`."""
     lines = [
-        f"{size:.0f} MB in {len(documents)} documents, {Path(args.tokenizer_file).name} with "
-        f"{tokenizer.vocab_size:,} ids; medians of {args.rounds}:",
+        f"{what}, {tokenizer.path.name} with {tokenizer.vocab_size:,} ids; medians of "
+        f"{len(rates[theirs])}:",
         "",
         "| | MB/s | to encode_batch |",
         "|---|---|---|",
     ]
     for name, values in rates.items():
-        lines.append(f"| {name} | {median(values):.2f} | {median(values) / theirs:.2f} |")
+        share = median(values) / median(rates[theirs])
+        lines.append(f"| {name} | {median(values):.2f} | {share:.2f} |")
     return lines
 
 
@@ -133,17 +141,7 @@ def rows(args: argparse.Namespace) -> list[str]:
         }
         runs["kept, found"]()  # makes them
         rates = alternate(runs, args.rounds)
-    theirs = median(rates["encode_batch"])
-    table = [
-        f"{size:.0f} MB in {len(pairs)} rows, {Path(args.tokenizer_file).name} with "
-        f"{tokenizer.vocab_size:,} ids; medians of {args.rounds}:",
-        "",
-        "| | MB/s | to encode_batch |",
-        "|---|---|---|",
-    ]
-    for name, values in rates.items():
-        table.append(f"| {name} | {median(values):.2f} | {median(values) / theirs:.2f} |")
-    return table
+    return beside_library(f"{size:.0f} MB in {len(pairs)} rows", tokenizer, rates, "encode_batch")
 
 
 # --- Memory ---------------------------------------------------------------------------------------

@@ -318,8 +318,7 @@ def fetched(url: str, beside: Iterable[str] = ()) -> Path:
     """
     url = url.rstrip("/")
     wanted = _all_of(url, beside)
-    key = "\n".join(f"{name} {remote.size} {remote.version}" for name, remote in wanted.items())
-    place = cache_dir() / "fetched" / hashlib.sha256(f"{url}\n{key}".encode()).hexdigest()[:20]
+    place = cache_dir() / "fetched" / _digest(url, wanted)
     partial = place.with_name(f"{place.name}.part")
     target = place / url.rpartition("/")[2]
     if place.is_dir():
@@ -328,11 +327,7 @@ def fetched(url: str, beside: Iterable[str] = ()) -> Path:
         place.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{place}.lock"):
             if not place.is_dir():
-                for name, remote in wanted.items():
-                    _fetch(remote, partial / name)
-                if _all_of(url, beside) != wanted:
-                    shutil.rmtree(partial)
-                    raise UserError(f"{url}: was changed while it was fetched; run this again")
+                _fetch_all(url, beside, wanted, partial)
                 partial.rename(place)
     except OSError as error:
         raise UserError(
@@ -344,16 +339,31 @@ def fetched(url: str, beside: Iterable[str] = ()) -> Path:
 def fetch_folder(url: str, target: Path) -> None:
     """Bring a remote folder to a place where nothing is yet; it appears there whole.
 
-    A fetch that was cut off goes on. Raises UserError.
+    A fetch that was cut off goes on, as long as the same is there. Raises UserError.
     """
-    partial = target.with_name(f".part-{target.name}")
+    wanted = _all_of(url, ())
+    partial = target.with_name(f".part-{_digest(url, wanted)}")
     try:
-        for name, remote in _all_of(url, ()).items():
-            _fetch(remote, partial / name)
-        (partial / url.rstrip("/").rpartition("/")[2]).rename(target)
+        _fetch_all(url, (), wanted, partial)
+        (partial / url.rpartition("/")[2]).rename(target)
         partial.rmdir()
     except OSError as error:
         raise UserError(f"{url}: cannot be kept at {target}: {error.strerror or error}") from error
+
+
+def _digest(url: str, wanted: dict[str, Remote]) -> str:
+    """A name for what is at a URL, another when that is another."""
+    key = "\n".join(f"{name} {remote.size} {remote.version}" for name, remote in wanted.items())
+    return hashlib.sha256(f"{url}\n{key}".encode()).hexdigest()[:20]
+
+
+def _fetch_all(url: str, beside: Iterable[str], wanted: dict[str, Remote], folder: Path) -> None:
+    """Bring all of it into a folder. Raises UserError where it has changed meanwhile."""
+    for name, remote in wanted.items():
+        _fetch(remote, folder / name)
+    if _all_of(url, beside) != wanted:
+        shutil.rmtree(folder)
+        raise UserError(f"{url}: was changed while it was fetched; run this again")
 
 
 def _all_of(url: str, beside: Iterable[str]) -> dict[str, Remote]:

@@ -15,6 +15,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +58,12 @@ class Steps:
         reached: Stage = lambda stage: None,
         nodes: Nodes | None = None,
         copies: int = 1,
-        mirror: Callable[[], None] = lambda: None,
+        mirror: Callable[[], None] | None = None,
     ) -> None:
         """keep: newest steps that stay; reached(stage): called at each stage, for the tests.
 
         nodes: that have the folder each; copies: nodes that a file is to lie on; mirror: called by
-        each node's first rank when a step is whole and older ones are gone.
+        each node's first rank when a step is whole and older ones are gone; given on all, or none.
         """
         self.mirror = mirror
         self.folder, self.keep, self.parallel, self.reached = folder, keep, parallel, reached
@@ -134,7 +135,8 @@ class Steps:
         self.reached("published")
         self._together(lambda: self._of_node(self._prune), temporary, True)
         self.reached("pruned")
-        self._together(lambda: self._of_node(self.mirror), temporary, True)
+        if self.mirror is not None:
+            self._together(partial(self._of_node, self.mirror), temporary, True)
 
     def _of_node(self, work: Callable, *arguments: Any, **more: Any) -> None:
         """What one rank does for all that share its folder."""

@@ -36,7 +36,7 @@ from src.errors import UserError
 from src.models.batch import Sequence as Tokens
 from src.storage import CACHE_VARIABLE, cache_dir
 
-INDEX, VERSION = "index.json", 1
+INDEX, VERSION = "index.json", 2  # of the files, and of what rows become
 ROWS_AT_ONCE = 64
 Facts = dict[str, tuple[int, str]]
 FILES: dict[str, Any] = {

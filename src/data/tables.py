@@ -114,10 +114,8 @@ def _as_python(batch: pa.RecordBatch) -> list[Any]:
         return batch.to_pylist()
     except _DAMAGE:
         raise
-    except (
-        OverflowError,
-        ValueError,
-    ) as error:  # a date past the year 9999, a struct with a name twice
+    # A date past the year 9999, a struct with a name twice.
+    except (OverflowError, ValueError) as error:
         if batch.num_rows > 1:
             return [row for i in range(batch.num_rows) for row in _as_python(batch.slice(i, 1))]
         return [Unusable(f"not usable: {error}")]

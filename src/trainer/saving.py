@@ -124,8 +124,9 @@ class Saving:
         self.models, self.parallel, self.at_work = models, parallel, at_work
         self.parts, self.tensors = parts or {}, tensors or {}
         nodes, copies = earlier.nodes, settings.copies(earlier.nodes.count)
+        mirror = self._mirror if earlier.url is not None and nodes.are_one else None
         self.steps = Steps(
-            earlier.folder, settings.keep, parallel, nodes=nodes, copies=copies, mirror=self._mirror
+            earlier.folder, settings.keep, parallel, nodes=nodes, copies=copies, mirror=mirror
         )
         self.copies = HostCopies(parallel.device)
         self.monitor = Monitor(log, parallel, settings.straggler_window)
@@ -353,12 +354,10 @@ class Saving:
         self.monitor.saved(step)
 
     def _mirror(self) -> None:
-        """Bring the saved steps to their URL, if they have one."""
-        url = self.earlier.url
-        if url is None or not self.earlier.nodes.are_one:
-            return
+        """Bring the saved steps to their URL."""
+        assert self.earlier.url is not None
         try:
-            bring(self.earlier.folder, url)
+            bring(self.earlier.folder, self.earlier.url)
         except UserError as error:
             self.log.warning(f"{error}; steps are saved here, and uploaded after the next one")
 

@@ -9,6 +9,7 @@ import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import pyarrow as pa
@@ -30,6 +31,7 @@ from src.remote import local
 from src.settings.declaration import build
 from src.settings.scripts import SolverTrainSettings
 from src.storage import names_in
+from src.trainer.saving import Saving
 from tests.launch import launch
 
 ROWS = [{"instruction": f"question {i}", "output": "x" * 50} for i in range(2000)]
@@ -482,3 +484,16 @@ def test_steps_at_a_url_are_those_of_the_folder(s3, tmp_path):
     step_of(other, 5, "newer")
     bring_back(other, url)
     assert [number_of(step) for step in list_steps(other)] == [3, 5]
+
+
+def test_an_upload_that_fails_is_a_warning_and_made_up_for(s3, tmp_path):
+    said = []
+    earlier = SimpleNamespace(folder=tmp_path / "a-state", url="s3://no-bucket/a-state")
+    saving = SimpleNamespace(earlier=earlier, log=SimpleNamespace(warning=said.append))
+    step_of(earlier.folder, 1, "first")
+    Saving._mirror(saving)
+    assert len(said) == 1 and "no-bucket" in said[0] and "after the next one" in said[0]
+    step_of(earlier.folder, 2, "second")
+    earlier.url = "s3://bucket/a-state"
+    Saving._mirror(saving)
+    assert len(said) == 1 and names_in(earlier.url) == ["step-00000001/", "step-00000002/"]
